@@ -1,0 +1,144 @@
+"""What a family of models says about itself: its stacks, its pinned blocks, and how its settings count blocks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..errors import SurgeryError
+from ..registry import Registry
+from .hosts import Host
+
+__all__ = ["CountKey", "Family", "Stack", "families", "register", "signature_pins"]
+
+
+@dataclass(frozen=True)
+class CountKey:
+    """Where the settings of a model say how many blocks a stack has.
+
+    Attributes:
+        path: keys of the nested settings that lead there, outermost first; () for the settings themselves.
+        key: the entry, for example "num_hidden_layers" or "depths".
+        index: the position within the entry where it is a list with one count per stack, else None.
+    """
+
+    path: tuple[str, ...]
+    key: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        where = ".".join((*self.path, self.key))
+        return where if self.index is None else f"{where}[{self.index}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A run of residual blocks of one model in which a block can be removed and shapes still fit.
+
+    Attributes:
+        name: module path of the container of the blocks, seen from the model that was searched.
+        container: the `nn.ModuleList` or `nn.Sequential` that holds the blocks.
+        pinned: blocks that must stay, with the reason for each.
+        side: "encoder" or "decoder" in an encoder-decoder model, else None; decides which padding mask counts.
+        count: where the settings count this stack's blocks.
+        next_stack: name of the stack that takes this one's output directly (the next stage of a CNN), else None.
+    """
+
+    name: str
+    container: nn.Module
+    pinned: Mapping[int, str] = field(default_factory=dict)
+    side: str | None = None
+    count: CountKey | None = None
+    next_stack: str | None = None
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in forward order."""
+        return list(self.container.children())
+
+    def __len__(self) -> int:
+        return len(self.container)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"Stack({self.name!r}, {len(self)} blocks, pinned={dict(self.pinned)})"
+
+
+class Family(ABC):
+    """One kind of model. Subclasses are stateless; they register themselves with `@register("name")`.
+
+    Attributes:
+        name: set by `register`.
+        summary: one line for the README's and the CLI's tables.
+        priority: families are asked in falling order of priority; `auto` comes last.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    priority: ClassVar[int] = 10
+
+    @abstractmethod
+    def matches(self, host: Host) -> bool:
+        """Whether this family describes the model."""
+
+    @abstractmethod
+    def stacks(self, host: Host) -> list[Stack]:
+        """The stacks in forward order, their names relative to `host.root`.
+
+        Raises:
+            UnsupportedModelError: if the model cannot be pruned; the message says what was found and why.
+        """
+
+    def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
+        """Edit a copy of the model's settings in place so that they describe the kept blocks only."""
+        for stack in stacks:
+            if stack.count is None:
+                raise SurgeryError(f"The family {self.name!r} does not say which setting counts {stack.name}.")
+            holder = settings
+            for part in stack.count.path:
+                holder = holder[part]
+            number = len(kept[stack.name])
+            if stack.count.index is None:
+                holder[stack.count.key] = number
+            else:
+                counts = list(holder[stack.count.key])
+                counts[stack.count.index] = number
+                holder[stack.count.key] = counts
+
+
+families: Registry[Family] = Registry("model family", "deeparc_hf.architectures", Family)
+register = families.register
+
+
+def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
+    """Pin the blocks whose parameters differ in name or shape from those that most blocks of the stack have.
+
+    Such a block cannot stand for another: it changes the shape of its input, or owns something that the others use
+    (T5's relative attention bias). Of two blocks that differ, the first is pinned. Where there are more and no two are
+    alike, nothing is pinned by this rule.
+    """
+    shapes = [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in blocks]
+    common = max(shapes, key=shapes.count, default={})
+    if len(shapes) == 2:
+        common = shapes[1]
+    elif shapes.count(common) < 2:
+        return {}
+    pins = {}
+    for index, shape in enumerate(shapes):
+        own = sorted(set(shape) - set(common))
+        lacks = sorted(set(common) - set(shape))
+        changed = sorted(name for name in set(shape) & set(common) if shape[name] != common[name])
+        if own:
+            pins[index] = f"owns {_first(own)}, which the other blocks do not have"
+        elif lacks:
+            pins[index] = f"lacks {_first(lacks)}, which the other blocks have"
+        elif changed:
+            pins[index] = f"changes shape: its {_first(changed)} differs from that of the other blocks"
+    return pins
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,224 @@
+"""Hosts: the libraries that models come from. A host reads and writes a model's settings and builds its skeleton.
+
+There are two: transformers, where the settings are the config, and bare timm, where they are the arguments of
+`timm.create_model`.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import UnsupportedModelError
+
+__all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host"]
+
+RECORD_KEY = "pruning_config"
+
+
+class Host(ABC):
+    """A model together with the knowledge of how its library describes it.
+
+    Attributes:
+        root: the model of the library; the model that was given, or the one inside it. Stacks are named by their path
+            in the root, so that a wrapper does not change the names.
+    """
+
+    library: str
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The model's type, for messages and for `matches` ("bert", "resnet50")."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """A deep copy of the settings as plain data, free to edit."""
+
+    @abstractmethod
+    def build(self, settings: dict[str, Any]) -> nn.Module:
+        """The skeleton (meta device) of what a stock loader builds from these settings.
+
+        Raises:
+            Exception: whatever the library raises where the settings are not valid for it.
+        """
+
+    @abstractmethod
+    def record(self) -> Any:
+        """The pruning record that the model carries, as it was stored; None if it carries none."""
+
+    @abstractmethod
+    def example_inputs(self) -> dict[str, torch.Tensor] | None:
+        """Small valid inputs on the model's device, or None where they cannot be known."""
+
+
+class TransformersHost(Host):
+    """A `PreTrainedModel`, described by its config."""
+
+    library = "transformers"
+    root: PreTrainedModel
+
+    @property
+    def kind(self) -> str:
+        return getattr(self.root.config, "model_type", "") or type(self.root).__name__
+
+    def settings(self) -> dict[str, Any]:
+        # deepcopy: some configs (timm wrapper) hand out their own nested dicts
+        settings = copy.deepcopy(self.root.config.to_dict())
+        settings.pop(RECORD_KEY, None)
+        return settings
+
+    def build(self, settings: dict[str, Any]) -> nn.Module:
+        config = type(self.root.config).from_dict(copy.deepcopy(settings))
+        config._attn_implementation = self.root.config._attn_implementation
+        with torch.device("meta"):
+            return type(self.root)(config)
+
+    def record(self) -> Any:
+        return getattr(self.root.config, RECORD_KEY, None)
+
+    def example_inputs(self) -> dict[str, torch.Tensor] | None:
+        config, device = self.root.config, self.root.device
+        dtype = self.root.dtype
+        if self.root.main_input_name == "input_ids":
+            # plain ids, away from the special tokens at the start of most vocabularies
+            vocabulary = config.get_text_config().vocab_size
+            ids = (torch.arange(12, device=device) * 7 + vocabulary // 2).remainder(vocabulary).view(1, 12)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = ids[:, :8]
+            return inputs
+        generator = torch.Generator().manual_seed(0)
+        if self.root.main_input_name == "pixel_values":
+            vision = getattr(config, "vision_config", config)
+            channels = getattr(vision, "num_channels", 3)
+            size = getattr(vision, "image_size", None)
+            if size is None:
+                size = (getattr(vision, "pretrained_cfg", None) or {}).get("input_size", (3, 64, 64))[1:]
+            height, width = (size, size) if isinstance(size, int) else tuple(size)
+            pixels = torch.randn(1, channels, height, width, generator=generator)
+            return {"pixel_values": pixels.to(device, dtype)}
+        if self.root.main_input_name == "input_features" and hasattr(config, "max_source_positions"):
+            features = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+            inputs = {"input_features": features.to(device, dtype)}
+            if config.is_encoder_decoder:
+                inputs["decoder_input_ids"] = torch.full((1, 4), 5, device=device)
+            return inputs
+        return None
+
+
+class TimmHost(Host):
+    """A model that `timm.create_model` made, described by its architecture name and model_args."""
+
+    library = "timm"
+
+    @property
+    def kind(self) -> str:
+        return str(self._pretrained_cfg().get("architecture") or type(self.root).__name__)
+
+    def _pretrained_cfg(self) -> dict[str, Any]:
+        cfg = getattr(self.root, "pretrained_cfg", None) or {}
+        return cfg if isinstance(cfg, dict) else cfg.to_dict()
+
+    def settings(self) -> dict[str, Any]:
+        return copy.deepcopy(timm_model_args(self.root))
+
+    def build(self, settings: dict[str, Any]) -> nn.Module:
+        import timm
+
+        with torch.device("meta"):
+            return timm.create_model(self.kind, pretrained=False, **settings)
+
+    def record(self) -> Any:
+        return getattr(self.root, RECORD_KEY, None)
+
+    def example_inputs(self) -> dict[str, torch.Tensor] | None:
+        parameter = next(self.root.parameters())
+        channels = timm_model_args(self.root).get("in_chans", 3)
+        size = timm_model_args(self.root).get("img_size") or self._pretrained_cfg().get("input_size", (3, 64, 64))[1:]
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        pixels = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+        return {"x": pixels.to(parameter.device, parameter.dtype)}
+
+
+def timm_model_args(model: nn.Module) -> dict[str, Any]:
+    """The arguments of `timm.create_model` that rebuild the model, as timm recorded them.
+
+    timm older than 1.0.31 records nothing; there the number of classes is all that is known.
+    """
+    try:
+        from timm.models import get_model_args
+    except ImportError:
+        return dict(getattr(model, "_model_args", {}), num_classes=getattr(model, "num_classes", 1000))
+    return get_model_args(model)
+
+
+def find_host(model: nn.Module) -> Host:
+    """Find the model of a known library in the model that was given, through wrappers (DDP, torch.compile).
+
+    Raises:
+        UnsupportedModelError: if there is none or more than one, or it is adapted (PEFT) or quantized.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"Expected a model (torch.nn.Module), found {type(model).__name__}. Load it first, for example with "
+            "AutoModelForSequenceClassification.from_pretrained(...)."
+        )
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+    _refuse_adapted(model)
+    found: dict[str, Host] = {}
+    for name, module in model.named_modules():
+        if any(outer == "" or name.startswith(f"{outer}.") for outer in found):
+            continue
+        if isinstance(module, PreTrainedModel):
+            found[name] = TransformersHost(module)
+        elif _is_timm(module):
+            found[name] = TimmHost(module)
+    if len(found) == 1:
+        (host,) = found.values()
+        _refuse_quantized(host.root)
+        return host
+    if found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} holds {len(found)} models side by side ({', '.join(found)}). Prune each of them by itself."
+        )
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is neither a transformers model nor a timm model, and holds none. deeparc_hf prunes models "
+        "whose own library can rebuild them smaller; see 'add a family' in CONTRIBUTING.md."
+    )
+
+
+def _is_timm(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("timm.models.") and hasattr(module, "pretrained_cfg")
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    adapted = type(model).__module__.startswith("peft.")
+    for module in model.modules():
+        adapted = adapted or type(module).__module__.startswith("peft.tuners.")
+    if adapted:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries PEFT adapters, and removing blocks would leave adapters behind that do not fit. "
+            "Call model.merge_and_unload() and prune the merged model, or prune first and add the adapters afterwards."
+        )
+
+
+def _refuse_quantized(root: nn.Module) -> None:
+    config = getattr(root, "config", None)
+    quantization = getattr(config, "quantization_config", None) if isinstance(config, PreTrainedConfig) else None
+    if getattr(root, "hf_quantizer", None) is None and not getattr(root, "is_quantized", False) and quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", "")
+    raise UnsupportedModelError(
+        f"{type(root).__name__} is quantized{f' ({method})' if method else ''}. Load it without quantization_config (in bfloat16, "
+        "say), prune it, save it, and quantize the pruned checkpoint."
+    )

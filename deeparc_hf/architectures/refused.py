@@ -1,0 +1,62 @@
+"""Families that are known and refused, each with its reason. Support for one starts with deleting its class here."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..errors import UnsupportedModelError
+from .base import Family, Stack, register
+from .hosts import Host
+
+
+class Refused(Family):
+    """Base of the refused families.
+
+    Attributes:
+        kinds: beginnings of the model types (transformers) or architecture names (timm) that are refused.
+        found, reason: what the model is made of, and why no block can be taken out.
+    """
+
+    priority = 20
+    kinds: ClassVar[tuple[str, ...]]
+    found: ClassVar[str]
+    reason: ClassVar[str]
+
+    def matches(self, host: Host) -> bool:
+        kind = host.kind
+        if kind == "timm_wrapper":
+            kind = host.root.config.architecture
+        return kind.startswith(self.kinds)
+
+    def stacks(self, host: Host) -> list[Stack]:
+        raise UnsupportedModelError(
+            f"{type(host.root).__name__} (type {host.kind!r}) cannot be pruned by layers: found {self.found}, but {self.reason}. "
+            "To support it, add a family: one file, see 'add a family' in CONTRIBUTING.md."
+        )
+
+
+@register("albert")
+class Albert(Refused):
+    summary = "refused: one layer shared by all depths"
+    kinds = ("albert",)
+    found = "one layer that is run many times"
+    reason = "its parameters are shared by all depths, so there is no redundant block to remove"
+
+
+@register("swin")
+class Swin(Refused):
+    summary = "refused: windows shift in every second block"
+    kinds = ("swin", "donut-swin", "maskformer-swin")
+    found = "stages of window-attention blocks"
+    reason = (
+        "every second block shifts its windows, and its config has no way to say which: a reload would shift the windows of "
+        "the blocks behind a removed one the wrong way"
+    )
+
+
+@register("efficientnet")
+class EfficientNet(Refused):
+    summary = "refused: repeats are scaled and rounded from fixed block strings"
+    kinds = ("efficientnet", "tf_efficientnet", "mobilenetv", "mobilenet_v")
+    found = "stages of inverted-residual blocks"
+    reason = "the number of blocks follows from a fixed table and a depth multiplier, which cannot express the loss of a single block"

@@ -1,0 +1,134 @@
+"""Skeletons: what a stock loader would build from given settings, on the meta device.
+
+A skeleton costs no memory and some ten milliseconds. Comparing the skeleton of the settings before a removal with the
+skeleton of the settings after it shows everything that a reload would do differently: indices to renumber, attributes
+that depend on a block's place, and settings that do not say what they should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Differences", "compare", "state_shapes"]
+
+# Attributes that hold a block's own index: they follow the skeleton.
+_INDEX_NAMES = frozenset(
+    {"block_id", "block_idx", "block_index", "layer_id", "layer_idx", "layer_index", "layer_num", "layer_number"}
+)
+# Stochastic depth grows along a stack and acts in training only: a kept block keeps the rate that it was trained with.
+_TRAINING_ONLY = frozenset({"drop_path", "drop_path_rate", "drop_prob"})
+
+
+@dataclass
+class Differences:
+    """What the skeleton after a removal has otherwise than the one before.
+
+    Attributes:
+        problems: reasons for which the removal cannot be expressed by the settings; empty if it can.
+        updates: (module path in the live model before the removal, attribute, new value).
+    """
+
+    problems: list[str] = field(default_factory=list)
+    updates: list[tuple[str, str, Any]] = field(default_factory=list)
+
+
+def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter and persistent buffer."""
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def compare(before: nn.Module, after: nn.Module, kept: Mapping[str, Sequence[int]]) -> Differences:
+    """Compare two skeletons, given which blocks of which stacks the second one keeps.
+
+    Args:
+        before: skeleton of the settings before the removal.
+        after: skeleton of the settings after it.
+        kept: per stack (module path) the indices that stay, rising.
+    """
+    found = Differences()
+    names = {name: _rename(name, kept) for name, _ in before.named_modules()}
+    new_names = {new for new in names.values() if new is not None}
+    after_modules = dict(after.named_modules())
+    extra = sorted(name for name in after_modules if name not in new_names and not _neutral(after_modules[name]))
+    if extra:
+        found.problems.append(f"a reload would build modules that the pruned model does not have: {_some(extra)}")
+    for old, new in names.items():
+        module = before.get_submodule(old)
+        if new is None or _neutral(module):
+            continue
+        counterpart = after_modules.get(new)
+        if counterpart is None or _neutral(counterpart):
+            found.problems.append(f"a reload would lack {new}, which is {old} of this model")
+        elif type(counterpart) is not type(module):
+            found.problems.append(
+                f"{old} is a {type(module).__name__}, but a reload would build a {type(counterpart).__name__} in its place"
+            )
+        else:
+            _compare_tensors(old, module, counterpart, found)
+            _compare_attributes(old, module, counterpart, any(old.startswith(f"{s}.") for s in kept), found)
+    return found
+
+
+def _compare_tensors(name: str, module: nn.Module, counterpart: nn.Module, found: Differences) -> None:
+    own = {k: tuple(v.shape) for k, v in module.named_parameters(recurse=False)}
+    own |= {k: tuple(v.shape) for k, v in module.named_buffers(recurse=False)}
+    new = {k: tuple(v.shape) for k, v in counterpart.named_parameters(recurse=False)}
+    new |= {k: tuple(v.shape) for k, v in counterpart.named_buffers(recurse=False)}
+    for key in sorted(own.keys() | new.keys()):
+        if own.get(key) != new.get(key):
+            label = f"{name}.{key}" if name else key
+            found.problems.append(f"{label} has shape {own.get(key)}, but a reload would give it {new.get(key)}")
+
+
+def _compare_attributes(name: str, module: nn.Module, counterpart: nn.Module, in_block: bool, found: Differences) -> None:
+    own, new = _plain_attributes(module), _plain_attributes(counterpart)
+    for key in sorted(own.keys() | new.keys()):
+        old_value, new_value = own.get(key), new.get(key)
+        if old_value == new_value or key in _TRAINING_ONLY:
+            continue
+        if not in_block or key in _INDEX_NAMES:
+            found.updates.append((name, key, new_value))
+        else:
+            found.problems.append(
+                f"{name}.{key} depends on the block's place: it is {old_value!r}, but a reload would make it {new_value!r}"
+            )
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and _plain(v)}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_plain(item) for item in value.values())
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+
+
+def _neutral(module: nn.Module) -> bool:
+    """Whether the module does nothing at inference: an identity, or stochastic depth."""
+    return isinstance(module, nn.Identity) or "DropPath" in type(module).__name__
+
+
+def _rename(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
+    """The path that a module has after the removal; None if it goes."""
+    for stack, indices in kept.items():
+        if not name.startswith(f"{stack}."):
+            continue
+        index, dot, rest = name[len(stack) + 1 :].partition(".")
+        if not index.isdigit():
+            continue
+        if int(index) not in indices:
+            return None
+        return f"{stack}.{list(indices).index(int(index))}{dot}{rest}"
+    return name
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,109 @@
+"""timm models whose own arguments say how many blocks they have, bare or inside transformers' TimmWrapper."""
+
+from __future__ import annotations
+
+import importlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from .base import Family, Stack, register, signature_pins
+from .hosts import Host, TransformersHost
+from .resnet import stage_pins
+
+
+class TimmFamily(Family):
+    """Base of the timm families.
+
+    Attributes:
+        module, cls: where timm defines the model's class.
+        argument: the argument of `timm.create_model` that counts the blocks.
+        per_stage: whether it is a list with one count a stage.
+    """
+
+    module: ClassVar[str]
+    cls: ClassVar[str]
+    argument: ClassVar[str]
+    per_stage: ClassVar[bool] = False
+
+    def matches(self, host: Host) -> bool:
+        model = _timm_model(host)
+        if model is None:
+            return False
+        return isinstance(model, getattr(importlib.import_module(self.module), self.cls))
+
+    def stacks(self, host: Host) -> list[Stack]:
+        prefix = "timm_model." if isinstance(host, TransformersHost) else ""
+        containers = self.containers(_timm_model(host))
+        names = [prefix + name for name, _ in containers]
+        return [
+            Stack(
+                name=names[i],
+                container=container,
+                pinned=self.pins(list(container)),
+                next_stack=names[i + 1] if i + 1 < len(names) else None,
+            )
+            for i, (_, container) in enumerate(containers)
+        ]
+
+    @abstractmethod
+    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Module path and container of every stack, in forward order."""
+
+    def pins(self, blocks: list[nn.Module]) -> dict[int, str]:
+        """The blocks of one stack that must stay."""
+        return signature_pins(blocks)
+
+    def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
+        counts = [len(kept[stack.name]) for stack in stacks]
+        arguments = settings
+        if "architecture" in settings:  # the config of TimmWrapper
+            arguments = settings["model_args"] = dict(settings.get("model_args") or {})
+        arguments[self.argument] = counts if self.per_stage else counts[0]
+
+
+def _timm_model(host: Host) -> nn.Module | None:
+    if host.library == "timm":
+        return host.root
+    return host.root.timm_model if host.kind == "timm_wrapper" else None
+
+
+@register("timm_resnet")
+class TimmResNet(TimmFamily):
+    summary = "timm resnet*, resnext*, wide_resnet*, seresnet* and their like; one stack a stage"
+    module, cls, argument, per_stage = "timm.models.resnet", "ResNet", "layers", True
+
+    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [(f"layer{i}", getattr(model, f"layer{i}")) for i in range(1, 5)]
+
+    def pins(self, blocks: list[nn.Module]) -> dict[int, str]:
+        return stage_pins(blocks)
+
+
+@register("timm_vit")
+class TimmViT(TimmFamily):
+    summary = "timm vit*, deit*"
+    module, cls, argument = "timm.models.vision_transformer", "VisionTransformer", "depth"
+
+    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [("blocks", model.blocks)]
+
+
+@register("timm_convnext")
+class TimmConvNeXt(TimmFamily):
+    summary = "timm convnext*; one stack a stage"
+    module, cls, argument, per_stage = "timm.models.convnext", "ConvNeXt", "depths", True
+
+    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [(f"stages.{i}.blocks", stage.blocks) for i, stage in enumerate(model.stages)]
+
+
+@register("timm_mixer")
+class TimmMixer(TimmFamily):
+    summary = "timm mixer*, resmlp*, gmlp*"
+    module, cls, argument = "timm.models.mlp_mixer", "MlpMixer", "num_blocks"
+
+    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        return [("blocks", model.blocks)]

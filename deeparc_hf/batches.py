@@ -1,0 +1,122 @@
+"""Batches of any form that a dataloader gives, turned into what a model's forward takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .architectures import Host
+from .errors import CalibrationError
+
+__all__ = ["batch_size", "cut", "forward_kwargs", "padding_masks"]
+
+
+def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
+    """Keyword arguments for `host.root`, on its device.
+
+    Mappings (dict, BatchEncoding, ModelOutput) are passed on, their tensors only. Of a tuple, a list or a lone tensor the
+    first entry is the model's main input; a second one of the same shape that holds only 0 and 1 is the attention mask;
+    the others (labels) are left out.
+
+    Raises:
+        CalibrationError: if the batch has no input for the model.
+    """
+    main = _main_input(host)
+    if isinstance(batch, Mapping):
+        inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        if host.library == "timm":
+            inputs = _timm_input(inputs)
+        elif main not in inputs and "inputs_embeds" not in inputs:
+            raise CalibrationError(
+                f"A calibration batch has no {main!r} for {type(host.root).__name__}; found {_describe(batch)}. Tokenize or process the "
+                "samples first, and collate them into tensors (DataCollatorWithPadding, an image processor)."
+            )
+    else:
+        inputs = _positional(host, main, batch)
+    parameter = next(host.root.parameters())
+    return {key: _place(value, parameter) for key, value in inputs.items()}
+
+
+def batch_size(inputs: Mapping[str, Any]) -> int:
+    """Number of samples: the length of the first tensor that has one."""
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 0)
+
+
+def cut(inputs: dict[str, Any], size: int) -> dict[str, Any]:
+    """The first `size` samples of a batch."""
+    whole = batch_size(inputs)
+    return {k: v[:size] if isinstance(v, Tensor) and v.ndim and len(v) == whole else v for k, v in inputs.items()}
+
+
+def padding_masks(inputs: Mapping[str, Any]) -> dict[str | None, Tensor | None]:
+    """Unpadded positions by side ("encoder", "decoder", None for models of one side), shape (B, T) bool; None: unknown.
+
+    The decoder's follow from `decoder_attention_mask`, else from the labels that are not -100: position t of the decoder's
+    input predicts label t.
+    """
+    mask = inputs.get("attention_mask")
+    mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    decoder = inputs.get("decoder_attention_mask")
+    labels = inputs.get("labels")
+    if isinstance(decoder, Tensor) and decoder.ndim == 2:
+        decoder = decoder.bool()
+    elif isinstance(labels, Tensor) and labels.ndim == 2 and "decoder_input_ids" not in inputs:
+        decoder = labels != -100
+    else:
+        decoder = None
+    return {None: mask, "encoder": mask, "decoder": decoder}
+
+
+def _main_input(host: Host) -> str:
+    return "x" if host.library == "timm" else host.root.main_input_name
+
+
+def _timm_input(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    for key in ("x", "pixel_values", "image", "images"):
+        if key in inputs:
+            return {"x": inputs[key]}
+    raise CalibrationError(
+        f"A calibration batch has no images for a timm model; found {_describe(inputs)}. Give tuples (images, labels), or dicts with a "
+        "tensor under 'pixel_values'."
+    )
+
+
+def _positional(host: Host, main: str, batch: Any) -> dict[str, Tensor]:
+    entries = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, Sequence) else []
+    if isinstance(batch, str) or not entries or not isinstance(entries[0], Tensor):
+        raise CalibrationError(
+            f"Cannot use a calibration batch of type {type(batch).__name__}: found {_describe(batch)}. Give dicts of tensors, or tuples "
+            "whose first entry is the model's input tensor."
+        )
+    if host.library == "transformers" and host.root.config.is_encoder_decoder:
+        raise CalibrationError(
+            f"{type(host.root).__name__} has an encoder and a decoder, and a batch of type {type(batch).__name__} does not say which tensor "
+            "is for which. Give dicts with input_ids, attention_mask and labels (or decoder_input_ids)."
+        )
+    inputs = {main: entries[0]}
+    if main == "input_ids" and len(entries) > 1 and isinstance(entries[1], Tensor):
+        second = entries[1]
+        if second.shape == entries[0].shape and bool(((second == 0) | (second == 1)).all()):
+            inputs["attention_mask"] = second
+    return inputs
+
+
+def _place(value: Tensor, parameter: Tensor) -> Tensor:
+    # images meet a half-precision model in its own precision, as autocast would have it
+    dtype = parameter.dtype if value.is_floating_point() and parameter.is_floating_point() else None
+    return value.to(device=parameter.device, dtype=dtype)
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {_kind(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return f"[{', '.join(_kind(value) for value in list(batch)[:4])}]"
+    return _kind(batch)
+
+
+def _kind(value: Any) -> str:
+    return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,268 @@
+"""Observation: one forward pass over calibration batches, with hooks on the blocks, feeding similarity metrics.
+
+Memory does not grow with the number of samples: a batch's rows go into the metrics' sums and are gone. The model is left
+as it was: hooks removed, train/eval mode and the random states of torch, numpy and python restored, requires_grad untouched.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .architectures import Host, Stack
+from .batches import batch_size, cut, forward_kwargs, padding_masks
+from .errors import CalibrationError, CalibrationWarning
+from .similarity import SimilarityMetric
+
+__all__ = ["StackObserver", "evaluating", "hidden_states", "observe"]
+
+_FEW_ROWS = 32
+
+
+class StackObserver:
+    """Collects the rows of one stack's blocks in a forward pass and hands them to a metric.
+
+    Args:
+        stack: the stack.
+        metric: a fresh metric, which receives the rows.
+        rows: "tokens", "mean" or "first".
+    """
+
+    def __init__(self, stack: Stack, metric: SimilarityMetric, rows: str) -> None:
+        self.stack = stack
+        self.metric = metric
+        self.rows = rows
+        self.count = 0
+        self.mask: Tensor | None = None
+        self._batch: dict[int, Tensor] = {}
+        self._first: dict[int, Tensor] = {}
+        self._constant = set(range(len(stack)))
+
+    def hook(self, index: int) -> Any:
+        """A forward hook for the block of that index."""
+
+        def take(module: nn.Module, args: Any, output: Any) -> None:
+            self._batch[index] = self._select(index, hidden_states(output).detach())
+
+        return take
+
+    def flush(self, seen: int) -> None:
+        """Hand the batch's rows to the metric. `seen` samples came before this batch.
+
+        Raises:
+            CalibrationError: if a block's rows hold NaN or infinity, or a block did not run.
+        """
+        missing = [i for i in range(len(self.stack)) if i not in self._batch]
+        if missing:
+            raise CalibrationError(
+                f"Block {missing[0]} of {self.stack.name} did not run in the forward pass over a calibration batch. Give batches that reach "
+                "every part of the model (text and images for a model of both), and switch layer skipping (LayerDrop) off."
+            )
+        rows = [self._batch[i] for i in range(len(self.stack))]
+        self._batch = {}
+        for index, block_rows in enumerate(rows):
+            self._check(index, block_rows)
+        samples = torch.arange(len(rows[0]), device=rows[0].device)
+        if self.rows == "tokens":
+            samples = torch.repeat_interleave(torch.arange(len(self._per_sample)), torch.tensor(self._per_sample))
+        self.metric.update(rows, samples + seen)
+        self.count += len(rows[0])
+
+    def constant_blocks(self) -> list[int]:
+        """Blocks whose rows have all been equal."""
+        return sorted(self._constant)
+
+    def _check(self, index: int, rows: Tensor) -> None:
+        if not bool(torch.isfinite(rows).all()):
+            dtype = next(self.stack.blocks[index].parameters()).dtype
+            hint = " Load it in float32 or bfloat16." if dtype == torch.float16 else " Check its weights and the inputs."
+            raise CalibrationError(
+                f"Block {index} of {self.stack.name} puts out NaN or infinity on the calibration data (its weights are {dtype}).{hint}"
+            )
+        if index in self._constant and len(rows):
+            first = self._first.setdefault(index, rows[0].clone())
+            if bool((rows != first).any()):
+                self._constant.discard(index)
+
+    def _select(self, index: int, hidden: Tensor) -> Tensor:
+        """Rows (N, D) in float32 of a block's output (B, T, D) or (B, C, H, W)."""
+        if hidden.ndim == 4:
+            hidden = hidden.flatten(2).transpose(1, 2)
+        if hidden.ndim != 3:
+            raise CalibrationError(
+                f"Block {index} of {self.stack.name} puts out a tensor of shape {tuple(hidden.shape)}; expected (batch, positions, "
+                "features) or (batch, channels, height, width)."
+            )
+        mask = self.mask if self.mask is not None and self.mask.shape == hidden.shape[:2] else None
+        if self.rows == "mean":
+            if mask is None:
+                return hidden.float().mean(dim=1)
+            weight = mask.to(torch.float32)
+            total = torch.einsum("bt,btd->bd", weight, hidden.float())
+            return (total / weight.sum(dim=1, keepdim=True).clamp(min=1))[mask.any(dim=1)]
+        if self.rows == "first":
+            if mask is None:
+                return hidden[:, 0].float()
+            first = mask.int().argmax(dim=1)
+            return hidden[torch.arange(len(hidden), device=hidden.device), first].float()[mask.any(dim=1)]
+        return hidden.reshape(-1, hidden.shape[2])[self._positions(mask, hidden)].float()
+
+    def _positions(self, mask: Tensor | None, hidden: Tensor) -> Tensor:
+        """Flat indices of the positions to compare, evenly spaced within each sample; the same for all blocks of a batch."""
+        if self._batch and self._shape == hidden.shape[:2]:
+            return self._chosen
+        batch, length = self._shape = hidden.shape[:2]
+        limit = self.metric.tokens_per_sample or length
+        chosen, self._per_sample = [], []
+        for sample in range(batch):
+            positions = torch.arange(length) if mask is None else mask[sample].nonzero().flatten().cpu()
+            if len(positions) > limit:
+                positions = positions[torch.linspace(0, len(positions) - 1, limit).round().long()]
+            chosen.append(positions + sample * length)
+            self._per_sample.append(len(positions))
+        self._chosen = torch.cat(chosen).to(hidden.device)
+        return self._chosen
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The hidden states in what a block puts out: the output itself, or the first entry of a tuple or ModelOutput."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = next(iter(output.values()))
+        return output
+    return output[0]
+
+
+def observe(
+    host: Host, observers: Iterable[StackObserver], dataloader: Iterable[Any], max_samples: int, *, progress: bool = True
+) -> int:
+    """Run the model over calibration batches and feed the observers.
+
+    Args:
+        host: the model.
+        observers: one a stack.
+        dataloader: batches; see `batches.forward_kwargs` for their forms.
+        max_samples: stop after this many samples.
+        progress: show a progress bar, in samples.
+
+    Returns:
+        The number of samples seen.
+
+    Raises:
+        CalibrationError: if there is no data, too little of it, a batch the model cannot take, or a block whose
+            output is not finite or constant.
+    """
+    observers = list(observers)
+    seen = 0
+    with evaluating(host.root), _hooked(observers), tqdm(
+        total=max_samples, desc="Comparing blocks", unit="sample", disable=None if progress else True, leave=False
+    ) as bar:
+        for batch in dataloader:
+            inputs = forward_kwargs(host, batch)
+            inputs = cut(inputs, min(batch_size(inputs), max_samples - seen))
+            size = batch_size(inputs)
+            if size == 0:
+                continue
+            _warn_unmasked(host, inputs)
+            masks = padding_masks(inputs)
+            for observer in observers:
+                observer.mask = masks[observer.stack.side]
+            _forward(host, inputs)
+            for observer in observers:
+                observer.flush(seen)
+            seen += size
+            bar.update(size)
+            if seen >= max_samples:
+                break
+    _require_enough(observers, seen)
+    return seen
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module's mode and all random states are what they were."""
+    modes = {module: module.training for module in model.modules()}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _hooked(observers: list[StackObserver]) -> Iterator[None]:
+    handles = []
+    try:
+        for observer in observers:
+            for index, block in enumerate(observer.stack.blocks):
+                handles.append(block.register_forward_hook(observer.hook(index)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forward(host: Host, inputs: dict[str, Any]) -> None:
+    try:
+        host.root(**inputs)
+    except CalibrationError:
+        raise
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        shapes = ", ".join(f"{key}: {tuple(value.shape)}" for key, value in inputs.items())
+        raise CalibrationError(
+            f"{type(host.root).__name__} cannot run on a calibration batch ({shapes}): {type(error).__name__}: {error}. Give batches "
+            "as your training loop gives them to the model."
+        ) from error
+
+
+def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
+    ids = inputs.get("input_ids")
+    pad = getattr(getattr(host.root, "config", None), "pad_token_id", None)
+    if ids is None or pad is None or "attention_mask" in inputs or not bool((ids == pad).any()):
+        return
+    warnings.warn(
+        f"A calibration batch has padding (token {pad}) but no attention_mask: the padding is compared like text, and the model attends to "
+        "it. Put the tokenizer's attention_mask into the batches.",
+        CalibrationWarning,
+        stacklevel=5,
+    )
+
+
+def _require_enough(observers: list[StackObserver], seen: int) -> None:
+    if seen == 0:
+        raise CalibrationError(
+            "The calibration data gave no samples. Give a dataloader that is not empty; an iterator can be used only once."
+        )
+    for observer in observers:
+        constant, stack, least = observer.constant_blocks(), observer.stack.name, observer.metric.min_rows
+        if observer.count < least:
+            raise CalibrationError(
+                f"{seen} calibration sample(s) gave {observer.count} row(s) for {stack}; {observer.metric.name} needs at least {least}, and some "
+                "hundreds for a result to rely on. Give more samples."
+            )
+        if constant and observer.count > 1:
+            raise CalibrationError(
+                f"Block {constant[0]} of {stack} puts out the same for every calibration sample, so it cannot be compared. Check that the samples "
+                "differ and that the block's weights are loaded."
+            )
+        if observer.count < _FEW_ROWS:
+            warnings.warn(
+                f"Only {observer.count} rows were compared for {stack}: the similarities are rough. Give some hundreds of samples.",
+                CalibrationWarning,
+                stacklevel=4,
+            )

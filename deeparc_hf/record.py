@@ -1,0 +1,288 @@
+"""The record of what was done to a checkpoint over its life. It lives in config.json under the key `pruning_config`.
+
+A downloaded record is hostile input: everything in it is checked before it is used, and sizes are bounded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .architectures import describe
+from .architectures.hosts import RECORD_KEY
+from .errors import DeepArcWarning, RecordError
+
+__all__ = ["PrunedConfig", "StackRecord"]
+
+FORMAT_VERSION = 1
+MAX_BLOCKS = 4096
+MAX_ENTRIES = 256
+MAX_TEXT = 512
+_MAX_FILE = 16 * 2**20
+_KEYS = ("format_version", "base_model", "base_revision", "stacks", "iterations", "sparsity", "versions")
+
+
+@dataclass(frozen=True)
+class StackRecord:
+    """One stack: its length in the base model, and the ORIGINAL indices of the blocks that are left."""
+
+    length: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrunedConfig:
+    """What was done to a checkpoint; also a recipe to do it to the base checkpoint again (`load_pruned`).
+
+    Attributes:
+        stacks: by stack name, composed over all iterations.
+        base_model: Hub id of the checkpoint that was pruned first; None if it came from a local folder or from scratch.
+        base_revision: its commit, if known.
+        iterations: one entry a pruning, oldest first: settings, calibration samples, removed and frozen blocks (ORIGINAL
+            indices) and, where measured, metrics.
+        sparsity: zeroed weights, if any.
+        versions: packages that made the last pruning.
+    """
+
+    stacks: Mapping[str, StackRecord]
+    base_model: str | None = None
+    base_revision: str | None = None
+    iterations: tuple[Mapping[str, Any], ...] = ()
+    sparsity: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Original indices of the blocks that are left, by stack."""
+        return {name: stack.kept for name, stack in self.stacks.items()}
+
+    @property
+    def removed(self) -> dict[str, tuple[int, ...]]:
+        """Original indices of the blocks that are gone, by stack."""
+        return {n: tuple(i for i in range(stack.length) if i not in stack.kept) for n, stack in self.stacks.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "base_revision": self.base_revision,
+            "stacks": {name: {"length": stack.length, "kept": list(stack.kept)} for name, stack in self.stacks.items()},
+            "iterations": [json.loads(json.dumps(entry)) for entry in self.iterations],
+            "sparsity": None if self.sparsity is None else json.loads(json.dumps(self.sparsity)),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> PrunedConfig:
+        """Read a record, checking everything.
+
+        Raises:
+            RecordError: naming the entry that is wrong, what was found and what was expected.
+        """
+        _expect(isinstance(data, Mapping), RECORD_KEY, data, "an object")
+        version = data.get("format_version")
+        _expect(_is_int(version) and version >= 1, "format_version", version, f"a whole number up to {FORMAT_VERSION}")
+        if version > FORMAT_VERSION:
+            raise RecordError(
+                f"This checkpoint's pruning record has format version {version}, newer than {FORMAT_VERSION}, which this version of "
+                "deeparc_hf reads: pip install -U deeparc_hf."
+            )
+        unknown = sorted(str(key) for key in set(data) - set(_KEYS))
+        if unknown:
+            warnings.warn(
+                f"The pruning record has entries that this version of deeparc_hf does not know and ignores: {', '.join(unknown[:5])}. "
+                "pip install -U deeparc_hf may help.",
+                DeepArcWarning,
+                stacklevel=2,
+            )
+        stacks = data.get("stacks")
+        _expect(isinstance(stacks, Mapping) and len(stacks) <= MAX_ENTRIES, "stacks", stacks, f"an object with at most {MAX_ENTRIES} stacks")
+        iterations = data.get("iterations", [])
+        _expect(
+            isinstance(iterations, Sequence) and len(iterations) <= MAX_ENTRIES and all(isinstance(i, Mapping) for i in iterations),
+            "iterations",
+            iterations,
+            f"a list of at most {MAX_ENTRIES} objects",
+        )
+        for name in ("base_model", "base_revision"):
+            value = data.get(name)
+            _expect(value is None or (isinstance(value, str) and len(value) <= MAX_TEXT), name, value, f"null or a text of at most {MAX_TEXT} characters")
+        sparsity, versions = data.get("sparsity"), data.get("versions", {})
+        _expect(sparsity is None or isinstance(sparsity, Mapping), "sparsity", sparsity, "null or an object")
+        _expect(
+            isinstance(versions, Mapping) and all(isinstance(v, str) and len(v) <= MAX_TEXT for v in versions.values()),
+            "versions",
+            versions,
+            "an object of texts",
+        )
+        return cls(
+            stacks={_name(name): _stack(name, value) for name, value in stacks.items()},
+            base_model=data.get("base_model"),
+            base_revision=data.get("base_revision"),
+            iterations=tuple(iterations),
+            sparsity=sparsity,
+            versions=versions,
+        )
+
+    @classmethod
+    def from_pretrained(cls, repo_or_path: str | os.PathLike[str], **hub: Any) -> PrunedConfig:
+        """Read the record of a checkpoint in a folder or on the Hub; only its config.json is read.
+
+        Args:
+            repo_or_path: a folder, or a Hub id.
+            hub: passed on to `huggingface_hub.hf_hub_download` (revision, token, cache_dir, local_files_only, ...).
+
+        Raises:
+            RecordError: if the checkpoint carries no record, or a malformed one.
+            FileNotFoundError: if the folder has no config.json. The Hub's own errors pass through.
+        """
+        path = Path(repo_or_path)
+        if path.is_dir():
+            path = path / "config.json"
+            if not path.is_file():
+                raise FileNotFoundError(f"{repo_or_path} has no config.json. Give the folder that save_pretrained wrote.")
+        elif not path.is_file():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(repo_or_path), "config.json", **hub))
+        if path.stat().st_size > _MAX_FILE:
+            raise RecordError(f"The config.json of {repo_or_path} is larger than {_MAX_FILE} bytes. It is not read.")
+        try:
+            config = json.loads(path.read_text("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise RecordError(f"The config.json of {repo_or_path} is not JSON: {error}.") from error
+        record = config.get(RECORD_KEY) if isinstance(config, Mapping) else None
+        if record is None:
+            raise RecordError(f"{repo_or_path} has no pruning record ({RECORD_KEY!r} in its config.json): it was not pruned by deeparc_hf.")
+        return cls.from_dict(record)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the record into the folder's config.json, beside what is there; a config.json is made if there is none."""
+        path = Path(folder) / "config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        config[RECORD_KEY] = self.to_dict()
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> PrunedConfig:
+        """The record that a model carries.
+
+        Raises:
+            RecordError: if it carries none, a malformed one, or one that does not fit the model.
+        """
+        host, _, stacks = describe(model)
+        if host.record() is None:
+            raise RecordError(f"{type(host.root).__name__} carries no pruning record: it was not pruned by deeparc_hf.")
+        record = cls.from_dict(host.record())
+        record.check_fits({name: len(stack) for name, stack in stacks.items()})
+        return record
+
+    def check_fits(self, lengths: Mapping[str, int]) -> None:
+        """Check the record against the number of blocks that each stack of a model has.
+
+        Raises:
+            RecordError: if a stack is missing or has another number of blocks.
+        """
+        for name, stack in self.stacks.items():
+            if name not in lengths:
+                raise RecordError(f"The pruning record names the stack {name!r}, which this model lacks. Its stacks: {', '.join(lengths)}.")
+            if lengths[name] != len(stack.kept):
+                raise RecordError(
+                    f"The pruning record says that {len(stack.kept)} of {stack.length} blocks of {name} are left, but the model has {lengths[name]}. "
+                    f"Its config.json and its weights do not belong together; delete {RECORD_KEY!r} from config.json if the record is wrong."
+                )
+
+    def compose(self, lengths: Mapping[str, int], removed: Mapping[str, Sequence[int]], iteration: Mapping[str, Any]) -> PrunedConfig:
+        """The record after one more pruning.
+
+        Args:
+            lengths: number of blocks of each stack of the model now.
+            removed: the blocks that go, as indices of the model now.
+            iteration: what to note of this pruning; block indices in "removed" and "frozen" are translated to original ones.
+        """
+        kept = {name: self.stacks[name].kept if name in self.stacks else tuple(range(length)) for name, length in lengths.items()}
+        entry = dict(iteration)
+        for key in ("removed", "frozen"):
+            blocks = entry.get(key) or {}
+            entry[key] = {name: [kept[name][i] for i in indices] for name, indices in blocks.items() if indices}
+        stacks = {
+            name: StackRecord(
+                length=self.stacks[name].length if name in self.stacks else length,
+                kept=tuple(original for i, original in enumerate(kept[name]) if i not in removed.get(name, ())),
+            )
+            for name, length in lengths.items()
+        }
+        return PrunedConfig(
+            stacks, self.base_model, self.base_revision, (*self.iterations, entry), self.sparsity, package_versions()
+        )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a pruning depends on, and of Python."""
+    versions = {"python": platform.python_version()}
+    for name in ("deeparc_hf", "transformers", "torch", "accelerate", "timm"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def base_reference(root: nn.Module) -> tuple[str | None, str | None]:
+    """Hub id and commit that a model was loaded from; None for a local folder, whose path is nobody else's business."""
+    config = getattr(root, "config", None)
+    name = getattr(config, "_name_or_path", None) or None
+    if name is None:
+        cfg = getattr(root, "pretrained_cfg", None) or {}
+        name = cfg.get("hf_hub_id") if isinstance(cfg, dict) else None
+        return (name or None), None
+    if os.path.exists(name) or name.count("/") > 1 or os.path.isabs(name):
+        return None, None
+    return name, getattr(config, "_commit_hash", None)
+
+
+def _stack(name: Any, value: Any) -> StackRecord:
+    where = f"stacks.{str(name)[:80]}"
+    _expect(isinstance(value, Mapping), where, value, "an object with length and kept")
+    length, kept = value.get("length"), value.get("kept")
+    _expect(_is_int(length) and 1 <= length <= MAX_BLOCKS, f"{where}.length", length, f"a whole number from 1 to {MAX_BLOCKS}")
+    _expect(
+        isinstance(kept, Sequence) and not isinstance(kept, str) and 1 <= len(kept) <= length and all(map(_is_int, kept)),
+        f"{where}.kept",
+        kept,
+        f"a list of 1 to {length} whole numbers",
+    )
+    rising = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+    _expect(rising and kept[0] >= 0 and kept[-1] < length, f"{where}.kept", kept, f"rising block indices from 0 to {length - 1}, none twice")
+    return StackRecord(length, tuple(kept))
+
+
+def _name(name: Any) -> str:
+    _expect(isinstance(name, str) and 0 < len(name) <= MAX_TEXT, "stacks", name, f"names of at most {MAX_TEXT} characters")
+    return name
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _expect(condition: bool, where: str, found: Any, expected: str) -> None:
+    if condition:
+        return
+    shown = repr(found)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    raise RecordError(
+        f"The pruning record is malformed: {where} must be {expected}, found {shown}. Download the checkpoint again, or delete {RECORD_KEY!r} from its "
+        "config.json to use it as a plain checkpoint."
+    )

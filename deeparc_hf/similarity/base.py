@@ -1,0 +1,106 @@
+"""What a similarity metric is: additive sums over rows of activations, and a matrix made from the sums."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..registry import Registry
+
+__all__ = ["ROW_KINDS", "RowBuffer", "SimilarityMetric", "centered_grams", "metrics", "register"]
+
+ROW_KINDS = ("tokens", "mean", "first")
+
+
+class SimilarityMetric(ABC):
+    """Compares the outputs of the blocks of one stack, given rows of them in portions.
+
+    An instance holds one stack's sums. All of them are sums over rows (or groups of rows), so those of several
+    processes add up: `matrix` is a pure function of the sums.
+
+    Attributes:
+        name: set by `register`.
+        summary: one line for the README's and the CLI's tables.
+        rows: which rows are compared unless the user says otherwise: "tokens" (every unpadded position), "mean" (the
+            mean over a sample's unpadded positions) or "first" (a sample's first unpadded position).
+        tokens_per_sample: at most this many evenly spaced positions of a sample where rows are tokens; None: all.
+        min_rows: fewest rows that give a value.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    rows: ClassVar[str] = "mean"
+    tokens_per_sample: ClassVar[int | None] = None
+    min_rows: ClassVar[int] = 2
+
+    @abstractmethod
+    def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
+        """Take the next rows.
+
+        Args:
+            rows: one tensor of shape (N, D) a block, in float32 or float64; row i of all of them is the same place of the same sample.
+            samples: shape (N,); rows of one sample share a number, and stand together.
+        """
+
+    @abstractmethod
+    def finish(self) -> dict[str, Tensor]:
+        """Take in what is still buffered and return the sums, float64. No `update` may follow."""
+
+    @staticmethod
+    @abstractmethod
+    def matrix(sums: Mapping[str, Tensor]) -> Tensor:
+        """The similarity matrix, shape (L, L), float64; 1 on the diagonal, NaN in the rows of a constant block."""
+
+
+metrics: Registry[SimilarityMetric] = Registry("similarity metric", "deeparc_hf.similarity", SimilarityMetric)
+register = metrics.register
+
+
+class RowBuffer:
+    """Regroups portions of rows into groups of a fixed number, so that results do not depend on the batch size.
+
+    Args:
+        size: rows of a full group. The last group may be smaller, or up to twice as large to avoid a small remainder.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._parts: list[Tensor] = []  # each (L, n, D)
+        self._count = 0
+
+    def add(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Take rows (one (N, D) tensor a block); return the groups that are now full, each of shape (L, size, D)."""
+        if not len(rows[0]):
+            return []
+        self._parts.append(torch.stack(list(rows)))
+        self._count += len(rows[0])
+        if self._count < 2 * self.size:
+            return []
+        joined = torch.cat(self._parts, dim=1)
+        # one group's worth always stays back for the remainder to join
+        full = self._count // self.size - 1
+        self._parts = [joined[:, full * self.size :]]
+        self._count -= full * self.size
+        return list(joined[:, : full * self.size].split(self.size, dim=1))
+
+    def rest(self) -> Tensor | None:
+        """All that is left, as one group of shape (L, n, D); None if nothing came."""
+        return torch.cat(self._parts, dim=1) if self._parts else None
+
+
+def centered_grams(group: Tensor) -> Tensor:
+    """Gram matrix of each block's rows, their mean taken off first: shape (L, n, D) -> (L, n, n), float64.
+
+    One block at a time, so that a wide model's rows are never held in float64 all at once.
+    """
+    device = "cpu" if group.device.type == "mps" else group.device  # mps has no float64
+    grams = torch.empty(len(group), group.shape[1], group.shape[1], dtype=torch.float64, device=device)
+    for index, rows in enumerate(group):
+        rows = rows.to(device, torch.float64)
+        rows = rows - rows.mean(dim=0)
+        torch.mm(rows, rows.T, out=grams[index])
+    return grams

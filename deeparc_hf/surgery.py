@@ -1,0 +1,300 @@
+"""Surgery: take blocks out of a live model, in place, all or nothing.
+
+Before anything is touched, the settings without these blocks are built as a stock loader would build them (on the meta
+device) and compared with the model; what cannot be expressed is refused. Then the blocks go, indices are renumbered, the
+config (a copy: it may be shared) follows, and a forward pass verifies the result. Any failure, Ctrl-C too, restores the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .architectures import Family, Host, Stack, describe
+from .architectures.hosts import RECORD_KEY
+from .architectures.skeleton import compare, state_shapes
+from .errors import ConfigError, PlanError, SurgeryError
+from .freezing import freeze_blocks
+from .plan import PruningPlan, freezing_set
+from .record import PrunedConfig, base_reference
+from .undo import Transaction
+from .verify import expect
+
+__all__ = ["apply_plan", "forget_parameters", "remove_blocks", "shrunk_settings"]
+
+
+def remove_blocks(
+    model: nn.Module, blocks: Mapping[str, Sequence[int]], freeze: str = "none", *, optimizer: torch.optim.Optimizer | None = None
+) -> PrunedConfig:
+    """Remove blocks from a live model, in place, all or nothing.
+
+    Args:
+        model: a model that `find_stacks` knows.
+        blocks: by stack name the indices of the blocks that go.
+        freeze: "partial" freezes all kept blocks but those beside a removal site, and what runs before the first stack.
+        optimizer: an optimizer over the model's parameters that is to follow: the removed ones leave it, and the state of
+            frozen ones is freed.
+
+    Returns:
+        The record, which the model carries in its config from now on.
+
+    Raises:
+        SurgeryError: if a stack or block does not exist, a block is pinned, nothing would be left, the model's settings cannot express
+            the removal, or the result does not compute what it should. Nothing is changed then.
+        UnsupportedModelError: if the model cannot be pruned at all.
+    """
+    if freeze not in ("none", "partial"):
+        raise ConfigError(f"freeze must be 'none' or 'partial', found {freeze!r}.")
+    host, family, stacks = describe(model)
+    removed = _checked(stacks, blocks)
+    frozen: Mapping[str, Sequence[int]] = {}
+    if freeze == "partial":
+        frozen = freezing_set(removed, {n: len(s) for n, s in stacks.items()}, {n: s.next_stack for n, s in stacks.items()})
+    entry = {"settings": {"freeze": freeze}, "removed": removed, "frozen": frozen}
+    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer)
+
+
+def apply_plan(
+    model: nn.Module, plan: PruningPlan, *, optimizer: torch.optim.Optimizer | None = None, example: Any = None
+) -> PrunedConfig:
+    """Carry a plan out on a live model, in place, all or nothing.
+
+    Args:
+        model: the model that the plan was made for, or one with the same stacks.
+        plan: from `analyze`.
+        optimizer: as in `remove_blocks`.
+        example: a batch to verify the result on; made-up inputs otherwise.
+
+    Returns:
+        The record. If the plan removes nothing, the model is left alone and the record is the one it carries, or an empty one.
+
+    Raises:
+        PlanError: if the plan does not fit the model.
+        SurgeryError, UnsupportedModelError: as in `remove_blocks`.
+    """
+    host, family, stacks = describe(model)
+    for name, stack in plan.stacks.items():
+        if name not in stacks or len(stacks[name]) != len(stack):
+            found = f"{len(stacks[name])} blocks" if name in stacks else f"no such stack (it has {', '.join(stacks)})"
+            raise PlanError(
+                f"The plan is for a model with {len(stack)} blocks in {name}; {type(host.root).__name__} has {found}. Call analyze on this model."
+            )
+    if not plan.removed:
+        return _current_record(host, stacks)
+    removed = _checked(stacks, plan.removed)
+    frozen = {name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}
+    entry = {
+        "settings": plan.config.to_dict(),
+        "samples": plan.samples,
+        "thresholds": {name: stack.threshold for name, stack in plan.stacks.items()},
+        "removed": removed,
+        "frozen": frozen,
+    }
+    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example)
+
+
+def shrunk_settings(
+    host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's settings, and those of the model with only the kept blocks."""
+    before = host.settings()
+    after = copy.deepcopy(before)
+    family.shrink(after, list(stacks.values()), kept)
+    return before, after
+
+
+def forget_parameters(optimizer: torch.optim.Optimizer, removed: Iterable[nn.Parameter], frozen: Iterable[nn.Parameter] = ()) -> None:
+    """Make a live optimizer forget parameters.
+
+    Removed ones leave their group (the groups stay, so a scheduler's rates still fit) and their state. Frozen ones lose only their
+    state: group sizes then agree when training is resumed.
+    """
+    gone = {id(p) for p in removed}
+    for group in optimizer.param_groups:
+        group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+    forgotten = gone | {id(p) for p in frozen}
+    for parameter in [p for p in optimizer.state if id(p) in forgotten]:
+        del optimizer.state[parameter]
+
+
+def _operate(
+    model: nn.Module,
+    host: Host,
+    family: Family,
+    stacks: Mapping[str, Stack],
+    removed: Mapping[str, Sequence[int]],
+    frozen: Mapping[str, Sequence[int]],
+    entry: Mapping[str, Any],
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    example: Any = None,
+) -> PrunedConfig:
+    _refuse_wrapped(model)
+    lengths = {name: len(stack) for name, stack in stacks.items()}
+    kept = {name: [i for i in range(length) if i not in removed.get(name, ())] for name, length in lengths.items()}
+    before, after, updates = _skeletons(host, family, stacks, kept)
+    record = _current_record(host, stacks).compose(lengths, removed, entry)
+    expectation = expect(host, stacks, removed, example)
+    modules = {name: stack.blocks for name, stack in stacks.items()}
+    with Transaction() as transaction:
+        _install_configs(host, before, after, kept, record, transaction)
+        for path, attribute, value in updates:
+            transaction.set(host.root.get_submodule(path), attribute, value)
+        for name, stack in stacks.items():
+            if name in removed:
+                transaction.keep_children(stack.container, [modules[name][i] for i in kept[name]])
+        if expectation is not None:
+            expectation.check()
+        if frozen:
+            new_index = {name: {old: new for new, old in enumerate(indices)} for name, indices in kept.items()}
+            freeze_now = {name: [new_index[name][i] for i in indices] for name, indices in frozen.items()}
+        lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
+        still_used = {id(p) for p in host.root.parameters()}
+    changed = freeze_blocks(host.root, stacks, freeze_now) if frozen else []
+    if optimizer is not None:
+        forget_parameters(optimizer, [p for p in lost if id(p) not in still_used], changed)
+    # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
+    torch.compiler.reset()
+    return record
+
+
+def _skeletons(
+    host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
+) -> tuple[nn.Module, nn.Module, list[tuple[str, str, Any]]]:
+    """Stock builds of the settings before and after the removal, and the attributes in which the second one differs.
+
+    Raises:
+        SurgeryError: if the settings do not describe the model, or cannot describe it without these blocks.
+    """
+    settings, shrunk = shrunk_settings(host, family, stacks, kept)
+    name = type(host.root).__name__
+    try:
+        before = host.build(settings)
+    except Exception as error:
+        raise SurgeryError(
+            f"{name} cannot be rebuilt from its own settings, so a pruned one could not be loaded: {type(error).__name__}: {error}"
+        ) from error
+    live, stock = state_shapes(host.root), state_shapes(before)
+    for stack in stacks:
+        odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
+        if odd:
+            raise SurgeryError(
+                f"{name} is not what its settings describe: {odd[0]} has shape {live.get(odd[0])}, a stock build would give it {stock.get(odd[0])}. "
+                "A checkpoint of it could not be loaded. Load it with the settings that it was built with."
+            )
+    try:
+        after = host.build(shrunk)
+    except Exception as error:
+        raise SurgeryError(
+            f"The settings of {name} (type {host.kind!r}) cannot express the removal: {type(error).__name__}: {error}. Nothing was changed."
+        ) from error
+    differences = compare(before, after, kept)
+    if differences.problems:
+        raise SurgeryError(
+            f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. Nothing was changed. Remove "
+            "other blocks, or protect these."
+        )
+    return before, after, differences.updates
+
+
+def _install_configs(
+    host: Host,
+    before: nn.Module,
+    after: nn.Module,
+    kept: Mapping[str, Sequence[int]],
+    record: PrunedConfig,
+    transaction: Transaction,
+) -> None:
+    """Give the model copies of its configs, changed as the stock build's configs changed, and the record.
+
+    T5 and others hold several configs; each follows its own counterpart. Settings made at run time stay.
+    """
+    if host.library == "timm":
+        arguments = {**getattr(host.root, "_model_args", {}), **_changed(before, after)}
+        transaction.set(host.root, "_model_args", arguments)
+        transaction.set(host.root, RECORD_KEY, record.to_dict())
+        return
+    copies: dict[int, Any] = {}
+    patched: set[int] = set()
+    stacks = tuple(f"{name}." for name in kept)
+    for path, module in host.root.named_modules():
+        for attribute, config in list(vars(module).items()):
+            if not isinstance(config, PreTrainedConfig):
+                continue
+            new = copy.deepcopy(config, copies)
+            if not path.startswith(stacks) and id(new) not in patched:
+                patched.add(id(new))
+                _patch(new, getattr(before.get_submodule(path), attribute), getattr(after.get_submodule(path), attribute))
+            transaction.set(module, attribute, new)
+    setattr(host.root.config, RECORD_KEY, record.to_dict())
+
+
+def _changed(before: nn.Module, after: nn.Module) -> dict[str, Any]:
+    old, new = getattr(before, "_model_args", {}), getattr(after, "_model_args", {})
+    return {key: value for key, value in new.items() if old.get(key) != value}
+
+
+def _patch(config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
+    """Change in `config` what differs between two others."""
+    for key, value in vars(after).items():
+        old = vars(before).get(key)
+        if isinstance(value, PreTrainedConfig) and isinstance(old, PreTrainedConfig):
+            _patch(getattr(config, key), old, value)
+        elif old != value:
+            setattr(config, key, copy.deepcopy(value))
+
+
+def _current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
+    stored = host.record()
+    if stored is None:
+        base, revision = base_reference(host.root)
+        return PrunedConfig({}, base, revision)
+    record = PrunedConfig.from_dict(stored)
+    record.check_fits({name: len(stack) for name, stack in stacks.items()})
+    return record
+
+
+def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The removal, sorted and without empty entries; raises if it is not possible."""
+    checked: dict[str, list[int]] = {}
+    if not isinstance(blocks, Mapping):
+        raise SurgeryError(f"Expected a dict of stack names to lists of block indices, found {type(blocks).__name__}. Stacks: {', '.join(stacks)}.")
+    for name, indices in blocks.items():
+        if name not in stacks:
+            near = difflib.get_close_matches(str(name), stacks, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SurgeryError(f"There is no stack {name!r}.{hint} Stacks: {', '.join(stacks)}. Nothing was changed.")
+        stack = stacks[name]
+        if isinstance(indices, (str, int)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+            raise SurgeryError(f"Blocks of {name} are given as a list of whole numbers, found {indices!r}. Nothing was changed.")
+        for index in indices:
+            if not 0 <= index < len(stack):
+                raise SurgeryError(f"{name} has blocks 0 to {len(stack) - 1}; there is no block {index}. Nothing was changed.")
+            if index in stack.pinned:
+                raise SurgeryError(f"Block {index} of {name} is pinned: {stack.pinned[index]}. Remove other blocks. Nothing was changed.")
+        if len(set(indices)) != len(indices):
+            raise SurgeryError(f"A block of {name} is named twice: {list(indices)}. Nothing was changed.")
+        if len(indices) == len(stack):
+            raise SurgeryError(f"All {len(stack)} blocks of {name} would go. At least one must stay. Nothing was changed.")
+        if indices:
+            checked[name] = sorted(indices)
+    if not checked:
+        raise SurgeryError("No block was named, so there is nothing to remove.")
+    return checked
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    names = {type(module).__name__ for module in (model, getattr(model, "module", None)) if module is not None}
+    parameters = [type(p).__name__ for p in model.parameters()]
+    if "DistributedDataParallel" in names:
+        raise SurgeryError("The model is wrapped in DistributedDataParallel, whose buckets would not follow. Prune it before it is wrapped.")
+    if "DTensor" in parameters or any(name.startswith(("FullyShardedDataParallel", "DeepSpeedEngine")) for name in names):
+        raise SurgeryError("The model's parameters are sharded (FSDP, DeepSpeed). Prune it with prune_model before it is wrapped.")
+
+

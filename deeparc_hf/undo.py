@@ -1,0 +1,48 @@
+"""All or nothing: changes to live objects that are taken back, last first, if anything fails on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Transaction"]
+
+_MISSING = object()
+
+
+class Transaction:
+    """A context manager that takes its changes back when the body raises, Ctrl-C included."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def set(self, owner: Any, attribute: str, value: Any) -> None:
+        """`setattr` that can be taken back."""
+        old = vars(owner).get(attribute, _MISSING)
+        if old is _MISSING:
+            self._undo.append(lambda: delattr(owner, attribute))
+        else:
+            self._undo.append(lambda: setattr(owner, attribute, old))
+        setattr(owner, attribute, value)
+
+    def keep_children(self, container: nn.ModuleList | nn.Sequential, kept: list[nn.Module]) -> None:
+        """Leave only these children in a container, renumbered; the container stays the same object."""
+        children = list(container)
+        self._undo.append(lambda: _refill(container, children))
+        _refill(container, kept)
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            for step in reversed(self._undo):
+                step()
+
+
+def _refill(container: nn.ModuleList | nn.Sequential, children: list[nn.Module]) -> None:
+    del container[:]
+    container.extend(children)

@@ -1,0 +1,110 @@
+"""Verification by a forward pass: a pruned model must compute what the original computes with those blocks skipped.
+
+The original is run first with hooks that replace each removed block's output by its input. Where the two differ, something
+in the model depends on a block's place (GPT-2's scale_attn_by_inverse_layer_idx, a convolution after the first layer), and
+the removal is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import Host, Stack
+from .batches import cut, forward_kwargs
+from .errors import SurgeryError
+from .observe import evaluating, hidden_states
+
+__all__ = ["Expectation", "expect"]
+
+logger = logging.getLogger(__name__)
+
+
+class Expectation:
+    """Outputs of the original with blocks skipped, to hold the pruned model against."""
+
+    def __init__(self, host: Host, inputs: dict[str, Any], outputs: list[Tensor]) -> None:
+        self.host = host
+        self.inputs = inputs
+        self.outputs = outputs
+
+    def check(self) -> None:
+        """Run the pruned model on the same inputs.
+
+        Raises:
+            SurgeryError: if it cannot run or computes something else.
+        """
+        try:
+            with evaluating(self.host.root):
+                outputs = _tensors(self.host.root(**self.inputs))
+        except Exception as error:
+            raise SurgeryError(f"The pruned model cannot run: {type(error).__name__}: {error}. The model is as it was before.") from error
+        if [o.shape for o in outputs] != [o.shape for o in self.outputs]:
+            raise SurgeryError("The pruned model puts out other shapes than the original. The model is as it was before.")
+        for found, expected in zip(outputs, self.outputs, strict=True):
+            scale = expected.float().abs().max().item() + 1e-6
+            difference = (found.float() - expected.float()).abs().max().item()
+            # half precision rounds each of the remaining blocks' sums in another order
+            bound = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+            if not difference <= bound * scale:
+                raise SurgeryError(
+                    f"The pruned model does not compute what the original computes with these blocks skipped (largest difference "
+                    f"{difference:.3g}, outputs up to {scale:.3g}): something in {type(self.host.root).__name__} depends on a block's place. It "
+                    "cannot be pruned so; the model is as it was before."
+                )
+
+
+def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]], batch: Any = None) -> Expectation | None:
+    """Run the original with blocks skipped, on a sample of `batch` or on small made-up inputs.
+
+    Returns:
+        None where there is nothing to run on: a model on the meta device, or one whose inputs cannot be made up.
+    """
+    if any(p.device.type == "meta" for p in host.root.parameters()):
+        return None
+    inputs = host.example_inputs() if batch is None else cut(forward_kwargs(host, batch), 2)
+    if inputs is None:
+        logger.info("The removal is not verified by a forward pass: no inputs are known for %s.", type(host.root).__name__)
+        return None
+    handles = [
+        stacks[name].blocks[index].register_forward_hook(_skip, with_kwargs=True) for name, indices in removed.items() for index in indices
+    ]
+    try:
+        with evaluating(host.root):
+            outputs = _tensors(host.root(**inputs))
+    except Exception as error:
+        if batch is not None:
+            raise SurgeryError(f"{type(host.root).__name__} cannot run on the batch: {type(error).__name__}: {error}. Nothing was changed.") from error
+        logger.info("The removal is not verified by a forward pass: %s: %s", type(error).__name__, error)
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Expectation(host, inputs, outputs)
+
+
+def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook: the block's output becomes its input."""
+    before = args[0] if args else kwargs["hidden_states"]
+    if hidden_states(output).shape != before.shape:
+        raise ValueError(f"{type(module).__name__} changes the shape of its input")
+    if isinstance(output, Tensor):
+        return before
+    if isinstance(output, (tuple, list)):
+        return type(output)((before, *output[1:]))
+    return type(output)(**{key: before if i == 0 else value for i, (key, value) in enumerate(output.items())})
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating tensors of a model's output, in order; caches are passed over."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = output.values()
+    if isinstance(output, (tuple, list)) or (isinstance(output, Iterable) and not hasattr(output, "get_seq_length")):
+        return [tensor for item in output for tensor in _tensors(item)]
+    return []
