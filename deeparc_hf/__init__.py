@@ -1,0 +1,70 @@
+"""deeparc_hf: make trained models smaller inside ordinary training.
+
+    from transformers import Trainer
+    from deeparc_hf import MPruneCallback
+
+    trainer = Trainer(model=model, args=args, train_dataset=train, callbacks=[MPruneCallback(threshold=0.98)])
+    trainer.train()
+
+Names are imported when they are first used, so that `import deeparc_hf` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .architectures import Stack, find_stacks
+    from .callbacks import MPruneCallback
+    from .config import MPruneConfig
+    from .loading import load_pruned, save_pruned
+    from .plan import PruningPlan
+    from .pruning import analyze, prune_model
+    from .record import PrunedConfig
+    from .surgery import apply_plan, remove_blocks
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "MPruneCallback": "callbacks",
+    "MPruneConfig": "config",
+    "PrunedConfig": "record",
+    "PruningPlan": "plan",
+    "Stack": "architectures",
+    "analyze": "pruning",
+    "apply_plan": "surgery",
+    "find_stacks": "architectures",
+    "load_pruned": "loading",
+    "prune_model": "pruning",
+    "remove_blocks": "surgery",
+    "save_pruned": "loading",
+}
+
+__all__ = [
+    "MPruneCallback",
+    "MPruneConfig",
+    "PrunedConfig",
+    "PruningPlan",
+    "Stack",
+    "__version__",
+    "analyze",
+    "apply_plan",
+    "find_stacks",
+    "load_pruned",
+    "prune_model",
+    "remove_blocks",
+    "save_pruned",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

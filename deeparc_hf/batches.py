@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .architectures import Host
@@ -93,7 +92,8 @@ def _positional(host: Host, main: str, batch: Any) -> dict[str, Tensor]:
         )
     if host.library == "transformers" and host.root.config.is_encoder_decoder:
         raise CalibrationError(
-            f"{type(host.root).__name__} has an encoder and a decoder, and a batch of type {type(batch).__name__} does not say which tensor "
+            f"{type(host.root).__name__} has an encoder and a decoder, and a batch of type {type(batch).__name__} does not say which "
+            "tensor "
             "is for which. Give dicts with input_ids, attention_mask and labels (or decoder_input_ids)."
         )
     inputs = {main: entries[0]}

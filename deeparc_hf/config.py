@@ -52,9 +52,7 @@ class MPruneConfig:
         "'leader': a block joins while similar to the cluster's first block; 'adjacent': while similar to the block before it.",
         choices=("leader", "adjacent"),
     )
-    keep: str = _setting(
-        "leader", "Which member of a cluster is sure to stay: its 'leader' or its 'last'.", choices=("leader", "last")
-    )
+    keep: str = _setting("leader", "Which member of a cluster is sure to stay: its 'leader' or its 'last'.", choices=("leader", "last"))
     calibration_samples: int = _setting(512, "Number of calibration samples to compare blocks on.")
     protect: tuple[str, ...] = _setting((), "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11'.")
     min_blocks: int = _setting(1, "Fewest blocks that stay in each stack.")
@@ -130,7 +128,11 @@ class MPruneConfig:
     @classmethod
     def from_json(cls, text_or_path: str | Path) -> MPruneConfig:
         """Read from a JSON text, or from the file at a path."""
-        text = text_or_path if isinstance(text_or_path, str) and text_or_path.lstrip().startswith("{") else Path(text_or_path).read_text("utf-8")
+        text = (
+            text_or_path
+            if isinstance(text_or_path, str) and text_or_path.lstrip().startswith("{")
+            else Path(text_or_path).read_text("utf-8")
+        )
         return cls.from_dict(json.loads(text))
 
     @classmethod
@@ -140,7 +142,9 @@ class MPruneConfig:
         if config is None:
             return cls(**settings)
         if not isinstance(config, cls):
-            raise ConfigError(f"config must be an {cls.__name__}, found {type(config).__name__}. Give settings by keyword, or an {cls.__name__}.")
+            raise ConfigError(
+                f"config must be an {cls.__name__}, found {type(config).__name__}. Give settings by keyword, or an {cls.__name__}."
+            )
         return config.replace(**settings) if settings else config
 
     @classmethod

@@ -34,9 +34,9 @@ def freeze_blocks(root: nn.Module, stacks: Mapping[str, Stack], frozen: Mapping[
             parameter.grad = None
             changed.append(parameter)
     for module in root.modules():
-        if isinstance(module, _BatchNorm) and not any(hook is _keep_statistics for hook in module._forward_pre_hooks.values()):
-            if module.weight is not None and not module.weight.requires_grad:
-                module.register_forward_pre_hook(_keep_statistics)
+        frozen_norm = isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad
+        if frozen_norm and _keep_statistics not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_keep_statistics)
     return changed
 
 

@@ -63,7 +63,8 @@ class StackObserver:
         missing = [i for i in range(len(self.stack)) if i not in self._batch]
         if missing:
             raise CalibrationError(
-                f"Block {missing[0]} of {self.stack.name} did not run in the forward pass over a calibration batch. Give batches that reach "
+                f"Block {missing[0]} of {self.stack.name} did not run in the forward pass over a calibration batch. Give batches that "
+                "reach "
                 "every part of the model (text and images for a model of both), and switch layer skipping (LayerDrop) off."
             )
         rows = [self._batch[i] for i in range(len(self.stack))]
@@ -142,9 +143,7 @@ def hidden_states(output: Any) -> Tensor:
     return output[0]
 
 
-def observe(
-    host: Host, observers: Iterable[StackObserver], dataloader: Iterable[Any], max_samples: int, *, progress: bool = True
-) -> int:
+def observe(host: Host, observers: Iterable[StackObserver], dataloader: Iterable[Any], max_samples: int, *, progress: bool = True) -> int:
     """Run the model over calibration batches and feed the observers.
 
     Args:
@@ -163,9 +162,11 @@ def observe(
     """
     observers = list(observers)
     seen = 0
-    with evaluating(host.root), _hooked(observers), tqdm(
-        total=max_samples, desc="Comparing blocks", unit="sample", disable=None if progress else True, leave=False
-    ) as bar:
+    with (
+        evaluating(host.root),
+        _hooked(observers),
+        tqdm(total=max_samples, desc="Comparing blocks", unit="sample", disable=None if progress else True, leave=False) as bar,
+    ):
         for batch in dataloader:
             inputs = forward_kwargs(host, batch)
             inputs = cut(inputs, min(batch_size(inputs), max_samples - seen))
@@ -252,12 +253,14 @@ def _require_enough(observers: list[StackObserver], seen: int) -> None:
         constant, stack, least = observer.constant_blocks(), observer.stack.name, observer.metric.min_rows
         if observer.count < least:
             raise CalibrationError(
-                f"{seen} calibration sample(s) gave {observer.count} row(s) for {stack}; {observer.metric.name} needs at least {least}, and some "
+                f"{seen} calibration sample(s) gave {observer.count} row(s) for {stack}; {observer.metric.name} needs at least {least}, "
+                "and some "
                 "hundreds for a result to rely on. Give more samples."
             )
         if constant and observer.count > 1:
             raise CalibrationError(
-                f"Block {constant[0]} of {stack} puts out the same for every calibration sample, so it cannot be compared. Check that the samples "
+                f"Block {constant[0]} of {stack} puts out the same for every calibration sample, so it cannot be compared. Check that the "
+                "samples "
                 "differ and that the block's weights are loaded."
             )
         if observer.count < _FEW_ROWS:

@@ -5,11 +5,13 @@ A downloaded record is hostile input: everything in it is checked before it is u
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import platform
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -70,6 +72,13 @@ class PrunedConfig:
         """Original indices of the blocks that are gone, by stack."""
         return {n: tuple(i for i in range(stack.length) if i not in stack.kept) for n, stack in self.stacks.items()}
 
+    @property
+    def frozen(self) -> dict[str, tuple[int, ...]]:
+        """Blocks that the last pruning froze, as indices of the model as it is now."""
+        last = self.iterations[-1].get("frozen") if self.iterations else None
+        last = last if isinstance(last, Mapping) else {}
+        return {n: tuple(s.kept.index(i) for i in last.get(n, ()) if i in s.kept) for n, s in self.stacks.items() if last.get(n)}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
@@ -106,7 +115,9 @@ class PrunedConfig:
                 stacklevel=2,
             )
         stacks = data.get("stacks")
-        _expect(isinstance(stacks, Mapping) and len(stacks) <= MAX_ENTRIES, "stacks", stacks, f"an object with at most {MAX_ENTRIES} stacks")
+        _expect(
+            isinstance(stacks, Mapping) and len(stacks) <= MAX_ENTRIES, "stacks", stacks, f"an object with at most {MAX_ENTRIES} stacks"
+        )
         iterations = data.get("iterations", [])
         _expect(
             isinstance(iterations, Sequence) and len(iterations) <= MAX_ENTRIES and all(isinstance(i, Mapping) for i in iterations),
@@ -116,7 +127,12 @@ class PrunedConfig:
         )
         for name in ("base_model", "base_revision"):
             value = data.get(name)
-            _expect(value is None or (isinstance(value, str) and len(value) <= MAX_TEXT), name, value, f"null or a text of at most {MAX_TEXT} characters")
+            _expect(
+                value is None or (isinstance(value, str) and len(value) <= MAX_TEXT),
+                name,
+                value,
+                f"null or a text of at most {MAX_TEXT} characters",
+            )
         sparsity, versions = data.get("sparsity"), data.get("versions", {})
         _expect(sparsity is None or isinstance(sparsity, Mapping), "sparsity", sparsity, "null or an object")
         _expect(
@@ -184,9 +200,29 @@ class PrunedConfig:
         host, _, stacks = describe(model)
         if host.record() is None:
             raise RecordError(f"{type(host.root).__name__} carries no pruning record: it was not pruned by deeparc_hf.")
-        record = cls.from_dict(host.record())
+        record = cls.from_dict(host.record()).renamed(host.base_prefix, stacks)
         record.check_fits({name: len(stack) for name, stack in stacks.items()})
         return record
+
+    def renamed(self, prefix: str, names: Iterable[str]) -> PrunedConfig:
+        """The record with its stacks named as another head of the same base model names them.
+
+        A classifier calls "bert.encoder.layer" what the bare encoder calls "encoder.layer"; `prefix` ("bert") is what may differ.
+        """
+        by_base = {name.removeprefix(f"{prefix}."): name for name in names}
+
+        def name(old: str) -> str:
+            return by_base.get(old.removeprefix(f"{prefix}."), old)
+
+        iterations = []
+        for entry in self.iterations:
+            renamed = {
+                key: {name(n): v for n, v in entry[key].items()}
+                for key in ("removed", "frozen", "thresholds")
+                if isinstance(entry.get(key), Mapping)
+            }
+            iterations.append({**entry, **renamed})
+        return dataclasses.replace(self, stacks={name(n): s for n, s in self.stacks.items()}, iterations=tuple(iterations))
 
     def check_fits(self, lengths: Mapping[str, int]) -> None:
         """Check the record against the number of blocks that each stack of a model has.
@@ -199,8 +235,10 @@ class PrunedConfig:
                 raise RecordError(f"The pruning record names the stack {name!r}, which this model lacks. Its stacks: {', '.join(lengths)}.")
             if lengths[name] != len(stack.kept):
                 raise RecordError(
-                    f"The pruning record says that {len(stack.kept)} of {stack.length} blocks of {name} are left, but the model has {lengths[name]}. "
-                    f"Its config.json and its weights do not belong together; delete {RECORD_KEY!r} from config.json if the record is wrong."
+                    f"The pruning record says that {len(stack.kept)} of {stack.length} blocks of {name} are left, but the model has "
+                    f"{lengths[name]}. "
+                    f"Its config.json and its weights do not belong together; delete {RECORD_KEY!r} from config.json if the record is "
+                    "wrong."
                 )
 
     def compose(self, lengths: Mapping[str, int], removed: Mapping[str, Sequence[int]], iteration: Mapping[str, Any]) -> PrunedConfig:
@@ -223,9 +261,7 @@ class PrunedConfig:
             )
             for name, length in lengths.items()
         }
-        return PrunedConfig(
-            stacks, self.base_model, self.base_revision, (*self.iterations, entry), self.sparsity, package_versions()
-        )
+        return PrunedConfig(stacks, self.base_model, self.base_revision, (*self.iterations, entry), self.sparsity, package_versions())
 
 
 def package_versions() -> dict[str, str]:
@@ -263,8 +299,10 @@ def _stack(name: Any, value: Any) -> StackRecord:
         kept,
         f"a list of 1 to {length} whole numbers",
     )
-    rising = all(a < b for a, b in zip(kept, kept[1:], strict=False))
-    _expect(rising and kept[0] >= 0 and kept[-1] < length, f"{where}.kept", kept, f"rising block indices from 0 to {length - 1}, none twice")
+    rising = all(a < b for a, b in itertools.pairwise(kept))
+    _expect(
+        rising and kept[0] >= 0 and kept[-1] < length, f"{where}.kept", kept, f"rising block indices from 0 to {length - 1}, none twice"
+    )
     return StackRecord(length, tuple(kept))
 
 
@@ -283,6 +321,7 @@ def _expect(condition: bool, where: str, found: Any, expected: str) -> None:
     shown = repr(found)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     raise RecordError(
-        f"The pruning record is malformed: {where} must be {expected}, found {shown}. Download the checkpoint again, or delete {RECORD_KEY!r} from its "
+        f"The pruning record is malformed: {where} must be {expected}, found {shown}. Download the checkpoint again, or delete "
+        f"{RECORD_KEY!r} from its "
         "config.json to use it as a plain checkpoint."
     )

@@ -60,9 +60,7 @@ def remove_blocks(
     return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer)
 
 
-def apply_plan(
-    model: nn.Module, plan: PruningPlan, *, optimizer: torch.optim.Optimizer | None = None, example: Any = None
-) -> PrunedConfig:
+def apply_plan(model: nn.Module, plan: PruningPlan, *, optimizer: torch.optim.Optimizer | None = None, example: Any = None) -> PrunedConfig:
     """Carry a plan out on a live model, in place, all or nothing.
 
     Args:
@@ -83,7 +81,8 @@ def apply_plan(
         if name not in stacks or len(stacks[name]) != len(stack):
             found = f"{len(stacks[name])} blocks" if name in stacks else f"no such stack (it has {', '.join(stacks)})"
             raise PlanError(
-                f"The plan is for a model with {len(stack)} blocks in {name}; {type(host.root).__name__} has {found}. Call analyze on this model."
+                f"The plan is for a model with {len(stack)} blocks in {name}; {type(host.root).__name__} has {found}. Call analyze on this "
+                "model."
             )
     if not plan.removed:
         return _current_record(host, stacks)
@@ -151,12 +150,10 @@ def _operate(
                 transaction.keep_children(stack.container, [modules[name][i] for i in kept[name]])
         if expectation is not None:
             expectation.check()
-        if frozen:
-            new_index = {name: {old: new for new, old in enumerate(indices)} for name, indices in kept.items()}
-            freeze_now = {name: [new_index[name][i] for i in indices] for name, indices in frozen.items()}
-        lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
-        still_used = {id(p) for p in host.root.parameters()}
-    changed = freeze_blocks(host.root, stacks, freeze_now) if frozen else []
+    lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
+    still_used = {id(p) for p in host.root.parameters()}
+    now = {name: [kept[name].index(i) for i in indices] for name, indices in frozen.items()}
+    changed = freeze_blocks(host.root, stacks, now) if any(frozen.values()) else []
     if optimizer is not None:
         forget_parameters(optimizer, [p for p in lost if id(p) not in still_used], changed)
     # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
@@ -185,7 +182,8 @@ def _skeletons(
         odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
         if odd:
             raise SurgeryError(
-                f"{name} is not what its settings describe: {odd[0]} has shape {live.get(odd[0])}, a stock build would give it {stock.get(odd[0])}. "
+                f"{name} is not what its settings describe: {odd[0]} has shape {live.get(odd[0])}, a stock build would give it "
+                f"{stock.get(odd[0])}. "
                 "A checkpoint of it could not be loaded. Load it with the settings that it was built with."
             )
     try:
@@ -197,7 +195,8 @@ def _skeletons(
     differences = compare(before, after, kept)
     if differences.problems:
         raise SurgeryError(
-            f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. Nothing was changed. Remove "
+            f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. Nothing was changed. "
+            "Remove "
             "other blocks, or protect these."
         )
     return before, after, differences.updates
@@ -255,7 +254,7 @@ def _current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
     if stored is None:
         base, revision = base_reference(host.root)
         return PrunedConfig({}, base, revision)
-    record = PrunedConfig.from_dict(stored)
+    record = PrunedConfig.from_dict(stored).renamed(host.base_prefix, stacks)
     record.check_fits({name: len(stack) for name, stack in stacks.items()})
     return record
 
@@ -264,7 +263,9 @@ def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -
     """The removal, sorted and without empty entries; raises if it is not possible."""
     checked: dict[str, list[int]] = {}
     if not isinstance(blocks, Mapping):
-        raise SurgeryError(f"Expected a dict of stack names to lists of block indices, found {type(blocks).__name__}. Stacks: {', '.join(stacks)}.")
+        raise SurgeryError(
+            f"Expected a dict of stack names to lists of block indices, found {type(blocks).__name__}. Stacks: {', '.join(stacks)}."
+        )
     for name, indices in blocks.items():
         if name not in stacks:
             near = difflib.get_close_matches(str(name), stacks, n=1)
@@ -293,8 +294,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
     names = {type(module).__name__ for module in (model, getattr(model, "module", None)) if module is not None}
     parameters = [type(p).__name__ for p in model.parameters()]
     if "DistributedDataParallel" in names:
-        raise SurgeryError("The model is wrapped in DistributedDataParallel, whose buckets would not follow. Prune it before it is wrapped.")
+        raise SurgeryError(
+            "The model is wrapped in DistributedDataParallel, whose buckets would not follow. Prune it before it is wrapped."
+        )
     if "DTensor" in parameters or any(name.startswith(("FullyShardedDataParallel", "DeepSpeedEngine")) for name in names):
         raise SurgeryError("The model's parameters are sharded (FSDP, DeepSpeed). Prune it with prune_model before it is wrapped.")
-
-

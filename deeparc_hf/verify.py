@@ -53,7 +53,8 @@ class Expectation:
             if not difference <= bound * scale:
                 raise SurgeryError(
                     f"The pruned model does not compute what the original computes with these blocks skipped (largest difference "
-                    f"{difference:.3g}, outputs up to {scale:.3g}): something in {type(self.host.root).__name__} depends on a block's place. It "
+                    f"{difference:.3g}, outputs up to {scale:.3g}): something in {type(self.host.root).__name__} depends on a block's "
+                    "place. It "
                     "cannot be pruned so; the model is as it was before."
                 )
 
@@ -78,7 +79,9 @@ def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequen
             outputs = _tensors(host.root(**inputs))
     except Exception as error:
         if batch is not None:
-            raise SurgeryError(f"{type(host.root).__name__} cannot run on the batch: {type(error).__name__}: {error}. Nothing was changed.") from error
+            raise SurgeryError(
+                f"{type(host.root).__name__} cannot run on the batch: {type(error).__name__}: {error}. Nothing was changed."
+            ) from error
         logger.info("The removal is not verified by a forward pass: %s: %s", type(error).__name__, error)
         return None
     finally:

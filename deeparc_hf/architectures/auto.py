@@ -81,9 +81,7 @@ def _candidates(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, module
 
 
-def _find_count(
-    host: Host, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], name: str, length: int
-) -> CountKey | None:
+def _find_count(host: Host, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], name: str, length: int) -> CountKey | None:
     """The setting whose change by one changes the length of this stack by one, and nothing else."""
     step = -1 if length > 1 else 1
     gone = f"{name}.{length - 1}."

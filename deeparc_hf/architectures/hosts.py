@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
 
@@ -39,6 +42,11 @@ class Host(ABC):
     @abstractmethod
     def kind(self) -> str:
         """The model's type, for messages and for `matches` ("bert", "resnet50")."""
+
+    @property
+    def base_prefix(self) -> str:
+        """Path of the headless model inside models with a head; stack names may start with it or not."""
+        return ""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -71,6 +79,10 @@ class TransformersHost(Host):
     def kind(self) -> str:
         return getattr(self.root.config, "model_type", "") or type(self.root).__name__
 
+    @property
+    def base_prefix(self) -> str:
+        return self.root.base_model_prefix
+
     def settings(self) -> dict[str, Any]:
         # deepcopy: some configs (timm wrapper) hand out their own nested dicts
         settings = copy.deepcopy(self.root.config.to_dict())
@@ -78,9 +90,9 @@ class TransformersHost(Host):
         return settings
 
     def build(self, settings: dict[str, Any]) -> nn.Module:
-        config = type(self.root.config).from_dict(copy.deepcopy(settings))
-        config._attn_implementation = self.root.config._attn_implementation
-        with torch.device("meta"):
+        with _quiet(), torch.device("meta"):
+            config = type(self.root.config).from_dict(copy.deepcopy(settings))
+            config._attn_implementation = self.root.config._attn_implementation
             return type(self.root)(config)
 
     def record(self) -> Any:
@@ -116,10 +128,25 @@ class TransformersHost(Host):
         return None
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from announcing every skeleton's config at log level info."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 class TimmHost(Host):
     """A model that `timm.create_model` made, described by its architecture name and model_args."""
 
     library = "timm"
+
+    @property
+    def base_prefix(self) -> str:
+        return "timm_model"  # what transformers' TimmWrapper calls it
 
     @property
     def kind(self) -> str:

@@ -17,9 +17,7 @@ from torch import nn
 __all__ = ["Differences", "compare", "state_shapes"]
 
 # Attributes that hold a block's own index: they follow the skeleton.
-_INDEX_NAMES = frozenset(
-    {"block_id", "block_idx", "block_index", "layer_id", "layer_idx", "layer_index", "layer_num", "layer_number"}
-)
+_INDEX_NAMES = frozenset({"block_id", "block_idx", "block_index", "layer_id", "layer_idx", "layer_index", "layer_num", "layer_number"})
 # Stochastic depth grows along a stack and acts in training only: a kept block keeps the rate that it was trained with.
 _TRAINING_ONLY = frozenset({"drop_path", "drop_path_rate", "drop_prob"})
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from .base import Family, Stack, register, signature_pins
 from .hosts import Host, TransformersHost
 from .resnet import stage_pins
@@ -37,6 +38,7 @@ class TimmFamily(Family):
     def stacks(self, host: Host) -> list[Stack]:
         prefix = "timm_model." if isinstance(host, TransformersHost) else ""
         containers = self.containers(_timm_model(host))
+        self._require_argument(host, [len(container) for _, container in containers])
         names = [prefix + name for name, _ in containers]
         return [
             Stack(
@@ -57,11 +59,28 @@ class TimmFamily(Family):
         return signature_pins(blocks)
 
     def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
-        counts = [len(kept[stack.name]) for stack in stacks]
+        self._write(settings, [len(kept[stack.name]) for stack in stacks])
+
+    def _write(self, settings: dict[str, Any], counts: list[int]) -> None:
         arguments = settings
         if "architecture" in settings:  # the config of TimmWrapper
             arguments = settings["model_args"] = dict(settings.get("model_args") or {})
         arguments[self.argument] = counts if self.per_stage else counts[0]
+
+    def _require_argument(self, host: Host, counts: list[int]) -> None:
+        """Some of timm's entry points fix the number of blocks; ask this one to build the model with it given."""
+        settings = host.settings()
+        self._write(settings, counts)
+        try:
+            host.build(settings)
+        except TypeError as error:
+            raise UnsupportedModelError(
+                f"{type(_timm_model(host)).__name__} (type {host.kind!r}) cannot be pruned by layers: found {sum(counts)} blocks, but "
+                "timm's own "
+                f"entry point does not let {self.argument!r} be given ({error}), so a pruned checkpoint could not be rebuilt by stock "
+                "timm. "
+                "A newer timm may allow it: pip install -U timm."
+            ) from error
 
 
 def _timm_model(host: Host) -> nn.Module | None:
@@ -102,7 +121,7 @@ class TimmConvNeXt(TimmFamily):
 
 @register("timm_mixer")
 class TimmMixer(TimmFamily):
-    summary = "timm mixer*, resmlp*, gmlp*"
+    summary = "timm mixer*, resmlp*, gmlp*, where timm lets the number of blocks be given (1.0.31 does not)"
     module, cls, argument = "timm.models.mlp_mixer", "MlpMixer", "num_blocks"
 
     def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -30,10 +30,8 @@ class BiasedCKA(SimilarityMetric):
 
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
         _, counts = torch.unique_consecutive(samples, return_counts=True)
-        if bool((counts == 1).all()):
-            groups = self._buffer.add(rows)
-        else:
-            groups = list(torch.stack(list(rows)).split(counts.tolist(), dim=1))
+        pooled = bool((counts == 1).all())
+        groups = self._buffer.add(rows) if pooled else torch.stack(list(rows)).split(counts.tolist(), dim=1)
         for group in groups:
             self._take(group)
 

@@ -1,0 +1,176 @@
+"""Loading and saving: a base checkpoint with only the blocks that stay, and a checkpoint that stock libraries load."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from ._compat import checkpoint_key_namer
+from .architectures import Stack, describe
+from .architectures.hosts import RECORD_KEY, TransformersHost
+from .errors import RecordError, UnsupportedModelError
+from .record import PrunedConfig, base_reference
+from .surgery import shrunk_settings
+
+__all__ = ["load_pruned", "save_pruned"]
+
+_HUB_SETTINGS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_pruned(
+    auto_class: Any,
+    base_repo_or_path: str | os.PathLike[str],
+    pruned_config: PrunedConfig | Mapping[str, Any] | str | os.PathLike[str],
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a base checkpoint with only the blocks that a record keeps. The other blocks' tensors are never read.
+
+    The result equals loading everything and removing the blocks afterwards, to the bit. Of a sharded checkpoint on the Hub
+    only those shards are downloaded that hold a tensor which stays.
+
+    Args:
+        auto_class: `AutoModelFor...`, or a model class of transformers.
+        base_repo_or_path: the checkpoint that was pruned first: Hub id or folder, with safetensors weights.
+        pruned_config: the record, its dict, or the folder or Hub id of a pruned checkpoint to take it from.
+        kwargs: passed on to `from_pretrained` (dtype, device_map, revision, token, num_labels, ...).
+
+    Raises:
+        RecordError: if the record is malformed or does not fit the base.
+        UnsupportedModelError: if the base has no safetensors weights, or is of a kind that cannot be pruned.
+    """
+    if kwargs.pop("trust_remote_code", False):
+        raise UnsupportedModelError(
+            "load_pruned runs no code from the Hub (trust_remote_code). Load the model yourself and call remove_blocks."
+        )
+    hub = {key: kwargs[key] for key in _HUB_SETTINGS if key in kwargs}
+    record = _record(pruned_config, {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")})
+    config = kwargs.pop("config", None)
+    if config is None:
+        config, kwargs = AutoConfig.from_pretrained(base_repo_or_path, return_unused_kwargs=True, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_SETTINGS}
+    with torch.device("meta"):
+        build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
+        full = build(config)
+    host, family, stacks = describe(full)
+    record = record.renamed(host.base_prefix, stacks)
+    kept = _kept(record, stacks)
+    _, settings = shrunk_settings(host, family, stacks, kept)
+    base, commit = base_reference(full)
+    pruned = type(config).from_dict(settings)
+    setattr(
+        pruned, RECORD_KEY, {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit}
+    )
+    state = _read(full, str(base_repo_or_path), stacks, kept, hub)
+    model = type(full).from_pretrained(None, config=pruned, state_dict=state, **kwargs)
+    model.config._name_or_path = str(base_repo_or_path)
+    return model
+
+
+def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save a model so that its own library loads it, record included; safetensors only.
+
+    For a transformers model this is `save_pretrained`. A bare timm model is saved in timm's Hub layout, for
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` or, once uploaded, `timm.create_model("hf-hub:ORG/NAME", pretrained=True)`.
+    """
+    host = describe(model)[0]
+    if isinstance(host, TransformersHost):
+        host.root.save_pretrained(folder)
+        return
+    from timm.models import save_for_hf
+
+    extra = {} if host.record() is None else {RECORD_KEY: host.record()}
+    save_for_hf(host.root, str(folder), model_config=extra, model_args=host.settings(), safe_serialization=True)
+
+
+def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:
+    if isinstance(source, PrunedConfig):
+        return source
+    return PrunedConfig.from_dict(source) if isinstance(source, Mapping) else PrunedConfig.from_pretrained(source, **hub)
+
+
+def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequence[int]]:
+    for name, stack in record.stacks.items():
+        if name not in stacks:
+            raise RecordError(f"The pruning record names the stack {name!r}, which the base model lacks. Its stacks: {', '.join(stacks)}.")
+        if stack.length != len(stacks[name]):
+            raise RecordError(
+                f"The pruning record is for a base model with {stack.length} blocks in {name}; this one has {len(stacks[name])}. Give the "
+                "checkpoint "
+                f"that was pruned first{f' ({record.base_model})' if record.base_model else ''}."
+            )
+        lost = sorted(set(range(stack.length)) - set(stack.kept))
+        pinned = [index for index in lost if index in stacks[name].pinned]
+        if pinned:
+            raise RecordError(f"The pruning record removes block {pinned[0]} of {name}, which is pinned: {stacks[name].pinned[pinned[0]]}.")
+    return {name: record.stacks[name].kept if name in record.stacks else range(len(stack)) for name, stack in stacks.items()}
+
+
+def _read(
+    full: PreTrainedModel, base: str, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]], hub: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The tensors that stay, under the keys of the smaller checkpoint."""
+    namer = checkpoint_key_namer(full)
+    state: dict[str, Tensor] = {}
+    for keys, file in _files(base, hub, lambda key: _new_key(key, namer, stacks, kept) is not None):
+        with ExitStack() as opened:
+            handle = opened.enter_context(safe_open(file, framework="pt"))
+            for key in keys or handle.keys():
+                new = _new_key(key, namer, stacks, kept)
+                if new is not None:
+                    state[new] = handle.get_tensor(key)
+    return state
+
+
+def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list[str] | None, str]]:
+    """Weight files that hold a tensor which stays, with its keys in each where an index tells them."""
+    index = cached_file(base, _INDEX, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is not None:
+        shards: dict[str, list[str]] = {}
+        for key, shard in json.loads(Path(index).read_text("utf-8"))["weight_map"].items():
+            if stays(key):
+                shards.setdefault(shard, []).append(key)
+        for shard, keys in shards.items():
+            if Path(shard).name != shard:
+                raise RecordError(f"The index of {base} names a shard outside the checkpoint: {shard!r}. It is not read.")
+            yield keys, cached_file(base, shard, **hub)
+        return
+    weights = cached_file(base, _WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    if weights is None:
+        raise UnsupportedModelError(
+            f"{base} has neither {_WEIGHTS} nor {_INDEX}. load_pruned reads tensors by key, which pickled weights do not allow. Load the "
+            "model with "
+            "from_pretrained, save it again, and use that folder as the base; or call remove_blocks on it."
+        )
+    yield None, weights
+
+
+def _new_key(key: str, namer: Any, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]) -> str | None:
+    """The key under which a tensor of the base goes into the smaller checkpoint; None if its block does not stay."""
+    target = namer(key)
+    for name in stacks:
+        if not target.startswith(f"{name}."):
+            continue
+        index, _, rest = target[len(name) + 1 :].partition(".")
+        if not index.isdigit():
+            continue
+        if int(index) not in kept[name]:
+            return None
+        moved = str(list(kept[name]).index(int(index)))
+        parts = key.split(".")
+        for place, part in enumerate(parts):
+            candidate = ".".join((*parts[:place], moved, *parts[place + 1 :]))
+            if part == index and namer(candidate) == f"{name}.{moved}.{rest}":
+                return candidate
+        raise RecordError(f"Cannot tell which number in the checkpoint key {key!r} is the block's. Load the model and call remove_blocks.")
+    return key

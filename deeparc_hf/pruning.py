@@ -1,0 +1,103 @@
+"""Similarity pruning without a Trainer: analyze a model, and carry the plan out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import describe
+from .config import MPruneConfig
+from .errors import CalibrationError
+from .observe import StackObserver, observe
+from .plan import PruningPlan, StackFacts, make_plan
+from .similarity import metrics
+from .surgery import apply_plan
+
+__all__ = ["analyze", "prune_model"]
+
+
+def analyze(
+    model: nn.Module, dataloader: Iterable[Any], config: MPruneConfig | None = None, *, progress: bool = True, **settings: Any
+) -> PruningPlan:
+    """Compare the blocks of every stack on calibration data, and plan what to remove. Changes nothing.
+
+    Args:
+        model: a model that `find_stacks` knows.
+        dataloader: any iterable of batches: dicts of tensors as the model's forward takes them, or tuples whose first entry is the
+            model's input. Up to `config.calibration_samples` samples are used. Use training data, never the data you evaluate on.
+        config: the settings; or give them by keyword: `analyze(model, dataloader, threshold=0.95)`.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The plan; print it to see a table, `plan.replan(...)` to try other settings at once.
+
+    Raises:
+        CalibrationError: if the data is empty or too little, or a block's output is constant, NaN or infinite.
+        UnsupportedModelError, ConfigError, PlanError: see these.
+    """
+    config = MPruneConfig.from_settings(config, settings)
+    host, _, stacks = describe(model)
+    if any(p.device.type == "meta" for p in host.root.parameters()):
+        raise CalibrationError(
+            f"{type(host.root).__name__} has no weights (meta device), so its blocks cannot be compared. Load its checkpoint."
+        )
+    metric = metrics.get(config.similarity)
+    observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
+    samples = observe(host, observers, dataloader, config.calibration_samples, progress=progress)
+    facts = {observer.stack.name: _facts(observer) for observer in observers}
+    return make_plan(facts, config, samples)
+
+
+def prune_model(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    config: MPruneConfig | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> PruningPlan:
+    """`analyze`, then `apply_plan`: find redundant blocks and remove them, in place, all or nothing.
+
+    Args:
+        model, dataloader, config, progress, settings: as in `analyze`.
+        optimizer: as in `remove_blocks`.
+
+    Returns:
+        The plan that was carried out; the model carries the record.
+
+    Raises:
+        As `analyze` and `apply_plan`; nothing is changed then.
+    """
+    seen: list[Any] = []
+    plan = analyze(model, _noting_first(dataloader, seen), config, progress=progress, **settings)
+    apply_plan(model, plan, optimizer=optimizer, example=seen[0])
+    return plan
+
+
+def _noting_first(batches: Iterable[Any], seen: list[Any]) -> Iterator[Any]:
+    iterator = iter(batches)
+    for first in iterator:
+        seen.append(first)
+        yield from chain([first], iterator)
+
+
+def _facts(observer: StackObserver) -> StackFacts:
+    matrix = observer.metric.matrix(observer.metric.finish())
+    for index, row in enumerate(matrix):
+        if not bool(torch.isfinite(row[index])):
+            raise CalibrationError(
+                f"Block {index} of {observer.stack.name} hardly varies over the calibration samples, so it cannot be compared. Give more, "
+                "and more "
+                "different, samples, or compare other rows (rows='tokens')."
+            )
+    return StackFacts(
+        similarity=tuple(tuple(row) for row in matrix.cpu().tolist()),
+        pinned=dict(observer.stack.pinned),
+        parameters=tuple(sum(p.numel() for p in block.parameters()) for block in observer.stack.blocks),
+        next_stack=observer.stack.next_stack,
+    )

