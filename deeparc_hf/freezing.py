@@ -2,58 +2,114 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .architectures import Stack
+from .architectures import Host, Stack
+from .observe import evaluating
 
-__all__ = ["freeze_blocks", "frozen_parameters"]
+__all__ = ["freeze_blocks"]
+
+logger = logging.getLogger(__name__)
 
 
-def freeze_blocks(root: nn.Module, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]]) -> list[nn.Parameter]:
-    """Freeze blocks, and everything that runs before the first stack.
+def freeze_blocks(host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]]) -> list[nn.Parameter]:
+    """Freeze blocks, and everything that runs before the lowest block that is trained.
 
     Embeddings and stems are frozen too: otherwise the backward pass would still walk through every frozen block to reach
-    them. Heads, final norms and poolers stay trainable.
+    them. Heads, final norms and poolers stay trainable. A model with an encoder and a decoder has a lowest trained block in each.
 
     Args:
-        root: the model.
+        host: the model.
         stacks: its stacks.
         frozen: the blocks to freeze, as indices into the stacks as they are now.
 
     Returns:
         The parameters that were trainable and no longer are.
     """
-    changed = []
-    for parameter in frozen_parameters(root, stacks, frozen):
-        if parameter.requires_grad:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-            changed.append(parameter)
-    for module in root.modules():
+    chosen = [p for name, indices in frozen.items() for i in indices for p in stacks[name].blocks[i].parameters()]
+    in_blocks = {id(p) for stack in stacks.values() for p in stack.container.parameters()}
+    for module in _upstream(host, stacks, frozen):
+        # scalars (CLIP's temperature) belong to the head, wherever they are kept
+        chosen += [p for p in module.parameters(recurse=False) if id(p) not in in_blocks and p.ndim > 0]
+    changed = [p for p in {id(p): p for p in chosen}.values() if p.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    for module in host.root.modules():
         frozen_norm = isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad
         if frozen_norm and _keep_statistics not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_keep_statistics)
     return changed
 
 
-def frozen_parameters(root: nn.Module, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]]) -> list[nn.Parameter]:
-    """The parameters that `freeze_blocks` freezes."""
-    in_blocks = {id(p) for stack in stacks.values() for p in stack.container.parameters()}
-    chosen = [p for name, indices in frozen.items() for i in indices for p in stacks[name].blocks[i].parameters()]
-    first = id(next(iter(stacks.values())).container)
-    before = True
-    for module in root.modules():
-        before = before and id(module) != first
-        for parameter in module.parameters(recurse=False):
-            # scalars at the top of a model (CLIP's temperature) belong to its head
-            upstream = (before and parameter.ndim > 0) or isinstance(module, nn.Embedding)
-            if upstream and id(parameter) not in in_blocks:
-                chosen.append(parameter)
-    return list({id(p): p for p in chosen}.values())
+def _upstream(host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]]) -> list[nn.Module]:
+    """Modules that run before the lowest trained block of their part of the model; embeddings wherever they are."""
+    order = _execution_order(host)
+    found = [module for module in host.root.modules() if isinstance(module, nn.Embedding)]
+    blocks = {id(m) for stack in stacks.values() for block in stack.blocks for m in block.modules()}
+    for scope, chain in _chains(stacks).items():
+        trained = [block for s in chain for i, block in enumerate(s.blocks) if i not in frozen.get(s.name, ())]
+        lowest = trained[0] if trained else chain[-1].blocks[-1]
+        for module in host.root.get_submodule(scope).modules():
+            if id(module) not in blocks and order.get(id(module), 1) < order.get(id(lowest), 0):
+                found.append(module)
+    return found
+
+
+def _chains(stacks: Mapping[str, Stack]) -> dict[str, list[Stack]]:
+    """Stacks that feed each other, under the path of the part of the model that is theirs alone ("" for the whole model)."""
+    chains: list[list[Stack]] = []
+    for stack in stacks.values():
+        if chains and chains[-1][-1].next_stack == stack.name:
+            chains[-1].append(stack)
+        else:
+            chains.append([stack])
+    scopes = {}
+    for chain in chains:
+        parts = chain[0].name.split(".")
+        others = [other[0].name.split(".") for other in chains if other is not chain]
+        shared = max((_shared(parts, other) for other in others), default=-1)
+        scopes[".".join(parts[: shared + 1])] = chain
+    return scopes
+
+
+def _shared(parts: Sequence[str], other: Sequence[str]) -> int:
+    count = 0
+    while count < min(len(parts), len(other)) and parts[count] == other[count]:
+        count += 1
+    return count
+
+
+def _execution_order(host: Host) -> dict[int, int]:
+    """When each module starts in a forward pass; the order in which they are registered where none can be run.
+
+    BART and DeBERTa register a norm after the layers and run it before them, so registration alone would be wrong.
+    """
+    order: dict[int, int] = {}
+
+    def note(module: nn.Module, args: Any) -> None:
+        order.setdefault(id(module), len(order))
+
+    registered = {id(module): place for place, module in enumerate(host.root.modules())}
+    inputs = None if any(p.device.type == "meta" for p in host.root.parameters()) else host.example_inputs()
+    if inputs is None:
+        return registered
+    handles = [module.register_forward_pre_hook(note) for module in host.root.modules()]
+    try:
+        with evaluating(host.root):
+            host.root(**inputs)
+    except Exception as error:
+        logger.info("Freezing follows the order in which modules are registered: %s: %s", type(error).__name__, error)
+        return registered
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
 
 
 def _keep_statistics(module: nn.Module, args: Any) -> None:

@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from .architectures import describe
@@ -70,14 +72,15 @@ class PrunedConfig:
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
         """Original indices of the blocks that are gone, by stack."""
-        return {n: tuple(i for i in range(stack.length) if i not in stack.kept) for n, stack in self.stacks.items()}
+        return {n: tuple(sorted(set(range(stack.length)) - set(stack.kept))) for n, stack in self.stacks.items()}
 
     @property
     def frozen(self) -> dict[str, tuple[int, ...]]:
         """Blocks that the last pruning froze, as indices of the model as it is now."""
         last = self.iterations[-1].get("frozen") if self.iterations else None
         last = last if isinstance(last, Mapping) else {}
-        return {n: tuple(s.kept.index(i) for i in last.get(n, ()) if i in s.kept) for n, s in self.stacks.items() if last.get(n)}
+        lists = {n: last[n] for n in self.stacks if isinstance(last.get(n), (list, tuple)) and last[n]}
+        return {n: tuple(self.stacks[n].kept.index(i) for i in blocks if i in self.stacks[n].kept) for n, blocks in lists.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -103,10 +106,10 @@ class PrunedConfig:
         _expect(_is_int(version) and version >= 1, "format_version", version, f"a whole number up to {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise RecordError(
-                f"This checkpoint's pruning record has format version {version}, newer than {FORMAT_VERSION}, which this version of "
-                "deeparc_hf reads: pip install -U deeparc_hf."
+                f"This checkpoint's pruning record has format version {_shown(version)}, newer than {FORMAT_VERSION}, which "
+                "this version of deeparc_hf reads: pip install -U deeparc_hf."
             )
-        unknown = sorted(str(key) for key in set(data) - set(_KEYS))
+        unknown = sorted(_shown(key) for key in set(data) - set(_KEYS))
         if unknown:
             warnings.warn(
                 f"The pruning record has entries that this version of deeparc_hf does not know and ignores: {', '.join(unknown[:5])}. "
@@ -120,7 +123,7 @@ class PrunedConfig:
         )
         iterations = data.get("iterations", [])
         _expect(
-            isinstance(iterations, Sequence) and len(iterations) <= MAX_ENTRIES and all(isinstance(i, Mapping) for i in iterations),
+            isinstance(iterations, (list, tuple)) and len(iterations) <= MAX_ENTRIES and all(isinstance(i, Mapping) for i in iterations),
             "iterations",
             iterations,
             f"a list of at most {MAX_ENTRIES} objects",
@@ -175,7 +178,7 @@ class PrunedConfig:
             raise RecordError(f"The config.json of {repo_or_path} is larger than {_MAX_FILE} bytes. It is not read.")
         try:
             config = json.loads(path.read_text("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
             raise RecordError(f"The config.json of {repo_or_path} is not JSON: {error}.") from error
         record = config.get(RECORD_KEY) if isinstance(config, Mapping) else None
         if record is None:
@@ -186,7 +189,12 @@ class PrunedConfig:
         """Write the record into the folder's config.json, beside what is there; a config.json is made if there is none."""
         path = Path(folder) / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        try:
+            config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"The config.json of {folder} is not JSON: {error}. Nothing was written.") from error
+        if not isinstance(config, dict):
+            raise RecordError(f"The config.json of {folder} is not an object. Nothing was written.")
         config[RECORD_KEY] = self.to_dict()
         path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
@@ -214,6 +222,8 @@ class PrunedConfig:
         def name(old: str) -> str:
             return by_base.get(old.removeprefix(f"{prefix}."), old)
 
+        if len({name(n) for n in self.stacks}) < len(self.stacks):
+            raise RecordError(f"The pruning record names one stack twice: {', '.join(self.stacks)}.")
         iterations = []
         for entry in self.iterations:
             renamed = {
@@ -283,7 +293,11 @@ def base_reference(root: nn.Module) -> tuple[str | None, str | None]:
         cfg = getattr(root, "pretrained_cfg", None) or {}
         name = cfg.get("hf_hub_id") if isinstance(cfg, dict) else None
         return (name or None), None
-    if os.path.exists(name) or name.count("/") > 1 or os.path.isabs(name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None, None
+    if os.path.exists(name):
         return None, None
     return name, getattr(config, "_commit_hash", None)
 
@@ -318,10 +332,17 @@ def _is_int(value: Any) -> bool:
 def _expect(condition: bool, where: str, found: Any, expected: str) -> None:
     if condition:
         return
-    shown = repr(found)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    shown = _shown(found)
     raise RecordError(
         f"The pruning record is malformed: {where} must be {expected}, found {shown}. Download the checkpoint again, or delete "
         f"{RECORD_KEY!r} from its "
         "config.json to use it as a plain checkpoint."
     )
+
+
+def _shown(found: Any) -> str:
+    try:
+        shown = repr(found)
+    except ValueError:  # a number of more than sys.get_int_max_str_digits() digits
+        shown = f"a {type(found).__name__} too long to print"
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

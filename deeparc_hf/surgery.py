@@ -153,7 +153,7 @@ def _operate(
     lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
     still_used = {id(p) for p in host.root.parameters()}
     now = {name: [kept[name].index(i) for i in indices] for name, indices in frozen.items()}
-    changed = freeze_blocks(host.root, stacks, now) if any(frozen.values()) else []
+    changed = freeze_blocks(host, stacks, now) if any(frozen.values()) else []
     if optimizer is not None:
         forget_parameters(optimizer, [p for p in lost if id(p) not in still_used], changed)
     # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
@@ -183,8 +183,7 @@ def _skeletons(
         if odd:
             raise SurgeryError(
                 f"{name} is not what its settings describe: {odd[0]} has shape {live.get(odd[0])}, a stock build would give it "
-                f"{stock.get(odd[0])}. "
-                "A checkpoint of it could not be loaded. Load it with the settings that it was built with."
+                f"{stock.get(odd[0])}. A checkpoint of it could not be loaded. {host.rebuild_hint}"
             )
     try:
         after = host.build(shrunk)

@@ -9,6 +9,8 @@ config keys is needed, and a list that the config cannot shorten is never taken 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError
-from .base import CountKey, Family, Stack, register, signature_pins
+from .base import CountKey, Family, Stack, register, set_count, signature_pins
 from .hosts import Host, TransformersHost
 from .skeleton import state_shapes
 
@@ -27,7 +29,7 @@ _LIST_NAME = re.compile(r"layer|block|types")
 
 @register("auto")
 class Auto(Family):
-    summary = "any transformers model whose layers sit in a ModuleList and are counted by one config entry"
+    summary = "any transformers model whose layers sit in a ModuleList and are counted by a config entry"
     priority = 0
 
     def matches(self, host: Host) -> bool:
@@ -56,7 +58,10 @@ class Auto(Family):
         if not stacks:
             lists = ", ".join(f"{name} ({len(container)} x {type(container[0]).__name__})" for name, container in candidates)
             raise UnsupportedModelError(_nothing_found(host, f"{lists}, but no entry of its config counts these blocks"))
-        return stacks
+        return [
+            dataclasses.replace(stack, next_stack=follower.name) if _same_list(stack.count, follower.count) else stack
+            for stack, follower in itertools.pairwise(stacks)
+        ] + stacks[-1:]
 
     def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
         for stack in stacks:
@@ -84,26 +89,20 @@ def _candidates(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 def _find_count(host: Host, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], name: str, length: int) -> CountKey | None:
     """The setting whose change by one changes the length of this stack by one, and nothing else."""
     step = -1 if length > 1 else 1
-    gone = f"{name}.{length - 1}."
     for count in _count_candidates(settings, length):
         trial = copy.deepcopy(settings)
         holder = _holder(trial, count)
         for key in _per_layer_lists(holder, length):
             holder[key] = holder[key][:-1] if step < 0 else [*holder[key], holder[key][-1]]
         _shrink_stages(holder, length, list(range(length + step)))
-        holder[count.key] = length + step
+        set_count(holder, count, length + step)
         try:
             built = state_shapes(host.build(trial))
         except Exception:  # noqa: S112 - a setting that cannot be changed alone is not the one that counts
             continue
-        if step < 0:
-            expected = {key: shape for key, shape in shapes.items() if not key.startswith(gone)}
-        else:
-            grown = f"{name}.{length}."
-            expected = {key: shape for key, shape in built.items() if not key.startswith(grown)}
-            built = {**shapes, **({} if len(expected) == len(built) else {"": ()})}
-            expected[""] = ()
-        if built == expected and len(built) != len(shapes):
+        fewer, more, last = (built, shapes, length - 1) if step < 0 else (shapes, built, length)
+        rest = {key: shape for key, shape in more.items() if not key.startswith(f"{name}.{last}.")}
+        if rest == fewer and len(rest) < len(more):
             return count
     return None
 
@@ -112,8 +111,11 @@ def _count_candidates(settings: dict[str, Any], length: int, path: tuple[str, ..
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from _count_candidates(value, length, (*path, key))
-        elif isinstance(value, int) and not isinstance(value, bool) and value == length and _COUNT_NAME.search(key):
-            yield CountKey(path, key)
+        elif isinstance(key, str) and _COUNT_NAME.search(key):
+            if type(value) is int and value == length:
+                yield CountKey(path, key)
+            elif isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+                yield from (CountKey(path, key, index) for index, item in enumerate(value) if item == length)
 
 
 def _holder(settings: dict[str, Any], count: CountKey | None) -> dict[str, Any]:
@@ -138,6 +140,11 @@ def _shrink_stages(holder: dict[str, Any], length: int, kept: Sequence[int]) -> 
     if out is not None:
         # stage i is the output of block i - 1: the nearest kept block before it takes over
         holder["out_indices"] = sorted({sum(k < stage % (length + 1) for k in kept) for stage in out})
+
+
+def _same_list(count: CountKey | None, following: CountKey | None) -> bool:
+    """Whether two stacks are stages counted by the same list, and so feed each other."""
+    return bool(count and following and count.index is not None and (count.path, count.key) == (following.path, following.key))
 
 
 def _side(root: nn.Module, name: str) -> str | None:

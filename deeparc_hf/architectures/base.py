@@ -13,7 +13,7 @@ from ..errors import SurgeryError
 from ..registry import Registry
 from .hosts import Host
 
-__all__ = ["CountKey", "Family", "Stack", "families", "register", "signature_pins"]
+__all__ = ["CountKey", "Family", "Stack", "families", "register", "set_count", "signature_pins"]
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,17 @@ class Family(ABC):
             holder = settings
             for part in stack.count.path:
                 holder = holder[part]
-            number = len(kept[stack.name])
-            if stack.count.index is None:
-                holder[stack.count.key] = number
-            else:
-                counts = list(holder[stack.count.key])
-                counts[stack.count.index] = number
-                holder[stack.count.key] = counts
+            set_count(holder, stack.count, len(kept[stack.name]))
+
+
+def set_count(holder: dict[str, Any], count: CountKey, number: int) -> None:
+    """Write a number of blocks where the settings count them."""
+    if count.index is None:
+        holder[count.key] = number
+    else:
+        counts = list(holder[count.key])
+        counts[count.index] = number
+        holder[count.key] = counts
 
 
 families: Registry[Family] = Registry("model family", "deeparc_hf.architectures", Family)

@@ -34,6 +34,7 @@ class Host(ABC):
     """
 
     library: str
+    rebuild_hint = "Load it with the settings that it was built with."
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
@@ -143,6 +144,7 @@ class TimmHost(Host):
     """A model that `timm.create_model` made, described by its architecture name and model_args."""
 
     library = "timm"
+    rebuild_hint = "timm before 1.0.31 does not record the arguments of create_model: pip install -U timm, and build the model again."
 
     @property
     def base_prefix(self) -> str:
@@ -180,7 +182,8 @@ class TimmHost(Host):
 def timm_model_args(model: nn.Module) -> dict[str, Any]:
     """The arguments of `timm.create_model` that rebuild the model, as timm recorded them.
 
-    timm older than 1.0.31 records nothing; there the number of classes is all that is known.
+    timm older than 1.0.31 records nothing; there the number of classes is all that is known, and a model built with
+    other arguments is refused later, because a stock build of it looks different.
     """
     try:
         from timm.models import get_model_args

@@ -62,7 +62,7 @@ def compare(before: nn.Module, after: nn.Module, kept: Mapping[str, Sequence[int
         counterpart = after_modules.get(new)
         if counterpart is None or _neutral(counterpart):
             found.problems.append(f"a reload would lack {new}, which is {old} of this model")
-        elif type(counterpart) is not type(module):
+        elif _class(counterpart) != _class(module):
             found.problems.append(
                 f"{old} is a {type(module).__name__}, but a reload would build a {type(counterpart).__name__} in its place"
             )
@@ -77,7 +77,9 @@ def _compare_tensors(name: str, module: nn.Module, counterpart: nn.Module, found
     own |= {k: tuple(v.shape) for k, v in module.named_buffers(recurse=False)}
     new = {k: tuple(v.shape) for k, v in counterpart.named_parameters(recurse=False)}
     new |= {k: tuple(v.shape) for k, v in counterpart.named_buffers(recurse=False)}
-    for key in sorted(own.keys() | new.keys()):
+    # a buffer that is never saved may be missing from a reload: nothing that is left asks for it
+    spare = module._non_persistent_buffers_set - new.keys()
+    for key in sorted((own.keys() | new.keys()) - spare):
         if own.get(key) != new.get(key):
             label = f"{name}.{key}" if name else key
             found.problems.append(f"{label} has shape {own.get(key)}, but a reload would give it {new.get(key)}")
@@ -107,6 +109,11 @@ def _plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(_plain(item) for item in value.values())
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
+
+
+def _class(module: nn.Module) -> str:
+    # by name: torch's parametrizations make a class of their own for each module
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _neutral(module: nn.Module) -> bool:

@@ -117,7 +117,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
             )
         self.record = None if record is None else PrunedConfig.from_model(model)
         if self.record is not None and self.record.frozen:
-            freeze_blocks(host.root, stacks, self.record.frozen)
+            freeze_blocks(host, stacks, self.record.frozen)
         self._done = True
 
     def _calibration_batches(self, args: TrainingArguments, loader: DataLoader | None) -> Iterable[Any]:

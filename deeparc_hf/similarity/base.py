@@ -101,6 +101,8 @@ def centered_grams(group: Tensor) -> Tensor:
     grams = torch.empty(len(group), group.shape[1], group.shape[1], dtype=torch.float64, device=device)
     for index, rows in enumerate(group):
         rows = rows.to(device, torch.float64)
+        # the first row comes off before the mean, so that a constant block is zero to the bit, not to rounding
+        rows = rows - rows[0]
         rows = rows - rows.mean(dim=0)
         torch.mm(rows, rows.T, out=grams[index])
     return grams

@@ -30,9 +30,12 @@ class BiasedCKA(SimilarityMetric):
 
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
         _, counts = torch.unique_consecutive(samples, return_counts=True)
-        pooled = bool((counts == 1).all())
-        groups = self._buffer.add(rows) if pooled else torch.stack(list(rows)).split(counts.tolist(), dim=1)
-        for group in groups:
+        # rows that are alone in their sample are pooled, whatever else is in the batch: results must not depend on its size
+        alone = torch.repeat_interleave(counts == 1, counts).to(rows[0].device)
+        for group in self._buffer.add([block[alone] for block in rows]):
+            self._take(group)
+        sentences = [group for group in torch.stack(list(rows)).split(counts.tolist(), dim=1) if group.shape[1] > 1]
+        for group in sentences:
             self._take(group)
 
     def finish(self) -> dict[str, Tensor]:

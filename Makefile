@@ -1,0 +1,53 @@
+# Every target does its own set-up: a virtual environment in .venv with the package, its extras and the tools.
+# Needed beforehand: Python 3.11 or newer (PYTHON=... names one) and a package index that pip can reach.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+
+# the first of these that runs and is new enough (a name on the PATH may be a shim that does not run)
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
+	$$name -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$name && break; done)
+
+# nothing here needs the Hub, and a run must not depend on what a machine has cached
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test test-slow lint clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
+
+demo: $(INSTALLED)  ## fine-tune, prune, retrain and reload a real model; results go to demo_output
+	$(BIN)/python examples/bbc_news.py --output demo_output
+
+test: lint  ## lint, import rules, and all tests that are not marked slow
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(INSTALLED)  ## the tests that are marked slow
+	$(BIN)/pytest -m slow
+
+lint: $(INSTALLED)  ## style, formatting and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:  ## remove what the other targets wrote, except .venv
+	rm -rf demo_output runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(INSTALLED): setup.py pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, and none was found. Install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c '$(NEW_ENOUGH)' || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$("$(PYTHON)" --version 2>&1). Name another: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making a virtual environment in $(VENV)"; "$(PYTHON)" -m venv --clear $(VENV); }
+	@$(BIN)/python -c '$(NEW_ENOUGH)' || { echo "The virtual environment in $(VENV) has a Python older than 3.11. Delete the folder and run make again." >&2; exit 1; }
+	@echo "Installing deeparc_hf with its tools into $(VENV) (once; takes some minutes)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@

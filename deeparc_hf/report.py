@@ -1,0 +1,373 @@
+"""Reports: what a pruning removed, what it cost and what it saved, as tables, strips, heatmaps, JSON and Markdown.
+
+Functions over plans and measurements. What was not measured is None, and shows as "-": nothing is estimated here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ConfigError, MissingDependencyError
+from .plan import PruningPlan, StackPlan
+from .record import package_versions
+
+__all__ = [
+    "Measurement",
+    "Timing",
+    "blocks_strip",
+    "hardware",
+    "iteration_table",
+    "save_heatmap",
+    "timed_evaluation",
+    "wilson_interval",
+    "write_report",
+]
+
+FORMAT_VERSION = 1
+CONFIDENCE = 0.95
+_COLUMNS = {
+    "blocks": "blocks",
+    "parameters": "parameters",
+    "accuracy": "accuracy (95 % interval)",
+    "samples": "n",
+    "evaluation_loss": "evaluation loss",
+    "evaluation_seconds": "evaluation time (s)",
+    "training_seconds": "training time (s)",
+    "frozen": "freeze",
+    "threshold": "threshold",
+    "k": "k",
+}
+_MARKS = {"#": "kept", ".": "removed", "*": "kept and frozen", "p": "must stay (pinned or protected)", "P": "must stay, and is frozen"}
+_PER_ROW = 4
+_ANNOTATED = 16
+_ALL_TICKS = 40
+_REMOVED_COLOR = "#c1272d"
+
+
+def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The score interval of a proportion (E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927).
+
+    Unlike the textbook interval it stays within [0, 1] and is right near 0 and 1 and for small n.
+
+    Args:
+        correct: number of samples that were right.
+        n: number of samples.
+        confidence: in (0, 1).
+
+    Returns:
+        Lower and upper bound of the share that is right.
+
+    Raises:
+        ConfigError: if the numbers cannot be a share.
+    """
+    if n < 1 or not 0 <= correct <= n:
+        raise ConfigError(f"An interval needs 0 <= correct <= n and n >= 1, found correct={correct}, n={n}.")
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence must be between 0 and 1, found {confidence}.{' Did you mean 0.95?' if confidence == 95 else ''}")
+    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+    share, weight = correct / n, z * z / n
+    center = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
+    # at the ends the bound is 0 or 1 exactly; rounding must not say otherwise
+    return (0.0 if correct == 0 else center - half), (1.0 if correct == n else center + half)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table: a model at one point of its life. None: not measured.
+
+    Attributes:
+        label: what this row is ("original", "pruned", "retrained").
+        blocks: residual blocks, over all stacks.
+        parameters: number of parameters.
+        accuracy: share of the evaluation samples that were right, in [0, 1].
+        samples: number of evaluation samples behind it.
+        evaluation_loss: mean loss on them.
+        evaluation_seconds: time of one evaluation, warm (`timed_evaluation`), in s.
+        training_seconds: time of the training that led to this row, in s.
+        frozen: number of frozen blocks in that training.
+        threshold, k: settings of the pruning that led to this row.
+
+    Raises:
+        ConfigError: if the accuracy is not a share.
+    """
+
+    label: str
+    blocks: int | None = None
+    parameters: int | None = None
+    accuracy: float | None = None
+    samples: int | None = None
+    evaluation_loss: float | None = None
+    evaluation_seconds: float | None = None
+    training_seconds: float | None = None
+    frozen: int | None = None
+    threshold: float | None = None
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.accuracy is not None and not 0 <= self.accuracy <= 1:
+            hint = f" Did you mean {self.accuracy / 100:g}?" if 1 < self.accuracy <= 100 else ""
+            raise ConfigError(f"accuracy must be in [0, 1], found {self.accuracy}.{hint}")
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the accuracy; None where the accuracy or the number of samples is not known."""
+        if self.accuracy is None or not self.samples:
+            return None
+        return wilson_interval(round(self.accuracy * self.samples), self.samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the interval is written too, for those who read the file."""
+        return {**dataclasses.asdict(self), "interval": None if self.interval is None else list(self.interval)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        """The inverse of `to_dict`. Entries that this version does not know are left out."""
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+def iteration_table(rows: Sequence[Measurement]) -> str:
+    """The rows as a Markdown table; "-" stands where nothing was measured."""
+    lines = [["model", *_COLUMNS.values()], ["---", *["---:"] * len(_COLUMNS)]]
+    for row in rows:
+        lines.append([row.label.replace("|", "\\|"), *(_cell(row, name) for name in _COLUMNS)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of repeated calls.
+
+    Attributes:
+        seconds: the median.
+        times: each repeat, in s, without the warm-up.
+        result: what the last call returned.
+    """
+
+    seconds: float
+    times: tuple[float, ...]
+    result: Any
+
+
+def timed_evaluation(fn: Callable[[], Any], repeats: int = 3, warmup: int = 1) -> Timing:
+    """Time a function warm: the first calls, which pay for caches and lazy set-up, are not counted.
+
+    Args:
+        fn: the function; work that it leaves running on an accelerator is waited for.
+        repeats: timed calls, at least 1.
+        warmup: calls before these.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ConfigError(f"repeats must be at least 1 and warmup at least 0, found {repeats} and {warmup}.")
+    for _ in range(warmup):
+        fn()
+    times = []
+    for _ in range(repeats):
+        _wait_for_device()
+        start = time.perf_counter()
+        result = fn()
+        _wait_for_device()
+        times.append(time.perf_counter() - start)
+    return Timing(statistics.median(times), tuple(times), result)
+
+
+def blocks_strip(plan: PruningPlan) -> str:
+    """One line a stack with a mark for each block, in groups of ten, and a legend of the marks that occur."""
+    width = max(map(len, plan.stacks), default=0)
+    lines, used = [], set()
+    for name, stack in plan.stacks.items():
+        marks = "".join(_mark(stack, index) for index in range(len(stack)))
+        used |= set(marks)
+        groups = " ".join(marks[i : i + 10] for i in range(0, len(marks), 10))
+        lines.append(f"{name.ljust(width)}  {groups}  {len(stack.kept)} of {len(stack)} stay")
+    legend = ", ".join(f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in used)
+    return "\n".join([*lines, legend])
+
+
+def save_heatmap(plan: PruningPlan, path: str | Path) -> None:
+    """Write a PNG with the similarity matrix of every stack; all stacks share one colour scale.
+
+    Frames on the diagonal are clusters; red cells on it (hatched, or filled in long stacks) and red labels mark the blocks that
+    go. The values are printed in
+    stacks of up to 16 blocks.
+
+    Raises:
+        MissingDependencyError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError('A heatmap needs matplotlib: pip install "deeparc_hf[plots]".') from error
+    stacks = list(plan.stacks.items())
+    columns = min(_PER_ROW, len(stacks))
+    rows = math.ceil(len(stacks) / columns)
+    side = 4.2 if columns > 1 else 5.6
+    figure = Figure(figsize=(side * columns + 1.0, (side + 0.45) * rows + 0.7), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    values = [v for _, stack in stacks for i, row in enumerate(stack.similarity) for j, v in enumerate(row) if i != j]
+    low = min(0.95, math.floor(min(values, default=0.0) * 20) / 20)
+    for axis, (name, stack) in zip(axes.flat, stacks, strict=False):
+        image = _draw_stack(axis, name, stack, low, side)
+    for axis in list(axes.flat)[len(stacks) :]:
+        axis.set_axis_off()
+    figure.colorbar(image, ax=axes, label="similarity", shrink=0.8, aspect=30, pad=0.02)
+    samples = f"{plan.samples:,} samples" if plan.samples else "number of samples not known"
+    figure.suptitle(f"Similarity of blocks: {plan.config.similarity}, rows={plan.config.effective_rows}, {samples}", fontsize=12)
+    gone = "red: removed" if plan.removed else "nothing is removed"
+    figure.supxlabel(f"block (frames: clusters; {gone})", fontsize=9)
+    figure.savefig(path, format="png")
+
+
+def hardware(device: torch.device | str | None = None) -> dict[str, Any]:
+    """The hardware that figures depend on.
+
+    Args:
+        device: where the model ran; None: the accelerator if there is one, else the CPU.
+    """
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = torch.device(device)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() if device.type == "cpu" else device.type
+    return {"device": device.type, "device_name": name, "cpu_count": usable, "torch_threads": torch.get_num_threads()}
+
+
+def write_report(
+    folder: str | Path,
+    plan: PruningPlan,
+    rows: Sequence[Measurement] = (),
+    extra: Mapping[str, Any] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> None:
+    """Write report.json and report.md into a folder, which is made if need be.
+
+    Args:
+        plan: the plan that was carried out, or would be.
+        rows: what was measured, oldest first.
+        extra: more facts to report (name of the model, of the data), JSON types only.
+        device: as in `hardware`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {
+        "format_version": FORMAT_VERSION,
+        "plan": plan.to_dict(),
+        "measurements": [row.to_dict() for row in rows],
+        "versions": package_versions(),
+        "hardware": hardware(device),
+        "extra": dict(extra or {}),
+    }
+    (folder / "report.json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    (folder / "report.md").write_text(_markdown(plan, rows, data), "utf-8")
+
+
+def _markdown(plan: PruningPlan, rows: Sequence[Measurement], data: Mapping[str, Any]) -> str:
+    gone = plan.num_blocks - plan.num_kept
+    parts = [
+        "# Pruning report",
+        f"{gone} of {plan.num_blocks} blocks removed, {plan.num_frozen} of the others frozen." if gone else "No block was removed.",
+        f"```text\n{blocks_strip(plan)}\n```",
+    ]
+    if rows:
+        parts += ["## Measurements", iteration_table(rows), _measured(rows)]
+    samples = f"{plan.samples:,} calibration samples" if plan.samples else "calibration samples whose number is not known"
+    parts += ["## How the blocks were compared", f"By {plan.config.similarity} (rows: {plan.config.effective_rows}) on {samples}."]
+    parts += [f"```text\n{plan}\n```"]
+    facts = {**data["extra"], **data["hardware"], **data["versions"]}
+    parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(rows: Sequence[Measurement]) -> str:
+    notes = []
+    if any(row.interval for row in rows):
+        notes.append("The interval of an accuracy is Wilson's, at 95 % confidence, over the n samples beside it.")
+    if any(row.evaluation_seconds is not None for row in rows):
+        notes.append("Evaluation times are warm: calls before the timed ones are not counted.")
+    missing = [title for name, title in _COLUMNS.items() if all(getattr(row, name) is None for row in rows)]
+    if missing:
+        notes.append(f"Not measured, or not applicable: {', '.join(missing)}.")
+    return " ".join(notes) or "Every column was measured."
+
+
+def _cell(row: Measurement, name: str) -> str:
+    value = getattr(row, name)
+    if value is None:
+        return "-"
+    if name == "accuracy":
+        shown = f"{100 * value:.2f} %"
+        return shown if row.interval is None else f"{shown} ({100 * row.interval[0]:.2f} to {100 * row.interval[1]:.2f})"
+    if name in ("evaluation_seconds", "training_seconds"):
+        return f"{value:,.2f}"
+    return f"{value:,}" if isinstance(value, int) else f"{round(value, 4):g}"
+
+
+def _mark(stack: StackPlan, index: int) -> str:
+    if index in stack.removed:
+        return "."
+    if index in stack.pinned or index in stack.protected:
+        return "P" if index in stack.frozen else "p"
+    return "*" if index in stack.frozen else "#"
+
+
+def _draw_stack(axis: Any, name: str, stack: StackPlan, low: float, side: float) -> Any:
+    """One heatmap; returns the image, for the colour bar."""
+    from matplotlib.patches import Rectangle
+
+    length = len(stack)
+    image = axis.imshow(stack.similarity, vmin=low, vmax=1.0, cmap="viridis", interpolation="nearest")
+    axis.set_title(f"{name}\n{len(stack.kept)} of {length} blocks stay, threshold {stack.threshold:.4f}", fontsize=9)
+    if length <= _ANNOTATED:
+        for i, row in enumerate(stack.similarity):
+            for j, value in enumerate(row):
+                if i == j and i in stack.removed:
+                    continue  # hatched
+                dark = value < low + 0.6 * (1 - low)
+                size = min(9.0, 13.0 * side / length)
+                axis.text(
+                    j, i, "1" if i == j else _short(value), ha="center", va="center", fontsize=size, color="white" if dark else "black"
+                )
+    for cluster in stack.clusters:
+        if len(cluster) > 1:
+            corner = (cluster[0] - 0.5, cluster[0] - 0.5)
+            axis.add_patch(Rectangle(corner, len(cluster), len(cluster), fill=False, edgecolor="white", linewidth=2.2))
+            axis.add_patch(Rectangle(corner, len(cluster), len(cluster), fill=False, edgecolor="black", linewidth=1.0))
+    for index in stack.removed:
+        style = {"fill": False, "hatch": "////"} if length <= _ANNOTATED else {"facecolor": _REMOVED_COLOR}
+        axis.add_patch(Rectangle((index - 0.5, index - 0.5), 1, 1, edgecolor=_REMOVED_COLOR, linewidth=0, **style))
+    ticks = range(length) if length <= _ALL_TICKS else range(0, length, 5)
+    size = max(4.0, min(8.0, 52.0 * side / 4.2 / length))
+    axis.set_xticks(ticks, map(str, ticks), fontsize=size)
+    axis.set_yticks(ticks, map(str, ticks), fontsize=size)
+    for index, *labels in zip(ticks, axis.get_xticklabels(), axis.get_yticklabels(), strict=True):
+        for label in labels:
+            if index in stack.removed:
+                label.set(color=_REMOVED_COLOR, fontweight="bold")
+    axis.tick_params(length=2)
+    return image
+
+
+def _short(value: float) -> str:
+    """Two decimals without the leading zero: .98, -.03; what rounds to 1 is not printed as 1."""
+    return ">.99" if value >= 0.995 else f"{value:.2f}".replace("0.", ".", 1)
+
+
+def _wait_for_device() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -1,0 +1,181 @@
+"""Models by name, as the command line takes them: a folder, a Hub id, or a timm model; as a skeleton without weights, or whole."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architectures import describe
+from .architectures.hosts import RECORD_KEY
+from .errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
+
+__all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "skeleton"]
+
+_TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
+
+
+class LoadingError(DeepArcError, OSError):
+    """A model or data set that was named cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        given: what the user wrote.
+        library: "transformers" or "timm".
+        reference: what the library's own loader takes.
+        config: the checkpoint's config.json; empty for a timm architecture without a checkpoint.
+    """
+
+    given: str
+    library: str
+    reference: str
+    config: dict[str, Any]
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it loads something into a `LoadingError` that says what was loaded."""
+    try:
+        yield
+    except DeepArcError:
+        raise
+    except Exception as error:
+        raise LoadingError(f"Cannot load {what}: {error or type(error).__name__}") from error
+
+
+def find_source(model: str) -> ModelSource:
+    """Find out which library a model belongs to.
+
+    Args:
+        model: a folder; a Hub id; "timm:NAME" for an architecture of timm with its default weights; or timm's own "hf-hub:ORG/NAME" and
+            "local-dir:FOLDER".
+
+    Raises:
+        LoadingError: if there is no such model, or its config.json cannot be read.
+        UnsupportedModelError: if it is the folder of a PEFT adapter.
+    """
+    scheme, _, rest = model.partition(":")
+    if scheme == "timm":
+        return ModelSource(model, "timm", _architecture(rest), {})
+    if scheme in _TIMM_SCHEMES:
+        name, _, revision = rest.partition("@") if scheme != "local-dir" else (rest, "", "")
+        return ModelSource(model, "timm", model, _config(name, revision or None))
+    config = _config(model)
+    if "model_type" in config or not {"architecture", "pretrained_cfg"} <= config.keys():
+        return ModelSource(model, "transformers", model, config)
+    return ModelSource(model, "timm", f"{'local-dir' if Path(model).is_dir() else 'hf-hub'}:{model}", config)
+
+
+def skeleton(source: ModelSource, auto_class: str | None = None) -> nn.Module:
+    """The model on the meta device: built from its settings alone, no weights read and no memory taken. It carries its record."""
+    with loading(source.given), torch.device("meta"):
+        if source.library == "timm":
+            return _timm_model(source, pretrained=False)
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False)
+        cls = _model_class(config, auto_class)
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
+def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
+    """The model with its weights, on the CPU, in eval mode. It carries its record.
+
+    Raises:
+        LoadingError: if it cannot be loaded.
+        CalibrationError: if the checkpoint lacks weights of a block, so that its similarities would be chance.
+    """
+    if source.library == "timm":
+        with loading(source.given):
+            return _timm_model(source, pretrained=True).eval()
+    with loading(source.given):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False)
+        cls = _model_class(config, auto_class)
+        model, info = cls.from_pretrained(source.reference, config=config, output_loading_info=True)
+    for name in describe(model)[2]:
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(f"{name}."))
+        if missing:
+            raise CalibrationError(
+                f"{source.given} has no weights for {missing[0]} and {len(missing) - 1} more tensors of {name}: its config.json describes "
+                "blocks that the checkpoint does not hold. Download it again, or correct config.json."
+            )
+    return model.eval()
+
+
+def _config(model: str, revision: str | None = None) -> dict[str, Any]:
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise UnsupportedModelError(
+                f"{model} is a PEFT adapter, not a whole model. Load it, call model.merge_and_unload(), save the result, give that folder."
+            )
+        file = path / "config.json"
+        if not file.is_file():
+            raise LoadingError(f"{model} has no config.json. Give the folder that save_pretrained wrote.")
+    elif path.exists():
+        raise LoadingError(f"{model} is a file. Give the folder that holds config.json and the weights.")
+    elif model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise LoadingError(f"There is no folder {model}.")
+    else:
+        from transformers.utils import cached_file
+
+        with loading(f"{model} (no such folder; looked for it on the Hub)"):
+            file = Path(cached_file(model, "config.json", revision=revision))
+    with loading(f"{model}: its config.json is not valid"):
+        config = json.loads(file.read_text("utf-8"))
+    if not isinstance(config, dict):
+        raise LoadingError(f"Cannot load {model}: its config.json holds a {type(config).__name__}, not an object.")
+    return config
+
+
+def _model_class(config: Any, auto_class: str | None) -> Any:
+    """The class to load: the one that was asked for, else the one that saved the checkpoint, else the bare model."""
+    import transformers
+
+    name = auto_class or next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    usable = isinstance(cls, type) and (issubclass(cls, transformers.PreTrainedModel) or hasattr(cls, "from_config"))
+    if usable:
+        return cls
+    if auto_class is None:
+        return transformers.AutoModel
+    near = difflib.get_close_matches(auto_class, [n for n in dir(transformers) if n.startswith("AutoModel")], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"--auto-class: {auto_class!r} is not a model class of transformers.{hint}")
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependencyError('A timm model needs timm: pip install "deeparc_hf[timm]".') from error
+    return timm
+
+
+def _architecture(name: str) -> str:
+    timm = _timm()
+    if not timm.is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f" Did you mean timm:{near[0]}?" if near else ""
+        raise LoadingError(f"timm has no model {name!r}.{hint}")
+    return name
+
+
+def _timm_model(source: ModelSource, pretrained: bool) -> nn.Module:
+    model = _timm().create_model(source.reference, pretrained=pretrained)
+    if source.config.get(RECORD_KEY) is not None:
+        setattr(model, RECORD_KEY, source.config[RECORD_KEY])  # timm passes over what it does not know
+    return model

