@@ -19,6 +19,8 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; d
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
+# threads that spin while they wait cost many times the work where other processes share the cores
+export OMP_WAIT_POLICY := passive
 
 .PHONY: help demo test test-slow lint clean
 
@@ -29,7 +31,7 @@ demo: $(INSTALLED)  ## fine-tune, prune, retrain and reload a real model; result
 	$(BIN)/python examples/bbc_news.py --output demo_output
 
 test: lint  ## lint, import rules, and all tests that are not marked slow
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow"
 
 test-slow: $(INSTALLED)  ## the tests that are marked slow
 	$(BIN)/pytest -m slow

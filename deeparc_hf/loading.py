@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ._compat import checkpoint_key_namer
@@ -25,6 +26,7 @@ from .surgery import shrunk_settings
 __all__ = ["load_pruned", "save_pruned"]
 
 _HUB_SETTINGS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+_SHARD = re.compile(r"[\w.\-]+\.safetensors")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -56,6 +58,8 @@ def load_pruned(
     hub = {key: kwargs[key] for key in _HUB_SETTINGS if key in kwargs}
     record = _record(pruned_config, {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")})
     config = kwargs.pop("config", None)
+    # "auto" means the dtype of the checkpoint, which its config and its tensors tell; a config cannot hold the word
+    kwargs = {key: value for key, value in kwargs.items() if not (key in ("dtype", "torch_dtype") and value == "auto")}
     if config is None:
         config, kwargs = AutoConfig.from_pretrained(base_repo_or_path, return_unused_kwargs=True, **kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_SETTINGS}
@@ -68,13 +72,17 @@ def load_pruned(
     _, settings = shrunk_settings(host, family, stacks, kept)
     base, commit = base_reference(full)
     pruned = type(config).from_dict(settings)
+    pruned._attn_implementation = config._attn_implementation  # the one setting that is not part of a config's dict
     setattr(
         pruned, RECORD_KEY, {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit}
     )
     state = _read(full, str(base_repo_or_path), stacks, kept, hub)
-    model = type(full).from_pretrained(None, config=pruned, state_dict=state, **kwargs)
+    loaded = type(full).from_pretrained(None, config=pruned, state_dict=state, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
     model.config._name_or_path = str(base_repo_or_path)
-    return model
+    if model.can_generate():
+        _adopt_generation_config(model, str(base_repo_or_path), hub)
+    return loaded
 
 
 def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -91,6 +99,12 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     extra = {} if host.record() is None else {RECORD_KEY: host.record()}
     save_for_hf(host.root, str(folder), model_config=extra, model_args=host.settings(), safe_serialization=True)
+
+
+def _adopt_generation_config(model: PreTrainedModel, base: str, hub: Mapping[str, Any]) -> None:
+    """Take over the base's generation_config.json, as from_pretrained does when it loads a checkpoint by name."""
+    if cached_file(base, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(base, **hub)
 
 
 def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:
@@ -137,12 +151,10 @@ def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list
     index = cached_file(base, _INDEX, _raise_exceptions_for_missing_entries=False, **hub)
     if index is not None:
         shards: dict[str, list[str]] = {}
-        for key, shard in json.loads(Path(index).read_text("utf-8"))["weight_map"].items():
+        for key, shard in _weight_map(base, Path(index)).items():
             if stays(key):
                 shards.setdefault(shard, []).append(key)
         for shard, keys in shards.items():
-            if Path(shard).name != shard:
-                raise RecordError(f"The index of {base} names a shard outside the checkpoint: {shard!r}. It is not read.")
             yield keys, cached_file(base, shard, **hub)
         return
     weights = cached_file(base, _WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
@@ -153,6 +165,21 @@ def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list
             "from_pretrained, save it again, and use that folder as the base; or call remove_blocks on it."
         )
     yield None, weights
+
+
+def _weight_map(base: str, index: Path) -> dict[str, str]:
+    """Which shard holds each key. The index is downloaded: its names are checked before any of them is opened."""
+    try:
+        shards = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = set(shards.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"The index of {base} ({_INDEX}) is malformed: {type(error).__name__}: {error}. Download the checkpoint again."
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise RecordError(f"The index of {base} names a shard outside the checkpoint: {name!r}. It is not read.")
+    return shards
 
 
 def _new_key(key: str, namer: Any, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]) -> str | None:

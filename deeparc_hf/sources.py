@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from .architectures import describe
-from .architectures.hosts import RECORD_KEY
 from .errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
 
 __all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "skeleton"]
@@ -175,7 +174,4 @@ def _architecture(name: str) -> str:
 
 
 def _timm_model(source: ModelSource, pretrained: bool) -> nn.Module:
-    model = _timm().create_model(source.reference, pretrained=pretrained)
-    if source.config.get(RECORD_KEY) is not None:
-        setattr(model, RECORD_KEY, source.config[RECORD_KEY])  # timm passes over what it does not know
-    return model
+    return _timm().create_model(source.reference, pretrained=pretrained)

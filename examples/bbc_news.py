@@ -174,8 +174,7 @@ def timed_training(trainer: Trainer) -> float:
 
 def reload_elsewhere(demo: Demo, model: PreTrainedModel, folder: Path) -> None:
     """Load the checkpoint in a process without deeparc_hf and compare its logits with the model's."""
-    texts = demo.data["test"].select_columns(demo.tokenizer.model_input_names)
-    batch = dict(DataCollatorWithPadding(demo.tokenizer)(list(texts)[:64]))
+    batch = dict(DataCollatorWithPadding(demo.tokenizer)(list(demo.data["test"].select_columns(demo.tokenizer.model_input_names))[:64]))
     with torch.no_grad():
         logits = model.eval()(**batch).logits
     expected = folder.parent / "expected_logits.pt"
@@ -227,10 +226,11 @@ def main(argv: list[str] | None = None) -> None:
     apply_plan(pruned, pruning.plan)  # the same blocks go, without the retraining
 
     print(f"Evaluating on {arguments.eval_samples} held-out texts", flush=True)
+    found = {"threshold": next(iter(pruning.plan.stacks.values())).threshold, "k": pruning.config.k}
     stages = [
         (Measurement("fine-tuned", training_seconds=finetuning_seconds, frozen=0), finetuned),
-        (Measurement("pruned"), pruned),
-        (Measurement("pruned and retrained", training_seconds=retraining_seconds, frozen=pruning.plan.num_frozen), model),
+        (Measurement("pruned", **found), pruned),
+        (Measurement("pruned and retrained", training_seconds=retraining_seconds, frozen=pruning.plan.num_frozen, **found), model),
     ]
     rows = demo.measure(stages)
     note = provenance(arguments)

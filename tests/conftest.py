@@ -15,7 +15,7 @@ for name, value in {
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models are tiny: more threads only get into each other's way
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ is started isolated (`python -I`: no PYTHONPATH, no working directory on its pat
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -121,6 +122,14 @@ def _innocence() -> dict[str, bool]:
     return {"refuses": refuses, "imported": any(name.partition(".")[0] == BLOCKED for name in sys.modules)}
 
 
+def aligned(model: Any) -> Any:
+    """A copy whose tensors lie on the 64-byte grid. Used on both sides.
+
+    Loaded tensors lie in the mapped file, off the grid, where convolutions sum in another order.
+    """
+    return copy.deepcopy(model)
+
+
 def generated(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Greedy continuations with and without the cache. Used on both sides."""
     prompt = {key: value for key, value in inputs.items() if key not in ("labels", "decoder_input_ids")}
@@ -137,8 +146,6 @@ def forwarded(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    import copy
-
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -159,8 +166,7 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
         loader = getattr(transformers, request["loader"])
         model, info = loader.from_pretrained(folder, output_loading_info=True)
-    # loaded tensors lie in the mapped file, off the 64-byte grid, where convolutions sum in another order; copies lie on it
-    model = copy.deepcopy(model).eval()
+    model = aligned(model).eval()
     with torch.no_grad():
         outputs = {"output": forwarded(model, inputs)}
         if request["generate"]:

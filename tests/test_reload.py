@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deeparc_hf import PrunedConfig, find_stacks, remove_blocks, save_pruned
 
-from .stock import StockError, StockProcess, forwarded, generated
+from .stock import StockError, StockProcess, aligned, forwarded, generated
 from .zoo import ZOO, Specimen
 
 BARE_TIMM = [name for name, specimen in ZOO.items() if specimen.auto is None]
@@ -48,7 +48,7 @@ def inputs_of(specimen: Specimen) -> dict[str, Tensor]:
 
 
 def outputs_of(model: nn.Module, specimen: Specimen) -> dict[str, Tensor]:
-    inputs = inputs_of(specimen)
+    model, inputs = aligned(model), inputs_of(specimen)
     with torch.no_grad():
         return {"output": forwarded(model, inputs), **(generated(model, inputs) if specimen.generates else {})}
 

@@ -21,7 +21,7 @@ def describe(model: nn.Module) -> tuple[Host, Family, dict[str, Stack]]:
         if family.matches(host):
             return host, family, {stack.name: stack for stack in family.stacks(host)}
     raise UnsupportedModelError(
-        f"No family of deeparc_hf describes {type(host.root).__name__} (type {host.kind!r}, {host.library}). Known families: "
+        f"No family of deeparc_hf describes {host.label}, of {host.library}. Known families: "
         f"{', '.join(families.names())}. To support it, add a family: one file, see 'add a family' in CONTRIBUTING.md."
     )
 

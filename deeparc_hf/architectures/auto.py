@@ -44,7 +44,7 @@ class Auto(Family):
             skeleton = state_shapes(host.build(settings))
         except Exception as error:
             raise UnsupportedModelError(
-                f"{type(host.root).__name__} (type {host.kind!r}) cannot be rebuilt from its own config, so a pruned one could not be "
+                f"{host.label} cannot be rebuilt from its own config, so a pruned one could not be "
                 f"loaded either: {type(error).__name__}: {error}. Give the class an __init__(config) that needs nothing else."
             ) from error
         stacks = []
@@ -155,6 +155,6 @@ def _side(root: nn.Module, name: str) -> str | None:
 
 def _nothing_found(host: Host, what: str) -> str:
     return (
-        f"{type(host.root).__name__} (type {host.kind!r}) cannot be pruned by layers: found {what}. If its blocks can be removed and its "
+        f"{host.label} cannot be pruned by layers: found {what}. If its blocks can be removed and its "
         "config can say so, add a family: one file, see 'add a family' in CONTRIBUTING.md."
     )

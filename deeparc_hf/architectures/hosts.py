@@ -7,13 +7,16 @@ There are two: transformers, where the settings are the config, and bare timm, w
 from __future__ import annotations
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -43,6 +46,11 @@ class Host(ABC):
     @abstractmethod
     def kind(self) -> str:
         """The model's type, for messages and for `matches` ("bert", "resnet50")."""
+
+    @property
+    def label(self) -> str:
+        """The model's class and type, for messages."""
+        return f"{type(self.root).__name__} (type {self.kind!r})"
 
     @property
     def base_prefix(self) -> str:
@@ -81,6 +89,11 @@ class TransformersHost(Host):
         return getattr(self.root.config, "model_type", "") or type(self.root).__name__
 
     @property
+    def label(self) -> str:
+        architecture = getattr(self.root.config, "architecture", None) if self.kind == "timm_wrapper" else None
+        return f"{type(self.root).__name__} (type {self.kind!r}{f', {architecture} of timm' if architecture else ''})"
+
+    @property
     def base_prefix(self) -> str:
         return self.root.base_model_prefix
 
@@ -109,17 +122,12 @@ class TransformersHost(Host):
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = ids[:, :8]
+            if hasattr(config, "vision_config") and not any(hasattr(config, f"image_token_{end}") for end in ("id", "index")):
+                inputs["pixel_values"] = self._pixels(config.vision_config, device, dtype)  # CLIP and its like
             return inputs
         generator = torch.Generator().manual_seed(0)
         if self.root.main_input_name == "pixel_values":
-            vision = getattr(config, "vision_config", config)
-            channels = getattr(vision, "num_channels", 3)
-            size = getattr(vision, "image_size", None)
-            if size is None:
-                size = (getattr(vision, "pretrained_cfg", None) or {}).get("input_size", (3, 64, 64))[1:]
-            height, width = (size, size) if isinstance(size, int) else tuple(size)
-            pixels = torch.randn(1, channels, height, width, generator=generator)
-            return {"pixel_values": pixels.to(device, dtype)}
+            return {"pixel_values": self._pixels(getattr(config, "vision_config", config), device, dtype)}
         if self.root.main_input_name == "input_features" and hasattr(config, "max_source_positions"):
             features = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
             inputs = {"input_features": features.to(device, dtype)}
@@ -127,6 +135,13 @@ class TransformersHost(Host):
                 inputs["decoder_input_ids"] = torch.full((1, 4), 5, device=device)
             return inputs
         return None
+
+    @staticmethod
+    def _pixels(vision: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        channels = getattr(vision, "num_channels", 3)
+        size = getattr(vision, "image_size", None) or (getattr(vision, "pretrained_cfg", None) or {}).get("input_size", (3, 64, 64))[1:]
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
 @contextmanager
@@ -168,7 +183,9 @@ class TimmHost(Host):
             return timm.create_model(self.kind, pretrained=False, **settings)
 
     def record(self) -> Any:
-        return getattr(self.root, RECORD_KEY, None)
+        stored = getattr(self.root, RECORD_KEY, None)
+        # timm does not keep what it does not know of a checkpoint's config.json, but it does keep where it came from
+        return stored if stored is not None else _stored_record(self._pretrained_cfg())
 
     def example_inputs(self) -> dict[str, torch.Tensor] | None:
         parameter = next(self.root.parameters())
@@ -177,6 +194,20 @@ class TimmHost(Host):
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         pixels = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
         return {"x": pixels.to(parameter.device, parameter.dtype)}
+
+
+def _stored_record(cfg: dict[str, Any]) -> Any:
+    """The record in the config.json that a timm model was created from (a folder, or a file of the Hub's cache)."""
+    path = None
+    if cfg.get("source") == "local-dir" and cfg.get("file"):
+        path = Path(cfg["file"], "config.json")
+    elif cfg.get("source") == "hf-hub" and cfg.get("hf_hub_id"):
+        name, _, revision = str(cfg["hf_hub_id"]).partition("@")
+        found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+        path = Path(found) if isinstance(found, str) else None
+    if path is None or not path.is_file():
+        return None
+    return json.loads(path.read_text("utf-8")).get(RECORD_KEY)
 
 
 def timm_model_args(model: nn.Module) -> dict[str, Any]:
@@ -248,6 +279,7 @@ def _refuse_quantized(root: nn.Module) -> None:
     if getattr(root, "hf_quantizer", None) is None and not getattr(root, "is_quantized", False) and quantization is None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", "")
+    method = getattr(method, "value", method)  # an enum member, whose str() is not the name that users know
     raise UnsupportedModelError(
         f"{type(root).__name__} is quantized{f' ({method})' if method else ''}. Load it without quantization_config (in bfloat16, "
         "say), prune it, save it, and quantize the pruned checkpoint."

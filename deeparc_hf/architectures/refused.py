@@ -30,7 +30,7 @@ class Refused(Family):
 
     def stacks(self, host: Host) -> list[Stack]:
         raise UnsupportedModelError(
-            f"{type(host.root).__name__} (type {host.kind!r}) cannot be pruned by layers: found {self.found}, but {self.reason}. "
+            f"{host.label} cannot be pruned by layers: found {self.found}, but {self.reason}. "
             "To support it, add a family: one file, see 'add a family' in CONTRIBUTING.md."
         )
 

@@ -75,7 +75,7 @@ class TimmFamily(Family):
             host.build(settings)
         except TypeError as error:
             raise UnsupportedModelError(
-                f"{type(_timm_model(host)).__name__} (type {host.kind!r}) cannot be pruned by layers: found {sum(counts)} blocks, but "
+                f"{host.label} cannot be pruned by layers: found {sum(counts)} blocks, but "
                 "timm's own "
                 f"entry point does not let {self.argument!r} be given ({error}), so a pruned checkpoint could not be rebuilt by stock "
                 "timm. "

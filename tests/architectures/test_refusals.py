@@ -148,7 +148,7 @@ UNSUPPORTED = {
         "does not let 'num_blocks' be given",
         "pip install -U timm",
     ),
-    "timm_vgg": (lambda: timm.create_model("vgg11"), "VGG (type 'vgg11', timm)", "No family", "Known families: ", ADD_A_FAMILY),
+    "timm_vgg": (lambda: timm.create_model("vgg11"), "VGG (type 'vgg11'), of timm", "No family", "Known families: ", ADD_A_FAMILY),
     "torchvision": (
         torchvision.models.resnet18,
         "ResNet",

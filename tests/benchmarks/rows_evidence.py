@@ -10,10 +10,10 @@ bootstrap interval over held-out examples, the same draws for all choices, so th
 loss and accuracy after removing 1, 2, 3, ... blocks as a plan from these similarities would, beside removing the
 blocks of least damage and removing random ones.
 
-    python -m tests.benchmarks.rows_evidence --model DIR --train train.csv --heldout test.csv --labels sadness,joy,love
+    python -m tests.benchmarks.rows_evidence --model DIR --train train.csv --heldout test.csv
 
-Data: .csv files with columns text and label (label unused for causal models), or .parquet files with an image and a label
-column. The kind of model (classifier of texts, causal language model, classifier of images) is read from its config.
+Data: .csv files with columns text and label (a name in the model's id2label; not used for causal models), or .parquet files with an
+image and a label column. The kind of model (classifier of texts, causal language model, classifier of images) is read from its config.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from deeparc_hf.architectures import Stack, describe
 from deeparc_hf.observe import StackObserver, hidden_states, observe
 from deeparc_hf.plan import StackFacts, make_plan
 from deeparc_hf.similarity import ROW_KINDS, metrics
+
+from .ranking import correlations
 
 Blocks = tuple[tuple[str, int], ...]
 
@@ -150,6 +152,24 @@ def check_skipping(subject: Subject, block: tuple[str, int]) -> float:
         return float((smaller.eval()(**batch).logits - skipped).abs().max())
 
 
+def retrained(subject: Subject, train: Data, blocks: Blocks, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and accuracy of every held-out example after removing blocks and a short retraining (AdamW, 5e-5, linear decay)."""
+    model = copy.deepcopy(subject.model)
+    if blocks:
+        remove_blocks(model, {name: [i for n, i in blocks if n == name] for name, _ in blocks})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+    torch.manual_seed(0)
+    model.train()
+    for step, batch in enumerate(train.take(steps * subject.batch_size, 0).batches(subject.batch_size)):
+        optimizer.param_groups[0]["lr"] = 5e-5 * (1 - step / steps)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return Subject(model.eval(), subject.heldout, subject.batch_size).cost(())
+
+
 def similarities(model: nn.Module, data: Data, batch_size: int, choices: Sequence[Choice]) -> dict[Choice, dict[str, StackFacts]]:
     """What `analyze` finds, for all choices in one pass over the data."""
     host, _, stacks = describe(model)
@@ -166,59 +186,6 @@ def _observer(stack: Stack, choice: Choice) -> StackObserver:
     metric = metrics.get(choice.metric)()
     metric.tokens_per_sample = choice.tokens  # type: ignore[misc]
     return StackObserver(stack, metric, choice.rows)
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, ties averaged."""
-    less = (values[..., None, :] < values[..., :, None]).sum(-1)
-    same = (values[..., None, :] == values[..., :, None]).sum(-1)
-    return less + (same + 1) / 2
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Along the last axis; the others broadcast."""
-    a, b = (r - r.mean(-1, keepdims=True) for r in (ranks(a), ranks(b)))
-    return (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-
-
-def kendall(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Kendall's tau-b along the last axis; the others broadcast."""
-    a, b = (np.sign(v[..., None, :] - v[..., :, None]) for v in (a, b))
-    return (a * b).sum((-1, -2)) / np.sqrt((a**2).sum((-1, -2)) * (b**2).sum((-1, -2)))
-
-
-def correlations(
-    distances: Mapping[Choice, np.ndarray], loss: np.ndarray, accuracy: np.ndarray, reference: Choice, draws: int, seed: int
-) -> list[dict[str, Any]]:
-    """Rank correlations of each choice.
-
-    Args:
-        distances: 1 - similarity, shape (seeds, blocks).
-        loss, accuracy: per block and example, the rise of loss and the drop of accuracy, shape (blocks, examples).
-        reference: the choice to which the others are compared.
-        draws, seed: of the bootstrap over examples.
-    """
-    rng = np.random.default_rng(seed)
-    number = loss.shape[1]
-    weights = rng.multinomial(number, np.full(number, 1 / number), size=draws) / number
-    resampled = weights @ loss.T  # (draws, blocks)
-    boot = {c: spearman(d[:, None], resampled[None]).mean(0) for c, d in distances.items()}
-    rows = []
-    for choice, distance in distances.items():
-        per_seed = spearman(distance, loss.mean(1))
-        gap = boot[choice] - boot[reference]
-        rows.append(
-            {
-                "choice": str(choice),
-                "spearman": float(per_seed.mean()),
-                "interval": np.quantile(boot[choice], [0.025, 0.975]).tolist(),
-                "over_seeds": [float(per_seed.min()), float(per_seed.max())],
-                "kendall": float(kendall(distance, loss.mean(1)).mean()),
-                "spearman_accuracy": float(spearman(distance, accuracy.mean(1)).mean()),
-                "minus_reference": [float(gap.mean()), *np.quantile(gap, [0.025, 0.975]).tolist()],
-            }
-        )
-    return rows
 
 
 def decisions(
@@ -250,9 +217,10 @@ def _outcome(subject: Subject, name: str, chosen: Sequence[Blocks]) -> dict[str,
     }
 
 
-def show(blocks: Blocks) -> str:
-    names = {name for name, _ in blocks}
-    return "{" + " ".join(str(i) if len(names) == 1 else f"{n.split('.')[-2]}.{i}" for n, i in sorted(blocks)) + "}"
+def show(blocks: Blocks, full: bool = False) -> str:
+    """Indices; with the name of the stage where they are of several stacks."""
+    full = full or len({name for name, _ in blocks}) > 1
+    return "{" + " ".join(f"{n.split('.')[-2]}.{i}" if full else str(i) for n, i in sorted(blocks)) + "}"
 
 
 def load(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Path], Data]]:
@@ -269,7 +237,9 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Callable[[Path], Data]]:
     tokenizer = tf.AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = auto.from_pretrained(args.model, dtype=dtype)
-    return model, lambda path: _texts(path, tokenizer, args.max_length, None if causal else args.labels.split(","))
+    return model, lambda path: _texts(
+        path, tokenizer, args.max_length, None if causal else [config.id2label[i] for i in range(config.num_labels)]
+    )
 
 
 def _texts(path: Path, tokenizer: Any, max_length: int, labels: list[str] | None) -> Data:
@@ -307,37 +277,28 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def report(result: Mapping[str, Any]) -> str:
     lines = [
         f"Held-out: n={result['heldout']}, loss {result['loss']:.4f}, accuracy {result['accuracy']:.4f}. Calibration: "
-        f"{result['samples']} training samples, seeds {result['seeds']}. Skipping against removing: logits differ by at most "
-        f"{result['skip_error']:.1e}.",
-        "",
-        "Damage of each block (rise of loss): " + " ".join(f"{n}:{d:.3f}" for n, d in result["damage"].items()),
-        "",
-        table(
-            [
-                ["metric, rows", "Spearman", "95 % (examples)", "over seeds", "Kendall", "Spearman, accuracy", "minus reference (95 %)"],
-                *[
-                    [
-                        row["choice"],
-                        f"{row['spearman']:.2f}",
-                        "{:.2f} .. {:.2f}".format(*row["interval"]),
-                        "{:.2f} .. {:.2f}".format(*row["over_seeds"]),
-                        f"{row['kendall']:.2f}",
-                        f"{row['spearman_accuracy']:.2f}",
-                        "{:+.2f} ({:+.2f} .. {:+.2f})".format(*row["minus_reference"]),
-                    ]
-                    for row in result["correlations"]
-                ],
-            ]
-        ),
+        f"{result['samples']} training samples, seeds {result['seeds']}. Logits of skipping and of removing differ by "
+        f"{result['skip_error']:.1e}."
     ]
+    for name, part in result["damage"].items():
+        lines += ["", f"Damage of each block (rise of loss), {name}: " + " ".join(f"{n}:{d:.3f}" for n, d in part["blocks"].items()), ""]
+        head = ["metric, rows", "Spearman", "95 % (examples)", "over seeds", "Kendall", "Spearman, accuracy", "minus reference (95 %)"]
+        lines.append(table([head, *map(_correlation_row, part["correlations"])]))
     for count, rows in result["decisions"].items():
         head = [f"{count} removed", "loss", "accuracy", "blocks (each distinct choice over seeds)"]
-        body = [
-            [row["choice"], f"{row['loss']:.4f}", f"{row['accuracy']:.4f}", "all" if len(row["removed"]) > 6 else " ".join(row["removed"])]
-            for row in rows
-        ]
-        lines += ["", table([head, *body])]
+        lines += ["", table([head, *map(_decision_row, rows)])]
     return "\n".join(lines)
+
+
+def _correlation_row(row: Mapping[str, Any]) -> list[str]:
+    spans = ["{:.2f} .. {:.2f}".format(*row[key]) for key in ("interval", "over_seeds")]
+    gap = "{:+.2f} ({:+.2f} .. {:+.2f})".format(*row["minus_reference"])
+    return [row["choice"], f"{row['spearman']:.2f}", *spans, f"{row['kendall']:.2f}", f"{row['spearman_accuracy']:.2f}", gap]
+
+
+def _decision_row(row: Mapping[str, Any]) -> list[str]:
+    removed = f"{len(row['removed'])} different" if len(row["removed"]) > 6 else " ".join(row["removed"])
+    return [row["choice"], f"{row['loss']:.4f}", f"{row['accuracy']:.4f}", removed]
 
 
 def choices_of(args: argparse.Namespace) -> list[Choice]:
@@ -355,24 +316,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     train, choices = read(args.train), choices_of(args)
     facts = [similarities(model, train.take(args.samples, seed), args.batch_size, choices) for seed in args.seeds]
     distances = {c: np.array([[1 - by[c][n].similarity[i - 1][i] for n, i in blocks] for by in facts]) for c in choices}
-    base_loss, base_accuracy = subject.cost(())
-    costs = [subject.cost((block,)) for block in blocks]
-    loss = np.stack([one - base_loss for one, _ in costs])
-    accuracy = np.stack([base_accuracy - one for _, one in costs])
-    order = [blocks[i] for i in np.argsort(loss.mean(1))]
+    costs = {"as it is": {b: subject.cost(b) for b in [(), *((block,) for block in blocks)]}}
+    if args.retrain_steps:
+        costs[f"after {args.retrain_steps} steps of retraining"] = {
+            b: retrained(subject, train, b, args.retrain_steps) for b in costs["as it is"]
+        }
+    damage, order = {}, blocks
+    for name, cost in reversed(costs.items()):
+        loss = np.stack([cost[block,][0] - cost[()][0] for block in blocks])
+        accuracy = np.stack([cost[()][1] - cost[block,][1] for block in blocks])
+        order = [blocks[i] for i in np.argsort(loss.mean(1))]
+        by_block = {show((block,), full=len(find_stacks(model)) > 1): float(d) for block, d in zip(blocks, loss.mean(1), strict=True)}
+        rows = correlations(distances, loss, accuracy, Choice("cka", "mean"), args.draws, 0)
+        damage[name] = {"blocks": by_block, "correlations": rows}
     return {
         "heldout": len(subject.heldout),
-        "loss": float(base_loss.mean()),
-        "accuracy": float(base_accuracy.mean()),
+        "loss": float(subject.cost(())[0].mean()),
+        "accuracy": float(subject.cost(())[1].mean()),
         "samples": args.samples,
         "seeds": args.seeds,
         "skip_error": skip_error,
-        "damage": {
-            show((block,))[1:-1] if len(find_stacks(model)) == 1 else f"{block[0]}.{block[1]}": float(d)
-            for block, d in zip(blocks, loss.mean(1), strict=True)
-        },
         "distances": {str(c): d.tolist() for c, d in distances.items()},
-        "correlations": correlations(distances, loss, accuracy, Choice("cka", "mean"), args.draws, 0),
+        "damage": damage,
         "decisions": {count: decisions(subject, facts, order, count, args.random) for count in args.remove},
     }
 
@@ -382,7 +347,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of a fine-tuned model, its tokenizer beside it")
     parser.add_argument("--train", type=Path, required=True, help="training data, for calibration")
     parser.add_argument("--heldout", type=Path, required=True, help="data that the model was not trained on")
-    parser.add_argument("--labels", default="", help="class names in the order of the model's outputs, comma-separated (texts)")
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--image-range", type=float, nargs=2, default=[-1.0, 1.0], help="values of black and of white")
     parser.add_argument("--samples", type=int, default=512, help="calibration samples")
@@ -391,6 +355,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 32, 0], help="most positions of a sample; 0: all")
     parser.add_argument("--remove", type=int, nargs="+", default=[1, 2, 3], help="numbers of blocks to remove")
     parser.add_argument("--random", type=int, default=5, help="random removals of each number of blocks, for comparison")
+    parser.add_argument("--retrain-steps", type=int, default=0, help="also measure the damage that a retraining of so many steps leaves")
     parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -23,7 +23,7 @@ from deeparc_hf import analyze
 
 BOUND = 1.15
 BATCHES, BATCH_SIZE, LENGTH = 4, 8, 128
-ROUNDS, THREADS = 5, 2
+ROUNDS, THREADS = 4, 2
 Batches = list[dict[str, torch.Tensor]]
 
 

@@ -1,0 +1,286 @@
+"""What `find_stacks` promises, for every supported kind of model and every registered family."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from deeparc_hf import Stack, find_stacks, remove_blocks
+from deeparc_hf.architectures import describe, families
+from deeparc_hf.architectures.base import signature_pins
+from deeparc_hf.architectures.refused import Refused
+
+from ..zoo import CAUSAL, IMAGE, T5, TEXT, ZOO, Specimen
+
+STAGE = "first block of the stage: changes shape"
+T5_LIKE = ("t5", "mt5", "longt5")
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "projection_dim": 16}
+
+# number of blocks of each stack, as the model's config in zoo.py says
+LENGTHS: dict[str, list[int]] = {
+    "gemma3": [7],
+    "resnet": [2, 3, 4, 2],
+    "resnet_basic": [2, 3, 3, 2],
+    "timm_convnext": [2, 2, 4, 2],
+    "timm_resnet": [2, 3, 3, 2],
+    "wrapped_convnext": [2, 2, 4, 2],
+    "wrapped_resnext": [2, 2, 3, 2],
+}
+# stages whose first block is pinned: those with a projection on the shortcut
+PINNED_STAGES = {"resnet": [0, 1, 2, 3], "resnet_basic": [1, 2, 3], "timm_resnet": [1, 2, 3], "wrapped_resnext": [0, 1, 2, 3]}
+FULL_SIZE: dict[str, tuple[list[int], list[int]]] = {
+    "resnet18": ([2, 2, 2, 2], [1, 2, 3]),
+    "resnet50": ([3, 4, 6, 3], [0, 1, 2, 3]),
+    "resnext50_32x4d": ([3, 4, 6, 3], [0, 1, 2, 3]),
+    "seresnet50": ([3, 4, 6, 3], [0, 1, 2, 3]),
+    "wide_resnet50_2": ([3, 4, 6, 3], [0, 1, 2, 3]),
+    "vit_small_patch16_224": ([12], []),
+    "deit_base_distilled_patch16_224": ([12], []),
+    "convnext_tiny": ([3, 3, 9, 3], []),
+}
+# refused families have no stacks; a model of each, for the test that every family is met
+REFUSED = {
+    "albert": lambda: tf.AlbertModel(tf.AlbertConfig(**TEXT, embedding_size=16)),
+    "efficientnet": lambda: timm.create_model("efficientnet_b0"),
+    "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224"),
+    "timm_mixer": lambda: timm.create_model("mixer_s32_224"),
+}
+HEADLESS: dict[str, tuple[type, Any, list[str]]] = {
+    "bert": (tf.BertModel, tf.BertConfig(**TEXT), ["encoder.layer"]),
+    "llama": (tf.LlamaModel, tf.LlamaConfig(**CAUSAL), ["layers"]),
+    "vit": (tf.ViTModel, tf.ViTConfig(**IMAGE), ["layers"]),
+    "t5": (tf.T5Model, tf.T5Config(**T5), ["encoder.block", "decoder.block"]),
+    "t5_encoder": (tf.T5EncoderModel, tf.T5Config(**T5), ["encoder.block"]),
+    "resnet": (
+        tf.ResNetModel,
+        tf.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[2, 3]),
+        ["encoder.stages.0.layers", "encoder.stages.1.layers"],
+    ),
+}
+
+
+class Wrapper(nn.Module):
+    """Holds a model, as a user's own module does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.head = nn.Linear(2, 2)
+
+
+def meta(make: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return make(*args, **kwargs)
+
+
+def forward(model: nn.Module, specimen: Specimen) -> None:
+    (batch,) = specimen.batches(1)
+    with torch.no_grad():
+        if specimen.auto is None:
+            model(batch["pixel_values"])
+        else:
+            model(**batch)
+
+
+def pinned_reasons(stack: Stack) -> list[tuple[int, str]]:
+    return sorted(stack.pinned.items())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_stacks_and_blocks_come_in_forward_order(name):
+    specimen = ZOO[name]
+    model = specimen.model()
+    order: list[tuple[str, int]] = []
+    expected = []
+    for stack_name, stack in find_stacks(model).items():
+        for index, block in enumerate(stack.blocks):
+            expected.append((stack_name, index))
+            block.register_forward_pre_hook(lambda *_, key=(stack_name, index): order.append(key))
+    forward(model, specimen)
+    assert order == expected
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_stack_is_named_by_its_module_path_and_as_long_as_the_config_says(name):
+    specimen = ZOO[name]
+    model = specimen.model()
+    stacks = find_stacks(model)
+    expected = LENGTHS.get(name, [4, 3] if specimen.kind in ("seq2seq", "audio") else [4])
+    assert [len(stack) for stack in stacks.values()] == expected
+    for stack_name, stack in stacks.items():
+        assert stack.name == stack_name
+        assert model.get_submodule(stack_name) is stack.container
+        assert [model.get_submodule(f"{stack_name}.{i}") for i in range(len(stack))] == stack.blocks
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_exactly_the_blocks_that_must_stay_are_pinned(name):
+    stacks = list(find_stacks(ZOO[name].model()).values())
+    for number, stack in enumerate(stacks):
+        if name in T5_LIKE:
+            ((index, reason),) = stack.pinned.items()
+            assert index == 0
+            assert reason.startswith("owns") and "relative_attention_bias" in reason
+        else:
+            expected = [(0, STAGE)] if number in PINNED_STAGES.get(name, []) else []
+            assert pinned_reasons(stack) == expected
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_sides_are_those_of_an_encoder_decoder_model(name):
+    sides = [stack.side for stack in find_stacks(ZOO[name].model()).values()]
+    assert sides == (["encoder", "decoder"] if ZOO[name].kind in ("seq2seq", "audio") else [None] * len(sides))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_find_stacks_changes_nothing(name):
+    model = ZOO[name].model()
+    first = next(iter(find_stacks(model).values())).blocks[0]
+    first.train()  # a mixed state, which a careless eval()/train() pair would lose
+    next(first.parameters()).requires_grad_(False)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    config = copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else copy.deepcopy(model._model_args)
+    flags = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    gradients = [p.requires_grad for p in model.parameters()]
+    random_state = torch.get_rng_state()
+    find_stacks(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert (model.config.to_dict() if hasattr(model, "config") else model._model_args) == config
+    assert [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == flags
+    assert [p.requires_grad for p in model.parameters()] == gradients
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_model_on_the_meta_device_has_the_same_stacks(name):
+    real, empty = find_stacks(ZOO[name].model()), find_stacks(meta(ZOO[name].make))
+    assert list(real) == list(empty)
+    for stack_name, stack in empty.items():
+        assert (len(stack), stack.pinned, stack.side) == (len(real[stack_name]), real[stack_name].pinned, real[stack_name].side)
+        assert all(p.is_meta for p in stack.container.parameters())
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_a_headless_model_has_the_same_stacks_without_the_prefix(name):
+    make, config, expected = HEADLESS[name]
+    assert list(find_stacks(meta(make, config))) == expected
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "resnet", "timm_vit", "wrapped_vit"])
+def test_a_wrapper_does_not_change_the_names(name):
+    model = ZOO[name].model()
+    inside = find_stacks(Wrapper(model))
+    assert list(inside) == list(find_stacks(model))
+    assert all(model.get_submodule(key) is stack.container for key, stack in inside.items())
+
+
+@pytest.mark.parametrize(("text", "vision"), [(2, 5), (3, 3)])
+def test_each_tower_of_clip_is_counted_by_its_own_config(text, vision):
+    config = tf.CLIPConfig(
+        text_config={**TOWER, "num_hidden_layers": text, "vocab_size": 120},
+        vision_config={**TOWER, "num_hidden_layers": vision, "image_size": 32, "patch_size": 8},
+    )
+    model = meta(tf.CLIPModel, config)
+    stacks = find_stacks(model)
+    assert {name: (len(stack), str(stack.count)) for name, stack in stacks.items()} == {
+        "text_model.encoder.layers": (text, "text_config.num_hidden_layers"),
+        "vision_model.encoder.layers": (vision, "vision_config.num_hidden_layers"),
+    }
+    remove_blocks(model, {"vision_model.encoder.layers": [1]})
+    assert (model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers) == (text, vision - 1)
+    assert (config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers) == (text, vision)
+
+
+@pytest.mark.parametrize("dense", [[], [1]])
+def test_a_mixture_of_experts_is_one_stack(dense):
+    config = tf.Qwen2MoeConfig(
+        **CAUSAL,
+        num_experts=4,  # as many as layers: only one of the two numbers counts layers
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        mlp_only_layers=dense,
+    )
+    ((name, stack),) = find_stacks(meta(tf.Qwen2MoeForCausalLM, config)).items()
+    assert (name, len(stack), str(stack.count)) == ("model.layers", 4, "num_hidden_layers")
+
+
+def test_umt5_has_a_bias_in_every_block_and_so_no_pins():
+    stacks = find_stacks(meta(tf.UMT5ForConditionalGeneration, tf.UMT5Config(**T5)))
+    assert {name: (len(stack), dict(stack.pinned)) for name, stack in stacks.items()} == {
+        "encoder.block": (4, {}),
+        "decoder.block": (3, {}),
+    }
+
+
+def test_the_pin_of_a_two_layer_t5_is_found():
+    stacks = find_stacks(meta(tf.T5ForConditionalGeneration, tf.T5Config(**{**T5, "num_layers": 2, "num_decoder_layers": 2})))
+    assert [list(stack.pinned) for stack in stacks.values()] == [[0], [0]]
+
+
+def test_a_model_of_one_block_has_a_stack_of_one():
+    ((name, stack),) = find_stacks(meta(tf.BertModel, tf.BertConfig(**{**TEXT, "num_hidden_layers": 1}))).items()
+    assert (name, len(stack), dict(stack.pinned)) == ("encoder.layer", 1, {})
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_timm_models_in_full_size(name):
+    assert name in timm.list_models()
+    lengths, pinned = FULL_SIZE[name]
+    stacks = list(find_stacks(meta(timm.create_model, name)).values())
+    assert [len(stack) for stack in stacks] == lengths
+    assert [i for i, stack in enumerate(stacks) if dict(stack.pinned) == {0: STAGE}] == pinned
+    assert [i for i, stack in enumerate(stacks) if stack.pinned] == pinned
+
+
+@pytest.mark.parametrize("name", ["resnet", "timm_resnet", "timm_convnext", "wrapped_resnext"])
+def test_each_stage_of_a_cnn_feeds_the_next(name):
+    stacks = find_stacks(ZOO[name].model())
+    names = list(stacks)
+    assert [stack.next_stack for stack in stacks.values()] == [*names[1:], None]
+
+
+def test_every_registered_family_has_a_summary_and_a_model_in_these_tests():
+    met = {describe(meta(specimen.make))[1].name for specimen in ZOO.values()}
+    for name in families.names():
+        family = families.get(name)
+        assert family.summary and "\n" not in family.summary
+        if name in REFUSED:
+            with pytest.raises(TypeError, match="cannot be pruned by layers"):
+                find_stacks(meta(REFUSED[name]))
+        else:
+            assert name in met, f"no model of the family {name!r} in tests/zoo.py"
+            assert not issubclass(family, Refused)
+
+
+class Block(nn.Module):
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(Tensor(*shape)))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ([{"a": (2,)}] * 3, {}),
+        ([{"a": (2,), "b": (1,)}, {"a": (2,)}, {"a": (2,)}], {0: "owns b, which"}),
+        ([{"a": (2,)}, {"a": (2,), "b": (1,)}, {"a": (2,), "b": (1,)}], {0: "lacks b, which"}),
+        ([{"a": (2,)}, {"a": (2,)}, {"a": (3,)}], {2: "changes shape: its a differs"}),
+        ([{"a": (3,)}, {"a": (2,)}], {0: "changes shape: its a differs"}),
+        ([{"a": (1,)}, {"a": (2,)}, {"a": (3,)}], {}),
+        ([{"a": (1,)}], {}),
+        ([], {}),
+    ],
+)
+def test_a_block_unlike_most_others_is_pinned(blocks, expected):
+    pins = signature_pins([Block(**shapes) for shapes in blocks])
+    assert list(pins) == list(expected)
+    assert all(pins[index].startswith(reason) for index, reason in expected.items())
