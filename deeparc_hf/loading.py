@@ -90,6 +90,10 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     For a transformers model this is `save_pretrained`. A bare timm model is saved in timm's Hub layout, for
     `timm.create_model("local-dir:FOLDER", pretrained=True)` or, once uploaded, `timm.create_model("hf-hub:ORG/NAME", pretrained=True)`.
+
+    Args:
+        model: a model that `find_stacks` knows, pruned or not.
+        folder: where to write; made if need be.
     """
     host = describe(model)[0]
     if isinstance(host, TransformersHost):
