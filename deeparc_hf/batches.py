@@ -93,8 +93,7 @@ def _positional(host: Host, main: str, batch: Any) -> dict[str, Tensor]:
     if host.library == "transformers" and host.root.config.is_encoder_decoder:
         raise CalibrationError(
             f"{type(host.root).__name__} has an encoder and a decoder, and a batch of type {type(batch).__name__} does not say which "
-            "tensor "
-            "is for which. Give dicts with input_ids, attention_mask and labels (or decoder_input_ids)."
+            "tensor is for which. Give dicts with input_ids, attention_mask and labels (or decoder_input_ids)."
         )
     inputs = {main: entries[0]}
     if main == "input_ids" and len(entries) > 1 and isinstance(entries[1], Tensor):

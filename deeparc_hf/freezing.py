@@ -8,16 +8,20 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from .architectures import Host, Stack
 from .observe import evaluating
+from .undo import Transaction
 
 __all__ = ["freeze_blocks"]
 
 logger = logging.getLogger(__name__)
 
 
-def freeze_blocks(host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]]) -> list[nn.Parameter]:
+def freeze_blocks(
+    host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]], transaction: Transaction | None = None
+) -> list[nn.Parameter]:
     """Freeze blocks, and everything that runs before the lowest block that is trained.
 
     Embeddings and stems are frozen too: otherwise the backward pass would still walk through every frozen block to reach
@@ -27,6 +31,7 @@ def freeze_blocks(host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, 
         host: the model.
         stacks: its stacks.
         frozen: the blocks to freeze, as indices into the stacks as they are now.
+        transaction: takes the freezing back if it fails.
 
     Returns:
         The parameters that were trainable and no longer are.
@@ -37,13 +42,25 @@ def freeze_blocks(host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, 
         # scalars (CLIP's temperature) belong to the head, wherever they are kept
         chosen += [p for p in module.parameters(recurse=False) if id(p) not in in_blocks and p.ndim > 0]
     changed = [p for p in {id(p): p for p in chosen}.values() if p.requires_grad]
+    gradients = [parameter.grad for parameter in changed]
+    handles: list[RemovableHandle] = []
+
+    def thaw() -> None:
+        for parameter, gradient in zip(changed, gradients, strict=True):
+            parameter.requires_grad_(True)
+            parameter.grad = gradient
+        for handle in handles:
+            handle.remove()
+
+    if transaction is not None:
+        transaction.on_failure(thaw)
     for parameter in changed:
         parameter.requires_grad_(False)
         parameter.grad = None
     for module in host.root.modules():
         frozen_norm = isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad
         if frozen_norm and _keep_statistics not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_keep_statistics)
+            handles.append(module.register_forward_pre_hook(_keep_statistics))
     return changed
 
 

@@ -124,8 +124,7 @@ def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequen
         if stack.length != len(stacks[name]):
             raise RecordError(
                 f"The pruning record is for a base model with {stack.length} blocks in {name}; this one has {len(stacks[name])}. Give the "
-                "checkpoint "
-                f"that was pruned first{f' ({record.base_model})' if record.base_model else ''}."
+                f"checkpoint that was pruned first{f' ({record.base_model})' if record.base_model else ''}."
             )
         lost = sorted(set(range(stack.length)) - set(stack.kept))
         pinned = [index for index in lost if index in stacks[name].pinned]
@@ -165,8 +164,7 @@ def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list
     if weights is None:
         raise UnsupportedModelError(
             f"{base} has neither {_WEIGHTS} nor {_INDEX}. load_pruned reads tensors by key, which pickled weights do not allow. Load the "
-            "model with "
-            "from_pretrained, save it again, and use that folder as the base; or call remove_blocks on it."
+            "model with from_pretrained, save it again, and use that folder as the base; or call remove_blocks on it."
         )
     yield None, weights
 

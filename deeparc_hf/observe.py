@@ -64,8 +64,7 @@ class StackObserver:
         if missing:
             raise CalibrationError(
                 f"Block {missing[0]} of {self.stack.name} did not run in the forward pass over a calibration batch. Give batches that "
-                "reach "
-                "every part of the model (text and images for a model of both), and switch layer skipping (LayerDrop) off."
+                "reach every part of the model (text and images for a model of both), and switch layer skipping (LayerDrop) off."
             )
         rows = [self._batch[i] for i in range(len(self.stack))]
         self._batch = {}
@@ -254,14 +253,12 @@ def _require_enough(observers: list[StackObserver], seen: int) -> None:
         if observer.count < least:
             raise CalibrationError(
                 f"{seen} calibration sample(s) gave {observer.count} row(s) for {stack}; {observer.metric.name} needs at least {least}, "
-                "and some "
-                "hundreds for a result to rely on. Give more samples."
+                "and some hundreds for a result to rely on. Give more samples."
             )
         if constant and observer.count > 1:
             raise CalibrationError(
                 f"Block {constant[0]} of {stack} puts out the same for every calibration sample, so it cannot be compared. Check that the "
-                "samples "
-                "differ and that the block's weights are loaded."
+                "samples differ and that the block's weights are loaded."
             )
         if observer.count < _FEW_ROWS:
             warnings.warn(

@@ -92,8 +92,7 @@ def _facts(observer: StackObserver) -> StackFacts:
         if not bool(torch.isfinite(row[index])):
             raise CalibrationError(
                 f"Block {index} of {observer.stack.name} hardly varies over the calibration samples, so it cannot be compared. Give more, "
-                "and more "
-                "different, samples, or compare other rows (rows='tokens')."
+                "and more different, samples, or compare other rows (rows='tokens')."
             )
     return StackFacts(
         similarity=tuple(tuple(row) for row in matrix.cpu().tolist()),

@@ -246,9 +246,8 @@ class PrunedConfig:
             if lengths[name] != len(stack.kept):
                 raise RecordError(
                     f"The pruning record says that {len(stack.kept)} of {stack.length} blocks of {name} are left, but the model has "
-                    f"{lengths[name]}. "
-                    f"Its config.json and its weights do not belong together; delete {RECORD_KEY!r} from config.json if the record is "
-                    "wrong."
+                    f"{lengths[name]}. Its config.json and its weights do not belong together; delete {RECORD_KEY!r} from config.json if "
+                    "the record is wrong."
                 )
 
     def compose(self, lengths: Mapping[str, int], removed: Mapping[str, Sequence[int]], iteration: Mapping[str, Any]) -> PrunedConfig:
@@ -335,8 +334,7 @@ def _expect(condition: bool, where: str, found: Any, expected: str) -> None:
     shown = _shown(found)
     raise RecordError(
         f"The pruning record is malformed: {where} must be {expected}, found {shown}. Download the checkpoint again, or delete "
-        f"{RECORD_KEY!r} from its "
-        "config.json to use it as a plain checkpoint."
+        f"{RECORD_KEY!r} from its config.json to use it as a plain checkpoint."
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,18 +109,37 @@ def shrunk_settings(
     return before, after
 
 
-def forget_parameters(optimizer: torch.optim.Optimizer, removed: Iterable[nn.Parameter], frozen: Iterable[nn.Parameter] = ()) -> None:
+def forget_parameters(
+    optimizer: torch.optim.Optimizer,
+    removed: Iterable[nn.Parameter],
+    frozen: Iterable[nn.Parameter] = (),
+    transaction: Transaction | None = None,
+) -> None:
     """Make a live optimizer forget parameters.
 
     Removed ones leave their group (the groups stay, so a scheduler's rates still fit) and their state. Frozen ones lose only their
     state: group sizes then agree when training is resumed.
     """
+    if transaction is not None:
+        transaction.on_failure(_optimizer_restorer(optimizer))
     gone = {id(p) for p in removed}
     for group in optimizer.param_groups:
         group["params"][:] = [p for p in group["params"] if id(p) not in gone]
     forgotten = gone | {id(p) for p in frozen}
     for parameter in [p for p in optimizer.state if id(p) in forgotten]:
         del optimizer.state[parameter]
+
+
+def _optimizer_restorer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    state = dict(optimizer.state)
+
+    def restore() -> None:
+        for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+            group["params"][:] = parameters
+        optimizer.state.update(state)
+
+    return restore
 
 
 def _operate(
@@ -150,14 +170,16 @@ def _operate(
                 transaction.keep_children(stack.container, [modules[name][i] for i in kept[name]])
         if expectation is not None:
             expectation.check()
-    lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
-    still_used = {id(p) for p in host.root.parameters()}
-    now = {name: [kept[name].index(i) for i in indices] for name, indices in frozen.items()}
-    changed = freeze_blocks(host, stacks, now) if any(frozen.values()) else []
-    if optimizer is not None:
-        forget_parameters(optimizer, [p for p in lost if id(p) not in still_used], changed)
-    # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
-    torch.compiler.reset()
+        changed = []
+        if any(frozen.values()):
+            now = {name: [kept[name].index(i) for i in indices] for name, indices in frozen.items()}
+            changed = freeze_blocks(host, stacks, now, transaction)
+        if optimizer is not None:
+            lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
+            still_used = {id(p) for p in host.root.parameters()}
+            forget_parameters(optimizer, [p for p in lost if id(p) not in still_used], changed, transaction)
+        # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
+        torch.compiler.reset()
     return record
 
 
@@ -195,8 +217,7 @@ def _skeletons(
     if differences.problems:
         raise SurgeryError(
             f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. Nothing was changed. "
-            "Remove "
-            "other blocks, or protect these."
+            "Remove other blocks, or protect these."
         )
     return before, after, differences.updates
 
@@ -271,7 +292,8 @@ def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise SurgeryError(f"There is no stack {name!r}.{hint} Stacks: {', '.join(stacks)}. Nothing was changed.")
         stack = stacks[name]
-        if isinstance(indices, (str, int)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in indices):
+        whole = isinstance(indices, Iterable) and all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in indices)
+        if not whole:
             raise SurgeryError(f"Blocks of {name} are given as a list of whole numbers, found {indices!r}. Nothing was changed.")
         for index in indices:
             if not 0 <= index < len(stack):
@@ -283,7 +305,7 @@ def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -
         if len(indices) == len(stack):
             raise SurgeryError(f"All {len(stack)} blocks of {name} would go. At least one must stay. Nothing was changed.")
         if indices:
-            checked[name] = sorted(indices)
+            checked[name] = sorted(map(int, indices))
     if not checked:
         raise SurgeryError("No block was named, so there is nothing to remove.")
     return checked

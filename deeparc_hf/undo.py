@@ -28,6 +28,10 @@ class Transaction:
             self._undo.append(lambda: setattr(owner, attribute, old))
         setattr(owner, attribute, value)
 
+    def on_failure(self, step: Callable[[], None]) -> None:
+        """Have a change that is about to be made taken back by `step`."""
+        self._undo.append(step)
+
     def keep_children(self, container: nn.ModuleList | nn.Sequential, kept: list[nn.Module]) -> None:
         """Leave only these children in a container, renumbered; the container stays the same object."""
         children = list(container)

@@ -52,10 +52,9 @@ class Expectation:
             bound = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
             if not difference <= bound * scale:
                 raise SurgeryError(
-                    f"The pruned model does not compute what the original computes with these blocks skipped (largest difference "
+                    "The pruned model does not compute what the original computes with these blocks skipped (largest difference "
                     f"{difference:.3g}, outputs up to {scale:.3g}): something in {type(self.host.root).__name__} depends on a block's "
-                    "place. It "
-                    "cannot be pruned so; the model is as it was before."
+                    "place. It cannot be pruned so; the model is as it was before."
                 )
 
 

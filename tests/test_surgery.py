@@ -12,6 +12,7 @@ from torch import nn
 
 from deeparc_hf import PrunedConfig, analyze, apply_plan, find_stacks, prune_model, remove_blocks
 from deeparc_hf.errors import CalibrationError, PlanError, RecordError, SurgeryError
+from deeparc_hf.freezing import freeze_blocks
 from deeparc_hf.surgery import forget_parameters
 from deeparc_hf.undo import Transaction
 
@@ -54,6 +55,7 @@ def assert_unchanged(model: nn.Module, before: dict) -> None:
         ("bert", {BERT: [True]}, "whole numbers"),
         ("bert", {BERT: ["1"]}, "whole numbers"),
         ("bert", {BERT: 1}, "list of whole numbers"),
+        ("bert", {BERT: None}, "list of whole numbers"),
         ("bert", {BERT: [1.0]}, "whole numbers"),
         ("bert", {}, "nothing to remove"),
         ("bert", {BERT: []}, "nothing to remove"),
@@ -71,7 +73,7 @@ def test_impossible_removals_are_refused_and_change_nothing(name, blocks, messag
     assert_unchanged(model, before)
 
 
-STEPS = ["expect", "_install_configs", "check", "keep_children", "compose"]
+STEPS = ["expect", "_install_configs", "check", "keep_children", "compose", "freeze_blocks", "forget_parameters", "reset"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -90,14 +92,20 @@ def test_a_failure_halfway_leaves_everything_untouched(monkeypatch, name, step, 
         "check": "deeparc_hf.verify.Expectation",
         "keep_children": "deeparc_hf.undo.Transaction",
         "compose": "deeparc_hf.record.PrunedConfig",
+        "freeze_blocks": "deeparc_hf.surgery",
+        "forget_parameters": "deeparc_hf.surgery",
+        "reset": "torch.compiler",
     }[step]
     calls = []
     real = Transaction.keep_children
+    done = {"freeze_blocks": freeze_blocks, "forget_parameters": forget_parameters}
 
     def fail(*args, **kwargs):
         calls.append(args)
         if step == "keep_children" and len(calls) < 2 and len(stacks) > 1:
             return real(*args, **kwargs)  # the second stack fails when the first is already cut
+        if step in ("freeze_blocks", "forget_parameters"):
+            done[step](*args, **kwargs)  # the very last moment
         raise error
 
     monkeypatch.setattr(f"{owner}.{step}", fail)

@@ -112,8 +112,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if record != host.record():
             raise SurgeryError(
                 "The checkpoint that is resumed holds another number of blocks than the model that was given to the Trainer. Load the "
-                "model from "
-                f"the checkpoint's own folder (from_pretrained reads {RECORD_KEY!r} and the layout from its config.json), then resume."
+                f"model from the checkpoint's own folder (from_pretrained reads {RECORD_KEY!r} and the layout from its config.json), then "
+                "resume."
             )
         self.record = None if record is None else PrunedConfig.from_model(model)
         if self.record is not None and self.record.frozen:
@@ -146,7 +146,6 @@ def _is_dataset(data: Any) -> bool:
 def _refuse_distributed(args: TrainingArguments) -> None:
     if args.world_size > 1 or getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
         raise SurgeryError(
-            "MPruneCallback prunes in one process; this run has several, or shards the model. Call prune_model(model, dataloader, config) "
-            "before "
-            "the Trainer is made, with the same seed in every process, and leave the callback out."
+            "MPruneCallback prunes in one process; this run has several, or shards the model. Call prune_model(model, dataloader, "
+            "config) before the Trainer is made, with the same seed in every process, and leave the callback out."
         )

@@ -100,7 +100,7 @@ class Subject:
                 parts = [_score(self.model, batch, self.causal) for batch in self.heldout.batches(self.batch_size)]
             self._known[blocks] = tuple(np.concatenate(part) for part in zip(*parts, strict=True))  # type: ignore[assignment]
             loss, accuracy = self._known[blocks]
-            print(f"# skip {show(blocks)}: loss {loss.mean():.4f} accuracy {accuracy.mean():.4f}", file=sys.stderr, flush=True)
+            print(f"# skip {show(blocks, full=True)}: loss {loss.mean():.4f} accuracy {accuracy.mean():.4f}", file=sys.stderr, flush=True)
         return self._known[blocks]
 
 
@@ -213,13 +213,12 @@ def _outcome(subject: Subject, name: str, chosen: Sequence[Blocks]) -> dict[str,
         "choice": name,
         "loss": float(np.mean([loss.mean() for loss, _ in costs])),
         "accuracy": float(np.mean([accuracy.mean() for _, accuracy in costs])),
-        "removed": [show(blocks) for blocks in distinct],
+        "removed": [show(blocks, full=len(find_stacks(subject.model)) > 1) for blocks in distinct],
     }
 
 
-def show(blocks: Blocks, full: bool = False) -> str:
-    """Indices; with the name of the stage where they are of several stacks."""
-    full = full or len({name for name, _ in blocks}) > 1
+def show(blocks: Blocks, full: bool) -> str:
+    """Indices; with the name of the stage if full."""
     return "{" + " ".join(f"{n.split('.')[-2]}.{i}" if full else str(i) for n, i in sorted(blocks)) + "}"
 
 
