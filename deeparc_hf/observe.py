@@ -24,7 +24,7 @@ from .similarity import SimilarityMetric
 
 __all__ = ["StackObserver", "evaluating", "hidden_states", "observe"]
 
-_FEW_ROWS = 32
+_FEW_SAMPLES = 32
 
 
 class StackObserver:
@@ -248,21 +248,25 @@ def _require_enough(observers: list[StackObserver], seen: int) -> None:
         raise CalibrationError(
             "The calibration data gave no samples. Give a dataloader that is not empty; an iterator can be used only once."
         )
+    if seen == 1:
+        raise CalibrationError(
+            "There is only 1 calibration sample, and what is alike on one need not be alike on others. Give some hundreds of samples."
+        )
     for observer in observers:
         constant, stack, least = observer.constant_blocks(), observer.stack.name, observer.metric.min_rows
         if observer.count < least:
             raise CalibrationError(
-                f"{seen} calibration sample(s) gave {observer.count} row(s) for {stack}; {observer.metric.name} needs at least {least}, "
+                f"{seen} calibration samples gave {observer.count} row(s) for {stack}; {observer.metric.name} needs at least {least}, "
                 "and some hundreds for a result to rely on. Give more samples."
             )
-        if constant and observer.count > 1:
+        if constant:
             raise CalibrationError(
                 f"Block {constant[0]} of {stack} puts out the same for every calibration sample, so it cannot be compared. Check that the "
                 "samples differ and that the block's weights are loaded."
             )
-        if observer.count < _FEW_ROWS:
-            warnings.warn(
-                f"Only {observer.count} rows were compared for {stack}: the similarities are rough. Give some hundreds of samples.",
-                CalibrationWarning,
-                stacklevel=4,
-            )
+    if seen < _FEW_SAMPLES:
+        warnings.warn(
+            f"Blocks were compared on only {seen} samples: the similarities are rough. Give some hundreds of samples.",
+            CalibrationWarning,
+            stacklevel=4,
+        )

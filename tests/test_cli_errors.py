@@ -55,7 +55,7 @@ def test_empty_data_is_an_error(capsys, checkpoints, tmp_path, content):
 
 def test_one_row_is_an_error(capsys, checkpoints, tmp_path):
     (tmp_path / "d.csv").write_text("text\nw1 w2\n")
-    assert "needs at least" in error_of(capsys, "prune", checkpoints / "bert", "--data", tmp_path / "d.csv", "--dry-run")
+    assert "only 1 calibration sample" in error_of(capsys, "prune", checkpoints / "bert", "--data", tmp_path / "d.csv", "--dry-run")
 
 
 @pytest.mark.parametrize(

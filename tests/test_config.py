@@ -10,6 +10,7 @@ import pytest
 
 from deeparc_hf import MPruneConfig
 from deeparc_hf.errors import ConfigError, DeepArcWarning
+from deeparc_hf.similarity import metrics
 
 TARGETS = ("threshold", "num_blocks", "keep_ratio")
 DEFAULTS = {
@@ -186,7 +187,7 @@ def test_target_that_counts():
 
 def test_effective_rows_are_the_metrics_own_unless_given():
     assert MPruneConfig(similarity="cka_biased").effective_rows == "tokens"
-    assert MPruneConfig(similarity="cka").effective_rows == "mean"
+    assert MPruneConfig(similarity="cka").effective_rows == metrics.get("cka").rows
     assert MPruneConfig(similarity="cka", rows="first").effective_rows == "first"
 
 

@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_samples():
     host, _, stacks = describe(model)
     sizes = []
     for repeats in (30, 120):
-        (observer,) = [StackObserver(stack, metrics.get("cka")(), "mean") for stack in stacks.values()]
+        (observer,) = [StackObserver(stack, metrics.get("cka")(), "tokens") for stack in stacks.values()]
         observe(host, [observer], batches * repeats, 10**6, progress=False)
         sizes.append(sum(part.numel() for part in observer.metric._buffer._parts))
     assert sizes[0] > 0 and max(sizes) <= 2 * 512 * 4 * 32
@@ -258,13 +258,15 @@ def test_empty_data_is_an_error(data):
 
 def test_one_row_is_an_error_that_says_how_many_are_needed():
     specimen = ZOO["bert"]
-    with pytest.raises(CalibrationError, match=r"1 calibration sample.*1 row.*at least 4"):
+    with pytest.raises(CalibrationError, match=r"only 1 calibration sample.*some hundreds"):
         analyze(specimen.model(), specimen.batches(1, 1))
+    with pytest.raises(CalibrationError, match=r"3 calibration samples gave 3 row.*at least 4"):
+        analyze(specimen.model(), specimen.batches(1, 3), rows="mean")
 
 
-def test_few_rows_warn():
+def test_few_samples_warn():
     specimen = ZOO["bert"]
-    with pytest.warns(CalibrationWarning, match="Only 8 rows"):
+    with pytest.warns(CalibrationWarning, match="only 8 samples"):
         analyze(specimen.model(), specimen.batches(1, 8))
 
 

@@ -234,7 +234,7 @@ def test_table_has_the_facts():
     assert lines[2].split() == ["enc.block", "6", "4", "0.9800", "0-2", "3-5", "1,4", "-"]
     assert lines[3].split() == ["dec.block", "4", "2", "0.9800", "0-1", "2-3", "1,3", "-"]
     assert "enc.block.0 is pinned: owns relative_attention_bias" in lines
-    assert lines[-1] == "remove 4 of 10 blocks (cka, rows=mean, 321 samples)"
+    assert lines[-1] == "remove 4 of 10 blocks (cka, rows=tokens, 321 samples)"
 
 
 def test_table_shows_what_is_frozen_and_the_threshold_that_was_found():

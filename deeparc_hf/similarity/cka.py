@@ -21,7 +21,7 @@ GROUP = 512
 @register("cka")
 class DebiasedCKA(SimilarityMetric):
     summary = "debiased linear CKA; independent of batch size and number of rows (the default)"
-    rows = "mean"
+    rows = "tokens"
     tokens_per_sample = 8
     min_rows = 4
 
