@@ -30,8 +30,9 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## fine-tune, prune, retrain and reload a real model; results go to demo_output
 	$(BIN)/python examples/bbc_news.py --output demo_output
 
-test: lint  ## lint, import rules, and all tests that are not marked slow
-	$(BIN)/pytest -n 2 -m "not slow"
+test: lint  ## lint, import rules, all tests that are not marked slow, and the benchmarks
+	$(BIN)/pytest -n 2 -m "not slow and not benchmark"
+	$(BIN)/pytest -m "benchmark and not slow" --capture=no
 
 test-slow: $(INSTALLED)  ## the tests that are marked slow
 	$(BIN)/pytest -m slow

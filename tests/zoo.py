@@ -222,3 +222,5 @@ ZOO: dict[str, Specimen] = {
     "wrapped_resnext": Specimen(_wrapped("resnext50_32x4d", layers=[2, 2, 3, 2]), "image", PICTURE, "bn3"),
     "wrapped_vit": Specimen(_wrapped("vit_tiny_patch16_224", **TINY_VIT), "image", PICTURE),
 }
+
+VIT_STACK = "vit.layers" if hasattr(tf.ViTModel(tf.ViTConfig(**{**IMAGE, "num_hidden_layers": 1})), "layers") else "vit.encoder.layer"

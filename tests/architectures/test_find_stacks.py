@@ -16,7 +16,7 @@ from deeparc_hf.architectures import describe, families
 from deeparc_hf.architectures.base import signature_pins
 from deeparc_hf.architectures.refused import Refused
 
-from ..zoo import CAUSAL, IMAGE, T5, TEXT, ZOO, Specimen
+from ..zoo import CAUSAL, IMAGE, T5, TEXT, VIT_STACK, ZOO, Specimen
 
 STAGE = "first block of the stage: changes shape"
 T5_LIKE = ("t5", "mt5", "longt5")
@@ -54,7 +54,7 @@ REFUSED = {
 HEADLESS: dict[str, tuple[type, Any, list[str]]] = {
     "bert": (tf.BertModel, tf.BertConfig(**TEXT), ["encoder.layer"]),
     "llama": (tf.LlamaModel, tf.LlamaConfig(**CAUSAL), ["layers"]),
-    "vit": (tf.ViTModel, tf.ViTConfig(**IMAGE), ["layers"]),
+    "vit": (tf.ViTModel, tf.ViTConfig(**IMAGE), [VIT_STACK.removeprefix("vit.")]),
     "t5": (tf.T5Model, tf.T5Config(**T5), ["encoder.block", "decoder.block"]),
     "t5_encoder": (tf.T5EncoderModel, tf.T5Config(**T5), ["encoder.block"]),
     "resnet": (

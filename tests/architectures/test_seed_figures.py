@@ -64,7 +64,9 @@ def bert_base(labels: int) -> nn.Module:
 
 
 def t5_base() -> nn.Module:
-    return tf.T5ForConditionalGeneration(tf.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0))
+    model = tf.T5ForConditionalGeneration(tf.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0))
+    model.tie_weights()  # early versions 5 of transformers leave this out on the meta device
+    return model
 
 
 def parameters(model: nn.Module) -> int:

@@ -22,7 +22,7 @@ from torch import nn
 from deeparc_hf import analyze
 
 BOUND = 1.15
-BATCHES, BATCH_SIZE, LENGTH = 4, 8, 128
+BATCHES, BATCH_SIZE, LENGTH = 2, 8, 128
 ROUNDS, THREADS = 4, 2
 Batches = list[dict[str, torch.Tensor]]
 
@@ -36,7 +36,6 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.benchmark
-@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 def test_analyze_costs_little_more_than_a_forward_pass(capsys):
     model = tf.BertModel(tf.BertConfig(), add_pooling_layer=False).eval()  # the defaults are BERT-base: 12 layers, 768 features
