@@ -28,7 +28,7 @@ setup(
     install_requires=[
         "accelerate>=1.12",
         "huggingface_hub>=1.3",
-        "numpy>=1.26",
+        "numpy>=2.0",
         "safetensors>=0.4.3",
         "torch>=2.6",
         "tqdm>=4.66.3",
