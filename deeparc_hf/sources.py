@@ -85,7 +85,9 @@ def skeleton(source: ModelSource, auto_class: str | None = None) -> nn.Module:
 
         config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False)
         cls = _model_class(config, auto_class)
-        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        model.tie_weights()  # transformers 5.0 leaves this out on the meta device, and tied weights would count twice
+        return model
 
 
 def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:

@@ -16,7 +16,7 @@ from deeparc_hf.sources import find_source, skeleton
 
 from . import cli_tools
 from .cli_tools import error_of, run
-from .zoo import ZOO
+from .zoo import VIT_STACK, ZOO
 
 checkpoints, data, own_cache = cli_tools.checkpoints, cli_tools.data, cli_tools.own_cache
 
@@ -98,7 +98,8 @@ def test_prune_writes_a_checkpoint_that_stock_transformers_loads(capsys, checkpo
     whole.bert.encoder.layer = torch.nn.ModuleList(whole.bert.encoder.layer[i] for i in kept)
     words = tf.AutoTokenizer.from_pretrained(out)("w1 w2 w3", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        assert torch.equal(model.eval()(**words).logits, whole(**words).logits)
+        # not to the bit: where a tensor lies in memory decides in which order sums are taken
+        torch.testing.assert_close(model.eval()(**words).logits, whole(**words).logits, atol=1e-6, rtol=0)
     assert PrunedConfig.from_pretrained(out).kept == {"bert.encoder.layer": kept}
     rows = json.loads((out / "report.json").read_text())["measurements"]
     assert [row["parameters"] for row in rows] == [
@@ -169,7 +170,7 @@ def test_image_models_prune_from_a_folder(capsys, checkpoints, data, tmp_path, n
     code, _, _ = run(capsys, "prune", checkpoints / name, "--data", data / "images", "--num-blocks", "3", "-o", tmp_path / "out")
     assert code == 0
     if name == "vit":
-        assert len(find_stacks(tf.AutoModelForImageClassification.from_pretrained(tmp_path / "out"))["vit.layers"]) == 3
+        assert len(find_stacks(tf.AutoModelForImageClassification.from_pretrained(tmp_path / "out"))[VIT_STACK]) == 3
         tf.AutoImageProcessor.from_pretrained(tmp_path / "out")
     else:
         assert len(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).blocks) == 3
