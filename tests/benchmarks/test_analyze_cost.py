@@ -22,7 +22,7 @@ from torch import nn
 from deeparc_hf import analyze
 
 BOUND = 1.15
-BATCHES, BATCH_SIZE, LENGTH = 2, 8, 128
+BATCHES, BATCH_SIZE, LENGTH = 4, 8, 64
 ROUNDS, THREADS = 4, 2
 Batches = list[dict[str, torch.Tensor]]
 
