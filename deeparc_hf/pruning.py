@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from .architectures import describe
 from .config import MPruneConfig
-from .errors import CalibrationError
+from .errors import CalibrationError, CalibrationWarning
 from .observe import StackObserver, observe
 from .plan import PruningPlan, StackFacts, make_plan
 from .similarity import metrics
@@ -49,7 +50,16 @@ def analyze(
     observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
     samples = observe(host, observers, dataloader, config.calibration_samples, progress=progress)
     facts = {observer.stack.name: _facts(observer) for observer in observers}
-    return make_plan(facts, config, samples)
+    plan = make_plan(facts, config, samples)
+    if config.target == "threshold" and plan.num_kept < plan.num_blocks / 2:
+        warnings.warn(
+            f"The threshold {config.threshold:g} takes {plan.num_blocks - plan.num_kept} of {plan.num_blocks} blocks, and few models recover "
+            f"from that. Similarities by {config.similarity!r} mean different things in different models: give num_blocks or keep_ratio instead, "
+            "and measure.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+    return plan
 
 
 def prune_model(

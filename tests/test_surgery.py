@@ -11,7 +11,7 @@ import transformers as tf
 from torch import nn
 
 from deeparc_hf import PrunedConfig, analyze, apply_plan, find_stacks, prune_model, remove_blocks
-from deeparc_hf.errors import CalibrationError, PlanError, RecordError, SurgeryError
+from deeparc_hf.errors import CalibrationError, CalibrationWarning, PlanError, RecordError, SurgeryError
 from deeparc_hf.freezing import freeze_blocks
 from deeparc_hf.surgery import forget_parameters
 from deeparc_hf.undo import Transaction
@@ -282,6 +282,14 @@ def test_an_empty_plan_changes_nothing_and_gives_an_empty_record():
     assert plan.removed == {} and plan.num_frozen == 0
     assert apply_plan(model, plan) == PrunedConfig({})
     assert_unchanged(model, before)
+
+
+def test_a_threshold_that_takes_more_than_half_of_the_blocks_warns():
+    specimen = ZOO["bert"]
+    with pytest.warns(CalibrationWarning, match=r"threshold 0\.01 takes 3 of 4 blocks.*num_blocks or keep_ratio"):
+        plan = analyze(specimen.model(), specimen.batches(), threshold=0.01)
+    assert plan.num_kept == 1
+    assert analyze(specimen.model(), specimen.batches(), num_blocks=1).num_kept == 1  # asked for by number: no warning
 
 
 def test_prune_model_does_nothing_when_the_analysis_fails():
