@@ -53,9 +53,8 @@ def analyze(
     plan = make_plan(facts, config, samples)
     if config.target == "threshold" and plan.num_kept < plan.num_blocks / 2:
         warnings.warn(
-            f"The threshold {config.threshold:g} takes {plan.num_blocks - plan.num_kept} of {plan.num_blocks} blocks, and few models recover "
-            f"from that. Similarities by {config.similarity!r} mean different things in different models: give num_blocks or keep_ratio instead, "
-            "and measure.",
+            f"The threshold {config.threshold:g} takes {plan.num_blocks - plan.num_kept} of {plan.num_blocks} blocks, and few models "
+            "recover from that. The same similarity means different things in different models: give num_blocks or keep_ratio instead.",
             CalibrationWarning,
             stacklevel=2,
         )

@@ -18,6 +18,8 @@ from ..zoo import ZOO, Specimen
 
 # identities score 1 up to rounding; no other block of these models comes near (see zoo.spread)
 THRESHOLD = 0.9995
+# where more than half of the blocks are planted, a warning says how many go: as it should
+pytestmark = pytest.mark.filterwarnings("ignore:The threshold .* takes")
 MAPS = (nn.Linear, nn.Conv1d, nn.Conv2d, Conv1D)
 
 
