@@ -67,7 +67,7 @@ def freeze_blocks(
 def _upstream(host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]]) -> list[nn.Module]:
     """Modules that run before the lowest trained block of their part of the model; embeddings wherever they are."""
     order = _execution_order(host)
-    found = [module for module in host.root.modules() if isinstance(module, nn.Embedding)]
+    found: list[nn.Module] = [module for module in host.root.modules() if isinstance(module, nn.Embedding)]
     blocks = {id(m) for stack in stacks.values() for block in stack.blocks for m in block.modules()}
     for scope, chain in _chains(stacks).items():
         trained = [block for s in chain for i, block in enumerate(s.blocks) if i not in frozen.get(s.name, ())]

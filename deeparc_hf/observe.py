@@ -45,6 +45,10 @@ class StackObserver:
         self._batch: dict[int, Tensor] = {}
         self._first: dict[int, Tensor] = {}
         self._constant = set(range(len(stack)))
+        # positions chosen for the batch at hand, where rows are tokens: the same for all its blocks
+        self._shape: tuple[int, ...] = ()
+        self._chosen = torch.empty(0, dtype=torch.long)
+        self._per_sample: list[int] = []
 
     def hook(self, index: int) -> Any:
         """A forward hook for the block of that index."""
@@ -117,11 +121,13 @@ class StackObserver:
 
     def _positions(self, mask: Tensor | None, hidden: Tensor) -> Tensor:
         """Flat indices of the positions to compare, evenly spaced within each sample; the same for all blocks of a batch."""
-        if self._batch and self._shape == hidden.shape[:2]:
+        batch, length = hidden.shape[:2]
+        if self._batch and self._shape == (batch, length):
             return self._chosen
-        batch, length = self._shape = hidden.shape[:2]
+        self._shape = (batch, length)
         limit = self.metric.tokens_per_sample or length
-        chosen, self._per_sample = [], []
+        chosen: list[Tensor] = []
+        self._per_sample = []
         for sample in range(batch):
             positions = torch.arange(length) if mask is None else mask[sample].nonzero().flatten().cpu()
             if len(positions) > limit:

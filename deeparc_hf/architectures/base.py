@@ -49,7 +49,7 @@ class Stack:
     """
 
     name: str
-    container: nn.Module
+    container: nn.ModuleList | nn.Sequential
     pinned: Mapping[int, str] = field(default_factory=dict)
     side: str | None = None
     count: CountKey | None = None
@@ -61,7 +61,7 @@ class Stack:
         return list(self.container.children())
 
     def __len__(self) -> int:
-        return len(self.container)  # type: ignore[arg-type]
+        return len(self.container)
 
     def __repr__(self) -> str:
         return f"Stack({self.name!r}, {len(self)} blocks, pinned={dict(self.pinned)})"

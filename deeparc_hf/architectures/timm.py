@@ -14,6 +14,8 @@ from .base import Family, Stack, register, signature_pins
 from .hosts import Host, TransformersHost
 from .resnet import stage_pins
 
+Container = nn.ModuleList | nn.Sequential
+
 
 class TimmFamily(Family):
     """Base of the timm families.
@@ -51,7 +53,7 @@ class TimmFamily(Family):
         ]
 
     @abstractmethod
-    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
         """Module path and container of every stack, in forward order."""
 
     def pins(self, blocks: list[nn.Module]) -> dict[int, str]:
@@ -92,7 +94,7 @@ class TimmResNet(TimmFamily):
     summary = "timm resnet*, resnext*, wide_resnet*, seresnet* and their like; one stack a stage"
     module, cls, argument, per_stage = "timm.models.resnet", "ResNet", "layers", True
 
-    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
         return [(f"layer{i}", getattr(model, f"layer{i}")) for i in range(1, 5)]
 
     def pins(self, blocks: list[nn.Module]) -> dict[int, str]:
@@ -104,7 +106,7 @@ class TimmViT(TimmFamily):
     summary = "timm vit*, deit*"
     module, cls, argument = "timm.models.vision_transformer", "VisionTransformer", "depth"
 
-    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
         return [("blocks", model.blocks)]
 
 
@@ -113,7 +115,7 @@ class TimmConvNeXt(TimmFamily):
     summary = "timm convnext*; one stack a stage"
     module, cls, argument, per_stage = "timm.models.convnext", "ConvNeXt", "depths", True
 
-    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
         return [(f"stages.{i}.blocks", stage.blocks) for i, stage in enumerate(model.stages)]
 
 
@@ -122,5 +124,5 @@ class TimmMixer(TimmFamily):
     summary = "timm mixer*, resmlp*, gmlp*, where timm lets the number of blocks be given (1.0.31 does not)"
     module, cls, argument = "timm.models.mlp_mixer", "MlpMixer", "num_blocks"
 
-    def containers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
         return [("blocks", model.blocks)]
