@@ -70,7 +70,7 @@ def load_pruned(
     record = record.renamed(host.base_prefix, stacks)
     kept = _kept(record, stacks)
     _, settings = shrunk_settings(host, family, stacks, kept)
-    base, commit = base_reference(full)
+    base, commit = base_reference(full, hub.get("cache_dir"))
     pruned = type(config).from_dict(settings)
     pruned._attn_implementation = config._attn_implementation  # the one setting that is not part of a config's dict
     setattr(

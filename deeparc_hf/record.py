@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
@@ -284,21 +285,33 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def base_reference(root: nn.Module) -> tuple[str | None, str | None]:
-    """Hub id and commit that a model was loaded from; None for a local folder, whose path is nobody else's business."""
+def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:
+    """Hub id and commit that a model was loaded from; None for a local folder, whose path is nobody else's business.
+
+    The commit is known where the Hub's cache holds just one of that repository.
+    """
     config = getattr(root, "config", None)
     name = getattr(config, "_name_or_path", None) or None
     if name is None:
         cfg = getattr(root, "pretrained_cfg", None) or {}
         name = cfg.get("hf_hub_id") if isinstance(cfg, dict) else None
-        return (name or None), None
+        return (name or None), _cached_commit(name, cache_dir)
     try:
         validate_repo_id(name)
     except HFValidationError:
         return None, None
     if os.path.exists(name):
         return None, None
-    return name, getattr(config, "_commit_hash", None)
+    # early versions 5 of transformers noted the commit; later ones leave it to the cache
+    return name, getattr(config, "_commit_hash", None) or _cached_commit(name, cache_dir)
+
+
+def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
+    found = None if name is None else try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
+    if not isinstance(found, str):
+        return None
+    snapshot = Path(found).parent
+    return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
 
 
 def _stack(name: Any, value: Any) -> StackRecord:

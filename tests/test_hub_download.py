@@ -1,0 +1,81 @@
+"""Records and base checkpoints from a Hub: the real client, over HTTP, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file
+
+from deeparc_hf import PrunedConfig, remove_blocks, save_pruned
+
+from .serving import COMMIT, serving
+from .zoo import ZOO
+
+LOAD = """
+import sys, transformers
+from safetensors.torch import save_file
+from deeparc_hf import PrunedConfig, load_pruned
+record = PrunedConfig.from_pretrained("org/pruned")
+model = load_pruned(transformers.AutoModelForCausalLM, "org/base", "org/pruned")
+save_file({k: v.clone() for k, v in model.state_dict().items()}, sys.argv[1])
+print(record.kept, model.config.pruning_config["base_model"], model.config.pruning_config["base_revision"])
+"""
+
+
+def run(endpoint: str, home: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    folders = {f"org/{name}": tmp_path_factory.mktemp(name) for name in ("base", "pruned")}
+    model = ZOO["llama"].model()
+    model.save_pretrained(folders["org/base"], max_shard_size="20KB")
+    remove_blocks(model, {"model.layers": [1, 2]})
+    save_pruned(model, folders["org/pruned"])
+    return folders
+
+
+def test_only_the_shards_that_hold_what_stays_are_downloaded(checkpoints, tmp_path):
+    index = json.loads((checkpoints["org/base"] / "model.safetensors.index.json").read_text())["weight_map"]
+    gone = ("model.layers.1.", "model.layers.2.")
+    wanted = {shard for key, shard in index.items() if not key.startswith(gone)}
+    assert wanted < set(index.values())
+    with serving(checkpoints) as hub:
+        result = run(hub.endpoint, tmp_path / "home", "-c", LOAD, str(tmp_path / "state.safetensors"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"{{'model.layers': (0, 3)}} org/base {COMMIT}"
+    shards = {name.rpartition("/")[2] for name in hub.downloads if name.startswith("org/base/") and name.endswith(".safetensors")}
+    assert shards == wanted
+    assert "org/pruned/model.safetensors" not in hub.downloads
+    expected = tf.AutoModelForCausalLM.from_pretrained(checkpoints["org/pruned"]).state_dict()
+    found = load_file(tmp_path / "state.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_inspect_reads_the_config_only(checkpoints, tmp_path):
+    with serving(checkpoints) as hub:
+        result = run(hub.endpoint, tmp_path / "home", "-m", "deeparc_hf", "inspect", "org/pruned", "--json")
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert PrunedConfig.from_dict(facts["record"]).kept == {"model.layers": (0, 3)}
+    assert not any(name.endswith(".safetensors") for name in hub.downloads)
+
+
+def test_a_missing_repository_is_the_hubs_own_error(checkpoints, tmp_path):
+    with serving(checkpoints) as hub:
+        result = run(hub.endpoint, tmp_path / "home", "-c", "import deeparc_hf; deeparc_hf.PrunedConfig.from_pretrained('org/nothing')")
+        told = run(hub.endpoint, tmp_path / "home", "-m", "deeparc_hf", "inspect", "org/nothing")
+    assert result.returncode == 1
+    assert "RepositoryNotFoundError" in result.stderr
+    assert told.returncode == 2
+    assert told.stderr.count("\n") == 1 and told.stderr.startswith("error: Cannot load org/nothing")
