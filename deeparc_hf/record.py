@@ -294,7 +294,9 @@ def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = N
     name = getattr(config, "_name_or_path", None) or None
     if name is None:
         cfg = getattr(root, "pretrained_cfg", None) or {}
-        name = cfg.get("hf_hub_id") if isinstance(cfg, dict) else None
+        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+        # timm names a Hub id for models with random weights too; only one that was asked for by id is known to come from there
+        name = cfg.get("hf_hub_id") if cfg.get("source") == "hf-hub" else None
         return (name or None), _cached_commit(name, cache_dir)
     try:
         validate_repo_id(name)

@@ -168,3 +168,9 @@ def test_the_stock_process_would_notice_a_config_that_was_not_shrunk(name, stock
     else:
         loaded = stock.load(tmp_path, specimen.auto, inputs_of(specimen))
         assert all("layer.3." in key for key in loaded.missing) and loaded.missing
+
+
+def test_a_timm_model_with_random_weights_claims_no_base_on_the_hub():
+    model = ZOO["timm_resnet"].model()
+    assert model.pretrained_cfg["hf_hub_id"]  # timm names one all the same
+    assert remove_blocks(model, {"layer2": [1]}).base_model is None
