@@ -11,7 +11,7 @@ import transformers as tf
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
-from deeparc_hf import MPruneCallback, MPruneConfig, PrunedConfig, PruningPlan
+from deeparc_hf import MPruneCallback, MPruneConfig, PrunedConfig, PruningPlan, remove_blocks
 from deeparc_hf.errors import CalibrationError, ConfigError, SurgeryError, UnsupportedModelError
 
 from .zoo import VOCAB, ZOO
@@ -180,10 +180,48 @@ def test_resume_of_a_model_loaded_from_the_checkpoint_is_bit_identical(tmp_path)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
-def test_resume_into_a_model_of_another_structure_is_refused(tmp_path):
-    train(ZOO["bert"].model(), tmp_path, MPruneCallback(num_blocks=3), save_strategy="epoch", save_only_model=True)
-    with pytest.raises(SurgeryError, match=r"holds another number of blocks.*checkpoint's own folder"):
-        train(ZOO["bert"].model(), tmp_path, MPruneCallback(num_blocks=3), resume=str(tmp_path / "checkpoint-8"), save_only_model=True)
+@pytest.mark.parametrize("only_model", [False, True])
+def test_resume_into_a_model_of_another_structure_is_refused(tmp_path, only_model):
+    """Also where no optimizer would notice."""
+    settings = {"save_strategy": "epoch", "save_only_model": only_model}
+    train(ZOO["bert"].model(), tmp_path, MPruneCallback(num_blocks=3), **settings)
+    model = ZOO["bert"].model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(SurgeryError, match=r"holds 3 blocks in bert\.encoder\.layer, the model has 4.*checkpoint's own folder"):
+        train(model, tmp_path, MPruneCallback(num_blocks=3), resume=str(tmp_path / "checkpoint-8"), **settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_resume_of_a_run_that_began_without_the_callback_is_refused(tmp_path):
+    """It prunes at the beginning, which has passed: to go on unpruned in silence would be wrong."""
+    train(ZOO["bert"].model(), tmp_path, save_strategy="epoch")
+    with pytest.raises(SurgeryError, match="began without MPruneCallback"):
+        train(ZOO["bert"].model(), tmp_path, MPruneCallback(num_blocks=3), resume=str(tmp_path / "checkpoint-8"))
+
+
+def test_resume_into_a_model_with_another_history_is_refused(tmp_path):
+    """The same number of blocks, but not the same ones."""
+    callback = MPruneCallback(num_blocks=3)
+    train(ZOO["bert"].model(), tmp_path, callback, save_strategy="epoch")
+    other = ZOO["bert"].model()
+    gone = callback.plan.stacks["bert.encoder.layer"].removed[0]
+    remove_blocks(other, {"bert.encoder.layer": [3 - gone]})
+    with pytest.raises(SurgeryError, match="pruned otherwise"):
+        train(other, tmp_path, MPruneCallback(num_blocks=3), resume=str(tmp_path / "checkpoint-8"))
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    model = ZOO["bert"].model()
+    train(
+        model,
+        tmp_path,
+        MPruneCallback(num_blocks=3),
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+        save_total_limit=1,
+    )
+    assert len(model.bert.encoder.layer) == 3
 
 
 def test_the_state_in_a_checkpoint_makes_the_callback_again(tmp_path):

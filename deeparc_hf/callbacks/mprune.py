@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..record import PrunedConfig
 __all__ = ["MPruneCallback"]
 
 PLAN_FILE = "pruning_plan.json"
+_guarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that refuse weights of another layout
 
 
 class MPruneCallback(TrainerCallback, ExportableState):
@@ -74,7 +76,10 @@ class MPruneCallback(TrainerCallback, ExportableState):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs.get("model")
         if model is not None:
-            describe(model)  # an unsupported model is refused before any work is done
+            root = describe(model)[0].root  # an unsupported model is refused before any work is done
+            if root not in _guarded:
+                root.register_load_state_dict_pre_hook(_refuse_other_layout)
+                _guarded.add(root)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
@@ -104,15 +109,21 @@ class MPruneCallback(TrainerCallback, ExportableState):
         return stored == (None if self.record is None else self.record.to_dict())
 
     def _check_resumed(self, model: nn.Module, state: TrainerState) -> None:
-        """Refuse to go on with a model of another structure than the checkpoint's: it was loaded with blocks in wrong places."""
-        saved = state.stateful_callbacks.get(type(self).__name__) or {}
-        saved = saved[0] if isinstance(saved, list) else saved
-        record = saved.get("attributes", {}).get("_saved_record")
+        """Refuse to go on where this callback did not begin, or with a model that was pruned otherwise than the checkpoint's."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
+        if not attributes.get("_done"):
+            raise SurgeryError(
+                "The run that is resumed began without MPruneCallback, which prunes when a training begins. Load the model from the "
+                "checkpoint's folder and start a new run with the callback, or resume without it."
+            )
+        record = attributes.get("_saved_record")
         host, _, stacks = describe(model)
         if record != host.record():
             raise SurgeryError(
-                "The checkpoint that is resumed holds another number of blocks than the model that was given to the Trainer. Load the "
-                f"model from the checkpoint's own folder (from_pretrained reads {RECORD_KEY!r} and the layout from its config.json), then "
+                "The model was pruned otherwise than the one in the checkpoint that is resumed: their records differ. Load the model "
+                f"from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its config.json), then "
                 "resume."
             )
         self.record = None if record is None else PrunedConfig.from_model(model)
@@ -129,6 +140,18 @@ class MPruneCallback(TrainerCallback, ExportableState):
                 raise CalibrationError("There is no training data to compare blocks on. Give MPruneCallback(calibration=...).")
             data = loader.dataset
         return calibration_loader(data, getattr(loader, "collate_fn", None), args.train_batch_size, self.config)
+
+
+def _refuse_other_layout(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Hook on the loading of weights, as when a checkpoint is resumed: blocks that a checkpoint lacks would stay random."""
+    for name, stack in describe(module)[2].items():
+        start = f"{prefix}{name}."
+        held = {key[len(start) :].partition(".")[0] for key in state_dict if key.startswith(start)}
+        if held and len(held) != len(stack):
+            raise SurgeryError(
+                f"The checkpoint that is loaded holds {len(held)} blocks in {name}, the model has {len(stack)}. Load the model from the "
+                f"checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its config.json), then resume."
+            )
 
 
 def calibration_loader(data: Dataset, collate: Any, batch_size: int, config: MPruneConfig) -> DataLoader:
