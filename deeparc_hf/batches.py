@@ -62,11 +62,16 @@ def padding_masks(inputs: Mapping[str, Any]) -> dict[str | None, Tensor | None]:
     labels = inputs.get("labels")
     if isinstance(decoder, Tensor) and decoder.ndim == 2:
         decoder = decoder.bool()
-    elif isinstance(labels, Tensor) and labels.ndim == 2 and "decoder_input_ids" not in inputs:
+    elif isinstance(labels, Tensor) and labels.ndim == 2 and _goes_with(labels, inputs.get("decoder_input_ids")):
         decoder = labels != -100
     else:
         decoder = None
     return {None: mask, "encoder": mask, "decoder": decoder}
+
+
+def _goes_with(labels: Tensor, decoder_ids: Any) -> bool:
+    """Whether labels stand for decoder inputs position by position: DataCollatorForSeq2Seq(model=...) puts both into a batch."""
+    return decoder_ids is None or (isinstance(decoder_ids, Tensor) and decoder_ids.shape == labels.shape)
 
 
 def _main_input(host: Host) -> str:

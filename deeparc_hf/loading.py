@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ._compat import checkpoint_key_namer
 from .architectures import Stack, describe
-from .architectures.hosts import RECORD_KEY, TransformersHost
+from .architectures.hosts import RECORD_KEY, Host, TransformersHost
+from .architectures.skeleton import compare
 from .errors import RecordError, UnsupportedModelError
 from .record import PrunedConfig, base_reference
 from .surgery import shrunk_settings
@@ -70,6 +70,7 @@ def load_pruned(
     record = record.renamed(host.base_prefix, stacks)
     kept = _kept(record, stacks)
     _, settings = shrunk_settings(host, family, stacks, kept)
+    _require_expressible(host, full, settings, kept)
     base, commit = base_reference(full, hub.get("cache_dir"))
     pruned = type(config).from_dict(settings)
     pruned._attn_implementation = config._attn_implementation  # the one setting that is not part of a config's dict
@@ -77,12 +78,13 @@ def load_pruned(
         pruned, RECORD_KEY, {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit}
     )
     state = _read(full, str(base_repo_or_path), stacks, kept, hub)
-    loaded = type(full).from_pretrained(None, config=pruned, state_dict=state, **kwargs)
-    model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = type(full).from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
+    _require_blocks(info["missing_keys"], str(base_repo_or_path), kept)
     model.config._name_or_path = str(base_repo_or_path)
     if model.can_generate():
         _adopt_generation_config(model, str(base_repo_or_path), hub)
-    return loaded
+    return (model, info) if wants_info else model
 
 
 def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -133,6 +135,25 @@ def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequen
     return {name: record.stacks[name].kept if name in record.stacks else range(len(stack)) for name, stack in stacks.items()}
 
 
+def _require_expressible(host: Host, full: nn.Module, settings: dict[str, Any], kept: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a recipe that surgery on the live model would refuse."""
+    try:
+        problems = compare(full, host.build(settings), kept).problems
+    except Exception as error:
+        problems = [f"{type(error).__name__}: {error}"]
+    if problems:
+        raise RecordError(f"The settings of {host.label} cannot express what the pruning record keeps: {problems[0]}.")
+
+
+def _require_blocks(missing: Iterable[str], base: str, kept: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a checkpoint that lacks tensors of a block that stays: from_pretrained has made them up."""
+    lacking = sorted(key for key in missing if key.startswith(tuple(f"{name}." for name in kept)))
+    if lacking:
+        raise RecordError(
+            f"{base} has no weights for {lacking[0]} (as the smaller model counts), which the record keeps. Download it again."
+        )
+
+
 def _read(
     full: PreTrainedModel, base: str, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]], hub: Mapping[str, Any]
 ) -> dict[str, Tensor]:
@@ -140,12 +161,14 @@ def _read(
     namer = checkpoint_key_namer(full)
     state: dict[str, Tensor] = {}
     for keys, file in _files(base, hub, lambda key: _new_key(key, namer, stacks, kept) is not None):
-        with ExitStack() as opened:
-            handle = opened.enter_context(safe_open(file, framework="pt"))
-            for key in keys or handle.keys():
-                new = _new_key(key, namer, stacks, kept)
-                if new is not None:
-                    state[new] = handle.get_tensor(key)
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in keys or handle.keys():
+                    new = _new_key(key, namer, stacks, kept)
+                    if new is not None:
+                        state[new] = handle.get_tensor(key)
+        except SafetensorError as error:
+            raise RecordError(f"{Path(file).name} of {base} cannot be read as safetensors: {error}. Download it again.") from error
     return state
 
 
@@ -174,7 +197,7 @@ def _weight_map(base: str, index: Path) -> dict[str, str]:
     try:
         shards = json.loads(index.read_text("utf-8"))["weight_map"]
         names = set(shards.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(
             f"The index of {base} ({_INDEX}) is malformed: {type(error).__name__}: {error}. Download the checkpoint again."
         ) from error

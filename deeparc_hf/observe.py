@@ -42,6 +42,7 @@ class StackObserver:
         self.rows = rows
         self.count = 0
         self.mask: Tensor | None = None
+        self.unmasked = False  # whether padding was compared, because the mask has another length than the outputs
         self._batch: dict[int, Tensor] = {}
         self._first: dict[int, Tensor] = {}
         self._constant = set(range(len(stack)))
@@ -105,7 +106,10 @@ class StackObserver:
                 f"Block {index} of {self.stack.name} puts out a tensor of shape {tuple(hidden.shape)}; expected (batch, positions, "
                 "features) or (batch, channels, height, width)."
             )
-        mask = self.mask if self.mask is not None and self.mask.shape == hidden.shape[:2] else None
+        mask = self.mask
+        if mask is not None and mask.shape != hidden.shape[:2]:
+            self.unmasked = self.unmasked or not bool(mask.all())
+            mask = None
         if self.rows == "mean":
             if mask is None:
                 return hidden.float().mean(dim=1)
@@ -181,10 +185,12 @@ def observe(host: Host, observers: Iterable[StackObserver], dataloader: Iterable
             _warn_unmasked(host, inputs)
             masks = padding_masks(inputs)
             for observer in observers:
+                # the mask of a text says nothing about the images beside it, whose positions are another number
                 observer.mask = masks[observer.stack.side]
             _forward(host, inputs)
             for observer in observers:
                 observer.flush(seen)
+                observer.unmasked = observer.unmasked and "pixel_values" not in inputs
             seen += size
             bar.update(size)
             if seen >= max_samples:
@@ -269,6 +275,13 @@ def _require_enough(observers: list[StackObserver], seen: int) -> None:
             raise CalibrationError(
                 f"Block {constant[0]} of {stack} puts out the same for every calibration sample, so it cannot be compared. Check that the "
                 "samples differ and that the block's weights are loaded."
+            )
+        if observer.unmasked:
+            warnings.warn(
+                f"{stack} puts out another number of positions than the attention_mask has, so padding was compared like the rest. Give "
+                "calibration samples of equal length.",
+                CalibrationWarning,
+                stacklevel=4,
             )
     if seen < _FEW_SAMPLES:
         warnings.warn(

@@ -31,7 +31,12 @@ __all__ = ["apply_plan", "forget_parameters", "remove_blocks", "shrunk_settings"
 
 
 def remove_blocks(
-    model: nn.Module, blocks: Mapping[str, Sequence[int]], freeze: str = "none", *, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    blocks: Mapping[str, Sequence[int]],
+    freeze: str = "none",
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
 ) -> PrunedConfig:
     """Remove blocks from a live model, in place, all or nothing.
 
@@ -41,6 +46,7 @@ def remove_blocks(
         freeze: "partial" freezes all kept blocks but those beside a removal site, and what runs before the first stack.
         optimizer: an optimizer over the model's parameters that is to follow: the removed ones leave it, and the state of
             frozen ones is freed.
+        example: a batch to verify the result on; made-up inputs otherwise.
 
     Returns:
         The record, which the model carries in its config from now on.
@@ -58,7 +64,7 @@ def remove_blocks(
     if freeze == "partial":
         frozen = freezing_set(removed, {n: len(s) for n, s in stacks.items()}, {n: s.next_stack for n, s in stacks.items()})
     entry = {"settings": {"freeze": freeze}, "removed": removed, "frozen": frozen}
-    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer)
+    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example)
 
 
 def apply_plan(model: nn.Module, plan: PruningPlan, *, optimizer: torch.optim.Optimizer | None = None, example: Any = None) -> PrunedConfig:
@@ -137,6 +143,7 @@ def _optimizer_restorer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     def restore() -> None:
         for group, parameters in zip(optimizer.param_groups, groups, strict=True):
             group["params"][:] = parameters
+        optimizer.state.clear()
         optimizer.state.update(state)
 
     return restore

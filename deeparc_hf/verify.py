@@ -8,18 +8,24 @@ the removal is refused.
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging as hf_logging
 
 from .architectures import Host, Stack
 from .batches import cut, forward_kwargs
-from .errors import SurgeryError
+from .errors import DeepArcWarning, SurgeryError
 from .observe import evaluating, hidden_states
 
 __all__ = ["Expectation", "expect"]
+
+# "hidden_states" and "attentions" of any part, XLNet's mems, RWKV's state, caches; not "last_hidden_state"
+_PER_BLOCK = re.compile(r"hidden_states$|attentions$|^mems$|^state$|past_|cache")
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +37,7 @@ class Expectation:
         self.host = host
         self.inputs = inputs
         self.outputs = outputs
+        self.generated = _generation_error(host, inputs) is None
 
     def check(self) -> None:
         """Run the pruned model on the same inputs.
@@ -43,6 +50,15 @@ class Expectation:
                 outputs = _tensors(self.host.root(**self.inputs))
         except Exception as error:
             raise SurgeryError(f"The pruned model cannot run: {type(error).__name__}: {error}. The model is as it was before.") from error
+        error = _generation_error(self.host, self.inputs) if self.generated else None
+        if error is not None:
+            warnings.warn(
+                f"{type(self.host.root).__name__} can no longer generate with a cache ({type(error).__name__}: {error}), in stock "
+                "transformers too: T5 and its like need at least as many encoder blocks as decoder blocks for that. Keep more encoder "
+                "blocks, remove decoder blocks too, or generate with use_cache=False.",
+                DeepArcWarning,
+                stacklevel=5,
+            )
         if [o.shape for o in outputs] != [o.shape for o in self.outputs]:
             raise SurgeryError("The pruned model puts out other shapes than the original. The model is as it was before.")
         for found, expected in zip(outputs, self.outputs, strict=True):
@@ -70,9 +86,14 @@ def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequen
     if inputs is None:
         logger.info("The removal is not verified by a forward pass: no inputs are known for %s.", type(host.root).__name__)
         return None
-    handles = [
-        stacks[name].blocks[index].register_forward_hook(_skip, with_kwargs=True) for name, indices in removed.items() for index in indices
-    ]
+    blocks = {f"{name}.{index}": stacks[name].blocks[index] for name, indices in removed.items() for index in indices}
+    ran: set[nn.Module] = set()
+
+    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        ran.add(module)
+        return _skip(module, args, kwargs, output)
+
+    handles = [block.register_forward_hook(skip, with_kwargs=True) for block in blocks.values()]
     try:
         with evaluating(host.root):
             outputs = _tensors(host.root(**inputs))
@@ -86,7 +107,32 @@ def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequen
     finally:
         for handle in handles:
             handle.remove()
+    idle = [path for path, block in blocks.items() if block not in ran]
+    if idle:
+        raise SurgeryError(
+            f"The removal cannot be verified: the inputs ({', '.join(inputs)}) do not reach {idle[0]}. Give a batch that does: "
+            "example=batch. Nothing was changed."
+        )
     return Expectation(host, inputs, outputs)
+
+
+def _generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None:
+    """What goes wrong when two tokens are generated with a cache; None if nothing does, or the model does not generate."""
+    root = host.root
+    if host.library != "transformers" or not root.can_generate():
+        return None
+    given = {key: inputs[key][:1] for key in (root.main_input_name, "attention_mask") if key in inputs}
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # advice on generation settings is beside the point here
+    try:
+        with evaluating(root), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            root.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1, use_cache=True)
+    except Exception as error:
+        return error
+    finally:
+        hf_logging.set_verbosity(level)
+    return None
 
 
 def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -106,7 +152,8 @@ def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
-        output = output.values()
+        # one entry a block, by nature another number of them afterwards
+        output = [value for key, value in output.items() if not _PER_BLOCK.search(key)]
     if isinstance(output, (tuple, list)) or (isinstance(output, Iterable) and not hasattr(output, "get_seq_length")):
         return [tensor for item in output for tensor in _tensors(item)]
     return []

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deeparc_hf import PrunedConfig, find_stacks, load_pruned, remove_blocks, save_pruned
@@ -329,3 +330,34 @@ def test_a_family_that_is_refused_is_refused_here_too(tmp_path):
     tf.AlbertModel(tf.AlbertConfig(**TEXT, embedding_size=16)).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="one layer that is run many times"):
         load_pruned(tf.AutoModel, tmp_path, record_of({"encoder.layer": (4, [0])}))
+
+
+def test_a_recipe_that_surgery_would_refuse_is_refused_too(tmp_path):
+    config = tf.GPT2Config(
+        n_embd=32, n_layer=4, n_head=4, vocab_size=120, scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=False
+    )
+    model = tf.GPT2LMHeadModel(config)
+    with_attribute = "scaling" in vars(model.transformer.h[0].attn)
+    if not with_attribute:
+        pytest.skip("this version of transformers scales by the layer's index while it runs, which a config cannot show")
+    model.save_pretrained(tmp_path)
+    record = PrunedConfig.from_dict({"format_version": 1, "stacks": {"transformer.h": {"length": 4, "kept": [0, 2, 3]}}})
+    with pytest.raises(RecordError, match=r"cannot express what the pruning record keeps.*depends on the block's place"):
+        load_pruned(tf.AutoModelForCausalLM, tmp_path, record)
+
+
+def test_a_base_that_lacks_a_block_that_stays_is_refused(tmp_path):
+    """from_pretrained would make its weights up."""
+    _, record = pruned("bert", tmp_path)  # blocks 1 and 3 stay
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in state.items() if "layer.3." not in k}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecordError, match=r"has no weights for bert\.encoder\.layer\.1\."):
+        load_pruned(auto("bert"), tmp_path, record)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100])
+def test_broken_safetensors_are_named(content, tmp_path):
+    _, record = pruned("bert", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(RecordError, match=r"model\.safetensors of .* cannot be read as safetensors.*Download it again"):
+        load_pruned(auto("bert"), tmp_path, record)

@@ -249,3 +249,16 @@ def test_no_calibration_data_is_an_error_and_nothing_is_pruned(tmp_path):
     with pytest.raises(CalibrationError, match="gave no samples"):
         train(model, tmp_path, MPruneCallback(calibration=[]))
     assert len(model.bert.encoder.layer) == 4
+
+
+def test_a_run_that_removes_nothing_from_a_pruned_model_can_be_resumed(tmp_path):
+    def model():
+        smaller = ZOO["bert"].model()
+        remove_blocks(smaller, {"bert.encoder.layer": [1]})
+        return smaller
+
+    callback = MPruneCallback(threshold=1.0)
+    train(model(), tmp_path, callback, save_strategy="epoch")
+    assert callback.plan.removed == {} and callback.record.kept == {"bert.encoder.layer": (0, 2, 3)}
+    again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-8")
+    train(again, tmp_path, MPruneCallback(threshold=1.0), resume=str(tmp_path / "checkpoint-8"))

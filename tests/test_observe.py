@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from transformers.modeling_outputs import BaseModelOutput
 
 from deeparc_hf import analyze, find_stacks
@@ -15,7 +16,7 @@ from deeparc_hf.errors import CalibrationError, CalibrationWarning
 from deeparc_hf.observe import StackObserver, observe
 from deeparc_hf.similarity import SimilarityMetric, metrics
 
-from .zoo import VOCAB, ZOO
+from .zoo import VOCAB, ZOO, spread
 
 
 class Keeper(SimilarityMetric):
@@ -301,3 +302,34 @@ def test_a_model_on_the_meta_device_has_nothing_to_compare():
     specimen = ZOO["bert"]
     with pytest.raises(CalibrationError, match="no weights"):
         analyze(specimen.model().to("meta"), specimen.batches())
+
+
+def test_labels_mask_the_decoder_also_beside_decoder_inputs():
+    """DataCollatorForSeq2Seq(model=...) puts both into a batch."""
+    specimen = ZOO["bart"]
+    model, (batch,) = specimen.model(), specimen.batches(1, 40)
+    batch["labels"][:, 4:] = -100
+    batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+    _, decoder = keep(model, [batch], "tokens")
+    assert decoder.count == 40 * 4
+
+
+def test_padding_that_cannot_be_masked_warns():
+    """BigBird pads to its block size inside, so that its outputs have more positions than the mask."""
+    config = tf.BigBirdConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=VOCAB,
+        block_size=16,
+        num_random_blocks=1,
+        max_position_embeddings=256,
+    )
+    model = spread(tf.BigBirdForSequenceClassification(config)).eval()
+    ids = torch.randint(5, VOCAB, (32, 129))
+    mask = torch.ones_like(ids)
+    analyze(model, [{"input_ids": ids, "attention_mask": mask}])
+    mask[:, 100:] = 0
+    with pytest.warns(CalibrationWarning, match="another number of positions than the attention_mask.*equal length"):
+        analyze(model, [{"input_ids": ids, "attention_mask": mask}])

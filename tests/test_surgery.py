@@ -11,7 +11,7 @@ import transformers as tf
 from torch import nn
 
 from deeparc_hf import PrunedConfig, analyze, apply_plan, find_stacks, prune_model, remove_blocks
-from deeparc_hf.errors import CalibrationError, CalibrationWarning, PlanError, RecordError, SurgeryError
+from deeparc_hf.errors import CalibrationError, CalibrationWarning, DeepArcWarning, PlanError, RecordError, SurgeryError
 from deeparc_hf.freezing import freeze_blocks
 from deeparc_hf.surgery import forget_parameters
 from deeparc_hf.undo import Transaction
@@ -326,3 +326,45 @@ def test_half_precision_models_are_pruned():
     model = specimen.model().to(torch.bfloat16)
     remove_blocks(model, {"model.layers": [1]})
     assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("setting", ["output_hidden_states", "output_attentions"])
+def test_outputs_of_every_block_do_not_hinder_the_verification(setting):
+    model = ZOO["bert"].model()
+    model.set_attn_implementation("eager")
+    setattr(model.config, setting, True)
+    remove_blocks(model, {BERT: [1]})
+    assert len(model(input_ids=torch.tensor([[5, 6]]))[setting.removeprefix("output_")]) in (3, 4)
+
+
+def test_blocks_that_the_example_does_not_reach_are_not_removed():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {**sizes, "model_type": "llama", "vocab_size": 120, "num_key_value_heads": 4}
+    vision = {**sizes, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
+    model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=119)).eval()
+    of_images, of_text = sorted(find_stacks(model), key=lambda name: "vision" not in name)
+    example = {"input_ids": torch.tensor([[5, 6], [7, 8]])}
+    before = snapshot(model)
+    with pytest.raises(SurgeryError, match=r"inputs \(input_ids\) do not reach .*vision.*\.1\. Give a batch that does"):
+        remove_blocks(model, {of_images: [1]}, example=example)
+    assert_unchanged(model, before)
+    remove_blocks(model, {of_text: [1]}, example=example)
+    assert model.config.text_config.num_hidden_layers == 2
+
+
+def test_t5_with_fewer_encoder_than_decoder_blocks_warns_of_cached_generation():
+    """A limit of stock transformers, met by a fresh model of that shape too."""
+    specimen = ZOO["t5"]
+    config = copy.deepcopy(specimen.model().config)
+    config.num_layers, config.num_decoder_layers = 2, 3
+    fresh = tf.T5ForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    try:
+        fresh.generate(ids, max_new_tokens=2)
+    except IndexError:
+        with pytest.warns(DeepArcWarning, match="no longer generate with a cache.*use_cache=False"):
+            model = specimen.model()
+            remove_blocks(model, {"encoder.block": [2, 3]})
+        assert model.generate(ids, max_new_tokens=2, use_cache=False).shape[1] > 1
+    else:
+        remove_blocks(specimen.model(), {"encoder.block": [2, 3]})  # no warning where it works

@@ -122,7 +122,9 @@ class TransformersHost(Host):
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             if config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = ids[:, :8]
-            if hasattr(config, "vision_config") and not any(hasattr(config, f"image_token_{end}") for end in ("id", "index")):
+            if hasattr(config, "vision_config"):
+                if any(hasattr(config, f"image_token_{end}") for end in ("id", "index")):
+                    return None  # where the image goes into the text differs from family to family
                 inputs["pixel_values"] = self._pixels(config.vision_config, device, dtype)  # CLIP and its like
             return inputs
         generator = torch.Generator().manual_seed(0)

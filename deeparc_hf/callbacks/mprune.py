@@ -44,7 +44,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     Attributes:
         plan: the plan that was carried out in the last run; None before.
-        record: the record of the model after it; None if nothing was removed.
+        record: the record of the model after it, earlier prunings included; None if it carries none.
 
     Raises:
         UnsupportedModelError: when the Trainer is made, if its model cannot be pruned.
@@ -93,7 +93,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self.plan = prune_model(
             model, batches, self.config, optimizer=kwargs.get("optimizer"), progress=state.is_local_process_zero and not args.disable_tqdm
         )
-        self.record = PrunedConfig.from_model(model) if self.plan.removed else None
+        self.record = None if describe(model)[0].record() is None else PrunedConfig.from_model(model)
         self._done = True
         if state.is_local_process_zero:
             tqdm.write(str(self.plan))
