@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .architectures import Host
@@ -17,7 +18,7 @@ def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
     """Keyword arguments for `host.root`, on its device.
 
     Mappings (dict, BatchEncoding, ModelOutput) are passed on, their tensors only. Of a tuple, a list or a lone tensor the
-    first entry is the model's main input; a second one of the same shape that holds only 0 and 1 is the attention mask;
+    first entry is the model's main input; a second one that is 1 just where the first is not padding is the attention mask;
     the others (labels) are left out.
 
     Raises:
@@ -104,6 +105,13 @@ def _positional(host: Host, main: str, batch: Any) -> dict[str, Tensor]:
     if main == "input_ids" and len(entries) > 1 and isinstance(entries[1], Tensor):
         second = entries[1]
         if second.shape == entries[0].shape and bool(((second == 0) | (second == 1)).all()):
+            pad = getattr(host.root.config, "pad_token_id", None)
+            # token types and token labels hold 0 and 1 too
+            if pad is None or not torch.equal(second.bool(), entries[0] != pad):
+                raise CalibrationError(
+                    "Cannot tell whether the second tensor of a calibration batch is the attention mask: it is not 1 just where the "
+                    f"first is not padding (token {pad}). Give dicts with input_ids and attention_mask."
+                )
             inputs["attention_mask"] = second
     return inputs
 

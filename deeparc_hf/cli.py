@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 import typing
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 PLAN_FILE = "pruning_plan.json"
+# what --overwrite may replace: a checkpoint's files and the findings, never a folder of a training run
+_OWN_FILE = re.compile(
+    r"[\w.\-]*(config|token|vocab|merges|spiece|template)[\w.\-]*|model[\w.\-]*|pruning_plan.json|report\.(json|md)|heatmap.png"
+)
 HEATMAP_FILE = "heatmap.png"
 _MODEL_HELP = "a folder, a Hub id, timm:NAME, or timm's hf-hub:ORG/NAME and local-dir:FOLDER"
 
@@ -302,6 +307,11 @@ def _output_folder(args: argparse.Namespace) -> Path | None:
     if out.is_dir() and any(out.iterdir()):
         if not args.overwrite:
             raise ConfigError(f"{args.out} exists and is not empty. Give another folder with -o, or --overwrite.")
+        foreign = sorted(path.name for path in out.iterdir() if path.is_dir() or not _OWN_FILE.fullmatch(path.name))
+        if foreign:
+            raise ConfigError(
+                f"{args.out} holds {foreign[0]!r}, which this command did not write, so it is not replaced. Give another folder."
+            )
         if not (out / PLAN_FILE).is_file():
             raise ConfigError(
                 f"{args.out} holds files but no {PLAN_FILE}: no earlier run wrote it, so it is not replaced. Give another folder."

@@ -106,7 +106,7 @@ def test_out_is_required_and_not_overwritten_by_chance(capsys, checkpoints, data
     out.mkdir()
     (out / "precious.txt").write_text("mine")
     assert "not empty" in error_of(capsys, *common, "-o", out)
-    assert "no earlier run wrote it" in error_of(capsys, *common, "-o", out, "--overwrite")
+    assert "this command did not write" in error_of(capsys, *common, "-o", out, "--overwrite")
     assert "is a file" in error_of(capsys, *common, "-o", out / "precious.txt")
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
     (out / "precious.txt").unlink()

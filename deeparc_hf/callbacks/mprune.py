@@ -62,18 +62,19 @@ class MPruneCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback, in trainer_state.json."""
         record = None if self.record is None else self.record.to_dict()
-        return {"args": {"config": self.config.to_dict()}, "attributes": {"_saved_record": record, "_done": self._done}}
+        return {"args": self.config.to_dict(), "attributes": {"_saved_record": record, "_done": self._done}}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> MPruneCallback:
         """The callback that a checkpoint kept (`restore_callback_states_from_checkpoint`)."""
-        callback = cls(MPruneConfig.from_dict(state["args"]["config"]))
+        callback = cls(MPruneConfig.from_dict(state["args"]))
         saved = state["attributes"].get("_saved_record")
         callback.record = None if saved is None else PrunedConfig.from_dict(saved)
         callback._done = bool(state["attributes"].get("_done"))
         return callback
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._done = False  # an interrupted run may have left it set
         model = kwargs.get("model")
         if model is not None:
             root = describe(model)[0].root  # an unsupported model is refused before any work is done
