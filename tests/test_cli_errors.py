@@ -158,3 +158,16 @@ def test_without_datasets_the_error_says_what_to_install(capsys, checkpoints, da
 def test_debug_raises(capsys, tmp_path):
     with pytest.raises(OSError, match=r"has no config\.json"):
         main(["inspect", str(tmp_path), "--debug"])
+
+
+def test_overwrite_leaves_the_folder_of_a_training_alone(capsys, checkpoints, data, tmp_path):
+    """The callback writes a plan too; its folder holds checkpoints that nobody wants to lose."""
+    out = tmp_path / "runs"
+    (out / "checkpoint-8").mkdir(parents=True)
+    (out / "pruning_plan.json").write_text("{}")
+    (out / "training_args.bin").write_text("x")
+    arguments = ("prune", checkpoints / "bert", "--data", data / "d.csv", "--text-column", "text", "-o", out, "--overwrite")
+    assert "holds 'checkpoint-8', which this command did not write" in error_of(capsys, *arguments)
+    (out / "checkpoint-8").rmdir()
+    assert "holds 'training_args.bin'" in error_of(capsys, *arguments)
+    assert (out / "training_args.bin").exists()

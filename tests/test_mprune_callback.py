@@ -262,3 +262,32 @@ def test_a_run_that_removes_nothing_from_a_pruned_model_can_be_resumed(tmp_path)
     assert callback.plan.removed == {} and callback.record.kept == {"bert.encoder.layer": (0, 2, 3)}
     again = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-8")
     train(again, tmp_path, MPruneCallback(threshold=1.0), resume=str(tmp_path / "checkpoint-8"))
+
+
+def test_the_trainer_itself_restores_the_callback_from_a_checkpoint(tmp_path):
+    train(ZOO["bert"].model(), tmp_path, MPruneCallback(num_blocks=3, protect="bert.encoder.layer.3"), save_strategy="epoch")
+    resumed = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-8")
+    trainer = train(
+        resumed,
+        tmp_path,
+        MPruneCallback(num_blocks=2),
+        resume=str(tmp_path / "checkpoint-8"),
+        restore_callback_states_from_checkpoint=True,
+    )
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, MPruneCallback)]
+    assert callback.config == MPruneConfig(num_blocks=3, protect="bert.encoder.layer.3")
+    assert len(resumed.bert.encoder.layer) == 3
+
+
+def test_a_callback_is_fresh_in_a_new_trainer_after_an_interrupted_run(tmp_path):
+    class Interrupt(tf.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    callback = MPruneCallback(threshold=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(ZOO["bert"].model(), tmp_path, callback, Interrupt())
+    callback.config = MPruneConfig(num_blocks=3)
+    model = ZOO["bert"].model()
+    train(model, tmp_path, callback, num_train_epochs=1)
+    assert len(model.bert.encoder.layer) == 3

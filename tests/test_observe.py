@@ -333,3 +333,12 @@ def test_padding_that_cannot_be_masked_warns():
     mask[:, 100:] = 0
     with pytest.warns(CalibrationWarning, match="another number of positions than the attention_mask.*equal length"):
         analyze(model, [{"input_ids": ids, "attention_mask": mask}])
+
+
+@pytest.mark.parametrize("second", ["types", "labels"])
+def test_a_second_tensor_that_may_not_be_a_mask_is_not_taken_for_one(second):
+    specimen = ZOO["bert"]
+    model, (batch,) = specimen.model(), specimen.batches(1, 40)
+    other = {"types": torch.arange(10).ge(5).long().expand(40, 10), "labels": batch["input_ids"] % 2}[second]
+    with pytest.raises(CalibrationError, match=r"Cannot tell whether the second tensor.*Give dicts"):
+        analyze(model, [(batch["input_ids"], other, batch["attention_mask"])])
