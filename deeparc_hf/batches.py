@@ -11,7 +11,7 @@ from torch import Tensor
 from .architectures import Host
 from .errors import CalibrationError
 
-__all__ = ["batch_size", "cut", "forward_kwargs", "padding_masks"]
+__all__ = ["batch_size", "cut", "forward_kwargs", "padding_masks", "without_labels"]
 
 
 def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
@@ -49,6 +49,15 @@ def cut(inputs: dict[str, Any], size: int) -> dict[str, Any]:
     """The first `size` samples of a batch."""
     whole = batch_size(inputs)
     return {k: v[:size] if isinstance(v, Tensor) and v.ndim and len(v) == whole else v for k, v in inputs.items()}
+
+
+def without_labels(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the forward pass needs: labels only where a decoder's inputs are made from them.
+
+    A loss is not asked for, and some models note in their config which kind of loss the labels call for.
+    """
+    makes_decoder_inputs = host.library == "transformers" and host.root.config.is_encoder_decoder and "decoder_input_ids" not in inputs
+    return {key: value for key, value in inputs.items() if makes_decoder_inputs or key != "labels"}
 
 
 def padding_masks(inputs: Mapping[str, Any]) -> dict[str | None, Tensor | None]:

@@ -193,13 +193,16 @@ def _prune(args: argparse.Namespace) -> int:
     from .data import Columns, load_rows, make_batches
     from .inspection import count_parameters
     from .pruning import analyze
+    from .record import PrunedConfig
     from .sources import find_source, load_model, skeleton
     from .surgery import apply_plan
 
     # what can be refused is refused before the weights are read
     source = find_source(args.model)
     frame = skeleton(source, args.auto_class)
-    describe(frame)
+    host = describe(frame)[0]
+    if host.record() is not None:
+        PrunedConfig.from_model(frame)
     device = _device(args.device)
     batches, processor = make_batches(
         source,

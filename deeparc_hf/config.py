@@ -41,7 +41,9 @@ class MPruneConfig:
     )
     k: int = _setting(1, "Stride of removal: of each cluster members 1, 1+k, 1+2k, ... go. 1 leaves the leader only.")
     freeze: str = _setting(
-        "none", "'partial' trains the kept blocks beside each removal site and freezes the others.", choices=("none", "partial")
+        "none",
+        "'partial' trains the kept blocks beside each removal site and freezes the others, and embeddings and stem (a tied head too).",
+        choices=("none", "partial"),
     )
     similarity: str = _setting("cka", "Similarity metric, by its registered name.")
     rows: str | None = _setting(

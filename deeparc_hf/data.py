@@ -215,13 +215,25 @@ def _text_collate(source: ModelSource, root: Any, columns: Columns, max_length: 
         texts = {"text": _strings(batch, columns.text)}
         if columns.text_pair is not None:
             texts["text_pair"] = _strings(batch, columns.text_pair)
-        inputs = {key: value for key, value in working(**texts, **settings).items() if key in taken}
+        encoded = working(**texts, **settings)
+        _require_known_words(source, working, encoded["input_ids"])
+        inputs = {key: value for key, value in encoded.items() if key in taken}
         if columns.target is not None:
             target = working(text_target=_strings(batch, columns.target), **settings)
             inputs["labels"] = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
         return inputs
 
     return tokenizer, collate
+
+
+def _require_known_words(source: ModelSource, tokenizer: Any, ids: torch.Tensor) -> None:
+    """A folder without tokenizer files may load as a tokenizer that knows no words at all."""
+    ordinary = ids[~torch.isin(ids, torch.tensor([i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id], dtype=ids.dtype))]
+    if tokenizer.unk_token_id is not None and len(ordinary) and float((ordinary == tokenizer.unk_token_id).float().mean()) > 0.5:
+        raise LoadingError(
+            f"The tokenizer of {source.given} ({len(tokenizer)} entries) knows less than half of the calibration texts' tokens. Save the "
+            "model's own tokenizer into its folder (tokenizer.save_pretrained), or give texts in its language."
+        )
 
 
 def _strings(batch: dict[str, list[Any]], column: str | None) -> list[str]:

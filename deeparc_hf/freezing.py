@@ -25,7 +25,8 @@ def freeze_blocks(
     """Freeze blocks, and everything that runs before the lowest block that is trained.
 
     Embeddings and stems are frozen too: otherwise the backward pass would still walk through every frozen block to reach
-    them. Heads, final norms and poolers stay trainable. A model with an encoder and a decoder has a lowest trained block in each.
+    them. Heads, final norms and poolers stay trainable, but a head that is tied to the
+    embeddings is frozen with them. A model with an encoder and a decoder has a lowest trained block in each.
 
     Args:
         host: the model.

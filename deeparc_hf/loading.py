@@ -137,6 +137,11 @@ def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequen
 
 def _require_expressible(host: Host, full: nn.Module, settings: dict[str, Any], kept: Mapping[str, Sequence[int]]) -> None:
     """Refuse a recipe that surgery on the live model would refuse."""
+    if host.merges_inputs:
+        raise UnsupportedModelError(
+            f"{host.label} merges images into its text, and which blocks do so may be told by their place, which only a forward pass "
+            "shows. Load the whole model and call remove_blocks(model, ..., example=batch), or load a checkpoint that was pruned so."
+        )
     try:
         problems = compare(full, host.build(settings), kept).problems
     except Exception as error:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .architectures import Host, Stack
-from .batches import batch_size, cut, forward_kwargs, padding_masks
+from .batches import batch_size, cut, forward_kwargs, padding_masks, without_labels
 from .errors import CalibrationError, CalibrationWarning
 from .similarity import SimilarityMetric
 
@@ -187,7 +187,7 @@ def observe(host: Host, observers: Iterable[StackObserver], dataloader: Iterable
             for observer in observers:
                 # the mask of a text says nothing about the images beside it, whose positions are another number
                 observer.mask = masks[observer.stack.side]
-            _forward(host, inputs)
+            _forward(host, without_labels(host, inputs))
             for observer in observers:
                 observer.flush(seen)
                 observer.unmasked = observer.unmasked and "pixel_values" not in inputs

@@ -293,7 +293,8 @@ def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -
         raise SurgeryError(
             f"Expected a dict of stack names to lists of block indices, found {type(blocks).__name__}. Stacks: {', '.join(stacks)}."
         )
-    for name, indices in blocks.items():
+    for name, given in blocks.items():
+        indices = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
         if name not in stacks:
             near = difflib.get_close_matches(str(name), stacks, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -171,3 +172,18 @@ def test_overwrite_leaves_the_folder_of_a_training_alone(capsys, checkpoints, da
     (out / "checkpoint-8").rmdir()
     assert "holds 'training_args.bin'" in error_of(capsys, *arguments)
     assert (out / "training_args.bin").exists()
+
+
+def test_a_tokenizer_that_knows_no_word_is_refused(capsys, checkpoints, data, tmp_path):
+    """As one that transformers makes up for a folder without tokenizer files."""
+    (tmp_path / "d.csv").write_text("text\n" + "strange unheard words\n" * 64)
+    message = error_of(capsys, "prune", checkpoints / "bert", "--data", tmp_path / "d.csv", "--dry-run")
+    assert "knows less than half" in message and "tokenizer.save_pretrained" in message
+
+
+def test_a_malformed_record_is_refused_before_the_work_also_in_a_dry_run(capsys, checkpoints, data, tmp_path):
+    shutil.copytree(checkpoints / "bert", tmp_path / "bert")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({**config, "pruning_config": []}))
+    arguments = ("prune", tmp_path / "bert", "--data", data / "d.csv", "--text-column", "text", "--num-blocks", "3", "--dry-run")
+    assert "pruning record is malformed" in error_of(capsys, *arguments)

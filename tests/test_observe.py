@@ -342,3 +342,12 @@ def test_a_second_tensor_that_may_not_be_a_mask_is_not_taken_for_one(second):
     other = {"types": torch.arange(10).ge(5).long().expand(40, 10), "labels": batch["input_ids"] % 2}[second]
     with pytest.raises(CalibrationError, match=r"Cannot tell whether the second tensor.*Give dicts"):
         analyze(model, [(batch["input_ids"], other, batch["attention_mask"])])
+
+
+def test_labels_do_not_write_into_the_config():
+    """A classifier notes the kind of loss that its labels call for; nobody asked for a loss."""
+    specimen = ZOO["bert"]
+    model, batches = specimen.model(), specimen.batches()
+    before = model.config.to_dict()
+    analyze(model, [{**batch, "labels": torch.zeros(8, dtype=torch.long)} for batch in batches])
+    assert model.config.to_dict() == before

@@ -342,6 +342,8 @@ def test_blocks_that_the_example_does_not_reach_are_not_removed():
     text = {**sizes, "model_type": "llama", "vocab_size": 120, "num_key_value_heads": 4}
     vision = {**sizes, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
     model = tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=119)).eval()
+    with pytest.raises(SurgeryError, match=r"merges images into its text.*example=batch"):
+        remove_blocks(model, {next(iter(find_stacks(model))): [1]})
     of_images, of_text = sorted(find_stacks(model), key=lambda name: "vision" not in name)
     example = {"input_ids": torch.tensor([[5, 6], [7, 8]])}
     before = snapshot(model)

@@ -73,6 +73,11 @@ class Host(ABC):
     def record(self) -> Any:
         """The pruning record that the model carries, as it was stored; None if it carries none."""
 
+    @property
+    def merges_inputs(self) -> bool:
+        """Whether images take the place of tokens in the text, so that inputs cannot be made up."""
+        return False
+
     @abstractmethod
     def example_inputs(self) -> dict[str, torch.Tensor] | None:
         """Small valid inputs on the model's device, or None where they cannot be known."""
@@ -123,7 +128,7 @@ class TransformersHost(Host):
             if config.is_encoder_decoder:
                 inputs["decoder_input_ids"] = ids[:, :8]
             if hasattr(config, "vision_config"):
-                if any(hasattr(config, f"image_token_{end}") for end in ("id", "index")):
+                if self.merges_inputs:
                     return None  # where the image goes into the text differs from family to family
                 inputs["pixel_values"] = self._pixels(config.vision_config, device, dtype)  # CLIP and its like
             return inputs
@@ -137,6 +142,11 @@ class TransformersHost(Host):
                 inputs["decoder_input_ids"] = torch.full((1, 4), 5, device=device)
             return inputs
         return None
+
+    @property
+    def merges_inputs(self) -> bool:
+        config = self.root.config
+        return hasattr(config, "vision_config") and any(hasattr(config, f"image_token_{end}") for end in ("id", "index"))
 
     @staticmethod
     def _pixels(vision: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
