@@ -228,8 +228,12 @@ def _text_collate(source: ModelSource, root: Any, columns: Columns, max_length: 
 
 def _require_known_words(source: ModelSource, tokenizer: Any, ids: torch.Tensor) -> None:
     """A folder without tokenizer files may load as a tokenizer that knows no words at all."""
-    ordinary = ids[~torch.isin(ids, torch.tensor([i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id], dtype=ids.dtype))]
-    if tokenizer.unk_token_id is not None and len(ordinary) and float((ordinary == tokenizer.unk_token_id).float().mean()) > 0.5:
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return  # GPT-2 and its like spell every text out, and use one token for all of these
+    special = torch.tensor([i for i in tokenizer.all_special_ids if i != unknown], dtype=ids.dtype)
+    words = ids[~torch.isin(ids, special)]
+    if len(words) and float((words == unknown).float().mean()) > 0.5:
         raise LoadingError(
             f"The tokenizer of {source.given} ({len(tokenizer)} entries) knows less than half of the calibration texts' tokens. Save the "
             "model's own tokenizer into its folder (tokenizer.save_pretrained), or give texts in its language."
