@@ -58,9 +58,11 @@ def freeze_blocks(
     for parameter in changed:
         parameter.requires_grad_(False)
         parameter.grad = None
+    just_frozen = {id(parameter) for parameter in changed}
     for module in host.root.modules():
-        frozen_norm = isinstance(module, _BatchNorm) and module.weight is not None and not module.weight.requires_grad
-        if frozen_norm and _keep_statistics not in module._forward_pre_hooks.values():
+        # a norm that the user froze before keeps the behaviour that the user knows
+        ours = isinstance(module, _BatchNorm) and id(module.weight) in just_frozen
+        if ours and _keep_statistics not in module._forward_pre_hooks.values():
             handles.append(module.register_forward_pre_hook(_keep_statistics))
     return changed
 

@@ -53,7 +53,11 @@ def human_count(count: int) -> str:
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:
-    """The facts for people."""
+    """The facts for people. What a downloaded config says is shown without control characters, which could steer a terminal."""
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in _lines(facts))
+
+
+def _lines(facts: Mapping[str, Any]) -> list[str]:
     total = facts["parameters"]
     lines = [f"{facts['class']} ({facts['type']}, {facts['library']}): {total:,} parameters ({human_count(total)})", ""]
     inside = 0
@@ -71,10 +75,10 @@ def facts_text(facts: Mapping[str, Any]) -> str:
     lines += [f"outside the stacks: {human_count(max(0, total - inside))}", ""]
     record = facts["record"]
     if record is None:
-        return "\n".join([*lines, "not pruned before (no pruning record)"])
+        return [*lines, "not pruned before (no pruning record)"]
     base = record["base_model"] or "a checkpoint that is not on the Hub"
-    lines.append(f"pruned {len(record['iterations'])} time(s), from {base}:")
+    lines.append(f"pruned {len(record['iterations'])} time(s), loaded from {base} before that:")
     for name, stack in record["stacks"].items():
         kept = stack["kept"]
         lines.append(f"  {name}: {len(kept)} of {stack['length']} blocks are left: {' '.join(map(str, kept))}")
-    return "\n".join(lines)
+    return lines

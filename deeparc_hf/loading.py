@@ -126,7 +126,7 @@ def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequen
         if stack.length != len(stacks[name]):
             raise RecordError(
                 f"The pruning record is for a base model with {stack.length} blocks in {name}; this one has {len(stacks[name])}. Give the "
-                f"checkpoint that was pruned first{f' ({record.base_model})' if record.base_model else ''}."
+                "checkpoint that was pruned first."
             )
         lost = sorted(set(range(stack.length)) - set(stack.kept))
         pinned = [index for index in lost if index in stacks[name].pinned]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,9 +13,9 @@ from typing import Any
 
 from .clustering import StackFacts, cluster_blocks, freezing_set, reach_target, removable
 from .config import MPruneConfig
-from .errors import ConfigError, PlanError
+from .errors import CalibrationWarning, ConfigError, PlanError
 
-__all__ = ["PruningPlan", "StackFacts", "StackPlan", "freezing_set", "make_plan"]
+__all__ = ["PruningPlan", "StackFacts", "StackPlan", "freezing_set", "make_plan", "warn_if_drastic"]
 
 FORMAT_VERSION = 1
 
@@ -99,7 +100,9 @@ class PruningPlan:
                 raise ConfigError(
                     f"replan cannot change {name.removeprefix('effective_')!r}, because the similarities depend on it. Call analyze again."
                 )
-        return make_plan({name: stack.facts for name, stack in self.stacks.items()}, config, self.samples)
+        plan = make_plan({name: stack.facts for name, stack in self.stacks.items()}, config, self.samples)
+        warn_if_drastic(plan)
+        return plan
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -210,6 +213,17 @@ def make_plan(facts: Mapping[str, StackFacts], config: MPruneConfig, samples: in
         for name, stack in facts.items()
     }
     return PruningPlan(stacks, config, samples)
+
+
+def warn_if_drastic(plan: PruningPlan) -> None:
+    """Warn where a threshold, which nobody can know beforehand, takes more than half of the blocks."""
+    if plan.config.target == "threshold" and plan.num_kept < plan.num_blocks / 2:
+        warnings.warn(
+            f"The threshold {plan.config.threshold:g} takes {plan.num_blocks - plan.num_kept} of {plan.num_blocks} blocks, and few models "
+            "recover from that. The same similarity means different things in different models: give num_blocks or keep_ratio instead.",
+            CalibrationWarning,
+            stacklevel=3,
+        )
 
 
 def _protected(facts: Mapping[str, StackFacts], patterns: Sequence[str]) -> dict[str, set[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -12,9 +11,9 @@ from torch import nn
 
 from .architectures import describe
 from .config import MPruneConfig
-from .errors import CalibrationError, CalibrationWarning
+from .errors import CalibrationError
 from .observe import StackObserver, observe
-from .plan import PruningPlan, StackFacts, make_plan
+from .plan import PruningPlan, StackFacts, make_plan, warn_if_drastic
 from .similarity import metrics
 from .surgery import apply_plan
 
@@ -51,13 +50,7 @@ def analyze(
     samples = observe(host, observers, dataloader, config.calibration_samples, progress=progress)
     facts = {observer.stack.name: _facts(observer) for observer in observers}
     plan = make_plan(facts, config, samples)
-    if config.target == "threshold" and plan.num_kept < plan.num_blocks / 2:
-        warnings.warn(
-            f"The threshold {config.threshold:g} takes {plan.num_blocks - plan.num_kept} of {plan.num_blocks} blocks, and few models "
-            "recover from that. The same similarity means different things in different models: give num_blocks or keep_ratio instead.",
-            CalibrationWarning,
-            stacklevel=2,
-        )
+    warn_if_drastic(plan)
     return plan
 
 

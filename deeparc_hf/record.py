@@ -50,7 +50,8 @@ class PrunedConfig:
 
     Attributes:
         stacks: by stack name, composed over all iterations.
-        base_model: Hub id of the checkpoint that was pruned first; None if it came from a local folder or from scratch.
+        base_model: Hub id that the model was loaded from before its first pruning; None if it came from a local folder or from
+            scratch. If it was trained in between, without leaving memory, its weights were no longer those of that checkpoint.
         base_revision: its commit, if known.
         iterations: one entry a pruning, oldest first: settings, calibration samples, removed and frozen blocks (ORIGINAL
             indices) and, where measured, metrics.

@@ -113,6 +113,12 @@ def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
                 f"{source.given} has no weights for {missing[0]} and {len(missing) - 1} more tensors of {name}: its config.json describes "
                 "blocks that the checkpoint does not hold. Download it again, or correct config.json."
             )
+        spare = sorted(key for key in info["unexpected_keys"] if key.startswith(f"{name}."))
+        if spare:
+            raise CalibrationError(
+                f"{source.given} holds weights for {spare[0]} and {len(spare) - 1} more tensors of {name}, for which its config.json has "
+                "no place: the model that it describes is not the one that was saved. Correct config.json."
+            )
     return model.eval()
 
 

@@ -187,3 +187,20 @@ def test_a_malformed_record_is_refused_before_the_work_also_in_a_dry_run(capsys,
     (tmp_path / "bert" / "config.json").write_text(json.dumps({**config, "pruning_config": []}))
     arguments = ("prune", tmp_path / "bert", "--data", data / "d.csv", "--text-column", "text", "--num-blocks", "3", "--dry-run")
     assert "pruning record is malformed" in error_of(capsys, *arguments)
+
+
+def test_a_config_that_has_fewer_blocks_than_the_checkpoint_is_refused(capsys, checkpoints, data, tmp_path):
+    shutil.copytree(checkpoints / "bert", tmp_path / "bert")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    arguments = ("prune", tmp_path / "bert", "--data", data / "d.csv", "--text-column", "text", "--num-blocks", "2", "--dry-run")
+    assert "for which its config.json has no place" in error_of(capsys, *arguments)
+
+
+def test_a_downloaded_record_cannot_steer_the_terminal(capsys, checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "bert", tmp_path / "bert")
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    record = {"format_version": 1, "base_model": "\x1b[31mevil\nname", "stacks": {}}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({**config, "pruning_config": record}))
+    code, out, _ = run(capsys, "inspect", tmp_path / "bert")
+    assert code == 0 and "\x1b" not in out and "evil?name" in out

@@ -98,3 +98,14 @@ def test_freezing_twice_adds_nothing():
     hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
     assert freeze_blocks(describe(model)[0], stacks, frozen) == []
     assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks > 0
+
+
+def test_a_norm_that_the_user_froze_keeps_its_behaviour():
+    specimen = ZOO["resnet"]
+    model = specimen.model()
+    norm = model.resnet.embedder.embedder.normalization
+    norm.requires_grad_(False)
+    remove_blocks(model, {"resnet.encoder.stages.2.layers": [2]}, freeze="partial")
+    before = norm.running_mean.clone()
+    model.train()(**specimen.batches(1)[0])
+    assert not torch.equal(norm.running_mean, before)

@@ -13,7 +13,7 @@ import pytest
 
 import deeparc_hf.plan
 from deeparc_hf import MPruneConfig, PruningPlan
-from deeparc_hf.errors import ConfigError, DeepArcWarning, PlanError
+from deeparc_hf.errors import CalibrationWarning, ConfigError, DeepArcWarning, PlanError
 from deeparc_hf.plan import StackFacts, make_plan
 
 
@@ -177,6 +177,7 @@ def test_settings_of_a_newer_version_warn():
 # --- replan --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The threshold .* takes")  # and so it should, where more than half goes
 @pytest.mark.parametrize(
     "settings",
     [
@@ -214,6 +215,7 @@ def test_replan_checks_its_settings():
         example().replan(num_blocks=1, threshold=None, k=1, min_blocks=2)
 
 
+@pytest.mark.filterwarnings("ignore:The threshold .* takes")  # and so it should, where more than half goes
 def test_replan_of_a_deep_model_is_instant():
     plan = make_plan({"layers": facts(126, tuple(range(0, 126, 4)))}, MPruneConfig())
     start = time.perf_counter()
@@ -277,3 +279,12 @@ def test_module_imports_no_model_code(module):
         "numpy",
         "deeparc_hf",
     }
+
+
+def test_replan_warns_where_a_threshold_takes_more_than_half():
+    plan = make_plan(
+        {"s": StackFacts(tuple(tuple(1.0 if i == j else 0.9 for j in range(4)) for i in range(4)))}, MPruneConfig(num_blocks=3)
+    )
+    with pytest.warns(CalibrationWarning, match=r"threshold 0\.5 takes 3 of 4 blocks"):
+        assert plan.replan(threshold=0.5).num_kept == 1
+    assert plan.replan(threshold=0.95).num_kept == 4
