@@ -125,12 +125,14 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _config_arguments(group: Any) -> None:
-    """One option for each setting of `MPruneConfig`, which validates them."""
+    """One option for each setting of `MPruneConfig` that is of use without a training; the config validates them."""
     from .config import MPruneConfig
     from .similarity import metrics
 
     hints = typing.get_type_hints(MPruneConfig)
     for spec in dataclasses.fields(MPruneConfig):
+        if spec.metadata.get("trainer"):
+            continue
         option = f"--{spec.name.replace('_', '-')}"
         settings: dict[str, Any] = {"dest": f"config_{spec.name}", "default": None, "help": spec.metadata["help"].replace("%", "%%")}
         choices = metrics.names() if spec.name == "similarity" else spec.metadata.get("choices")

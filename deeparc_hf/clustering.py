@@ -25,12 +25,17 @@ class StackFacts:
         pinned: {index: reason}; these blocks stay.
         parameters: number of parameters of each block.
         next_stack: name of the stack that takes this one's output directly, or None.
+        labels: what each block is called in patterns, where that is not its index: after an earlier pruning of the same training,
+            the index that it had when the training began.
+        frozen: blocks that an earlier pruning froze, by the model's record.
     """
 
     similarity: tuple[tuple[float, ...], ...]
     pinned: Mapping[int, str] = field(default_factory=dict)
     parameters: tuple[int, ...] = ()
     next_stack: str | None = None
+    labels: tuple[int, ...] = ()
+    frozen: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.similarity)

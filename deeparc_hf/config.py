@@ -23,6 +23,7 @@ DEFAULT_THRESHOLD = 0.98
 
 
 def _setting(default: Any, help: str, **extra: Any) -> Any:
+    """A field with its help. `trainer` marks what only a training can use; `choices` are the words that are allowed."""
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -30,7 +31,8 @@ def _setting(default: Any, help: str, **extra: Any) -> Any:
 class MPruneConfig:
     """Settings of similarity pruning.
 
-    Exactly one of `threshold`, `num_blocks` and `keep_ratio` counts; with none given the threshold is 0.98.
+    Exactly one of `threshold`, `num_blocks` and `keep_ratio` counts; with none given the threshold is 0.98. `k_max`, `iterations`,
+    `start_epoch`, `retrain_epochs`, `rewind_lr` and what `max_drop` needs are of use to `MPruneCallback` only.
 
     Raises:
         ConfigError: if a value makes no sense; the message says which values do.
@@ -40,10 +42,38 @@ class MPruneConfig:
         None, "Blocks this similar to their cluster's leader are redundant; in (0, 1]. Default 0.98 where no target is given."
     )
     k: int = _setting(1, "Stride of removal: of each cluster members 1, 1+k, 1+2k, ... go. 1 leaves the leader only.")
-    freeze: str = _setting(
+    k_max: int = _setting(
+        3, "Largest stride: where max_drop is exceeded, the pruning is taken back and tried again with the next larger k.", trainer=True
+    )
+    iterations: int = _setting(1, "Number of prunings in one training, each followed by its own retraining.", trainer=True)
+    start_epoch: int = _setting(0, "Epochs of training before the first pruning; 0 prunes at once.", trainer=True)
+    retrain_epochs: int = _setting(
+        3, "Epochs of training after each pruning; without max_drop the last one lasts to the training's end.", trainer=True
+    )
+    metric: str | None = _setting(
+        None,
+        "Metric that max_drop bounds, named as in metric_for_best_model; default: metric_for_best_model, or else the loss.",
+        trainer=True,
+    )
+    greater_is_better: bool | None = _setting(
+        None,
+        "Whether a larger metric is better; default: the Trainer's rule, by which smaller is better for names that end in 'loss'.",
+        trainer=True,
+    )
+    max_drop: float | None = _setting(
+        None,
+        "How much worse than the baseline the metric may be after a retraining, in its own units; else the pruning is taken back.",
+        trainer=True,
+    )
+    baseline: float | None = _setting(
+        None, "The metric before the first pruning; default: measured in the training, before that pruning.", trainer=True
+    )
+    rewind_lr: bool = _setting(True, "Give each retraining a warm-up and a decay of the learning rate of its own.", trainer=True)
+    freeze: str | tuple[str, ...] = _setting(
         "none",
-        "'partial' trains the kept blocks beside each removal site and freezes the others, and embeddings and stem (a tied head too).",
-        choices=("none", "partial"),
+        "'partial' trains the kept blocks beside each removal site and freezes the others, and embeddings and stem (a tied head too). "
+        "'record' freezes at once what the checkpoint's record says was frozen. Or the blocks to freeze: patterns, as for protect.",
+        choices=("none", "partial", "record"),
     )
     similarity: str = _setting("cka", "Similarity metric, by its registered name.")
     rows: str | None = _setting(
@@ -56,10 +86,12 @@ class MPruneConfig:
     )
     keep: str = _setting("leader", "Which member of a cluster is sure to stay: its 'leader' or its 'last'.", choices=("leader", "last"))
     calibration_samples: int = _setting(512, "Number of calibration samples to compare blocks on.")
-    protect: tuple[str, ...] = _setting((), "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11'.")
+    protect: tuple[str, ...] = _setting(
+        (), "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11', named as when the training begins."
+    )
     min_blocks: int = _setting(1, "Fewest blocks that stay in each stack.")
-    num_blocks: int | dict[str, int] | None = _setting(
-        None, "Target: how many blocks stay, over all stacks, or by stack name; the threshold is then found."
+    num_blocks: int | dict[str, int] | tuple[int | dict[str, int], ...] | None = _setting(
+        None, "Target: how many blocks stay, over all stacks, or by stack name; a list has one for each iteration. The threshold is found."
     )
     keep_ratio: float | None = _setting(None, "Target: the share of all blocks that stays, in (0, 1]; the threshold is then found.")
     seed: int = _setting(0, "Seed of the choice of calibration samples from a data set.")
@@ -67,19 +99,23 @@ class MPruneConfig:
     def __post_init__(self) -> None:
         if isinstance(self.protect, str):
             object.__setattr__(self, "protect", (self.protect,))
-        elif isinstance(self.protect, Sequence):
-            object.__setattr__(self, "protect", tuple(self.protect))
+        for name in ("protect", "freeze", "num_blocks"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
         self._check_types()
+        self._check_iterations()
         self._check_target()
         if self.target == "threshold" and self.threshold is None:
             object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
         self._check_threshold()
-        for name in ("k", "calibration_samples", "min_blocks"):
+        for name in ("k", "k_max", "calibration_samples", "min_blocks", "retrain_epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.")
+        self._check_gate()
         for spec in dataclasses.fields(self):
             choices, value = spec.metadata.get("choices"), getattr(self, spec.name)
-            if choices and value is not None and value not in choices:
+            if choices and isinstance(value, str) and value not in choices:
                 near = difflib.get_close_matches(str(value), choices, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"{spec.name} must be one of {', '.join(map(repr, choices))}, found {value!r}.{hint}")
@@ -98,6 +134,15 @@ class MPruneConfig:
         """The rows that are compared."""
         return self.rows or metrics.get(self.similarity).rows
 
+    @property
+    def gated(self) -> bool:
+        """Whether a pruning is judged after its retraining, and taken back if it cost too much."""
+        return self.max_drop is not None
+
+    def for_iteration(self, iteration: int) -> MPruneConfig:
+        """The settings with the target of one iteration, counted from 0, where `num_blocks` is a list."""
+        return self.replace(num_blocks=self.num_blocks[iteration], iterations=1) if isinstance(self.num_blocks, tuple) else self
+
     def replace(self, **settings: Any) -> MPruneConfig:
         """A copy with other settings. Giving one of threshold, num_blocks and keep_ratio unsets the other two."""
         targets = ("threshold", "num_blocks", "keep_ratio")
@@ -108,7 +153,7 @@ class MPruneConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**dataclasses.asdict(self), "protect": list(self.protect)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MPruneConfig:
@@ -176,11 +221,30 @@ class MPruneConfig:
         given = [name for name in ("threshold", "num_blocks", "keep_ratio") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(f"Exactly one of threshold, num_blocks and keep_ratio counts, found {' and '.join(given)}. Give one of them.")
-        counts = self.num_blocks.values() if isinstance(self.num_blocks, dict) else [self.num_blocks]
-        if self.num_blocks is not None and (not counts or min(counts) < 1):
+        targets = self.num_blocks if isinstance(self.num_blocks, tuple) else [] if self.num_blocks is None else [self.num_blocks]
+        counts = [list(target.values()) if isinstance(target, dict) else [target] for target in targets]
+        if self.num_blocks is not None and (not counts or any(not group or min(group) < 1 for group in counts)):
             raise ConfigError(f"num_blocks counts the blocks that stay, so it must be at least 1, found {self.num_blocks!r}.")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise ConfigError(f"keep_ratio must be in (0, 1], found {self.keep_ratio}.{_percent_hint(self.keep_ratio)}")
+
+    def _check_iterations(self) -> None:
+        if self.iterations < 1 or self.start_epoch < 0:
+            raise ConfigError(f"iterations must be at least 1 and start_epoch at least 0, found {self.iterations} and {self.start_epoch}.")
+        if isinstance(self.num_blocks, tuple) and self.iterations != len(self.num_blocks):
+            if self.iterations != 1:
+                raise ConfigError(
+                    f"num_blocks lists {len(self.num_blocks)} targets for {self.iterations} iterations. Give one for each iteration."
+                )
+            object.__setattr__(self, "iterations", max(1, len(self.num_blocks)))
+
+    def _check_gate(self) -> None:
+        if self.max_drop is not None and self.max_drop < 0:
+            raise ConfigError(f"max_drop must be 0 or more, found {self.max_drop:g}. It says how much worse the metric may become.")
+        if self.max_drop is None:
+            for name in ("baseline", "greater_is_better"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} is of use only with max_drop, which is not set. Set max_drop, or leave {name} out.")
 
     def _check_threshold(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
@@ -200,7 +264,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(hint))
     if origin is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, typing.get_args(hint)[0]) for item in value)
+        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
     if origin is dict:
         key, item = typing.get_args(hint)
         return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
@@ -214,5 +278,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _words(hint: Any) -> str:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    names = ["None" if o is type(None) else o.__name__ if isinstance(o, type) and not typing.get_args(o) else str(o) for o in options]
-    return " or ".join(names)
+    return " or ".join(_word(option) for option in options)
+
+
+def _word(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:  # written as a list, by those who do not care
+        return f"a list of {_words(typing.get_args(hint)[0])}"
+    return "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,38 @@ from .batches import batch_size, cut, forward_kwargs, padding_masks, without_lab
 from .errors import CalibrationError, CalibrationWarning
 from .similarity import SimilarityMetric
 
-__all__ = ["StackObserver", "evaluating", "hidden_states", "observe"]
+__all__ = ["Observed", "StackObserver", "evaluating", "hidden_states", "observe"]
 
 _FEW_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one process saw of one stack; what several saw can be put together.
+
+    Attributes:
+        sums: the metric's sums (`SimilarityMetric.finish`), on the CPU.
+        count: number of rows.
+        constant: blocks whose rows were all equal, with that row (shape (D,)).
+        unmasked: whether padding was compared.
+    """
+
+    sums: Mapping[str, Tensor]
+    count: int
+    constant: Mapping[int, Tensor]
+    unmasked: bool = False
+
+    @staticmethod
+    def merged(parts: Sequence[Observed]) -> Observed:
+        """The sum of several; a block is constant if it put out one and the same row in all of them."""
+        parts = [part for part in parts if part.count] or list(parts[:1])
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            for key, value in part.sums.items():
+                sums[key] = value if key not in sums else sums[key] + value
+        first = parts[0].constant
+        constant = {i: row for i, row in first.items() if all(i in p.constant and torch.equal(p.constant[i], row) for p in parts)}
+        return Observed(sums, sum(part.count for part in parts), constant, any(part.unmasked for part in parts))
 
 
 class StackObserver:
@@ -81,9 +111,11 @@ class StackObserver:
         self.metric.update(rows, samples + seen)
         self.count += len(rows[0])
 
-    def constant_blocks(self) -> list[int]:
-        """Blocks whose rows have all been equal."""
-        return sorted(self._constant)
+    def observed(self) -> Observed:
+        """What was seen so far. No `flush` may follow."""
+        sums = {key: value.detach().cpu() for key, value in self.metric.finish().items()}
+        constant = {index: self._first[index].cpu() for index in sorted(self._constant) if index in self._first}
+        return Observed(sums, self.count, constant, self.unmasked)
 
     def _check(self, index: int, rows: Tensor) -> None:
         if not bool(torch.isfinite(rows).all()):
@@ -152,7 +184,15 @@ def hidden_states(output: Any) -> Tensor:
     return output[0]
 
 
-def observe(host: Host, observers: Iterable[StackObserver], dataloader: Iterable[Any], max_samples: int, *, progress: bool = True) -> int:
+def observe(
+    host: Host,
+    observers: Iterable[StackObserver],
+    dataloader: Iterable[Any],
+    max_samples: int,
+    *,
+    progress: bool = True,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+) -> tuple[int, list[Observed]]:
     """Run the model over calibration batches and feed the observers.
 
     Args:
@@ -161,15 +201,32 @@ def observe(host: Host, observers: Iterable[StackObserver], dataloader: Iterable
         dataloader: batches; see `batches.forward_kwargs` for their forms.
         max_samples: stop after this many samples.
         progress: show a progress bar, in samples.
+        gather: runs a function in every process of a distributed run and returns all results, one a process; each then looks at its own
+            batches, and what they saw is put together. None: one process.
 
     Returns:
-        The number of samples seen.
+        The number of samples seen, and what was seen of each stack, over all processes.
 
     Raises:
         CalibrationError: if there is no data, too little of it, a batch the model cannot take, or a block whose
             output is not finite or constant.
     """
     observers = list(observers)
+
+    def look() -> tuple[int, list[Observed]]:
+        seen = _look(host, observers, dataloader, max_samples, progress)
+        return seen, [observer.observed() for observer in observers]
+
+    parts = [look()] if gather is None else gather(look)
+    seen = sum(part[0] for part in parts)
+    found = [Observed.merged([part[1][i] for part in parts]) for i in range(len(observers))]
+    # processes with fewer rows each than the metric needs have no sums, however many rows they have together
+    rows = [sum(part[1][i].count for part in parts if part[1][i].sums or len(parts) == 1) for i in range(len(observers))]
+    _require_enough(observers, found, rows, seen)
+    return seen, found
+
+
+def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any], max_samples: int, progress: bool) -> int:
     seen = 0
     with (
         evaluating(host.root),
@@ -195,7 +252,6 @@ def observe(host: Host, observers: Iterable[StackObserver], dataloader: Iterable
             bar.update(size)
             if seen >= max_samples:
                 break
-    _require_enough(observers, seen)
     return seen
 
 
@@ -255,7 +311,7 @@ def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
     )
 
 
-def _require_enough(observers: list[StackObserver], seen: int) -> None:
+def _require_enough(observers: list[StackObserver], found: list[Observed], rows: list[int], seen: int) -> None:
     if seen == 0:
         raise CalibrationError(
             "The calibration data gave no samples. Give a dataloader that is not empty; an iterator can be used only once."
@@ -264,11 +320,11 @@ def _require_enough(observers: list[StackObserver], seen: int) -> None:
         raise CalibrationError(
             "There is only 1 calibration sample, and what is alike on one need not be alike on others. Give some hundreds of samples."
         )
-    for observer in observers:
-        constant, stack, least = observer.constant_blocks(), observer.stack.name, observer.metric.min_rows
-        if observer.count < least:
+    for observer, observed, count in zip(observers, found, rows, strict=True):
+        constant, stack, least = sorted(observed.constant), observer.stack.name, observer.metric.min_rows
+        if count < least:
             raise CalibrationError(
-                f"{seen} calibration samples gave {observer.count} row(s) for {stack}; {observer.metric.name} needs at least {least}, "
+                f"{seen} calibration samples gave {count} row(s) for {stack}; {observer.metric.name} needs at least {least}, "
                 "and some hundreds for a result to rely on. Give more samples."
             )
         if constant:
@@ -276,7 +332,7 @@ def _require_enough(observers: list[StackObserver], seen: int) -> None:
                 f"Block {constant[0]} of {stack} puts out the same for every calibration sample, so it cannot be compared. Check that the "
                 "samples differ and that the block's weights are loaded."
             )
-        if observer.unmasked:
+        if observed.unmasked:
             warnings.warn(
                 f"{stack} puts out another number of positions than the attention_mask has, so padding was compared like the rest. Give "
                 "calibration samples of equal length.",

@@ -29,7 +29,7 @@ class StackPlan:
         threshold: the threshold that the clusters were made with (found, where a target was given).
         clusters: consecutive blocks that belong together; the first of each is its leader.
         removed, kept: the blocks that go and stay.
-        frozen: those kept blocks that are not trained afterwards; empty unless freeze="partial" and something is removed.
+        frozen: those kept blocks that are not trained afterwards; empty if nothing is removed.
         protected: blocks that stay because the user said so.
     """
 
@@ -190,17 +190,18 @@ def make_plan(facts: Mapping[str, StackFacts], config: MPruneConfig, samples: in
     for name, stack in facts.items():
         if any(len(row) != len(stack) or not all(map(math.isfinite, row)) for row in stack.similarity):
             raise PlanError(f"The similarity matrix of {name} is not square or not finite. Run analyze on other calibration data.")
-    protected = _protected(facts, config.protect)
+    if isinstance(config.num_blocks, tuple):
+        raise PlanError(
+            f"num_blocks lists {len(config.num_blocks)} targets, one for each iteration of a training with MPruneCallback. Give one target."
+        )
+    protected = _matching(facts, config.protect, "protect")
     if config.target == "threshold":
         thresholds = dict.fromkeys(facts, float(config.threshold))  # type: ignore[arg-type]
         removed = {name: removable(stack, thresholds[name], protected[name], config) for name, stack in facts.items()}
     else:
         thresholds, removed = reach_target(facts, protected, config)
     final = {name: tuple(sorted(removed[name])) for name in facts}
-    frozen = dict.fromkeys(facts, ())
-    if config.freeze == "partial":
-        lengths = {name: len(stack) for name, stack in facts.items()}
-        frozen = freezing_set(final, lengths, {name: stack.next_stack for name, stack in facts.items()})
+    frozen = _frozen(facts, final, config)
     stacks = {
         name: StackPlan(
             facts=stack,
@@ -226,14 +227,33 @@ def warn_if_drastic(plan: PruningPlan) -> None:
         )
 
 
-def _protected(facts: Mapping[str, StackFacts], patterns: Sequence[str]) -> dict[str, set[int]]:
+def _frozen(facts: Mapping[str, StackFacts], removed: Mapping[str, Sequence[int]], config: MPruneConfig) -> dict[str, tuple[int, ...]]:
+    lengths = {name: len(stack) for name, stack in facts.items()}
+    if config.freeze == "partial":
+        return freezing_set(removed, lengths, {name: stack.next_stack for name, stack in facts.items()})
+    if config.freeze == "none":
+        return dict.fromkeys(facts, ())
+    if config.freeze == "record":
+        chosen = {name: set(stack.frozen) for name, stack in facts.items()}
+    else:
+        chosen = _matching(facts, config.freeze, "freeze")
+    if not any(removed.values()):
+        return dict.fromkeys(facts, ())
+    return {name: tuple(sorted(blocks - set(removed[name]))) for name, blocks in chosen.items()}
+
+
+def _matching(facts: Mapping[str, StackFacts], patterns: Sequence[str], setting: str) -> dict[str, set[int]]:
+    """The blocks that patterns name. A block that an earlier pruning of the same training removed may be named too."""
     found: dict[str, set[int]] = {name: set() for name in facts}
     for pattern in patterns:
-        hits = [(n, i) for n, stack in facts.items() for i in range(len(stack)) if fnmatchcase(f"{n}.{i}", pattern)]
-        if not hits:
+        labels = {name: stack.labels or range(len(stack)) for name, stack in facts.items()}
+        hits = [(name, i) for name in facts for i, label in enumerate(labels[name]) if fnmatchcase(f"{name}.{label}", pattern)]
+        gone = any(stack.labels for stack in facts.values())
+        if not hits and not gone:
             first = next(iter(facts))
             raise PlanError(
-                f"protect: {pattern!r} matches no block. Blocks are named like {first}.0; patterns may hold * and ?, for example {first}.*"
+                f"{setting}: {pattern!r} matches no block. Blocks are named like {first}.0; patterns may hold * and ?, for example "
+                f"{first}.*"
             )
         for name, index in hits:
             found[name].add(index)
@@ -247,6 +267,8 @@ def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
         "pinned": {str(index): reason for index, reason in stack.pinned.items()},
         "parameters": list(stack.facts.parameters),
         "next_stack": stack.facts.next_stack,
+        "labels": list(stack.facts.labels),
+        "frozen_before": list(stack.facts.frozen),
         "threshold": stack.threshold,
         "clusters": [list(cluster) for cluster in stack.clusters],
         "removed": list(stack.removed),
@@ -262,9 +284,13 @@ def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
         pinned={int(index): str(reason) for index, reason in data["pinned"].items()},
         parameters=tuple(map(_index, _items(data["parameters"]))),
         next_stack=data["next_stack"],
+        labels=tuple(map(_index, _items(data.get("labels", [])))),
+        frozen=tuple(map(_index, _items(data.get("frozen_before", [])))),
     )
     if any(len(row) != len(facts) for row in facts.similarity):
         raise PlanError("similarity is not square.")
+    if (facts.labels and len(facts.labels) != len(facts)) or not all(index in range(len(facts)) for index in facts.frozen):
+        raise PlanError("labels are not one for each block, or frozen_before has an index that no block has.")
     if not (facts.next_stack is None or isinstance(facts.next_stack, str)):
         raise PlanError(f"next_stack must be null or a name, found {facts.next_stack!r}.")
     if not all(index in range(len(facts)) for index in facts.pinned):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from .architectures import describe
+from .architectures import Stack, describe
 from .config import MPruneConfig
 from .errors import CalibrationError
 from .observe import StackObserver, observe
 from .plan import PruningPlan, StackFacts, make_plan, warn_if_drastic
+from .record import PrunedConfig
 from .similarity import metrics
 from .surgery import apply_plan
 
-__all__ = ["analyze", "prune_model"]
+__all__ = ["analyze", "compare_blocks", "prune_model"]
 
 
 def analyze(
@@ -39,7 +41,26 @@ def analyze(
         CalibrationError: if the data is empty or too little, or a block's output is constant, NaN or infinite.
         UnsupportedModelError, ConfigError, PlanError: see these.
     """
-    config = MPruneConfig.from_settings(config, settings)
+    plan = compare_blocks(model, dataloader, MPruneConfig.from_settings(config, settings), progress=progress)
+    warn_if_drastic(plan)
+    return plan
+
+
+def compare_blocks(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    config: MPruneConfig,
+    *,
+    progress: bool = True,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    labels: Mapping[str, tuple[int, ...]] | None = None,
+) -> PruningPlan:
+    """`analyze` for one of several processes, or for a later pruning of one training.
+
+    Args:
+        gather: as in `observe`.
+        labels: by stack, what patterns call each block (`StackFacts.labels`).
+    """
     host, _, stacks = describe(model)
     if any(p.device.type == "meta" for p in host.root.parameters()):
         raise CalibrationError(
@@ -47,11 +68,14 @@ def analyze(
         )
     metric = metrics.get(config.similarity)
     observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
-    samples = observe(host, observers, dataloader, config.calibration_samples, progress=progress)
-    facts = {observer.stack.name: _facts(observer) for observer in observers}
-    plan = make_plan(facts, config, samples)
-    warn_if_drastic(plan)
-    return plan
+    samples, found = observe(host, observers, dataloader, config.calibration_samples, progress=progress, gather=gather)
+    frozen = PrunedConfig.from_model(model).frozen if host.record() is not None else {}
+    facts = {}
+    for (name, stack), observed in zip(stacks.items(), found, strict=True):
+        facts[name] = dataclasses.replace(
+            _facts(stack, metric.matrix(observed.sums)), labels=(labels or {}).get(name, ()), frozen=frozen.get(name, ())
+        )
+    return make_plan(facts, config, samples)
 
 
 def prune_model(
@@ -88,17 +112,16 @@ def _noting_first(batches: Iterable[Any], seen: list[Any]) -> Iterator[Any]:
         yield from chain([first], iterator)
 
 
-def _facts(observer: StackObserver) -> StackFacts:
-    matrix = observer.metric.matrix(observer.metric.finish())
+def _facts(stack: Stack, matrix: torch.Tensor) -> StackFacts:
     for index, row in enumerate(matrix):
         if not bool(torch.isfinite(row[index])):
             raise CalibrationError(
-                f"Block {index} of {observer.stack.name} hardly varies over the calibration samples, so it cannot be compared. Give more, "
+                f"Block {index} of {stack.name} hardly varies over the calibration samples, so it cannot be compared. Give more, "
                 "and more different, samples, or compare other rows (rows='tokens')."
             )
     return StackFacts(
-        similarity=tuple(tuple(row) for row in matrix.cpu().tolist()),
-        pinned=dict(observer.stack.pinned),
-        parameters=tuple(sum(p.numel() for p in block.parameters()) for block in observer.stack.blocks),
-        next_stack=observer.stack.next_stack,
+        similarity=tuple(tuple(row) for row in matrix.tolist()),
+        pinned=dict(stack.pinned),
+        parameters=tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks),
+        next_stack=stack.next_stack,
     )
