@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,7 +14,7 @@ from .architectures import Host, Stack
 from .observe import evaluating
 from .undo import Transaction
 
-__all__ = ["freeze_blocks"]
+__all__ = ["freeze_blocks", "thaw"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,20 @@ def freeze_blocks(
         if ours and _keep_statistics not in module._forward_pre_hooks.values():
             handles.append(module.register_forward_pre_hook(_keep_statistics))
     return changed
+
+
+def thaw(parameters: Iterable[nn.Parameter], transaction: Transaction) -> None:
+    """Make parameters trainable again that `freeze_blocks` froze."""
+    changed = [parameter for parameter in parameters if not parameter.requires_grad]
+
+    def freeze_again() -> None:
+        for parameter in changed:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    transaction.on_failure(freeze_again)
+    for parameter in changed:
+        parameter.requires_grad_(True)
 
 
 def _upstream(host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]]) -> list[nn.Module]:

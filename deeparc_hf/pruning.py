@@ -53,12 +53,14 @@ def compare_blocks(
     *,
     progress: bool = True,
     gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    max_samples: int | None = None,
     labels: Mapping[str, tuple[int, ...]] | None = None,
 ) -> PruningPlan:
     """`analyze` for one of several processes, or for a later pruning of one training.
 
     Args:
         gather: as in `observe`.
+        max_samples: samples of this process; None: `config.calibration_samples`.
         labels: by stack, what patterns call each block (`StackFacts.labels`).
     """
     host, _, stacks = describe(model)
@@ -68,7 +70,8 @@ def compare_blocks(
         )
     metric = metrics.get(config.similarity)
     observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
-    samples, found = observe(host, observers, dataloader, config.calibration_samples, progress=progress, gather=gather)
+    limit = config.calibration_samples if max_samples is None else max_samples
+    samples, found = observe(host, observers, dataloader, limit, progress=progress, gather=gather)
     frozen = PrunedConfig.from_model(model).frozen if host.record() is not None else {}
     facts = {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):

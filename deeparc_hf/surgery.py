@@ -27,7 +27,7 @@ from .record import PrunedConfig, base_reference
 from .undo import Transaction
 from .verify import expect
 
-__all__ = ["apply_plan", "forget_parameters", "remove_blocks", "shrunk_settings"]
+__all__ = ["apply_plan", "follow_record", "forget_parameters", "remove_blocks", "shrunk_settings"]
 
 
 def remove_blocks(
@@ -67,7 +67,14 @@ def remove_blocks(
     return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example)
 
 
-def apply_plan(model: nn.Module, plan: PruningPlan, *, optimizer: torch.optim.Optimizer | None = None, example: Any = None) -> PrunedConfig:
+def apply_plan(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    transaction: Transaction | None = None,
+) -> PrunedConfig:
     """Carry a plan out on a live model, in place, all or nothing.
 
     Args:
@@ -75,6 +82,7 @@ def apply_plan(model: nn.Module, plan: PruningPlan, *, optimizer: torch.optim.Op
         plan: from `analyze`.
         optimizer: as in `remove_blocks`.
         example: a batch to verify the result on; made-up inputs otherwise.
+        transaction: notes how to take the removal back later; it holds on to the removed blocks.
 
     Returns:
         The record. If the plan removes nothing, the model is left alone and the record is the one it carries, or an empty one.
@@ -102,7 +110,42 @@ def apply_plan(model: nn.Module, plan: PruningPlan, *, optimizer: torch.optim.Op
         "removed": removed,
         "frozen": frozen,
     }
-    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example)
+    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example, transaction=transaction)
+
+
+def follow_record(
+    model: nn.Module, record: PrunedConfig, frozen: Mapping[str, Sequence[int]], transaction: Transaction | None = None
+) -> list[nn.Parameter]:
+    """Give a model the structure of a record, weights aside: those of a checkpoint are loaded before or after.
+
+    Args:
+        model: the model as it was before the last of the record's prunings, or earlier.
+        record: what the model is to be.
+        frozen: blocks to freeze, as indices of the model as the record has it.
+        transaction: as in `apply_plan`.
+
+    Returns:
+        The parameters that were trainable and no longer are.
+
+    Raises:
+        SurgeryError: if the model lacks a block that the record keeps.
+    """
+    host, family, stacks = describe(model)
+    now = _current_record(host, stacks).kept
+    removed: dict[str, list[int]] = {}
+    for name, stack in record.stacks.items():
+        originals = now.get(name, tuple(range(stack.length)))
+        if name not in stacks or not set(stack.kept) <= set(originals) or len(originals) != len(stacks[name]):
+            raise SurgeryError(f"{host.label} lacks blocks of {name!r} that are to stay. Load the model from the checkpoint's own folder.")
+        gone = [i for i, original in enumerate(originals) if original not in stack.kept]
+        if gone:
+            removed[name] = gone
+    if removed:
+        _operate(model, host, family, stacks, removed, {}, None, optimizer=None, transaction=transaction, known=record)
+    if not any(frozen.values()):
+        return []
+    host, _, stacks = describe(model)
+    return freeze_blocks(host, stacks, frozen, transaction)
 
 
 def shrunk_settings(
@@ -156,19 +199,22 @@ def _operate(
     stacks: Mapping[str, Stack],
     removed: Mapping[str, Sequence[int]],
     frozen: Mapping[str, Sequence[int]],
-    entry: Mapping[str, Any],
+    entry: Mapping[str, Any] | None,
     *,
     optimizer: torch.optim.Optimizer | None,
     example: Any = None,
+    transaction: Transaction | None = None,
+    known: PrunedConfig | None = None,
 ) -> PrunedConfig:
+    """Remove blocks. With a record that is `known` from a checkpoint, which was verified when it was made, nothing is verified again."""
     _refuse_wrapped(model)
     lengths = {name: len(stack) for name, stack in stacks.items()}
     kept = {name: [i for i in range(length) if i not in removed.get(name, ())] for name, length in lengths.items()}
     before, after, updates = _skeletons(host, family, stacks, kept)
-    record = _current_record(host, stacks).compose(lengths, removed, entry)
-    expectation = expect(host, stacks, removed, example)
+    record = known or _current_record(host, stacks).compose(lengths, removed, entry or {})
+    expectation = None if known else expect(host, stacks, removed, example)
     modules = {name: stack.blocks for name, stack in stacks.items()}
-    with Transaction() as transaction:
+    with transaction or Transaction() as transaction:
         _install_configs(host, before, after, kept, record, transaction)
         for path, attribute, value in updates:
             transaction.set(host.root.get_submodule(path), attribute, value)
@@ -258,7 +304,7 @@ def _install_configs(
                 patched.add(id(new))
                 _patch(new, getattr(before.get_submodule(path), attribute), getattr(after.get_submodule(path), attribute))
             transaction.set(module, attribute, new)
-    setattr(host.root.config, RECORD_KEY, record.to_dict())
+    host.set_record(record.to_dict())  # into the copy
 
 
 def _changed(before: nn.Module, after: nn.Module) -> dict[str, Any]:

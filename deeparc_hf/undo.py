@@ -14,7 +14,10 @@ _MISSING = object()
 
 
 class Transaction:
-    """A context manager that takes its changes back when the body raises, Ctrl-C included."""
+    """A context manager that takes its changes back when the body raises, Ctrl-C included.
+
+    One that is kept can be taken back later, as long as nothing else has changed the same things in between.
+    """
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -43,8 +46,12 @@ class Transaction:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
-            for step in reversed(self._undo):
-                step()
+            self.roll_back()
+
+    def roll_back(self) -> None:
+        """Take all changes back, last first."""
+        while self._undo:
+            self._undo.pop()()
 
 
 def _refill(container: nn.ModuleList | nn.Sequential, children: list[nn.Module]) -> None:

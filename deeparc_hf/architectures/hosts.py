@@ -73,6 +73,10 @@ class Host(ABC):
     def record(self) -> Any:
         """The pruning record that the model carries, as it was stored; None if it carries none."""
 
+    @abstractmethod
+    def set_record(self, record: dict[str, Any]) -> None:
+        """Have the model carry this record, and save it with its config."""
+
     @property
     def merges_inputs(self) -> bool:
         """Whether images take the place of tokens in the text, so that inputs cannot be made up."""
@@ -116,6 +120,9 @@ class TransformersHost(Host):
 
     def record(self) -> Any:
         return getattr(self.root.config, RECORD_KEY, None)
+
+    def set_record(self, record: dict[str, Any]) -> None:
+        setattr(self.root.config, RECORD_KEY, copy.deepcopy(record))
 
     def example_inputs(self) -> dict[str, torch.Tensor] | None:
         config, device = self.root.config, self.root.device
@@ -198,6 +205,9 @@ class TimmHost(Host):
         stored = getattr(self.root, RECORD_KEY, None)
         # timm does not keep what it does not know of a checkpoint's config.json, but it does keep where it came from
         return stored if stored is not None else _stored_record(self._pretrained_cfg())
+
+    def set_record(self, record: dict[str, Any]) -> None:
+        setattr(self.root, RECORD_KEY, copy.deepcopy(record))
 
     def example_inputs(self) -> dict[str, torch.Tensor] | None:
         parameter = next(self.root.parameters())

@@ -1,40 +1,43 @@
-"""Similarity pruning in the life of a Trainer: prune when training begins, then train the smaller model."""
+"""Similarity pruning in the life of a Trainer: fine-tune, prune, retrain, judge, and prune again or take it back."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..architectures import describe
-from ..architectures.hosts import RECORD_KEY
 from ..config import MPruneConfig
-from ..errors import CalibrationError, SurgeryError
-from ..freezing import freeze_blocks
+from ..errors import SurgeryError
+from ..following import guard, record_of
 from ..plan import PruningPlan
-from ..pruning import prune_model
 from ..record import PrunedConfig
+from ..schedule import BEFORE, FINISHED, Progress
+from .calibration import Calibration
+from .run import PruningRun
+from .sharded import is_sharded, prune_before_sharding
 
 __all__ = ["MPruneCallback"]
 
-PLAN_FILE = "pruning_plan.json"
-_guarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that refuse weights of another layout
-
 
 class MPruneCallback(TrainerCallback, ExportableState):
-    """Removes redundant blocks when training begins; the Trainer then trains what is left.
+    """Removes redundant blocks while a Trainer trains: the whole algorithm in one `trainer.train()`.
 
-    The blocks are compared on `calibration_samples` samples of the training data, chosen at random with the config's seed; the
-    training itself is not disturbed (random states, data order and modes are restored). The optimizer follows. The plan
-    is written to `pruning_plan.json` in the output folder, the record goes into the model's config and so into every checkpoint.
+    After `start_epoch` epochs the blocks are compared on `calibration_samples` samples of the training data, chosen at random with the
+    config's seed, and the redundant ones are removed; the training itself is not disturbed (random states, data order and modes are
+    restored), and the optimizer follows. `retrain_epochs` epochs later the pruning is accepted, and the next of `iterations` follows.
+    With `max_drop` it is judged first: if the metric got worse by more, the weights from before the pruning come back, bit for bit, and
+    the next larger stride up to `k_max` is tried, which removes less. The training ends on the last accepted model.
+
+    Prunings happen when an epoch begins, after the last evaluation and checkpoint of the old structure. `resume_from_checkpoint` works
+    from any checkpoint, with the model built as it was when the run began. The output folder gets `pruning_plan.json` (the last plan) and
+    the run's report, `pruning_report.json` and `.md`; the record goes into the model's config, and so into every checkpoint.
+
+    Several processes (DistributedDataParallel) share the calibration and take one decision. Where parameters are sharded (FSDP,
+    DeepSpeed), one pruning is possible, when the Trainer is made: give `calibration`, and leave start_epoch, iterations and max_drop alone.
 
     Args:
         config: the settings.
@@ -43,13 +46,15 @@ class MPruneCallback(TrainerCallback, ExportableState):
         settings: settings by keyword, instead of `config` or on top of it: `MPruneCallback(threshold=0.98)`.
 
     Attributes:
-        plan: the plan that was carried out in the last run; None before.
+        plan: the last plan that was carried out in the last run and not taken back; None before.
         record: the record of the model after it, earlier prunings included; None if it carries none.
+        attempts: the figures of the report, one entry for the model before the first pruning and for each pruning.
 
     Raises:
         UnsupportedModelError: when the Trainer is made, if its model cannot be pruned.
-        SurgeryError: when training begins, in several processes or on a sharded model, and where a checkpoint is resumed into a model of
-            another structure.
+        ConfigError: when training begins, if it is too short for the schedule (the message says how long it must be), or if the gate
+            cannot measure its metric.
+        SurgeryError: when training begins, on a sharded model, and where a checkpoint is resumed that does not fit.
     """
 
     def __init__(self, config: MPruneConfig | None = None, *, calibration: Dataset | Iterable[Any] | None = None, **settings: Any) -> None:
@@ -57,119 +62,103 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self.calibration = calibration
         self.plan: PruningPlan | None = None
         self.record: PrunedConfig | None = None
-        self._done = False
+        self.saved_progress: dict[str, Any] | None = None  # as a checkpoint keeps it
+        self._run: PruningRun | None = None
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        progress = self._run.progress if self._run is not None else None
+        return [] if progress is None else progress.attempts
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback, in trainer_state.json."""
-        record = None if self.record is None else self.record.to_dict()
-        return {"args": self.config.to_dict(), "attributes": {"_saved_record": record, "_done": self._done}}
+        progress = None if self._run is None else self._run.progress.to_dict()
+        return {"args": self.config.to_dict(), "attributes": {"saved_progress": progress}}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> MPruneCallback:
-        """The callback that a checkpoint kept (`restore_callback_states_from_checkpoint`)."""
+        """The callback that a checkpoint kept (`restore_callback_states_from_checkpoint`); calibration data is not among it."""
         callback = cls(MPruneConfig.from_dict(state["args"]))
-        saved = state["attributes"].get("_saved_record")
-        callback.record = None if saved is None else PrunedConfig.from_dict(saved)
-        callback._done = bool(state["attributes"].get("_done"))
+        callback.saved_progress = state["attributes"].get("saved_progress")
         return callback
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._done = False  # an interrupted run may have left it set
+        self._run = None  # an interrupted run of another Trainer may have left it
         model = kwargs.get("model")
-        if model is not None:
-            root = describe(model)[0].root  # an unsupported model is refused before any work is done
-            if root not in _guarded:
-                root.register_load_state_dict_pre_hook(_refuse_other_layout)
-                _guarded.add(root)
+        if model is None:
+            return
+        describe(model)  # an unsupported model is refused before any work is done
+        guard(model)
+        if is_sharded(args) and self.calibration is not None:
+            self.plan = prune_before_sharding(model, self.config, self.calibration, args)
+            self.record = record_of(model)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model = kwargs["model"]
-        if state.global_step > 0:
-            self._check_resumed(model, state)
+        if is_sharded(args):
+            if self.plan is None:
+                raise SurgeryError(
+                    "The parameters of this run are sharded (FSDP or DeepSpeed) when training begins, and blocks cannot be taken out then. "
+                    "Give MPruneCallback(calibration=...), so that it prunes when the Trainer is made, or call prune_model(model, "
+                    "dataloader, config) before the Trainer is made and leave the callback out."
+                )
             return
-        if self._done and self._carries_own_record(model):
-            return  # auto_find_batch_size starts the same run again
-        _refuse_distributed(args)
-        batches = self._calibration_batches(args, kwargs.get("train_dataloader"))
-        self.plan = prune_model(
-            model, batches, self.config, optimizer=kwargs.get("optimizer"), progress=state.is_local_process_zero and not args.disable_tqdm
-        )
-        self.record = None if describe(model)[0].record() is None else PrunedConfig.from_model(model)
-        self._done = True
-        if state.is_local_process_zero:
-            tqdm.write(str(self.plan))
-        if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            self.plan.to_json(Path(args.output_dir) / PLAN_FILE)
+        guard(kwargs["model"])  # model_init makes a new model for each training
+        calibration = Calibration(self.calibration, kwargs.get("train_dataloader"), args.train_batch_size, self.config)
+        progress = self._progress(kwargs["model"], state)
+        self._run = PruningRun(self.config, calibration, args, kwargs, progress)
+        if state.global_step > 0:
+            self._run.resume(state, control)
+        else:
+            self._run.begin(state)
+        self._publish()
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None:
+            self._run.epoch_begin(state, control)
+            self._publish()
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None:
+            self._run.step_begin()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None:
+            self._run.step_end(state, control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None:
+            self._run.epoch_end(state, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None and not self._run.ended:
+            self._run.evaluated(state, control, kwargs.get("metrics") or {})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._done = False
+        if self._run is not None:
+            self._run.end(state, control)
+            self._publish()
 
-    def _carries_own_record(self, model: nn.Module) -> bool:
-        stored = describe(model)[0].record()
-        return stored == (None if self.record is None else self.record.to_dict())
+    def _progress(self, model: Any, state: TrainerState) -> Progress:
+        """Where the run stands: at its beginning, where a checkpoint says, or where auto_find_batch_size begins it again."""
+        if state.global_step > 0:
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            saved = saved[0] if isinstance(saved, list) and saved else saved
+            attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
+            if not attributes.get("saved_progress"):
+                raise SurgeryError(
+                    "The run that is resumed began without MPruneCallback, so it is not known what was pruned when. Load the model from "
+                    "the checkpoint's folder and start a new run with the callback, or resume without it."
+                )
+            return Progress.from_dict(attributes["saved_progress"])
+        run = self._run
+        if run is not None and not run.ended and run.model is model and run.progress.phase not in (BEFORE, FINISHED):
+            record = record_of(model)
+            if (None if record is None else record.to_dict()) == run.progress.record:
+                return run.progress
+        return Progress(k=self.config.k)
 
-    def _check_resumed(self, model: nn.Module, state: TrainerState) -> None:
-        """Refuse to go on where this callback did not begin, or with a model that was pruned otherwise than the checkpoint's."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        saved = saved[0] if isinstance(saved, list) and saved else saved
-        attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
-        if not attributes.get("_done"):
-            raise SurgeryError(
-                "The run that is resumed began without MPruneCallback, which prunes when a training begins. Load the model from the "
-                "checkpoint's folder and start a new run with the callback, or resume without it."
-            )
-        record = attributes.get("_saved_record")
-        host, _, stacks = describe(model)
-        if record != host.record():
-            raise SurgeryError(
-                "The model was pruned otherwise than the one in the checkpoint that is resumed: their records differ. Load the model "
-                f"from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its config.json), then "
-                "resume."
-            )
-        self.record = None if record is None else PrunedConfig.from_model(model)
-        if self.record is not None and self.record.frozen:
-            freeze_blocks(host, stacks, self.record.frozen)
-        self._done = True
-
-    def _calibration_batches(self, args: TrainingArguments, loader: DataLoader | None) -> Iterable[Any]:
-        data = self.calibration
-        if data is not None and not _is_dataset(data):
-            return data
-        if data is None:
-            if loader is None:
-                raise CalibrationError("There is no training data to compare blocks on. Give MPruneCallback(calibration=...).")
-            data = loader.dataset
-        return calibration_loader(data, getattr(loader, "collate_fn", None), args.train_batch_size, self.config)
-
-
-def _refuse_other_layout(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Hook on the loading of weights, as when a checkpoint is resumed: blocks that a checkpoint lacks would stay random."""
-    for name, stack in describe(module)[2].items():
-        start = f"{prefix}{name}."
-        held = {key[len(start) :].partition(".")[0] for key in state_dict if key.startswith(start)}
-        if held and len(held) != len(stack):
-            raise SurgeryError(
-                f"The checkpoint that is loaded holds {len(held)} blocks in {name}, the model has {len(stack)}. Load the model from the "
-                f"checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its config.json), then resume."
-            )
-
-
-def calibration_loader(data: Dataset, collate: Any, batch_size: int, config: MPruneConfig) -> DataLoader:
-    """A loader of its own over a random choice of samples, so that the training's sampler is not touched."""
-    if not isinstance(data, IterableDataset) and hasattr(data, "__len__"):
-        generator = torch.Generator().manual_seed(config.seed)
-        data = Subset(data, torch.randperm(len(data), generator=generator)[: config.calibration_samples].tolist())
-    return DataLoader(data, batch_size=batch_size, collate_fn=collate)
-
-
-def _is_dataset(data: Any) -> bool:
-    return isinstance(data, Dataset) or type(data).__module__.partition(".")[0] == "datasets"
-
-
-def _refuse_distributed(args: TrainingArguments) -> None:
-    if args.world_size > 1 or getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
-        raise SurgeryError(
-            "MPruneCallback prunes in one process; this run has several, or shards the model. Call prune_model(model, dataloader, "
-            "config) before the Trainer is made, with the same seed in every process, and leave the callback out."
-        )
+    def _publish(self) -> None:
+        if self._run is not None:
+            self.plan = self._run.plan
+            record = self._run.progress.record
+            self.record = None if record is None else PrunedConfig.from_dict(record)

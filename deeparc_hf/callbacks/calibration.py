@@ -1,0 +1,66 @@
+"""Calibration data inside a training: batches of its own, so that the training's data order is not touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from ..config import MPruneConfig
+from ..distributed import process_count, process_index
+from ..errors import CalibrationError
+
+__all__ = ["Calibration"]
+
+
+class Calibration:
+    """Where a training takes its calibration batches from. Several processes share them out.
+
+    Args:
+        given: a data set, an iterable of batches, or None for the training data.
+        loader: the training's data loader; its collator serves a data set that was given too.
+        batch_size: samples of a batch.
+        config: how many samples, and the seed of their choice.
+    """
+
+    def __init__(self, given: Dataset | Iterable[Any] | None, loader: DataLoader | None, batch_size: int, config: MPruneConfig) -> None:
+        if given is None and loader is None:
+            raise CalibrationError("There is no training data to compare blocks on. Give MPruneCallback(calibration=...).")
+        self._data = getattr(loader, "dataset", None) if given is None else given
+        self._collate = getattr(loader, "collate_fn", None)
+        self._batch_size = batch_size
+        self._config = config
+        self.example: Any = None  # the first batch of the last pass
+
+    @property
+    def samples(self) -> int:
+        """The most samples that this process looks at."""
+        return math.ceil(self._config.calibration_samples / process_count())
+
+    def batches(self) -> Iterator[Any]:
+        """This process's share of the batches."""
+        count, index = process_count(), process_index()
+        data = self._data
+        if not _is_dataset(data):
+            batches = islice(iter(data), index, None, count)
+        elif isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
+            batches = islice(iter(self._loader(data)), index, None, count)
+        else:
+            generator = torch.Generator().manual_seed(self._config.seed)
+            chosen = torch.randperm(len(data), generator=generator)[: self._config.calibration_samples].tolist()
+            batches = iter(self._loader(Subset(data, chosen[index::count])) if chosen[index::count] else ())
+        for number, batch in enumerate(batches):
+            if number == 0:
+                self.example = batch
+            yield batch
+
+    def _loader(self, data: Dataset) -> DataLoader:
+        return DataLoader(data, batch_size=self._batch_size, collate_fn=self._collate)
+
+
+def _is_dataset(data: Any) -> bool:
+    return isinstance(data, Dataset) or type(data).__module__.partition(".")[0] == "datasets"

@@ -1,0 +1,134 @@
+"""What a training with prunings in it tells: on the terminal, in the Trainer's logs, in the model's record, in the run's report."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..architectures import describe
+from ..config import MPruneConfig
+from ..errors import ConfigError, DeepArcWarning
+from ..plan import PruningPlan
+from ..record import PrunedConfig
+from ..run_report import structure_facts, write_run_report
+from ..schedule import RETRAINING, Progress
+from .trackers import Trackers
+
+__all__ = ["PLAN_FILE", "Journal", "lists"]
+
+PLAN_FILE = "pruning_plan.json"
+_SPEED = ("_runtime", "_per_second", "_compilation_time")
+
+
+class Journal:
+    """Notes of one run; files are written and lines printed in the main process only.
+
+    Args:
+        config: the settings.
+        args: the Trainer's arguments.
+        model: the model.
+        progress: where the notes are kept, so that checkpoints keep them too.
+        metric: the gate's metric.
+    """
+
+    def __init__(self, config: MPruneConfig, args: TrainingArguments, model: nn.Module, progress: Progress, metric: str) -> None:
+        self._config = config
+        self._args = args
+        self._model = model
+        self._progress = progress
+        self._metric = metric
+        self._trackers = Trackers()
+
+    def open(self, state: TrainerState, plan: PruningPlan | None = None, record: PrunedConfig | None = None) -> None:
+        """Begin the notes on the model as it is now: before the first pruning, or after one."""
+        p = self._progress
+        entry: dict[str, Any] = {"name": "before pruning"}
+        if plan is not None and record is not None:
+            entry = {
+                "name": f"pruning {p.accepted + 1}",
+                "iteration": p.accepted + 1,
+                "k": plan.config.k,
+                "thresholds": {name: stack.threshold for name, stack in plan.stacks.items()},
+                "removed": lists(record.iterations[-1]["removed"]),
+                "plan_removed": lists(plan.removed),
+            }
+        facts = {"step": state.global_step, "epoch": state.epoch or 0.0, "frozen": lists(p.frozen)}
+        p.attempts.append({**entry, **structure_facts(self._model), **facts, "training_seconds": 0.0, "evaluations": []})
+
+    def reopen(self) -> None:
+        """Begin the notes on the pruning at hand anew, because its training begins anew."""
+        self._progress.attempts[-1].update(step=0, epoch=0.0, training_seconds=0.0, evaluations=[])
+
+    def add_training_time(self, seconds: float) -> None:
+        self._progress.attempts[-1]["training_seconds"] += seconds
+
+    def note(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
+        """Note the figures of an evaluation, in the model's record too."""
+        p = self._progress
+        figures = {key: float(value) for key, value in metrics.items() if isinstance(value, (int, float)) and key != "epoch"}
+        evaluations = p.attempts[-1]["evaluations"]
+        if not evaluations or evaluations[-1]["step"] != state.global_step:
+            evaluations.append({"step": state.global_step, "epoch": state.epoch or 0.0, "metrics": {}})
+        evaluations[-1]["metrics"].update(figures)
+        if p.phase == RETRAINING and p.record is not None:
+            kept = {key: value for key, value in figures.items() if not key.endswith(_SPEED) and abs(value) < float("inf")}
+            p.record["iterations"][-1].setdefault("metrics", {}).update(kept)
+            describe(self._model)[0].set_record(p.record)
+
+    def log(self, state: TrainerState, control: TrainerControl, **figures: float | None) -> None:
+        """Send the figures of the pruning at hand to the logs, and write the report."""
+        p = self._progress
+        facts = structure_facts(self._model)
+        figures = {
+            "iteration": p.attempts[-1]["iteration"],
+            "k": p.attempts[-1]["k"],
+            "blocks": sum(facts["blocks"].values()),
+            "parameters": facts["parameters"],
+            "frozen_blocks": sum(map(len, p.frozen.values())),
+            **figures,
+        }
+        shown = {f"pruning_{name}": value for name, value in figures.items() if value is not None}
+        self._trackers.log(self._args, state, control, self._model, shown)
+        self.report()
+
+    def report(self) -> None:
+        """Write the run's report."""
+        if self._args.process_index == 0:
+            folder = Path(self._args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_run_report(folder, self._config, self._progress, self._metric if self._config.gated else None)
+
+    def write_plan(self, plan: PruningPlan) -> None:
+        """Write the plan that is carried out."""
+        if self._args.process_index == 0:
+            folder = Path(self._args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            plan.to_json(folder / PLAN_FILE)
+
+    def say(self, text: str) -> None:
+        """Print, without breaking a progress bar."""
+        if self._args.process_index == 0:
+            tqdm.write(text)
+
+    def warn(self, text: str) -> None:
+        if self._args.process_index == 0:
+            warnings.warn(text, DeepArcWarning, stacklevel=4)
+
+    def no_metric(self) -> ConfigError:
+        """The error where evaluations do not give the gate's metric."""
+        seen = sorted({key for evaluation in self._progress.attempts[-1]["evaluations"] for key in evaluation["metrics"]})
+        return ConfigError(
+            f"max_drop bounds {self._metric!r}, which was not among the metrics of the evaluation: {', '.join(seen) or 'there was none'}. "
+            "Give metric=... one of these names."
+        )
+
+
+def lists(blocks: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Blocks by stack, as JSON has them."""
+    return {name: list(indices) for name, indices in blocks.items()}

@@ -1,0 +1,419 @@
+"""One training with prunings in it: what the schedule says, carried out on the live model, optimizer and scheduler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..config import MPruneConfig
+from ..distributed import agree, follow_in_wrapper, gather
+from ..errors import ConfigError, PlanError
+from ..following import Structure, record_of, settle
+from ..freezing import thaw
+from ..observe import evaluating
+from ..plan import PruningPlan, warn_if_drastic
+from ..pruning import compare_blocks
+from ..record import PrunedConfig
+from ..schedule import BEFORE, FINISHED, RETRAINING, Progress, Verdict, check_epochs, find_metric, judge
+from ..snapshots import drop_unused, read_plan, restore_weights, save_snapshot, set_groups
+from ..surgery import apply_plan
+from ..undo import Transaction
+from .calibration import Calibration
+from .journal import Journal, lists
+from .learning_rate import resume_rewound, rewind
+
+__all__ = ["PruningRun", "metric_of"]
+
+
+def metric_of(config: MPruneConfig, args: TrainingArguments) -> tuple[str, bool]:
+    """The gate's metric, and whether a larger one is better (the Trainer's own rules where the config leaves it open)."""
+    name = config.metric or args.metric_for_best_model or "loss"
+    if config.greater_is_better is not None:
+        return name, config.greater_is_better
+    same = args.metric_for_best_model is not None and name.removeprefix("eval_") == args.metric_for_best_model.removeprefix("eval_")
+    if same and args.greater_is_better is not None:
+        return name, args.greater_is_better
+    return name, not name.endswith("loss")
+
+
+class PruningRun:
+    """The prunings of one training.
+
+    Args:
+        config: the settings.
+        calibration: where the calibration batches come from.
+        args: the Trainer's arguments.
+        event: what the Trainer hands to a callback: model, optimizer, lr_scheduler, train_dataloader.
+        progress: where the run stands.
+    """
+
+    def __init__(
+        self, config: MPruneConfig, calibration: Calibration, args: TrainingArguments, event: Mapping[str, Any], progress: Progress
+    ) -> None:
+        self.config = config
+        self.calibration = calibration
+        self.args = args
+        self.model: nn.Module = event["model"]
+        self.optimizer: torch.optim.Optimizer | None = event.get("optimizer")
+        self.scheduler = event.get("lr_scheduler")
+        self.progress = progress
+        self.metric, self.greater_is_better = metric_of(config, args)
+        self.steps_per_epoch = _steps_per_epoch(event.get("train_dataloader"), args)
+        self.plan: PruningPlan | None = None  # of the model as it is now
+        self._accepted_plan: PruningPlan | None = None
+        self._next: PruningPlan | None = None  # of the pruning that comes next, where it is known already
+        self._comparison: PruningPlan | None = None  # of the last accepted model
+        self._undo: Transaction | None = None
+        self._frozen: list[nn.Parameter] = []
+        self._held: dict[str, torch.Tensor] | None = None
+        self._forced = -1  # step at which an evaluation was asked for before the end of its epoch
+        self._step_began = 0.0
+        self.ended = False
+        self.journal = Journal(config, args, self.model, progress, self.metric)
+
+    # ---- beginning ----
+
+    def begin(self, state: TrainerState) -> None:
+        """Begin a run, or begin it again with the pruning at hand (auto_find_batch_size)."""
+        check_epochs(self.config, state.max_steps, self.steps_per_epoch, by_steps=self.args.max_steps > 0)
+        self._check_gate()
+        p = self.progress
+        if p.phase == RETRAINING:
+            p.pruned_at, p.decision, p.measured_at, p.value = 0, None, None, None
+            self.journal.reopen()
+            self._set_boundary(state, 0)
+            return
+        record = record_of(self.model)
+        p.start = p.base = p.record = None if record is None else record.to_dict()
+        p.baseline = self.config.baseline
+        p.boundary = self.config.start_epoch * (self.steps_per_epoch or 0)
+        if self.config.freeze == "record":
+            self._freeze_recorded(record)
+        self.journal.open(state)
+
+    def resume(self, state: TrainerState, control: TrainerControl) -> None:
+        """Go on from a checkpoint: its weights are loaded, its structure may be another than the model's."""
+        p = self.progress
+        start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
+        self._undo, self._frozen = settle(self.model, Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen))
+        follow_in_wrapper(self.model)
+        if p.rewound is not None:
+            resume_rewound(self.scheduler, self.args, p.rewound[1], state.global_step - p.rewound[0])
+        if p.stopped:
+            self._hold(control)
+
+    def _check_gate(self) -> None:
+        config = self.config
+        if not config.gated:
+            return
+        if self.args.eval_strategy == "no":
+            raise ConfigError(
+                "max_drop needs evaluations to judge a pruning by, and the Trainer makes none. Set eval_strategy='epoch' in "
+                "TrainingArguments, and give the Trainer an eval_dataset."
+            )
+        if config.start_epoch == 0 and config.baseline is None and not self.args.eval_on_start:
+            raise ConfigError(
+                f"max_drop compares with {self.metric} before the first pruning, which start_epoch=0 puts before every evaluation. Set "
+                "eval_on_start=True in TrainingArguments, give baseline=..., or fine-tune first with start_epoch=1 or more."
+            )
+
+    def _freeze_recorded(self, record: PrunedConfig | None) -> None:
+        if record is None:
+            raise ConfigError("freeze='record' freezes what the model's record says, and this model carries none. Use freeze='partial'.")
+        self.progress.frozen = self.progress.base_frozen = {name: list(blocks) for name, blocks in record.frozen.items()}
+        self._frozen = Structure(record, record.frozen).freeze(self.model)
+        follow_in_wrapper(self.model)
+
+    # ---- events ----
+
+    def epoch_begin(self, state: TrainerState, control: TrainerControl) -> None:
+        """At a boundary: carry out the decision on the pruning at hand, and prune again."""
+        p = self.progress
+        if p.phase == FINISHED or state.global_step < p.boundary:
+            return
+        if p.phase == RETRAINING and not self.config.gated and self._next is None:
+            self._look_ahead(state, control)  # resumed just here
+            if p.phase == FINISHED:
+                self._hold(control)
+                return
+        if p.phase == RETRAINING:
+            self._carry_out(state, control)
+        elif self.config.gated and p.baseline is None:
+            raise self.journal.no_metric()
+        plan = self._next or self._compare(p.accepted, p.k)
+        self._next = None
+        if plan.removed:
+            self._prune(state, control, plan)
+        else:
+            self.plan = plan
+            self._finish("nothing can be removed", control, stop=False)
+            self.journal.say(f"{plan}\nNothing is removed; the training goes on as it would without pruning.")
+            self.journal.write_plan(plan)
+
+    def step_begin(self) -> None:
+        self._step_began = time.perf_counter()
+
+    def step_end(self, state: TrainerState, control: TrainerControl) -> None:
+        self.journal.add_training_time(time.perf_counter() - self._step_began)
+        if self._held is not None:
+            control.should_evaluate = control.should_save = False
+        elif control.should_save and self._due(state):
+            # the checkpoint of a boundary must know the verdict
+            control.should_evaluate = True
+            self._forced = state.global_step
+
+    def epoch_end(self, state: TrainerState, control: TrainerControl) -> None:
+        p = self.progress
+        if self._held is not None or self._forced == state.global_step:
+            control.should_evaluate = False
+            control.should_save = control.should_save and self._held is None
+        elif self._due(state):
+            control.should_evaluate = True
+        if p.phase == RETRAINING and not self.config.gated and p.boundary <= state.global_step < state.max_steps:
+            self._look_ahead(state, control)
+
+    def evaluated(self, state: TrainerState, control: TrainerControl, metrics: Mapping[str, Any]) -> None:
+        """Note an evaluation; the one at a boundary decides."""
+        p = self.progress
+        if self._held is not None:
+            return
+        self.journal.note(state, metrics)
+        if not self.config.gated or p.phase == FINISHED:
+            return
+        value = agree(lambda: find_metric(metrics, self.metric))
+        if value is None:
+            return
+        p.measured_at = state.global_step
+        if p.phase == BEFORE:
+            p.baseline = value if self.config.baseline is None else self.config.baseline
+        elif p.decision is None:
+            p.value = value
+            if state.global_step >= p.boundary:
+                self._decide(state, control)
+
+    def end(self, state: TrainerState, control: TrainerControl) -> None:
+        """End on the last accepted model."""
+        p = self.progress
+        if self._held is not None:
+            live = self.model.state_dict()
+            with torch.no_grad():
+                for name, tensor in self._held.items():
+                    live[name].copy_(tensor)
+            self._held = None
+        if p.phase == RETRAINING or p.decision is not None:
+            if p.decision is None and self.config.gated:
+                self._judge_early(state)
+            self._carry_out(state, control)
+        if p.phase != FINISHED:
+            p.reason = p.reason or "the training ended"
+            if len(p.attempts) == 1:
+                self.journal.warn("The training ended before its first pruning.")
+            p.phase = FINISHED
+        self.ended = True
+        self.journal.report()
+        if self.args.should_save:
+            drop_unused(Path(self.args.output_dir), None)
+
+    # ---- decisions ----
+
+    def _due(self, state: TrainerState) -> bool:
+        """Whether the gate waits for an evaluation of the model as it is at this step."""
+        p = self.progress
+        if not self.config.gated or state.global_step < p.boundary or p.measured_at == state.global_step:
+            return False
+        return p.baseline is None if p.phase == BEFORE else p.phase == RETRAINING and p.decision is None
+
+    def _decide(self, state: TrainerState, control: TrainerControl) -> None:
+        p = self.progress
+        verdict = self._verdict(p.value)
+        room = state.global_step + self.config.retrain_epochs * (self.steps_per_epoch or 0) <= state.max_steps
+        if verdict.accepted and p.accepted + 1 == self.config.iterations:
+            self._finish("every pruning that was asked for is accepted", control)
+        elif not room:
+            self._finish("there are not enough epochs left for one more retraining", control)
+        elif verdict.accepted:
+            self._look_ahead(state, control)
+        else:
+            self._next = self._weaker()
+            if self._next is None:
+                self._finish(f"no stride up to k_max={self.config.k_max} removes anything else", control)
+
+    def _verdict(self, value: float | None) -> Verdict:
+        p = self.progress
+        if value is None or p.baseline is None:
+            verdict = Verdict(False, float("nan"), f"{self.metric} was not measured after the retraining began")
+        else:
+            verdict = judge(self.config, self.metric, p.baseline, value, self.greater_is_better)
+        p.decision = "accept" if verdict.accepted else "reject"
+        drop = None if value is None else verdict.drop
+        p.attempts[-1].update(metric=self.metric, value=value, baseline=p.baseline, drop=drop, reason=verdict.reason)
+        return verdict
+
+    def _judge_early(self, state: TrainerState) -> None:
+        """The training ended before the boundary (early stopping, say): judge by what was measured of this structure."""
+        p = self.progress
+        best = self.args.metric_for_best_model
+        if self.args.load_best_model_at_end and best and best.removeprefix("eval_") == self.metric.removeprefix("eval_"):
+            p.value = p.value if state.best_metric is None else state.best_metric
+        self._verdict(p.value)
+        p.reason = "the training ended early"
+
+    def _look_ahead(self, state: TrainerState, control: TrainerControl) -> None:
+        """Compare the blocks of a model that is accepted; without a further pruning there is nothing left to do."""
+        self._next = self._compare(self.progress.accepted + 1, self.progress.k)
+        if not self._next.removed:
+            self._next = None
+            self._finish("nothing more can be removed", control)
+
+    def _compare(self, iteration: int, k: int) -> PruningPlan:
+        config = self.config.for_iteration(iteration).replace(k=k)
+        plan = compare_blocks(
+            self.model,
+            self.calibration.batches(),
+            config,
+            progress=not self.args.disable_tqdm and self.args.process_index == 0,
+            gather=gather,
+            max_samples=self.calibration.samples,
+            labels=self._labels(),
+        )
+        plan = PruningPlan.from_dict(agree(plan.to_dict))
+        warn_if_drastic(plan)
+        return plan
+
+    def _labels(self) -> dict[str, tuple[int, ...]]:
+        """What patterns call the blocks: the indices that they had when the run began."""
+        p = self.progress
+        if p.record is None or p.record == p.start:
+            return {}
+        start = {} if p.start is None else PrunedConfig.from_dict(p.start).kept
+        now = PrunedConfig.from_dict(p.record)
+        first = {name: start.get(name, tuple(range(stack.length))) for name, stack in now.stacks.items()}
+        return {name: tuple(first[name].index(original) for original in stack.kept) for name, stack in now.stacks.items()}
+
+    def _weaker(self) -> PruningPlan | None:
+        """The plan of the next larger stride that removes something else than was tried from this model; None if there is none."""
+        p = self.progress
+        if self._comparison is None:
+            self._comparison = PruningPlan.from_dict(read_plan(Path(self.args.output_dir), str(p.snapshot)))
+        tried = [a["plan_removed"] for a in p.attempts if a.get("iteration") == p.accepted + 1]
+        for k in range(p.k + 1, self.config.k_max + 1):
+            try:
+                plan = self._comparison.replan(k=k)
+            except PlanError:
+                continue  # the target cannot be reached with this stride
+            if plan.removed and lists(plan.removed) not in tried:
+                return plan
+        return None
+
+    # ---- actions ----
+
+    def _prune(self, state: TrainerState, control: TrainerControl, plan: PruningPlan) -> None:
+        p = self.progress
+        output = Path(self.args.output_dir)
+        if self.config.gated and p.snapshot is None:
+            name = f"step-{state.global_step}"
+            gather(lambda: save_snapshot(output, name, self.model, self.optimizer, plan.to_dict()) if self.args.should_save else None)
+            p.snapshot, self._comparison = name, plan
+        undo = Transaction()
+        with Transaction() as guard:
+            thaw(self._frozen, guard)
+            trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            record = apply_plan(self.model, plan, optimizer=self.optimizer, example=self._example(), transaction=undo)
+        self._undo = undo if self.config.gated else None
+        self._frozen = [parameter for parameter in trainable if not parameter.requires_grad]
+        follow_in_wrapper(self.model)
+        self.plan = plan
+        p.phase, p.k, p.pruned_at = RETRAINING, plan.config.k, state.global_step
+        p.decision = p.value = p.measured_at = p.reason = None
+        p.record = record.to_dict()
+        p.frozen = {name: [stack.kept.index(i) for i in stack.frozen] for name, stack in plan.stacks.items() if stack.frozen}
+        self.journal.open(state, plan, record)
+        # a checkpoint of another structure must not win
+        state.best_metric = state.best_model_checkpoint = None
+        state.best_global_step = None
+        self._set_boundary(state, state.global_step)
+        self.journal.say(f"Pruning {p.accepted + 1} (k={p.k}) at step {state.global_step}:\n{plan}")
+        self.journal.write_plan(plan)
+        self.journal.log(state, control)
+
+    def _set_boundary(self, state: TrainerState, step: int) -> None:
+        """When the retraining that begins at this step ends; its learning rate follows."""
+        p = self.progress
+        last = p.accepted + 1 == self.config.iterations and not self.config.gated
+        steps = state.max_steps - step if last else self.config.retrain_epochs * (self.steps_per_epoch or 0)
+        p.boundary = step + steps
+        whole = step == 0 and steps == state.max_steps
+        p.rewound = [step, steps] if self.config.rewind_lr and not whole and rewind(self.scheduler, self.args, steps) else None
+
+    def _carry_out(self, state: TrainerState, control: TrainerControl) -> None:
+        """Accept the pruning at hand, or take it back."""
+        p = self.progress
+        attempt = p.attempts[-1]
+        if p.decision == "reject":
+            self._take_back()
+            attempt["decision"] = "rolled back"
+        else:
+            p.accepted += 1
+            p.base, p.base_frozen, p.snapshot = p.record, p.frozen, None
+            self._undo, self._accepted_plan = None, self.plan
+            attempt["decision"] = "accepted"
+            attempt.setdefault("reason", "not judged (no max_drop)")
+        p.decision = None
+        if p.phase != FINISHED:
+            p.phase = BEFORE
+        self.journal.say(f"Pruning {attempt['iteration']} (k={attempt['k']}) is {attempt['decision']}: {attempt['reason']}.")
+        self.journal.log(state, control, accepted=float(attempt["decision"] == "accepted"), drop=attempt.get("drop"))
+
+    def _take_back(self) -> None:
+        p = self.progress
+        if self._undo is None:
+            raise ConfigError(
+                "A pruning has to be taken back, but this run was resumed with a model that was loaded in its smaller structure. Build the "
+                "model as it was built when the run began, then resume."
+            )
+        output, name = Path(self.args.output_dir), str(p.snapshot)
+        with Transaction() as guard:
+            thaw(self._frozen, guard)
+        self._undo.roll_back()
+        torch.compiler.reset()
+        gather(lambda: restore_weights(output, name, self.model))
+        if self.optimizer is not None:
+            set_groups(output, name, self.model, self.optimizer)
+        p.record, p.frozen = p.base, p.base_frozen
+        base = None if p.base is None else PrunedConfig.from_dict(p.base)
+        self._frozen = Structure(base, p.base_frozen).freeze(self.model)
+        self._undo, self.plan = None, self._accepted_plan
+        follow_in_wrapper(self.model)
+
+    def _finish(self, reason: str, control: TrainerControl, stop: bool = True) -> None:
+        p = self.progress
+        p.phase, p.reason, p.stopped = FINISHED, reason, stop
+        if stop:
+            control.should_training_stop = True
+            control.should_save = control.should_save or self.args.save_strategy == "steps"
+
+    def _hold(self, control: TrainerControl) -> None:
+        """Stop where the Trainer cannot stop before it has made one more step: what that step does is taken back at the end."""
+        self._held = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        control.should_training_stop = True
+
+    def _example(self) -> Any:
+        if self.calibration.example is None:
+            with evaluating(self.model):
+                next(self.calibration.batches(), None)
+        return self.calibration.example
+
+
+def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
+    """Optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
+    try:
+        batches = len(loader)
+    except TypeError:
+        return None
+    return max(-(-batches // args.gradient_accumulation_steps), 1)

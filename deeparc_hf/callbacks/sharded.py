@@ -1,0 +1,51 @@
+"""Trainings that shard their parameters (FSDP, DeepSpeed): prune before anything is wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+
+from ..config import MPruneConfig
+from ..distributed import agree, gather
+from ..errors import ConfigError
+from ..plan import PruningPlan
+from ..pruning import compare_blocks
+from ..surgery import apply_plan
+from .calibration import Calibration
+
+__all__ = ["is_sharded", "prune_before_sharding"]
+
+
+_SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+
+
+def is_sharded(args: TrainingArguments) -> bool:
+    """Whether the Trainer will shard the model's parameters: by its own arguments, or by the launcher's settings."""
+    state = AcceleratorState() if AcceleratorState._shared_state else None
+    return bool(args.deepspeed or args.fsdp) or (state is not None and state.distributed_type in _SHARDING)
+
+
+def prune_before_sharding(
+    model: nn.Module, config: MPruneConfig, calibration: Dataset | Iterable[Any], args: TrainingArguments
+) -> PruningPlan:
+    """Prune once, in every process alike, when the Trainer is made.
+
+    Raises:
+        ConfigError: if the config asks for more than one pruning at the start.
+    """
+    if config.start_epoch or config.iterations > 1 or config.gated:
+        raise ConfigError(
+            "With sharded parameters (FSDP, DeepSpeed) one pruning is possible, when the Trainer is made. Leave start_epoch, iterations "
+            "and max_drop out, or train in DistributedDataParallel."
+        )
+    source = Calibration(calibration, None, args.train_batch_size, config)
+    plan = compare_blocks(model, source.batches(), config, progress=args.process_index == 0, gather=gather, max_samples=source.samples)
+    plan = PruningPlan.from_dict(agree(plan.to_dict))
+    apply_plan(model, plan, example=source.example)
+    return plan

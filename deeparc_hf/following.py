@@ -1,0 +1,203 @@
+"""A model in a Trainer follows the layout of the checkpoints that are loaded into it.
+
+`Trainer._load_from_checkpoint` calls `load_state_dict(strict=False)` on the model that the script has built: blocks that the
+checkpoint lacks would stay as they are, with a warning. A hook on `load_state_dict` gives the model as many blocks as the
+checkpoint has. Which blocks these are only the record tells, which the Trainer reads later: `settle` then puts the loaded weights
+into the right ones, where that makes a difference (layers that attend differently, say).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .architectures import Stack, describe
+from .architectures.hosts import RECORD_KEY
+from .errors import RecordError, SurgeryError
+from .record import PrunedConfig
+from .surgery import follow_record
+from .undo import Transaction
+
+__all__ = ["Structure", "guard", "record_of", "settle"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The structure of a model at one point of a run: its record (None: it carries none), and the blocks that the run froze."""
+
+    record: PrunedConfig | None = None
+    frozen: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def freeze(self, model: nn.Module) -> list[nn.Parameter]:
+        """Freeze the blocks in a model of this structure; the parameters that were trainable and no longer are."""
+        return [] if self.record is None else follow_record(model, self.record, self.frozen)
+
+
+_ADVICE = (
+    f"Load the model from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its config.json), then "
+    "resume."
+)
+_guarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_provisional: weakref.WeakKeyDictionary[nn.Module, Transaction] = weakref.WeakKeyDictionary()
+
+
+def guard(model: nn.Module) -> None:
+    """Have the model follow the number of blocks of whatever is loaded into it from now on."""
+    root = describe(model)[0].root
+    if root not in _guarded:
+        root.register_load_state_dict_pre_hook(_follow)
+        _guarded.add(root)
+
+
+def settle(model: nn.Module, start: Structure, accepted: Structure, current: Structure) -> tuple[Transaction | None, list[nn.Parameter]]:
+    """Give a model whose weights have been loaded from a checkpoint the structure that the checkpoint's record tells.
+
+    Args:
+        model: the model, its weights loaded.
+        start: how the model was when the run began.
+        accepted: how the model was before the pruning that may be taken back.
+        current: how the model was when the checkpoint was saved.
+
+    Returns:
+        How to get from the checkpoint's structure back to the accepted one (None if the model was loaded in the checkpoint's structure,
+        so that there is no way back), and the parameters that were frozen.
+
+    Raises:
+        SurgeryError: if the model was neither loaded from the checkpoint, nor is it the one that the run began with.
+    """
+    host, _, stacks = describe(model)
+    loaded = {name: stack.blocks for name, stack in stacks.items()}
+    provisional = _provisional.pop(host.root, None)
+    if provisional is not None:
+        provisional.roll_back()
+    live = record_of(model)
+    if provisional is None and _same(live, current.record):
+        return (Transaction() if _same(accepted.record, current.record) else None), current.freeze(model)
+    if not _same(live, start.record):
+        raise SurgeryError(
+            "The model was pruned otherwise than the one in the checkpoint that is resumed: their records differ. Build the model as it "
+            f"was built when the run began. Or: {_ADVICE}"
+        )
+    lengths = {} if current.record is None else {name: len(stack.kept) for name, stack in current.record.stacks.items()}
+    found = {name: len(blocks) for name, blocks in loaded.items() if name in lengths}
+    if found != lengths or current.record is None:
+        raise SurgeryError(
+            f"By its record the checkpoint has {lengths or 'all'} blocks, but what was loaded has {found or 'fewer'}. {_ADVICE}"
+        )
+    if accepted.record is not None:
+        follow_record(model, accepted.record, {})
+    undo = Transaction()
+    follow_record(model, current.record, {}, undo)
+    for name, stack in describe(model)[2].items():
+        if name in lengths:
+            for source, target in zip(loaded[name], stack.blocks, strict=True):
+                _take_over(source, target)
+    return undo, current.freeze(model)
+
+
+def record_of(model: nn.Module) -> PrunedConfig | None:
+    """The record that a model carries; None if it carries none."""
+    return None if describe(model)[0].record() is None else PrunedConfig.from_model(model)
+
+
+def _same(one: PrunedConfig | None, other: PrunedConfig | None) -> bool:
+    return (None if one is None else one.to_dict()) == (None if other is None else other.to_dict())
+
+
+def _take_over(source: nn.Module, target: nn.Module) -> None:
+    """Move tensors from one block to another of the same shape. An optimizer may hold them, so they stay the same objects."""
+    if source is target:
+        return
+    others = dict(source.named_modules())
+    for path, module in target.named_modules():
+        for kind in ("_parameters", "_buffers"):
+            tensors = getattr(module, kind)
+            for name, value in getattr(others[path], kind).items():
+                # what is not saved was not loaded either: it belongs to the block's place
+                if kind == "_buffers" and name in module._non_persistent_buffers_set:
+                    continue
+                if isinstance(value, nn.Parameter):
+                    value.requires_grad_(tensors[name].requires_grad)
+                tensors[name] = value
+
+
+def _follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Hook on the loading of weights, as when a checkpoint is resumed or the best one is loaded."""
+    host, _, stacks = describe(module)
+    held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
+    if all(not blocks or len(blocks) == len(stacks[name]) for name, blocks in held.items()) or _is_shard(
+        module, state_dict, prefix, stacks, held
+    ):
+        return
+    record = PrunedConfig({}) if host.record() is None else PrunedConfig.from_model(module)
+    kept = {}
+    for name, stack in stacks.items():
+        blocks = held[name]
+        if not blocks or len(blocks) == len(stack):
+            continue
+        original = record.kept.get(name, tuple(range(len(stack))))
+        places = _places(stack, blocks) if len(blocks) < len(stack) else None
+        if places is None:
+            raise SurgeryError(
+                f"The checkpoint that is loaded holds {len(blocks)} blocks in {name}, the model has {len(stack)}"
+                + (", and they do not fit" if len(blocks) < len(stack) else "")
+                + f". {_ADVICE}"
+            )
+        kept[name] = tuple(original[place] for place in places)
+    target = record.compose(
+        {name: len(stack) for name, stack in stacks.items()},
+        {name: [i for i, o in enumerate(record.kept.get(name, range(len(stacks[name])))) if o not in stay] for name, stay in kept.items()},
+        {},
+    )
+    undo = _provisional.setdefault(host.root, Transaction())
+    try:
+        follow_record(module, target, {}, undo)
+    except (SurgeryError, RecordError) as error:
+        raise SurgeryError(f"The model cannot follow the checkpoint that is loaded: {error} {_ADVICE}") from error
+
+
+def _blocks_in(state_dict: Mapping[str, Any], start: str) -> dict[int, dict[str, Tensor]]:
+    """Tensors of a stack in a state dict, by the index of their block."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in state_dict.items():
+        if key.startswith(start):
+            index, _, rest = key[len(start) :].partition(".")
+            if index.isdigit():
+                found.setdefault(int(index), {})[rest] = value
+    return found
+
+
+def _is_shard(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    stacks: Mapping[str, Stack],
+    held: Mapping[str, Mapping[int, Any]],
+) -> bool:
+    """Whether the state dict is one of several. Such a one cannot tell how many blocks a checkpoint has; `settle` compares them later."""
+    if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
+        return True
+    own = {id(tensor): set() for tensor in module.state_dict(keep_vars=True).values()}
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        own[id(tensor)].add(f"{prefix}{key}")
+    inside = tuple(f"{prefix}{name}." for name in stacks)
+    # tied tensors are saved once
+    return any(not keys & state_dict.keys() and not any(key.startswith(inside) for key in keys) for keys in own.values())
+
+
+def _places(stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]]) -> list[int] | None:
+    """The first blocks of the stack, in order, that have the shapes of those in the checkpoint; None if there are not enough."""
+    shapes = [{key: tuple(value.shape) for key, value in block.state_dict().items()} for block in stack.blocks]
+    places: list[int] = []
+    for index in range(len(blocks)):
+        wanted = {key: tuple(value.shape) for key, value in blocks[index].items()}
+        start = places[-1] + 1 if places else 0
+        place = next((i for i in range(start, len(stack)) if shapes[i] == wanted), None)
+        if place is None:
+            return None
+        places.append(place)
+    return places

@@ -1,0 +1,112 @@
+"""The report of one training with prunings in it: a row for the model before them and for each pruning, with the verdict on it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .architectures import describe
+from .config import MPruneConfig
+from .record import package_versions
+from .report import hardware
+from .schedule import Progress
+
+__all__ = ["RUN_REPORT", "run_table", "structure_facts", "write_run_report"]
+
+RUN_REPORT = "pruning_report"
+FORMAT_VERSION = 1
+_TIMING = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+
+
+def structure_facts(model: nn.Module) -> dict[str, Any]:
+    """Number of blocks of each stack, and number of parameters, of a model as it is now."""
+    return {
+        "blocks": {name: len(stack) for name, stack in describe(model)[2].items()},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def run_table(attempts: Sequence[Mapping[str, Any]], metric: str | None = None) -> str:
+    """The Markdown table of a run: a row for each pruning that was tried, in the order of the run.
+
+    Args:
+        attempts: as in `Progress.attempts`.
+        metric: the metric to show; None: the loss.
+    """
+    name = (metric or "loss").removeprefix("eval_")
+    header = ["model", "k", "threshold", "blocks", "parameters", "freeze", f"{name} after each evaluation (epoch)"]
+    header += ["evaluation time (s)", "training time (s)", "verdict"]
+    lines = [header, ["---", *["---:"] * (len(header) - 2), "---"]]
+    for attempt in attempts:
+        evaluations = attempt["evaluations"]
+        values = [(e["epoch"], e["metrics"].get(f"eval_{name}")) for e in evaluations]
+        runtime = evaluations[-1]["metrics"].get("eval_runtime") if evaluations else None
+        thresholds = sorted(set(attempt.get("thresholds", {}).values()))
+        lines.append(
+            [
+                attempt["name"],
+                str(attempt.get("k", "-")),
+                " ".join(f"{value:.4f}" for value in thresholds) or "-",
+                " + ".join(map(str, attempt["blocks"].values())),
+                f"{attempt['parameters']:,}",
+                str(sum(map(len, attempt["frozen"].values()))),
+                ", ".join(f"{value:.4f} ({epoch:g})" for epoch, value in values if value is not None) or "-",
+                "-" if runtime is None else f"{runtime:,.2f}",
+                f"{attempt['training_seconds']:,.2f}",
+                attempt.get("decision") or "-",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, metric: str | None) -> None:
+    """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all."""
+    data = {
+        "format_version": FORMAT_VERSION,
+        "config": config.to_dict(),
+        "metric": metric,
+        "baseline": progress.baseline,
+        "phase": progress.phase,
+        "reason": progress.reason,
+        "accepted": progress.accepted,
+        "attempts": progress.attempts,
+        "versions": package_versions(),
+        "hardware": hardware(),
+    }
+    _write(folder / f"{RUN_REPORT}.json", json.dumps(data, indent=1) + "\n")
+    _write(folder / f"{RUN_REPORT}.md", _markdown(data))
+
+
+def _markdown(data: Mapping[str, Any]) -> str:
+    attempts = data["attempts"]
+    tried = attempts[1:]
+    summary = f"{data['accepted']} of {len(tried)} prunings accepted. State of the run: {data['phase']}"
+    summary += f" ({data['reason']})." if data["reason"] else "."
+    parts = ["# Pruning report of a training", summary, run_table(attempts, data["metric"])]
+    if data["metric"] is not None:
+        baseline = "not known yet" if data["baseline"] is None else f"{data['baseline']:.6g}"
+        parts.append(f"Gate: {data['metric']} against a baseline of {baseline}, max_drop {data['config']['max_drop']:g}.")
+    parts.append(
+        "Blocks: by stack. Freeze: blocks that were not trained. Evaluation time: of the last evaluation, as the Trainer measured it, "
+        "in the middle of the training (a first one may be cold). Training time: of the training steps alone, in this row's structure."
+    )
+    for attempt in tried:
+        removed = "; ".join(f"{name}: {', '.join(map(str, blocks))}" for name, blocks in attempt["removed"].items())
+        parts.append(
+            f"- {attempt['name']} (k={attempt['k']}, step {attempt['step']}) removed {removed} (as the original model counts): "
+            f"{attempt.get('decision') or 'no verdict yet'}{': ' + attempt['reason'] if attempt.get('reason') else ''}."
+        )
+    facts = {**data["hardware"], **data["versions"]}
+    parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, "utf-8")
+    draft.replace(path)

@@ -1,0 +1,145 @@
+"""The schedule of a training with prunings in it, and the verdict on each of them. Pure: no model, no Trainer.
+
+The algorithm is MPruner's (arXiv 2408.13482): train, prune, retrain, judge; accept and prune the smaller model again with the same
+stride, or take the pruning back and try the next larger stride, which removes less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .config import MPruneConfig
+from .errors import ConfigError, RecordError
+
+__all__ = ["BEFORE", "FINISHED", "RETRAINING", "Progress", "Verdict", "check_epochs", "find_metric", "judge", "needed_epochs"]
+
+FORMAT_VERSION = 1
+BEFORE, RETRAINING, FINISHED = "before the first pruning", "retraining", "finished"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that a resumed run needs to go on. JSON types only; lives in the Trainer's trainer_state.json.
+
+    Attributes:
+        k: stride of the pruning at hand, or of the next one.
+        phase: BEFORE, RETRAINING or FINISHED.
+        accepted: number of prunings that were accepted.
+        boundary: optimizer step at which this phase ends.
+        pruned_at: optimizer step of the last pruning; None before the first.
+        baseline: the metric that later ones are compared with; None if not known yet.
+        measured_at: optimizer step at which the gate's metric was measured last.
+        value: that metric.
+        decision: verdict on the pruning at hand, from its boundary until it is carried out: "accept" or "reject"; None before.
+        reason: why the run is FINISHED, or why the decision is what it is.
+        stopped: whether the training was asked to stop, because nothing is left to do.
+        rewound: step at which the learning rate was rewound last, and the number of steps of its schedule; None if it was not.
+        start, base, record: records (as dicts) of the model when the run began, of the last accepted model, and as it is now.
+        frozen, base_frozen: blocks that this run froze, by stack, in the model as it is now and in the last accepted one.
+        snapshot: name of the folder with the accepted weights; None where nothing can be taken back.
+        attempts: what the report says of each pruning, and first of the model before them.
+    """
+
+    k: int
+    phase: str = BEFORE
+    accepted: int = 0
+    boundary: int = 0
+    pruned_at: int | None = None
+    baseline: float | None = None
+    measured_at: int | None = None
+    value: float | None = None
+    decision: str | None = None
+    reason: str | None = None
+    stopped: bool = False
+    rewound: list[int] | None = None
+    start: dict[str, Any] | None = None
+    base: dict[str, Any] | None = None
+    record: dict[str, Any] | None = None
+    frozen: dict[str, list[int]] = field(default_factory=dict)
+    base_frozen: dict[str, list[int]] = field(default_factory=dict)
+    snapshot: str | None = None
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, a copy."""
+        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Progress:
+        """The inverse of `to_dict`.
+
+        Raises:
+            RecordError: if the data is not a progress, or was written by another version of this package.
+        """
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping) or data.get("format_version") != FORMAT_VERSION or set(data) != known | {"format_version"}:
+            raise RecordError(
+                "The checkpoint's trainer_state.json does not tell where the pruning stood, or another version of deeparc_hf wrote it. "
+                "Resume with the version that wrote it, or start a new run from the checkpoint's model."
+            )
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says of a pruning: whether it stays, by how much the metric got worse, and why."""
+
+    accepted: bool
+    drop: float
+    reason: str
+
+
+def needed_epochs(config: MPruneConfig) -> int:
+    """Epochs of a run in which every pruning is accepted."""
+    return config.start_epoch + config.iterations * config.retrain_epochs
+
+
+def check_epochs(config: MPruneConfig, max_steps: int, steps_per_epoch: int | None, by_steps: bool) -> None:
+    """Check that a training is long enough for the schedule.
+
+    Args:
+        config: the settings.
+        max_steps: optimizer steps of the training.
+        steps_per_epoch: optimizer steps of an epoch; None where the data has no length.
+        by_steps: whether the training's length was given in steps; the last retraining may then be shorter than retrain_epochs.
+
+    Raises:
+        ConfigError: saying how many epochs are needed.
+    """
+    if steps_per_epoch is None:
+        if config.iterations > 1 or config.start_epoch > 0 or config.gated:
+            raise ConfigError(
+                "The training data has no length, so it is not known where an epoch ends: only one pruning at the start is possible "
+                "(start_epoch=0, iterations=1, no max_drop). Give data with a length for more."
+            )
+        return
+    short = by_steps and not config.gated
+    needed = needed_epochs(config) - (config.retrain_epochs if short else 0)
+    given = max_steps / steps_per_epoch
+    if given < needed or (short and given <= needed):
+        steps = needed * steps_per_epoch + short
+        remedy = f"max_steps={steps}" if by_steps else f"num_train_epochs={needed}"
+        parts = f"start_epoch {config.start_epoch}, then {config.iterations} x retrain_epochs {config.retrain_epochs}"
+        raise ConfigError(
+            f"The schedule needs {needed} epochs{' and a step more' if short else ''} ({parts}"
+            f"{', the last of which may be shorter' if short else ''}), but the training has {given:g} (of {steps_per_epoch} steps each). "
+            f"Set {remedy} in TrainingArguments, or lower start_epoch, iterations or retrain_epochs."
+        )
+
+
+def find_metric(metrics: Mapping[str, Any], name: str) -> float | None:
+    """A metric by its name, with or without the Trainer's "eval_"; None if it is not there."""
+    value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+    return None if value is None else float(value)
+
+
+def judge(config: MPruneConfig, name: str, baseline: float, value: float, greater_is_better: bool) -> Verdict:
+    """Whether a retrained model is good enough."""
+    drop = baseline - value if greater_is_better else value - baseline
+    accepted = math.isfinite(value) and drop <= float(config.max_drop or 0.0)
+    change = f"{name} went from {baseline:.6g} to {value:.6g}: {'worse' if drop > 0 else 'better'} by {abs(drop):.6g}"
+    return Verdict(accepted, drop, f"{change}, {'within' if accepted else 'more than'} max_drop {config.max_drop:g}")

@@ -1,0 +1,109 @@
+"""Snapshots: the weights of the last accepted model, on disk while a pruning may still be taken back.
+
+A snapshot is a folder in the Trainer's output folder, safetensors and JSON. It stays as long as a checkpoint beside it refers to it,
+so that a run which was killed can take a pruning back too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_model
+from torch import nn
+
+from .errors import SurgeryError
+
+__all__ = ["FOLDER", "drop_unused", "read_plan", "restore_weights", "save_snapshot", "set_groups"]
+
+FOLDER = "pruning_snapshots"
+_WEIGHTS, _FACTS = "weights.safetensors", "snapshot.json"
+
+
+def save_snapshot(output: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, plan: Mapping[str, Any]) -> None:
+    """Write a snapshot: all of it, or nothing.
+
+    Args:
+        output: the Trainer's output folder.
+        name: of the snapshot.
+        model: the whole model, unwrapped.
+        optimizer: the order of its parameters is noted by name.
+        plan: the comparison of the accepted model's blocks, as a plan's dict.
+    """
+    final, draft = output / FOLDER / name, output / FOLDER / f".{name}.{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    groups = [] if optimizer is None else [[names[id(p)] for p in g["params"] if id(p) in names] for g in optimizer.param_groups]
+    save_model(model, str(draft / _WEIGHTS))
+    (draft / _FACTS).write_text(json.dumps({"groups": groups, "plan": plan}), "utf-8")
+    if final.exists():
+        shutil.rmtree(final)
+    draft.rename(final)
+
+
+def read_plan(output: Path, name: str) -> Any:
+    """The comparison of blocks that was noted with a snapshot, as a plan's dict."""
+    return _facts(output, name)["plan"]
+
+
+def restore_weights(output: Path, name: str, model: nn.Module) -> None:
+    """Put a snapshot's weights back into a model of the same structure, bit for bit.
+
+    Raises:
+        SurgeryError: if the snapshot is not there, damaged, or of another structure; nothing is changed then.
+    """
+    file = output / FOLDER / name / _WEIGHTS
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise _missing(output, name, error) from error
+    live = model.state_dict()
+    for key, tensor in saved.items():
+        if key not in live or live[key].shape != tensor.shape:
+            raise SurgeryError(f"The snapshot {name} in {FOLDER} is of another model: it has {key} with shape {tuple(tensor.shape)}.")
+    with torch.no_grad():
+        for key, tensor in saved.items():
+            live[key].copy_(tensor)
+
+
+def set_groups(output: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the parameters that it had when the snapshot was made, in the same order, and no state."""
+    parameters = dict(model.named_parameters())
+    groups = _facts(output, name)["groups"]
+    for group, names in zip(optimizer.param_groups, groups, strict=True):
+        group["params"][:] = [parameters[key] for key in names]
+    optimizer.state.clear()
+
+
+def drop_unused(output: Path, current: str | None) -> None:
+    """Delete the snapshots that neither the run nor a checkpoint in the output folder needs."""
+    folder = output / FOLDER
+    if not folder.is_dir():
+        return
+    states = "".join(path.read_text("utf-8", errors="replace") for path in output.glob("checkpoint-*/trainer_state.json"))
+    for path in folder.iterdir():
+        if path.name != current and json.dumps(path.name) not in states:
+            shutil.rmtree(path, ignore_errors=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _facts(output: Path, name: str) -> Any:
+    try:
+        return json.loads((output / FOLDER / name / _FACTS).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise _missing(output, name, error) from error
+
+
+def _missing(output: Path, name: str, error: Exception) -> SurgeryError:
+    return SurgeryError(
+        f"The last accepted model is needed, and its snapshot {name} in the folder {FOLDER} of {output} cannot be read "
+        f"({type(error).__name__}: {error}). Resume from a checkpoint that is older than the pruning, or put the folder back."
+    )
