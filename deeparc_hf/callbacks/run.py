@@ -143,6 +143,8 @@ class PruningRun:
                 self._hold(control)
                 return
         if p.phase == RETRAINING:
+            if p.decision == "reject" and self._next is None:
+                self._next = self._weaker()  # resumed just here; the verdict was that there is one
             self._carry_out(state, control)
         elif self.config.gated and p.baseline is None:
             raise self.journal.no_metric()
