@@ -94,8 +94,7 @@ def settle(model: nn.Module, start: Structure, accepted: Structure, current: Str
     follow_record(model, current.record, {}, undo)
     for name, stack in describe(model)[2].items():
         if name in lengths:
-            for source, target in zip(loaded[name], stack.blocks, strict=True):
-                _take_over(source, target)
+            _take_over(loaded[name], stack.blocks)
     return undo, current.freeze(model)
 
 
@@ -108,21 +107,45 @@ def _same(one: PrunedConfig | None, other: PrunedConfig | None) -> bool:
     return (None if one is None else one.to_dict()) == (None if other is None else other.to_dict())
 
 
-def _take_over(source: nn.Module, target: nn.Module) -> None:
-    """Move tensors from one block to another of the same shape. An optimizer may hold them, so they stay the same objects."""
-    if source is target:
-        return
-    others = dict(source.named_modules())
-    for path, module in target.named_modules():
-        for kind in ("_parameters", "_buffers"):
-            tensors = getattr(module, kind)
-            for name, value in getattr(others[path], kind).items():
-                # what is not saved was not loaded either: it belongs to the block's place
-                if kind == "_buffers" and name in module._non_persistent_buffers_set:
-                    continue
-                if isinstance(value, nn.Parameter):
-                    value.requires_grad_(tensors[name].requires_grad)
-                tensors[name] = value
+def _take_over(sources: Sequence[nn.Module], targets: Sequence[nn.Module]) -> None:
+    """Move tensors from blocks to others of the same shapes. An optimizer may hold them, so they stay the same objects.
+
+    Blocks that are not among the targets get copies: they may come back, and must not share anything then.
+    """
+    tensors = [_tensors(source) for source in sources]
+    trained = [[is_trained for _, _, _, is_trained in _tensors(target)] for target in targets]
+    for target, moved, flags in zip(targets, tensors, trained, strict=True):
+        _give(target, moved, flags)
+    for source, own in zip(sources, tensors, strict=True):
+        if not any(source is target for target in targets):
+            copies = [(path, name, _copy(tensor), flag) for path, name, tensor, flag in own]
+            _give(source, copies, [flag for _, _, _, flag in own])
+
+
+def _tensors(block: nn.Module) -> list[tuple[str, str, Tensor, bool]]:
+    """Tensors of a block that checkpoints hold: path of the module, name, tensor, whether it is trained."""
+    found = []
+    for path, module in block.named_modules():
+        # a buffer that is not saved was not loaded either: it belongs to the block's place
+        saved = {name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, value in {**module._parameters, **saved}.items():
+            if value is not None:
+                found.append((path, name, value, value.requires_grad))
+    return found
+
+
+def _give(block: nn.Module, tensors: Sequence[tuple[str, str, Tensor, bool]], trained: Sequence[bool]) -> None:
+    for (path, name, value, _), flag in zip(tensors, trained, strict=True):
+        module = block.get_submodule(path)
+        kind = module._parameters if name in module._parameters else module._buffers
+        kind[name] = value
+        if isinstance(value, nn.Parameter):
+            value.requires_grad_(flag)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 def _follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

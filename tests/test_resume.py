@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from .trainers import pruning, text_data, train
+from .trainers import pruning, train
 from .zoo import ZOO
 
 STEPS = 8  # of an epoch
@@ -82,7 +80,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_every_checkpoint_leads_to_the_same_end(tmp_path, whole, name, saving):
     arguments = {"save_strategy": saving, "save_steps": 4}
-    folder, model, callback, trainer = whole(name, **arguments)
+    folder, model, callback, _ = whole(name, **arguments)
     points = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
     assert len(points) >= 3
     for point in points:
