@@ -71,7 +71,8 @@ def follow_in_wrapper(model: nn.Module) -> None:
 
     The Trainer keeps the wrapper to itself, so it is met when it is called: a hook on all modules waits for it, and is gone afterwards.
     """
-    if process_count() == 1 or model in _pending:
+    # one process that a launcher has started is wrapped too
+    if not (dist.is_available() and dist.is_initialized()) or model in _pending:
         return
 
     def meet(module: nn.Module, args: Any) -> None:
