@@ -20,13 +20,20 @@ from torch import nn
 
 from .errors import SurgeryError
 
-__all__ = ["FOLDER", "drop_unused", "read_plan", "restore_weights", "save_snapshot", "set_groups"]
+__all__ = ["FOLDER", "drop_unused", "read_plans", "restore_weights", "save_snapshot", "set_groups"]
 
 FOLDER = "pruning_snapshots"
 _WEIGHTS, _FACTS = "weights.safetensors", "snapshot.json"
 
 
-def save_snapshot(output: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None, plan: Mapping[str, Any]) -> None:
+def save_snapshot(
+    output: Path,
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    plan: Mapping[str, Any],
+    carried_out: Mapping[str, Any] | None = None,
+) -> None:
     """Write a snapshot: all of it, or nothing.
 
     Args:
@@ -35,6 +42,7 @@ def save_snapshot(output: Path, name: str, model: nn.Module, optimizer: torch.op
         model: the whole model, unwrapped.
         optimizer: the order of its parameters is noted by name.
         plan: the comparison of the accepted model's blocks, as a plan's dict.
+        carried_out: the plan that led to the accepted model; None if it was not pruned in this run.
     """
     final, draft = output / FOLDER / name, output / FOLDER / f".{name}.{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -42,15 +50,16 @@ def save_snapshot(output: Path, name: str, model: nn.Module, optimizer: torch.op
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     groups = [] if optimizer is None else [[names[id(p)] for p in g["params"] if id(p) in names] for g in optimizer.param_groups]
     save_model(model, str(draft / _WEIGHTS))
-    (draft / _FACTS).write_text(json.dumps({"groups": groups, "plan": plan}), "utf-8")
+    (draft / _FACTS).write_text(json.dumps({"groups": groups, "plan": plan, "carried_out": carried_out}), "utf-8")
     if final.exists():
         shutil.rmtree(final)
     draft.rename(final)
 
 
-def read_plan(output: Path, name: str) -> Any:
-    """The comparison of blocks that was noted with a snapshot, as a plan's dict."""
-    return _facts(output, name)["plan"]
+def read_plans(output: Path, name: str) -> tuple[Any, Any]:
+    """The comparison of blocks that was noted with a snapshot, and the plan that led to its model (or None), as plans' dicts."""
+    facts = _facts(output, name)
+    return facts["plan"], facts["carried_out"]
 
 
 def restore_weights(output: Path, name: str, model: nn.Module) -> None:

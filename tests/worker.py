@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -30,6 +31,17 @@ class Seen(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.rates.append([group["lr"] for group in kwargs["optimizer"].param_groups])
         self.gradients.append(sum(p.grad is not None for p in kwargs["model"].parameters()))
+
+
+class Steps(TrainerCallback):
+    """Notes each step in a file, and takes its time, so that a kill can be aimed at it."""
+
+    def __init__(self, file, pause):
+        self.file, self.pause = file, pause
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.file.write_text(str(state.global_step))
+        time.sleep(self.pause)
 
 
 class Uneven(Dataset):
@@ -79,7 +91,7 @@ def main(job: dict) -> None:
         eval_dataset=Uneven(24),
         data_collator=pad,
         compute_metrics=compute if accuracy else None,
-        callbacks=[callback, seen],
+        callbacks=[callback, seen, *([Steps(Path(job["output"], "step"), job["pause"])] if "pause" in job else [])],
     )
     trainer.train(resume_from_checkpoint=job.get("resume"))
     rank = trainer.args.process_index
@@ -88,7 +100,7 @@ def main(job: dict) -> None:
         "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
         "blocks": model.config.num_hidden_layers,
         "attempts": json.dumps(callback.attempts),
-        "plan": callback.plan.to_json(),
+        "plan": None if callback.plan is None else callback.plan.to_json(),
         "rates": seen.rates,
         "gradients": seen.gradients,
         "world": trainer.args.world_size,

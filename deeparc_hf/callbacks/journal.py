@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..architectures import describe
 from ..config import MPruneConfig
-from ..errors import ConfigError, DeepArcWarning
+from ..errors import ConfigError, DeepArcWarning, PlanError
 from ..plan import PruningPlan
 from ..record import PrunedConfig
 from ..run_report import structure_facts, write_run_report
@@ -104,12 +104,24 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             write_run_report(folder, self._config, self._progress, self._metric if self._config.gated else None)
 
-    def write_plan(self, plan: PruningPlan) -> None:
-        """Write the plan that is carried out."""
-        if self._args.process_index == 0:
-            folder = Path(self._args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            plan.to_json(folder / PLAN_FILE)
+    def write_plan(self, plan: PruningPlan | None) -> None:
+        """Write the plan that is carried out; None: it was taken back, and none is left."""
+        if self._args.process_index != 0:
+            return
+        file = Path(self._args.output_dir, PLAN_FILE)
+        if plan is None:
+            file.unlink(missing_ok=True)
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            plan.to_json(file)
+
+    def read_plan(self) -> PruningPlan | None:
+        """The plan of the pruning at hand, for a resumed run; None if the file is not there or tells of another."""
+        try:
+            plan = PruningPlan.from_json(Path(self._args.output_dir, PLAN_FILE))
+        except (OSError, PlanError):
+            return None
+        return plan if lists(plan.removed) == self._progress.attempts[-1].get("plan_removed") else None
 
     def say(self, text: str) -> None:
         """Print, without breaking a progress bar."""

@@ -64,6 +64,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self.record: PrunedConfig | None = None
         self.saved_progress: dict[str, Any] | None = None  # as a checkpoint keeps it
         self._run: PruningRun | None = None
+        self._sharded: Progress | None = None  # what was done before parameters were sharded
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -72,7 +73,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback, in trainer_state.json."""
-        progress = None if self._run is None else self._run.progress.to_dict()
+        now = self._sharded if self._run is None else self._run.progress
+        progress = None if now is None else now.to_dict()
         return {"args": self.config.to_dict(), "attributes": {"saved_progress": progress}}
 
     @classmethod
@@ -92,14 +94,21 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if is_sharded(args) and self.calibration is not None:
             self.plan = prune_before_sharding(model, self.config, self.calibration, args)
             self.record = record_of(model)
+            record = None if self.record is None else self.record.to_dict()
+            self._sharded = Progress(k=self.config.k, phase=FINISHED, accepted=1, record=record)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if is_sharded(args):
-            if self.plan is None:
+            if self._sharded is None:
                 raise SurgeryError(
                     "The parameters of this run are sharded (FSDP or DeepSpeed) when training begins, and blocks cannot be taken out then. "
                     "Give MPruneCallback(calibration=...), so that it prunes when the Trainer is made, or call prune_model(model, "
                     "dataloader, config) before the Trainer is made and leave the callback out."
+                )
+            if state.global_step > 0 and self._saved(state).record != self._sharded.record:
+                raise SurgeryError(
+                    "The model was pruned otherwise than the one in the checkpoint that is resumed. Make the Trainer with the model, the "
+                    "calibration data and the settings that the run began with."
                 )
             return
         guard(kwargs["model"])  # model_init makes a new model for each training
@@ -141,21 +150,25 @@ class MPruneCallback(TrainerCallback, ExportableState):
     def _progress(self, model: Any, state: TrainerState) -> Progress:
         """Where the run stands: at its beginning, where a checkpoint says, or where auto_find_batch_size begins it again."""
         if state.global_step > 0:
-            saved = state.stateful_callbacks.get(type(self).__name__)
-            saved = saved[0] if isinstance(saved, list) and saved else saved
-            attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
-            if not attributes.get("saved_progress"):
-                raise SurgeryError(
-                    "The run that is resumed began without MPruneCallback, so it is not known what was pruned when. Load the model from "
-                    "the checkpoint's folder and start a new run with the callback, or resume without it."
-                )
-            return Progress.from_dict(attributes["saved_progress"])
+            return self._saved(state)
         run = self._run
         if run is not None and not run.ended and run.model is model and run.progress.phase not in (BEFORE, FINISHED):
             record = record_of(model)
             if (None if record is None else record.to_dict()) == run.progress.record:
                 return run.progress
         return Progress(k=self.config.k)
+
+    def _saved(self, state: TrainerState) -> Progress:
+        """Where the run stood when the checkpoint was saved."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
+        if not attributes.get("saved_progress"):
+            raise SurgeryError(
+                "The run that is resumed began without MPruneCallback, so it is not known what was pruned when. Load the model from "
+                "the checkpoint's folder and start a new run with the callback, or resume without it."
+            )
+        return Progress.from_dict(attributes["saved_progress"])
 
     def _publish(self) -> None:
         if self._run is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..plan import PruningPlan, warn_if_drastic
 from ..pruning import compare_blocks
 from ..record import PrunedConfig
 from ..schedule import BEFORE, FINISHED, RETRAINING, Progress, Verdict, check_epochs, find_metric, judge
-from ..snapshots import drop_unused, read_plan, restore_weights, save_snapshot, set_groups
+from ..snapshots import drop_unused, read_plans, restore_weights, save_snapshot, set_groups
 from ..surgery import apply_plan
 from ..undo import Transaction
 from .calibration import Calibration
@@ -103,6 +104,8 @@ class PruningRun:
         start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
         self._undo, self._frozen = settle(self.model, Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen))
         follow_in_wrapper(self.model)
+        if p.phase == RETRAINING or p.accepted:
+            self.plan = self._accepted_plan = self.journal.read_plan()
         if p.rewound is not None:
             resume_rewound(self.scheduler, self.args, p.rewound[1], state.global_step - p.rewound[0])
         if p.stopped:
@@ -301,17 +304,23 @@ class PruningRun:
     def _weaker(self) -> PruningPlan | None:
         """The plan of the next larger stride that removes something else than was tried from this model; None if there is none."""
         p = self.progress
-        if self._comparison is None:
-            self._comparison = PruningPlan.from_dict(read_plan(Path(self.args.output_dir), str(p.snapshot)))
         tried = [a["plan_removed"] for a in p.attempts if a.get("iteration") == p.accepted + 1]
         for k in range(p.k + 1, self.config.k_max + 1):
             try:
-                plan = self._comparison.replan(k=k)
+                plan = self._compared().replan(k=k)
             except PlanError:
                 continue  # the target cannot be reached with this stride
             if plan.removed and lists(plan.removed) not in tried:
                 return plan
         return None
+
+    def _compared(self) -> PruningPlan:
+        """The comparison of the last accepted model's blocks."""
+        if self._comparison is None:
+            comparison, led = read_plans(Path(self.args.output_dir), str(self.progress.snapshot))
+            self._comparison = PruningPlan.from_dict(comparison)
+            self._accepted_plan = None if led is None else PruningPlan.from_dict(led)
+        return self._comparison
 
     # ---- actions ----
 
@@ -320,7 +329,9 @@ class PruningRun:
         output = Path(self.args.output_dir)
         if self.config.gated and p.snapshot is None:
             name = f"step-{state.global_step}"
-            gather(lambda: save_snapshot(output, name, self.model, self.optimizer, plan.to_dict()) if self.args.should_save else None)
+            led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
+            work = partial(save_snapshot, output, name, self.model, self.optimizer, plan.to_dict(), led)
+            gather(work if self.args.should_save else lambda: None)
             p.snapshot, self._comparison = name, plan
         undo = Transaction()
         with Transaction() as guard:
@@ -380,6 +391,7 @@ class PruningRun:
                 "model as it was built when the run began, then resume."
             )
         output, name = Path(self.args.output_dir), str(p.snapshot)
+        self._compared()
         with Transaction() as guard:
             thaw(self._frozen, guard)
         self._undo.roll_back()
@@ -391,6 +403,7 @@ class PruningRun:
         base = None if p.base is None else PrunedConfig.from_dict(p.base)
         self._frozen = Structure(base, p.base_frozen).freeze(self.model)
         self._undo, self.plan = None, self._accepted_plan
+        self.journal.write_plan(self.plan)
         follow_in_wrapper(self.model)
 
     def _finish(self, reason: str, control: TrainerControl, stop: bool = True) -> None:
