@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import metadata
 
 import pytest
 import torch
@@ -114,9 +115,16 @@ def test_json_reads_back_with_settings_and_attempts(tmp_path):
     data, _ = written(tmp_path, config, run, "accuracy")
     assert data["attempts"] == [BEFORE, FIRST, SECOND]
     assert MPruneConfig.from_dict(data["config"]) == config
-    expected = {"format_version": 1, "metric": "accuracy", "baseline": 0.75, "phase": FINISHED, "reason": "the training ended", "accepted": 1}
+    expected = {
+        "format_version": 1,
+        "metric": "accuracy",
+        "baseline": 0.75,
+        "phase": FINISHED,
+        "reason": "the training ended",
+        "accepted": 1,
+    }
     assert {key: data[key] for key in expected} == expected
-    assert data["versions"]["torch"] == torch.__version__
+    assert data["versions"]["torch"] == metadata.version("torch")
     assert data["hardware"]
 
 

@@ -25,8 +25,8 @@ class Mixed(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(7, 4)
         self.norm = nn.BatchNorm1d(4)
-        self.half = nn.Linear(4, 4).to(torch.bfloat16)
-        self.double = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.brain = nn.Linear(4, 4, dtype=torch.bfloat16)
+        self.wide = nn.Parameter(torch.randn(3, dtype=torch.float64))
         self.turned = nn.Parameter(torch.randn(3, 5).t())
         self.head = nn.Linear(4, 7, bias=False)
         self.head.weight = self.embed.weight
@@ -63,7 +63,7 @@ def files(folder):
 def test_weights_of_several_types_come_back_to_the_bit(tmp_path):
     model = randomize(Mixed(), 1)
     with torch.no_grad():
-        model.double[0], model.half.bias[0], model.turned[0, 0] = float("nan"), -0.0, 1e-42
+        model.wide[0], model.brain.bias[0], model.turned[0, 0] = float("nan"), -0.0, 1e-42
     saved, held = copied(model), dict(model.named_parameters())
     save_snapshot(tmp_path, NAME, model, None, PLAN)
     randomize(model, 2)
@@ -238,7 +238,7 @@ def test_parameters_that_came_back_as_other_objects_are_found_by_name(tmp_path):
     model = randomize(Mixed(), 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     save_snapshot(tmp_path, NAME, model, optimizer, PLAN)
-    model.double = nn.Parameter(model.double.detach().clone())
+    model.wide = nn.Parameter(model.wide.detach().clone())
     set_groups(tmp_path, NAME, model, optimizer)
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
 

@@ -172,6 +172,6 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def _publish(self) -> None:
         if self._run is not None:
-            self.plan = self._run.plan
+            self.plan = self._run.operations.plan
             record = self._run.progress.record
             self.record = None if record is None else PrunedConfig.from_dict(record)

@@ -1,33 +1,23 @@
-"""One training with prunings in it: what the schedule says, carried out on the live model, optimizer and scheduler."""
+"""One training with prunings in it: what the schedule says at each event of the Trainer."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..config import MPruneConfig
-from ..distributed import agree, follow_in_wrapper, gather
-from ..errors import ConfigError, PlanError
-from ..following import Structure, record_of, settle
-from ..freezing import thaw
-from ..observe import evaluating
-from ..plan import PruningPlan, warn_if_drastic
-from ..pruning import compare_blocks
-from ..record import PrunedConfig
+from ..distributed import agree
+from ..errors import ConfigError
+from ..plan import PruningPlan
 from ..schedule import BEFORE, FINISHED, RETRAINING, Progress, Verdict, check_epochs, find_metric, judge
-from ..snapshots import drop_unused, read_plans, restore_weights, save_snapshot, set_groups
-from ..surgery import apply_plan
-from ..undo import Transaction
 from .calibration import Calibration
-from .journal import Journal, lists
+from .journal import Journal
 from .learning_rate import resume_rewound, rewind
+from .operations import Operations
 
 __all__ = ["PruningRun", "metric_of"]
 
@@ -58,25 +48,18 @@ class PruningRun:
         self, config: MPruneConfig, calibration: Calibration, args: TrainingArguments, event: Mapping[str, Any], progress: Progress
     ) -> None:
         self.config = config
-        self.calibration = calibration
         self.args = args
         self.model: nn.Module = event["model"]
-        self.optimizer: torch.optim.Optimizer | None = event.get("optimizer")
         self.scheduler = event.get("lr_scheduler")
         self.progress = progress
         self.metric, self.greater_is_better = metric_of(config, args)
         self.steps_per_epoch = _steps_per_epoch(event.get("train_dataloader"), args)
-        self.plan: PruningPlan | None = None  # of the model as it is now
-        self._accepted_plan: PruningPlan | None = None
-        self._next: PruningPlan | None = None  # of the pruning that comes next, where it is known already
-        self._comparison: PruningPlan | None = None  # of the last accepted model
-        self._undo: Transaction | None = None
-        self._frozen: list[nn.Parameter] = []
-        self._held: dict[str, torch.Tensor] | None = None
+        self.operations = Operations(config, calibration, args, self.model, event.get("optimizer"), progress)
+        self.journal = Journal(config, args, self.model, progress, self.metric)
+        self.ended = False
+        self._next: PruningPlan | None = None  # the plan that comes next, where it is known already
         self._forced = -1  # step at which an evaluation was asked for before the end of its epoch
         self._step_began = 0.0
-        self.ended = False
-        self.journal = Journal(config, args, self.model, progress, self.metric)
 
     # ---- beginning ----
 
@@ -90,26 +73,19 @@ class PruningRun:
             self.journal.reopen()
             self._set_boundary(state, 0)
             return
-        record = record_of(self.model)
-        p.start = p.base = p.record = None if record is None else record.to_dict()
         p.baseline = self.config.baseline
         p.boundary = self.config.start_epoch * (self.steps_per_epoch or 0)
-        if self.config.freeze == "record":
-            self._freeze_recorded(record)
+        self.operations.begin()
         self.journal.open(state)
 
     def resume(self, state: TrainerState, control: TrainerControl) -> None:
-        """Go on from a checkpoint: its weights are loaded, its structure may be another than the model's."""
+        """Go on from a checkpoint."""
         p = self.progress
-        start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
-        self._undo, self._frozen = settle(self.model, Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen))
-        follow_in_wrapper(self.model)
-        if p.phase == RETRAINING or p.accepted:
-            self.plan = self._accepted_plan = self.journal.read_plan()
+        self.operations.resume(self.journal.read_plan())
         if p.rewound is not None:
             resume_rewound(self.scheduler, self.args, p.rewound[1], state.global_step - p.rewound[0])
         if p.stopped:
-            self._hold(control)
+            self._stop_after_a_step(control)
 
     def _check_gate(self) -> None:
         config = self.config
@@ -126,13 +102,6 @@ class PruningRun:
                 "eval_on_start=True in TrainingArguments, give baseline=..., or fine-tune first with start_epoch=1 or more."
             )
 
-    def _freeze_recorded(self, record: PrunedConfig | None) -> None:
-        if record is None:
-            raise ConfigError("freeze='record' freezes what the model's record says, and this model carries none. Use freeze='partial'.")
-        self.progress.frozen = self.progress.base_frozen = {name: list(blocks) for name, blocks in record.frozen.items()}
-        self._frozen = Structure(record, record.frozen).freeze(self.model)
-        follow_in_wrapper(self.model)
-
     # ---- events ----
 
     def epoch_begin(self, state: TrainerState, control: TrainerControl) -> None:
@@ -143,20 +112,20 @@ class PruningRun:
         if p.phase == RETRAINING and not self.config.gated and self._next is None:
             self._look_ahead(state, control)  # resumed just here
             if p.phase == FINISHED:
-                self._hold(control)
+                self._stop_after_a_step(control)
                 return
         if p.phase == RETRAINING:
             if p.decision == "reject" and self._next is None:
-                self._next = self._weaker()  # resumed just here; the verdict was that there is one
+                self._next = self.operations.weaker()  # resumed just here; the verdict was that there is one
             self._carry_out(state, control)
         elif self.config.gated and p.baseline is None:
             raise self.journal.no_metric()
-        plan = self._next or self._compare(p.accepted, p.k)
+        plan = self._next or self.operations.compare(p.accepted, p.k)
         self._next = None
         if plan.removed:
             self._prune(state, control, plan)
         else:
-            self.plan = plan
+            self.operations.plan = plan
             self._finish("nothing can be removed", control, stop=False)
             self.journal.say(f"{plan}\nNothing is removed; the training goes on as it would without pruning.")
             self.journal.write_plan(plan)
@@ -166,7 +135,7 @@ class PruningRun:
 
     def step_end(self, state: TrainerState, control: TrainerControl) -> None:
         self.journal.add_training_time(time.perf_counter() - self._step_began)
-        if self._held is not None:
+        if self.operations.holds:
             control.should_evaluate = control.should_save = False
         elif control.should_save and self._due(state):
             # the checkpoint of a boundary must know the verdict
@@ -175,9 +144,9 @@ class PruningRun:
 
     def epoch_end(self, state: TrainerState, control: TrainerControl) -> None:
         p = self.progress
-        if self._held is not None or self._forced == state.global_step:
+        if self.operations.holds or self._forced == state.global_step:
             control.should_evaluate = False
-            control.should_save = control.should_save and self._held is None
+            control.should_save = control.should_save and not self.operations.holds
         elif self._due(state):
             control.should_evaluate = True
         if p.phase == RETRAINING and not self.config.gated and p.boundary <= state.global_step < state.max_steps:
@@ -186,7 +155,7 @@ class PruningRun:
     def evaluated(self, state: TrainerState, control: TrainerControl, metrics: Mapping[str, Any]) -> None:
         """Note an evaluation; the one at a boundary decides."""
         p = self.progress
-        if self._held is not None:
+        if self.operations.holds:
             return
         self.journal.note(state, metrics)
         if not self.config.gated or p.phase == FINISHED:
@@ -205,12 +174,7 @@ class PruningRun:
     def end(self, state: TrainerState, control: TrainerControl) -> None:
         """End on the last accepted model."""
         p = self.progress
-        if self._held is not None:
-            live = self.model.state_dict()
-            with torch.no_grad():
-                for name, tensor in self._held.items():
-                    live[name].copy_(tensor)
-            self._held = None
+        self.operations.release()
         if p.phase == RETRAINING or p.decision is not None:
             if p.decision is None and self.config.gated:
                 self._judge_early(state)
@@ -222,8 +186,8 @@ class PruningRun:
             p.phase = FINISHED
         self.ended = True
         self.journal.report()
-        if self.args.should_save:
-            drop_unused(Path(self.args.output_dir), None)
+        p.snapshot = None
+        self.operations.clean_up()
 
     # ---- decisions ----
 
@@ -245,7 +209,7 @@ class PruningRun:
         elif verdict.accepted:
             self._look_ahead(state, control)
         else:
-            self._next = self._weaker()
+            self._next = self.operations.weaker()
             if self._next is None:
                 self._finish(f"no stride up to k_max={self.config.k_max} removes anything else", control)
 
@@ -271,81 +235,19 @@ class PruningRun:
 
     def _look_ahead(self, state: TrainerState, control: TrainerControl) -> None:
         """Compare the blocks of a model that is accepted; without a further pruning there is nothing left to do."""
-        self._next = self._compare(self.progress.accepted + 1, self.progress.k)
+        self._next = self.operations.compare(self.progress.accepted + 1, self.progress.k)
         if not self._next.removed:
             self._next = None
+            self.progress.decision = "accept"
             self._finish("nothing more can be removed", control)
-
-    def _compare(self, iteration: int, k: int) -> PruningPlan:
-        config = self.config.for_iteration(iteration).replace(k=k)
-        plan = compare_blocks(
-            self.model,
-            self.calibration.batches(),
-            config,
-            progress=not self.args.disable_tqdm and self.args.process_index == 0,
-            gather=gather,
-            max_samples=self.calibration.samples,
-            labels=self._labels(),
-        )
-        plan = PruningPlan.from_dict(agree(plan.to_dict))
-        warn_if_drastic(plan)
-        return plan
-
-    def _labels(self) -> dict[str, tuple[int, ...]]:
-        """What patterns call the blocks: the indices that they had when the run began."""
-        p = self.progress
-        if p.record is None or p.record == p.start:
-            return {}
-        start = {} if p.start is None else PrunedConfig.from_dict(p.start).kept
-        now = PrunedConfig.from_dict(p.record)
-        first = {name: start.get(name, tuple(range(stack.length))) for name, stack in now.stacks.items()}
-        return {name: tuple(first[name].index(original) for original in stack.kept) for name, stack in now.stacks.items()}
-
-    def _weaker(self) -> PruningPlan | None:
-        """The plan of the next larger stride that removes something else than was tried from this model; None if there is none."""
-        p = self.progress
-        tried = [a["plan_removed"] for a in p.attempts if a.get("iteration") == p.accepted + 1]
-        for k in range(p.k + 1, self.config.k_max + 1):
-            try:
-                plan = self._compared().replan(k=k)
-            except PlanError:
-                continue  # the target cannot be reached with this stride
-            if plan.removed and lists(plan.removed) not in tried:
-                return plan
-        return None
-
-    def _compared(self) -> PruningPlan:
-        """The comparison of the last accepted model's blocks."""
-        if self._comparison is None:
-            comparison, led = read_plans(Path(self.args.output_dir), str(self.progress.snapshot))
-            self._comparison = PruningPlan.from_dict(comparison)
-            self._accepted_plan = None if led is None else PruningPlan.from_dict(led)
-        return self._comparison
 
     # ---- actions ----
 
     def _prune(self, state: TrainerState, control: TrainerControl, plan: PruningPlan) -> None:
         p = self.progress
-        output = Path(self.args.output_dir)
-        if self.config.gated and p.snapshot is None:
-            name = f"step-{state.global_step}"
-            led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
-            work = partial(save_snapshot, output, name, self.model, self.optimizer, plan.to_dict(), led)
-            gather(work if self.args.should_save else lambda: None)
-            p.snapshot, self._comparison = name, plan
-        undo = Transaction()
-        with Transaction() as guard:
-            thaw(self._frozen, guard)
-            trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            record = apply_plan(self.model, plan, optimizer=self.optimizer, example=self._example(), transaction=undo)
-        self._undo = undo if self.config.gated else None
-        self._frozen = [parameter for parameter in trainable if not parameter.requires_grad]
-        follow_in_wrapper(self.model)
-        self.plan = plan
+        record = self.operations.prune(plan, state.global_step)
         p.phase, p.k, p.pruned_at = RETRAINING, plan.config.k, state.global_step
         p.decision = p.value = p.measured_at = p.reason = None
-        p.record = record.to_dict()
-        p.frozen = {name: [stack.kept.index(i) for i in stack.frozen] for name, stack in plan.stacks.items() if stack.frozen}
         self.journal.open(state, plan, record)
         # a checkpoint of another structure must not win
         state.best_metric = state.best_model_checkpoint = None
@@ -369,12 +271,13 @@ class PruningRun:
         p = self.progress
         attempt = p.attempts[-1]
         if p.decision == "reject":
-            self._take_back()
+            self.operations.take_back()
+            self.journal.write_plan(self.operations.plan)
             attempt["decision"] = "rolled back"
         else:
             p.accepted += 1
-            p.base, p.base_frozen, p.snapshot = p.record, p.frozen, None
-            self._undo, self._accepted_plan = None, self.plan
+            self.operations.accept()
+            self.operations.clean_up()
             attempt["decision"] = "accepted"
             attempt.setdefault("reason", "not judged (no max_drop)")
         p.decision = None
@@ -383,29 +286,6 @@ class PruningRun:
         self.journal.say(f"Pruning {attempt['iteration']} (k={attempt['k']}) is {attempt['decision']}: {attempt['reason']}.")
         self.journal.log(state, control, accepted=float(attempt["decision"] == "accepted"), drop=attempt.get("drop"))
 
-    def _take_back(self) -> None:
-        p = self.progress
-        if self._undo is None:
-            raise ConfigError(
-                "A pruning has to be taken back, but this run was resumed with a model that was loaded in its smaller structure. Build the "
-                "model as it was built when the run began, then resume."
-            )
-        output, name = Path(self.args.output_dir), str(p.snapshot)
-        self._compared()
-        with Transaction() as guard:
-            thaw(self._frozen, guard)
-        self._undo.roll_back()
-        torch.compiler.reset()
-        gather(lambda: restore_weights(output, name, self.model))
-        if self.optimizer is not None:
-            set_groups(output, name, self.model, self.optimizer)
-        p.record, p.frozen = p.base, p.base_frozen
-        base = None if p.base is None else PrunedConfig.from_dict(p.base)
-        self._frozen = Structure(base, p.base_frozen).freeze(self.model)
-        self._undo, self.plan = None, self._accepted_plan
-        self.journal.write_plan(self.plan)
-        follow_in_wrapper(self.model)
-
     def _finish(self, reason: str, control: TrainerControl, stop: bool = True) -> None:
         p = self.progress
         p.phase, p.reason, p.stopped = FINISHED, reason, stop
@@ -413,16 +293,10 @@ class PruningRun:
             control.should_training_stop = True
             control.should_save = control.should_save or self.args.save_strategy == "steps"
 
-    def _hold(self, control: TrainerControl) -> None:
+    def _stop_after_a_step(self, control: TrainerControl) -> None:
         """Stop where the Trainer cannot stop before it has made one more step: what that step does is taken back at the end."""
-        self._held = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.operations.hold()
         control.should_training_stop = True
-
-    def _example(self) -> Any:
-        if self.calibration.example is None:
-            with evaluating(self.model):
-                next(self.calibration.batches(), None)
-        return self.calibration.example
 
 
 def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:

@@ -1,0 +1,219 @@
+"""What a training with prunings in it does to its model and optimizer: compare, prune, accept, take back, follow a checkpoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from ..config import MPruneConfig
+from ..distributed import agree, follow_in_wrapper, gather
+from ..errors import ConfigError, PlanError, SurgeryError
+from ..following import Structure, record_of, settle
+from ..freezing import thaw
+from ..observe import evaluating
+from ..plan import PruningPlan, warn_if_drastic
+from ..pruning import compare_blocks
+from ..record import PrunedConfig
+from ..schedule import RETRAINING, Progress
+from ..snapshots import drop_unused, read_plans, restore_weights, save_snapshot, set_groups
+from ..surgery import apply_plan
+from ..undo import Transaction
+from .calibration import Calibration
+from .journal import lists
+
+__all__ = ["Operations"]
+
+
+class Operations:
+    """Operations on the live model of one run; what they change is noted in its progress.
+
+    Args:
+        config: the settings.
+        calibration: where the calibration batches come from.
+        args: the Trainer's arguments.
+        model: the model, unwrapped.
+        optimizer: the optimizer that follows.
+        progress: where the run stands.
+
+    Attributes:
+        plan: the plan that was carried out last and not taken back; None before.
+    """
+
+    def __init__(
+        self,
+        config: MPruneConfig,
+        calibration: Calibration,
+        args: TrainingArguments,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.plan: PruningPlan | None = None
+        self._config = config
+        self._calibration = calibration
+        self._args = args
+        self._output = Path(args.output_dir)
+        self._optimizer = optimizer
+        self._progress = progress
+        self._accepted_plan: PruningPlan | None = None
+        self._comparison: PruningPlan | None = None  # of the last accepted model's blocks
+        self._undo: Transaction | None = None
+        self._frozen: list[nn.Parameter] = []
+        self._held: dict[str, torch.Tensor] | None = None
+
+    def begin(self) -> None:
+        """Note how the model is when the run begins, and freeze what its record says, if that was asked for."""
+        p, record = self._progress, record_of(self.model)
+        p.start = p.base = p.record = None if record is None else record.to_dict()
+        if self._config.freeze != "record":
+            return
+        if record is None:
+            raise ConfigError("freeze='record' freezes what the model's record says, and this model carries none. Use freeze='partial'.")
+        p.frozen = p.base_frozen = lists(record.frozen)
+        self._frozen = Structure(record, record.frozen).freeze(self.model)
+        follow_in_wrapper(self.model)
+
+    def resume(self, plan: PruningPlan | None) -> None:
+        """Follow a checkpoint: its weights are loaded, its structure may be another than the model's.
+
+        Args:
+            plan: of the pruning at hand, where it is known.
+        """
+        p = self._progress
+        start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
+        self._undo, self._frozen = settle(self.model, Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen))
+        follow_in_wrapper(self.model)
+        if self._undo is None and self._config.gated and (p.phase == RETRAINING or p.decision == "reject"):
+            raise SurgeryError(
+                "The pruning at hand may have to be taken back, and the model was loaded in its smaller structure, which has no way back. "
+                "Build the model as it was built when the run began, then resume."
+            )
+        self.plan = self._accepted_plan = plan
+
+    def compare(self, iteration: int, k: int) -> PruningPlan:
+        """The plan of an iteration, counted from 0, for the model as it is now: the same in every process."""
+        plan = compare_blocks(
+            self.model,
+            self._calibration.batches(),
+            self._config.for_iteration(iteration).replace(k=k),
+            progress=not self._args.disable_tqdm and self._args.process_index == 0,
+            gather=gather,
+            max_samples=self._calibration.samples,
+            labels=self._labels(),
+        )
+        plan = PruningPlan.from_dict(agree(plan.to_dict))
+        warn_if_drastic(plan)
+        return plan
+
+    def weaker(self) -> PruningPlan | None:
+        """The plan of the next larger stride that removes something else than was tried from this model; None if there is none."""
+        p = self._progress
+        tried = [a["plan_removed"] for a in p.attempts if a.get("iteration") == p.accepted + 1]
+        for k in range(p.k + 1, self._config.k_max + 1):
+            try:
+                plan = self._compared().replan(k=k)
+            except PlanError:
+                continue  # the target cannot be reached with this stride
+            if plan.removed and lists(plan.removed) not in tried:
+                return plan
+        return None
+
+    def prune(self, plan: PruningPlan, step: int) -> PrunedConfig:
+        """Carry a plan out, so that it can be taken back if the run is to judge it."""
+        p = self._progress
+        if self._config.gated and p.snapshot is None:
+            name = f"step-{step}"
+            led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
+            work = partial(save_snapshot, self._output, name, self.model, self._optimizer, plan.to_dict(), led)
+            gather(work if self._args.should_save else lambda: None)
+            p.snapshot, self._comparison = name, plan
+        undo = Transaction()
+        with Transaction() as guard:
+            thaw(self._frozen, guard)
+            trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            record = apply_plan(self.model, plan, optimizer=self._optimizer, example=self._example(), transaction=undo)
+        self._undo = undo if self._config.gated else None
+        self._frozen = [parameter for parameter in trainable if not parameter.requires_grad]
+        self.plan = plan
+        p.record = record.to_dict()
+        p.frozen = {name: [stack.kept.index(i) for i in stack.frozen] for name, stack in plan.stacks.items() if stack.frozen}
+        follow_in_wrapper(self.model)
+        return record
+
+    def accept(self) -> None:
+        """Make the model as it is now the one to go back to."""
+        p = self._progress
+        p.base, p.base_frozen, p.snapshot = p.record, p.frozen, None
+        self._undo, self._comparison, self._accepted_plan = None, None, self.plan
+
+    def take_back(self) -> None:
+        """Go back to the last accepted model: its structure, its weights bit for bit, an optimizer without memory."""
+        p = self._progress
+        if self._undo is None:
+            raise SurgeryError("There is no way back from this pruning.")
+        self._compared()  # before anything changes: the snapshot must be there
+        with Transaction() as guard:
+            thaw(self._frozen, guard)
+        self._undo.roll_back()
+        torch.compiler.reset()
+        gather(lambda: restore_weights(self._output, str(p.snapshot), self.model))
+        if self._optimizer is not None:
+            set_groups(self._output, str(p.snapshot), self.model, self._optimizer)
+        p.record, p.frozen = p.base, p.base_frozen
+        base = None if p.base is None else PrunedConfig.from_dict(p.base)
+        self._frozen = Structure(base, p.base_frozen).freeze(self.model)
+        self._undo, self.plan = None, self._accepted_plan
+        follow_in_wrapper(self.model)
+
+    def hold(self) -> None:
+        """Keep the weights as they are now, whatever a last step does to them."""
+        self._held = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    @property
+    def holds(self) -> bool:
+        return self._held is not None
+
+    def release(self) -> None:
+        """Put the weights back that `hold` kept."""
+        if self._held is None:
+            return
+        live = self.model.state_dict()
+        with torch.no_grad():
+            for name, tensor in self._held.items():
+                live[name].copy_(tensor)
+        self._held = None
+
+    def clean_up(self) -> None:
+        """Delete the snapshots that no checkpoint needs."""
+        if self._args.should_save:
+            drop_unused(self._output, self._progress.snapshot)
+
+    def _compared(self) -> PruningPlan:
+        if self._comparison is None:
+            comparison, led = read_plans(self._output, str(self._progress.snapshot))
+            self._comparison = PruningPlan.from_dict(comparison)
+            self._accepted_plan = None if led is None else PruningPlan.from_dict(led)
+        return self._comparison
+
+    def _labels(self) -> dict[str, tuple[int, ...]]:
+        """What patterns call the blocks: the indices that they had when the run began."""
+        p = self._progress
+        if p.record is None or p.record == p.start:
+            return {}
+        start = {} if p.start is None else PrunedConfig.from_dict(p.start).kept
+        now = PrunedConfig.from_dict(p.record)
+        first = {name: start.get(name, tuple(range(stack.length))) for name, stack in now.stacks.items()}
+        return {name: tuple(first[name].index(original) for original in stack.kept) for name, stack in now.stacks.items()}
+
+    def _example(self) -> Any:
+        """A calibration batch to verify a removal on."""
+        if self._calibration.example is None:
+            with evaluating(self.model):
+                next(self._calibration.batches(), None)
+        return self._calibration.example
