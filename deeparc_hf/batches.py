@@ -11,11 +11,23 @@ from torch import Tensor
 from .architectures import Host
 from .errors import CalibrationError
 
-__all__ = ["batch_size", "cut", "forward_kwargs", "padding_masks", "without_labels"]
+__all__ = ["batch_size", "columns", "cut", "forward_kwargs", "padding_masks", "without_labels"]
+
+
+def columns(host: Host, batch: Any) -> list[Any]:
+    """The batches in a batch: more than one where several texts stand side by side, each under a prefix of its own.
+
+    So sentence-transformers collates pairs and triplets: anchor_input_ids, positive_input_ids, ...
+    """
+    main = _main_input(host)
+    if not isinstance(batch, Mapping) or main in batch or host.library == "timm":
+        return [batch]
+    prefixes = [key.removesuffix(main) for key in batch if isinstance(key, str) and key.endswith(f"_{main}") and key != f"decoder_{main}"]
+    return [{key.removeprefix(prefix): v for key, v in batch.items() if key.startswith(prefix)} for prefix in prefixes] or [batch]
 
 
 def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
-    """Keyword arguments for `host.root`, on its device.
+    """Keyword arguments for `host.root`, on its device; of a batch with several columns of texts those of the first.
 
     Mappings (dict, BatchEncoding, ModelOutput) are passed on, their tensors only. Of a tuple, a list or a lone tensor the
     first entry is the model's main input; a second one that is 1 just where the first is not padding is the attention mask;
@@ -25,6 +37,7 @@ def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
         CalibrationError: if the batch has no input for the model.
     """
     main = _main_input(host)
+    batch = columns(host, batch)[0]
     if isinstance(batch, Mapping):
         inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         if host.library == "timm":

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .architectures import Host, Stack
-from .batches import batch_size, cut, forward_kwargs, padding_masks, without_labels
+from .batches import batch_size, columns, cut, forward_kwargs, padding_masks, without_labels
 from .errors import CalibrationError, CalibrationWarning
 from .similarity import SimilarityMetric
 
@@ -233,7 +234,7 @@ def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any],
         _hooked(observers),
         tqdm(total=max_samples, desc="Comparing blocks", unit="sample", disable=None if progress else True, leave=False) as bar,
     ):
-        for batch in dataloader:
+        for batch in chain.from_iterable(columns(host, batch) for batch in dataloader):
             inputs = forward_kwargs(host, batch)
             inputs = cut(inputs, min(batch_size(inputs), max_samples - seen))
             size = batch_size(inputs)
@@ -288,7 +289,7 @@ def _hooked(observers: list[StackObserver]) -> Iterator[None]:
 def _forward(host: Host, inputs: dict[str, Any]) -> None:
     try:
         host.root(**inputs)
-    except CalibrationError:
+    except (CalibrationError, torch.OutOfMemoryError):  # the Trainer may try a smaller batch
         raise
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         shapes = ", ".join(f"{key}: {tuple(value.shape)}" for key, value in inputs.items())

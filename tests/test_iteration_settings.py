@@ -248,7 +248,7 @@ def test_freezing_beside_the_sites_does_not_follow_labels_or_records():
 
 def test_a_list_of_targets_makes_no_plan():
     config = MPruneConfig(num_blocks=[5, 4])
-    with pytest.raises(PlanError, match="num_blocks lists 2 targets.*MPruneCallback.*Give one target"):
+    with pytest.raises(PlanError, match=r"num_blocks lists 2 targets.*MPruneCallback.*Give one target"):
         make_plan({"enc": alike(6)}, config)
     assert [make_plan({"enc": alike(6)}, config.for_iteration(i)).num_kept for i in range(2)] == [5, 4]
 

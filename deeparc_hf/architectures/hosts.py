@@ -291,7 +291,8 @@ def _refuse_adapted(model: nn.Module) -> None:
     if adapted:
         raise UnsupportedModelError(
             f"{type(model).__name__} carries PEFT adapters, and removing blocks would leave adapters behind that do not fit. "
-            "Call model.merge_and_unload() and prune the merged model, or prune first and add the adapters afterwards."
+            "Call model.merge_and_unload() and prune the merged model (its weights are still frozen: .requires_grad_(True) to train them), "
+            "or prune first and add the adapters afterwards."
         )
 
 

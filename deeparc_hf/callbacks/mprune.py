@@ -15,7 +15,7 @@ from ..errors import SurgeryError
 from ..following import guard, record_of
 from ..plan import PruningPlan
 from ..record import PrunedConfig
-from ..schedule import BEFORE, FINISHED, Progress
+from ..schedule import FINISHED, RETRAINING, Progress
 from .calibration import Calibration
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
@@ -112,13 +112,16 @@ class MPruneCallback(TrainerCallback, ExportableState):
                 )
             return
         guard(kwargs["model"])  # model_init makes a new model for each training
-        calibration = Calibration(self.calibration, kwargs.get("train_dataloader"), args.train_batch_size, self.config)
+        calibration = Calibration(
+            self.calibration, kwargs.get("train_dataloader"), state.train_batch_size or args.train_batch_size, self.config
+        )
+        before = self._run
         progress = self._progress(kwargs["model"], state)
         self._run = PruningRun(self.config, calibration, args, kwargs, progress)
         if state.global_step > 0:
             self._run.resume(state, control)
         else:
-            self._run.begin(state)
+            self._run.begin(state, before if before is not None and before.progress is progress else None)
         self._publish()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -152,7 +155,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if state.global_step > 0:
             return self._saved(state)
         run = self._run
-        if run is not None and not run.ended and run.model is model and run.progress.phase not in (BEFORE, FINISHED):
+        if run is not None and not run.ended and run.model is model and run.progress.phase == RETRAINING:
             record = record_of(model)
             if (None if record is None else record.to_dict()) == run.progress.record:
                 return run.progress

@@ -96,6 +96,12 @@ class Operations:
             )
         self.plan = self._accepted_plan = plan
 
+    def continue_from(self, other: Operations) -> None:
+        """Take over from the same run before the Trainer began it again with a smaller batch (auto_find_batch_size)."""
+        self.plan, self._accepted_plan, self._comparison = other.plan, other._accepted_plan, other._comparison
+        self._undo, self._frozen = other._undo, other._frozen
+        follow_in_wrapper(self.model)
+
     def compare(self, iteration: int, k: int) -> PruningPlan:
         """The plan of an iteration, counted from 0, for the model as it is now: the same in every process."""
         plan = compare_blocks(

@@ -63,12 +63,17 @@ class PruningRun:
 
     # ---- beginning ----
 
-    def begin(self, state: TrainerState) -> None:
-        """Begin a run, or begin it again with the pruning at hand (auto_find_batch_size)."""
+    def begin(self, state: TrainerState, before: PruningRun | None = None) -> None:
+        """Begin a run.
+
+        Args:
+            before: the same run, where the Trainer begins it again in the middle of a retraining (auto_find_batch_size).
+        """
         check_epochs(self.config, state.max_steps, self.steps_per_epoch, by_steps=self.args.max_steps > 0)
         self._check_gate()
         p = self.progress
-        if p.phase == RETRAINING:
+        if before is not None:
+            self.operations.continue_from(before.operations)
             p.pruned_at, p.decision, p.measured_at, p.value = 0, None, None, None
             self.journal.reopen()
             self._set_boundary(state, 0)
