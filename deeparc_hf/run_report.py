@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,6 @@ __all__ = ["RUN_REPORT", "run_table", "structure_facts", "write_run_report"]
 
 RUN_REPORT = "pruning_report"
 FORMAT_VERSION = 1
-_TIMING = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
 
 def structure_facts(model: nn.Module) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, met
         "versions": package_versions(),
         "hardware": hardware(),
     }
-    _write(folder / f"{RUN_REPORT}.json", json.dumps(data, indent=1) + "\n")
+    _write(folder / f"{RUN_REPORT}.json", json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
     _write(folder / f"{RUN_REPORT}.md", _markdown(data))
 
 
@@ -88,7 +88,7 @@ def _markdown(data: Mapping[str, Any]) -> str:
     summary = f"{data['accepted']} of {len(tried)} prunings accepted. State of the run: {data['phase']}"
     summary += f" ({data['reason']})." if data["reason"] else "."
     parts = ["# Pruning report of a training", summary, run_table(attempts, data["metric"])]
-    if data["metric"] is not None:
+    if data["config"]["max_drop"] is not None:
         baseline = "not known yet" if data["baseline"] is None else f"{data['baseline']:.6g}"
         parts.append(f"Gate: {data['metric']} against a baseline of {baseline}, max_drop {data['config']['max_drop']:g}.")
     parts.append(
@@ -104,6 +104,15 @@ def _markdown(data: Mapping[str, Any]) -> str:
     facts = {**data["hardware"], **data["versions"]}
     parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
     return "\n\n".join(parts) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null stands for them."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, text: str) -> None:

@@ -51,9 +51,11 @@ def save_snapshot(
     groups = [] if optimizer is None else [[names[id(p)] for p in g["params"] if id(p) in names] for g in optimizer.param_groups]
     save_model(model, str(draft / _WEIGHTS))
     (draft / _FACTS).write_text(json.dumps({"groups": groups, "plan": plan, "carried_out": carried_out}), "utf-8")
+    old = draft.with_name(f"{draft.name}.old")
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(old)
     draft.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_plans(output: Path, name: str) -> tuple[Any, Any]:
@@ -74,20 +76,30 @@ def restore_weights(output: Path, name: str, model: nn.Module) -> None:
     except (OSError, SafetensorError) as error:
         raise _missing(output, name, error) from error
     live = model.state_dict()
-    for key, tensor in saved.items():
-        if key not in live or live[key].shape != tensor.shape:
-            raise SurgeryError(f"The snapshot {name} in {FOLDER} is of another model: it has {key} with shape {tuple(tensor.shape)}.")
+    # tensors that share memory are saved once
+    groups: dict[tuple[int, int], set[str]] = {}
+    for key, tensor in live.items():
+        groups.setdefault((tensor.data_ptr(), tensor.numel()) if tensor.numel() else (-1, len(groups)), set()).add(key)
+    lacking = [min(keys) for keys in groups.values() if not keys & saved.keys()]
+    odd = [k for k, t in saved.items() if k not in live or live[k].shape != t.shape or live[k].dtype != t.dtype]
+    if lacking or odd:
+        raise SurgeryError(f"The snapshot {name} in {FOLDER} is of another model: {min(lacking or odd)} is not the same in both.")
     with torch.no_grad():
         for key, tensor in saved.items():
             live[key].copy_(tensor)
 
 
 def set_groups(output: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer the parameters that it had when the snapshot was made, in the same order, and no state."""
+    """Give an optimizer the parameters that it had when the snapshot was made, in the same order, and no state.
+
+    Parameters of others than the model (a loss with weights, say) stay.
+    """
     parameters = dict(model.named_parameters())
+    own = {id(parameter) for parameter in parameters.values()}
     groups = _facts(output, name)["groups"]
     for group, names in zip(optimizer.param_groups, groups, strict=True):
-        group["params"][:] = [parameters[key] for key in names]
+        others = [parameter for parameter in group["params"] if id(parameter) not in own]
+        group["params"][:] = [*(parameters[key] for key in names), *others]
     optimizer.state.clear()
 
 

@@ -97,12 +97,17 @@ class Journal:
         self._trackers.log(self._args, state, control, self._model, shown)
         self.report()
 
+    def close(self) -> None:
+        """Write the report a last time, and close what is open."""
+        self.report()
+        self._trackers.close()
+
     def report(self) -> None:
         """Write the run's report."""
         if self._args.process_index == 0:
             folder = Path(self._args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_run_report(folder, self._config, self._progress, self._metric if self._config.gated else None)
+            write_run_report(folder, self._config, self._progress, self._metric if self._config.gated or self._config.metric else None)
 
     def write_plan(self, plan: PruningPlan | None) -> None:
         """Write the plan that is carried out; None: it was taken back, and none is left."""

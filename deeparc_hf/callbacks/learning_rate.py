@@ -57,7 +57,8 @@ def _install(scheduler: LambdaLR, args: TrainingArguments, steps: int) -> None:
     groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in scheduler.base_lrs]
     fresh: LRScheduler = get_scheduler(
         args.lr_scheduler_type,
-        optimizer=torch.optim.SGD(groups, lr=0.1),
+        # some schedules read the default rate of their optimizer
+        optimizer=torch.optim.SGD(groups, lr=scheduler.optimizer.defaults["lr"]),
         num_warmup_steps=args.get_warmup_steps(steps),
         num_training_steps=steps,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,

@@ -190,7 +190,7 @@ class PruningRun:
                 self.journal.warn("The training ended before its first pruning.")
             p.phase = FINISHED
         self.ended = True
-        self.journal.report()
+        self.journal.close()
         p.snapshot = None
         self.operations.clean_up()
 
@@ -201,7 +201,9 @@ class PruningRun:
         p = self.progress
         if not self.config.gated or state.global_step < p.boundary or p.measured_at == state.global_step:
             return False
-        return p.baseline is None if p.phase == BEFORE else p.phase == RETRAINING and p.decision is None
+        if p.phase == BEFORE:
+            return self.config.baseline is None and state.global_step > 0
+        return p.phase == RETRAINING and p.decision is None
 
     def _decide(self, state: TrainerState, control: TrainerControl) -> None:
         p = self.progress

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import default_logdir, get_reporting_integration_callbacks
 
 __all__ = ["Trackers"]
 
@@ -32,5 +33,21 @@ class Trackers:
         state.log_history.append({**logs, "step": state.global_step})
         if self._callbacks is None:
             self._callbacks = [cls() for cls in get_reporting_integration_callbacks(args.report_to)]
+            for callback in self._callbacks:
+                if getattr(callback, "logging_dir", "") is None:
+                    callback.logging_dir = _logging_dir(args)
         for callback in self._callbacks:
             callback.on_log(args, state, control, model=model, logs=dict(logs))
+
+    def close(self) -> None:
+        """Have what was logged written to the disk."""
+        for callback in self._callbacks or ():
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                writer.close()
+
+
+def _logging_dir(args: TrainingArguments) -> str:
+    """TensorBoard's folder of this training: the one that the Trainer's own callback has made when the training began."""
+    made = sorted(Path(args.output_dir, Path(default_logdir()).parent).glob("*"), key=lambda path: path.stat().st_mtime)
+    return str(made[-1]) if made else str(Path(args.output_dir, default_logdir()))
