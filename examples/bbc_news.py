@@ -220,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     finetuned = copy.deepcopy(model)
 
     print("Pruning and retraining", flush=True)
-    pruning = MPruneCallback(num_blocks=arguments.num_blocks, freeze="partial", seed=arguments.seed)
+    epochs = max(1, int(arguments.retrain_epochs))
+    pruning = MPruneCallback(num_blocks=arguments.num_blocks, retrain_epochs=epochs, freeze="partial", seed=arguments.seed)
     retraining_seconds = timed_training(demo.trainer(model, arguments.retrain_epochs, [pruning]))
     pruned = copy.deepcopy(finetuned)
     apply_plan(pruned, pruning.plan)  # the same blocks go, without the retraining

@@ -15,7 +15,19 @@ ROOT = Path(__file__).parents[1]
 TWICE = {"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1, "retrain_epochs": 1, "freeze": "partial"}
 
 
-def launch(folder, job, processes=2, check=True):
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+mixed_precision: "no"
+use_cpu: false
+main_process_port: 0
+"""
+
+
+def launch(folder, job, processes=2, check=True, by_accelerate=False):
     """Run the worker; what each process ended with, and what was printed."""
     folder.mkdir(parents=True, exist_ok=True)
     job = {"output": str(folder), **job}
@@ -34,6 +46,10 @@ def launch(folder, job, processes=2, check=True):
         "c10d",
     ]
     command += ["--rdzv_endpoint", "localhost:0", "-m", "tests.worker", str(folder / "job.json")]
+    if by_accelerate:  # which starts processes for CPUs only where it is told of GPUs
+        (folder / "accelerate.yaml").write_text(ACCELERATE)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
+        command += ["-m", "tests.worker", str(folder / "job.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if check:
@@ -106,3 +122,9 @@ def test_a_failure_in_one_process_ends_all_of_them(tmp_path):
     results, done = launch(tmp_path, job, check=False)
     assert done.returncode != 0 and not results
     assert "In process 1" in done.stderr
+
+
+def test_accelerate_launch(tmp_path):
+    results, _ = launch(tmp_path, {"settings": TWICE}, by_accelerate=True)
+    first, second = results
+    assert first["world"] == 2 and first["blocks"] == 2 and same(first["weights"], second["weights"])

@@ -67,8 +67,7 @@ def _install(scheduler: LambdaLR, args: TrainingArguments, steps: int) -> None:
 
 
 def _go_to(scheduler: LambdaLR, position: int) -> None:
-    scheduler.last_epoch = position
     rates = [base * function(position) for base, function in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": position, "_last_lr": rates})
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    scheduler._last_lr = rates  # what get_last_lr, and so the Trainer's log, shows
