@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,16 +43,21 @@ _ADVICE = (
     f"Load the model from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its config.json), then "
     "resume."
 )
-_guarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_guarded: weakref.WeakKeyDictionary[nn.Module, Path | None] = weakref.WeakKeyDictionary()
 _provisional: weakref.WeakKeyDictionary[nn.Module, Transaction] = weakref.WeakKeyDictionary()
 
 
-def guard(model: nn.Module) -> None:
-    """Have the model follow the number of blocks of whatever is loaded into it from now on."""
+def guard(model: nn.Module, output: str | Path | None = None) -> None:
+    """Have the model follow the number of blocks of whatever is loaded into it from now on.
+
+    Args:
+        output: a Trainer's output folder. The records of the checkpoints in it tell which blocks are likely to be meant, which matters
+            where the user has frozen some of them: the Trainer makes its optimizer right after it has loaded the weights.
+    """
     root = describe(model)[0].root
     if root not in _guarded:
         root.register_load_state_dict_pre_hook(_follow)
-        _guarded.add(root)
+    _guarded[root] = None if output is None else Path(output)
 
 
 def settle(model: nn.Module, start: Structure, accepted: Structure, current: Structure) -> tuple[Transaction | None, list[nn.Parameter]]:
@@ -157,13 +164,16 @@ def _follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: A
     ):
         return
     record = PrunedConfig({}) if host.record() is None else PrunedConfig.from_model(module)
+    likely = _records_in(_guarded.get(host.root))
     kept = {}
     for name, stack in stacks.items():
         blocks = held[name]
         if not blocks or len(blocks) == len(stack):
             continue
         original = record.kept.get(name, tuple(range(len(stack))))
-        places = _places(stack, blocks) if len(blocks) < len(stack) else None
+        hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(original)]
+        likely_places = [[original.index(block) for block in hint] for hint in hints]
+        places = _places(stack, blocks, likely_places) if len(blocks) < len(stack) else None
         if places is None:
             raise SurgeryError(
                 f"The checkpoint that is loaded holds {len(blocks)} blocks in {name}, the model has {len(stack)}"
@@ -212,15 +222,31 @@ def _is_shard(
     return any(not keys & state_dict.keys() and not any(key.startswith(inside) for key in keys) for keys in own.values())
 
 
-def _places(stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]]) -> list[int] | None:
-    """The first blocks of the stack, in order, that have the shapes of those in the checkpoint; None if there are not enough."""
+def _places(stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]], likely: Sequence[Sequence[int]] = ()) -> list[int] | None:
+    """Blocks of the stack, in order, that have the shapes of those in the checkpoint; None if there are not enough.
+
+    Those that a record names, if they fit; else the first ones that do.
+    """
     shapes = [{key: tuple(value.shape) for key, value in block.state_dict().items()} for block in stack.blocks]
-    places: list[int] = []
-    for index in range(len(blocks)):
-        wanted = {key: tuple(value.shape) for key, value in blocks[index].items()}
+    wanted = [{key: tuple(value.shape) for key, value in blocks[index].items()} for index in range(len(blocks))]
+    for places in likely:
+        if [shapes[place] for place in places] == wanted:
+            return list(places)
+    places = []
+    for shape in wanted:
         start = places[-1] + 1 if places else 0
-        place = next((i for i in range(start, len(stack)) if shapes[i] == wanted), None)
+        place = next((i for i in range(start, len(stack)) if shapes[i] == shape), None)
         if place is None:
             return None
         places.append(place)
     return places
+
+
+def _records_in(output: Path | None) -> list[PrunedConfig]:
+    """Records of the checkpoints in a Trainer's output folder, the newest first. They are hints: what cannot be read is passed over."""
+    found = []
+    folders = [] if output is None else [p for p in output.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with suppress(RecordError, OSError):
+            found.append(PrunedConfig.from_pretrained(folder))
+    return found

@@ -90,7 +90,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if model is None:
             return
         describe(model)  # an unsupported model is refused before any work is done
-        guard(model)
+        guard(model, args.output_dir)
         if is_sharded(args) and self.calibration is not None:
             self.plan = prune_before_sharding(model, self.config, self.calibration, args)
             self.record = record_of(model)
@@ -111,7 +111,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
                     "calibration data and the settings that the run began with."
                 )
             return
-        guard(kwargs["model"])  # model_init makes a new model for each training
+        guard(kwargs["model"], args.output_dir)  # model_init makes a new model for each training
         calibration = Calibration(
             self.calibration, kwargs.get("train_dataloader"), state.train_batch_size or args.train_batch_size, self.config
         )

@@ -89,12 +89,15 @@ class Operations:
         start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
         self._undo, self._frozen = settle(self.model, Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen))
         follow_in_wrapper(self.model)
-        if self._undo is None and self._config.gated and (p.phase == RETRAINING or p.decision == "reject"):
+        self.plan = self._accepted_plan = plan
+        if not self._config.gated or (p.phase != RETRAINING and p.decision != "reject"):
+            return
+        if self._undo is None:
             raise SurgeryError(
                 "The pruning at hand may have to be taken back, and the model was loaded in its smaller structure, which has no way back. "
                 "Build the model as it was built when the run began, then resume."
             )
-        self.plan = self._accepted_plan = plan
+        self._compared()  # the snapshot must be there: better to know now than after hours
 
     def continue_from(self, other: Operations) -> None:
         """Take over from the same run before the Trainer began it again with a smaller batch (auto_find_batch_size)."""
