@@ -32,23 +32,32 @@ def test_the_trainers_arguments_tell(deepspeed, fsdp, sharded):
     assert is_sharded(SimpleNamespace(deepspeed=deepspeed, fsdp=fsdp)) == sharded
 
 
+def launch_sharded(folder, job, check=True):
+    results, done = launch(folder, {"settings": SETTINGS, "arguments": FSDP, **job}, check=False)
+    if "no available devices found" in done.stderr:
+        pytest.skip("this accelerate makes no FSDP settings without a GPU")
+    if check:
+        assert done.returncode == 0, done.stderr[-4000:]
+    return results, done
+
+
 def test_without_calibration_data_the_training_is_refused_with_the_way_out(tmp_path):
-    results, done = launch(tmp_path, {"settings": SETTINGS, "arguments": FSDP}, check=False)
+    results, done = launch_sharded(tmp_path, {}, check=False)
     assert done.returncode != 0 and not results
     assert "SurgeryError" in done.stderr and "MPruneCallback(calibration=...)" in done.stderr and "prune_model" in done.stderr
 
 
 def test_with_calibration_data_the_model_is_pruned_when_the_trainer_is_made(tmp_path):
-    job = {"settings": SETTINGS, "arguments": FSDP, "calibration": BATCHES}
-    whole, _ = launch(tmp_path, job)
+    job = {"calibration": BATCHES}
+    whole, _ = launch_sharded(tmp_path, job)
     assert [result["blocks"] for result in whole] == [3, 3]
     assert same(whole[0]["weights"], whole[1]["weights"]) and whole[0]["plan"] == whole[1]["plan"]
     _, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "checkpoint-16", output_loading_info=True)
     assert not any(info.values())
-    resumed, _ = launch(tmp_path / "again", {**job, "resume": str(tmp_path / "checkpoint-8")})
+    resumed, done = launch_sharded(tmp_path / "again", {**job, "resume": str(tmp_path / "checkpoint-8")})
     assert same(resumed[0]["weights"], whole[0]["weights"])
     other = {**job, "calibration": BATCHES[::-1], "settings": {**SETTINGS, "num_blocks": 2}, "resume": str(tmp_path / "checkpoint-8")}
-    results, done = launch(tmp_path / "other", other, check=False)
+    results, done = launch_sharded(tmp_path / "other", other, check=False)
     assert done.returncode != 0 and not results  # the checkpoint's blocks do not fit, or its record does not
 
 
