@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import ConfigError, DeepArcError, DeepArcWarning, MissingDependencyError, PlanError
+from .errors import ConfigError, DeepArcError, DeepArcWarning, MissingDependencyError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -292,11 +292,11 @@ def _public_names(args: argparse.Namespace) -> dict[str, str]:
 
 def _nothing_to_remove(plan: PruningPlan) -> str:
     message = "info: nothing to remove, the model stays as it is."
-    try:
-        nearest = plan.replan(num_blocks=plan.num_blocks - 1)
-    except PlanError:
+    from .plan import first_threshold
+
+    first = first_threshold(plan)
+    if first is None:
         return f"{message} Its pinned and protected blocks allow no removal."
-    first = max(stack.threshold for stack in nearest.stacks.values())
     return f"{message} The first block would go at threshold {first:.4f}: lower --threshold, or give --num-blocks or --keep-ratio."
 
 

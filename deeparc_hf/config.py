@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import types
@@ -45,7 +46,11 @@ class MPruneConfig:
     k_max: int = _setting(
         3, "Largest stride: where max_drop is exceeded, the pruning is taken back and tried again with the next larger k.", trainer=True
     )
-    iterations: int = _setting(1, "Number of prunings in one training, each followed by its own retraining.", trainer=True)
+    iterations: int = _setting(
+        1,
+        "Number of prunings in one training, each followed by its own retraining; a list of targets (num_blocks) brings its number along.",
+        trainer=True,
+    )
     start_epoch: int = _setting(0, "Epochs of training before the first pruning; 0 prunes at once.", trainer=True)
     retrain_epochs: int = _setting(
         3, "Epochs of training after each pruning; without max_drop the last one lasts to the training's end.", trainer=True
@@ -62,7 +67,8 @@ class MPruneConfig:
     )
     max_drop: float | None = _setting(
         None,
-        "How much worse than the baseline the metric may be after a retraining, in its own units; else the pruning is taken back.",
+        "How much worse than the baseline the metric may be after a retraining, in its own units (0.01 is one point of an accuracy "
+        "between 0 and 1); else the pruning is taken back.",
         trainer=True,
     )
     baseline: float | None = _setting(
@@ -240,6 +246,11 @@ class MPruneConfig:
                     f"num_blocks lists {len(self.num_blocks)} targets for {self.iterations} iterations. Give one for each iteration."
                 )
             object.__setattr__(self, "iterations", max(1, len(self.num_blocks)))
+        totals = [target for target in self.num_blocks if isinstance(target, int)] if isinstance(self.num_blocks, tuple) else []
+        if any(later > earlier for earlier, later in itertools.pairwise(totals)):
+            raise ConfigError(
+                f"num_blocks lists the blocks that stay after each iteration, so it cannot rise, found {list(self.num_blocks)}."
+            )
 
     def _check_gate(self) -> None:
         if self.max_drop is not None and self.max_drop < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -15,7 +16,16 @@ from .clustering import StackFacts, cluster_blocks, freezing_set, reach_target, 
 from .config import MPruneConfig
 from .errors import CalibrationWarning, ConfigError, PlanError
 
-__all__ = ["PruningPlan", "StackFacts", "StackPlan", "freezing_set", "make_plan", "warn_if_drastic"]
+__all__ = [
+    "PruningPlan",
+    "StackFacts",
+    "StackPlan",
+    "check_possible",
+    "first_threshold",
+    "freezing_set",
+    "make_plan",
+    "warn_if_drastic",
+]
 
 FORMAT_VERSION = 1
 
@@ -214,6 +224,28 @@ def make_plan(facts: Mapping[str, StackFacts], config: MPruneConfig, samples: in
         for name, stack in facts.items()
     }
     return PruningPlan(stacks, config, samples)
+
+
+def check_possible(facts: Mapping[str, StackFacts], config: MPruneConfig) -> None:
+    """Check settings against the stacks of a model before its blocks are compared: the names in them, and whether a target can be reached.
+
+    Args:
+        facts: of each stack; the similarities in them do not matter.
+
+    Raises:
+        PlanError: as `make_plan`, if no similarities at all could give a plan.
+    """
+    alike = {name: dataclasses.replace(stack, similarity=((1.0,) * len(stack),) * len(stack)) for name, stack in facts.items()}
+    make_plan(alike, config)
+
+
+def first_threshold(plan: PruningPlan) -> float | None:
+    """The highest threshold that would remove a block; None if pinned and protected blocks allow no removal."""
+    try:
+        nearest = plan.replan(num_blocks=plan.num_blocks - 1)
+    except PlanError:
+        return None
+    return max(stack.threshold for stack in nearest.stacks.values())
 
 
 def warn_if_drastic(plan: PruningPlan) -> None:

@@ -14,12 +14,12 @@ from .architectures import Stack, describe
 from .config import MPruneConfig
 from .errors import CalibrationError
 from .observe import StackObserver, observe
-from .plan import PruningPlan, StackFacts, make_plan, warn_if_drastic
+from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
 from .record import PrunedConfig
 from .similarity import metrics
 from .surgery import apply_plan
 
-__all__ = ["analyze", "compare_blocks", "prune_model"]
+__all__ = ["analyze", "check_settings", "compare_blocks", "prune_model"]
 
 
 def analyze(
@@ -79,6 +79,17 @@ def compare_blocks(
             _facts(stack, metric.matrix(observed.sums)), labels=(labels or {}).get(name, ()), frozen=frozen.get(name, ())
         )
     return make_plan(facts, config, samples)
+
+
+def check_settings(model: nn.Module, config: MPruneConfig) -> None:
+    """Check names and targets in the settings against a model, before any work is done.
+
+    Raises:
+        PlanError: if a pattern or a stack name matches nothing, or a target cannot be reached whatever the similarities.
+    """
+    stacks = describe(model)[2]
+    facts = {n: StackFacts(((0.0,) * len(s),) * len(s), dict(s.pinned), next_stack=s.next_stack) for n, s in stacks.items()}
+    check_possible(facts, config)
 
 
 def prune_model(

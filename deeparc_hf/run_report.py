@@ -85,7 +85,8 @@ def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, met
 def _markdown(data: Mapping[str, Any]) -> str:
     attempts = data["attempts"]
     tried = attempts[1:]
-    summary = f"{data['accepted']} of {len(tried)} prunings accepted. State of the run: {data['phase']}"
+    tries = f"{len(tried)} attempt{'' if len(tried) == 1 else 's'}"
+    summary = f"{data['accepted']} of {data['config']['iterations']} prunings accepted, {tries}. State of the run: {data['phase']}"
     summary += f" ({data['reason']})." if data["reason"] else "."
     parts = ["# Pruning report of a training", summary, run_table(attempts, data["metric"])]
     if data["config"]["max_drop"] is not None:
@@ -93,12 +94,14 @@ def _markdown(data: Mapping[str, Any]) -> str:
         parts.append(f"Gate: {data['metric']} against a baseline of {baseline}, max_drop {data['config']['max_drop']:g}.")
     parts.append(
         "Blocks: by stack. Freeze: blocks that were not trained. Evaluation time: of the last evaluation, as the Trainer measured it, "
-        "in the middle of the training (a first one may be cold). Training time: of the training steps alone, in this row's structure."
+        "in the middle of the training (a first one may be cold). Training time: of the training steps alone, in this row's structure. "
+        "The pruned models have been trained for longer than the one before pruning. Blocks below are numbered as the original model "
+        "counts them."
     )
     for attempt in tried:
         removed = "; ".join(f"{name}: {', '.join(map(str, blocks))}" for name, blocks in attempt["removed"].items())
         parts.append(
-            f"- {attempt['name']} (k={attempt['k']}, step {attempt['step']}) removed {removed} (as the original model counts): "
+            f"- {attempt['name']} (k={attempt['k']}, step {attempt['step']}) removed {removed}: "
             f"{attempt.get('decision') or 'no verdict yet'}{': ' + attempt['reason'] if attempt.get('reason') else ''}."
         )
     facts = {**data["hardware"], **data["versions"]}

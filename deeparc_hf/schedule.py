@@ -146,5 +146,6 @@ def judge(config: MPruneConfig, name: str, baseline: float, value: float, greate
         return Verdict(False, drop, f"{name} is {value:g} after the retraining, and was {baseline:.6g}")
     # 0.8 - 0.7 is more than 0.1 for a computer, and for nobody else
     accepted = drop <= allowed or math.isclose(drop, allowed, rel_tol=1e-9, abs_tol=1e-12)
-    change = f"{name} went from {baseline:.6g} to {value:.6g}: {'worse' if drop > 0 else 'better'} by {abs(drop):.6g}"
-    return Verdict(accepted, drop, f"{change}, {'within' if accepted else 'more than'} max_drop {allowed:g}")
+    change = f"{name} went from {baseline:.4g} to {value:.4g}"
+    change += f", {'worse' if drop > 0 else 'better'} by {abs(drop):.4g}" if drop else ", unchanged"
+    return Verdict(accepted, drop, f"{change} ({'' if accepted else 'only '}a drop of up to {allowed:g} is allowed)")

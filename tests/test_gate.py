@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from deeparc_hf import PrunedConfig, remove_blocks
-from deeparc_hf.errors import ConfigError, DeepArcWarning
+from deeparc_hf.errors import ConfigError, DeepArcWarning, PlanError
 
 from .test_resume import STACK, blocks, equal, scripted
 from .trainers import pruning, train
@@ -33,11 +33,15 @@ class Weights(tf.TrainerCallback):
         self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
 
 
+def trained(model, accuracy=None):
+    compute = scripted(model, accuracy or {4: 0.9, 2: 0.9})
+    return {"eval_strategy": "epoch", "num_train_epochs": 5, "learning_rate": 1e-3, "compute_metrics": compute}
+
+
 def gated(folder, accuracy, settings=None, model=None, **arguments):
     model = model or ZOO["bert"].model()
     callback, weights = pruning(**{**GATE, **(settings or {})}), Weights()
-    defaults = {"eval_strategy": "epoch", "num_train_epochs": 5, "learning_rate": 1e-3, "compute_metrics": scripted(model, accuracy)}
-    trainer = train(model, folder, callback, weights, **{**defaults, **arguments})
+    trainer = train(model, folder, callback, weights, **{**trained(model, accuracy), **arguments})
     return model, callback, weights, trainer
 
 
@@ -121,15 +125,25 @@ def test_the_baseline_is_measured_at_the_start_where_the_trainer_evaluates_there
     [
         ({"start_epoch": 0}, {}, "eval_on_start=True"),
         ({}, {"eval_strategy": "no"}, "eval_strategy='epoch'"),
-        ({"metric": "f1"}, {}, "'f1', which was not among the metrics of the evaluation: .*eval_accuracy"),
-        ({"retrain_epochs": 9}, {}, "needs 10 epochs .*has 5.*num_train_epochs=10"),
+        (
+            {"metric": "acuracy"},
+            {},
+            "'acuracy', which was not among the metrics of the evaluation: accuracy, loss. Did you mean 'accuracy'",
+        ),
+        ({"metric": "accuracy"}, {"compute_metrics": None}, "Give the Trainer compute_metrics, or set metric='loss'"),
+        ({"num_blocks": 9}, {}, "has only 4"),
+        ({"protect": "encoder.layer.3"}, {}, "matches no block"),
+        ({"freeze": ["bert.embeddings*"]}, {}, "matches no block"),
+        ({"retrain_epochs": 9}, {}, "needs 11 epochs .*has 5.*num_train_epochs=11"),
     ],
 )
 def test_a_gate_that_cannot_work_is_refused(tmp_path, settings, arguments, message):
-    model = ZOO["bert"].model()
-    with pytest.raises(ConfigError, match=message):
-        gated(tmp_path, {4: 0.9, 2: 0.9}, {"num_blocks": 2, **settings}, model, **arguments)
-    assert blocks(model) == 4
+    model, epochs = ZOO["bert"].model(), Weights()
+    with pytest.raises((ConfigError, PlanError), match=message):
+        train(
+            model, tmp_path, pruning(**{**GATE, "start_epoch": 2, "num_blocks": 2, **settings}), epochs, **{**trained(model), **arguments}
+        )
+    assert blocks(model) == 4 and len(epochs.epochs) <= 1  # before the fine-tuning has ended
 
 
 def test_evaluations_in_steps_are_completed_by_one_at_the_boundary(tmp_path):
@@ -273,3 +287,38 @@ def test_two_stacks_and_a_model_pruned_before(tmp_path):
     callback = pruning(**GATE, num_blocks=2)
     train(model, tmp_path, callback, eval_strategy="epoch", compute_metrics=scripted(model, {3: 0.9, 2: 0.1}), num_train_epochs=4)
     assert blocks(model) == 3 and callback.record.kept[STACK] == (0, 2, 3) and model.config.num_hidden_layers == 3
+
+
+def test_a_bound_that_can_reject_nothing_warns(tmp_path):
+    with pytest.warns(DeepArcWarning, match=r"max_drop 2 is not below the baseline of 0\.9.*Did you mean 0\.02"):
+        gated(tmp_path, {4: 0.9, 2: 0.1}, {"num_blocks": 2, "max_drop": 2.0})
+
+
+def test_other_settings_on_a_resume_warn_and_count_from_there(tmp_path):
+    settings = {"num_blocks": [3, 2], "start_epoch": 1}
+    train(ZOO["bert"].model(), tmp_path, pruning(**settings), save_strategy="epoch", num_train_epochs=3)
+    model = ZOO["bert"].model()
+    with pytest.warns(DeepArcWarning, match=r"other settings.*num_blocks \[3, 2\] -> \[3, 1\].*they count from here on"):
+        changed = pruning(**{**settings, "num_blocks": [3, 1]})
+        train(model, tmp_path, changed, resume=str(tmp_path / "checkpoint-16"), save_strategy="epoch", num_train_epochs=3)
+    assert blocks(model) == 1
+
+
+def test_two_callbacks_in_one_trainer_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="One does all iterations"):
+        train(ZOO["bert"].model(), tmp_path, pruning(num_blocks=3), pruning(num_blocks=2))
+
+
+def test_the_terminal_tells_the_schedule_the_verdicts_and_the_end(tmp_path, capsys):
+    gated(tmp_path, {4: 0.9, 3: 0.88, 2: 0.5}, {"num_blocks": [3, 2], "k_max": 1, "freeze": "partial"})
+    printed = capsys.readouterr().out
+    for line in (
+        "Pruning schedule: 1 epoch before the first pruning, then 2 prunings with 1 epoch of retraining each (3 of the training's 5 epochs); "
+        "accuracy may get worse by 0.05.",
+        "Pruning 1 (k=1), at step 8. The baseline of accuracy is 0.9.",
+        "Pruning 2 (k=1) is rolled back: accuracy went from 0.9 to 0.5, worse by 0.4 (only a drop of up to 0.05 is allowed). The "
+        "weights from step 16 are back.",
+        "Pruning is finished at epoch 3 of 5 (no stride up to k_max=1 removes anything else): 1 of 2 accepted, 4 -> 3 blocks",
+        "stay frozen in this process",
+    ):
+        assert line in printed

@@ -308,3 +308,9 @@ def test_the_command_line_refuses_what_only_a_training_can_use(capsys, name):
         main(["prune", "model", "--data", "d.csv", "-o", "out", f"--{name.replace('_', '-')}=1"])
     assert stop.value.code == 2
     assert f"--{name.replace('_', '-')}=1" in capsys.readouterr().err
+
+
+def test_a_list_of_targets_cannot_rise():
+    with pytest.raises(ConfigError, match=r"cannot rise, found \[4, 5\]"):
+        MPruneConfig(num_blocks=[4, 5])
+    assert MPruneConfig(num_blocks=[4, 4]).iterations == 2

@@ -133,12 +133,12 @@ def test_markdown_tells_the_table_the_gate_and_each_attempt(tmp_path):
     _, text = written(tmp_path, MPruneConfig(max_drop=0.1), run, "accuracy")
     assert text.count("\n# ") == 0 and text.startswith("# ")
     assert run_table([BEFORE, FIRST, SECOND], "accuracy") in text
-    for part in ("1 of 2 prunings accepted", "(the training ended)", "accuracy against a baseline of 0.75, max_drop 0.1"):
+    for part in ("1 of 1 prunings accepted, 2 attempts", "(the training ended)", "accuracy against a baseline of 0.75, max_drop 0.1"):
         assert part in text
     lines = [line for line in text.splitlines() if line.startswith("- pruning")]
     for part in ("pruning 1 (k=2, step 16) removed encoder: 1, 3; decoder: 4", f"rolled back: {FIRST['reason']}."):
         assert part in lines[0]
-    assert "k=3, step 24) removed encoder: 1 " in lines[1]
+    assert "k=3, step 24) removed encoder: 1:" in lines[1]
     assert lines[1].endswith("no verdict yet.")
     assert len(lines) == 2
 
@@ -147,7 +147,7 @@ def test_markdown_tells_the_table_the_gate_and_each_attempt(tmp_path):
 def test_baseline_that_is_not_known_is_said_and_zero_is_one(tmp_path, baseline, shown):
     _, text = written(tmp_path, MPruneConfig(max_drop=0), progress([BEFORE], baseline=baseline), "loss")
     assert shown in text
-    assert "0 of 0 prunings accepted" in text
+    assert "0 of 1 prunings accepted, 0 attempts" in text
     assert "max_drop 0." in text
 
 

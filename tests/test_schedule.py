@@ -150,7 +150,7 @@ def test_verdicts_in_both_directions(baseline, value, greater, accepted, drop):
 @pytest.mark.parametrize(("baseline", "value"), [(0.9, 0.8), (0.8, 0.7), (0.95, 0.85), (0.6, 0.5)])
 @pytest.mark.parametrize("greater", [True, False])
 def test_a_drop_of_max_drop_in_decimal_figures_is_accepted(baseline, value, greater):
-    # 0.8 - 0.7 is a little more than 0.1 in binary: the reason would say "worse by 0.1, more than max_drop 0.1"
+    # 0.8 - 0.7 is a little more than 0.1 in binary: the reason would say "worse by 0.1 (only a drop of up to 0.1 is allowed)"
     pair = (baseline, value) if greater else (value, baseline)
     assert judge(MPruneConfig(max_drop=0.1), "score", *pair, greater).accepted
 
@@ -179,10 +179,10 @@ def test_reason_does_not_call_a_metric_better_that_is_not_finite(value):
 
 def test_reason_tells_the_figures_and_the_bound():
     worse = judge(MPruneConfig(max_drop=0.05), "accuracy", 0.9, 0.6, True).reason
-    for part in ("accuracy", "from 0.9 to 0.6", "worse by 0.3", "more than max_drop 0.05"):
+    for part in ("accuracy", "from 0.9 to 0.6", "worse by 0.3", "only a drop of up to 0.05 is allowed"):
         assert part in worse
     better = judge(MPruneConfig(max_drop=0.05), "loss", 0.9, 0.6, False).reason
-    for part in ("loss", "better by 0.3", "within max_drop 0.05"):
+    for part in ("loss", "better by 0.3", "(a drop of up to 0.05 is allowed)"):
         assert part in better
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..config import MPruneConfig
 from ..errors import ConfigError, DeepArcWarning, PlanError
 from ..plan import PruningPlan
 from ..record import PrunedConfig
-from ..run_report import structure_facts, write_run_report
+from ..run_report import RUN_REPORT, structure_facts, write_run_report
 from ..schedule import RETRAINING, Progress
 from .trackers import Trackers
 
@@ -80,6 +81,7 @@ class Journal:
             kept = {key: value for key, value in figures.items() if not key.endswith(_SPEED) and abs(value) < float("inf")}
             p.record["iterations"][-1].setdefault("metrics", {}).update(kept)
             describe(self._model)[0].set_record(p.record)
+        self.report()
 
     def log(self, state: TrainerState, control: TrainerControl, **figures: float | None) -> None:
         """Send the figures of the pruning at hand to the logs, and write the report."""
@@ -128,6 +130,29 @@ class Journal:
             return None
         return plan if lists(plan.removed) == self._progress.attempts[-1].get("plan_removed") else None
 
+    def outline(self, length: str) -> None:
+        """Tell what is going to happen, so that a mistake is seen at once."""
+        c = self._config
+        parts = [f"{_count(c.start_epoch, 'epoch')} before the first pruning"] if c.start_epoch else []
+        retraining = f"{_count(c.retrain_epochs, 'epoch')} of retraining{' each' if c.iterations > 1 else ''}"
+        parts += [f"{_count(c.iterations, 'pruning')} with {retraining}"]
+        gate = f"; {self._metric} may get worse by {c.max_drop:g}" if c.gated else ""
+        self.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.")
+
+    def conclude(self, ended_at: str) -> None:
+        """Tell how the run ended."""
+        p = self._progress
+        first, last = p.attempts[0], structure_facts(self._model)
+        blocks = f"{sum(first['blocks'].values())} -> {sum(last['blocks'].values())} blocks"
+        parameters = f"{first['parameters']:,} -> {last['parameters']:,} parameters"
+        frozen = sum(map(len, p.frozen.values()))
+        stay = f" {frozen} blocks stay frozen in this process; a reload from the disk lifts that." if frozen else ""
+        accepted = f"{p.accepted} of {self._config.iterations} accepted"
+        self.say(
+            f"Pruning is finished at {ended_at} ({p.reason}): {accepted}, {blocks}, {parameters}.{stay} "
+            f"Report: {Path(self._args.output_dir, RUN_REPORT)}.md"
+        )
+
     def say(self, text: str) -> None:
         """Print, without breaking a progress bar."""
         if self._args.process_index == 0:
@@ -139,11 +164,18 @@ class Journal:
 
     def no_metric(self) -> ConfigError:
         """The error where evaluations do not give the gate's metric."""
-        seen = sorted({key for evaluation in self._progress.attempts[-1]["evaluations"] for key in evaluation["metrics"]})
-        return ConfigError(
-            f"max_drop bounds {self._metric!r}, which was not among the metrics of the evaluation: {', '.join(seen) or 'there was none'}. "
-            "Give metric=... one of these names."
-        )
+        keys = {key for evaluation in self._progress.attempts[-1]["evaluations"] for key in evaluation["metrics"]}
+        seen = sorted(key.removeprefix("eval_") for key in keys if not key.endswith(_SPEED) and not key.endswith("_time"))
+        near = difflib.get_close_matches(self._metric.removeprefix("eval_"), seen, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else "Give metric=... one of these names."
+        if seen == ["loss"]:
+            hint = "Give the Trainer compute_metrics, or set metric='loss'."
+        found = ", ".join(seen) or "there was none"
+        return ConfigError(f"max_drop bounds {self._metric!r}, which was not among the metrics of the evaluation: {found}. {hint}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def lists(blocks: Mapping[str, Any]) -> dict[str, list[int]]:

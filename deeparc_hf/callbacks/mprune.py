@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..architectures import describe
 from ..config import MPruneConfig
-from ..errors import SurgeryError
+from ..errors import ConfigError, SurgeryError
 from ..following import guard, record_of
 from ..plan import PruningPlan
 from ..record import PrunedConfig
@@ -111,6 +111,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
                     "calibration data and the settings that the run began with."
                 )
             return
+        if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
+            raise ConfigError("There is more than one MPruneCallback in this Trainer. One does all iterations: give it iterations=...")
         guard(kwargs["model"], args.output_dir)  # model_init makes a new model for each training
         calibration = Calibration(
             self.calibration, kwargs.get("train_dataloader"), state.train_batch_size or args.train_batch_size, self.config
@@ -119,7 +121,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         progress = self._progress(kwargs["model"], state)
         self._run = PruningRun(self.config, calibration, args, kwargs, progress)
         if state.global_step > 0:
-            self._run.resume(state, control)
+            self._run.resume(state, control, self._saved_state(state).get("args", {}))
         else:
             self._run.begin(state, before if before is not None and before.progress is progress else None)
         self._publish()
@@ -163,15 +165,18 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def _saved(self, state: TrainerState) -> Progress:
         """Where the run stood when the checkpoint was saved."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        saved = saved[0] if isinstance(saved, list) and saved else saved
-        attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
+        attributes = self._saved_state(state).get("attributes", {})
         if not attributes.get("saved_progress"):
             raise SurgeryError(
                 "The run that is resumed began without MPruneCallback, so it is not known what was pruned when. Load the model from "
                 "the checkpoint's folder and start a new run with the callback, or resume without it."
             )
         return Progress.from_dict(attributes["saved_progress"])
+
+    def _saved_state(self, state: TrainerState) -> dict[str, Any]:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        return saved if isinstance(saved, dict) else {}
 
     def _publish(self) -> None:
         if self._run is not None:

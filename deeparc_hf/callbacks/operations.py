@@ -17,7 +17,7 @@ from ..following import Structure, record_of, settle
 from ..freezing import thaw
 from ..observe import evaluating
 from ..plan import PruningPlan, warn_if_drastic
-from ..pruning import compare_blocks
+from ..pruning import check_settings, compare_blocks
 from ..record import PrunedConfig
 from ..schedule import RETRAINING, Progress
 from ..snapshots import drop_unused, read_plans, restore_weights, save_snapshot, set_groups
@@ -70,6 +70,7 @@ class Operations:
     def begin(self) -> None:
         """Note how the model is when the run begins, and freeze what its record says, if that was asked for."""
         p, record = self._progress, record_of(self.model)
+        check_settings(self.model, self._config.for_iteration(0))
         p.start = p.base = p.record = None if record is None else record.to_dict()
         if self._config.freeze != "record":
             return

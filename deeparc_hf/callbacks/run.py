@@ -12,8 +12,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..config import MPruneConfig
 from ..distributed import agree
 from ..errors import ConfigError
-from ..plan import PruningPlan
-from ..schedule import BEFORE, FINISHED, RETRAINING, Progress, Verdict, check_epochs, find_metric, judge
+from ..plan import PruningPlan, first_threshold
+from ..schedule import BEFORE, FINISHED, RETRAINING, Progress, Verdict, check_epochs, find_metric, judge, needed_epochs
 from .calibration import Calibration
 from .journal import Journal
 from .learning_rate import resume_rewound, rewind
@@ -82,15 +82,32 @@ class PruningRun:
         p.boundary = self.config.start_epoch * (self.steps_per_epoch or 0)
         self.operations.begin()
         self.journal.open(state)
+        self.journal.outline(self._length(state))
 
-    def resume(self, state: TrainerState, control: TrainerControl) -> None:
-        """Go on from a checkpoint."""
+    def resume(self, state: TrainerState, control: TrainerControl, began_with: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            began_with: the settings that the checkpoint notes.
+        """
         p = self.progress
+        now = self.config.to_dict()
+        changed = [f"{key} {began_with[key]} -> {now[key]}" for key in now if key in began_with and began_with[key] != now[key]]
+        if changed:
+            rule = "this run is finished, so they count no more" if p.phase == FINISHED else "they count from here on; what was done stays"
+            self.journal.warn(f"The run is resumed with other settings than it began with ({', '.join(changed)}): {rule}.")
         self.operations.resume(self.journal.read_plan())
         if p.rewound is not None:
             resume_rewound(self.scheduler, self.args, p.rewound[1], state.global_step - p.rewound[0])
+        where = f"{p.phase}, {p.accepted} of {self.config.iterations} prunings accepted"
+        self.journal.say(f"Resumed at step {state.global_step}: {where}.")
         if p.stopped:
             self._stop_after_a_step(control)
+
+    def _length(self, state: TrainerState) -> str:
+        if self.steps_per_epoch is None:
+            return f"the training has {state.max_steps} steps"
+        return f"{needed_epochs(self.config)} of the training's {state.max_steps / self.steps_per_epoch:g} epochs"
 
     def _check_gate(self) -> None:
         config = self.config
@@ -112,6 +129,8 @@ class PruningRun:
     def epoch_begin(self, state: TrainerState, control: TrainerControl) -> None:
         """At a boundary: carry out the decision on the pruning at hand, and prune again."""
         p = self.progress
+        if self.config.gated and p.phase == BEFORE and p.measured_at is None and p.attempts[-1]["evaluations"]:
+            raise self.journal.no_metric()
         if p.phase == FINISHED or state.global_step < p.boundary:
             return
         if p.phase == RETRAINING and not self.config.gated and self._next is None:
@@ -132,7 +151,13 @@ class PruningRun:
         else:
             self.operations.plan = plan
             self._finish("nothing can be removed", control, stop=False)
-            self.journal.say(f"{plan}\nNothing is removed; the training goes on as it would without pruning.")
+            first = first_threshold(plan)
+            why = (
+                "its pinned and protected blocks allow no removal"
+                if first is None
+                else f"the first block would go at threshold {first:.4f}"
+            )
+            self.journal.say(f"{plan}\nNothing is removed ({why}); the training goes on as it would without pruning.")
             self.journal.write_plan(plan)
 
     def step_begin(self) -> None:
@@ -170,7 +195,7 @@ class PruningRun:
             return
         p.measured_at = state.global_step
         if p.phase == BEFORE:
-            p.baseline = value if self.config.baseline is None else self.config.baseline
+            self._note_baseline(value)
         elif p.decision is None:
             p.value = value
             if state.global_step >= p.boundary:
@@ -191,8 +216,18 @@ class PruningRun:
             p.phase = FINISHED
         self.ended = True
         self.journal.close()
+        if len(p.attempts) > 1:
+            at = f"step {state.global_step}" if state.epoch is None else f"epoch {state.epoch:g} of {state.num_train_epochs}"
+            self.journal.conclude(at)
         p.snapshot = None
         self.operations.clean_up()
+
+    def _note_baseline(self, measured: float) -> None:
+        p, allowed = self.progress, float(self.config.max_drop or 0.0)
+        p.baseline = measured if self.config.baseline is None else self.config.baseline
+        if self.greater_is_better and 0 <= p.baseline <= allowed:
+            hint = f" Did you mean {allowed / 100:g}?" if p.baseline <= 1 < allowed else ""
+            self.journal.warn(f"max_drop {allowed:g} is not below the baseline of {p.baseline:.4g}, so no pruning can be rejected.{hint}")
 
     # ---- decisions ----
 
@@ -260,7 +295,11 @@ class PruningRun:
         state.best_metric = state.best_model_checkpoint = None
         state.best_global_step = None
         self._set_boundary(state, state.global_step)
-        self.journal.say(f"Pruning {p.accepted + 1} (k={p.k}) at step {state.global_step}:\n{plan}")
+        again = ", another try" if sum(a.get("iteration") == p.accepted + 1 for a in p.attempts) > 1 else ""
+        against = f" The baseline of {self.metric} is {p.baseline:.4g}." if self.config.gated and p.baseline is not None else ""
+        self.journal.say(
+            f"Pruning {p.accepted + 1}{again} (k={p.k}), at step {state.global_step}.{against} Blocks as they are numbered now:\n{plan}"
+        )
         self.journal.write_plan(plan)
         self.journal.log(state, control)
 
@@ -290,7 +329,8 @@ class PruningRun:
         p.decision = None
         if p.phase != FINISHED:
             p.phase = BEFORE
-        self.journal.say(f"Pruning {attempt['iteration']} (k={attempt['k']}) is {attempt['decision']}: {attempt['reason']}.")
+        back = f" The weights from step {attempt['step']} are back." if attempt["decision"] == "rolled back" else ""
+        self.journal.say(f"Pruning {attempt['iteration']} (k={attempt['k']}) is {attempt['decision']}: {attempt['reason']}.{back}")
         self.journal.log(state, control, accepted=float(attempt["decision"] == "accepted"), drop=attempt.get("drop"))
 
     def _finish(self, reason: str, control: TrainerControl, stop: bool = True) -> None:
