@@ -313,8 +313,8 @@ def test_the_terminal_tells_the_schedule_the_verdicts_and_the_end(tmp_path, caps
     gated(tmp_path, {4: 0.9, 3: 0.88, 2: 0.5}, {"num_blocks": [3, 2], "k_max": 1, "freeze": "partial"})
     printed = capsys.readouterr().out
     for line in (
-        "Pruning schedule: 1 epoch before the first pruning, then 2 prunings with 1 epoch of retraining each (3 of the training's 5 epochs); "
-        "accuracy may get worse by 0.05.",
+        "Pruning schedule: 1 epoch before the first pruning, then 2 prunings with 1 epoch of retraining each (3 of the training's 5 "
+        "epochs); accuracy may get worse by 0.05.",
         "Pruning 1 (k=1), at step 8. The baseline of accuracy is 0.9.",
         "Pruning 2 (k=1) is rolled back: accuracy went from 0.9 to 0.5, worse by 0.4 (only a drop of up to 0.05 is allowed). The "
         "weights from step 16 are back.",
