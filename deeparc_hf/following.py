@@ -9,22 +9,26 @@ into the right ones, where that makes a difference (layers that attend different
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from .architectures import Stack, describe
+from ._compat import checkpoint_key_namer
+from .architectures import Host, Stack, describe
 from .architectures.hosts import RECORD_KEY
 from .errors import RecordError, SurgeryError
+from .freezing import thaw
 from .record import PrunedConfig
-from .surgery import follow_record
+from .surgery import follow_record, forget_parameters
 from .undo import Transaction
 
-__all__ = ["Structure", "guard", "record_of", "settle"]
+__all__ = ["Structure", "guard", "note_frozen", "record_of", "settle", "thaw_noted"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,9 @@ class Structure:
 
     def freeze(self, model: nn.Module) -> list[nn.Parameter]:
         """Freeze the blocks in a model of this structure; the parameters that were trainable and no longer are."""
-        return [] if self.record is None else follow_record(model, self.record, self.frozen)
+        changed = [] if self.record is None else follow_record(model, self.record, self.frozen)
+        note_frozen(model, changed)
+        return changed
 
 
 _ADVICE = (
@@ -44,20 +50,37 @@ _ADVICE = (
     "resume."
 )
 _guarded: weakref.WeakKeyDictionary[nn.Module, Path | None] = weakref.WeakKeyDictionary()
+_optimizers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
 _provisional: weakref.WeakKeyDictionary[nn.Module, Transaction] = weakref.WeakKeyDictionary()
+_frozen: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
 
 
-def guard(model: nn.Module, output: str | Path | None = None) -> None:
+def guard(model: nn.Module, output: str | Path | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Have the model follow the number of blocks of whatever is loaded into it from now on.
 
     Args:
         output: a Trainer's output folder. The records of the checkpoints in it tell which blocks are likely to be meant, which matters
             where the user has frozen some of them: the Trainer makes its optimizer right after it has loaded the weights.
+        optimizer: one that exists already; it follows too.
     """
     root = describe(model)[0].root
     if root not in _guarded:
         root.register_load_state_dict_pre_hook(_follow)
     _guarded[root] = None if output is None else Path(output)
+    if optimizer is not None:
+        _optimizers[root] = weakref.ref(optimizer)
+
+
+def note_frozen(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Note what a run froze, as long as the model lives: a later run in the same process must be able to thaw it."""
+    _frozen.setdefault(describe(model)[0].root, []).extend(map(weakref.ref, parameters))
+
+
+def thaw_noted(model: nn.Module, transaction: Transaction | None = None) -> None:
+    """Make trainable again what runs have frozen, and nothing that the user has frozen."""
+    noted = [parameter() for parameter in _frozen.pop(describe(model)[0].root, [])]
+    with transaction or Transaction() as transaction:
+        thaw([parameter for parameter in noted if parameter is not None], transaction)
 
 
 def settle(model: nn.Module, start: Structure, accepted: Structure, current: Structure) -> tuple[Transaction | None, list[nn.Parameter]]:
@@ -158,10 +181,12 @@ def _copy(tensor: Tensor) -> Tensor:
 def _follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Hook on the loading of weights, as when a checkpoint is resumed or the best one is loaded."""
     host, _, stacks = describe(module)
+    _name_as_the_model_does(host, state_dict, prefix)
     held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
-    if all(not blocks or len(blocks) == len(stacks[name]) for name, blocks in held.items()) or _is_shard(
-        module, state_dict, prefix, stacks, held
-    ):
+    if _is_shard(module, state_dict, prefix, stacks, held):
+        return
+    _refuse_incomplete(stacks, held)
+    if all(not blocks or len(blocks) == len(stacks[name]) for name, blocks in held.items()):
         return
     record = PrunedConfig({}) if host.record() is None else PrunedConfig.from_model(module)
     likely = _records_in(_guarded.get(host.root))
@@ -187,10 +212,54 @@ def _follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: A
         {},
     )
     undo = _provisional.setdefault(host.root, Transaction())
+    before = list(module.parameters())
     try:
         follow_record(module, target, {}, undo)
     except (SurgeryError, RecordError) as error:
         raise SurgeryError(f"The model cannot follow the checkpoint that is loaded: {error} {_ADVICE}") from error
+    optimizer = _optimizers.get(host.root, lambda: None)()
+    if optimizer is not None:
+        stay = {id(parameter) for parameter in module.parameters()}
+        forget_parameters(optimizer, [parameter for parameter in before if id(parameter) not in stay])
+
+
+def _name_as_the_model_does(host: Host, state_dict: dict[str, Any], prefix: str) -> None:
+    """Rename keys as `from_pretrained` would. The Trainer does not: what ViT saves it would load into nothing, with a warning.
+
+    Raises:
+        SurgeryError: if not one of the keys is the model's.
+    """
+    own = {f"{prefix}{key}": value.shape for key, value in host.root.state_dict().items()}
+    given = [key for key in state_dict if key.startswith(prefix)]
+    if not given or all(key in own for key in given):
+        return
+    if isinstance(host.root, PreTrainedModel):
+        namer = checkpoint_key_namer(host.root)
+        for key in given:
+            if key not in own:
+                renamed = f"{prefix}{namer(key.removeprefix(prefix))}"
+                # a tensor that would have to be fused with others keeps its name, and is refused below
+                if renamed not in state_dict and own.get(renamed) == state_dict[key].shape:
+                    state_dict[renamed] = state_dict.pop(key)
+    if not own.keys() & state_dict.keys():
+        raise SurgeryError(
+            f"The checkpoint that is loaded is of another model: not one of its tensors ({given[0]}, ...) is one of {host.label}'s. "
+            "Load it into a model of its own kind."
+        )
+
+
+def _refuse_incomplete(stacks: Mapping[str, Stack], held: Mapping[str, Mapping[int, Mapping[str, Tensor]]]) -> None:
+    """Refuse a checkpoint that lacks tensors of its blocks: the Trainer would leave the model's own there, with a warning."""
+    for name, blocks in held.items():
+        whole = [set(block.state_dict()) for block in stacks[name].blocks]
+        for index, tensors in blocks.items():
+            if blocks and not any(keys <= tensors.keys() for keys in whole):
+                lacking = min(min(keys - tensors.keys()) for keys in whole)
+                raise SurgeryError(
+                    f"The checkpoint that is loaded holds the tensors of its blocks otherwise than the model does: block {index} of {name} "
+                    f"has no {lacking}, and the Trainer would leave what the model has there. Training of this kind of model cannot be "
+                    "resumed: load the checkpoint with from_pretrained and start a new training."
+                )
 
 
 def _blocks_in(state_dict: Mapping[str, Any], start: str) -> dict[int, dict[str, Tensor]]:

@@ -15,9 +15,22 @@ from typing import Any
 from .config import MPruneConfig
 from .errors import ConfigError, RecordError
 
-__all__ = ["BEFORE", "FINISHED", "RETRAINING", "Progress", "Verdict", "check_epochs", "find_metric", "judge", "needed_epochs"]
+__all__ = [
+    "BEFORE",
+    "FINISHED",
+    "RETRAINING",
+    "Progress",
+    "Verdict",
+    "check_epochs",
+    "find_metric",
+    "judge",
+    "needed_epochs",
+    "refuse_changes",
+    "same_metric",
+]
 
 FORMAT_VERSION = 1
+_FIXED = ("start_epoch", "k", "metric", "greater_is_better", "baseline")
 BEFORE, RETRAINING, FINISHED = "before the first pruning", "retraining", "finished"
 
 
@@ -30,6 +43,7 @@ class Progress:
         phase: BEFORE, RETRAINING or FINISHED.
         accepted: number of prunings that were accepted.
         boundary: optimizer step at which this phase ends.
+        steps_per_epoch: optimizer steps of an epoch, in which the boundaries are counted; None where the data has no length.
         pruned_at: optimizer step of the last pruning; None before the first.
         baseline: the metric that later ones are compared with; None if not known yet.
         measured_at: optimizer step at which the gate's metric was measured last.
@@ -48,6 +62,7 @@ class Progress:
     phase: str = BEFORE
     accepted: int = 0
     boundary: int = 0
+    steps_per_epoch: int | None = None
     pruned_at: int | None = None
     baseline: float | None = None
     measured_at: int | None = None
@@ -130,6 +145,36 @@ def check_epochs(config: MPruneConfig, max_steps: int, steps_per_epoch: int | No
             f"{', the last of which may be shorter' if short else ''}), but the training has {given:g} (of {steps_per_epoch} steps each). "
             f"Set {remedy} in TrainingArguments, or lower start_epoch, iterations or retrain_epochs."
         )
+
+
+def refuse_changes(began_with: Mapping[str, Any], config: MPruneConfig, progress: Progress, steps_per_epoch: int | None) -> dict[str, str]:
+    """Compare the settings of a resumed run with those that it began with.
+
+    Returns:
+        What else changed, by setting; it counts from here on.
+
+    Raises:
+        ConfigError: if what was decided already would have been decided otherwise, or boundaries would fall elsewhere.
+    """
+    now = config.to_dict()
+    changed = {key: f"{began_with[key]} -> {now[key]}" for key in now if key in began_with and began_with[key] != now[key]}
+    fixed = [key for key in _FIXED if key in changed]
+    if "max_drop" in changed and None in (began_with["max_drop"], now["max_drop"]):
+        fixed.append("max_drop")
+    shown = [f"{key} {changed[key]}" for key in fixed]
+    if progress.steps_per_epoch != steps_per_epoch:
+        shown.append(f"optimizer steps of an epoch {progress.steps_per_epoch} -> {steps_per_epoch}")
+    if shown:
+        raise ConfigError(
+            f"A run cannot be resumed with these changes: {', '.join(shown)}. Resume with what it began with, or load the model from the "
+            "checkpoint's folder and start a new run."
+        )
+    return changed
+
+
+def same_metric(one: str | None, other: str | None) -> bool:
+    """Whether two names mean one metric: the Trainer's "eval_" may be there or not."""
+    return one is not None and other is not None and one.removeprefix("eval_") == other.removeprefix("eval_")
 
 
 def find_metric(metrics: Mapping[str, Any], name: str) -> float | None:

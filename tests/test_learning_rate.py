@@ -11,10 +11,11 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
 from transformers import TrainingArguments, get_scheduler
 
-from deeparc_hf.callbacks.learning_rate import resume_rewound, rewind
+from deeparc_hf.callbacks.learning_rate import is_trainers_own, resume_rewound, rewind
 from deeparc_hf.errors import DeepArcWarning
 
 RATE = 1e-3
@@ -76,7 +77,7 @@ def test_a_rewound_schedule_is_that_of_a_training_of_its_own(tmp_path, name, don
     args = arguments(tmp_path, name)
     made, scheduler = scheduled(args, name, WHOLE)
     go(made, scheduler, done)
-    assert rewind(scheduler, args, STEPS) is True
+    assert rewind(scheduler, args, STEPS, own=True) is True
     assert scheduler.get_last_lr() == [group["lr"] for group in made.param_groups]  # what the Trainer logs
     expected = go(*scheduled(args, name, STEPS), STEPS)
     assert go(made, scheduler, STEPS) == expected
@@ -96,7 +97,7 @@ def test_rewinding_twice_starts_twice(tmp_path):
     made, scheduler = scheduled(args, "linear", WHOLE)
     for steps in (STEPS, 5):
         go(made, scheduler, 4)
-        rewind(scheduler, args, steps)
+        rewind(scheduler, args, steps, own=True)
     assert go(made, scheduler, 5) == go(*scheduled(args, "linear", 5), 5)
 
 
@@ -109,7 +110,7 @@ def test_rewinding_moves_no_parameter_and_keeps_state_and_groups(tmp_path):
     before = copy.deepcopy(made.state_dict()["state"])
     held = [(id(group), group["params"][0]) for group in made.param_groups]
     values = [parameter.detach().clone() for _, parameter in held]
-    rewind(scheduler, args, STEPS)
+    rewind(scheduler, args, STEPS, own=True)
     assert len(before) == 3
     torch.testing.assert_close(made.state_dict()["state"], before, rtol=0, atol=0)
     assert [(id(group), group["params"][0]) for group in made.param_groups] == held
@@ -132,7 +133,7 @@ def test_a_users_lambda_starts_again_at_its_own_step_zero(tmp_path, factor):
     made = optimizer()
     scheduler = LambdaLR(made, factor)
     first = go(made, scheduler, 6)
-    assert rewind(scheduler, arguments(tmp_path), STEPS) is True
+    assert rewind(scheduler, arguments(tmp_path), STEPS, own=False) is True
     assert scheduler.get_last_lr() == first[0]
     assert go(made, scheduler, 6) == first
     assert first[5] == [rate * factor(5) for rate in RATES]
@@ -142,7 +143,7 @@ def test_a_users_lambdas_by_group_stay_with_their_groups(tmp_path):
     made = optimizer()
     scheduler = LambdaLR(made, [lambda step: 1 + step, lambda step: 1 / (1 + step), lambda step: 1.0])
     first = go(made, scheduler, 4)
-    rewind(scheduler, arguments(tmp_path), STEPS)
+    rewind(scheduler, arguments(tmp_path), STEPS, own=False)
     assert go(made, scheduler, 4) == first
     assert len({tuple(rates) for rates in first}) == 4
 
@@ -168,9 +169,9 @@ def test_another_scheduler_warns_by_its_name_and_goes_on_as_it_was(tmp_path, mak
     assert steps(made, scheduler) == steps(other, untouched)
     state = copy.deepcopy(scheduler.state_dict())
     with pytest.warns(DeepArcWarning, match=rf"for a {type(scheduler).__name__}: it goes on.*rewind_lr=False"):
-        assert rewind(scheduler, arguments(tmp_path), STEPS) is False
+        assert rewind(scheduler, arguments(tmp_path), STEPS, own=False) is False
     assert scheduler.state_dict() == state
-    resume_rewound(scheduler, arguments(tmp_path), STEPS, 3)
+    resume_rewound(scheduler, arguments(tmp_path), STEPS, 3, own=False)
     assert scheduler.state_dict() == state
     rates = steps(made, scheduler)
     assert rates == steps(other, untouched)
@@ -180,8 +181,8 @@ def test_another_scheduler_warns_by_its_name_and_goes_on_as_it_was(tmp_path, mak
 def test_no_scheduler_is_no_matter(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert rewind(None, arguments(tmp_path), STEPS) is False
-        resume_rewound(None, arguments(tmp_path), STEPS, 3)
+        assert rewind(None, arguments(tmp_path), STEPS, own=False) is False
+        resume_rewound(None, arguments(tmp_path), STEPS, 3, own=False)
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_a_saved_retraining_goes_on_with_the_same_rates(tmp_path, name, position
     args = arguments(tmp_path, name)
     made, scheduler = scheduled(args, name, WHOLE)
     go(made, scheduler, 9)
-    rewind(scheduler, args, STEPS)
+    rewind(scheduler, args, STEPS, own=True)
     go(made, scheduler, position)
     files = tmp_path / "optimizer.pt", tmp_path / "scheduler.pt"
     for target, file in zip((made, scheduler), files, strict=True):
@@ -202,7 +203,7 @@ def test_a_saved_retraining_goes_on_with_the_same_rates(tmp_path, name, position
     again, fresh = scheduled(args, name, WHOLE)
     for target, file in zip((again, fresh), files, strict=True):
         target.load_state_dict(torch.load(file, weights_only=False))
-    resume_rewound(fresh, args, STEPS, position)
+    resume_rewound(fresh, args, STEPS, position, own=True)
     left = STEPS - position
     assert go(again, fresh, left) == go(made, scheduler, left) == go(*scheduled(args, name, STEPS), STEPS)[position:]
 
@@ -212,7 +213,7 @@ def test_a_saved_retraining_goes_on_with_the_same_rates(tmp_path, name, position
 def test_position_counts_where_no_state_was_loaded(tmp_path, name, position):
     args = arguments(tmp_path, name)
     again, fresh = scheduled(args, name, WHOLE)
-    resume_rewound(fresh, args, STEPS, position)
+    resume_rewound(fresh, args, STEPS, position, own=True)
     expected = go(*scheduled(args, name, STEPS), STEPS)
     assert fresh.get_last_lr() == expected[position]
     assert go(again, fresh, STEPS - position) == expected[position:]
@@ -225,7 +226,7 @@ def test_position_does_not_count_beside_a_loaded_state(tmp_path):
     again, fresh = scheduled(args, "linear", WHOLE)
     again.load_state_dict(made.state_dict())
     fresh.load_state_dict(scheduler.state_dict())
-    resume_rewound(fresh, args, STEPS, 9)
+    resume_rewound(fresh, args, STEPS, 9, own=True)
     assert go(again, fresh, STEPS - 4) == go(*scheduled(args, "linear", STEPS), STEPS)[4:]
 
 
@@ -233,9 +234,31 @@ def test_a_users_lambda_goes_on_where_it_was(tmp_path):
     made = optimizer()
     scheduler = LambdaLR(made, lambda step: 1 / (1 + step))
     go(made, scheduler, 8)
-    rewind(scheduler, arguments(tmp_path), STEPS)
+    rewind(scheduler, arguments(tmp_path), STEPS, own=False)
     first = go(made, scheduler, 6)
     again = optimizer()
     fresh = LambdaLR(again, lambda step: 1 / (1 + step))
-    resume_rewound(fresh, arguments(tmp_path), STEPS, 4)
+    resume_rewound(fresh, arguments(tmp_path), STEPS, 4, own=False)
     assert go(again, fresh, 2) == first[4:]
+
+
+# --- whose it is -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_trainers_own_schedule_is_known(tmp_path, name):
+    args = arguments(tmp_path, name)
+    made, scheduler = scheduled(args, name, WHOLE)
+    assert is_trainers_own(scheduler, args, WHOLE)
+    go(made, scheduler, 3)
+    assert is_trainers_own(scheduler, args, WHOLE)
+
+
+def test_what_the_user_made_with_helpers_of_transformers_is_the_users(tmp_path):
+    args = arguments(tmp_path)  # linear
+    made = optimizer()
+    assert not is_trainers_own(transformers.get_constant_schedule(made), args, WHOLE)
+    assert not is_trainers_own(transformers.get_linear_schedule_with_warmup(made, 5, WHOLE), args, WHOLE)
+    assert not is_trainers_own(LambdaLR(made, lambda step: 1.0), args, WHOLE)
+    assert not is_trainers_own(torch.optim.lr_scheduler.StepLR(made, 1), args, WHOLE)
+    assert not is_trainers_own(None, args, WHOLE)

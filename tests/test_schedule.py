@@ -11,7 +11,7 @@ import pytest
 
 from deeparc_hf import MPruneConfig
 from deeparc_hf.errors import ConfigError, RecordError
-from deeparc_hf.schedule import BEFORE, FINISHED, RETRAINING, Progress, check_epochs, find_metric, judge, needed_epochs
+from deeparc_hf.schedule import BEFORE, FINISHED, RETRAINING, Progress, check_epochs, find_metric, judge, needed_epochs, refuse_changes
 
 GATE = {"max_drop": 0.1}
 PER_EPOCH = 8
@@ -202,6 +202,7 @@ FULL = Progress(
     reason="loss went from 1 to 2 \u2014 \u201cworse\u201d",
     stopped=True,
     rewound=[24, 24],
+    steps_per_epoch=8,
     start={"stacks": {}},
     base={"stacks": {"enc": {"length": 4, "kept": [0, 1, 3]}}},
     record={"stacks": {"enc": {"length": 4, "kept": [0, 3]}}},
@@ -264,3 +265,24 @@ FOREIGN = {
 def test_what_is_no_progress_is_refused_with_advice(data):
     with pytest.raises(RecordError, match=r"trainer_state\.json.*another version of deeparc_hf.*Resume with the version that wrote it"):
         Progress.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "message"),
+    [
+        ({"k": 2}, 8, "k 1 -> 2"),
+        ({"start_epoch": 3}, 8, "start_epoch 0 -> 3"),
+        ({"max_drop": 0.1}, 8, "max_drop None -> 0.1"),
+        ({"metric": "f1"}, 8, "metric None -> f1"),
+        ({}, 4, "optimizer steps of an epoch 8 -> 4"),
+    ],
+)
+def test_what_would_have_led_elsewhere_cannot_change_on_a_resume(settings, steps, message):
+    with pytest.raises(ConfigError, match=message):
+        refuse_changes(MPruneConfig().to_dict(), MPruneConfig(**settings), FULL, steps)
+
+
+def test_other_changes_are_told():
+    began, now = MPruneConfig(max_drop=0.1, num_blocks=3), MPruneConfig(max_drop=0.2, num_blocks=2)
+    assert refuse_changes(began.to_dict(), now, FULL, 8) == {"max_drop": "0.1 -> 0.2", "num_blocks": "3 -> 2"}
+    assert refuse_changes(now.to_dict(), now, FULL, 8) == {}

@@ -30,6 +30,12 @@ class Calibration:
     def __init__(self, given: Dataset | Iterable[Any] | None, loader: DataLoader | None, batch_size: int, config: MPruneConfig) -> None:
         if given is None and loader is None:
             raise CalibrationError("There is no training data to compare blocks on. Give MPruneCallback(calibration=...).")
+        if isinstance(given, Iterator) and config.iterations > 1:
+            raise CalibrationError(
+                "calibration is an iterator, which can be gone through once, but every iteration compares the blocks anew. Give a list of "
+                "batches, a data loader or a data set."
+            )
+        self._is_dataset = given is None or _is_dataset(given)
         self._data = getattr(loader, "dataset", None) if given is None else given
         self._collate = getattr(loader, "collate_fn", None)
         self._batch_size = batch_size
@@ -45,7 +51,7 @@ class Calibration:
         """This process's share of the batches."""
         count, index = process_count(), process_index()
         data = self._data
-        if not _is_dataset(data):
+        if not self._is_dataset:
             batches = islice(iter(data), index, None, count)
         elif isinstance(data, IterableDataset) or not hasattr(data, "__len__"):
             batches = islice(iter(self._loader(data)), index, None, count)
@@ -63,4 +69,5 @@ class Calibration:
 
 
 def _is_dataset(data: Any) -> bool:
+    """Whether what a user gives is a data set, whose items are samples, and not an iterable of batches."""
     return isinstance(data, Dataset) or type(data).__module__.partition(".")[0] == "datasets"

@@ -83,6 +83,11 @@ class Journal:
             describe(self._model)[0].set_record(p.record)
         self.report()
 
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether the Trainer has evaluated the model as it is now. Other evaluations have another prefix (`metric_key_prefix`)."""
+        return any(key.startswith("eval_") for e in self._progress.attempts[-1]["evaluations"] for key in e["metrics"])
+
     def log(self, state: TrainerState, control: TrainerControl, **figures: float | None) -> None:
         """Send the figures of the pruning at hand to the logs, and write the report."""
         p = self._progress

@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from ..architectures import describe
 from ..config import MPruneConfig
 from ..errors import ConfigError, SurgeryError
-from ..following import guard, record_of
+from ..following import guard, record_of, thaw_noted
 from ..plan import PruningPlan
 from ..record import PrunedConfig
 from ..schedule import FINISHED, RETRAINING, Progress
@@ -30,7 +30,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
     config's seed, and the redundant ones are removed; the training itself is not disturbed (random states, data order and modes are
     restored), and the optimizer follows. `retrain_epochs` epochs later the pruning is accepted, and the next of `iterations` follows.
     With `max_drop` it is judged first: if the metric got worse by more, the weights from before the pruning come back, bit for bit, and
-    the next larger stride up to `k_max` is tried, which removes less. The training ends on the last accepted model.
+    the next larger stride up to `k_max` is tried (with a threshold it removes less, with a target as many blocks, but others). The
+    training ends on the last accepted model.
 
     Prunings happen when an epoch begins, after the last evaluation and checkpoint of the old structure. `resume_from_checkpoint` works
     from any checkpoint, with the model built as it was when the run began. The output folder gets `pruning_plan.json` (the last plan) and
@@ -90,7 +91,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if model is None:
             return
         describe(model)  # an unsupported model is refused before any work is done
-        guard(model, args.output_dir)
+        guard(model, args.output_dir, kwargs.get("optimizer"))
+        thaw_noted(model)  # what an earlier training of this model froze: the optimizer is made before this one begins
         if is_sharded(args) and self.calibration is not None:
             self.plan = prune_before_sharding(model, self.config, self.calibration, args)
             self.record = record_of(model)
@@ -119,11 +121,13 @@ class MPruneCallback(TrainerCallback, ExportableState):
         )
         before = self._run
         progress = self._progress(kwargs["model"], state)
-        self._run = PruningRun(self.config, calibration, args, kwargs, progress)
+        self._run = None  # until the new one has begun
+        run = PruningRun(self.config, calibration, args, kwargs, progress)
         if state.global_step > 0:
-            self._run.resume(state, control, self._saved_state(state).get("args", {}))
+            run.resume(state, control, self._saved_state(state).get("args", {}))
         else:
-            self._run.begin(state, before if before is not None and before.progress is progress else None)
+            run.begin(state, before if before is not None and before.progress is progress else None)
+        self._run = run
         self._publish()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -13,8 +13,7 @@ from transformers import TrainingArguments
 from ..config import MPruneConfig
 from ..distributed import agree, follow_in_wrapper, gather
 from ..errors import ConfigError, PlanError, SurgeryError
-from ..following import Structure, record_of, settle
-from ..freezing import thaw
+from ..following import Structure, note_frozen, record_of, settle, thaw_noted
 from ..observe import evaluating
 from ..plan import PruningPlan, warn_if_drastic
 from ..pruning import check_settings, compare_blocks
@@ -64,12 +63,12 @@ class Operations:
         self._accepted_plan: PruningPlan | None = None
         self._comparison: PruningPlan | None = None  # of the last accepted model's blocks
         self._undo: Transaction | None = None
-        self._frozen: list[nn.Parameter] = []
         self._held: dict[str, torch.Tensor] | None = None
 
     def begin(self) -> None:
         """Note how the model is when the run begins, and freeze what its record says, if that was asked for."""
         p, record = self._progress, record_of(self.model)
+        thaw_noted(self.model)  # what an earlier training of this model froze
         check_settings(self.model, self._config.for_iteration(0))
         p.start = p.base = p.record = None if record is None else record.to_dict()
         if self._config.freeze != "record":
@@ -77,7 +76,7 @@ class Operations:
         if record is None:
             raise ConfigError("freeze='record' freezes what the model's record says, and this model carries none. Use freeze='partial'.")
         p.frozen = p.base_frozen = lists(record.frozen)
-        self._frozen = Structure(record, record.frozen).freeze(self.model)
+        Structure(record, record.frozen).freeze(self.model)
         follow_in_wrapper(self.model)
 
     def resume(self, plan: PruningPlan | None) -> None:
@@ -88,7 +87,8 @@ class Operations:
         """
         p = self._progress
         start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
-        self._undo, self._frozen = settle(self.model, Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen))
+        thaw_noted(self.model)  # of the same training, before it was interrupted in this process
+        self._undo, _ = settle(self.model, Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen))
         follow_in_wrapper(self.model)
         self.plan = self._accepted_plan = plan
         if not self._config.gated or (p.phase != RETRAINING and p.decision != "reject"):
@@ -103,7 +103,7 @@ class Operations:
     def continue_from(self, other: Operations) -> None:
         """Take over from the same run before the Trainer began it again with a smaller batch (auto_find_batch_size)."""
         self.plan, self._accepted_plan, self._comparison = other.plan, other._accepted_plan, other._comparison
-        self._undo, self._frozen = other._undo, other._frozen
+        self._undo = other._undo
         follow_in_wrapper(self.model)
 
     def compare(self, iteration: int, k: int) -> PruningPlan:
@@ -145,11 +145,11 @@ class Operations:
             p.snapshot, self._comparison = name, plan
         undo = Transaction()
         with Transaction() as guard:
-            thaw(self._frozen, guard)
+            thaw_noted(self.model, guard)
             trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             record = apply_plan(self.model, plan, optimizer=self._optimizer, example=self._example(), transaction=undo)
         self._undo = undo if self._config.gated else None
-        self._frozen = [parameter for parameter in trainable if not parameter.requires_grad]
+        note_frozen(self.model, [parameter for parameter in trainable if not parameter.requires_grad])
         self.plan = plan
         p.record = record.to_dict()
         p.frozen = {name: [stack.kept.index(i) for i in stack.frozen] for name, stack in plan.stacks.items() if stack.frozen}
@@ -168,8 +168,7 @@ class Operations:
         if self._undo is None:
             raise SurgeryError("There is no way back from this pruning.")
         self._compared()  # before anything changes: the snapshot must be there
-        with Transaction() as guard:
-            thaw(self._frozen, guard)
+        thaw_noted(self.model)
         self._undo.roll_back()
         torch.compiler.reset()
         gather(lambda: restore_weights(self._output, str(p.snapshot), self.model))
@@ -177,26 +176,24 @@ class Operations:
             set_groups(self._output, str(p.snapshot), self.model, self._optimizer)
         p.record, p.frozen = p.base, p.base_frozen
         base = None if p.base is None else PrunedConfig.from_dict(p.base)
-        self._frozen = Structure(base, p.base_frozen).freeze(self.model)
+        Structure(base, p.base_frozen).freeze(self.model)
         self._undo, self.plan = None, self._accepted_plan
         follow_in_wrapper(self.model)
 
     def hold(self) -> None:
-        """Keep the weights as they are now, whatever a last step does to them."""
+        """Keep the weights as they are now: the step that comes is one too many."""
         self._held = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-
-    @property
-    def holds(self) -> bool:
-        return self._held is not None
 
     def release(self) -> None:
         """Put the weights back that `hold` kept."""
-        if self._held is None:
-            return
         live = self.model.state_dict()
         with torch.no_grad():
-            for name, tensor in self._held.items():
+            for name, tensor in (self._held or {}).items():
                 live[name].copy_(tensor)
+        self.forget_held()
+
+    def forget_held(self) -> None:
+        """Free what `hold` kept."""
         self._held = None
 
     def clean_up(self) -> None:

@@ -11,26 +11,26 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..config import MPruneConfig
 from ..distributed import agree
-from ..errors import ConfigError
 from ..plan import PruningPlan, first_threshold
-from ..schedule import BEFORE, FINISHED, RETRAINING, Progress, Verdict, check_epochs, find_metric, judge, needed_epochs
+from ..schedule import (
+    BEFORE,
+    FINISHED,
+    RETRAINING,
+    Progress,
+    Verdict,
+    check_epochs,
+    find_metric,
+    judge,
+    needed_epochs,
+    refuse_changes,
+)
 from .calibration import Calibration
+from .gate import check_gate, metric_of, steps_per_epoch
 from .journal import Journal
-from .learning_rate import resume_rewound, rewind
+from .learning_rate import is_trainers_own, resume_rewound, rewind
 from .operations import Operations
 
-__all__ = ["PruningRun", "metric_of"]
-
-
-def metric_of(config: MPruneConfig, args: TrainingArguments) -> tuple[str, bool]:
-    """The gate's metric, and whether a larger one is better (the Trainer's own rules where the config leaves it open)."""
-    name = config.metric or args.metric_for_best_model or "loss"
-    if config.greater_is_better is not None:
-        return name, config.greater_is_better
-    same = args.metric_for_best_model is not None and name.removeprefix("eval_") == args.metric_for_best_model.removeprefix("eval_")
-    if same and args.greater_is_better is not None:
-        return name, args.greater_is_better
-    return name, not name.endswith("loss")
+__all__ = ["PruningRun"]
 
 
 class PruningRun:
@@ -53,13 +53,16 @@ class PruningRun:
         self.scheduler = event.get("lr_scheduler")
         self.progress = progress
         self.metric, self.greater_is_better = metric_of(config, args)
-        self.steps_per_epoch = _steps_per_epoch(event.get("train_dataloader"), args)
+        self.steps_per_epoch = steps_per_epoch(event.get("train_dataloader"), args)
+        self._retraining = config.retrain_epochs * (self.steps_per_epoch or 0)  # optimizer steps
         self.operations = Operations(config, calibration, args, self.model, event.get("optimizer"), progress)
         self.journal = Journal(config, args, self.model, progress, self.metric)
         self.ended = False
         self._next: PruningPlan | None = None  # the plan that comes next, where it is known already
         self._forced = -1  # step at which an evaluation was asked for before the end of its epoch
+        self._over = False  # the training is over, but the Trainer makes one more step
         self._step_began = 0.0
+        self._own_schedule = False  # whether the Trainer has made the learning-rate schedule
 
     # ---- beginning ----
 
@@ -70,8 +73,10 @@ class PruningRun:
             before: the same run, where the Trainer begins it again in the middle of a retraining (auto_find_batch_size).
         """
         check_epochs(self.config, state.max_steps, self.steps_per_epoch, by_steps=self.args.max_steps > 0)
-        self._check_gate()
+        check_gate(self.config, self.args)
+        self._own_schedule = is_trainers_own(self.scheduler, self.args, state.max_steps)
         p = self.progress
+        p.steps_per_epoch = self.steps_per_epoch
         if before is not None:
             self.operations.continue_from(before.operations)
             p.pruned_at, p.decision, p.measured_at, p.value = 0, None, None, None
@@ -82,6 +87,7 @@ class PruningRun:
         p.boundary = self.config.start_epoch * (self.steps_per_epoch or 0)
         self.operations.begin()
         self.journal.open(state)
+        self.journal.report()  # a folder that cannot be written to is told now
         self.journal.outline(self._length(state))
 
     def resume(self, state: TrainerState, control: TrainerControl, began_with: Mapping[str, Any]) -> None:
@@ -91,17 +97,22 @@ class PruningRun:
             began_with: the settings that the checkpoint notes.
         """
         p = self.progress
-        now = self.config.to_dict()
-        changed = [f"{key} {began_with[key]} -> {now[key]}" for key in now if key in began_with and began_with[key] != now[key]]
+        changed = refuse_changes(began_with, self.config, p, self.steps_per_epoch)
+        check_gate(self.config, self.args)
         if changed:
             rule = "this run is finished, so they count no more" if p.phase == FINISHED else "they count from here on; what was done stays"
-            self.journal.warn(f"The run is resumed with other settings than it began with ({', '.join(changed)}): {rule}.")
+            shown = ", ".join(f"{name} {change}" for name, change in changed.items())
+            self.journal.warn(f"The run is resumed with other settings than it began with ({shown}): {rule}.")
+        self._own_schedule = is_trainers_own(self.scheduler, self.args, state.max_steps)
         self.operations.resume(self.journal.read_plan())
+        if self._last and p.phase == RETRAINING:  # it lasts as long as the training, which may be longer now
+            p.boundary = state.max_steps
+            p.rewound = p.rewound and [p.rewound[0], state.max_steps - p.rewound[0]]
         if p.rewound is not None:
-            resume_rewound(self.scheduler, self.args, p.rewound[1], state.global_step - p.rewound[0])
+            resume_rewound(self.scheduler, self.args, p.rewound[1], state.global_step - p.rewound[0], own=self._own_schedule)
         where = f"{p.phase}, {p.accepted} of {self.config.iterations} prunings accepted"
         self.journal.say(f"Resumed at step {state.global_step}: {where}.")
-        if p.stopped:
+        if p.stopped or state.global_step >= state.max_steps:
             self._stop_after_a_step(control)
 
     def _length(self, state: TrainerState) -> str:
@@ -109,36 +120,30 @@ class PruningRun:
             return f"the training has {state.max_steps} steps"
         return f"{needed_epochs(self.config)} of the training's {state.max_steps / self.steps_per_epoch:g} epochs"
 
-    def _check_gate(self) -> None:
-        config = self.config
-        if not config.gated:
-            return
-        if self.args.eval_strategy == "no":
-            raise ConfigError(
-                "max_drop needs evaluations to judge a pruning by, and the Trainer makes none. Set eval_strategy='epoch' in "
-                "TrainingArguments, and give the Trainer an eval_dataset."
-            )
-        if config.start_epoch == 0 and config.baseline is None and not self.args.eval_on_start:
-            raise ConfigError(
-                f"max_drop compares with {self.metric} before the first pruning, which start_epoch=0 puts before every evaluation. Set "
-                "eval_on_start=True in TrainingArguments, give baseline=..., or fine-tune first with start_epoch=1 or more."
-            )
+    @property
+    def _last(self) -> bool:
+        """Whether the pruning at hand is the last one, and nobody judges it: its retraining lasts as long as the training."""
+        return not self.config.gated and self.progress.accepted + 1 >= self.config.iterations
 
     # ---- events ----
 
     def epoch_begin(self, state: TrainerState, control: TrainerControl) -> None:
         """At a boundary: carry out the decision on the pruning at hand, and prune again."""
         p = self.progress
-        if self.config.gated and p.phase == BEFORE and p.measured_at is None and p.attempts[-1]["evaluations"]:
-            raise self.journal.no_metric()
-        if p.phase == FINISHED or state.global_step < p.boundary:
+        if self._over or p.phase == FINISHED:
             return
-        if p.phase == RETRAINING and not self.config.gated and self._next is None:
-            self._look_ahead(state, control)  # resumed just here
-            if p.phase == FINISHED:
-                self._stop_after_a_step(control)
-                return
+        if self.config.gated and p.measured_at is None and self.journal.has_evaluation:
+            raise self.journal.no_metric()
+        if state.global_step < p.boundary or (p.phase == RETRAINING and self._last):
+            return
         if p.phase == RETRAINING:
+            if self.config.gated and p.decision is None:
+                raise self.journal.no_metric()  # what was not judged is not accepted
+            if not self.config.gated and self._next is None:
+                self._look_ahead(state, control)  # resumed just here
+                if p.stopped:
+                    self._stop_after_a_step(control)
+                    return
             if p.decision == "reject" and self._next is None:
                 self._next = self.operations.weaker()  # resumed just here; the verdict was that there is one
             self._carry_out(state, control)
@@ -164,28 +169,32 @@ class PruningRun:
         self._step_began = time.perf_counter()
 
     def step_end(self, state: TrainerState, control: TrainerControl) -> None:
-        self.journal.add_training_time(time.perf_counter() - self._step_began)
-        if self.operations.holds:
+        if self._over:
+            self.operations.release()
             control.should_evaluate = control.should_save = False
-        elif control.should_save and self._due(state):
-            # the checkpoint of a boundary must know the verdict
+            return
+        self.journal.add_training_time(time.perf_counter() - self._step_began)
+        # Saved and then evaluated, a checkpoint would not know the verdict, and a resumed run would lack the evaluation
+        if control.should_save and (self._due(state) or self._evaluation_follows(state)):
             control.should_evaluate = True
             self._forced = state.global_step
 
     def epoch_end(self, state: TrainerState, control: TrainerControl) -> None:
         p = self.progress
-        if self.operations.holds or self._forced == state.global_step:
+        if self._over:
+            control.should_evaluate = control.should_save = False
+            return
+        if self._forced == state.global_step:
             control.should_evaluate = False
-            control.should_save = control.should_save and not self.operations.holds
         elif self._due(state):
             control.should_evaluate = True
-        if p.phase == RETRAINING and not self.config.gated and p.boundary <= state.global_step < state.max_steps:
+        if p.phase == RETRAINING and not self.config.gated and not self._last and state.global_step >= p.boundary:
             self._look_ahead(state, control)
 
     def evaluated(self, state: TrainerState, control: TrainerControl, metrics: Mapping[str, Any]) -> None:
         """Note an evaluation; the one at a boundary decides."""
         p = self.progress
-        if self.operations.holds:
+        if self._over:
             return
         self.journal.note(state, metrics)
         if not self.config.gated or p.phase == FINISHED:
@@ -204,7 +213,6 @@ class PruningRun:
     def end(self, state: TrainerState, control: TrainerControl) -> None:
         """End on the last accepted model."""
         p = self.progress
-        self.operations.release()
         if p.phase == RETRAINING or p.decision is not None:
             if p.decision is None and self.config.gated:
                 self._judge_early(state)
@@ -215,6 +223,7 @@ class PruningRun:
                 self.journal.warn("The training ended before its first pruning.")
             p.phase = FINISHED
         self.ended = True
+        self.operations.forget_held()
         self.journal.close()
         if len(p.attempts) > 1:
             at = f"step {state.global_step}" if state.epoch is None else f"epoch {state.epoch:g} of {state.num_train_epochs}"
@@ -240,10 +249,15 @@ class PruningRun:
             return self.config.baseline is None and state.global_step > 0
         return p.phase == RETRAINING and p.decision is None
 
+    def _evaluation_follows(self, state: TrainerState) -> bool:
+        """Whether the Trainer evaluates at the end of the epoch, which is now."""
+        by_epoch = self.args.eval_strategy == "epoch" and self.args.eval_delay <= (state.epoch or 0.0)
+        return by_epoch and bool(self.steps_per_epoch) and state.global_step % self.steps_per_epoch == 0
+
     def _decide(self, state: TrainerState, control: TrainerControl) -> None:
         p = self.progress
         verdict = self._verdict(p.value)
-        room = state.global_step + self.config.retrain_epochs * (self.steps_per_epoch or 0) <= state.max_steps
+        room = state.global_step + self._retraining <= state.max_steps
         if verdict.accepted and p.accepted + 1 == self.config.iterations:
             self._finish("every pruning that was asked for is accepted", control)
         elif not room:
@@ -269,9 +283,8 @@ class PruningRun:
     def _judge_early(self, state: TrainerState) -> None:
         """The training ended before the boundary (early stopping, say): judge by what was measured of this structure."""
         p = self.progress
-        best = self.args.metric_for_best_model
-        if self.args.load_best_model_at_end and best and best.removeprefix("eval_") == self.metric.removeprefix("eval_"):
-            p.value = p.value if state.best_metric is None else state.best_metric
+        if self.args.load_best_model_at_end and state.best_metric is not None:  # by the same metric: _check_gate
+            p.value = state.best_metric
         self._verdict(p.value)
         p.reason = "the training ended early"
 
@@ -291,9 +304,7 @@ class PruningRun:
         p.phase, p.k, p.pruned_at = RETRAINING, plan.config.k, state.global_step
         p.decision = p.value = p.measured_at = p.reason = None
         self.journal.open(state, plan, record)
-        # a checkpoint of another structure must not win
-        state.best_metric = state.best_model_checkpoint = None
-        state.best_global_step = None
+        _forget_best(state)
         self._set_boundary(state, state.global_step)
         again = ", another try" if sum(a.get("iteration") == p.accepted + 1 for a in p.attempts) > 1 else ""
         against = f" The baseline of {self.metric} is {p.baseline:.4g}." if self.config.gated and p.baseline is not None else ""
@@ -306,11 +317,11 @@ class PruningRun:
     def _set_boundary(self, state: TrainerState, step: int) -> None:
         """When the retraining that begins at this step ends; its learning rate follows."""
         p = self.progress
-        last = p.accepted + 1 == self.config.iterations and not self.config.gated
-        steps = state.max_steps - step if last else self.config.retrain_epochs * (self.steps_per_epoch or 0)
+        steps = state.max_steps - step if self._last else self._retraining
         p.boundary = step + steps
         whole = step == 0 and steps == state.max_steps
-        p.rewound = [step, steps] if self.config.rewind_lr and not whole and rewind(self.scheduler, self.args, steps) else None
+        rewound = self.config.rewind_lr and not whole and rewind(self.scheduler, self.args, steps, own=self._own_schedule)
+        p.rewound = [step, steps] if rewound else None
 
     def _carry_out(self, state: TrainerState, control: TrainerControl) -> None:
         """Accept the pruning at hand, or take it back."""
@@ -318,6 +329,7 @@ class PruningRun:
         attempt = p.attempts[-1]
         if p.decision == "reject":
             self.operations.take_back()
+            _forget_best(state)
             self.journal.write_plan(self.operations.plan)
             attempt["decision"] = "rolled back"
         else:
@@ -341,15 +353,13 @@ class PruningRun:
             control.should_save = control.should_save or self.args.save_strategy == "steps"
 
     def _stop_after_a_step(self, control: TrainerControl) -> None:
-        """Stop where the Trainer cannot stop before it has made one more step: what that step does is taken back at the end."""
+        """Stop where the Trainer cannot stop before it has made one more step: what that step does is taken back."""
         self.operations.hold()
+        self._over = True
         control.should_training_stop = True
 
 
-def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
-    """Optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
-    try:
-        batches = len(loader)
-    except TypeError:
-        return None
-    return max(-(-batches // args.gradient_accumulation_steps), 1)
+def _forget_best(state: TrainerState) -> None:
+    """A checkpoint of another structure must not be the best."""
+    state.best_metric = state.best_model_checkpoint = None
+    state.best_global_step = None

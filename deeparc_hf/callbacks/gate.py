@@ -1,0 +1,62 @@
+"""What the gate and the schedule need to know of the Trainer's arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..config import MPruneConfig
+from ..errors import ConfigError
+from ..schedule import same_metric
+
+__all__ = ["check_gate", "metric_of", "steps_per_epoch"]
+
+
+def metric_of(config: MPruneConfig, args: TrainingArguments) -> tuple[str, bool]:
+    """The gate's metric, and whether a larger one is better (the Trainer's own rules where the config leaves it open)."""
+    name = config.metric or args.metric_for_best_model or "loss"
+    if config.greater_is_better is not None:
+        return name, config.greater_is_better
+    if same_metric(name, args.metric_for_best_model) and args.greater_is_better is not None:
+        return name, args.greater_is_better
+    return name, not name.endswith("loss")
+
+
+def check_gate(config: MPruneConfig, args: TrainingArguments) -> None:
+    """Check that the gate can measure its metric, and that what it judges is what the training delivers.
+
+    Raises:
+        ConfigError: saying what to set in TrainingArguments.
+    """
+    metric, greater_is_better = metric_of(config, args)
+    if not config.gated:
+        return
+    if args.eval_strategy == "no":
+        raise ConfigError(
+            "max_drop needs evaluations to judge a pruning by, and the Trainer makes none. Set eval_strategy='epoch' in "
+            "TrainingArguments, and give the Trainer an eval_dataset."
+        )
+    if config.start_epoch == 0 and config.baseline is None and not args.eval_on_start:
+        raise ConfigError(
+            f"max_drop compares with {metric} before the first pruning, which start_epoch=0 puts before every evaluation. Set "
+            "eval_on_start=True in TrainingArguments, give baseline=..., or fine-tune first with start_epoch=1 or more."
+        )
+    best = args.metric_for_best_model
+    if args.load_best_model_at_end and (not same_metric(metric, best) or bool(args.greater_is_better) != greater_is_better):
+        raise ConfigError(
+            f"The gate judges by {metric} ({'larger' if greater_is_better else 'smaller'} is better), but "
+            f"load_best_model_at_end would deliver the checkpoint that is best by {best} "
+            f"({'larger' if args.greater_is_better else 'smaller'} is better), which the gate may not accept. Set "
+            f"metric_for_best_model={metric!r} and greater_is_better={greater_is_better} in TrainingArguments, or give the "
+            "callback the same metric."
+        )
+
+
+def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
+    """Optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
+    try:
+        batches = len(loader)
+    except TypeError:
+        return None
+    return max(-(-batches // args.gradient_accumulation_steps), 1)
