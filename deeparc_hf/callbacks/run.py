@@ -98,6 +98,8 @@ class PruningRun:
         """
         p = self.progress
         changed = refuse_changes(began_with, self.config, p, self.steps_per_epoch)
+        if not self.config.gated and p.phase != FINISHED:  # a gated run may end early, and says so
+            check_epochs(self.config, state.max_steps, self.steps_per_epoch, by_steps=self.args.max_steps > 0)
         check_gate(self.config, self.args)
         if changed:
             rule = "this run is finished, so they count no more" if p.phase == FINISHED else "they count from here on; what was done stays"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,18 +21,12 @@ from torch import nn
 
 from deeparc_hf import analyze
 
+from .measuring import THREADS, interval
+
 BOUND = 1.15
 BATCHES, BATCH_SIZE, LENGTH = 4, 8, 64
-ROUNDS, THREADS = 4, 2
+ROUNDS = 4
 Batches = list[dict[str, torch.Tensor]]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.benchmark
@@ -48,7 +42,7 @@ def test_analyze_costs_little_more_than_a_forward_pass(capsys):
     with capsys.disabled():
         print(f"\nforward {np.median(seconds['forward']):.2f} s: {BATCHES} batches of {BATCH_SIZE} x {LENGTH} tokens, {THREADS} threads")
         for rows, values in ratios.items():
-            low, high = _interval(values)
+            low, high = interval(values)
             print(f"analyze / forward, rows={rows}: {np.median(values):.3f} (median of {ROUNDS}; 95 % bootstrap {low:.3f} .. {high:.3f})")
     if os.environ.get("DEEPARC_BENCHMARK_BOUND") == "1":
         assert all(np.median(values) <= BOUND for values in ratios.values())
@@ -74,10 +68,3 @@ def _in_turn(calls: Mapping[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
             call()
             seconds[name][turn] = time.perf_counter() - start
     return {name: values[1:] for name, values in seconds.items()}
-
-
-def _interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    picks = np.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(np.median(values[picks], axis=1), [0.025, 0.975])
-    return float(low), float(high)

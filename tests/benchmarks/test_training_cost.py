@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator
 
 import datasets
 import numpy as np
@@ -24,17 +23,11 @@ from deeparc_hf import MPruneCallback, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.freezing import freeze_blocks
 
-THREADS, BATCH_SIZE, LENGTH, WIDTH, SEED = 2, 16, 64, 256, 0
+from .measuring import THREADS, interval
+
+BATCH_SIZE, LENGTH, WIDTH, SEED = 16, 64, 256, 0
 STEPS, WARMUP, ROUNDS = 7, 2, 3
 STACK = "bert.encoder.layer"
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_bert(layers: int) -> tf.BertForSequenceClassification:
@@ -48,13 +41,6 @@ def small_bert(layers: int) -> tf.BertForSequenceClassification:
 def texts(rows: int) -> datasets.Dataset:
     ids = torch.randint(5, 8000, (rows, LENGTH), generator=torch.Generator().manual_seed(SEED))
     return datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] % 4).tolist()}).with_format("torch")
-
-
-def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    chosen = np.random.default_rng(SEED).choice(values, (draws, len(values)))
-    low, high = np.percentile(np.median(chosen, axis=1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 class StepTimes(TrainerCallback):
