@@ -151,7 +151,7 @@ class Journal:
         blocks = f"{sum(first['blocks'].values())} -> {sum(last['blocks'].values())} blocks"
         parameters = f"{first['parameters']:,} -> {last['parameters']:,} parameters"
         frozen = sum(map(len, p.frozen.values()))
-        stay = f" In this process {_count(frozen, 'block')} stay frozen; a reload from the disk lifts that." if frozen else ""
+        stay = f" Still frozen in this process: {_count(frozen, 'block')} (a reload from the disk lifts that)." if frozen else ""
         accepted = f"{p.accepted} of {self._config.iterations} accepted"
         self.say(
             f"Pruning is finished at {ended_at} ({p.reason}): {accepted}, {blocks}, {parameters}.{stay} "
