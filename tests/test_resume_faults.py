@@ -245,7 +245,7 @@ def test_saving_by_steps_and_evaluating_by_epochs(tmp_path):
         ({"max_drop": 0.1}, {"eval_strategy": "epoch"}, "max_drop None -> 0.1"),
         ({"k": 2}, {}, "k 1 -> 2"),
         ({"start_epoch": 0}, {}, "start_epoch 1 -> 0"),
-        ({}, {"per_device_train_batch_size": 16}, "optimizer steps of an epoch 8 -> 4"),
+        ({}, {"data": text_data(rows=32)}, "optimizer steps of an epoch 8 -> 4"),
         ({}, {"num_train_epochs": 2}, "needs 3 epochs"),
     ],
 )
