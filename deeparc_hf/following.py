@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ._compat import checkpoint_key_namer
@@ -28,7 +30,7 @@ from .record import PrunedConfig
 from .surgery import follow_record, forget_parameters
 from .undo import Transaction
 
-__all__ = ["Structure", "guard", "note_frozen", "record_of", "settle", "thaw_noted"]
+__all__ = ["Structure", "guard", "guard_successors", "note_frozen", "record_of", "settle", "thaw_noted"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,21 @@ def guard(model: nn.Module, output: str | Path | None = None, optimizer: torch.o
     _guarded[root] = None if output is None else Path(output)
     if optimizer is not None:
         _optimizers[root] = weakref.ref(optimizer)
+
+
+def guard_successors(model: nn.Module, output: str | Path | None = None) -> RemovableHandle:
+    """Guard models of the same class that are made from now on, until the handle is removed.
+
+    With `model_init` the Trainer makes a new model when a training begins, and loads a checkpoint into it before any callback is asked.
+    """
+    kind = type(describe(model)[0].root)
+
+    def notice(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        if type(module) is kind and module not in _guarded:
+            module.register_load_state_dict_pre_hook(_follow)
+            _guarded[module] = None if output is None else Path(output)
+
+    return register_module_module_registration_hook(notice)
 
 
 def note_frozen(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

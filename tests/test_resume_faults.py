@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 
 import pytest
 import torch
 import transformers as tf
+from torch.nn.modules.module import _global_module_registration_hooks
 from transformers import Trainer
 
 from deeparc_hf.errors import ConfigError
@@ -284,3 +286,42 @@ def test_a_gated_run_in_one_process_twice(tmp_path):
     callback.config = callback.config.replace(num_blocks=2)
     trainer.train()
     assert blocks(model) == 3 and callback.attempts[1]["decision"] == "rolled back"
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_model_init(tmp_path, only_model):
+    """The Trainer makes a new model when training begins, and loads the checkpoint into it before any callback is asked."""
+
+    def go(folder, resume=None):
+        trainer = Trainer(
+            args=arguments(folder, num_train_epochs=3, save_strategy="steps", save_steps=4, learning_rate=1e-3, save_only_model=only_model),
+            model_init=lambda: ZOO["bert"].model(),
+            train_dataset=text_data(),
+            callbacks=[pruning(num_blocks=[3, 2], start_epoch=1, freeze="partial")],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    whole = go(tmp_path / "whole")
+    assert blocks(whole) == 2
+    for step in (4, 8, 12, 16, 20):
+        again = tmp_path / f"again-{step}"
+        shutil.copytree(tmp_path / "whole", again)
+        resumed = go(again, str(again / f"checkpoint-{step}"))
+        assert blocks(resumed) == 2
+        assert only_model or equal(whole.state_dict(), resumed.state_dict()), step
+
+
+def test_the_hook_on_the_making_of_models_is_gone_while_a_model_trains_and_with_its_callback(tmp_path):
+    seen = []
+
+    class Look(tf.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            seen.append(len(_global_module_registration_hooks))
+
+    gc.collect()
+    before = len(_global_module_registration_hooks)
+    for _ in range(3):
+        train(ZOO["bert"].model(), tmp_path, pruning(num_blocks=3), Look(), num_train_epochs=1)
+        gc.collect()
+    assert set(seen) == {before} and len(_global_module_registration_hooks) == before

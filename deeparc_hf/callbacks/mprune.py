@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from torch.utils.data import Dataset
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..architectures import describe
 from ..config import MPruneConfig
 from ..errors import ConfigError, SurgeryError
-from ..following import guard, record_of, thaw_noted
+from ..following import guard, guard_successors, record_of, thaw_noted
 from ..plan import PruningPlan
 from ..record import PrunedConfig
 from ..schedule import FINISHED, RETRAINING, Progress
@@ -65,6 +67,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self.record: PrunedConfig | None = None
         self.saved_progress: dict[str, Any] | None = None  # as a checkpoint keeps it
         self._run: PruningRun | None = None
+        self._successors: RemovableHandle | None = None
         self._sharded: Progress | None = None  # what was done before parameters were sharded
 
     @property
@@ -92,6 +95,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
             return
         describe(model)  # an unsupported model is refused before any work is done
         guard(model, args.output_dir, kwargs.get("optimizer"))
+        self._guard_successors(model, args)
         thaw_noted(model)  # what an earlier training of this model froze: the optimizer is made before this one begins
         if is_sharded(args) and self.calibration is not None:
             self.plan = prune_before_sharding(model, self.config, self.calibration, args)
@@ -115,7 +119,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
             return
         if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
             raise ConfigError("There is more than one MPruneCallback in this Trainer. One does all iterations: give it iterations=...")
-        guard(kwargs["model"], args.output_dir)  # model_init makes a new model for each training
+        self._let_successors_go()
+        guard(kwargs["model"], args.output_dir)
         calibration = Calibration(
             self.calibration, kwargs.get("train_dataloader"), state.train_batch_size or args.train_batch_size, self.config
         )
@@ -155,6 +160,18 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if self._run is not None:
             self._run.end(state, control)
             self._publish()
+            self._guard_successors(kwargs["model"], args)
+
+    def _guard_successors(self, model: Any, args: TrainingArguments) -> None:
+        """Guard the model that model_init makes for the next training of this Trainer."""
+        self._let_successors_go()
+        self._successors = guard_successors(model, args.output_dir)
+        weakref.finalize(self, self._successors.remove)
+
+    def _let_successors_go(self) -> None:
+        if self._successors is not None:
+            self._successors.remove()
+            self._successors = None
 
     def _progress(self, model: Any, state: TrainerState) -> Progress:
         """Where the run stands: at its beginning, where a checkpoint says, or where auto_find_batch_size begins it again."""
