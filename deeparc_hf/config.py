@@ -1,35 +1,23 @@
-"""What is asked for: the settings of a pruning, validated, with help for each, JSON in and out."""
+"""What is asked for: the settings of a pruning and of a sparsification, validated, with help for each, JSON in and out."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import itertools
-import json
-import math
-import types
-import typing
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from .errors import ConfigError, DeepArcWarning, RegistryError
+from .errors import ConfigError, RegistryError
+from .settings import Settings, percent_hint, setting
 from .similarity import ROW_KINDS, metrics
+from .sparsity import methods
 
-__all__ = ["MPruneConfig"]
+__all__ = ["MPruneConfig", "WandaConfig"]
 
 DEFAULT_THRESHOLD = 0.98
 
 
-def _setting(default: Any, help: str, **extra: Any) -> Any:
-    """A field with its help. `trainer` marks what only a training can use; `choices` are the words that are allowed."""
-    return field(default=default, metadata={"help": help, **extra})
-
-
 @dataclass(frozen=True)
-class MPruneConfig:
+class MPruneConfig(Settings):
     """Settings of similarity pruning.
 
     Exactly one of `threshold`, `num_blocks` and `keep_ratio` counts; with none given the threshold is 0.98. `k_max`, `iterations`,
@@ -39,76 +27,73 @@ class MPruneConfig:
         ConfigError: if a value makes no sense; the message says which values do.
     """
 
-    threshold: float | None = _setting(
+    threshold: float | None = setting(
         None, "Blocks this similar to their cluster's leader are redundant; in (0, 1]. Default 0.98 where no target is given."
     )
-    k: int = _setting(1, "Stride of removal: of each cluster members 1, 1+k, 1+2k, ... go. 1 leaves the leader only.")
-    k_max: int = _setting(
+    k: int = setting(1, "Stride of removal: of each cluster members 1, 1+k, 1+2k, ... go. 1 leaves the leader only.")
+    k_max: int = setting(
         3, "Largest stride: where max_drop is exceeded, the pruning is taken back and tried again with the next larger k.", trainer=True
     )
-    iterations: int = _setting(
+    iterations: int = setting(
         1,
         "Number of prunings in one training, each followed by its own retraining; a list of targets (num_blocks) brings its number along.",
         trainer=True,
     )
-    start_epoch: int = _setting(0, "Epochs of training before the first pruning; 0 prunes at once.", trainer=True)
-    retrain_epochs: int = _setting(
+    start_epoch: int = setting(0, "Epochs of training before the first pruning; 0 prunes at once.", trainer=True)
+    retrain_epochs: int = setting(
         3, "Epochs of training after each pruning; without max_drop the last one lasts to the training's end.", trainer=True
     )
-    metric: str | None = _setting(
+    metric: str | None = setting(
         None,
         "Metric that max_drop bounds and the report shows, named as in metric_for_best_model; default: that one, or else the loss.",
         trainer=True,
     )
-    greater_is_better: bool | None = _setting(
+    greater_is_better: bool | None = setting(
         None,
         "Whether a larger metric is better; default: the Trainer's rule, by which smaller is better for names that end in 'loss'.",
         trainer=True,
     )
-    max_drop: float | None = _setting(
+    max_drop: float | None = setting(
         None,
         "How much worse than the baseline the metric may be after a retraining, in its own units (0.01 is one point of an accuracy "
         "between 0 and 1); else the pruning is taken back.",
         trainer=True,
     )
-    baseline: float | None = _setting(
+    baseline: float | None = setting(
         None, "The metric before the first pruning; default: measured in the training, before that pruning.", trainer=True
     )
-    rewind_lr: bool = _setting(True, "Give each retraining a warm-up and a decay of the learning rate of its own.", trainer=True)
-    freeze: str | tuple[str, ...] = _setting(
+    rewind_lr: bool = setting(True, "Give each retraining a warm-up and a decay of the learning rate of its own.", trainer=True)
+    freeze: str | tuple[str, ...] = setting(
         "none",
         "'partial' trains the kept blocks beside each removal site and freezes the others, and embeddings and stem (a tied head too). "
         "'record' freezes at once what the checkpoint's record says was frozen. Or the blocks to freeze: patterns, as for protect.",
         choices=("none", "partial", "record"),
     )
-    similarity: str = _setting("cka", "Similarity metric, by its registered name.")
-    rows: str | None = _setting(
+    similarity: str = setting("cka", "Similarity metric, by its registered name.")
+    rows: str | None = setting(
         None, "Rows that are compared: 'tokens', 'mean' or 'first'; default: what the metric recommends.", choices=ROW_KINDS
     )
-    linkage: str = _setting(
+    linkage: str = setting(
         "leader",
         "'leader': a block joins while similar to the cluster's first block; 'adjacent': while similar to the block before it.",
         choices=("leader", "adjacent"),
     )
-    keep: str = _setting("leader", "Which member of a cluster is sure to stay: its 'leader' or its 'last'.", choices=("leader", "last"))
-    calibration_samples: int = _setting(512, "Number of calibration samples to compare blocks on.")
-    protect: tuple[str, ...] = _setting(
+    keep: str = setting("leader", "Which member of a cluster is sure to stay: its 'leader' or its 'last'.", choices=("leader", "last"))
+    calibration_samples: int = setting(512, "Number of calibration samples to compare blocks on.")
+    protect: tuple[str, ...] = setting(
         (), "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11', named as when the training begins."
     )
-    min_blocks: int = _setting(1, "Fewest blocks that stay in each stack.")
-    num_blocks: int | dict[str, int] | tuple[int | dict[str, int], ...] | None = _setting(
+    min_blocks: int = setting(1, "Fewest blocks that stay in each stack.")
+    num_blocks: int | dict[str, int] | tuple[int | dict[str, int], ...] | None = setting(
         None, "Target: how many blocks stay, over all stacks, or by stack name; a list has one for each iteration. The threshold is found."
     )
-    keep_ratio: float | None = _setting(None, "Target: the share of all blocks that stays, in (0, 1]; the threshold is then found.")
-    seed: int = _setting(0, "Seed of the choice of calibration samples from a data set.")
+    keep_ratio: float | None = setting(None, "Target: the share of all blocks that stays, in (0, 1]; the threshold is then found.")
+    seed: int = setting(0, "Seed of the choice of calibration samples from a data set.")
 
     def __post_init__(self) -> None:
         if isinstance(self.protect, str):
             object.__setattr__(self, "protect", (self.protect,))
-        for name in ("protect", "freeze", "num_blocks"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+        self._to_tuples("protect", "freeze", "num_blocks")
         self._check_types()
         self._check_iterations()
         self._check_target()
@@ -119,13 +104,7 @@ class MPruneConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.")
         self._check_gate()
-        for spec in dataclasses.fields(self):
-            choices, value = spec.metadata.get("choices"), getattr(self, spec.name)
-            if choices and isinstance(value, str) and value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                more = " or a list of patterns" if spec.name == "freeze" else ""
-                raise ConfigError(f"{spec.name} must be one of {', '.join(map(repr, choices))}{more}, found {value!r}.{hint}")
+        self._check_choices({"freeze": " or a list of patterns"})
         try:
             metrics.get(self.similarity)
         except RegistryError as error:
@@ -157,74 +136,7 @@ class MPruneConfig:
             # a list of targets brought its number of iterations along
             iterations = {"iterations": 1} if isinstance(self.num_blocks, tuple) else {}
             settings = {**dict.fromkeys(targets), **iterations, **settings}
-        self._refuse_unknown(settings)
-        return dataclasses.replace(self, **settings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MPruneConfig:
-        """The inverse of `to_dict`. Settings that this version does not know are left out, with a warning."""
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"Settings are an object of names and values, found {type(data).__name__}.")
-        known = {spec.name for spec in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            warnings.warn(
-                f"Settings that this version of deeparc_hf does not know are ignored: {', '.join(unknown)}. The file may come from a newer "
-                "version: pip install -U deeparc_hf.",
-                DeepArcWarning,
-                stacklevel=2,
-            )
-        return cls(**{key: value for key, value in data.items() if key in known})
-
-    def to_json(self) -> str:
-        """The settings as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text_or_path: str | Path) -> MPruneConfig:
-        """Read from a JSON text, or from the file at a path."""
-        text = (
-            text_or_path
-            if isinstance(text_or_path, str) and text_or_path.lstrip().startswith("{")
-            else Path(text_or_path).read_text("utf-8")
-        )
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"These settings are not JSON: {error}.") from error
-        return cls.from_dict(data)
-
-    @classmethod
-    def from_settings(cls, config: MPruneConfig | None, settings: Mapping[str, Any]) -> MPruneConfig:
-        """A config from a config object or from keyword settings (as `MPruneCallback` takes them), or both."""
-        cls._refuse_unknown(settings)
-        if config is None:
-            return cls(**settings)
-        if not isinstance(config, cls):
-            raise ConfigError(
-                f"config must be an {cls.__name__}, found {type(config).__name__}. Give settings by keyword, or an {cls.__name__}."
-            )
-        return config.replace(**settings) if settings else config
-
-    @classmethod
-    def _refuse_unknown(cls, settings: Mapping[str, Any]) -> None:
-        known = [spec.name for spec in dataclasses.fields(cls)]
-        for name in settings:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"{name!r} is not a setting of {cls.__name__}.{hint} Settings: {', '.join(known)}.")
-
-    def _check_types(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
-            if not _fits(value, hints[spec.name]):
-                raise ConfigError(f"{spec.name} must be {_words(hints[spec.name])}, found {value!r} ({type(value).__name__}).")
+        return super().replace(**settings)
 
     def _check_target(self) -> None:
         given = [name for name in ("threshold", "num_blocks", "keep_ratio") if getattr(self, name) is not None]
@@ -235,7 +147,7 @@ class MPruneConfig:
         if self.num_blocks is not None and (not counts or any(not group or min(group) < 1 for group in counts)):
             raise ConfigError(f"num_blocks counts the blocks that stay, so it must be at least 1, found {self.num_blocks!r}.")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise ConfigError(f"keep_ratio must be in (0, 1], found {self.keep_ratio}.{_percent_hint(self.keep_ratio)}")
+            raise ConfigError(f"keep_ratio must be in (0, 1], found {self.keep_ratio}.{percent_hint(self.keep_ratio)}")
 
     def _check_iterations(self) -> None:
         if self.iterations < 1 or self.start_epoch < 0:
@@ -262,40 +174,65 @@ class MPruneConfig:
 
     def _check_threshold(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ConfigError(f"threshold must be in (0, 1], found {_short(self.threshold)}.{_percent_hint(self.threshold)}")
+            raise ConfigError(f"threshold must be in (0, 1], found {_short(self.threshold)}.{percent_hint(self.threshold)}")
+
+
+@dataclass(frozen=True)
+class WandaConfig(Settings):
+    """Settings of weight sparsity (Wanda: Sun et al. 2023, arXiv 2306.11695).
+
+    `start_epoch` and `keep_zeros` are of use to `WandaCallback` only.
+
+    Raises:
+        ConfigError: if a value makes no sense; the message says which values do.
+    """
+
+    sparsity: float = setting(0.5, "Share of the inputs of each output row that is zeroed, in [0, 1): int(inputs * sparsity) of them.")
+    pattern: str | None = setting(
+        None, "N:M pattern: of each M consecutive inputs N stay; it stands for sparsity, which is one half then.", choices=("2:4", "4:8")
+    )
+    method: str = setting("wanda", "Sparsity method, by its registered name.")
+    sequential: bool = setting(
+        True, "Choose the zeros of each block on what the sparsified blocks before it put out; otherwise one pass of the dense model."
+    )
+    targets: tuple[str, ...] | None = setting(
+        None, "Patterns (fnmatch) of module paths of the linear maps to sparsify, e.g. '*.attention.*'; default: all of every block."
+    )
+    calibration_samples: int = setting(128, "Number of calibration samples to measure the inputs on.")
+    start_epoch: int = setting(0, "Epochs of training before the weights are zeroed; 0 zeroes them at once.", trainer=True)
+    keep_zeros: bool = setting(True, "Keep the zeros while training goes on, and check them at the end of every epoch.", trainer=True)
+    seed: int = setting(0, "Seed of the choice of calibration samples from a data set.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            object.__setattr__(self, "targets", (self.targets,))
+        self._to_tuples("targets")
+        self._check_types()
+        self._check_choices()
+        if not 0 <= self.sparsity < 1:
+            raise ConfigError(f"sparsity must be in [0, 1), found {_short(self.sparsity)}.{percent_hint(self.sparsity)}")
+        if self.pattern is not None and self.sparsity != 0.5:
+            raise ConfigError(f"The pattern {self.pattern} zeroes one half, found sparsity {self.sparsity:g} beside it. Give one of them.")
+        if self.targets is not None and not self.targets:
+            raise ConfigError("targets is an empty list, so nothing would be zeroed. Leave it out for all linear maps.")
+        if self.calibration_samples < 1 or self.start_epoch < 0:
+            raise ConfigError(
+                "calibration_samples must be at least 1 and start_epoch at least 0, found "
+                f"{self.calibration_samples} and {self.start_epoch}."
+            )
+        try:
+            methods.get(self.method)
+        except RegistryError as error:
+            raise ConfigError(f"method: {error}") from None
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """N and M of the pattern."""
+        if self.pattern is None:
+            return None
+        keep, _, size = self.pattern.partition(":")
+        return int(keep), int(size)
 
 
 def _short(value: float) -> str:
     return f"{value:g}" if abs(value) < 1e300 else "a huge number"
-
-
-def _percent_hint(value: float) -> str:
-    return f" Did you mean {value / 100:g}?" if 1 < value <= 100 else ""
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
-    if origin is dict:
-        key, item = typing.get_args(hint)
-        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
-    if hint is float:
-        # an int may be too large for a float
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _words(hint: Any) -> str:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return " or ".join(_word(option) for option in options)
-
-
-def _word(hint: Any) -> str:
-    if typing.get_origin(hint) is tuple:  # written as a list, by those who do not care
-        return f"a list of {_words(typing.get_args(hint)[0])}"
-    return "None" if hint is type(None) else hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
