@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +26,8 @@ from .record import PrunedConfig, base_reference
 from .surgery import shrunk_settings
 
 __all__ = ["load_pruned", "save_pruned"]
+
+logger = logging.getLogger(__name__)
 
 _HUB_SETTINGS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 _SHARD = re.compile(r"[\w.\-]+\.safetensors")
@@ -67,7 +71,7 @@ def load_pruned(
         build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
         full = build(config)
     host, family, stacks = describe(full)
-    record = record.renamed(host.base_prefix, stacks)
+    record = _without_sparsity(record.renamed(host.base_prefix, stacks))
     kept = _kept(record, stacks)
     _, settings = shrunk_settings(host, family, stacks, kept)
     _require_expressible(host, full, settings, kept)
@@ -117,6 +121,15 @@ def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:
     if isinstance(source, PrunedConfig):
         return source
     return PrunedConfig.from_dict(source) if isinstance(source, Mapping) else PrunedConfig.from_pretrained(source, **hub)
+
+
+def _without_sparsity(record: PrunedConfig) -> PrunedConfig:
+    """Leave out what a record says of zeroed weights: they are zero in the checkpoint that carries it, and not in the base."""
+    if record.sparsity is not None:
+        logger.info(
+            "The record lists zeroed weights, which the base checkpoint does not have: sparsify the model again with sparsify_model."
+        )
+    return dataclasses.replace(record, sparsity=None)
 
 
 def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequence[int]]:

@@ -24,7 +24,7 @@ from .batches import batch_size, columns, cut, forward_kwargs, padding_masks, wi
 from .errors import CalibrationError, CalibrationWarning
 from .similarity import SimilarityMetric
 
-__all__ = ["Observed", "StackObserver", "evaluating", "hidden_states", "observe"]
+__all__ = ["Observed", "StackObserver", "calibration_inputs", "evaluating", "forward", "hidden_states", "observe", "with_hidden_states"]
 
 _FEW_SAMPLES = 32
 
@@ -185,6 +185,15 @@ def hidden_states(output: Any) -> Tensor:
     return output[0]
 
 
+def with_hidden_states(output: Any, hidden: Tensor) -> Any:
+    """What a block puts out, with other hidden states in it."""
+    if isinstance(output, Tensor):
+        return hidden
+    if isinstance(output, (tuple, list)):
+        return type(output)((hidden, *output[1:]))
+    return type(output)(**{key: hidden if i == 0 else value for i, (key, value) in enumerate(output.items())})
+
+
 def observe(
     host: Host,
     observers: Iterable[StackObserver],
@@ -234,26 +243,34 @@ def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any],
         _hooked(observers),
         tqdm(total=max_samples, desc="Comparing blocks", unit="sample", disable=None if progress else True, leave=False) as bar,
     ):
-        for batch in chain.from_iterable(columns(host, batch) for batch in dataloader):
-            inputs = forward_kwargs(host, batch)
-            inputs = cut(inputs, min(batch_size(inputs), max_samples - seen))
-            size = batch_size(inputs)
-            if size == 0:
-                continue
-            _warn_unmasked(host, inputs)
+        for inputs in calibration_inputs(host, dataloader, max_samples):
             masks = padding_masks(inputs)
             for observer in observers:
                 # the mask of a text says nothing about the images beside it, whose positions are another number
                 observer.mask = masks[observer.stack.side]
-            _forward(host, without_labels(host, inputs))
+            forward(host, inputs)
             for observer in observers:
                 observer.flush(seen)
                 observer.unmasked = observer.unmasked and "pixel_values" not in inputs
-            seen += size
-            bar.update(size)
-            if seen >= max_samples:
-                break
+            seen += batch_size(inputs)
+            bar.update(batch_size(inputs))
     return seen
+
+
+def calibration_inputs(host: Host, dataloader: Iterable[Any], max_samples: int) -> Iterator[dict[str, Any]]:
+    """What the model takes of each batch, labels included, on its device; the last one cut so that no more than `max_samples` come."""
+    seen = 0
+    for batch in chain.from_iterable(columns(host, batch) for batch in dataloader):
+        inputs = forward_kwargs(host, batch)
+        inputs = cut(inputs, min(batch_size(inputs), max_samples - seen))
+        size = batch_size(inputs)
+        if size == 0:
+            continue
+        _warn_unmasked(host, inputs)
+        seen += size
+        yield inputs
+        if seen >= max_samples:
+            break
 
 
 @contextmanager
@@ -286,9 +303,15 @@ def _hooked(observers: list[StackObserver]) -> Iterator[None]:
             handle.remove()
 
 
-def _forward(host: Host, inputs: dict[str, Any]) -> None:
+def forward(host: Host, inputs: Mapping[str, Any], **extra: Any) -> None:
+    """Run the model on calibration inputs, without labels where it can do without.
+
+    Raises:
+        CalibrationError: if it cannot.
+    """
+    inputs = without_labels(host, inputs)
     try:
-        host.root(**inputs)
+        host.root(**inputs, **extra)
     except (CalibrationError, torch.OutOfMemoryError):  # the Trainer may try a smaller batch
         raise
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -22,11 +22,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from .architectures import describe
+from .architectures import Host, Stack, describe
 from .architectures.hosts import RECORD_KEY
 from .errors import DeepArcWarning, RecordError
+from .record_sparsity import check_sparsity, rename_matrices, renumber_matrices
 
-__all__ = ["PrunedConfig", "StackRecord"]
+__all__ = ["PrunedConfig", "StackRecord", "current_record"]
 
 FORMAT_VERSION = 1
 MAX_BLOCKS = 4096
@@ -55,7 +56,7 @@ class PrunedConfig:
         base_revision: its commit, if known.
         iterations: one entry a pruning, oldest first: settings, calibration samples, removed and frozen blocks (ORIGINAL
             indices) and, where measured, metrics.
-        sparsity: zeroed weights, if any.
+        sparsity: zeroed weights, if any: settings, and zeros and size of each matrix by module path (`record_sparsity`).
         versions: packages that made the last pruning.
     """
 
@@ -139,7 +140,7 @@ class PrunedConfig:
                 f"null or a text of at most {MAX_TEXT} characters",
             )
         sparsity, versions = data.get("sparsity"), data.get("versions", {})
-        _expect(sparsity is None or isinstance(sparsity, Mapping), "sparsity", sparsity, "null or an object")
+        check_sparsity(sparsity, _expect)
         _expect(
             isinstance(versions, Mapping) and all(isinstance(v, str) and len(v) <= MAX_TEXT for v in versions.values()),
             "versions",
@@ -219,6 +220,7 @@ class PrunedConfig:
 
         A classifier calls "bert.encoder.layer" what the bare encoder calls "encoder.layer"; `prefix` ("bert") is what may differ.
         """
+        names = list(names)
         by_base = {name.removeprefix(f"{prefix}."): name for name in names}
 
         def name(old: str) -> str:
@@ -234,7 +236,12 @@ class PrunedConfig:
                 if isinstance(entry.get(key), Mapping)
             }
             iterations.append({**entry, **renamed})
-        return dataclasses.replace(self, stacks={name(n): s for n, s in self.stacks.items()}, iterations=tuple(iterations))
+        return dataclasses.replace(
+            self,
+            stacks={name(n): s for n, s in self.stacks.items()},
+            iterations=tuple(iterations),
+            sparsity=rename_matrices(self.sparsity, prefix, names),
+        )
 
     def check_fits(self, lengths: Mapping[str, int]) -> None:
         """Check the record against the number of blocks that each stack of a model has.
@@ -272,7 +279,23 @@ class PrunedConfig:
             )
             for name, length in lengths.items()
         }
-        return PrunedConfig(stacks, self.base_model, self.base_revision, (*self.iterations, entry), self.sparsity, package_versions())
+        sparsity = renumber_matrices(self.sparsity, lengths, removed)
+        return PrunedConfig(stacks, self.base_model, self.base_revision, (*self.iterations, entry), sparsity, package_versions())
+
+
+def current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
+    """The record that a model carries, or an empty one.
+
+    Raises:
+        RecordError: if it is malformed, or does not fit the model.
+    """
+    stored = host.record()
+    if stored is None:
+        base, revision = base_reference(host.root)
+        return PrunedConfig({}, base, revision)
+    record = PrunedConfig.from_dict(stored).renamed(host.base_prefix, stacks)
+    record.check_fits({name: len(stack) for name, stack in stacks.items()})
+    return record
 
 
 def package_versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from .architectures.skeleton import compare, state_shapes
 from .errors import ConfigError, PlanError, SurgeryError
 from .freezing import freeze_blocks
 from .plan import PruningPlan, freezing_set
-from .record import PrunedConfig, base_reference
+from .record import PrunedConfig, current_record
 from .undo import Transaction
 from .verify import expect
 
@@ -100,7 +100,7 @@ def apply_plan(
                 "model."
             )
     if not plan.removed:
-        return _current_record(host, stacks)
+        return current_record(host, stacks)
     removed = _checked(stacks, plan.removed)
     frozen = {name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}
     entry = {
@@ -131,7 +131,7 @@ def follow_record(
         SurgeryError: if the model lacks a block that the record keeps.
     """
     host, family, stacks = describe(model)
-    now = _current_record(host, stacks).kept
+    now = current_record(host, stacks).kept
     removed: dict[str, list[int]] = {}
     for name, stack in record.stacks.items():
         originals = now.get(name, tuple(range(stack.length)))
@@ -211,7 +211,7 @@ def _operate(
     lengths = {name: len(stack) for name, stack in stacks.items()}
     kept = {name: [i for i in range(length) if i not in removed.get(name, ())] for name, length in lengths.items()}
     before, after, updates = _skeletons(host, family, stacks, kept)
-    record = known or _current_record(host, stacks).compose(lengths, removed, entry or {})
+    record = known or current_record(host, stacks).compose(lengths, removed, entry or {})
     expectation = None if known else expect(host, stacks, removed, example)
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
@@ -292,18 +292,14 @@ def _install_configs(
         transaction.set(host.root, "_model_args", arguments)
         transaction.set(host.root, RECORD_KEY, record.to_dict())
         return
-    copies: dict[int, Any] = {}
+    host.own_configs(transaction)
     patched: set[int] = set()
     stacks = tuple(f"{name}." for name in kept)
     for path, module in host.root.named_modules():
         for attribute, config in list(vars(module).items()):
-            if not isinstance(config, PreTrainedConfig):
-                continue
-            new = copy.deepcopy(config, copies)
-            if not path.startswith(stacks) and id(new) not in patched:
-                patched.add(id(new))
-                _patch(new, getattr(before.get_submodule(path), attribute), getattr(after.get_submodule(path), attribute))
-            transaction.set(module, attribute, new)
+            if isinstance(config, PreTrainedConfig) and not path.startswith(stacks) and id(config) not in patched:
+                patched.add(id(config))
+                _patch(config, getattr(before.get_submodule(path), attribute), getattr(after.get_submodule(path), attribute))
     host.set_record(record.to_dict())  # into the copy
 
 
@@ -320,16 +316,6 @@ def _patch(config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrained
             _patch(getattr(config, key), old, value)
         elif old != value:
             setattr(config, key, copy.deepcopy(value))
-
-
-def _current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
-    stored = host.record()
-    if stored is None:
-        base, revision = base_reference(host.root)
-        return PrunedConfig({}, base, revision)
-    record = PrunedConfig.from_dict(stored).renamed(host.base_prefix, stacks)
-    record.check_fits({name: len(stack) for name, stack in stacks.items()})
-    return record
 
 
 def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

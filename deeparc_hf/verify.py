@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 from .architectures import Host, Stack
 from .batches import cut, forward_kwargs, without_labels
 from .errors import DeepArcWarning, SurgeryError
-from .observe import evaluating, hidden_states
+from .observe import evaluating, hidden_states, with_hidden_states
 
 __all__ = ["Expectation", "expect"]
 
@@ -150,11 +150,7 @@ def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     before = args[0] if args else kwargs["hidden_states"]
     if hidden_states(output).shape != before.shape:
         raise ValueError(f"{type(module).__name__} changes the shape of its input")
-    if isinstance(output, Tensor):
-        return before
-    if isinstance(output, (tuple, list)):
-        return type(output)((before, *output[1:]))
-    return type(output)(**{key: before if i == 0 else value for i, (key, value) in enumerate(output.items())})
+    return with_hidden_states(output, before)
 
 
 def _tensors(output: Any) -> list[Tensor]:

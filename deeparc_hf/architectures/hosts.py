@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
+from ..undo import Transaction
 
 __all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host"]
 
@@ -77,6 +78,10 @@ class Host(ABC):
     def set_record(self, record: dict[str, Any]) -> None:
         """Have the model carry this record, and save it with its config."""
 
+    @abstractmethod
+    def own_configs(self, transaction: Transaction) -> None:
+        """Give the model config objects of its own, in case others share them: what is noted in them is true of this model only."""
+
     @property
     def merges_inputs(self) -> bool:
         """Whether images take the place of tokens in the text, so that inputs cannot be made up."""
@@ -123,6 +128,13 @@ class TransformersHost(Host):
 
     def set_record(self, record: dict[str, Any]) -> None:
         setattr(self.root.config, RECORD_KEY, copy.deepcopy(record))
+
+    def own_configs(self, transaction: Transaction) -> None:
+        copies: dict[int, Any] = {}
+        for module in self.root.modules():
+            for attribute, config in list(vars(module).items()):
+                if isinstance(config, PreTrainedConfig):
+                    transaction.set(module, attribute, copy.deepcopy(config, copies))
 
     def example_inputs(self) -> dict[str, torch.Tensor] | None:
         config, device = self.root.config, self.root.device
@@ -208,6 +220,9 @@ class TimmHost(Host):
 
     def set_record(self, record: dict[str, Any]) -> None:
         setattr(self.root, RECORD_KEY, copy.deepcopy(record))
+
+    def own_configs(self, transaction: Transaction) -> None:
+        pass  # there are none: each model has its arguments
 
     def example_inputs(self) -> dict[str, torch.Tensor] | None:
         parameter = next(self.root.parameters())

@@ -1,0 +1,263 @@
+"""Weight sparsity on a live model: measure the inputs of its linear maps, zero the weights that matter least, note it in the record."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .architectures import Host, Stack, describe
+from .batches import batch_size
+from .block_by_block import block_by_block
+from .config import WandaConfig
+from .errors import CalibrationError, RecordError
+from .input_norms import InputNorms, finished_norms, warn_unmasked
+from .matrices import Matrix, find_matrices
+from .observe import calibration_inputs, evaluating, forward
+from .record import PrunedConfig, current_record, package_versions
+from .sparsity import SparsityMethod, choose_lowest, choose_pattern, methods
+from .sparsity_report import MatrixSparsity, SparsityReport
+from .undo import Transaction
+
+__all__ = ["recorded_matrices", "sparsify", "sparsify_model"]
+
+Gather = Callable[[Callable[[], Any]], list[Any]]
+
+
+def sparsify_model(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    config: WandaConfig | None = None,
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> SparsityReport:
+    """Zero the weights that matter least in the linear maps of every block, in place, all or nothing.
+
+    Wanda (Sun et al. 2023, arXiv 2306.11695): the score of a weight is its size times the L2 norm of the input that it meets, over all
+    unpadded calibration positions; in each output row the int(inputs * sparsity) lowest scores go, or all but N of each M consecutive
+    ones. Linear, GPT-2's Conv1D and convolutions (an input is a channel at a kernel position) of the blocks that `find_stacks` finds are
+    sparsified; embeddings, heads, norms and stems are left alone. The zeros are zeros in a dense tensor: they save neither space nor time.
+
+    Args:
+        model: a model that `find_stacks` knows.
+        dataloader: batches, as for `analyze`; None for methods that need no data ("magnitude"). Up to `config.calibration_samples`
+            samples are used. Use training data, never the data you evaluate on.
+        config: the settings; or give them by keyword: `sparsify_model(model, dataloader, sparsity=0.3)`.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        What was asked for and what was measured, for each matrix. The model carries it in its record.
+
+    Raises:
+        CalibrationError: if there is no data, or the inputs of a map are not finite or never seen.
+        ConfigError: if a target matches nothing, or a pattern does not fit a map.
+        UnsupportedModelError: if a map's weights cannot be zeroed one by one (fused experts, quantized, tied, sharded).
+    """
+    return sparsify(model, dataloader, WandaConfig.from_settings(config, settings), progress=progress)[0]
+
+
+def sparsify(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None,
+    config: WandaConfig,
+    *,
+    progress: bool = True,
+    gather: Gather | None = None,
+    max_samples: int | None = None,
+) -> tuple[SparsityReport, dict[str, Tensor]]:
+    """`sparsify_model` for one of several processes, whose zeros are the same in all.
+
+    Args:
+        gather: runs a function in every process and returns all results.
+        max_samples: samples of this process; None: `config.calibration_samples`.
+
+    Returns:
+        The report, and the masks by matrix (True: zeroed).
+    """
+    gather = gather or _alone
+    host, _, stacks = describe(model)
+    record = current_record(host, stacks)  # a record that does not fit is refused before any work is done
+    matrices = find_matrices(host, stacks, config.targets)
+    if config.pattern is not None:
+        _check_pattern(matrices, config)
+    work = _Work(host, config, gather, progress)
+    with Transaction() as transaction, evaluating(host.root):
+        work.transaction = transaction
+        samples = 0
+        if not work.method.needs_inputs:
+            work.choose(matrices, None)
+        else:
+            samples = work.with_inputs(stacks, matrices, dataloader, config.calibration_samples if max_samples is None else max_samples)
+        measured = {m.name: MatrixSparsity.measured(m, int(work.masks[m.name].sum())) for m in matrices}
+        entry = {name: {"zeros": m.zeros, "size": m.size} for name, m in measured.items()}
+        earlier = (record.sparsity or {}).get("matrices", {})
+        sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
+        host.own_configs(transaction)
+        host.set_record(dataclasses.replace(record, sparsity=sparsity, versions=package_versions()).to_dict())
+    return SparsityReport(config, measured, samples), work.masks
+
+
+def recorded_matrices(model: nn.Module, record: PrunedConfig) -> dict[str, tuple[Matrix, int]]:
+    """The matrices that a record lists as sparse, with their number of zeros.
+
+    Raises:
+        RecordError: if the model lacks one, or has fewer zeros in it than the record says.
+    """
+    host, _, stacks = describe(model)
+    entries = (record.sparsity or {}).get("matrices", {})
+    own = {matrix.name: matrix for matrix in find_matrices(host, stacks, list(entries))} if entries else {}
+    found = {}
+    for name, entry in entries.items():
+        if name not in own or own[name].weight.numel() != entry["size"]:
+            what = "lacks it" if name not in own else f"has {own[name].weight.numel():,} there"
+            raise RecordError(f"The record lists {name} with {entry['size']:,} weights as sparse, but the model {what}.")
+        zeros = int((own[name].weight.detach() == 0).sum())
+        if zeros < entry["zeros"]:
+            raise RecordError(
+                f"By the record {entry['zeros']:,} of the {entry['size']:,} weights of {name} are zero, but in the model {zeros:,} are: "
+                "it was trained without WandaCallback, or the record belongs to other weights. Sparsify it again with sparsify_model."
+            )
+        found[name] = (own[name], zeros)
+    return found
+
+
+class _Work:
+    """One sparsification: measures, chooses, zeroes; `transaction` brings the weights back if it fails."""
+
+    def __init__(self, host: Host, config: WandaConfig, gather: Gather, progress: bool) -> None:
+        self.method: SparsityMethod = methods.get(config.method)()
+        self.masks: dict[str, Tensor] = {}
+        self.transaction = Transaction()
+        self._host = host
+        self._config = config
+        self._gather = gather
+        self._progress = progress
+        self._unmasked: set[str] = set()
+
+    def with_inputs(self, stacks: Mapping[str, Stack], matrices: Sequence[Matrix], dataloader: Any, limit: int) -> int:
+        """Choose by the inputs that the calibration data brings; returns the number of samples over all processes."""
+        if dataloader is None:
+            raise CalibrationError(f"The method {self._config.method!r} needs calibration data. Give a dataloader, or method='magnitude'.")
+        samples = (
+            self._block_by_block(stacks, matrices, dataloader, limit)
+            if self._config.sequential
+            else self._at_once(matrices, dataloader, limit)
+        )
+        warn_unmasked(self._unmasked)
+        return samples
+
+    def choose(self, matrices: Sequence[Matrix], norms: Mapping[str, Tensor] | None) -> None:
+        """Choose the weights of some matrices by their scores, and zero them."""
+        group = self._config.group
+        for matrix in matrices:
+            weight = matrix.weight.detach()
+            norm = None if norms is None else norms[matrix.name].to(weight.device)
+            score = self.method.score(matrix.rows(weight), norm)
+            chosen = choose_lowest(score, self._config.sparsity) if group is None else choose_pattern(score, *group)
+            mask = matrix.shaped(chosen)
+            self.transaction.on_failure(partial(_bring_back, weight, mask, weight[mask]))
+            weight.masked_fill_(mask, 0)
+            self.masks[matrix.name] = mask
+
+    def _at_once(self, matrices: Sequence[Matrix], dataloader: Iterable[Any], limit: int) -> int:
+        norms = InputNorms(matrices)
+
+        def look() -> tuple[int, dict[str, Tensor]]:
+            seen = 0
+            with norms.observing(), self._bar(limit, "sample") as bar:
+                for inputs in calibration_inputs(self._host, dataloader, limit):
+                    norms.batch(inputs)
+                    forward(self._host, inputs)
+                    seen += batch_size(inputs)
+                    bar.update(batch_size(inputs))
+            return seen, norms.sums()
+
+        parts = self._gather(look)
+        samples = _require_samples(sum(part[0] for part in parts))
+        self._unmasked |= norms.unmasked
+        self.choose(matrices, finished_norms(matrices, [part[1] for part in parts]))
+        return samples
+
+    def _block_by_block(self, stacks: Mapping[str, Stack], matrices: Sequence[Matrix], dataloader: Iterable[Any], limit: int) -> int:
+        batches: list[dict[str, Any]] = []
+
+        def collect() -> int:
+            # kept where they came from rather than on the accelerator
+            batches.extend(_on_cpu(inputs) for inputs in calibration_inputs(self._host, dataloader, limit))
+            return sum(map(batch_size, batches))
+
+        samples = _require_samples(sum(self._gather(collect)))
+        device = next(self._host.root.parameters()).device
+        with self._bar(len({(m.stack.name, m.block) for m in matrices}), "block") as bar:
+            for stack in stacks.values():
+                own = [matrix for matrix in matrices if matrix.stack.name == stack.name]
+                if own:
+                    visit = partial(self._visit, own, bar)
+                    last = max(matrix.block for matrix in own)
+                    block_by_block(self._host, stack, batches, partial(_to, device), visit, last, self._gather)
+        return samples
+
+    def _visit(
+        self, own: Sequence[Matrix], bar: Any, index: int, passes: Callable[[], Iterator[tuple[Mapping[str, Any], Callable[[], Any]]]]
+    ) -> None:
+        here = [matrix for matrix in own if matrix.block == index]
+        if not here:
+            return
+        norms = InputNorms(here)
+
+        def look() -> dict[str, Tensor]:
+            with norms.observing():
+                for inputs, run in passes():
+                    norms.batch(inputs)
+                    run()
+            return norms.sums()
+
+        parts = self._gather(look)
+        self._unmasked |= norms.unmasked
+        self.choose(here, finished_norms(here, parts))
+        bar.update()
+
+    def _bar(self, total: int, unit: str) -> tqdm:
+        return tqdm(total=total, desc="Measuring inputs", unit=unit, disable=None if self._progress else True, leave=False)
+
+
+def _alone(work: Callable[[], Any]) -> list[Any]:
+    return [work()]
+
+
+def _bring_back(weight: Tensor, mask: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        weight[mask] = values
+
+
+def _check_pattern(matrices: Sequence[Matrix], config: WandaConfig) -> None:
+    keep, group = config.group or (1, 1)
+    for matrix in matrices:
+        inputs = matrix.rows().shape[1]
+        if inputs % group:
+            raise CalibrationError(
+                f"The pattern {keep}:{group} needs a number of inputs divisible by {group}, but {matrix.name} has {inputs}. Leave it out: "
+                "targets=[...], patterns of the module paths that are meant. Nothing was changed."
+            )
+
+
+def _require_samples(samples: int) -> int:
+    if samples == 0:
+        raise CalibrationError(
+            "The calibration data gave no samples. Give a dataloader that is not empty; an iterator can be used only once."
+        )
+    return samples
+
+
+def _on_cpu(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return _to(torch.device("cpu"), inputs)
+
+
+def _to(device: torch.device, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}

@@ -1,0 +1,111 @@
+"""What a sparsification asked for and what was measured afterwards, matrix by matrix, and as a table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .config import WandaConfig
+from .matrices import Matrix
+
+__all__ = ["MatrixSparsity", "SparsityReport", "sparsity_table"]
+
+NOTE = "Zeros are stored and multiplied like any other number: a checkpoint of this kind is neither smaller nor faster by them."
+
+
+@dataclass(frozen=True)
+class MatrixSparsity:
+    """Zeros of one matrix.
+
+    Attributes:
+        asked: number of weights that were to be zeroed.
+        zeros: number of weights that are zero.
+        size: number of weights.
+        stack, role: the stack that it belongs to, and its path within the block.
+    """
+
+    asked: int
+    zeros: int
+    size: int
+    stack: str
+    role: str
+
+    @classmethod
+    def measured(cls, matrix: Matrix, asked: int) -> MatrixSparsity:
+        """Count the zeros of a matrix as it is now."""
+        weight = matrix.weight.detach()
+        return cls(asked, int((weight == 0).sum()), weight.numel(), matrix.stack.name, matrix.role)
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """The result of `sparsify_model`. `str` gives a table.
+
+    Attributes:
+        config: the settings.
+        matrices: by module path.
+        samples: number of calibration samples; 0 where the method needs none.
+    """
+
+    config: WandaConfig
+    matrices: Mapping[str, MatrixSparsity] = field(repr=False)
+    samples: int = 0
+
+    @property
+    def asked(self) -> float:
+        """Share of all weights of the matrices that was to be zeroed; less than `config.sparsity` where rows do not divide evenly."""
+        return sum(m.asked for m in self.matrices.values()) / max(1, sum(m.size for m in self.matrices.values()))
+
+    @property
+    def measured(self) -> float:
+        """Share of all weights of the matrices that is zero."""
+        return sum(m.zeros for m in self.matrices.values()) / max(1, sum(m.size for m in self.matrices.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "config": self.config.to_dict(),
+            "samples": self.samples,
+            "asked": self.asked,
+            "measured": self.measured,
+            "matrices": {n: {"asked": m.asked, "zeros": m.zeros, "size": m.size} for n, m in self.matrices.items()},
+        }
+
+    def to_json(self, path: str | Path) -> None:
+        """Write to a file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
+
+    def to_markdown(self) -> str:
+        """Heading, what was done, and the table."""
+        return f"# Sparsity report\n\n{self._summary()}\n\n{sparsity_table(list(self.matrices.values()))}\n\n{NOTE}\n"
+
+    def _summary(self) -> str:
+        c = self.config
+        what = f"the {c.pattern} pattern" if c.pattern else f"{100 * c.sparsity:g} % of each output row"
+        how = "block by block" if c.sequential else "in one pass of the dense model"
+        data = f"inputs measured {how} on {self.samples} samples" if self.samples else "without data"
+        return (
+            f"{c.method}, {what}, {data}: {100 * self.asked:.2f} % asked and {100 * self.measured:.2f} % measured over the weights of "
+            f"{len(self.matrices)} matrices."
+        )
+
+    def __str__(self) -> str:
+        return f"{self._summary()}\n{sparsity_table(list(self.matrices.values()))}"
+
+
+def sparsity_table(matrices: Sequence[MatrixSparsity]) -> str:
+    """The Markdown table: a row for each kind of map of each stack."""
+    groups: dict[tuple[str, str], list[MatrixSparsity]] = {}
+    for matrix in matrices:
+        groups.setdefault((matrix.stack, matrix.role), []).append(matrix)
+    lines = ["| stack | map | matrices | weights | asked (%) | measured (%) |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for (stack, role), members in groups.items():
+        size, asked = sum(m.size for m in members), sum(m.asked for m in members)
+        shares = sorted(100 * m.zeros / m.size for m in members)
+        low, high = f"{shares[0]:.2f}", f"{shares[-1]:.2f}"
+        measured = low if low == high else f"{low} to {high}"
+        lines.append(f"| {stack} | {role} | {len(members)} | {size:,} | {100 * asked / size:.2f} | {measured} |")
+    return "\n".join(lines)
