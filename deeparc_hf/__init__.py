@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .architectures import Stack, find_stacks
-    from .callbacks import MPruneCallback
-    from .config import MPruneConfig
+    from .callbacks import MPruneCallback, WandaCallback
+    from .config import MPruneConfig, WandaConfig
     from .loading import load_pruned, save_pruned
     from .plan import PruningPlan
     from .pruning import analyze, prune_model
     from .record import PrunedConfig
+    from .sparsify import sparsify_model
     from .surgery import apply_plan, remove_blocks
 
 __version__ = "0.1.0.dev0"
@@ -32,6 +33,8 @@ _HOMES = {
     "PrunedConfig": "record",
     "PruningPlan": "plan",
     "Stack": "architectures",
+    "WandaCallback": "callbacks",
+    "WandaConfig": "config",
     "analyze": "pruning",
     "apply_plan": "surgery",
     "find_stacks": "architectures",
@@ -39,6 +42,7 @@ _HOMES = {
     "prune_model": "pruning",
     "remove_blocks": "surgery",
     "save_pruned": "loading",
+    "sparsify_model": "sparsify",
 }
 
 __all__ = [
@@ -47,6 +51,8 @@ __all__ = [
     "PrunedConfig",
     "PruningPlan",
     "Stack",
+    "WandaCallback",
+    "WandaConfig",
     "__version__",
     "analyze",
     "apply_plan",
@@ -55,6 +61,7 @@ __all__ = [
     "prune_model",
     "remove_blocks",
     "save_pruned",
+    "sparsify_model",
 ]
 
 

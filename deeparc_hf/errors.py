@@ -15,6 +15,7 @@ __all__ = [
     "PlanError",
     "RecordError",
     "RegistryError",
+    "SparsityError",
     "SurgeryError",
     "UnsupportedModelError",
 ]
@@ -46,6 +47,10 @@ class RegistryError(DeepArcError, LookupError):
 
 class SurgeryError(DeepArcError, RuntimeError):
     """Blocks could not be removed; the model is as it was before."""
+
+
+class SparsityError(DeepArcError, RuntimeError):
+    """Weights that were zeroed are not zero any more, or cannot be kept zero."""
 
 
 class UnsupportedModelError(DeepArcError, TypeError):

@@ -26,7 +26,7 @@ from .architectures import Host, Stack, describe
 from .architectures.hosts import RECORD_KEY
 from .errors import RecordError, SurgeryError
 from .freezing import thaw
-from .record import PrunedConfig
+from .record import PrunedConfig, same_structure
 from .surgery import follow_record, forget_parameters
 from .undo import Transaction
 
@@ -122,9 +122,9 @@ def settle(model: nn.Module, start: Structure, accepted: Structure, current: Str
     if provisional is not None:
         provisional.roll_back()
     live = record_of(model)
-    if provisional is None and _same(live, current.record):
-        return (Transaction() if _same(accepted.record, current.record) else None), current.freeze(model)
-    if not _same(live, start.record):
+    if provisional is None and same_structure(live, current.record):
+        return (Transaction() if same_structure(accepted.record, current.record) else None), current.freeze(model)
+    if not same_structure(live, start.record):
         raise SurgeryError(
             "The model was pruned otherwise than the one in the checkpoint that is resumed: their records differ. Build the model as it "
             f"was built when the run began. Or: {_ADVICE}"
@@ -148,10 +148,6 @@ def settle(model: nn.Module, start: Structure, accepted: Structure, current: Str
 def record_of(model: nn.Module) -> PrunedConfig | None:
     """The record that a model carries; None if it carries none."""
     return None if describe(model)[0].record() is None else PrunedConfig.from_model(model)
-
-
-def _same(one: PrunedConfig | None, other: PrunedConfig | None) -> bool:
-    return (None if one is None else one.to_dict()) == (None if other is None else other.to_dict())
 
 
 def _take_over(sources: Sequence[nn.Module], targets: Sequence[nn.Module]) -> None:

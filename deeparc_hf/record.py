@@ -27,7 +27,7 @@ from .architectures.hosts import RECORD_KEY
 from .errors import DeepArcWarning, RecordError
 from .record_sparsity import check_sparsity, rename_matrices, renumber_matrices
 
-__all__ = ["PrunedConfig", "StackRecord", "current_record"]
+__all__ = ["PrunedConfig", "StackRecord", "current_record", "same_structure"]
 
 FORMAT_VERSION = 1
 MAX_BLOCKS = 4096
@@ -296,6 +296,17 @@ def current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
     record = PrunedConfig.from_dict(stored).renamed(host.base_prefix, stacks)
     record.check_fits({name: len(stack) for name, stack in stacks.items()})
     return record
+
+
+def same_structure(one: PrunedConfig | None, other: PrunedConfig | None) -> bool:
+    """Whether two records (None: none) tell of the same prunings, whatever they say of zeroed weights."""
+    return _structure(one) == _structure(other)
+
+
+def _structure(record: PrunedConfig | None) -> dict[str, Any] | None:
+    if record is None or not (record.stacks or record.iterations):
+        return None
+    return dataclasses.replace(record, sparsity=None, versions={}).to_dict()
 
 
 def package_versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from .record import package_versions
 from .report import hardware
 from .schedule import Progress
 
-__all__ = ["RUN_REPORT", "run_table", "structure_facts", "write_run_report"]
+__all__ = ["RUN_REPORT", "finite", "run_table", "structure_facts", "write_run_report", "write_whole"]
 
 RUN_REPORT = "pruning_report"
 FORMAT_VERSION = 1
@@ -78,8 +78,8 @@ def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, met
         "versions": package_versions(),
         "hardware": hardware(),
     }
-    _write(folder / f"{RUN_REPORT}.json", json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
-    _write(folder / f"{RUN_REPORT}.md", _markdown(data))
+    write_whole(folder / f"{RUN_REPORT}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+    write_whole(folder / f"{RUN_REPORT}.md", _markdown(data))
 
 
 def _markdown(data: Mapping[str, Any]) -> str:
@@ -109,16 +109,17 @@ def _markdown(data: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows no NaN and no infinity: null stands for them."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file: it is there whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, "utf-8")
     draft.replace(path)

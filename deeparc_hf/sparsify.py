@@ -99,7 +99,7 @@ def sparsify(
         earlier = (record.sparsity or {}).get("matrices", {})
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
         host.own_configs(transaction)
-        host.set_record(dataclasses.replace(record, sparsity=sparsity, versions=package_versions()).to_dict())
+        host.set_record(dataclasses.replace(record, sparsity=sparsity, versions=record.versions or package_versions()).to_dict())
     return SparsityReport(config, measured, samples), work.masks
 
 

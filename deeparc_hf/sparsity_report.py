@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class SparsityReport:
             "samples": self.samples,
             "asked": self.asked,
             "measured": self.measured,
-            "matrices": {n: {"asked": m.asked, "zeros": m.zeros, "size": m.size} for n, m in self.matrices.items()},
+            "matrices": {name: dataclasses.asdict(matrix) for name, matrix in self.matrices.items()},
         }
 
     def to_json(self, path: str | Path) -> None:

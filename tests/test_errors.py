@@ -20,6 +20,7 @@ EXPECTED = {
     "PlanError": ValueError,
     "RecordError": ValueError,
     "RegistryError": LookupError,
+    "SparsityError": RuntimeError,
     "SurgeryError": RuntimeError,
     "UnsupportedModelError": TypeError,
 }

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ..errors import UnsupportedModelError
 from ..undo import Transaction
 
-__all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host"]
+__all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted"]
 
 RECORD_KEY = "pruning_config"
 
@@ -299,11 +299,13 @@ def _is_timm(module: nn.Module) -> bool:
     return type(module).__module__.startswith("timm.models.") and hasattr(module, "pretrained_cfg")
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model carries PEFT adapters."""
+    return type(model).__module__.startswith("peft.") or any(type(m).__module__.startswith("peft.tuners.") for m in model.modules())
+
+
 def _refuse_adapted(model: nn.Module) -> None:
-    adapted = type(model).__module__.startswith("peft.")
-    for module in model.modules():
-        adapted = adapted or type(module).__module__.startswith("peft.tuners.")
-    if adapted:
+    if is_adapted(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} carries PEFT adapters, and removing blocks would leave adapters behind that do not fit. "
             "Call model.merge_and_unload() and prune the merged model (its weights are still frozen: .requires_grad_(True) to train them), "

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .mprune import MPruneCallback
+from .wanda import WandaCallback
 
-__all__ = ["MPruneCallback"]
+__all__ = ["MPruneCallback", "WandaCallback"]

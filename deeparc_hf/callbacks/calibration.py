@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from ..config import MPruneConfig
+from ..config import MPruneConfig, WandaConfig
 from ..distributed import process_count, process_index
 from ..errors import CalibrationError
 
@@ -27,10 +27,12 @@ class Calibration:
         config: how many samples, and the seed of their choice.
     """
 
-    def __init__(self, given: Dataset | Iterable[Any] | None, loader: DataLoader | None, batch_size: int, config: MPruneConfig) -> None:
+    def __init__(
+        self, given: Dataset | Iterable[Any] | None, loader: DataLoader | None, batch_size: int, config: MPruneConfig | WandaConfig
+    ) -> None:
         if given is None and loader is None:
-            raise CalibrationError("There is no training data to compare blocks on. Give MPruneCallback(calibration=...).")
-        if isinstance(given, Iterator) and config.iterations > 1:
+            raise CalibrationError("There is no training data to calibrate on. Give the callback calibration=...")
+        if isinstance(given, Iterator) and getattr(config, "iterations", 1) > 1:
             raise CalibrationError(
                 "calibration is an iterator, which can be gone through once, but every iteration compares the blocks anew. Give a list of "
                 "batches, a data loader or a data set."

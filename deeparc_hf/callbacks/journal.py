@@ -80,7 +80,9 @@ class Journal:
         if p.phase == RETRAINING and p.record is not None:
             kept = {key: value for key, value in figures.items() if not key.endswith(_SPEED) and abs(value) < float("inf")}
             p.record["iterations"][-1].setdefault("metrics", {}).update(kept)
-            describe(self._model)[0].set_record(p.record)
+            host = describe(self._model)[0]
+            p.record["sparsity"] = (host.record() or p.record).get("sparsity")  # weights may have been zeroed since
+            host.set_record(p.record)
         self.report()
 
     @property

@@ -16,9 +16,10 @@ from ..config import MPruneConfig
 from ..errors import ConfigError, SurgeryError
 from ..following import guard, guard_successors, record_of, thaw_noted
 from ..plan import PruningPlan
-from ..record import PrunedConfig
+from ..record import PrunedConfig, same_structure
 from ..schedule import FINISHED, RETRAINING, Progress
 from .calibration import Calibration
+from .companions import companions_on
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
 
@@ -155,6 +156,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None and not self._run.ended:
             self._run.evaluated(state, control, kwargs.get("metrics") or {})
+            self._publish()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
@@ -179,8 +181,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
             return self._saved(state)
         run = self._run
         if run is not None and not run.ended and run.model is model and run.progress.phase == RETRAINING:
-            record = record_of(model)
-            if (None if record is None else record.to_dict()) == run.progress.record:
+            then = run.progress.record
+            if same_structure(record_of(model), None if then is None else PrunedConfig.from_dict(then)):
                 return run.progress
         return Progress(k=self.config.k)
 
@@ -204,3 +206,4 @@ class MPruneCallback(TrainerCallback, ExportableState):
             self.plan = self._run.operations.plan
             record = self._run.progress.record
             self.record = None if record is None else PrunedConfig.from_dict(record)
+            companions_on(self._run.model).may_be_taken_back = self._run.may_be_taken_back

@@ -25,6 +25,7 @@ from ..schedule import (
     refuse_changes,
 )
 from .calibration import Calibration
+from .companions import companions_on
 from .gate import check_gate, metric_of, steps_per_epoch
 from .journal import Journal
 from .learning_rate import is_trainers_own, resume_rewound, rewind
@@ -123,6 +124,11 @@ class PruningRun:
         return f"{needed_epochs(self.config)} of the training's {state.max_steps / self.steps_per_epoch:g} epochs"
 
     @property
+    def may_be_taken_back(self) -> bool:
+        """Whether the pruning at hand is not judged yet, or is judged and the verdict not carried out."""
+        return self.config.gated and (self.progress.phase == RETRAINING or self.progress.decision is not None)
+
+    @property
     def _last(self) -> bool:
         """Whether the pruning at hand is the last one, and nobody judges it: its retraining lasts as long as the training."""
         return not self.config.gated and self.progress.accepted + 1 >= self.config.iterations
@@ -132,7 +138,12 @@ class PruningRun:
     def epoch_begin(self, state: TrainerState, control: TrainerControl) -> None:
         """At a boundary: carry out the decision on the pruning at hand, and prune again."""
         p = self.progress
-        if self._over or p.phase == FINISHED:
+        if self._over:
+            return
+        if p.phase == FINISHED:
+            if p.decision is not None and not p.stopped:  # the training goes on for another callback
+                self._carry_out(state, control)
+                self._rewind(state.global_step, state.max_steps - state.global_step, state)
             return
         if self.config.gated and p.measured_at is None and self.journal.has_evaluation:
             raise self.journal.no_metric()
@@ -187,7 +198,7 @@ class PruningRun:
             control.should_evaluate = control.should_save = False
             return
         if self._forced == state.global_step:
-            control.should_evaluate = False
+            control.should_evaluate = companions_on(self.model).sparsified_at == state.global_step
         elif self._due(state):
             control.should_evaluate = True
         if p.phase == RETRAINING and not self.config.gated and not self._last and state.global_step >= p.boundary:
@@ -321,6 +332,11 @@ class PruningRun:
         p = self.progress
         steps = state.max_steps - step if self._last else self._retraining
         p.boundary = step + steps
+        self._rewind(step, steps, state)
+
+    def _rewind(self, step: int, steps: int, state: TrainerState) -> None:
+        """Give the steps that follow a learning rate that begins anew, unless they are the whole training."""
+        p = self.progress
         whole = step == 0 and steps == state.max_steps
         rewound = self.config.rewind_lr and not whole and rewind(self.scheduler, self.args, steps, own=self._own_schedule)
         p.rewound = [step, steps] if rewound else None
@@ -349,6 +365,7 @@ class PruningRun:
 
     def _finish(self, reason: str, control: TrainerControl, stop: bool = True) -> None:
         p = self.progress
+        stop = stop and not companions_on(self.model).sparsity_to_come
         p.phase, p.reason, p.stopped = FINISHED, reason, stop
         if stop:
             control.should_training_stop = True

@@ -1,0 +1,61 @@
+"""Adapters (PEFT) on a sparse model: merging them without losing the zeros."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import describe
+from .architectures.hosts import find_host, is_adapted
+from .errors import SparsityError, UnsupportedModelError
+from .record import current_record
+
+__all__ = ["merge_keeping_zeros"]
+
+
+def merge_keeping_zeros(model: nn.Module) -> nn.Module:
+    """Merge the adapters of a PEFT model into its sparse base model, and unload them, as `merge_and_unload` does.
+
+    A merge adds a dense matrix (B times A, for LoRA) to every adapted weight, zeros included. Here the weights that are zero in the base
+    stay zero: the merged model computes W + BA where W is not zero, so evaluate it again.
+
+    Args:
+        model: a PEFT model whose adapters are not merged yet, on a base whose record lists zeros.
+
+    Returns:
+        The base model, merged, with its record. The PEFT model is used up.
+
+    Raises:
+        UnsupportedModelError: if the model is not a PEFT model that can merge.
+        SparsityError: if the base's record lists no zeros, or they are not there any more (adapters were merged before).
+    """
+    if not is_adapted(model) or not hasattr(model, "merge_and_unload"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a PEFT model with adapters that can be merged. Give what get_peft_model returned."
+        )
+    base = model.get_base_model()
+    weights = {path.removesuffix(".base_layer"): module for path, module in base.named_modules() if hasattr(module, "weight")}
+    stored = getattr(getattr(base, "config", base), "pruning_config", None) or {}
+    entries = (stored.get("sparsity") or {}).get("matrices", {})
+    if not entries:
+        raise SparsityError(
+            f"The record of {type(base).__name__} lists no zeros, so there are none to keep. Call merge_and_unload(); or sparsify the base "
+            "model first, with sparsify_model."
+        )
+    masks: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        if name not in weights:
+            raise SparsityError(f"The record lists zeros in {name}, which {type(base).__name__} lacks. Load the base model again.")
+        masks[name] = weights[name].weight.detach() == 0
+        if int(masks[name].sum()) < entry["zeros"]:
+            raise SparsityError(
+                f"By the record {entry['zeros']:,} weights of {name} are zero, but {int(masks[name].sum()):,} are. If the adapters are "
+                "merged already, call model.unmerge_adapter() first."
+            )
+    merged = model.merge_and_unload()
+    host = find_host(merged)
+    current_record(host, describe(merged)[2])
+    with torch.no_grad():
+        for name, mask in masks.items():
+            host.root.get_submodule(name).weight.masked_fill_(mask, 0)
+    return merged

@@ -1,0 +1,54 @@
+"""The report of a training with weights zeroed in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..config import WandaConfig
+from ..record import package_versions
+from ..report import hardware
+from ..sparsity_report import MatrixSparsity, SparsityReport
+
+__all__ = ["SPARSITY_REPORT", "run_markdown"]
+
+SPARSITY_REPORT = "sparsity_report"
+_LEFT_OUT = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
+
+
+def run_markdown(data: Mapping[str, Any]) -> str:
+    """The report as Markdown: what was zeroed when, the metrics before and after, and how much was zero at the end of each epoch.
+
+    Args:
+        data: as in sparsity_report.json.
+    """
+    parts = ["# Sparsity report of a training\n"]
+    if data["report"] is None:
+        parts = ["# Sparsity report\n\nThe zeros that the checkpoint's record listed when the training began are kept.\n"]
+    else:
+        parts = [_report(data["report"]).to_markdown()]
+        parts.append(f"Zeroed in the training, at step {data['step']} (epoch {data['epoch']:g}).\n")
+    if data["evaluations"]:
+        parts.append(f"## Evaluations\n\n{_evaluations(data['evaluations'])}\n")
+    if data["measured"]:
+        rows = [f"| {m['epoch']:g} | {m['step']} | {100 * m['share']:.4f} |" for m in data["measured"]]
+        head = "| epoch | step | zeros in the recorded matrices (%) |\n| ---: | ---: | ---: |"
+        parts.append("## Measured at the end of each epoch\n\n" + "\n".join([head, *rows]) + "\n")
+    facts = {**hardware(), **package_versions()}
+    parts.append("## Made with\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
+    return "\n".join(parts)
+
+
+def _report(data: Mapping[str, Any]) -> SparsityReport:
+    matrices = {name: MatrixSparsity(**entry) for name, entry in data["matrices"].items()}
+    return SparsityReport(WandaConfig.from_dict(data["config"]), matrices, data["samples"])
+
+
+def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    names = [key for key in dict.fromkeys(key for e in evaluations for key in e["metrics"]) if not key.endswith(_LEFT_OUT)]
+    lines = [f"| epoch | step | weights | {' | '.join(names)} |", f"| ---: | ---: | --- |{' ---: |' * len(names)}"]
+    for entry in evaluations:
+        values = [entry["metrics"].get(name) for name in names]
+        shown = ["-" if value is None else f"{value:.4f}" for value in values]
+        lines.append(f"| {entry['epoch']:g} | {entry['step']} | {'zeroed' if entry['sparse'] else 'dense'} | {' | '.join(shown)} |")
+    return "\n".join(lines)

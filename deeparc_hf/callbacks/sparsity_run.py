@@ -1,0 +1,300 @@
+"""One training with weights zeroed in it: when, by what, and that they stay zero."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..architectures import describe
+from ..config import WandaConfig
+from ..distributed import gather
+from ..errors import ConfigError, DeepArcWarning, RecordError, SparsityError
+from ..record import PrunedConfig, current_record
+from ..run_report import finite, write_whole
+from ..sparsify import recorded_matrices, sparsify
+from ..sparsity_report import SparsityReport
+from ..zeros import Zeros
+from .calibration import Calibration
+from .companions import companions_on
+from .gate import steps_per_epoch
+from .sparsity_journal import SPARSITY_REPORT, run_markdown
+from .trackers import Trackers
+
+__all__ = ["SparsityProgress", "SparsityRun"]
+
+FORMAT_VERSION = 1
+WAITING, KEPT, SPARSE = "waiting", "kept", "sparse"
+
+
+@dataclass
+class SparsityProgress:
+    """Where a run stands: all that a resumed run needs. JSON types only; lives in the Trainer's trainer_state.json.
+
+    Attributes:
+        phase: WAITING for its epoch, KEPT (the zeros of the checkpoint that training began with are kept), or SPARSE.
+        step, epoch: when the weights were zeroed.
+        sparsity: what the model's record says of zeroed weights.
+        report: what was asked for and measured when they were zeroed (`SparsityReport.to_dict`).
+        evaluations: step, epoch, whether the weights were zeroed, and metrics.
+        measured: step, epoch and share of zeros at the end of each epoch since.
+    """
+
+    phase: str = WAITING
+    step: int | None = None
+    epoch: float | None = None
+    sparsity: dict[str, Any] | None = None
+    report: dict[str, Any] | None = None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    measured: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, a copy."""
+        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> SparsityProgress:
+        """The inverse of `to_dict`.
+
+        Raises:
+            RecordError: if the data is not a progress, or was written by another version of this package.
+        """
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        whole = isinstance(data, Mapping) and data.get("format_version") == FORMAT_VERSION and set(data) == known | {"format_version"}
+        if not whole or data["phase"] not in (WAITING, KEPT, SPARSE):
+            raise RecordError(
+                "The checkpoint's trainer_state.json does not tell what was zeroed, or another version of deeparc_hf wrote it. Resume with "
+                "the version that wrote it, or start a new run from the checkpoint's model."
+            )
+        return cls(**{name: data[name] for name in known})
+
+
+class SparsityRun:
+    """The sparsification of one training.
+
+    Args:
+        config: the settings.
+        asked: whether a sparsification was asked for; otherwise a model that is sparse already is only kept so.
+        calibration: where the calibration batches come from; None where none are needed.
+        args: the Trainer's arguments.
+        event: what the Trainer hands to a callback: model, train_dataloader.
+        progress: where the run stands.
+    """
+
+    def __init__(
+        self,
+        config: WandaConfig,
+        asked: bool,
+        calibration: Calibration | None,
+        args: TrainingArguments,
+        event: Mapping[str, Any],
+        progress: SparsityProgress,
+    ) -> None:
+        self.config = config
+        self.args = args
+        self.model: nn.Module = event["model"]
+        self.progress = progress
+        self.report: SparsityReport | None = None
+        self.ended = False
+        self._calibration = calibration
+        self._steps_per_epoch = steps_per_epoch(event.get("train_dataloader"), args)
+        self._zeros = Zeros()
+        self._settled = False
+        self._trackers = Trackers()
+        self._asked = asked or (progress.sparsity is None and self._record().sparsity is None)
+        self._companions = companions_on(self.model)
+        self._companions.sparsity_to_come = self.to_come
+
+    @property
+    def to_come(self) -> bool:
+        """Whether weights are still to be zeroed."""
+        return self.progress.phase == WAITING and self._asked
+
+    # ---- events ----
+
+    def begin(self, state: TrainerState) -> None:
+        """Check that the training reaches the epoch in which the weights are to be zeroed."""
+        start = self.config.start_epoch
+        if self._steps_per_epoch is None:
+            if start > 0:
+                raise ConfigError(
+                    "The training data has no length, so it is not known where an epoch ends: weights can be zeroed at the start only "
+                    f"(start_epoch=0), found start_epoch={start}."
+                )
+            return
+        epochs = state.max_steps / self._steps_per_epoch
+        if self.to_come and start > epochs:
+            raise ConfigError(
+                f"Weights are to be zeroed after {start} epochs, but the training has {epochs:g} (of {self._steps_per_epoch} steps each). "
+                "Lower start_epoch, or train for longer: num_train_epochs of at least start_epoch, and more for retraining."
+            )
+
+    def epoch_begin(self, state: TrainerState, control: TrainerControl) -> None:
+        self._settle()
+        if self._due(state):
+            self._sparsify(state, control)
+
+    def optimizer_step(self) -> None:
+        self._zeros.apply()
+
+    def step_end(self, state: TrainerState, control: TrainerControl) -> None:
+        """At the step after which the weights are zeroed: measure the model as it is before."""
+        if self._evaluates and self._at_epoch_end(state) and self._due(state):
+            control.should_evaluate = True
+
+    def epoch_end(self, state: TrainerState, control: TrainerControl) -> None:
+        if self._due(state):
+            self._sparsify(state, control)
+            control.should_evaluate = control.should_evaluate or self._evaluates
+        elif self.progress.phase != WAITING:
+            self.check(state)
+
+    def evaluated(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
+        figures = {key: float(value) for key, value in metrics.items() if isinstance(value, (int, float)) and key != "epoch"}
+        facts = {"step": state.global_step, "epoch": state.epoch or 0.0, "sparse": self.progress.phase != WAITING}
+        last = self.progress.evaluations[-1] if self.progress.evaluations else None
+        if last is not None and {key: last[key] for key in facts} == facts:
+            last["metrics"].update(figures)  # several data sets, one event each
+        else:
+            self.progress.evaluations.append({**facts, "metrics": figures})
+        self._write()
+
+    def end(self, state: TrainerState) -> None:
+        """Check a last time: the best checkpoint may have been loaded."""
+        self._settle()
+        if self.progress.phase != WAITING:
+            self.check(state)
+        elif self.to_come:
+            why = "a pruning could still be taken back" if self._companions.may_be_taken_back else "it ended early"
+            self._warn(f"The training ended before the weights were zeroed ({why}). Call sparsify_model, or train for more epochs.")
+        self.ended = True
+        self._companions.sparsity_to_come = False
+        self._write()
+        self._trackers.close()
+
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint keeps. Blocks may have been removed since the weights were zeroed."""
+        if self._settled:
+            self.progress.sparsity = _copy(self._record().sparsity)
+        return self.progress.to_dict()
+
+    def check(self, state: TrainerState) -> None:
+        """Check that what was zeroed is zero, and note how much that is.
+
+        Raises:
+            SparsityError: if it is not.
+        """
+        if not self.config.keep_zeros:
+            return
+        self._zeros.check(self.model)
+        try:
+            matrices = recorded_matrices(self.model, self._record())
+        except RecordError as error:
+            raise SparsityError(f"Zeroed weights were lost: {error}") from error
+        zeros, size = sum(zeros for _, zeros in matrices.values()), sum(m.weight.numel() for m, _ in matrices.values())
+        if size:
+            earlier = [entry for entry in self.progress.measured if entry["step"] != state.global_step]
+            self.progress.measured = [*earlier, {"step": state.global_step, "epoch": state.epoch or 0.0, "share": zeros / size}]
+            self._write()
+
+    # ---- actions ----
+
+    def _settle(self) -> None:
+        """Keep the zeros that the model came with, or those of the checkpoint that is resumed.
+
+        Not before the first epoch begins: other callbacks may have to give the model the checkpoint's structure first.
+        """
+        if self._settled:
+            return
+        self._settled = True
+        host, _, stacks = describe(self.model)
+        if self.progress.sparsity is not None:
+            record = dataclasses.replace(current_record(host, stacks), sparsity=self.progress.sparsity)
+            host.set_record(record.to_dict())
+        if self._record().sparsity is None:
+            return
+        if not self.config.keep_zeros:
+            self._forget()
+            return
+        for matrix, _ in recorded_matrices(self.model, self._record()).values():
+            self._zeros.add(matrix.weight, matrix.weight.detach() == 0)
+        if self.progress.phase == WAITING and not self._asked:
+            self.progress.phase = KEPT
+            self._say(f"WandaCallback keeps the zeros that the checkpoint's record lists, in {len(self._zeros)} matrices.")
+
+    def _due(self, state: TrainerState) -> bool:
+        if not self.to_come or self._companions.may_be_taken_back:
+            return False
+        return (state.epoch or 0.0) >= self.config.start_epoch - 1e-9
+
+    def _at_epoch_end(self, state: TrainerState) -> bool:
+        return self._steps_per_epoch is not None and state.global_step % self._steps_per_epoch == 0
+
+    @property
+    def _evaluates(self) -> bool:
+        return str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
+
+    def _sparsify(self, state: TrainerState, control: TrainerControl) -> None:
+        p = self.progress
+        calibration = self._calibration
+        self.report, masks = sparsify(
+            self.model,
+            None if calibration is None else calibration.batches(),
+            self.config,
+            progress=not self.args.disable_tqdm and self.args.process_index == 0,
+            gather=gather,
+            max_samples=None if calibration is None else calibration.samples,
+        )
+        if self.config.keep_zeros:
+            host = describe(self.model)[0]
+            for name, mask in masks.items():
+                self._zeros.add(host.root.get_submodule(name).weight, mask)
+        else:
+            self._forget()
+        p.phase, p.step, p.epoch, p.report = SPARSE, state.global_step, state.epoch or 0.0, self.report.to_dict()
+        p.sparsity = _copy(self._record().sparsity)
+        # a checkpoint without the zeros must not be the best
+        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self._companions.sparsity_to_come, self._companions.sparsified_at = False, state.global_step
+        figures = {"sparsity_asked": self.report.asked, "sparsity_measured": self.report.measured}
+        self._trackers.log(self.args, state, control, self.model, figures)
+        self._say(f"Weights are zeroed at step {state.global_step} (epoch {p.epoch:g}).\n{self.report}")
+        self._write()
+
+    def _forget(self) -> None:
+        """Zeros that are not kept are not in the record."""
+        describe(self.model)[0].set_record(dataclasses.replace(self._record(), sparsity=None).to_dict())
+
+    def _record(self) -> PrunedConfig:
+        host, _, stacks = describe(self.model)
+        return current_record(host, stacks)
+
+    def _write(self) -> None:
+        p = self.progress
+        if self.args.process_index != 0 or p.phase == WAITING:
+            return
+        data = {"config": self.config.to_dict(), **finite({k: v for k, v in p.to_dict().items() if k != "sparsity"})}
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{SPARSITY_REPORT}.json", json.dumps(data, indent=1) + "\n")
+        write_whole(folder / f"{SPARSITY_REPORT}.md", run_markdown(data))
+
+    def _say(self, text: str) -> None:
+        if self.args.process_index == 0:
+            tqdm.write(text)
+
+    def _warn(self, text: str) -> None:
+        if self.args.process_index == 0:
+            warnings.warn(text, DeepArcWarning, stacklevel=4)
+
+
+def _copy(value: Any) -> Any:
+    return json.loads(json.dumps(value))
