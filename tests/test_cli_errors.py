@@ -10,7 +10,8 @@ import pytest
 
 from deeparc_hf import PruningPlan
 from deeparc_hf import loading as loading_module
-from deeparc_hf.cli import _whole_folder, main
+from deeparc_hf.cli import main
+from deeparc_hf.cli.common import whole_folder
 
 from . import cli_tools
 from .cli_tools import error_of, run
@@ -134,7 +135,7 @@ def test_failed_run_keeps_the_old_output(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").touch()
-    with pytest.raises(KeyboardInterrupt), _whole_folder(out) as folder:
+    with pytest.raises(KeyboardInterrupt), whole_folder(out) as folder:
         (folder / "new").touch()
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,55 @@
+"""The command `deeparc`: inspect, prune or sparsify a model. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 2 an error (one line on stderr; --debug shows where it came from), 130 interrupted. Output folders appear whole or
+not at all. What takes seconds to import is imported by the command that needs it, when it needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import DeepArcError
+from . import inspect, prune, sparsify
+from .common import plain_warnings, say
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments; default: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser(argv).parse_args(argv)
+    try:
+        with plain_warnings():
+            return args.run(args)
+    except KeyboardInterrupt:
+        say("interrupted: nothing was written")
+        return 130
+    except BrokenPipeError:  # the reader of stdout (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except (DeepArcError, OSError) as error:
+        if args.debug:
+            raise
+        say(f"error: {' '.join(str(error).split())}")
+        return 2
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="deeparc", description="Make trained models smaller by layer similarity, or zero their weights.")
+    parser.add_argument("--version", action="version", version=f"deeparc_hf {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (inspect, prune, sparsify):
+        command.add(commands, argv)
+    return parser

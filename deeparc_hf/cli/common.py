@@ -1,0 +1,170 @@
+"""What the commands share: a checked output folder that appears whole or not at all, data, device, plain warnings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, DeepArcWarning
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..sources import ModelSource
+
+__all__ = [
+    "PLAN_FILE",
+    "SPARSITY_FILE",
+    "batches_of",
+    "device_of",
+    "output_folder",
+    "plain_warnings",
+    "public_names",
+    "refuse_bad_record",
+    "save",
+    "say",
+    "whole_folder",
+]
+
+PLAN_FILE = "pruning_plan.json"
+SPARSITY_FILE = "sparsity_report.json"
+# what --overwrite may replace: a checkpoint's files and the findings, never a folder of a training run
+_OWN_FILE = re.compile(
+    r"[\w.\-]*(config|token|vocab|merges|spiece|template)[\w.\-]*|model[\w.\-]*|pruning_plan\.json|(sparsity_)?report\.(json|md)|heatmap\.png"
+)
+
+
+def say(message: str) -> None:
+    """A line on stderr."""
+    print(message, file=sys.stderr)
+
+
+def refuse_bad_record(frame: nn.Module) -> None:
+    """Refuse a malformed record before the weights are read."""
+    from ..architectures import describe
+    from ..record import PrunedConfig
+
+    if describe(frame)[0].record() is not None:
+        PrunedConfig.from_model(frame)
+
+
+def batches_of(args: argparse.Namespace, source: ModelSource, frame: nn.Module, samples: int, seed: int) -> tuple[Any, Any]:
+    """The calibration batches, and the tokenizer or image processor that made them."""
+    from ..data import Columns, load_rows, make_batches
+
+    return make_batches(
+        source,
+        frame,
+        load_rows(args.data, args.split, args.subset),
+        Columns(args.text_column, args.text_pair_column, args.target_column, args.image_column),
+        samples=samples,
+        seed=seed,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+    )
+
+
+def device_of(name: str | None) -> Any:
+    """The device that was asked for, tried out."""
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def save(model: nn.Module, processor: Any, folder: Path) -> None:
+    """Save the checkpoint with its record, and its tokenizer or image processor where there is one."""
+    from ..loading import save_pruned
+
+    save_pruned(model, folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def public_names(args: argparse.Namespace) -> dict[str, str]:
+    """Model and data for a report, which may be published: of a local path the last part only."""
+    names = {"model": args.model, "data": args.data}
+    shown = {key: name for key, name in names.items() if name is not None}
+    return {key: Path(name).name if Path(name).expanduser().exists() else name for key, name in shown.items()}
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """Check where the output is to go before any work is done."""
+    out = Path(args.out).expanduser().resolve()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{args.out} is a file. Give another folder with -o.")
+    if out.is_dir() and any(out.iterdir()):
+        if not args.overwrite:
+            raise ConfigError(f"{args.out} exists and is not empty. Give another folder with -o, or --overwrite.")
+        foreign = sorted(path.name for path in out.iterdir() if path.is_dir() or not _OWN_FILE.fullmatch(path.name))
+        if foreign:
+            raise ConfigError(
+                f"{args.out} holds {foreign[0]!r}, which this command did not write, so it is not replaced. Give another folder."
+            )
+        if not _of_an_earlier_run(out):
+            raise ConfigError(
+                f"{args.out} holds files but neither {PLAN_FILE} nor {SPARSITY_FILE} as this command writes them: no earlier run wrote it, "
+                "so it is not replaced. Give another folder."
+            )
+    return out
+
+
+def _of_an_earlier_run(out: Path) -> bool:
+    """Whether `deeparc prune` or `deeparc sparsify` wrote a folder. A training writes a sparsity report too, of another form."""
+    if (out / PLAN_FILE).is_file():
+        return True
+    try:
+        data = json.loads((out / SPARSITY_FILE).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and "matrices" in data
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when all went well, and is gone otherwise."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("new", "old"))
+    new.mkdir()
+    try:
+        yield new
+        try:
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+        except BaseException:
+            if old.exists() and not out.exists():
+                old.rename(out)
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show this package's own warnings as one line each."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def plain(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, DeepArcWarning):
+                say(f"warning: {message}")
+            else:
+                show(message, category, *rest, **more)
+
+        warnings.showwarning = plain
+        yield

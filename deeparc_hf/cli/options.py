@@ -1,0 +1,114 @@
+"""Options that commands have in common, and options made from the fields of a settings dataclass."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..settings import Settings
+
+__all__ = ["common_options", "data_options", "given_settings", "output_options", "setting_options"]
+
+_MODEL_HELP = "a folder, a Hub id, timm:NAME, or timm's hf-hub:ORG/NAME and local-dir:FOLDER"
+_PREFIX = "config_"
+
+
+def common_options(parser: argparse.ArgumentParser) -> None:
+    """What every command takes."""
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("--auto-class", metavar="CLASS", help="class of transformers to load; default: the one that saved the checkpoint")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
+def data_options(parser: argparse.ArgumentParser, *, required: bool, note: str = "") -> None:
+    """The calibration data and how it is read.
+
+    Args:
+        required: whether the command always needs data.
+        note: added to the help of --data.
+    """
+    data = parser.add_argument_group("data")
+    files = ".csv, .tsv, .json, .jsonl, .parquet or .txt file, a folder (of images, say), or a Hub id"
+    data.add_argument("--data", required=required, help=f"{files}{note}")
+    data.add_argument("--subset", help="configuration of a Hub data set")
+    data.add_argument("--split", help="default: train, or the only one")
+    for name, what in {
+        "text": "texts; guessed if one column is obvious",
+        "text-pair": "second texts, where the model takes pairs",
+        "target": "what an encoder-decoder model is to write",
+        "image": "images, or paths of image files; guessed if one column is obvious",
+    }.items():
+        data.add_argument(f"--{name}-column", metavar="COLUMN", help=f"column of {what}")
+    data.add_argument("--max-length", type=_positive, metavar="TOKENS", help="longest text; default: what the model allows, at most 512")
+    data.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="samples of a forward pass (default 16)")
+
+
+def output_options(parser: argparse.ArgumentParser, out: str, *, required: bool) -> Any:
+    """Where the output goes.
+
+    Args:
+        out: help of -o.
+        required: whether the command always needs it.
+
+    Returns:
+        The group, for more options.
+    """
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--out", metavar="OUT", required=required, help=out)
+    group.add_argument("--overwrite", action="store_true", help="replace OUT if it is the output of an earlier run")
+    group.add_argument("--device", help="default: the accelerator if there is one, else cpu")
+    return group
+
+
+def setting_options(group: Any, settings: type[Settings], names: Mapping[str, Sequence[str]]) -> None:
+    """One option for each setting that is of use without a training; the settings validate them.
+
+    Args:
+        group: takes the options.
+        settings: the dataclass.
+        names: choices of settings that name an entry of a registry.
+    """
+    hints = typing.get_type_hints(settings)
+    for spec in dataclasses.fields(settings):
+        if spec.metadata.get("trainer"):
+            continue
+        option = f"--{spec.name.replace('_', '-')}"
+        extra, more = _taken(hints[spec.name], names.get(spec.name) or spec.metadata.get("choices"))
+        text = f"{spec.metadata['help']}{more}{_default(option, spec.default)}"
+        group.add_argument(option, dest=f"{_PREFIX}{spec.name}", default=None, help=text.replace("%", "%%"), **extra)
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    return {name.removeprefix(_PREFIX): value for name, value in vars(args).items() if name.startswith(_PREFIX) and value is not None}
+
+
+def _taken(hint: Any, choices: Sequence[str] | None) -> tuple[dict[str, Any], str]:
+    """How an option takes a setting of this type, and what its help says of that."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if bool in kinds:
+        return {"action": argparse.BooleanOptionalAction}, ""
+    if any(typing.get_origin(kind) is dict for kind in kinds):
+        return {"action": "append", "metavar": "N|STACK=N"}, " Repeat STACK=N for several stacks."
+    kind = next((kind for kind in (float, int, str) if kind in kinds), None)
+    if kind is None:  # a list of texts
+        return {"action": "append", "metavar": "PATTERN"}, " May be repeated."
+    return {"type": kind, "metavar": f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()}, ""
+
+
+def _default(option: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f" Default: {option if value else option.replace('--', '--no-', 1)}."
+    return f" Default: {value}." if isinstance(value, (int, float, str)) else ""
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
+    return int(text)

@@ -1,0 +1,164 @@
+"""`deeparc prune`: remove redundant blocks of a model and save the smaller checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, MissingDependencyError
+from .common import PLAN_FILE, batches_of, device_of, output_folder, public_names, refuse_bad_record, save, say, whole_folder
+from .options import common_options, data_options, given_settings, output_options, setting_options
+
+if TYPE_CHECKING:
+    from ..config import MPruneConfig
+    from ..plan import PruningPlan
+
+__all__ = ["add"]
+
+HEATMAP_FILE = "heatmap.png"
+
+
+def add(commands: Any, argv: Sequence[str]) -> None:
+    """Add the command to the parser of all commands."""
+    parser = commands.add_parser(
+        "prune",
+        help="remove redundant blocks of a model and save the smaller checkpoint",
+        description="Compare the blocks of a model on data, remove redundant ones, and save a checkpoint that stock libraries load. Use "
+        "training data, never the data that you evaluate on.",
+    )
+    parser.set_defaults(run=_prune)
+    common_options(parser)
+    if "prune" in argv:  # the settings live beside the mathematics, which take seconds to import
+        _options(parser)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    from ..config import MPruneConfig
+    from ..similarity import metrics
+
+    data_options(parser, required=True)
+    setting_options(parser.add_argument_group("pruning"), MPruneConfig, {"similarity": metrics.names()})
+    output = output_options(parser, "folder for checkpoint, plan, report and heatmap; required without --dry-run", required=False)
+    output.add_argument("--dry-run", action="store_true", help="write no checkpoint; with -o the plan, the report and the heatmap only")
+
+
+def _config(args: argparse.Namespace) -> MPruneConfig:
+    from ..config import MPruneConfig
+
+    given = given_settings(args)
+    if "num_blocks" in given:
+        given["num_blocks"] = _num_blocks(given["num_blocks"])
+    return MPruneConfig(**given)
+
+
+def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
+    if len(given) == 1 and given[0].strip().isdigit():
+        return int(given[0])
+    counts: dict[str, int] = {}
+    for entry in given:
+        name, sign, number = entry.rpartition("=")
+        if not sign or not name or not number.strip().isdigit():
+            raise ConfigError(f"--num-blocks takes a whole number, or STACK=N once for each stack, found {' '.join(given)!r}.")
+        if name in counts:
+            raise ConfigError(f"--num-blocks names the stack {name!r} twice.")
+        counts[name] = int(number)
+    return counts
+
+
+def _out(args: argparse.Namespace) -> Path | None:
+    if args.out is not None:
+        return output_folder(args)
+    if args.dry_run:
+        return None
+    raise ConfigError("Give the folder for the pruned checkpoint with -o OUT, or --dry-run to see the plan only.")
+
+
+def _prune(args: argparse.Namespace) -> int:
+    config = _config(args)
+    out = _out(args)
+    from ..inspection import count_parameters
+    from ..pruning import analyze
+    from ..sources import find_source, load_model, skeleton
+    from ..surgery import apply_plan
+
+    # what can be refused is refused before the weights are read
+    source = find_source(args.model)
+    frame = skeleton(source, args.auto_class)
+    refuse_bad_record(frame)
+    device = device_of(args.device)
+    batches, processor = batches_of(args, source, frame, config.calibration_samples, config.seed)
+    model = load_model(source, args.auto_class).to(device)
+    before = count_parameters(model)
+    plan = analyze(model, batches, config)
+    if not args.json:
+        print(plan)
+    if not plan.removed:
+        say(_nothing_to_remove(plan))
+    removed = sum(stack.facts.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
+    after = before - removed
+    if plan.removed and not args.dry_run:
+        apply_plan(model, plan, example=next(iter(batches)))
+        after = count_parameters(model)
+    files: list[str] = []
+    if out is not None:
+        with whole_folder(out) as folder:
+            if not args.dry_run:
+                save(model, processor, folder)
+            _write_findings(folder, plan, args, before, after, device)
+            files = sorted(path.name for path in folder.iterdir())
+    _show(args, plan, before, after, files)
+    return 0
+
+
+def _show(args: argparse.Namespace, plan: PruningPlan, before: int, after: int, files: list[str]) -> None:
+    if args.json:
+        result = {
+            "model": args.model,
+            "data": args.data,
+            "dry_run": args.dry_run,
+            "out": args.out,
+            "files": files,
+            "parameters": {"before": before, "after": after},
+            "plan": plan.to_dict(),
+        }
+        print(json.dumps(result, indent=1))
+    else:
+        print(f"parameters: {before:,} -> {after:,} ({100 * (after - before) / before:+.1f} %)")
+        print(f"written to {args.out}: {', '.join(files)}" if files else "dry run: nothing was written")
+
+
+def _write_findings(folder: Path, plan: PruningPlan, args: argparse.Namespace, before: int, after: int, device: Any) -> None:
+    """The plan, the report, and the heatmap where matplotlib is installed."""
+    from ..report import Measurement, save_heatmap, write_report
+
+    thresholds = {stack.threshold for stack in plan.stacks.values()}
+    rows = [
+        Measurement("original", blocks=plan.num_blocks, parameters=before),
+        Measurement(
+            "pruned, if carried out" if args.dry_run else "pruned",
+            blocks=plan.num_kept,
+            parameters=after,
+            frozen=plan.num_frozen,
+            threshold=thresholds.pop() if len(thresholds) == 1 else None,
+            k=plan.config.k,
+        ),
+    ]
+    plan.to_json(folder / PLAN_FILE)
+    write_report(folder, plan, rows, public_names(args), device=device)
+    try:
+        save_heatmap(plan, folder / HEATMAP_FILE)
+    except MissingDependencyError as error:
+        say(f"info: no heatmap. {error}")
+
+
+def _nothing_to_remove(plan: PruningPlan) -> str:
+    from ..plan import first_threshold
+
+    message = "info: nothing to remove, the model stays as it is."
+    first = first_threshold(plan)
+    if first is None:
+        return f"{message} Its pinned and protected blocks allow no removal."
+    return f"{message} The first block would go at threshold {first:.4f}: lower --threshold, or give --num-blocks or --keep-ratio."

@@ -1,0 +1,144 @@
+"""`deeparc sparsify`: zero the weights of a model that matter least and save the checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
+from .common import SPARSITY_FILE, batches_of, device_of, output_folder, public_names, refuse_bad_record, save, say, whole_folder
+from .options import common_options, data_options, given_settings, output_options, setting_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..config import WandaConfig
+    from ..sources import ModelSource
+    from ..sparsity_report import SparsityReport
+
+__all__ = ["add"]
+
+FORMAT_VERSION = 1
+# a folder with none of these has no tokenizer or processor, though transformers may make one up for it
+_PROCESSOR_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+def add(commands: Any, argv: Sequence[str]) -> None:
+    """Add the command to the parser of all commands."""
+    parser = commands.add_parser(
+        "sparsify",
+        help="zero the weights of a model that matter least and save the checkpoint",
+        description="Zero the weights that matter least in the linear maps of all blocks, and save a checkpoint that stock libraries load. "
+        "Zeros are stored and multiplied like other numbers: the checkpoint is neither smaller nor faster by them. Use training data, "
+        "never the data that you evaluate on.",
+    )
+    parser.set_defaults(run=_sparsify)
+    common_options(parser)
+    if "sparsify" in argv:  # the settings live beside the mathematics, which take seconds to import
+        _options(parser)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    from ..config import WandaConfig
+    from ..sparsity import methods
+
+    no_data = [method.name for method in methods if not method.needs_inputs]
+    data_options(parser, required=False, note=f"; not needed with --method {' or '.join(no_data)}" if no_data else "")
+    setting_options(parser.add_argument_group("sparsity"), WandaConfig, {"method": methods.names()})
+    output_options(parser, "folder for checkpoint and report", required=True)
+
+
+def _sparsify(args: argparse.Namespace) -> int:
+    from ..config import WandaConfig
+
+    config = WandaConfig(**given_settings(args))
+    _settle_data(args, config)
+    out = output_folder(args)
+    from ..sources import find_source, load_model, skeleton
+    from ..sparsify import sparsify_model
+
+    # what can be refused is refused before the weights are read
+    source = find_source(args.model)
+    frame = skeleton(source, args.auto_class)
+    refuse_bad_record(frame)
+    device = device_of(args.device)
+    if args.data is None:
+        batches, processor = None, _processor(source, frame)
+    else:
+        batches, processor = batches_of(args, source, frame, config.calibration_samples, config.seed)
+    model = load_model(source, args.auto_class).to(device)
+    report = sparsify_model(model, batches, config)
+    if not args.json:
+        print(report)
+    with whole_folder(out) as folder:
+        save(model, processor, folder)
+        _write_report(folder, report, args, device)
+        files = sorted(path.name for path in folder.iterdir())
+    if args.json:
+        result = {"model": args.model, "data": args.data, "out": args.out, "files": files, "sparsity": report.to_dict()}
+        print(json.dumps(result, indent=1))
+    else:
+        shares = f"{100 * report.asked:.1f} % asked, {100 * report.measured:.1f} % measured"
+        print(f"sparsity: {shares} in {len(report.matrices)} matrices")
+        print(f"written to {args.out}: {', '.join(files)}")
+    return 0
+
+
+def _settle_data(args: argparse.Namespace, config: WandaConfig) -> None:
+    """Refuse data that is missing, and leave data alone that is not needed."""
+    from ..sparsity import methods
+
+    if methods.get(config.method).needs_inputs:
+        if args.data is None:
+            without = [f"--method {method.name}" for method in methods if not method.needs_inputs]
+            other = f", or a method that needs none: {', '.join(without)}" if without else ""
+            raise ConfigError(f"The method {config.method!r} needs calibration data. Give training data with --data{other}.")
+    elif args.data is not None:
+        say(f"info: the method {config.method!r} needs no data, so --data is not read.")
+        args.data = None
+
+
+def _processor(source: ModelSource, frame: nn.Module) -> Any:
+    """The tokenizer or image processor to save with the checkpoint where no data has needed it; None where there is none."""
+    if source.library == "timm":
+        return None
+    import transformers
+    from transformers.utils import cached_file
+
+    from ..architectures import describe
+    from ..sources import LoadingError, loading
+
+    loaders = {"input_ids": transformers.AutoTokenizer, "pixel_values": transformers.AutoImageProcessor}
+    loader = loaders.get(describe(frame)[0].root.main_input_name, transformers.AutoProcessor)
+    try:
+        with loading(f"the tokenizer or processor of {source.given}"):
+            if any(cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False) for name in _PROCESSOR_FILES):
+                return loader.from_pretrained(source.reference, trust_remote_code=False)
+            say(f"info: {source.given} has no files of a tokenizer or processor, so none are saved.")
+    except LoadingError as error:
+        say(f"info: {' '.join(str(error).split())} The checkpoint is saved without it.")
+    return None
+
+
+def _write_report(folder: Path, report: SparsityReport, args: argparse.Namespace, device: Any) -> None:
+    """The report, as JSON and as Markdown, with what it was made from and with."""
+    from ..record import package_versions
+    from ..report import hardware
+
+    names, machine, versions = public_names(args), hardware(device), package_versions()
+    data = {"format_version": FORMAT_VERSION, **report.to_dict(), "versions": versions, "hardware": machine, "extra": names}
+    (folder / SPARSITY_FILE).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    facts = "\n".join(f"- {key}: {value}" for key, value in {**names, **machine, **versions}.items())
+    (folder / SPARSITY_FILE).with_suffix(".md").write_text(f"{report.to_markdown()}\n## Made with\n\n{facts}\n", "utf-8")
