@@ -139,6 +139,7 @@ def settle(model: nn.Module, start: Structure, accepted: Structure, current: Str
         follow_record(model, accepted.record, {})
     undo = Transaction()
     follow_record(model, current.record, {}, undo)
+    describe(model)[0].set_record(current.record.to_dict())  # weights may have been zeroed since the accepted one
     for name, stack in describe(model)[2].items():
         if name in lengths:
             _take_over(loaded[name], stack.blocks)

@@ -15,7 +15,7 @@ from .architectures import Host, Stack, describe
 from .batches import batch_size
 from .block_by_block import block_by_block
 from .config import WandaConfig
-from .errors import CalibrationError, RecordError
+from .errors import CalibrationError, ConfigError, RecordError
 from .input_norms import InputNorms, finished_norms, warn_unmasked
 from .matrices import Matrix, find_matrices
 from .observe import calibration_inputs, evaluating, forward
@@ -24,7 +24,7 @@ from .sparsity import SparsityMethod, choose_lowest, choose_pattern, methods
 from .sparsity_report import MatrixSparsity, SparsityReport
 from .undo import Transaction
 
-__all__ = ["recorded_matrices", "sparsify", "sparsify_model"]
+__all__ = ["matrices_for", "recorded_matrices", "sparsify", "sparsify_model"]
 
 Gather = Callable[[Callable[[], Any]], list[Any]]
 
@@ -83,9 +83,7 @@ def sparsify(
     gather = gather or _alone
     host, _, stacks = describe(model)
     record = current_record(host, stacks)  # a record that does not fit is refused before any work is done
-    matrices = find_matrices(host, stacks, config.targets)
-    if config.pattern is not None:
-        _check_pattern(matrices, config)
+    matrices = matrices_for(host, stacks, config)
     work = _Work(host, config, gather, progress)
     with Transaction() as transaction, evaluating(host.root):
         work.transaction = transaction
@@ -101,6 +99,23 @@ def sparsify(
         host.own_configs(transaction)
         host.set_record(dataclasses.replace(record, sparsity=sparsity, versions=record.versions or package_versions()).to_dict())
     return SparsityReport(config, measured, samples), work.masks
+
+
+def matrices_for(host: Host, stacks: Mapping[str, Stack], config: WandaConfig) -> list[Matrix]:
+    """The matrices that the settings mean.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as `find_matrices`, and if a pattern does not fit one of them.
+    """
+    matrices = find_matrices(host, stacks, config.targets)
+    for matrix in matrices if config.group is not None else ():
+        inputs, size = matrix.rows().shape[1], (config.group or (1, 1))[1]
+        if inputs % size:
+            raise ConfigError(
+                f"The pattern {config.pattern} needs a number of inputs divisible by {size}, but {matrix.name} has {inputs}. Leave it out: "
+                "targets=[...], patterns of the module paths that are meant. Nothing was changed."
+            )
+    return matrices
 
 
 def recorded_matrices(model: nn.Module, record: PrunedConfig) -> dict[str, tuple[Matrix, int]]:
@@ -234,17 +249,6 @@ def _alone(work: Callable[[], Any]) -> list[Any]:
 def _bring_back(weight: Tensor, mask: Tensor, values: Tensor) -> None:
     with torch.no_grad():
         weight[mask] = values
-
-
-def _check_pattern(matrices: Sequence[Matrix], config: WandaConfig) -> None:
-    keep, group = config.group or (1, 1)
-    for matrix in matrices:
-        inputs = matrix.rows().shape[1]
-        if inputs % group:
-            raise CalibrationError(
-                f"The pattern {keep}:{group} needs a number of inputs divisible by {group}, but {matrix.name} has {inputs}. Leave it out: "
-                "targets=[...], patterns of the module paths that are meant. Nothing was changed."
-            )
 
 
 def _require_samples(samples: int) -> int:

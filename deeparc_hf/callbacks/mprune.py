@@ -78,6 +78,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback, in trainer_state.json."""
+        if self._run is not None:
+            self._run.operations.note_zeros()
         now = self._sharded if self._run is None else self._run.progress
         progress = None if now is None else now.to_dict()
         return {"args": self.config.to_dict(), "attributes": {"saved_progress": progress}}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from ..architectures import describe
 from ..config import MPruneConfig
 from ..distributed import agree, follow_in_wrapper, gather
 from ..errors import ConfigError, PlanError, SurgeryError
@@ -105,6 +106,12 @@ class Operations:
         self.plan, self._accepted_plan, self._comparison = other.plan, other._accepted_plan, other._comparison
         self._undo = other._undo
         follow_in_wrapper(self.model)
+
+    def note_zeros(self) -> None:
+        """Have the progress know what the model's record says of zeroed weights: another callback may have zeroed some since."""
+        p, live = self._progress, describe(self.model)[0].record()
+        if live is not None:
+            p.record = {**(p.record or live), "sparsity": live.get("sparsity")}
 
     def compare(self, iteration: int, k: int) -> PruningPlan:
         """The plan of an iteration, counted from 0, for the model as it is now: the same in every process."""

@@ -60,6 +60,7 @@ class PruningRun:
         self.journal = Journal(config, args, self.model, progress, self.metric)
         self.ended = False
         self._next: PruningPlan | None = None  # the plan that comes next, where it is known already
+        self._seen_zeroed = -1  # step at which weights had been zeroed when that plan was made
         self._forced = -1  # step at which an evaluation was asked for before the end of its epoch
         self._over = False  # the training is over, but the Trainer makes one more step
         self._step_began = 0.0
@@ -152,8 +153,8 @@ class PruningRun:
         if p.phase == RETRAINING:
             if self.config.gated and p.decision is None:
                 raise self.journal.no_metric()  # what was not judged is not accepted
-            if not self.config.gated and self._next is None:
-                self._look_ahead(state, control)  # resumed just here
+            if not self.config.gated and (self._next is None or companions_on(self.model).sparsified_at != self._seen_zeroed):
+                self._look_ahead(state, control)  # resumed just here, or weights were zeroed since
                 if p.stopped:
                     self._stop_after_a_step(control)
                     return
@@ -303,6 +304,7 @@ class PruningRun:
 
     def _look_ahead(self, state: TrainerState, control: TrainerControl) -> None:
         """Compare the blocks of a model that is accepted; without a further pruning there is nothing left to do."""
+        self._seen_zeroed = companions_on(self.model).sparsified_at
         self._next = self.operations.compare(self.progress.accepted + 1, self.progress.k)
         if not self._next.removed:
             self._next = None

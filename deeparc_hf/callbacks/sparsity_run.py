@@ -18,7 +18,7 @@ from ..architectures import describe
 from ..config import WandaConfig
 from ..distributed import gather
 from ..errors import ConfigError, DeepArcWarning, RecordError, SparsityError
-from ..record import PrunedConfig, current_record
+from ..record import PrunedConfig, current_record, package_versions
 from ..run_report import finite, write_whole
 from ..sparsify import recorded_matrices, sparsify
 from ..sparsity_report import SparsityReport
@@ -107,7 +107,6 @@ class SparsityRun:
         self._calibration = calibration
         self._steps_per_epoch = steps_per_epoch(event.get("train_dataloader"), args)
         self._zeros = Zeros()
-        self._settled = False
         self._trackers = Trackers()
         self._asked = asked or (progress.sparsity is None and self._record().sparsity is None)
         self._companions = companions_on(self.model)
@@ -121,7 +120,11 @@ class SparsityRun:
     # ---- events ----
 
     def begin(self, state: TrainerState) -> None:
-        """Check that the training reaches the epoch in which the weights are to be zeroed."""
+        """Check that the training reaches the epoch in which the weights are to be zeroed, and keep what is zero already."""
+        self._check_epochs(state)
+        self._keep_recorded()
+
+    def _check_epochs(self, state: TrainerState) -> None:
         start = self.config.start_epoch
         if self._steps_per_epoch is None:
             if start > 0:
@@ -138,7 +141,6 @@ class SparsityRun:
             )
 
     def epoch_begin(self, state: TrainerState, control: TrainerControl) -> None:
-        self._settle()
         if self._due(state):
             self._sparsify(state, control)
 
@@ -169,7 +171,6 @@ class SparsityRun:
 
     def end(self, state: TrainerState) -> None:
         """Check a last time: the best checkpoint may have been loaded."""
-        self._settle()
         if self.progress.phase != WAITING:
             self.check(state)
         elif self.to_come:
@@ -182,8 +183,7 @@ class SparsityRun:
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps. Blocks may have been removed since the weights were zeroed."""
-        if self._settled:
-            self.progress.sparsity = _copy(self._record().sparsity)
+        self.progress.sparsity = _copy(self._record().sparsity)
         return self.progress.to_dict()
 
     def check(self, state: TrainerState) -> None:
@@ -207,18 +207,16 @@ class SparsityRun:
 
     # ---- actions ----
 
-    def _settle(self) -> None:
+    def _keep_recorded(self) -> None:
         """Keep the zeros that the model came with, or those of the checkpoint that is resumed.
 
-        Not before the first epoch begins: other callbacks may have to give the model the checkpoint's structure first.
+        Its weights are loaded. They may not be in their places yet (MPruneCallback sees to that), but they are the parameters that stay.
         """
-        if self._settled:
-            return
-        self._settled = True
-        host, _, stacks = describe(self.model)
         if self.progress.sparsity is not None:
-            record = dataclasses.replace(current_record(host, stacks), sparsity=self.progress.sparsity)
-            host.set_record(record.to_dict())
+            host, _, stacks = describe(self.model)
+            record = current_record(host, stacks)
+            versions = record.versions or package_versions()
+            host.set_record(dataclasses.replace(record, sparsity=self.progress.sparsity, versions=versions).to_dict())
         if self._record().sparsity is None:
             return
         if not self.config.keep_zeros:

@@ -13,7 +13,7 @@ from ..architectures import describe
 from ..architectures.hosts import is_adapted
 from ..config import WandaConfig
 from ..errors import ConfigError, UnsupportedModelError
-from ..matrices import find_matrices
+from ..sparsify import matrices_for
 from ..sparsity import methods
 from ..sparsity_report import SparsityReport
 from .calibration import Calibration
@@ -95,7 +95,7 @@ class WandaCallback(TrainerCallback, ExportableState):
             )
         host, _, stacks = describe(model)
         if self.asked or host.record() is None:
-            find_matrices(host, stacks, self.config.targets)  # what is not supported is refused before any work is done
+            matrices_for(host, stacks, self.config)  # what is not supported is refused before any work is done
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
