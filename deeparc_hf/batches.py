@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .architectures import Host
+from .architectures import Host, Stack
 from .errors import CalibrationError
 
-__all__ = ["batch_size", "columns", "cut", "forward_kwargs", "padding_masks", "without_labels"]
+__all__ = ["batch_size", "columns", "cut", "forward_kwargs", "padding_mask", "padding_masks", "without_labels"]
 
 
 def columns(host: Host, batch: Any) -> list[Any]:
@@ -90,6 +90,21 @@ def padding_masks(inputs: Mapping[str, Any]) -> dict[str | None, Tensor | None]:
     else:
         decoder = None
     return {None: mask, "encoder": mask, "decoder": decoder}
+
+
+def padding_mask(host: Host, stack: Stack, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Unpadded positions of a stack, shape (B, T) bool; None: unknown, or it reads images, of which a text's mask says nothing."""
+    return None if reads_images(host, stack) else padding_masks(inputs)[stack.side]
+
+
+def reads_images(host: Host, stack: Stack) -> bool:
+    """Whether a stack belongs to the part of a model of texts and images that reads images."""
+    vision = getattr(host.root.config, "vision_config", None) if host.library == "transformers" else None
+    if vision is None:
+        return False
+    parts = stack.name.split(".")
+    holders = (host.root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
+    return any(type(getattr(holder, "config", None)) is type(vision) for holder in holders)
 
 
 def _goes_with(labels: Tensor, decoder_ids: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Host, Stack
-from .observe import forward, hidden_states, with_hidden_states
+from .observe import forward, hidden_states
 
 __all__ = ["block_by_block"]
 
@@ -118,29 +118,33 @@ def _replay(host: Host, stack: Stack, batches: Sequence[Any], inputs_of: Any, vi
             gather(partial(advance, index))
 
 
-def _calls(host: Host, stack: Stack, inputs: Inputs, last: int, scale: float = 1.0) -> list[_Call]:
-    """The calls of the blocks up to `last` in a forward pass, hidden states only in the first; the first block's output is scaled."""
+def _calls(host: Host, stack: Stack, inputs: Inputs, last: int, disturbed: bool = False) -> list[_Call]:
+    """The calls of the blocks up to `last` in a forward pass, hidden states only in the first, which may be disturbed."""
     calls: list[_Call] = []
 
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def note(module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = _Call(args, kwargs)
-        calls.append(call.on(None) if calls else call)
+        if calls:
+            calls.append(call.on(None))
+        else:
+            calls.append(call.on(call.hidden.clone()))  # the block may work on it in place
         if len(calls) > last:
             raise _ReachedError
+        if disturbed and len(calls) == 1:
+            # another order of the features: whatever is chosen by them is chosen otherwise
+            call = call.on(call.hidden.flip(-1 if call.hidden.ndim == 3 else 1) * 1.5)
+            return call.args, dict(call.kwargs)
+        return None
 
-    def disturb(module: nn.Module, args: Any, output: Any) -> Any:
-        return with_hidden_states(output, hidden_states(output) * scale)
-
-    blocks = stack.blocks
-    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks[: last + 1]]
-    if scale != 1.0:
-        handles.append(blocks[0].register_forward_hook(disturb))
-    _forward_until(host, inputs, handles)
+    _forward_until(host, inputs, [block.register_forward_pre_hook(note, with_kwargs=True) for block in stack.blocks[: last + 1]])
     return calls
 
 
 def _independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
-    """Whether blocks hand each other nothing but hidden states, directly, and keep no state: tried on one batch."""
+    """Whether blocks hand each other nothing but hidden states, directly, and keep no state: tried on one batch.
+
+    What else they are called with must not change when the input of the first block does.
+    """
     blocks = stack.blocks
     seen: list[_Call] = []
     outputs: list[Any] = []
@@ -150,19 +154,22 @@ def _independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
         seen.append(call.on(call.hidden.clone()) if isinstance(call.hidden, Tensor) else call)
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(hidden_states(output).clone())
+        hidden = hidden_states(output)
+        outputs.append(hidden.clone() if isinstance(hidden, Tensor) else None)
 
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(keep) for block in blocks]
     _forward_until(host, inputs, handles)
     if len(seen) != len(blocks) or not all(isinstance(call.hidden, Tensor) and _plain(call.others()) for call in seen):
         return False
+    if any(output is None for output in outputs):
+        return False
     if not all(torch.equal(output, call.hidden) for output, call in zip(outputs, seen[1:], strict=False)):
         return False
     if not torch.equal(hidden_states(seen[0].on(seen[0].hidden.clone()).run(blocks[0])), outputs[0]):
         return False
-    disturbed = _calls(host, stack, inputs, len(blocks) - 1, scale=1.5)
-    return all(_same(one.others(), other.others()) for one, other in zip(seen, disturbed, strict=True))
+    again = _calls(host, stack, inputs, len(blocks) - 1, disturbed=True)
+    return all(_same(one.others(), other.others()) for one, other in zip(seen, again, strict=True))
 
 
 def _run_through(host: Host, stack: Stack, inputs: Inputs, index: int) -> None:

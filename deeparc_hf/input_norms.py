@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .batches import padding_masks
+from .architectures import Host
+from .batches import padding_mask, padding_masks
 from .errors import CalibrationError, CalibrationWarning
 from .matrices import Matrix
 
@@ -29,21 +30,25 @@ class InputNorms:
     """Observes the inputs of matrices during forward passes.
 
     Args:
+        host: the model.
         matrices: the maps to observe.
     """
 
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, host: Host, matrices: Sequence[Matrix]) -> None:
+        self._host = host
         self._matrices = list(matrices)
         self._sums: dict[str, Tensor] = {}
-        self._inputs: Mapping[str, Any] = {}
-        self._masks: Mapping[str | None, Tensor | None] = {}
+        self._masks: Mapping[str, Tensor | None] = {}  # by stack
+        self._encoder_mask: Tensor | None = None
         self._foreign: set[int] = set()  # storage of the encoder's output, as decoder blocks are handed it
         self.unmasked: set[str] = set()  # maps whose inputs include padding
 
     def batch(self, inputs: Mapping[str, Any]) -> None:
         """Say which batch comes next."""
-        self._inputs = inputs
-        self._masks = padding_masks(inputs)
+        masks = padding_masks(inputs)
+        stacks = {matrix.stack.name: matrix.stack for matrix in self._matrices}
+        self._masks = {name: padding_mask(self._host, stack, inputs) for name, stack in stacks.items()}
+        self._encoder_mask = masks["encoder"]
 
     @contextmanager
     def observing(self) -> Iterator[None]:
@@ -70,6 +75,8 @@ class InputNorms:
         def take(module: nn.Module, args: Any, kwargs: Any) -> None:
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
             convolution = isinstance(module, (nn.Conv1d, nn.Conv2d))
+            if convolution:
+                self._note_padding(matrix, x)
             squares = _of_convolution(module, x) if convolution else _of_rows(self._rows(matrix, x))[None]
             known = self._sums.get(matrix.name)
             self._sums[matrix.name] = squares if known is None else known + squares
@@ -78,20 +85,25 @@ class InputNorms:
 
     def _rows(self, matrix: Matrix, x: Tensor) -> Tensor:
         """The unpadded positions of a map's input, (..., d_in) -> (N, d_in)."""
-        side = matrix.stack.side
-        if side == "decoder" and x.data_ptr() in self._foreign:
-            side = "encoder"  # keys and values of the cross-attention
-        mask = self._masks.get(side)
+        mask = self._masks.get(matrix.stack.name)
+        if matrix.stack.side == "decoder" and x.data_ptr() in self._foreign:
+            mask = self._encoder_mask  # keys and values of the cross-attention
         rows = x.reshape(-1, x.shape[-1])
         if mask is None or bool(mask.all()):
             return rows
         if x.shape[:-1] == mask.shape or (x.ndim == 2 and len(rows) == mask.numel()):
             return rows[mask.flatten()]
         unpadded = len(rows) == int(mask.sum())
-        # what has another number of samples (tables of positions) knows no padding, and a text's mask says nothing about images
-        if not unpadded and (x.ndim == 2 or len(x) == len(mask)) and "pixel_values" not in self._inputs:
+        # what has another number of samples, or just one (tables of positions), knows no padding
+        if not unpadded and (x.ndim == 2 or len(x) == len(mask) > 1):
             self.unmasked.add(matrix.name)
         return rows
+
+    def _note_padding(self, matrix: Matrix, x: Tensor) -> None:
+        """A convolution over the positions of a text: its kernel reaches over their ends."""
+        mask = self._masks.get(matrix.stack.name)
+        if mask is not None and x.ndim == 3 and len(x) == len(mask) and not bool(mask.all()):
+            self.unmasked.add(matrix.name)
 
 
 def finished_norms(matrices: Sequence[Matrix], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -105,8 +117,8 @@ def finished_norms(matrices: Sequence[Matrix], parts: Sequence[Mapping[str, Tens
         found = [part[matrix.name] for part in parts if matrix.name in part]
         if not found:
             raise CalibrationError(
-                f"{matrix.name} did not run in the forward passes over the calibration data. Give batches that reach every part of the "
-                "model, or leave it out with targets=[...]."
+                f"{matrix.name} did not run in the forward passes over the calibration data, or the model uses its weight without calling "
+                "it. Give batches that reach every part of the model, or leave it out: targets=[...] names the maps that are meant."
             )
         total = torch.stack([value.to(torch.float64) for value in found]).sum(dim=0)
         if not bool(torch.isfinite(total).all()):

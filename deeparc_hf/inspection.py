@@ -77,8 +77,17 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
     if record is None:
         return [*lines, "not pruned before (no pruning record)"]
     base = record["base_model"] or "a checkpoint that is not on the Hub"
-    lines.append(f"pruned {len(record['iterations'])} time(s), loaded from {base} before that:")
+    if record["stacks"] or record["iterations"]:
+        lines.append(f"pruned {len(record['iterations'])} time(s), loaded from {base} before that:")
+    else:
+        lines.append(f"no blocks were removed, loaded from {base} before its weights were zeroed:")
     for name, stack in record["stacks"].items():
         kept = stack["kept"]
         lines.append(f"  {name}: {len(kept)} of {stack['length']} blocks are left: {' '.join(map(str, kept))}")
+    matrices = (record["sparsity"] or {}).get("matrices", {})
+    if matrices:
+        zeros, size = (sum(entry[key] for entry in matrices.values()) for key in ("zeros", "size"))
+        lines.append(
+            f"  zeros by the record: {100 * zeros / max(1, size):.2f} % of {human_count(size)} weights in {len(matrices)} matrices"
+        )
     return lines

@@ -6,22 +6,26 @@ Embeddings, heads, stems, norms and everything else outside the blocks is left a
 from __future__ import annotations
 
 import difflib
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import Host, Stack
 from .errors import ConfigError, UnsupportedModelError
 
-__all__ = ["Matrix", "find_matrices", "is_sharded"]
+__all__ = ["Matrix", "find_matrices", "is_sharded", "matrices_named"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-_PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
+_PACKED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_ROUTER = re.compile(r"Router|Gating|Gate$")
+_GATES = ("gate", "router", "shared_expert_gate")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,24 +90,14 @@ def find_matrices(host: Host, stacks: Mapping[str, Stack], targets: Sequence[str
             f"The parameters of {host.label} are sharded (FSDP, DeepSpeed), so no process sees whole rows of a matrix. Call sparsify_model "
             "before the model is wrapped, or train in DistributedDataParallel."
         )
-    found: list[Matrix] = []
-    refused: dict[str, str] = {}
-    owners = _owners(host.root)
-    for name, module, stack, block in _modules(stacks):
-        reason = _refusal(module)
-        if reason is None and _is_matrix(module):
-            others = [path for path in owners[id(module._parameters["weight"])] if path != name]
-            reason = f"its weight is tied to that of {others[0]}, which would get the zeros too" if others else None
-            if reason is None:
-                found.append(Matrix(name, module, stack, block))
-        if reason is not None:
-            refused[name] = reason
+    found, refused = _survey(host, stacks)
     _check_patterns(targets, [matrix.name for matrix in found] + list(refused), host)
     for name, reason in refused.items():
         if _wanted(name, targets, host):
+            advice = f"To leave it out, name the maps that are meant: targets=[...], patterns of module paths{_example(found)}."
             raise UnsupportedModelError(
-                f"The weights of {name} of {host.label} cannot be zeroed one by one: {reason}. Nothing was changed. To leave it out, "
-                f"name the maps that are meant: targets=[...], patterns of module paths{_example(found)}."
+                f"The weights of {name} of {host.label} cannot be zeroed one by one: {reason}. Nothing was changed."
+                f"{f' {advice}' if found else ''}"
             )
     wanted = [matrix for matrix in found if _wanted(matrix.name, targets, host)]
     if not wanted:
@@ -114,6 +108,11 @@ def find_matrices(host: Host, stacks: Mapping[str, Stack], targets: Sequence[str
     return wanted
 
 
+def matrices_named(host: Host, stacks: Mapping[str, Stack], names: Collection[str]) -> dict[str, Matrix]:
+    """Those of some linear maps that the model has, by their exact module paths."""
+    return {matrix.name: matrix for matrix in _survey(host, stacks)[0] if matrix.name in names}
+
+
 def is_sharded(root: nn.Module) -> bool:
     """Whether the parameters of a model are spread over processes."""
     if any(type(module).__name__.startswith(("FullyShardedDataParallel", "DeepSpeedEngine")) for module in root.modules()):
@@ -121,20 +120,51 @@ def is_sharded(root: nn.Module) -> bool:
     return any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in root.parameters())
 
 
+def _survey(host: Host, stacks: Mapping[str, Stack]) -> tuple[list[Matrix], dict[str, str]]:
+    """All linear maps of the blocks, and those whose weights cannot be zeroed one by one, each with the reason."""
+    found: list[Matrix] = []
+    refused: dict[str, str] = {}
+    owners = _owners(host.root)
+    for name, module, stack, block in _modules(stacks):
+        reason = _refusal(module)
+        if reason is None and _is_matrix(module):
+            others = [path for owner, path in owners[id(module._parameters["weight"])].items() if owner != id(module)]
+            if others:
+                reason = f"its weight is tied to that of {others[0]}, which would get the zeros too"
+            else:
+                found.append(Matrix(name, module, stack, block))
+        if reason is not None:
+            refused[name] = reason
+    return found, refused
+
+
 def _modules(stacks: Mapping[str, Stack]) -> Iterator[tuple[str, nn.Module, Stack, int]]:
     for stack in stacks.values():
         for index, block in enumerate(stack.blocks):
+            routers: list[str] = []
             for path, module in block.named_modules():
-                yield f"{stack.name}.{index}{'.' if path else ''}{path}", module, stack, index
+                if _routes(block, path, module):
+                    routers.append(path)
+                if not any(path == router or path.startswith(f"{router}.") for router in routers):
+                    yield f"{stack.name}.{index}{'.' if path else ''}{path}", module, stack, index
 
 
-def _owners(root: nn.Module) -> dict[int, list[str]]:
-    """Paths of the modules that hold each parameter."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for path, module in root.named_modules(remove_duplicate=False):
+def _routes(block: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether a module chooses among experts: a few weights on which everything depends."""
+    if _ROUTER.search(type(module).__name__):
+        return True
+    above, _, name = path.rpartition(".")
+    siblings = (child for child, _ in block.get_submodule(above).named_children())
+    return name in _GATES and any("expert" in child for child in siblings if child != name)
+
+
+def _owners(root: nn.Module) -> dict[int, dict[int, str]]:
+    """The modules that hold each parameter, each with a path that leads to it."""
+    owners: dict[int, dict[int, str]] = defaultdict(dict)
+    for path, module in root.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners[id(parameter)].append(path)
+                owners[id(parameter)][id(module)] = path
     return owners
 
 
@@ -145,8 +175,8 @@ def _is_matrix(module: nn.Module) -> bool:
 def _refusal(module: nn.Module) -> str | None:
     """Why a module's weights cannot be zeroed one by one; None if they can, or if it has none that would be."""
     kind = type(module)
-    tensors = [*module._parameters.values(), *module._buffers.values()]
-    packed = [t for t in tensors if t is not None and t.ndim > 1 and t.dtype in _PACKED]
+    tensors = {**module._parameters, **module._buffers}
+    packed = [name for name, t in tensors.items() if t is not None and t.ndim > 1 and (t.dtype in _PACKED or name.startswith("qweight"))]
     if packed or kind.__module__.startswith(("torch.ao.nn.quantized", "bitsandbytes.")):
         return f"it is packed by quantization ({kind.__name__}); sparsify the model first and quantize it afterwards"
     if _is_matrix(module):
@@ -169,8 +199,22 @@ def _refusal(module: nn.Module) -> str | None:
 def _computes_plainly(module: nn.Module) -> bool:
     """Whether a Linear or a convolution computes as torch's own: weight standardization, say, would undo zeros."""
     base = next(b for b in (nn.Linear, *_CONVOLUTIONS) if isinstance(module, b))
-    plain = type(module).forward is base.forward
-    return plain and getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
+    if type(module).forward is base.forward:
+        return getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
+    return base is nn.Linear and _tried(module)
+
+
+def _tried(module: nn.Linear) -> bool:
+    """Whether a Linear with a forward of its own puts out what torch's would: tried on a few numbers."""
+    weight = module.weight
+    if weight.device.type == "meta":
+        return True
+    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    try:
+        with torch.no_grad():
+            return bool(torch.allclose(module(x), functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-4))
+    except Exception:
+        return False
 
 
 def _wanted(name: str, targets: Sequence[str] | None, host: Host) -> bool:

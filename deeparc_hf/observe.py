@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .architectures import Host, Stack
-from .batches import batch_size, columns, cut, forward_kwargs, padding_masks, without_labels
+from .batches import batch_size, columns, cut, forward_kwargs, padding_mask, without_labels
 from .errors import CalibrationError, CalibrationWarning
 from .similarity import SimilarityMetric
 
@@ -86,7 +86,13 @@ class StackObserver:
         """A forward hook for the block of that index."""
 
         def take(module: nn.Module, args: Any, output: Any) -> None:
-            self._batch[index] = self._select(index, hidden_states(output).detach())
+            hidden = hidden_states(output)
+            if not isinstance(hidden, Tensor):
+                raise CalibrationError(
+                    f"Block {index} of {self.stack.name} puts out a {type(hidden).__name__} where hidden states were expected, so it "
+                    "cannot be compared. Name the blocks to remove yourself, with remove_blocks."
+                )
+            self._batch[index] = self._select(index, hidden.detach())
 
         return take
 
@@ -244,10 +250,8 @@ def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any],
         tqdm(total=max_samples, desc="Comparing blocks", unit="sample", disable=None if progress else True, leave=False) as bar,
     ):
         for inputs in calibration_inputs(host, dataloader, max_samples):
-            masks = padding_masks(inputs)
             for observer in observers:
-                # the mask of a text says nothing about the images beside it, whose positions are another number
-                observer.mask = masks[observer.stack.side]
+                observer.mask = padding_mask(host, observer.stack, inputs)
             forward(host, inputs)
             for observer in observers:
                 observer.flush(seen)

@@ -85,9 +85,8 @@ class Settings:
         if config is None:
             return cls(**settings)
         if not isinstance(config, cls):
-            raise ConfigError(
-                f"config must be an {cls.__name__}, found {type(config).__name__}. Give settings by keyword, or an {cls.__name__}."
-            )
+            kind = f"{'an' if cls.__name__[:2] == 'MP' else 'a'} {cls.__name__}"
+            raise ConfigError(f"config must be {kind}, found {type(config).__name__}. Give settings by keyword, or {kind}.")
         return config.replace(**settings) if settings else config
 
     @classmethod

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .architectures import Host, Stack, describe
+from .architectures.hosts import is_adapted
 from .batches import batch_size
 from .block_by_block import block_by_block
 from .config import WandaConfig
-from .errors import CalibrationError, ConfigError, RecordError
+from .errors import CalibrationError, ConfigError, RecordError, UnsupportedModelError
 from .input_norms import InputNorms, finished_norms, warn_unmasked
-from .matrices import Matrix, find_matrices
+from .matrices import Matrix, find_matrices, matrices_named
 from .observe import calibration_inputs, evaluating, forward
 from .record import PrunedConfig, current_record, package_versions
-from .sparsity import SparsityMethod, choose_lowest, choose_pattern, methods
+from .sparsity import SparsityMethod, choose_lowest, choose_pattern, methods, zero_chosen
 from .sparsity_report import MatrixSparsity, SparsityReport
 from .undo import Transaction
 
@@ -81,6 +82,11 @@ def sparsify(
         The report, and the masks by matrix (True: zeroed).
     """
     gather = gather or _alone
+    if is_adapted(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries PEFT adapters, and the zeros would be filled when they are merged. Merge them first: "
+            "model.merge_and_unload(). Or sparsify the model before the adapters are added, and merge with merge_keeping_zeros."
+        )
     host, _, stacks = describe(model)
     record = current_record(host, stacks)  # a record that does not fit is refused before any work is done
     matrices = matrices_for(host, stacks, config)
@@ -126,7 +132,7 @@ def recorded_matrices(model: nn.Module, record: PrunedConfig) -> dict[str, tuple
     """
     host, _, stacks = describe(model)
     entries = (record.sparsity or {}).get("matrices", {})
-    own = {matrix.name: matrix for matrix in find_matrices(host, stacks, list(entries))} if entries else {}
+    own = matrices_named(host, stacks, entries)
     found = {}
     for name, entry in entries.items():
         if name not in own or own[name].weight.numel() != entry["size"]:
@@ -172,16 +178,18 @@ class _Work:
         group = self._config.group
         for matrix in matrices:
             weight = matrix.weight.detach()
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrationError(f"The weights of {matrix.name} hold NaN or infinity, so they cannot be compared. Check the model.")
             norm = None if norms is None else norms[matrix.name].to(weight.device)
             score = self.method.score(matrix.rows(weight), norm)
             chosen = choose_lowest(score, self._config.sparsity) if group is None else choose_pattern(score, *group)
             mask = matrix.shaped(chosen)
             self.transaction.on_failure(partial(_bring_back, weight, mask, weight[mask]))
-            weight.masked_fill_(mask, 0)
+            zero_chosen(weight, mask)
             self.masks[matrix.name] = mask
 
     def _at_once(self, matrices: Sequence[Matrix], dataloader: Iterable[Any], limit: int) -> int:
-        norms = InputNorms(matrices)
+        norms = InputNorms(self._host, matrices)
 
         def look() -> tuple[int, dict[str, Tensor]]:
             seen = 0
@@ -224,7 +232,7 @@ class _Work:
         here = [matrix for matrix in own if matrix.block == index]
         if not here:
             return
-        norms = InputNorms(here)
+        norms = InputNorms(self._host, here)
 
         def look() -> dict[str, Tensor]:
             with norms.observing():
@@ -260,7 +268,8 @@ def _require_samples(samples: int) -> int:
 
 
 def _on_cpu(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return _to(torch.device("cpu"), inputs)
+    """Copies: a data loader may fill the same tensors again."""
+    return {key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in inputs.items()}
 
 
 def _to(device: torch.device, inputs: Mapping[str, Any]) -> dict[str, Any]:

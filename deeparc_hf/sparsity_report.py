@@ -75,6 +75,12 @@ class SparsityReport:
             "matrices": {name: dataclasses.asdict(matrix) for name, matrix in self.matrices.items()},
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SparsityReport:
+        """The inverse of `to_dict`."""
+        matrices = {name: MatrixSparsity(**entry) for name, entry in data["matrices"].items()}
+        return cls(WandaConfig.from_dict(data["config"]), matrices, data["samples"])
+
     def to_json(self, path: str | Path) -> None:
         """Write to a file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")

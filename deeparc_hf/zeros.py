@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SparsityError
+from .sparsity import zero_chosen
 
 __all__ = ["Zeros"]
 
@@ -38,7 +39,7 @@ class Zeros:
         """Zero the weights."""
         with torch.no_grad():
             for parameter, mask in self._alive():
-                parameter.masked_fill_(mask, 0)
+                zero_chosen(parameter, mask)
 
     def check(self, model: nn.Module) -> None:
         """Check that all of the weights are zero.

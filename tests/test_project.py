@@ -35,19 +35,23 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def settings_table() -> str:
+SETTINGS = {"settings": deeparc_hf.MPruneConfig, "sparsity": deeparc_hf.WandaConfig}
+
+
+def settings_table(config: type) -> str:
     def shown(value: object) -> str:
         return "" if value is None or value == () else f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value}`"
 
-    fields = dataclasses.fields(deeparc_hf.MPruneConfig)
+    fields = dataclasses.fields(config)
     return markdown_table(["setting", "default", "meaning"], [[f"`{f.name}`", shown(f.default), f.metadata["help"]] for f in fields])
 
 
 def registry_table(kind: str) -> str:
     from deeparc_hf.architectures import families
     from deeparc_hf.similarity import metrics
+    from deeparc_hf.sparsity import methods
 
-    registry = {"families": families, "metrics": metrics}[kind]
+    registry = {"families": families, "metrics": metrics, "methods": methods}[kind]
     return markdown_table(["name", "what"], [[f"`{entry.name}`", entry.summary] for entry in registry])
 
 
@@ -55,7 +59,7 @@ def with_tables(text: str) -> str:
     """The README with its tables made from the code."""
 
     def fill(match: re.Match[str]) -> str:
-        table = settings_table() if match[2] == "settings" else registry_table(match[2])
+        table = settings_table(SETTINGS[match[2]]) if match[2] in SETTINGS else registry_table(match[2])
         return f"{match[1]}\n{table}\n\n{match[3]}"
 
     return _TABLE.sub(fill, text)
@@ -88,7 +92,7 @@ def test_every_parameter_of_a_public_function_is_named_in_its_docstring(name):
 
 
 def test_every_setting_has_help():
-    assert all(field.metadata["help"].endswith(".") for field in dataclasses.fields(deeparc_hf.MPruneConfig))
+    assert all(field.metadata["help"].endswith(".") for config in SETTINGS.values() for field in dataclasses.fields(config))
 
 
 def test_import_loads_no_heavy_library():
@@ -206,7 +210,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     tiny_checkpoint(tmp_path / "bert", tiny_emotions(tmp_path / "emotion"))
     snippets = _SNIPPET.findall(README.read_text("utf-8"))
-    assert len(snippets) == README.read_text("utf-8").count("```python") == 6
+    assert len(snippets) == README.read_text("utf-8").count("```python") == 8
     namespace: dict[str, object] = {}
     for snippet in snippets:
         local = snippet.replace("google-bert/bert-base-uncased", "bert").replace("dair-ai/emotion", "emotion")
@@ -215,6 +219,11 @@ def test_readme_snippets_run(tmp_path, monkeypatch, one_thread):
             assert namespace["plan"].num_kept == 8
         if "num_hidden_layers" in snippet:
             assert namespace["model"].config.num_hidden_layers == 8
+        if "WandaCallback" in snippet:
+            sparse = deeparc_hf.PrunedConfig.from_pretrained("runs/sparse")
+            assert len(sparse.kept["bert.encoder.layer"]) == 8 and len(sparse.sparsity["matrices"]) == 48
+        if "sparse-at-once" in snippet:
+            assert deeparc_hf.PrunedConfig.from_pretrained("runs/sparse-at-once").sparsity["settings"]["sparsity"] == 0.3
         if "load_pruned" in snippet:
             assert len(namespace["record"].kept["bert.encoder.layer"]) == 8
             assert namespace["model"].config.num_hidden_layers == 8

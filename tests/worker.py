@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from deeparc_hf import MPruneCallback
+from deeparc_hf import MPruneCallback, WandaCallback
 from tests.trainers import arguments, text_data
 from tests.zoo import VOCAB, ZOO
 
@@ -83,7 +83,8 @@ def main(job: dict) -> None:
         calibration = [pad([Uneven(64)[index] for index in batch]) for batch in job["calibration"]]
         for number in job.get("broken", []):
             calibration[number]["input_ids"] += VOCAB  # beyond the embeddings
-    callback = MPruneCallback(**job["settings"], calibration=calibration)
+    callback = MPruneCallback(**job["settings"], calibration=calibration) if "settings" in job else None
+    zeroing = WandaCallback(**job["zeroing"], calibration=calibration) if "zeroing" in job else None
     trainer = Trainer(
         model=model,
         args=arguments(job["output"], TrainingArguments, **job["arguments"]),
@@ -91,7 +92,11 @@ def main(job: dict) -> None:
         eval_dataset=Uneven(24),
         data_collator=pad,
         compute_metrics=compute if accuracy else None,
-        callbacks=[callback, seen, *([Steps(Path(job["output"], "step"), job["pause"])] if "pause" in job else [])],
+        callbacks=[
+            *filter(None, (callback, zeroing)),
+            seen,
+            *([Steps(Path(job["output"], "step"), job["pause"])] if "pause" in job else []),
+        ],
     )
     trainer.train(resume_from_checkpoint=job.get("resume"))
     rank = trainer.args.process_index
@@ -99,8 +104,9 @@ def main(job: dict) -> None:
         "weights": model.state_dict(),
         "trainable": [name for name, p in model.named_parameters() if p.requires_grad],
         "blocks": model.config.num_hidden_layers,
-        "attempts": json.dumps(callback.attempts),
-        "plan": None if callback.plan is None else callback.plan.to_json(),
+        "attempts": None if callback is None else json.dumps(callback.attempts),
+        "plan": None if callback is None or callback.plan is None else callback.plan.to_json(),
+        "sparsity": None if zeroing is None else json.dumps(zeroing.report.to_dict()),
         "rates": seen.rates,
         "gradients": seen.gradients,
         "world": trainer.args.world_size,

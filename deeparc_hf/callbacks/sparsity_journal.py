@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import WandaConfig
 from ..record import package_versions
 from ..report import hardware
-from ..sparsity_report import MatrixSparsity, SparsityReport
+from ..sparsity_report import SparsityReport
 
 __all__ = ["SPARSITY_REPORT", "run_markdown"]
 
@@ -26,7 +25,7 @@ def run_markdown(data: Mapping[str, Any]) -> str:
     if data["report"] is None:
         parts = ["# Sparsity report\n\nThe zeros that the checkpoint's record listed when the training began are kept.\n"]
     else:
-        parts = [_report(data["report"]).to_markdown()]
+        parts = [SparsityReport.from_dict(data["report"]).to_markdown()]
         parts.append(f"Zeroed in the training, at step {data['step']} (epoch {data['epoch']:g}).\n")
     if data["evaluations"]:
         parts.append(f"## Evaluations\n\n{_evaluations(data['evaluations'])}\n")
@@ -37,11 +36,6 @@ def run_markdown(data: Mapping[str, Any]) -> str:
     facts = {**hardware(), **package_versions()}
     parts.append("## Made with\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
     return "\n".join(parts)
-
-
-def _report(data: Mapping[str, Any]) -> SparsityReport:
-    matrices = {name: MatrixSparsity(**entry) for name, entry in data["matrices"].items()}
-    return SparsityReport(WandaConfig.from_dict(data["config"]), matrices, data["samples"])
 
 
 def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> str:

@@ -102,7 +102,7 @@ class SparsityRun:
         self.args = args
         self.model: nn.Module = event["model"]
         self.progress = progress
-        self.report: SparsityReport | None = None
+        self.report = None if progress.report is None else SparsityReport.from_dict(progress.report)
         self.ended = False
         self._calibration = calibration
         self._steps_per_epoch = steps_per_epoch(event.get("train_dataloader"), args)

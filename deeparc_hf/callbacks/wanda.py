@@ -116,7 +116,7 @@ class WandaCallback(TrainerCallback, ExportableState):
             calibration = Calibration(self.calibration, kwargs.get("train_dataloader"), size, self.config)
         run = SparsityRun(self.config, self.asked, calibration, args, kwargs, progress)
         run.begin(state)
-        self._run = run
+        self._run, self.report = run, run.report
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:

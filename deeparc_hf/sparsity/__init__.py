@@ -1,12 +1,11 @@
 """Sparsity methods: how much each weight of a linear map matters, and which ones are zeroed. One file a method.
 
-Pure functions over tensors. What applies them to models, in and outside a Trainer, is not part of this version.
-See CONTRIBUTING.md, "add a sparsity method".
+Pure functions over tensors; `sparsify.py` applies them to models. See CONTRIBUTING.md, "add a sparsity method".
 """
 
 from __future__ import annotations
 
 from .base import SparsityMethod, methods, register
-from .masks import choose_lowest, choose_pattern
+from .masks import choose_lowest, choose_pattern, zero_chosen
 
-__all__ = ["SparsityMethod", "choose_lowest", "choose_pattern", "methods", "register"]
+__all__ = ["SparsityMethod", "choose_lowest", "choose_pattern", "methods", "register", "zero_chosen"]

@@ -31,10 +31,12 @@ class SparsityMethod(ABC):
 
         Args:
             weight: shape (d_out, d_in).
-            input_norms: shape (d_in,); the L2 norm of each input over all unpadded calibration positions.
+            input_norms: shape (d_in,); the L2 norm of each input over all unpadded calibration positions. Or shape (d_out, d_in), where
+                each output meets inputs of its own, as in a grouped convolution.
 
         Returns:
-            Shape (d_out, d_in), float32 or better.
+            Shape (d_out, d_in), float32 or float64: precise enough that rounding makes no equals of scores that differ, where the
+            device has such a type. Without a graph, and not NaN for finite weights and norms.
         """
 
 

@@ -13,4 +13,4 @@ class Magnitude(SparsityMethod):
     summary = "|W|; needs no data"
 
     def score(self, weight: Tensor, input_norms: Tensor | None = None) -> Tensor:
-        return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+        return weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))

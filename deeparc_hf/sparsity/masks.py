@@ -1,20 +1,29 @@
-"""From scores to masks: which weights of a linear map are zeroed."""
+"""From scores to masks: which weights of a linear map are zeroed.
+
+Every way to choose gives exactly what a stable sort gives. It is chosen for speed: a sort orders all, where only a border is needed.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 
-__all__ = ["choose_lowest", "choose_pattern"]
+__all__ = ["choose_lowest", "choose_pattern", "zero_chosen"]
+
+_CHUNK = 1 << 16  # scores at a time: with what is made of them they stay in a core's cache
+_DEVICE_CHUNK = 1 << 24  # on an accelerator, which needs many at a time; bounds what a sort takes beside the scores
+_COMPARED = 16  # groups up to this length are ranked by comparing all pairs
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
 
 
 def choose_lowest(score: Tensor, sparsity: float) -> Tensor:
     """The weights to zero: in each output row the int(d_in * sparsity) with the lowest scores; of equals the earlier ones.
 
     Args:
-        score: shape (d_out, d_in).
+        score: shape (d_out, d_in); at least 0, infinity included, but not NaN.
         sparsity: share of each row that is zeroed, in [0, 1).
 
     Returns:
@@ -26,14 +35,14 @@ def choose_lowest(score: Tensor, sparsity: float) -> Tensor:
     if not 0 <= sparsity < 1:
         hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
         raise ConfigError(f"sparsity must be in [0, 1), found {sparsity}.{hint}")
-    return _mark_lowest(score, int(score.shape[1] * sparsity))
+    return _mark_lowest(score, int(score.shape[1] * sparsity), score.shape[1])
 
 
 def choose_pattern(score: Tensor, keep: int, group: int) -> Tensor:
     """The weights to zero for an N:M pattern: of each `group` consecutive inputs of a row, `keep` stay (2:4 is keep=2, group=4).
 
     Args:
-        score: shape (d_out, d_in), d_in a multiple of `group`.
+        score: shape (d_out, d_in), d_in a multiple of `group`; at least 0, infinity included, but not NaN.
 
     Returns:
         Bool, shape (d_out, d_in); True is zeroed.
@@ -45,9 +54,66 @@ def choose_pattern(score: Tensor, keep: int, group: int) -> Tensor:
         raise ConfigError(f"A pattern N:M keeps N of M weights with 0 < N < M, found {keep}:{group}.")
     if score.shape[1] % group:
         raise ConfigError(f"The pattern {keep}:{group} needs a number of inputs divisible by {group}, found {score.shape[1]}.")
-    return _mark_lowest(score.reshape(-1, group), group - keep).reshape(score.shape)
+    return _mark_lowest(score, group - keep, group)
 
 
-def _mark_lowest(score: Tensor, count: int) -> Tensor:
-    order = score.argsort(dim=1, stable=True)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(1, order[:, :count], True)
+def zero_chosen(weight: Tensor, mask: Tensor) -> None:
+    """Zero the weights that `mask` marks, in place: what `weight.masked_fill_(mask, 0)` does, in a fraction of the time on a CPU.
+
+    The fill branches at every weight, and no processor predicts such a mask. Here the bits of a weight, as an integer, are
+    multiplied by 0 or 1 instead. A zeroed weight becomes +0, also where it was negative or not finite.
+    """
+    weight.detach().view(_INTEGERS[weight.element_size()]).mul_(~mask)
+
+
+def _mark_lowest(score: Tensor, count: int, group: int) -> Tensor:
+    """The `count` lowest of each `group` consecutive scores, the earlier ones of equals. A few rows at a time, for the memory."""
+    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    if count == 0 or score.numel() == 0:
+        return mask
+    on_cpu = score.device.type == "cpu"
+    choose = _sort if not on_cpu else _compare if group <= _COMPARED else _select
+    rows = max(1, (_CHUNK if on_cpu else _DEVICE_CHUNK) // score.shape[1])
+    for scores, chosen in zip(score.detach().split(rows), mask.split(rows), strict=True):
+        choose(scores.reshape(-1, group), count, chosen.view(-1, group))
+    return mask
+
+
+def _sort(score: Tensor, count: int, chosen: Tensor) -> None:
+    chosen.scatter_(1, score.argsort(dim=1, stable=True)[:, :count], True)
+
+
+def _select(score: Tensor, count: int, chosen: Tensor) -> None:
+    """By the lowest score that stays. NumPy's partition finds it several times faster than PyTorch's kthvalue or topk."""
+    values, marked = _array(score), chosen.numpy()
+    parted = np.partition(values, count, axis=1)
+    stays = parted[:, count, None]
+    np.less(values, stays, out=marked)
+    tied = np.flatnonzero(parted[:, :count].max(axis=1) == parted[:, count])
+    if len(tied):  # equals on both sides of the border: the earlier ones go, as many as are missing
+        equal = values[tied] == stays[tied]
+        missing = count - np.count_nonzero(marked[tied], axis=1)
+        marked[tied] |= equal & (equal.cumsum(axis=1, dtype=np.int32) <= missing[:, None])
+
+
+def _compare(score: Tensor, count: int, chosen: Tensor) -> None:
+    """By rank, from comparing all pairs within a group: a group is too short for sorting or selecting to be worth a call.
+
+    The groups lie end to end, so that one comparison of the flat scores with themselves, shifted, serves all of them.
+    """
+    group = score.shape[1]
+    values = _array(score).reshape(-1)
+    place = np.tile(np.arange(group, dtype=np.int8), len(score))
+    rank = (group - 1) - place  # as if all the later ones were lower, and none of the earlier
+    for shift in range(1, group):
+        first = values[:-shift] <= values[shift:]
+        first &= place[:-shift] < group - shift  # both are of one group
+        first = first.view(np.int8)
+        rank[shift:] += first
+        rank[:-shift] -= first
+    np.less(rank, count, out=chosen.view(-1).numpy())
+
+
+def _array(score: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16; 32 bits hold its values, and so their order, exactly."""
+    return (score.float() if score.dtype == torch.bfloat16 else score).numpy()

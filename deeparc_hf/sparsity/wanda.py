@@ -15,10 +15,13 @@ class Wanda(SparsityMethod):
     needs_inputs = True
 
     def score(self, weight: Tensor, input_norms: Tensor | None = None) -> Tensor:
-        if input_norms is None or input_norms.shape != weight.shape[1:]:
+        if input_norms is None or input_norms.shape not in (weight.shape[1:], weight.shape):
             found = "none" if input_norms is None else f"shape {tuple(input_norms.shape)}"
             raise CalibrationError(
-                f"Wanda needs one input norm for each of the {weight.shape[1]} inputs, found {found}. Observe the map's inputs first."
+                f"Wanda needs one input norm for each of the {weight.shape[1]} inputs, shape {tuple(weight.shape[1:])}, or for each "
+                f"input of each output, shape {tuple(weight.shape)}; found {found}. Observe the map's inputs first."
             )
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return weight.abs().to(dtype) * input_norms.to(dtype)
+        # in 64 bits, so that rounding makes or swaps no neighbours; MPS has no such type
+        dtype = torch.float32 if weight.device.type == "mps" else torch.float64
+        # one new matrix, changed in place: each further one of this size costs more time than the arithmetic
+        return weight.detach().to(dtype, copy=True).mul_(input_norms).abs_()
