@@ -114,7 +114,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_readme_tables_follow_the_code():
     text = README.read_text("utf-8")
-    assert {match[2] for match in _TABLE.finditer(text)} == {"settings", "families", "metrics"}
+    assert {match[2] for match in _TABLE.finditer(text)} == {"settings", "families", "methods", "metrics", "sparsity"}
     assert text == with_tables(text), "write them anew: python -m tests.test_project"
 
 
