@@ -111,6 +111,7 @@ def test_blocks_that_hand_on_more_than_hidden_states_are_not_run_one_by_one(way,
         assert trials == [False]
 
 
+@pytest.mark.skipif(not hasattr(tf, "GlmMoeDsaForCausalLM"), reason="this transformers has no model with an indexer")
 def test_positions_that_one_layer_selects_for_the_others_follow_its_zeros():
     low_rank = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     index = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 3, "indexer_types": ["full", "shared", "shared", "shared"]}

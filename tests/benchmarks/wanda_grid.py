@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--fine-tune", type=int, default=0, metavar="EPOCHS")
     parser.add_argument("--rows", type=int, default=None, help="training rows to fine-tune on; default: all")
+    parser.add_argument("--name", help="of the model, for the report; default: the last part of its path")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -163,7 +164,7 @@ def main() -> None:
         model = tf.AutoModelForSequenceClassification.from_pretrained(args.model)
         tokenizer = tf.AutoTokenizer.from_pretrained(args.model)
     facts = {
-        "model": Path(args.model).name,
+        "model": args.name or Path(args.model).name,
         "epochs of fine-tuning": args.fine_tune,
         "training rows": len(train[0][: args.rows]),
         "held-out rows": len(heldout[0]),
