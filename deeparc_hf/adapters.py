@@ -9,6 +9,7 @@ from .architectures import describe
 from .architectures.hosts import find_host, is_adapted
 from .errors import SparsityError, UnsupportedModelError
 from .record import current_record
+from .sparsity import zero_chosen
 
 __all__ = ["merge_keeping_zeros"]
 
@@ -57,5 +58,5 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
     current_record(host, describe(merged)[2])
     with torch.no_grad():
         for name, mask in masks.items():
-            host.root.get_submodule(name).weight.masked_fill_(mask, 0)
+            zero_chosen(host.root.get_submodule(name).weight, mask)
     return merged

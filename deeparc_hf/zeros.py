@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SparsityError
-from .sparsity import zero_chosen
+from .sparsity import zero_others
 
 __all__ = ["Zeros"]
 
@@ -22,24 +22,24 @@ class Zeros:
     """
 
     def __init__(self) -> None:
-        self._masks: list[tuple[weakref.ref[nn.Parameter], Tensor]] = []
+        self._kept: list[tuple[weakref.ref[nn.Parameter], Tensor]] = []  # True: not zeroed
 
     def __len__(self) -> int:
         return len(self._alive())
 
     def add(self, parameter: nn.Parameter, mask: Tensor) -> None:
         """Keep the weights zero where the mask is True, beside those that are kept zero already."""
-        for index, (reference, known) in enumerate(self._masks):
+        for index, (reference, kept) in enumerate(self._kept):
             if reference() is parameter:
-                self._masks[index] = (reference, known | mask)
+                self._kept[index] = (reference, kept & ~mask)
                 return
-        self._masks.append((weakref.ref(parameter), mask))
+        self._kept.append((weakref.ref(parameter), ~mask))
 
     def apply(self) -> None:
         """Zero the weights."""
         with torch.no_grad():
-            for parameter, mask in self._alive():
-                zero_chosen(parameter, mask)
+            for parameter, kept in self._alive():
+                zero_others(parameter, kept)
 
     def check(self, model: nn.Module) -> None:
         """Check that all of the weights are zero.
@@ -49,18 +49,18 @@ class Zeros:
         """
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         # those of blocks that were removed, but may come back, are not the model's now
-        broken = {names[id(p)]: int((p.detach()[mask] != 0).sum()) for p, mask in self._alive() if id(p) in names}
+        broken = {names[id(p)]: int((p.detach()[~kept] != 0).sum()) for p, kept in self._alive() if id(p) in names}
         broken = {name: count for name, count in broken.items() if count}
         if broken:
             raise SparsityError(_complaint(broken))
 
     def _alive(self) -> list[tuple[nn.Parameter, Tensor]]:
-        living = [(parameter, mask) for reference, mask in self._masks if (parameter := reference()) is not None]
-        for index, (parameter, mask) in enumerate(living):
-            if mask.device != parameter.device:
-                living[index] = (parameter, mask.to(parameter.device))
-        if len(living) != len(self._masks) or any(mask is not kept[1] for (_, mask), kept in zip(living, self._masks, strict=True)):
-            self._masks = [(weakref.ref(parameter), mask) for parameter, mask in living]
+        living = []
+        for reference, kept in self._kept:
+            parameter = reference()
+            if parameter is not None:
+                living.append((parameter, kept if kept.device == parameter.device else kept.to(parameter.device)))
+        self._kept = [(weakref.ref(parameter), kept) for parameter, kept in living]
         return living
 
 

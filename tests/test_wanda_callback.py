@@ -215,6 +215,12 @@ def test_a_violation_is_an_error_at_the_end_of_the_epoch(tmp_path, replace):
         train(ZOO["bert"].model(), tmp_path, Spoiler(replace), zeroing())
 
 
+def test_a_violation_is_found_while_more_zeros_are_waited_for(tmp_path, sparse):
+    model = AutoModelForSequenceClassification.from_pretrained(sparse)
+    with pytest.raises(SparsityError, match="not zero any more"):
+        train(model, tmp_path, Spoiler(replace=False), zeroing(start_epoch=2))
+
+
 def test_a_violation_after_the_last_epoch_is_found_too(tmp_path):
     class Late(TrainerCallback):
         def on_train_end(self, args, state, control, model=None, **kwargs):

@@ -156,7 +156,7 @@ class SparsityRun:
         if self._due(state):
             self._sparsify(state, control)
             control.should_evaluate = control.should_evaluate or self._evaluates
-        elif self.progress.phase != WAITING:
+        else:
             self.check(state)
 
     def evaluated(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
@@ -171,9 +171,8 @@ class SparsityRun:
 
     def end(self, state: TrainerState) -> None:
         """Check a last time: the best checkpoint may have been loaded."""
-        if self.progress.phase != WAITING:
-            self.check(state)
-        elif self.to_come:
+        self.check(state)
+        if self.to_come:
             why = "a pruning could still be taken back" if self._companions.may_be_taken_back else "it ended early"
             self._warn(f"The training ended before the weights were zeroed ({why}). Call sparsify_model, or train for more epochs.")
         self.ended = True
@@ -192,7 +191,7 @@ class SparsityRun:
         Raises:
             SparsityError: if it is not.
         """
-        if not self.config.keep_zeros:
+        if not self.config.keep_zeros or not len(self._zeros):
             return
         self._zeros.check(self.model)
         try:

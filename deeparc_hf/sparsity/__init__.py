@@ -6,6 +6,6 @@ Pure functions over tensors; `sparsify.py` applies them to models. See CONTRIBUT
 from __future__ import annotations
 
 from .base import SparsityMethod, methods, register
-from .masks import choose_lowest, choose_pattern, zero_chosen
+from .masks import choose_lowest, choose_pattern, zero_chosen, zero_others
 
-__all__ = ["SparsityMethod", "choose_lowest", "choose_pattern", "methods", "register", "zero_chosen"]
+__all__ = ["SparsityMethod", "choose_lowest", "choose_pattern", "methods", "register", "zero_chosen", "zero_others"]
