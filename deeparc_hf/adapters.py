@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from .architectures import describe
-from .architectures.hosts import find_host, is_adapted
+from .architectures.hosts import RECORD_KEY, find_host, is_adapted
 from .errors import SparsityError, UnsupportedModelError
-from .record import current_record
+from .record import PrunedConfig, current_record
 from .sparsity import zero_chosen
 
 __all__ = ["merge_keeping_zeros"]
@@ -36,8 +38,9 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
         )
     base = model.get_base_model()
     weights = {path.removesuffix(".base_layer"): module for path, module in base.named_modules() if hasattr(module, "weight")}
-    stored = getattr(getattr(base, "config", base), "pruning_config", None) or {}
-    entries = (stored.get("sparsity") or {}).get("matrices", {})
+    stored = getattr(getattr(base, "config", base), RECORD_KEY, None)
+    sparsity = None if stored is None else PrunedConfig.from_dict(stored).sparsity
+    entries = {_path(name, base, weights): entry for name, entry in (sparsity or {}).get("matrices", {}).items()}
     if not entries:
         raise SparsityError(
             f"The record of {type(base).__name__} lists no zeros, so there are none to keep. Call merge_and_unload(); or sparsify the base "
@@ -46,7 +49,11 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
     masks: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if name not in weights:
-            raise SparsityError(f"The record lists zeros in {name}, which {type(base).__name__} lacks. Load the base model again.")
+            raise SparsityError(f"The record lists zeros in {name!r}, which {type(base).__name__} lacks. Load the base model again.")
+        if type(weights[name]).__name__ == "ModulesToSaveWrapper":
+            raise SparsityError(
+                f"{name} was trained as a whole (modules_to_save), so its zeros are lost. Leave it out there, and adapt it instead."
+            )
         masks[name] = weights[name].weight.detach() == 0
         if int(masks[name].sum()) < entry["zeros"]:
             raise SparsityError(
@@ -60,3 +67,9 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
         for name, mask in masks.items():
             zero_chosen(host.root.get_submodule(name).weight, mask)
     return merged
+
+
+def _path(name: str, base: nn.Module, weights: Mapping[str, nn.Module]) -> str:
+    """A matrix's path in a model that may have another head than the one whose record names it."""
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    return next((path for path in (name, f"{prefix}{name}", name.removeprefix(prefix)) if path in weights), name)

@@ -215,11 +215,9 @@ class WandaConfig(Settings):
             raise ConfigError(f"The pattern {self.pattern} zeroes one half, found sparsity {self.sparsity:g} beside it. Give one of them.")
         if self.targets is not None and not self.targets:
             raise ConfigError("targets is an empty list, so nothing would be zeroed. Leave it out for all linear maps.")
-        if self.calibration_samples < 1 or self.start_epoch < 0:
-            raise ConfigError(
-                "calibration_samples must be at least 1 and start_epoch at least 0, found "
-                f"{self.calibration_samples} and {self.start_epoch}."
-            )
+        for name, least in (("calibration_samples", 1), ("start_epoch", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, found {getattr(self, name)}.")
         try:
             methods.get(self.method)
         except RegistryError as error:

@@ -137,6 +137,8 @@ def settle(model: nn.Module, start: Structure, accepted: Structure, current: Str
         )
     if accepted.record is not None:
         follow_record(model, accepted.record, {})
+    if accepted.record is not None:
+        describe(model)[0].set_record(accepted.record.to_dict())  # which removed nothing, it may be, but zeroed weights
     undo = Transaction()
     follow_record(model, current.record, {}, undo)
     describe(model)[0].set_record(current.record.to_dict())  # weights may have been zeroed since the accepted one

@@ -156,13 +156,26 @@ def _of_rows(rows: Tensor) -> Tensor:
     return torch.stack(parts).sum(dim=0) if parts else torch.zeros(rows.shape[1], dtype=dtype, device=rows.device)
 
 
+def _padding(module: nn.Module) -> list[int]:
+    """Positions that a convolution adds on both sides, the last dimension first, as `pad` takes them."""
+    sides: list[int] = []
+    for size, dilation, number in zip(reversed(module.kernel_size), reversed(module.dilation), range(len(module.kernel_size)), strict=True):
+        if module.padding == "same":
+            total = dilation * (size - 1)
+            sides += [total // 2, total - total // 2]
+        else:
+            both = 0 if module.padding == "valid" else module.padding[-1 - number]
+            sides += [both, both]
+    return sides
+
+
 def _of_convolution(module: nn.Module, x: Tensor) -> Tensor:
     """Sums of squares over all places where the kernel is laid, for each channel and kernel position: (groups, channels x kernel)."""
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     if x.ndim == len(kernel) + 1:  # no batch dimension
         x = x[None]
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    x = functional.pad(x, _padding(module), mode=mode)
     sizes = x.shape[2:]
     counts = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)]
     dtype = _accumulating(x)

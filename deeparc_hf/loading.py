@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,12 +21,11 @@ from .architectures import Stack, describe
 from .architectures.hosts import RECORD_KEY, Host, TransformersHost
 from .architectures.skeleton import compare
 from .errors import RecordError, UnsupportedModelError
-from .record import PrunedConfig, base_reference
+from .record import PrunedConfig, base_reference, current_record
+from .record_sparsity import renumber_matrices
 from .surgery import shrunk_settings
 
 __all__ = ["load_pruned", "save_pruned"]
-
-logger = logging.getLogger(__name__)
 
 _HUB_SETTINGS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 _SHARD = re.compile(r"[\w.\-]+\.safetensors")
@@ -71,8 +69,9 @@ def load_pruned(
         build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
         full = build(config)
     host, family, stacks = describe(full)
-    record = _without_sparsity(record.renamed(host.base_prefix, stacks))
+    record = record.renamed(host.base_prefix, stacks)
     kept = _kept(record, stacks)
+    record = dataclasses.replace(record, sparsity=_sparsity_of_base(host, stacks, kept))
     _, settings = shrunk_settings(host, family, stacks, kept)
     _require_expressible(host, full, settings, kept)
     base, commit = base_reference(full, hub.get("cache_dir"))
@@ -123,13 +122,11 @@ def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:
     return PrunedConfig.from_dict(source) if isinstance(source, Mapping) else PrunedConfig.from_pretrained(source, **hub)
 
 
-def _without_sparsity(record: PrunedConfig) -> PrunedConfig:
-    """Leave out what a record says of zeroed weights: they are zero in the checkpoint that carries it, and not in the base."""
-    if record.sparsity is not None:
-        logger.info(
-            "The record lists zeroed weights, which the base checkpoint does not have: sparsify the model again with sparsify_model."
-        )
-    return dataclasses.replace(record, sparsity=None)
+def _sparsity_of_base(host: Host, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]) -> Mapping[str, Any] | None:
+    """What the base's own record says of zeroed weights: they come with its weights, whatever the other record lists."""
+    lengths = {name: len(stack) for name, stack in stacks.items()}
+    removed = {name: [index for index in range(length) if index not in kept[name]] for name, length in lengths.items()}
+    return renumber_matrices(current_record(host, stacks).sparsity, lengths, removed)
 
 
 def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequence[int]]:

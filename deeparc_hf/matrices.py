@@ -102,9 +102,6 @@ def find_matrices(host: Host, stacks: Mapping[str, Stack], targets: Sequence[str
     wanted = [matrix for matrix in found if _wanted(matrix.name, targets, host)]
     if not wanted:
         raise UnsupportedModelError(f"The blocks of {host.label} hold no linear maps (Linear, Conv1D, Conv1d, Conv2d) to sparsify.")
-    for matrix in wanted:
-        if matrix.weight.device.type == "meta":
-            raise UnsupportedModelError(f"{matrix.name} of {host.label} has no weights (meta device). Load the model's checkpoint.")
     return wanted
 
 

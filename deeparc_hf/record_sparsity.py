@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .errors import RecordError
+
 __all__ = ["check_sparsity", "rename_matrices", "renumber_matrices"]
 
 MAX_MATRICES = 65536
@@ -48,7 +50,11 @@ def rename_matrices(sparsity: Mapping[str, Any] | None, prefix: str, stacks: Ite
         stack = next((short for short in bare if path.startswith(f"{short}.")), None)
         return old if stack is None else bare[stack] + path[len(stack) :]
 
-    return {**sparsity, "matrices": {name(old): entry for old, entry in sparsity.get("matrices", {}).items()}}
+    matrices = sparsity.get("matrices", {})
+    renamed = {name(old): entry for old, entry in matrices.items()}
+    if len(renamed) < len(matrices):
+        raise RecordError("The pruning record lists the zeros of one matrix twice. Download the checkpoint again.")
+    return {**sparsity, "matrices": renamed}
 
 
 def renumber_matrices(

@@ -25,7 +25,7 @@ from .sparsity import SparsityMethod, choose_lowest, choose_pattern, methods, ze
 from .sparsity_report import MatrixSparsity, SparsityReport
 from .undo import Transaction
 
-__all__ = ["matrices_for", "recorded_matrices", "sparsify", "sparsify_model"]
+__all__ = ["matrices_for", "recorded_mask", "recorded_matrices", "sparsify", "sparsify_model"]
 
 Gather = Callable[[Callable[[], Any]], list[Any]]
 
@@ -79,7 +79,7 @@ def sparsify(
         max_samples: samples of this process; None: `config.calibration_samples`.
 
     Returns:
-        The report, and the masks by matrix (True: zeroed).
+        The report, and the masks by matrix: True where the weight is to be zero, by this or by an earlier sparsification.
     """
     gather = gather or _alone
     if is_adapted(model):
@@ -90,7 +90,11 @@ def sparsify(
     host, _, stacks = describe(model)
     record = current_record(host, stacks)  # a record that does not fit is refused before any work is done
     matrices = matrices_for(host, stacks, config)
-    work = _Work(host, config, gather, progress)
+    for matrix in matrices:
+        if matrix.weight.device.type == "meta":
+            raise UnsupportedModelError(f"{matrix.name} of {host.label} has no weights (meta device). Load the model's checkpoint.")
+    earlier = (record.sparsity or {}).get("matrices", {})
+    work = _Work(host, config, gather, progress, earlier)
     with Transaction() as transaction, evaluating(host.root):
         work.transaction = transaction
         samples = 0
@@ -98,9 +102,8 @@ def sparsify(
             work.choose(matrices, None)
         else:
             samples = work.with_inputs(stacks, matrices, dataloader, config.calibration_samples if max_samples is None else max_samples)
-        measured = {m.name: MatrixSparsity.measured(m, int(work.masks[m.name].sum())) for m in matrices}
-        entry = {name: {"zeros": m.zeros, "size": m.size} for name, m in measured.items()}
-        earlier = (record.sparsity or {}).get("matrices", {})
+        measured = {m.name: MatrixSparsity.measured(m, work.asked[m.name]) for m in matrices}
+        entry = {name: {"zeros": int(mask.sum()), "size": mask.numel()} for name, mask in work.masks.items()}
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
         host.own_configs(transaction)
         host.set_record(dataclasses.replace(record, sparsity=sparsity, versions=record.versions or package_versions()).to_dict())
@@ -137,7 +140,7 @@ def recorded_matrices(model: nn.Module, record: PrunedConfig) -> dict[str, tuple
     for name, entry in entries.items():
         if name not in own or own[name].weight.numel() != entry["size"]:
             what = "lacks it" if name not in own else f"has {own[name].weight.numel():,} there"
-            raise RecordError(f"The record lists {name} with {entry['size']:,} weights as sparse, but the model {what}.")
+            raise RecordError(f"The record lists {name!r} with {entry['size']:,} weights as sparse, but the model {what}.")
         zeros = int((own[name].weight.detach() == 0).sum())
         if zeros < entry["zeros"]:
             raise RecordError(
@@ -148,15 +151,29 @@ def recorded_matrices(model: nn.Module, record: PrunedConfig) -> dict[str, tuple
     return found
 
 
+def recorded_mask(matrix: Matrix, count: int) -> Tensor:
+    """Which of a matrix's zeros a record means that counts `count` of them.
+
+    All of them, as a rule. Where there are more, as in a matrix that was zero from the start, the record means as many in each row, and the
+    earlier ones, as they are chosen.
+    """
+    zeros = matrix.rows() == 0
+    each, rest = divmod(count, len(zeros))
+    chosen = zeros & (zeros.cumsum(dim=1) <= each)
+    return matrix.shaped(chosen if rest == 0 and int(chosen.sum()) == count else zeros)
+
+
 class _Work:
     """One sparsification: measures, chooses, zeroes; `transaction` brings the weights back if it fails."""
 
-    def __init__(self, host: Host, config: WandaConfig, gather: Gather, progress: bool) -> None:
+    def __init__(self, host: Host, config: WandaConfig, gather: Gather, progress: bool, earlier: Mapping[str, Any]) -> None:
         self.method: SparsityMethod = methods.get(config.method)()
         self.masks: dict[str, Tensor] = {}
+        self.asked: dict[str, int] = {}
         self.transaction = Transaction()
         self._host = host
         self._config = config
+        self._earlier = earlier
         self._gather = gather
         self._progress = progress
         self._unmasked: set[str] = set()
@@ -184,9 +201,10 @@ class _Work:
             score = self.method.score(matrix.rows(weight), norm)
             chosen = choose_lowest(score, self._config.sparsity) if group is None else choose_pattern(score, *group)
             mask = matrix.shaped(chosen)
+            known = recorded_mask(matrix, self._earlier[matrix.name]["zeros"]) if matrix.name in self._earlier else None
             self.transaction.on_failure(partial(_bring_back, weight, mask, weight[mask]))
             zero_chosen(weight, mask)
-            self.masks[matrix.name] = mask
+            self.masks[matrix.name], self.asked[matrix.name] = mask | known if known is not None else mask, int(mask.sum())
 
     def _at_once(self, matrices: Sequence[Matrix], dataloader: Iterable[Any], limit: int) -> int:
         norms = InputNorms(self._host, matrices)

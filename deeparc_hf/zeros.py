@@ -35,6 +35,10 @@ class Zeros:
                 return
         self._kept.append((weakref.ref(parameter), ~mask))
 
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether zeros of this parameter are kept."""
+        return any(reference() is parameter for reference, _ in self._kept)
+
     def apply(self) -> None:
         """Zero the weights."""
         with torch.no_grad():

@@ -172,10 +172,10 @@ def test_a_record_of_more_zeros_than_there_are_is_refused(bert):
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [
-        ("bert.encoder.layer.2.attention.self.query", 99, "lists bert.* with 99 weights as sparse, but the model has 1,024 there"),
-        ("bert.encoder.layer.2.attention.self.other", 9, "lists bert.*self.other with 9 weights as sparse, but the model lacks it"),
-        ("bert.encoder.layer.9.attention.self.query", 1024, "lists bert.*layer.9.* with 1,024 weights as sparse, but the model lacks it"),
-        ("classifier", 64, "lists classifier with 64 weights as sparse, but the model lacks it"),
+        ("bert.encoder.layer.2.attention.self.query", 99, "lists 'bert.*' with 99 weights as sparse, but the model has 1,024 there"),
+        ("bert.encoder.layer.2.attention.self.other", 9, "lists 'bert.*self.other' with 9 weights as sparse, but the model lacks it"),
+        ("bert.encoder.layer.9.attention.self.query", 1024, "lists 'bert.*layer.9.*' with 1,024 weights as sparse, but the model lacks it"),
+        ("classifier", 64, "lists 'classifier' with 64 weights as sparse, but the model lacks it"),
         ("bert.encoder.layer.[0-9].*", 64, "but the model lacks it"),
     ],
 )

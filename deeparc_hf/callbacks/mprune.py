@@ -19,7 +19,7 @@ from ..plan import PruningPlan
 from ..record import PrunedConfig, same_structure
 from ..schedule import FINISHED, RETRAINING, Progress
 from .calibration import Calibration
-from .companions import companions_on
+from .companions import companions_on, meet_companions
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
 
@@ -70,6 +70,10 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self._run: PruningRun | None = None
         self._successors: RemovableHandle | None = None
         self._sharded: Progress | None = None  # what was done before parameters were sharded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are of the settings, not of a training."""
+        return {**self.__dict__, "_run": None, "_successors": None}
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -124,6 +128,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
             raise ConfigError("There is more than one MPruneCallback in this Trainer. One does all iterations: give it iterations=...")
         self._let_successors_go()
         guard(kwargs["model"], args.output_dir)
+        meet_companions(kwargs["model"], state)
         calibration = Calibration(
             self.calibration, kwargs.get("train_dataloader"), state.train_batch_size or args.train_batch_size, self.config
         )

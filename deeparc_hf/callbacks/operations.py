@@ -107,6 +107,15 @@ class Operations:
         self._undo = other._undo
         follow_in_wrapper(self.model)
 
+    def forget_zeros(self) -> bool:
+        """Leave zeroed weights out of the model's record; whether there were any in it."""
+        host = describe(self.model)[0]
+        live = host.record()
+        if live is None or not live.get("sparsity"):
+            return False
+        host.set_record({**live, "sparsity": None})
+        return True
+
     def note_zeros(self) -> None:
         """Have the progress know what the model's record says of zeroed weights: another callback may have zeroed some since."""
         p, live = self._progress, describe(self.model)[0].record()
@@ -150,6 +159,9 @@ class Operations:
             work = partial(save_snapshot, self._output, name, self.model, self._optimizer, plan.to_dict(), led)
             gather(work if self._args.should_save else lambda: None)
             p.snapshot, self._comparison = name, plan
+        live = describe(self.model)[0].record()
+        if live is not None:
+            p.base = live  # what it says of zeroed weights is part of what comes back
         undo = Transaction()
         with Transaction() as guard:
             thaw_noted(self.model, guard)

@@ -141,6 +141,7 @@ class PruningRun:
         p = self.progress
         if self._over:
             return
+        self._warn_of_zeros()
         if p.phase == FINISHED:
             if p.decision is not None and not p.stopped:  # the training goes on for another callback
                 self._carry_out(state, control)
@@ -178,6 +179,14 @@ class PruningRun:
             )
             self.journal.say(f"{plan}\nNothing is removed ({why}); the training goes on as it would without pruning.")
             self.journal.write_plan(plan)
+
+    def _warn_of_zeros(self) -> None:
+        """Zeros that nobody keeps will be lost, so the record must not list them."""
+        if not companions_on(self.model).keeps_zeros and self.operations.forget_zeros():
+            self.journal.warn(
+                "The model's record lists zeroed weights, and nothing in this training keeps them zero. They are left out of the record. "
+                "To keep them, add WandaCallback() to the callbacks."
+            )
 
     def step_begin(self) -> None:
         self._step_began = time.perf_counter()
@@ -349,6 +358,7 @@ class PruningRun:
         attempt = p.attempts[-1]
         if p.decision == "reject":
             self.operations.take_back()
+            companions_on(self.model).taken_back += 1
             _forget_best(state)
             self.journal.write_plan(self.operations.plan)
             attempt["decision"] = "rolled back"

@@ -20,11 +20,11 @@ from ..distributed import gather
 from ..errors import ConfigError, DeepArcWarning, RecordError, SparsityError
 from ..record import PrunedConfig, current_record, package_versions
 from ..run_report import finite, write_whole
-from ..sparsify import recorded_matrices, sparsify
+from ..sparsify import recorded_mask, recorded_matrices, sparsify
 from ..sparsity_report import SparsityReport
 from ..zeros import Zeros
 from .calibration import Calibration
-from .companions import companions_on
+from .companions import meet_companions
 from .gate import steps_per_epoch
 from .sparsity_journal import SPARSITY_REPORT, run_markdown
 from .trackers import Trackers
@@ -44,6 +44,7 @@ class SparsityProgress:
         step, epoch: when the weights were zeroed.
         sparsity: what the model's record says of zeroed weights.
         report: what was asked for and measured when they were zeroed (`SparsityReport.to_dict`).
+        asked: whether a sparsification was asked for; None: not settled yet.
         evaluations: step, epoch, whether the weights were zeroed, and metrics.
         measured: step, epoch and share of zeros at the end of each epoch since.
     """
@@ -53,6 +54,7 @@ class SparsityProgress:
     epoch: float | None = None
     sparsity: dict[str, Any] | None = None
     report: dict[str, Any] | None = None
+    asked: bool | None = None
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     measured: list[dict[str, Any]] = field(default_factory=list)
 
@@ -69,7 +71,12 @@ class SparsityProgress:
         """
         known = {spec.name for spec in dataclasses.fields(cls)}
         whole = isinstance(data, Mapping) and data.get("format_version") == FORMAT_VERSION and set(data) == known | {"format_version"}
-        if not whole or data["phase"] not in (WAITING, KEPT, SPARSE):
+        sound = whole and data["phase"] in (WAITING, KEPT, SPARSE) and all(isinstance(data[n], list) for n in ("evaluations", "measured"))
+        try:
+            sound = sound and (data["report"] is None or SparsityReport.from_dict(data["report"]) is not None)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            sound = False
+        if not sound:
             raise RecordError(
                 "The checkpoint's trainer_state.json does not tell what was zeroed, or another version of deeparc_hf wrote it. Resume with "
                 "the version that wrote it, or start a new run from the checkpoint's model."
@@ -87,6 +94,7 @@ class SparsityRun:
         args: the Trainer's arguments.
         event: what the Trainer hands to a callback: model, train_dataloader.
         progress: where the run stands.
+        state: the Trainer's state.
     """
 
     def __init__(
@@ -97,6 +105,7 @@ class SparsityRun:
         args: TrainingArguments,
         event: Mapping[str, Any],
         progress: SparsityProgress,
+        state: TrainerState,
     ) -> None:
         self.config = config
         self.args = args
@@ -108,21 +117,56 @@ class SparsityRun:
         self._steps_per_epoch = steps_per_epoch(event.get("train_dataloader"), args)
         self._zeros = Zeros()
         self._trackers = Trackers()
-        self._asked = asked or (progress.sparsity is None and self._record().sparsity is None)
-        self._companions = companions_on(self.model)
+        if progress.asked is None:
+            progress.asked = asked or self._record().sparsity is None
+        self._seen_back = 0  # prunings that had been taken back when the masks were made
+        self._save_later = False
+        self._keeping = False
+        self._companions = meet_companions(self.model, state)
         self._companions.sparsity_to_come = self.to_come
+        self._companions.keeps_zeros = config.keep_zeros
 
     @property
     def to_come(self) -> bool:
         """Whether weights are still to be zeroed."""
-        return self.progress.phase == WAITING and self._asked
+        return self.progress.phase == WAITING and bool(self.progress.asked)
 
     # ---- events ----
 
-    def begin(self, state: TrainerState) -> None:
-        """Check that the training reaches the epoch in which the weights are to be zeroed, and keep what is zero already."""
+    def begin(self, state: TrainerState, optimizer: Any, began_with: Mapping[str, Any] | None = None) -> None:
+        """Check that the training reaches the epoch in which the weights are to be zeroed, and keep what is zero already.
+
+        Args:
+            began_with: the settings that the checkpoint notes, of a run that is resumed.
+        """
         self._check_epochs(state)
-        self._keep_recorded()
+        self._check_optimizer(optimizer)
+        if began_with is not None:
+            self._warn_of_changes(began_with)
+        self._keep_recorded(resumed=began_with is not None)
+
+    def begin_again(self) -> None:
+        """The Trainer begins the run anew (auto_find_batch_size), with weights that may be zeroed already."""
+        p = self.progress
+        p.evaluations, p.measured = [], []
+        if p.phase == SPARSE:
+            p.step, p.epoch = 0, 0.0
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if self.config.keep_zeros and callable(getattr(inner, "eval", None)):
+            raise ConfigError(
+                f"{type(inner).__name__} trains one set of weights, and evaluates and saves another that it makes of them (as "
+                "schedule-free optimizers do), so zeros would not be in what is saved. Use another optimizer, or call sparsify_model after the training."
+            )
+
+    def _warn_of_changes(self, began_with: Mapping[str, Any]) -> None:
+        now = self.config.to_dict()
+        changed = {key: f"{began_with[key]} -> {now[key]}" for key in now if key in began_with and began_with[key] != now[key]}
+        if changed:
+            shown = ", ".join(f"{name} {change}" for name, change in changed.items())
+            rule = "they count from here on" if self.progress.phase == WAITING else "what was zeroed stays as it is"
+            self._warn(f"The run is resumed with other settings of sparsity than it began with ({shown}): {rule}.")
 
     def _check_epochs(self, state: TrainerState) -> None:
         start = self.config.start_epoch
@@ -144,15 +188,26 @@ class SparsityRun:
         if self._due(state):
             self._sparsify(state, control)
 
+    def step_begin(self, state: TrainerState, control: TrainerControl) -> None:
+        """After everything that happens when an epoch begins: blocks may have come back, and what was waited for may have happened."""
+        self._follow_back()
+        if self._due(state):
+            self._sparsify(state, control)
+
     def optimizer_step(self) -> None:
         self._zeros.apply()
 
     def step_end(self, state: TrainerState, control: TrainerControl) -> None:
         """At the step after which the weights are zeroed: measure the model as it is before."""
-        if self._evaluates and self._at_epoch_end(state) and self._due(state):
-            control.should_evaluate = True
+        if not (self._at_epoch_end(state) and self._due(state)):
+            return
+        control.should_evaluate = control.should_evaluate or self._evaluates
+        # what is saved now would be a dense model, which the evaluation of the sparse one would be taken for
+        self._save_later, control.should_save = control.should_save, False
 
     def epoch_end(self, state: TrainerState, control: TrainerControl) -> None:
+        control.should_save = control.should_save or self._save_later
+        self._save_later = False
         if self._due(state):
             self._sparsify(state, control)
             control.should_evaluate = control.should_evaluate or self._evaluates
@@ -160,6 +215,7 @@ class SparsityRun:
             self.check(state)
 
     def evaluated(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
+        self.check(state, note=False)
         figures = {key: float(value) for key, value in metrics.items() if isinstance(value, (int, float)) and key != "epoch"}
         facts = {"step": state.global_step, "epoch": state.epoch or 0.0, "sparse": self.progress.phase != WAITING}
         last = self.progress.evaluations[-1] if self.progress.evaluations else None
@@ -185,34 +241,42 @@ class SparsityRun:
         self.progress.sparsity = _copy(self._record().sparsity)
         return self.progress.to_dict()
 
-    def check(self, state: TrainerState) -> None:
+    def check(self, state: TrainerState, note: bool = True) -> None:
         """Check that what was zeroed is zero, and note how much that is.
 
         Raises:
             SparsityError: if it is not.
         """
-        if not self.config.keep_zeros or not len(self._zeros):
+        if not self._keeping:
             return
+        self._follow_back()
         self._zeros.check(self.model)
         try:
             matrices = recorded_matrices(self.model, self._record())
         except RecordError as error:
             raise SparsityError(f"Zeroed weights were lost: {error}") from error
+        lost = [name for name, (matrix, _) in matrices.items() if not self._zeros.holds(matrix.weight)]
+        if lost:
+            raise SparsityError(
+                f"The weight of {lost[0]} is another parameter than the one whose zeros were kept: something has put it there since. "
+                "Change weights in place, or call sparsify_model afterwards."
+            )
         zeros, size = sum(zeros for _, zeros in matrices.values()), sum(m.weight.numel() for m, _ in matrices.values())
-        if size:
+        if size and note:
             earlier = [entry for entry in self.progress.measured if entry["step"] != state.global_step]
             self.progress.measured = [*earlier, {"step": state.global_step, "epoch": state.epoch or 0.0, "share": zeros / size}]
             self._write()
 
     # ---- actions ----
 
-    def _keep_recorded(self) -> None:
+    def _keep_recorded(self, resumed: bool) -> None:
         """Keep the zeros that the model came with, or those of the checkpoint that is resumed.
 
         Its weights are loaded. They may not be in their places yet (MPruneCallback sees to that), but they are the parameters that stay.
         """
-        if self.progress.sparsity is not None:
-            host, _, stacks = describe(self.model)
+        host, _, stacks = describe(self.model)
+        if resumed and (self.progress.sparsity is not None or host.record() is not None):
+            # whatever the model in memory was, its weights are now those of the checkpoint
             record = current_record(host, stacks)
             versions = record.versions or package_versions()
             host.set_record(dataclasses.replace(record, sparsity=self.progress.sparsity, versions=versions).to_dict())
@@ -221,11 +285,26 @@ class SparsityRun:
         if not self.config.keep_zeros:
             self._forget()
             return
-        for matrix, _ in recorded_matrices(self.model, self._record()).values():
-            self._zeros.add(matrix.weight, matrix.weight.detach() == 0)
-        if self.progress.phase == WAITING and not self._asked:
+        self._add_recorded()
+        if self.progress.phase == WAITING and not self.progress.asked:
             self.progress.phase = KEPT
             self._say(f"WandaCallback keeps the zeros that the checkpoint's record lists, in {len(self._zeros)} matrices.")
+
+    def _follow_back(self) -> None:
+        """Keep the zeros of blocks that came back."""
+        if self._companions.taken_back != self._seen_back:
+            self._seen_back = self._companions.taken_back
+            self._add_recorded()
+
+    def _add_recorded(self) -> None:
+        """Keep the zeros that the record lists, where they are not kept yet."""
+        if not self.config.keep_zeros:
+            return
+        record = self._record()
+        for name, (matrix, _) in recorded_matrices(self.model, record).items():
+            self._keeping = True
+            if not self._zeros.holds(matrix.weight):
+                self._zeros.add(matrix.weight, recorded_mask(matrix, record.sparsity["matrices"][name]["zeros"]))
 
     def _due(self, state: TrainerState) -> bool:
         if not self.to_come or self._companions.may_be_taken_back:
@@ -251,6 +330,7 @@ class SparsityRun:
             max_samples=None if calibration is None else calibration.samples,
         )
         if self.config.keep_zeros:
+            self._keeping = True
             host = describe(self.model)[0]
             for name, mask in masks.items():
                 self._zeros.add(host.root.get_submodule(name).weight, mask)
@@ -278,7 +358,8 @@ class SparsityRun:
         p = self.progress
         if self.args.process_index != 0 or p.phase == WAITING:
             return
-        data = {"config": self.config.to_dict(), **finite({k: v for k, v in p.to_dict().items() if k != "sparsity"})}
+        config = self.config.to_dict() if p.report is None else p.report["config"]
+        data = {"config": config, **finite({k: v for k, v in p.to_dict().items() if k != "sparsity"})}
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / f"{SPARSITY_REPORT}.json", json.dumps(data, indent=1) + "\n")

@@ -28,15 +28,16 @@ class WandaCallback(TrainerCallback, ExportableState):
 
     After `start_epoch` epochs (0: when the training begins) the inputs of the linear maps are measured on `calibration_samples` samples of
     the training data, chosen at random with the config's seed, and weights are zeroed as by `sparsify_model`; the training itself is not
-    disturbed. An evaluation follows at once where the Trainer evaluates at all, and with start_epoch of 1 or more one comes before it, so
-    that the report shows both. Afterwards the zeros are restored after each step of the optimizer, whatever it is, and checked at the end
+    disturbed. With start_epoch of 1 or more, where the Trainer evaluates at all, it does so right before and right after, and the
+    report shows both. Afterwards the zeros are restored after each step of the optimizer, whatever it is, and checked at the end
     of every epoch. Masks take one byte for each weight of the matrices.
 
     On a model whose record lists zeros (a sparse checkpoint that was downloaded) these are kept from the first step on, and
     `WandaCallback()` without settings does just that.
 
-    With `MPruneCallback` beside it, in either order, each does its own by its own start_epoch. Where a pruning may still be taken back
-    (max_drop), zeroing waits for the last verdict, and the training then goes on to its end.
+    With `MPruneCallback` beside it, in either order, each does its own by its own start_epoch; in the same epoch zeroing comes first
+    (with start_epoch=0 the one that is listed first). Where a pruning may still be taken back (max_drop), zeroing waits for the last
+    verdict, without an evaluation of its own, and the training then goes on to its end.
 
     `resume_from_checkpoint` works from any checkpoint. The output folder gets `sparsity_report.json` and `.md`; the record goes into the
     model's config, and so into every checkpoint.
@@ -53,8 +54,8 @@ class WandaCallback(TrainerCallback, ExportableState):
     Raises:
         UnsupportedModelError: when the Trainer is made, if the weights of its model cannot be zeroed one by one.
         ConfigError: when training begins, if it does not reach start_epoch.
-        RecordError: when the first epoch begins, if the record lists zeros that the model does not have.
-        SparsityError: at the end of an epoch, if zeroed weights are not zero any more.
+        RecordError: when training begins, if the record lists zeros that the model does not have.
+        SparsityError: at the end of an epoch, and at every evaluation, if zeroed weights are not zero any more.
     """
 
     def __init__(self, config: WandaConfig | None = None, *, calibration: Dataset | Iterable[Any] | None = None, **settings: Any) -> None:
@@ -64,6 +65,10 @@ class WandaCallback(TrainerCallback, ExportableState):
         self.asked = config is not None or bool(settings.keys() - {"keep_zeros"})
         self.saved_progress: dict[str, Any] | None = None  # as a checkpoint keeps it
         self._run: SparsityRun | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are of the settings, not of a training."""
+        return {**self.__dict__, "_run": None}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback, in trainer_state.json."""
@@ -94,7 +99,7 @@ class WandaCallback(TrainerCallback, ExportableState):
                 "this callback. Leave it out, and merge the adapters with deeparc_hf.adapters.merge_keeping_zeros(model) afterwards."
             )
         host, _, stacks = describe(model)
-        if self.asked or host.record() is None:
+        if self.asked or not (host.record() or {}).get("sparsity"):
             matrices_for(host, stacks, self.config)  # what is not supported is refused before any work is done
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -103,24 +108,31 @@ class WandaCallback(TrainerCallback, ExportableState):
             raise ConfigError(
                 "There is more than one WandaCallback in this Trainer. Leave one, or call sparsify_model before the training."
             )
-        progress = SparsityProgress()
+        progress, began_with, before = SparsityProgress(), None, None
         if state.global_step > 0:
             attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
             if attributes.get("saved_progress"):
-                progress = SparsityProgress.from_dict(attributes["saved_progress"])
+                progress, began_with = SparsityProgress.from_dict(attributes["saved_progress"]), saved.get("args", {})
         elif self._run is not None and not self._run.ended and self._run.model is kwargs["model"]:
-            progress = self._run.progress  # auto_find_batch_size begins the same run again
+            before, progress = self._run, self._run.progress  # auto_find_batch_size begins the same run again
         calibration = None
         if methods.get(self.config.method).needs_inputs:
             size = state.train_batch_size or args.train_batch_size
             calibration = Calibration(self.calibration, kwargs.get("train_dataloader"), size, self.config)
-        run = SparsityRun(self.config, self.asked, calibration, args, kwargs, progress)
-        run.begin(state)
+        run = SparsityRun(self.config, self.asked, calibration, args, kwargs, progress, state)
+        run.begin(state, kwargs.get("optimizer"), began_with)
+        if before is not None:
+            run.begin_again()
         self._run, self.report = run, run.report
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
             self._run.epoch_begin(state, control)
+            self.report = self._run.report or self.report
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None:
+            self._run.step_begin(state, control)
             self.report = self._run.report or self.report
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

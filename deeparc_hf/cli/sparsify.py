@@ -66,13 +66,16 @@ def _sparsify(args: argparse.Namespace) -> int:
     config = WandaConfig(**given_settings(args))
     _settle_data(args, config)
     out = output_folder(args)
+    from ..architectures import describe
     from ..sources import find_source, load_model, skeleton
-    from ..sparsify import sparsify_model
+    from ..sparsify import matrices_for, sparsify_model
 
     # what can be refused is refused before the weights are read
     source = find_source(args.model)
     frame = skeleton(source, args.auto_class)
     refuse_bad_record(frame)
+    host, _, stacks = describe(frame)
+    matrices_for(host, stacks, config)
     device = device_of(args.device)
     if args.data is None:
         batches, processor = None, _processor(source, frame)
