@@ -156,8 +156,8 @@ class SparsityRun:
         inner = getattr(optimizer, "optimizer", optimizer)
         if self.config.keep_zeros and callable(getattr(inner, "eval", None)):
             raise ConfigError(
-                f"{type(inner).__name__} trains one set of weights, and evaluates and saves another that it makes of them (as "
-                "schedule-free optimizers do), so zeros would not be in what is saved. Use another optimizer, or call sparsify_model after the training."
+                f"{type(inner).__name__} trains one set of weights, and evaluates and saves another that it makes of them (schedule-free "
+                "optimizers do so): zeros would not be in what is saved. Use another optimizer, or call sparsify_model after the training."
             )
 
     def _warn_of_changes(self, began_with: Mapping[str, Any]) -> None:
