@@ -8,7 +8,6 @@ the square of the number of blocks. Both give the same.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -184,8 +183,7 @@ def _run_through(host: Host, stack: Stack, inputs: Inputs, index: int) -> None:
 def _forward_until(host: Host, inputs: Inputs, handles: Sequence[Any]) -> None:
     """A forward pass, as far as the hooks let it go; the hooks are removed."""
     with _removed(handles), suppress(_ReachedError):
-        # a cache would take up each block's keys and values, and again when the block is run again
-        forward(host, inputs, **({"use_cache": False} if _takes_cache(host) else {}))
+        forward(host, inputs, without_cache=True)
 
 
 @contextmanager
@@ -195,10 +193,6 @@ def _removed(handles: Sequence[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _takes_cache(host: Host) -> bool:
-    return host.library == "transformers" and "use_cache" in inspect.signature(host.root.forward).parameters
 
 
 def _plain(value: Any) -> bool:

@@ -6,6 +6,7 @@ as it was: hooks removed, train/eval mode and the random states of torch, numpy 
 
 from __future__ import annotations
 
+import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -307,15 +308,18 @@ def _hooked(observers: list[StackObserver]) -> Iterator[None]:
             handle.remove()
 
 
-def forward(host: Host, inputs: Mapping[str, Any], **extra: Any) -> None:
+def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) -> None:
     """Run the model on calibration inputs, without labels where it can do without.
+
+    Args:
+        without_cache: make no cache of keys and values, which would hold on to them, and take them again when a block is run again.
 
     Raises:
         CalibrationError: if it cannot.
     """
     inputs = without_labels(host, inputs)
     try:
-        host.root(**inputs, **extra)
+        host.root(**inputs, **({"use_cache": False} if without_cache and _takes_cache(host) else {}))
     except (CalibrationError, torch.OutOfMemoryError):  # the Trainer may try a smaller batch
         raise
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -324,6 +328,10 @@ def forward(host: Host, inputs: Mapping[str, Any], **extra: Any) -> None:
             f"{type(host.root).__name__} cannot run on a calibration batch ({shapes}): {type(error).__name__}: {error}. Give batches "
             "as your training loop gives them to the model."
         ) from error
+
+
+def _takes_cache(host: Host) -> bool:
+    return host.library == "transformers" and "use_cache" in inspect.signature(host.root.forward).parameters
 
 
 def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:

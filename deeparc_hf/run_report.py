@@ -64,7 +64,7 @@ def run_table(attempts: Sequence[Mapping[str, Any]], metric: str | None = None) 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, metric: str | None) -> None:
+def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, metric: str | None, zeroed_at: int | None = None) -> None:
     """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all."""
     data = {
         "format_version": FORMAT_VERSION,
@@ -75,6 +75,7 @@ def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, met
         "reason": progress.reason,
         "accepted": progress.accepted,
         "attempts": progress.attempts,
+        "zeroed_at": zeroed_at,
         "versions": package_versions(),
         "hardware": hardware(),
     }
@@ -104,6 +105,8 @@ def _markdown(data: Mapping[str, Any]) -> str:
             f"- {attempt['name']} (k={attempt['k']}, step {attempt['step']}) removed {removed}: "
             f"{attempt.get('decision') or 'no verdict yet'}{': ' + attempt['reason'] if attempt.get('reason') else ''}."
         )
+    if data["zeroed_at"] is not None:
+        parts.append(f"Weights were zeroed at step {data['zeroed_at']}: figures from there on are of a sparse model (sparsity_report.md).")
     facts = {**data["hardware"], **data["versions"]}
     parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
     return "\n\n".join(parts) + "\n"

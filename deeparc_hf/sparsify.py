@@ -82,7 +82,7 @@ def sparsify(
         The report, and the masks by matrix: True where the weight is to be zero, by this or by an earlier sparsification.
     """
     gather = gather or _alone
-    if is_adapted(model):
+    if isinstance(model, nn.Module) and is_adapted(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} carries PEFT adapters, and the zeros would be filled when they are merged. Merge them first: "
             "model.merge_and_unload(). Or sparsify the model before the adapters are added, and merge with merge_keeping_zeros."

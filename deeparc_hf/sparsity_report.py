@@ -94,9 +94,10 @@ class SparsityReport:
         what = f"the {c.pattern} pattern" if c.pattern else f"{100 * c.sparsity:g} % of each output row"
         how = "block by block" if c.sequential else "in one pass of the dense model"
         data = f"inputs measured {how} on {self.samples} samples" if self.samples else "without data"
+        more = " Zeros that were there before stay, and count." if self.measured > self.asked + 0.001 else ""
         return (
             f"{c.method}, {what}, {data}: {100 * self.asked:.2f} % asked and {100 * self.measured:.2f} % measured over the weights of "
-            f"{len(self.matrices)} matrices."
+            f"{len(self.matrices)} matrices.{more}"
         )
 
     def __str__(self) -> str:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from deeparc_hf import PrunedConfig
-from deeparc_hf.errors import DeepArcWarning
 
 from .test_resume import STACK, blocks, equal, scripted
 from .test_wanda_callback import zeroing, zeros
@@ -90,12 +89,3 @@ def test_a_record_follows_blocks_that_are_removed_later(tmp_path):
     assert record.kept[STACK] != (0, 1, 2, 3)
     assert {name.removeprefix(f"{STACK}.").partition(".")[0] for name in record.sparsity["matrices"]} == {"0", "1", "2"}
     assert record.iterations[-1]["metrics"]
-
-
-def test_zeroing_that_waited_in_vain_warns(tmp_path):
-    with pytest.warns(DeepArcWarning, match="a pruning could still be taken back"):
-        pruned = pruning(num_blocks=2, start_epoch=1, retrain_epochs=2, max_drop=0.1, k_max=1, metric="accuracy")
-        model = ZOO["bert"].model()
-        compute = scripted(model, {4: 0.9, 2: 0.1})
-        train(model, tmp_path, zeroing(start_epoch=2), pruned, compute_metrics=compute, num_train_epochs=3, eval_strategy="epoch")
-    assert PrunedConfig.from_model(model).sparsity is None if hasattr(model.config, "pruning_config") else True

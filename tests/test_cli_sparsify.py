@@ -103,7 +103,7 @@ def test_stock_transformers_loads_the_zeros(capsys, checkpoints, bert, tmp_path)
     assert code == 0
     assert_sparse(out, checkpoints / "bert")
     *_, shares, written = stdout.strip().splitlines()
-    assert shares == f"sparsity: 50.0 % asked, 50.0 % measured in {MAPS} matrices"
+    assert shares == f"sparsity: 50.00 % asked, 50.00 % measured in {MAPS} matrices"
     assert "| bert.encoder.layer | attention.self.query | 4 | 4,096 | 50.00 | 50.00 |" in stdout
     assert written.startswith(f"written to {out}: ")
     assert sorted(written.partition(": ")[2].split(", ")) == sorted(path.name for path in out.iterdir())

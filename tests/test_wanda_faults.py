@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, BertModel, TrainerC
 
 from deeparc_hf import MPruneCallback, PrunedConfig, WandaCallback, load_pruned, sparsify_model
 from deeparc_hf.adapters import merge_keeping_zeros
-from deeparc_hf.callbacks.sparsity_run import SparsityProgress
+from deeparc_hf.callbacks.sparsity_progress import SparsityProgress
 from deeparc_hf.errors import ConfigError, DeepArcWarning, RecordError, SparsityError
 
 from .test_resume import blocks, equal, scripted
@@ -292,3 +292,30 @@ def test_callbacks_are_copied_and_pickled_without_their_training(tmp_path):
 def test_a_state_that_nobody_wrote_is_refused(change):
     with pytest.raises(RecordError, match="does not tell what was zeroed"):
         SparsityProgress.from_dict({**SparsityProgress().to_dict(), **change})
+
+
+def test_zeroing_that_would_wait_past_the_end_is_refused_before_any_step(tmp_path):
+    model = ZOO["bert"].model()
+    gate = pruning(**{**GATE, "start_epoch": 1, "retrain_epochs": 2})
+    compute = scripted(model, {4: 0.9, 2: 0.9})
+    with pytest.raises(ConfigError, match="after 3 epochs at the earliest, and the training has 3"):
+        train(model, tmp_path, zeroing(start_epoch=2), gate, compute_metrics=compute, num_train_epochs=3, **STEPWISE)
+
+
+def test_the_terminal_tells_what_is_planned_and_where_the_reports_are(tmp_path, capsys):
+    train(ZOO["bert"].model(), tmp_path, zeroing(start_epoch=1), pruning(num_blocks=3))
+    printed = capsys.readouterr().out
+    assert "Zeroing: wanda, 50 %, after 1 epochs (of the training's 2)." in printed
+    assert f"Zeros are kept in 18 matrices. Report: {tmp_path / 'sparsity_report'}.md" in printed
+    assert "Weights were zeroed at step 8" in (tmp_path / "pruning_report.md").read_text()
+
+
+def test_fewer_zeros_than_there_are_say_so():
+    model = ZOO["bert"].model()
+    sparsify_model(model, method="magnitude", progress=False)
+    assert "Zeros that were there before stay" in str(sparsify_model(model, method="magnitude", sparsity=0.3, progress=False))
+
+
+def test_zeros_that_are_not_kept_are_reported_so(tmp_path):
+    train(ZOO["bert"].model(), tmp_path, zeroing(keep_zeros=False))
+    assert "the model at the end is dense" in (tmp_path / "sparsity_report.md").read_text()

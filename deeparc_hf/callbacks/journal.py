@@ -19,6 +19,7 @@ from ..plan import PruningPlan
 from ..record import PrunedConfig
 from ..run_report import RUN_REPORT, structure_facts, write_run_report
 from ..schedule import RETRAINING, Progress
+from .companions import companions_on
 from .trackers import Trackers
 
 __all__ = ["PLAN_FILE", "Journal", "lists"]
@@ -116,7 +117,9 @@ class Journal:
         if self._args.process_index == 0:
             folder = Path(self._args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_run_report(folder, self._config, self._progress, self._metric if self._config.gated or self._config.metric else None)
+            zeroed = companions_on(self._model).sparsified_at
+            metric = self._metric if self._config.gated or self._config.metric else None
+            write_run_report(folder, self._config, self._progress, metric, zeroed if zeroed >= 0 else None)
 
     def write_plan(self, plan: PruningPlan | None) -> None:
         """Write the plan that is carried out; None: it was taken back, and none is left."""

@@ -17,7 +17,7 @@ from ..errors import ConfigError, SurgeryError
 from ..following import guard, guard_successors, record_of, thaw_noted
 from ..plan import PruningPlan
 from ..record import PrunedConfig, same_structure
-from ..schedule import FINISHED, RETRAINING, Progress
+from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
 from .calibration import Calibration
 from .companions import companions_on, meet_companions
 from .run import PruningRun
@@ -128,7 +128,9 @@ class MPruneCallback(TrainerCallback, ExportableState):
             raise ConfigError("There is more than one MPruneCallback in this Trainer. One does all iterations: give it iterations=...")
         self._let_successors_go()
         guard(kwargs["model"], args.output_dir)
-        meet_companions(kwargs["model"], state)
+        companions = meet_companions(kwargs["model"], state)
+        if self.config.gated:
+            companions.pruning_starts, companions.judged_after = self.config.start_epoch, needed_epochs(self.config)
         calibration = Calibration(
             self.calibration, kwargs.get("train_dataloader"), state.train_batch_size or args.train_batch_size, self.config
         )

@@ -27,6 +27,8 @@ def run_markdown(data: Mapping[str, Any]) -> str:
     else:
         parts = [SparsityReport.from_dict(data["report"]).to_markdown()]
         parts.append(f"Zeroed in the training, at step {data['step']} (epoch {data['epoch']:g}).\n")
+    if not data["config"]["keep_zeros"]:
+        parts.append("The zeros were not kept while training went on (keep_zeros=False): the model at the end is dense.\n")
     if data["evaluations"]:
         parts.append(f"## Evaluations\n\n{_evaluations(data['evaluations'])}\n")
     if data["measured"]:
@@ -40,9 +42,10 @@ def run_markdown(data: Mapping[str, Any]) -> str:
 
 def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> str:
     names = [key for key in dict.fromkeys(key for e in evaluations for key in e["metrics"]) if not key.endswith(_LEFT_OUT)]
-    lines = [f"| epoch | step | weights | {' | '.join(names)} |", f"| ---: | ---: | --- |{' ---: |' * len(names)}"]
+    lines = [f"| epoch | step | blocks | weights | {' | '.join(names)} |", f"| ---: | ---: | ---: | --- |{' ---: |' * len(names)}"]
     for entry in evaluations:
         values = [entry["metrics"].get(name) for name in names]
+        zeroed = "zeroed" if entry["sparse"] else "not zeroed"
         shown = ["-" if value is None else f"{value:.4f}" for value in values]
-        lines.append(f"| {entry['epoch']:g} | {entry['step']} | {'zeroed' if entry['sparse'] else 'dense'} | {' | '.join(shown)} |")
+        lines.append(f"| {entry['epoch']:g} | {entry['step']} | {entry['blocks']} | {zeroed} | {' | '.join(shown)} |")
     return "\n".join(lines)

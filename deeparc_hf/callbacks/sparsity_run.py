@@ -6,7 +6,6 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,61 +26,10 @@ from .calibration import Calibration
 from .companions import meet_companions
 from .gate import steps_per_epoch
 from .sparsity_journal import SPARSITY_REPORT, run_markdown
+from .sparsity_progress import KEPT, SPARSE, WAITING, SparsityProgress
 from .trackers import Trackers
 
-__all__ = ["SparsityProgress", "SparsityRun"]
-
-FORMAT_VERSION = 1
-WAITING, KEPT, SPARSE = "waiting", "kept", "sparse"
-
-
-@dataclass
-class SparsityProgress:
-    """Where a run stands: all that a resumed run needs. JSON types only; lives in the Trainer's trainer_state.json.
-
-    Attributes:
-        phase: WAITING for its epoch, KEPT (the zeros of the checkpoint that training began with are kept), or SPARSE.
-        step, epoch: when the weights were zeroed.
-        sparsity: what the model's record says of zeroed weights.
-        report: what was asked for and measured when they were zeroed (`SparsityReport.to_dict`).
-        asked: whether a sparsification was asked for; None: not settled yet.
-        evaluations: step, epoch, whether the weights were zeroed, and metrics.
-        measured: step, epoch and share of zeros at the end of each epoch since.
-    """
-
-    phase: str = WAITING
-    step: int | None = None
-    epoch: float | None = None
-    sparsity: dict[str, Any] | None = None
-    report: dict[str, Any] | None = None
-    asked: bool | None = None
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    measured: list[dict[str, Any]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, a copy."""
-        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> SparsityProgress:
-        """The inverse of `to_dict`.
-
-        Raises:
-            RecordError: if the data is not a progress, or was written by another version of this package.
-        """
-        known = {spec.name for spec in dataclasses.fields(cls)}
-        whole = isinstance(data, Mapping) and data.get("format_version") == FORMAT_VERSION and set(data) == known | {"format_version"}
-        sound = whole and data["phase"] in (WAITING, KEPT, SPARSE) and all(isinstance(data[n], list) for n in ("evaluations", "measured"))
-        try:
-            sound = sound and (data["report"] is None or SparsityReport.from_dict(data["report"]) is not None)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            sound = False
-        if not sound:
-            raise RecordError(
-                "The checkpoint's trainer_state.json does not tell what was zeroed, or another version of deeparc_hf wrote it. Resume with "
-                "the version that wrote it, or start a new run from the checkpoint's model."
-            )
-        return cls(**{name: data[name] for name in known})
+__all__ = ["SparsityRun"]
 
 
 class SparsityRun:
@@ -181,12 +129,36 @@ class SparsityRun:
         if self.to_come and start > epochs:
             raise ConfigError(
                 f"Weights are to be zeroed after {start} epochs, but the training has {epochs:g} (of {self._steps_per_epoch} steps each). "
-                "Lower start_epoch, or train for longer: num_train_epochs of at least start_epoch, and more for retraining."
+                "Lower start_epoch, or train for longer: num_train_epochs (or max_steps) for start_epoch and for retraining."
             )
 
     def epoch_begin(self, state: TrainerState, control: TrainerControl) -> None:
+        if state.global_step == 0:
+            self._outline(state)
         if self._due(state):
             self._sparsify(state, control)
+
+    def _outline(self, state: TrainerState) -> None:
+        """Tell what is going to happen, so that a mistake is seen at once.
+
+        Raises:
+            ConfigError: if zeroing would wait for verdicts until the training is over.
+        """
+        if not self.to_come or self._steps_per_epoch is None:
+            return
+        c, epochs = self._companions, state.max_steps / self._steps_per_epoch
+        start = self.config.start_epoch
+        waits = c.judged_after is not None and start > (c.pruning_starts or 0)
+        if waits and c.judged_after >= epochs:
+            raise ConfigError(
+                f"Weights are zeroed when no pruning can be taken back any more (max_drop), which is after {c.judged_after} epochs at the "
+                f"earliest, and the training has {epochs:g}. Train for longer, or set start_epoch to {c.pruning_starts} or less: zeroing "
+                "then comes before the first pruning."
+            )
+        when = f"after {c.judged_after} epochs at the earliest, when prunings are judged" if waits else f"after {start} epochs"
+        retraining = "" if start < epochs else ", at its end: nothing is retrained"
+        what = self.config.pattern or f"{100 * self.config.sparsity:g} %"
+        self._say(f"Zeroing: {self.config.method}, {what}, {when} (of the training's {epochs:g}){retraining}.")
 
     def step_begin(self, state: TrainerState, control: TrainerControl) -> None:
         """After everything that happens when an epoch begins: blocks may have come back, and what was waited for may have happened."""
@@ -218,6 +190,7 @@ class SparsityRun:
         self.check(state, note=False)
         figures = {key: float(value) for key, value in metrics.items() if isinstance(value, (int, float)) and key != "epoch"}
         facts = {"step": state.global_step, "epoch": state.epoch or 0.0, "sparse": self.progress.phase != WAITING}
+        facts["blocks"] = sum(map(len, describe(self.model)[2].values()))
         last = self.progress.evaluations[-1] if self.progress.evaluations else None
         if last is not None and {key: last[key] for key in facts} == facts:
             last["metrics"].update(figures)  # several data sets, one event each
@@ -229,12 +202,16 @@ class SparsityRun:
         """Check a last time: the best checkpoint may have been loaded."""
         self.check(state)
         if self.to_come:
-            why = "a pruning could still be taken back" if self._companions.may_be_taken_back else "it ended early"
+            early = "it ended early" if state.global_step < state.max_steps else "a pruning was judged too late"
+            why = "a pruning could still be taken back" if self._companions.may_be_taken_back else early
             self._warn(f"The training ended before the weights were zeroed ({why}). Call sparsify_model, or train for more epochs.")
         self.ended = True
         self._companions.sparsity_to_come = False
         self._write()
         self._trackers.close()
+        if self.progress.phase != WAITING:
+            kept = f"kept in {len(self._zeros)} matrices" if self._keeping else "not kept (keep_zeros=False)"
+            self._say(f"Zeros are {kept}. Report: {Path(self.args.output_dir, SPARSITY_REPORT)}.md")
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps. Blocks may have been removed since the weights were zeroed."""

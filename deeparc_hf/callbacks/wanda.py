@@ -18,7 +18,8 @@ from ..sparsity import methods
 from ..sparsity_report import SparsityReport
 from .calibration import Calibration
 from .sharded import is_sharded
-from .sparsity_run import SparsityProgress, SparsityRun
+from .sparsity_progress import SparsityProgress
+from .sparsity_run import SparsityRun
 
 __all__ = ["WandaCallback"]
 

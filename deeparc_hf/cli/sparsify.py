@@ -93,7 +93,7 @@ def _sparsify(args: argparse.Namespace) -> int:
         result = {"model": args.model, "data": args.data, "out": args.out, "files": files, "sparsity": report.to_dict()}
         print(json.dumps(result, indent=1))
     else:
-        shares = f"{100 * report.asked:.1f} % asked, {100 * report.measured:.1f} % measured"
+        shares = f"{100 * report.asked:.2f} % asked, {100 * report.measured:.2f} % measured"
         print(f"sparsity: {shares} in {len(report.matrices)} matrices")
         print(f"written to {args.out}: {', '.join(files)}")
     return 0
