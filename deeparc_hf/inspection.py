@@ -74,11 +74,13 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
         lines += [f"  block {index} is pinned: {reason}" for index, reason in stack["pinned"].items()]
     lines += [f"outside the stacks: {human_count(max(0, total - inside))}", ""]
     record = facts["record"]
-    if record is None or not (record["stacks"] or record["iterations"] or record["sparsity"]):
+    if record is None:
         return [*lines, "not pruned before (no pruning record)"]
     base = record["base_model"] or "a checkpoint that is not on the Hub"
     if record["stacks"] or record["iterations"]:
         lines.append(f"pruned {len(record['iterations'])} time(s), loaded from {base} before that:")
+    elif record["sparsity"] is None:
+        lines.append(f"nothing was removed or zeroed since {base} was loaded")
     else:
         lines.append(f"no blocks were removed; weights were zeroed after loading {base}:")
     for name, stack in record["stacks"].items():
