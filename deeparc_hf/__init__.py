@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .config import MPruneConfig, WandaConfig
     from .loading import load_pruned, save_pruned
     from .plan import PruningPlan
-    from .pruning import analyze, prune_model
+    from .pruning import analyze, heal_model, prune_model
     from .record import PrunedConfig
     from .sparsify import sparsify_model
     from .surgery import apply_plan, remove_blocks
@@ -38,6 +38,7 @@ _HOMES = {
     "analyze": "pruning",
     "apply_plan": "surgery",
     "find_stacks": "architectures",
+    "heal_model": "pruning",
     "load_pruned": "loading",
     "prune_model": "pruning",
     "remove_blocks": "surgery",
@@ -57,6 +58,7 @@ __all__ = [
     "analyze",
     "apply_plan",
     "find_stacks",
+    "heal_model",
     "load_pruned",
     "prune_model",
     "remove_blocks",

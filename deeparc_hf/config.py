@@ -79,6 +79,11 @@ class MPruneConfig(Settings):
         choices=("leader", "adjacent"),
     )
     keep: str = setting("leader", "Which member of a cluster is sure to stay: its 'leader' or its 'last'.", choices=("leader", "last"))
+    heal: str | None = setting(
+        None,
+        "'lstsq' refits the last linear map of the kept block before each removal site in closed form, on the calibration samples.",
+        choices=("lstsq",),
+    )
     calibration_samples: int = setting(512, "Number of calibration samples to compare blocks on.")
     protect: tuple[str, ...] = setting(
         (), "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11', named as when the training begins."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,14 +12,16 @@ from torch import nn
 
 from .architectures import Stack, describe
 from .config import MPruneConfig
-from .errors import CalibrationError
+from .errors import CalibrationError, SurgeryError
+from .healing import Healing, apply_healing, fit_sites
 from .observe import StackObserver, observe
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
-from .record import PrunedConfig
+from .record import PrunedConfig, current_record
 from .similarity import metrics
 from .surgery import apply_plan
+from .undo import Transaction
 
-__all__ = ["analyze", "check_settings", "compare_blocks", "prune_model"]
+__all__ = ["analyze", "apply_healed", "check_settings", "compare_blocks", "heal_model", "prune_model"]
 
 
 def analyze(
@@ -113,10 +115,106 @@ def prune_model(
     Raises:
         As `analyze` and `apply_plan`; nothing is changed then.
     """
+    config = MPruneConfig.from_settings(config, settings)
+    if config.heal is not None and isinstance(dataloader, Iterator):
+        raise CalibrationError(
+            "heal goes through the calibration data a second time, and an iterator can be used once. Give a list of batches."
+        )
     seen: list[Any] = []
-    plan = analyze(model, _noting_first(dataloader, seen), config, progress=progress, **settings)
-    apply_plan(model, plan, optimizer=optimizer, example=seen[0])
+    plan = analyze(model, _noting_first(dataloader, seen), config, progress=progress)
+    apply_healed(model, plan, dataloader, optimizer=optimizer, example=seen[0])
     return plan
+
+
+def apply_healed(
+    model: nn.Module,
+    plan: PruningPlan,
+    dataloader: Iterable[Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    transaction: Transaction | None = None,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    max_samples: int | None = None,
+) -> tuple[PrunedConfig, list[Healing]]:
+    """Carry a plan out, and heal its removal sites where its settings say so. All or nothing.
+
+    Args:
+        model, plan, optimizer, example, transaction: as in `apply_plan`.
+        dataloader: calibration batches for the fit.
+        gather, max_samples: as in `compare_blocks`.
+
+    Returns:
+        The record, and the outcome at each site.
+    """
+    if plan.config.heal is None or not plan.removed:
+        return apply_plan(model, plan, optimizer=optimizer, example=example, transaction=transaction), []
+    host, _, stacks = describe(model)
+    limit = plan.config.calibration_samples if max_samples is None else max_samples
+    healings = fit_sites(host, stacks, plan.removed, dataloader, limit, gather=gather)
+    blocks = {healing.site: stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
+    with transaction or Transaction() as undo:
+        apply_plan(model, plan, optimizer=optimizer, example=example, transaction=undo)
+        for healing in healings:
+            apply_healing(healing, blocks[healing.site], undo)
+        return note_healing(model, healings), healings
+
+
+def heal_model(model: nn.Module, original: nn.Module, dataloader: Iterable[Any], *, samples: int = 512) -> list[Healing]:
+    """Heal a model right after blocks were removed from it: refit the kept block before each removal site, in closed form, in place.
+
+    Args:
+        model: the pruned model, not trained since the removal.
+        original: the model that it was pruned from.
+        dataloader: calibration batches. Use training data, never the data you evaluate on.
+        samples: the most samples to use; each fifth is held out, to choose the ridge's strength and to see whether a site gains.
+
+    Returns:
+        The outcome at each site; a site that does not gain is left as it is, with the reason.
+
+    Raises:
+        SurgeryError: if nothing was removed, or the kept blocks' weights are not those of the original.
+    """
+    host, _, stacks = describe(original)
+    record, own = PrunedConfig.from_model(model), describe(model)[2]
+    before = current_record(host, stacks).kept
+    removed: dict[str, list[int]] = {}
+    places: dict[str, list[int]] = {}
+    for name, stack in stacks.items():
+        originals = before.get(name, tuple(range(len(stack))))
+        kept = record.kept.get(name, originals)
+        if name not in own or not set(kept) <= set(originals):
+            raise SurgeryError(f"The two models do not belong together: {name!r} of the pruned one does not come from the original.")
+        places[name] = [originals.index(block) for block in kept]
+        removed[name] = [index for index in range(len(stack)) if index not in places[name]]
+    if not any(removed.values()):
+        raise SurgeryError(
+            "No block was removed from the model, so there is nothing to heal. Give the pruned model first, then the original."
+        )
+    for name, indices in places.items():
+        for block, index in zip(own[name].blocks, indices, strict=True):
+            ours, theirs = block.state_dict(), stacks[name].blocks[index].state_dict()
+            odd = [key for key in ours if key not in theirs or not torch.equal(ours[key].to(theirs[key]), theirs[key])]
+            if odd:
+                raise SurgeryError(
+                    f"{odd[0]} of block {index} of {name} is not the same in both models: the pruned one was trained after the removal, "
+                    "and its sites are fitted on the original's activations. Heal right after the removal (heal='lstsq' of prune_model)."
+                )
+    healings = fit_sites(host, stacks, removed, dataloader, samples)
+    with Transaction() as undo:
+        for healing in healings:
+            apply_healing(healing, own[healing.site.stack].blocks[places[healing.site.stack].index(healing.site.kept)], undo)
+        note_healing(model, healings)
+    return healings
+
+
+def note_healing(model: nn.Module, healings: Sequence[Healing]) -> PrunedConfig:
+    """Have the model's record say what was healed, in the entry of the last pruning."""
+    host = describe(model)[0]
+    record = host.record()
+    record["iterations"][-1]["healing"] = [healing.to_dict() for healing in healings]
+    host.set_record(record)
+    return PrunedConfig.from_model(model)
 
 
 def _noting_first(batches: Iterable[Any], seen: list[Any]) -> Iterator[Any]:

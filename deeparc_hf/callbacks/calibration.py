@@ -32,10 +32,10 @@ class Calibration:
     ) -> None:
         if given is None and loader is None:
             raise CalibrationError("There is no training data to calibrate on. Give the callback calibration=...")
-        if isinstance(given, Iterator) and getattr(config, "iterations", 1) > 1:
+        if isinstance(given, Iterator) and (getattr(config, "iterations", 1) > 1 or getattr(config, "heal", None) is not None):
             raise CalibrationError(
-                "calibration is an iterator, which can be gone through once, but every iteration compares the blocks anew. Give a list of "
-                "batches, a data loader or a data set."
+                "calibration is an iterator, which can be gone through once, but every iteration compares the blocks anew, and healing "
+                "goes through it again. Give a list of batches, a data loader or a data set."
             )
         self._is_dataset = given is None or _is_dataset(given)
         self._data = getattr(loader, "dataset", None) if given is None else given

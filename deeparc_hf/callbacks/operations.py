@@ -15,13 +15,13 @@ from ..config import MPruneConfig
 from ..distributed import agree, follow_in_wrapper, gather
 from ..errors import ConfigError, PlanError, SurgeryError
 from ..following import Structure, note_frozen, record_of, settle, thaw_noted
+from ..healing import Healing
 from ..observe import evaluating
 from ..plan import PruningPlan, warn_if_drastic
-from ..pruning import check_settings, compare_blocks
+from ..pruning import apply_healed, check_settings, compare_blocks
 from ..record import PrunedConfig
 from ..schedule import RETRAINING, Progress
 from ..snapshots import drop_unused, read_plans, restore_weights, save_snapshot, set_groups
-from ..surgery import apply_plan
 from ..undo import Transaction
 from .calibration import Calibration
 from .journal import lists
@@ -63,6 +63,7 @@ class Operations:
         self._progress = progress
         self._accepted_plan: PruningPlan | None = None
         self._comparison: PruningPlan | None = None  # of the last accepted model's blocks
+        self.healings: list[Healing] = []  # of the last pruning
         self._undo: Transaction | None = None
         self._held: dict[str, torch.Tensor] | None = None
 
@@ -166,7 +167,16 @@ class Operations:
         with Transaction() as guard:
             thaw_noted(self.model, guard)
             trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            record = apply_plan(self.model, plan, optimizer=self._optimizer, example=self._example(), transaction=undo)
+            record, self.healings = apply_healed(
+                self.model,
+                plan,
+                self._calibration.batches(),
+                optimizer=self._optimizer,
+                example=self._example(),
+                transaction=undo,
+                gather=gather,
+                max_samples=self._calibration.samples,
+            )
         self._undo = undo if self._config.gated else None
         note_frozen(self.model, [parameter for parameter in trainable if not parameter.requires_grad])
         self.plan = plan

@@ -328,6 +328,7 @@ class PruningRun:
         p.phase, p.k, p.pruned_at = RETRAINING, plan.config.k, state.global_step
         p.decision = p.value = p.measured_at = p.reason = None
         self.journal.open(state, plan, record)
+        p.attempts[-1]["healing"] = [healing.to_dict() for healing in self.operations.healings]
         _forget_best(state)
         self._set_boundary(state, state.global_step)
         again = ", another try" if sum(a.get("iteration") == p.accepted + 1 for a in p.attempts) > 1 else ""
@@ -335,6 +336,8 @@ class PruningRun:
         self.journal.say(
             f"Pruning {p.accepted + 1}{again} (k={p.k}), at step {state.global_step}.{against} Blocks as they are numbered now:\n{plan}"
         )
+        for healing in self.operations.healings:
+            self.journal.say(f"Healing: {healing}")
         self.journal.write_plan(plan)
         self.journal.log(state, control)
 

@@ -15,8 +15,7 @@ from ..config import MPruneConfig
 from ..distributed import agree, gather
 from ..errors import ConfigError
 from ..plan import PruningPlan
-from ..pruning import compare_blocks
-from ..surgery import apply_plan
+from ..pruning import apply_healed, compare_blocks
 from .calibration import Calibration
 
 __all__ = ["is_sharded", "prune_before_sharding"]
@@ -47,5 +46,5 @@ def prune_before_sharding(
     source = Calibration(calibration, None, args.train_batch_size, config)
     plan = compare_blocks(model, source.batches(), config, progress=args.process_index == 0, gather=gather, max_samples=source.samples)
     plan = PruningPlan.from_dict(agree(plan.to_dict))
-    apply_plan(model, plan, example=source.example)
+    apply_healed(model, plan, source.batches(), example=source.example, gather=gather, max_samples=source.samples)
     return plan

@@ -80,9 +80,8 @@ def _prune(args: argparse.Namespace) -> int:
     config = _config(args)
     out = _out(args)
     from ..inspection import count_parameters
-    from ..pruning import analyze
+    from ..pruning import analyze, apply_healed
     from ..sources import find_source, load_model, skeleton
-    from ..surgery import apply_plan
 
     # what can be refused is refused before the weights are read
     source = find_source(args.model)
@@ -100,7 +99,7 @@ def _prune(args: argparse.Namespace) -> int:
     removed = sum(stack.facts.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
     after = before - removed
     if plan.removed and not args.dry_run:
-        apply_plan(model, plan, example=next(iter(batches)))
+        apply_healed(model, plan, batches, example=next(iter(batches)))
         after = count_parameters(model)
     files: list[str] = []
     if out is not None:

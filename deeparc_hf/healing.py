@@ -1,0 +1,362 @@
+"""Healing: where blocks were removed, the last linear map of the kept block before them is refitted in closed form.
+
+The block's sum before its end (`endings.Ending`), s = scale * map(x) + rest, should have become that of the last removed block. A change of
+the map is fitted by ridge least squares, from the map's inputs x to what is missing, on one pass of the unpruned model over calibration
+data, padding left out, in float64. Where a norm makes the output of the sum (BERT), the kept block's norm takes over the parameters of the
+last removed block's. No parameter is added, so the checkpoint stays a stock one. A site where held-out positions do not gain is left alone.
+
+Prior art: ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819: a linear map in place of removed blocks of Llama-like models, folded into
+the down projection) and LLM-Streamline (Chen et al. 2024, arXiv 2403.19135: a small network trained in their place).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .architectures import Host, Stack
+from .batches import batch_size, cut, padding_mask
+from .endings import Ending, find_ending, rows
+from .errors import CalibrationError
+from .observe import calibration_inputs, evaluating, forward, hidden_states
+from .ridge import RidgeSums, Solution, solve
+from .undo import Transaction
+
+__all__ = ["Healing", "Site", "apply_healing", "fit_sites", "sites_of"]
+
+_EACH = 5  # each fifth sample is held out
+_RESERVOIR = 4096  # held-out positions on which the block's output is compared
+
+
+@dataclass(frozen=True)
+class Site:
+    """A run of removed blocks and the kept block before it; indices of the unpruned model."""
+
+    stack: str
+    kept: int
+    removed: tuple[int, ...]
+
+    def __str__(self) -> str:
+        blocks = f"{self.removed[0]}" if len(self.removed) == 1 else f"{self.removed[0]}-{self.removed[-1]}"
+        return f"{self.stack}: {blocks}"
+
+
+@dataclass
+class Healing:
+    """The outcome at one site.
+
+    Attributes:
+        site: where.
+        reason: why the site is left alone; None if there is a change to apply.
+        held_out: squared distance of the kept block's output from the last removed block's, on held-out positions, with the change,
+            relative to that without; None where nothing was fitted.
+        strength: of the ridge, relative to the mean square of the inputs.
+        positions: number of positions that the change was fitted on.
+    """
+
+    site: Site
+    reason: str | None = None
+    held_out: float | None = None
+    strength: float | None = None
+    positions: int = 0
+    change: Tensor | None = field(default=None, repr=False)  # (d_out, d_in)
+    intercept: Tensor | None = field(default=None, repr=False)  # (d_out,)
+    final: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # what the final module takes over
+    statistics: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # mean and variance of the changed map's output
+    ending: Ending | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"{self.site} is left as the removal leaves it: {self.reason}."
+        share = 0.0 if self.held_out is None else 100 * self.held_out
+        return f"{self.site} is healed: {share:.1f} % of its output's squared error remain on held-out samples (ridge {self.strength:g})."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without tensors."""
+        facts = {"stack": self.site.stack, "kept": self.site.kept, "removed": list(self.site.removed)}
+        return {**facts, "healed": self.reason is None, "reason": self.reason, "held_out": self.held_out, "strength": self.strength}
+
+
+def sites_of(removed: Mapping[str, Sequence[int]]) -> list[Site]:
+    """The runs of removed blocks that have a kept block before them."""
+    sites = []
+    for stack, indices in removed.items():
+        runs: list[list[int]] = []
+        for index in sorted(indices):
+            if runs and runs[-1][-1] == index - 1:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        sites += [Site(stack, run[0] - 1, tuple(run)) for run in runs if run[0] > 0]
+    return sites
+
+
+def fit_sites(
+    host: Host,
+    stacks: Mapping[str, Stack],
+    removed: Mapping[str, Sequence[int]],
+    dataloader: Iterable[Any],
+    max_samples: int,
+    *,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+) -> list[Healing]:
+    """Fit the changes of all sites in one pass of the unpruned model. Changes nothing.
+
+    Args:
+        host: the unpruned model.
+        stacks: its stacks.
+        removed: the blocks that go, by stack.
+        dataloader: calibration batches.
+        max_samples: samples of this process.
+        gather: runs a function in every process and returns all results.
+    """
+    watched = [_Watch(stacks[site.stack], site) for site in sites_of(removed)]
+
+    def look() -> list[Any]:
+        seen = 0
+        with evaluating(host.root):
+            for inputs in calibration_inputs(host, dataloader, max_samples):
+                if seen == 0:
+                    _find_endings(host, watched, cut(dict(inputs), 2))
+                _pass(host, [watch for watch in watched if watch.reason is None], inputs, seen)
+                seen += batch_size(inputs)
+        return [(watch.reason, watch.sums, watch.held) for watch in watched]
+
+    parts = [look()] if gather is None else gather(look)
+    return [watch.finish([part[index] for part in parts]) for index, watch in enumerate(watched)]
+
+
+def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) -> None:
+    """Change the map of the kept block, in place; nothing where the site is left alone."""
+    ending = healing.ending
+    if healing.reason is not None or ending is None or healing.change is None:
+        return
+    module = block.get_submodule(ending.map)
+    norm = None if ending.batch_norm is None else block.get_submodule(ending.batch_norm)
+    final = None if ending.final is None else block.get_submodule(ending.final)
+    touched = [m for m in (module, norm, final) if m is not None]
+    state = [(tensor, tensor.detach().clone()) for m in touched for tensor in m.state_dict(keep_vars=True).values()]
+    transaction.on_failure(lambda: _restore(state))
+    with torch.no_grad():
+        change = healing.change.T if isinstance(module, Conv1D) else healing.change.reshape(module.weight.shape)
+        module.weight.add_(change.to(module.weight))
+        intercept = healing.intercept
+        if norm is not None and healing.statistics is not None:
+            _refit_norm(norm, ending.scale, healing.statistics, intercept)
+        elif intercept is not None:
+            module.bias.add_(intercept.to(module.bias))
+        for name, value in healing.final.items():
+            final.get_parameter(name).copy_(value)  # type: ignore[union-attr]
+
+
+class _Watch:
+    """One site while the model runs."""
+
+    def __init__(self, stack: Stack, site: Site) -> None:
+        self.stack = stack
+        self.site = site
+        self.kept, self.last = stack.blocks[site.kept], stack.blocks[site.removed[-1]]
+        self.reason: str | None = None
+        self.endings: list[Ending] = []
+        self.sums: dict[bool, RidgeSums | None] = {False: None, True: None}  # by whether the samples are held out
+        self.held: list[tuple[Tensor, ...]] = []
+        self.seen: dict[str, Tensor] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        return self.kept.get_submodule(self.endings[0].map)
+
+    @property
+    def has_intercept(self) -> bool:
+        ending = self.endings[0]
+        norm = None if ending.batch_norm is None else self.kept.get_submodule(ending.batch_norm)
+        return getattr(self.module, "bias", None) is not None or getattr(norm, "bias", None) is not None
+
+    def settle(self, endings: Sequence[Ending | str]) -> None:
+        """Take note of how the kept and the last removed block end, or why the site is left alone."""
+        for index, ending in zip((self.site.kept, self.site.removed[-1]), endings, strict=True):
+            if isinstance(ending, str):
+                self.reason = f"block {index}: {ending}"
+                return
+        kept, last = endings
+        assert isinstance(kept, Ending) and isinstance(last, Ending)
+        finals = [None if e.final is None else type(b.get_submodule(e.final)) for e, b in ((kept, self.kept), (last, self.last))]
+        if finals[0] is not finals[1]:
+            self.reason = "the kept block and the last removed one end in different ways"
+            return
+        self.endings = [kept, last]
+        weight = self.module._parameters.get("weight")
+        if weight is None or not weight.is_floating_point():
+            self.reason = f"the weight of {kept.map} is not stored as plain numbers"
+        elif int((weight == 0).sum()) > 0.02 * weight.numel():
+            self.reason = f"{kept.map} holds zeros that a change would fill; heal before weights are zeroed"
+
+    def hooks(self) -> list[Any]:
+        def note(name: str) -> Any:
+            def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+                self.seen[name] = (args[0] if args else next(iter(kwargs.values()))).detach().clone()
+
+            return take
+
+        def output(name: str) -> Any:
+            def take(module: nn.Module, args: Any, result: Any) -> None:
+                self.seen[name] = hidden_states(result).detach()
+
+            return take
+
+        handles = [self.module.register_forward_pre_hook(note("x"), with_kwargs=True)]
+        for which, block, ending in (("kept", self.kept, self.endings[0]), ("last", self.last, self.endings[1])):
+            if ending.final is not None:
+                handles.append(block.get_submodule(ending.final).register_forward_pre_hook(note(f"{which} sum"), with_kwargs=True))
+            handles.append(block.register_forward_hook(output(f"{which} output")))
+        return handles
+
+    def take(self, mask: Tensor | None, first: int) -> None:
+        """Add what a batch showed to the sums; `first` samples came before it."""
+        module, scale = self.module, self.endings[0].scale
+        held = (torch.arange(first, first + len(self.seen["x"]), device=self.seen["x"].device) % _EACH) == _EACH - 1
+        x = rows(self.seen["x"], module)
+        outputs = [rows(self.seen[f"{which} output"], module) for which in ("kept", "last")]
+        sums = [rows(self.seen.get(f"{which} sum", self.seen[f"{which} output"]), module) for which in ("kept", "last")]
+        self.seen = {}
+        per_sample = len(x) // len(held)
+        chosen = held.repeat_interleave(per_sample)
+        valid = torch.ones_like(chosen)
+        if mask is not None and mask.numel() == len(x):
+            valid = mask.flatten()
+        usable = scale.abs() > 1e-6 * scale.abs().max()
+        inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
+        for part in (False, True):
+            pick = valid & (chosen == part)
+            if not bool(pick.any()):
+                continue
+            inputs = torch.cat([x[pick], torch.ones_like(x[pick][:, :1])], dim=1) if self.has_intercept else x[pick]
+            missing = (sums[1][pick].double() - sums[0][pick].double()) * inverse
+            found = RidgeSums.of(inputs, missing)
+            known = self.sums[part]
+            self.sums[part] = found if known is None else known + found
+            if part and sum(len(entry[0]) for entry in self.held) < _RESERVOIR:
+                self.held.append((inputs.cpu(), sums[0][pick].cpu(), outputs[0][pick].cpu(), outputs[1][pick].cpu()))
+
+    def finish(self, parts: Sequence[Any]) -> Healing:
+        """Solve, and compare the block's output with and without the change."""
+        reason = next((part[0] for part in parts if part[0] is not None), None)
+        if reason is not None:
+            return Healing(self.site, reason)
+        fit, held = (_total([part[1][which] for part in parts]) for which in (False, True))
+        if fit is None or held is None:
+            raise CalibrationError("Healing needs at least 5 calibration samples: each fifth is held out. Give some hundreds.")
+        solution = solve(fit, held, self.has_intercept)
+        found = Healing(self.site, positions=fit.count, strength=solution.strength, ending=self.endings[0])
+        found.held_out = self._distance(solution, [entry for part in parts for entry in part[2]])
+        if solution.change is None or found.held_out >= 1.0:
+            found.reason = "held-out positions do not come closer to the removed block's output"
+            return found
+        width = len(fit.inputs) - self.has_intercept
+        found.change = solution.change[:width].T.contiguous()
+        found.intercept = solution.change[width] if self.has_intercept else None
+        final = self.endings[1].final
+        if final is not None:
+            found.final = {name: p.detach().clone() for name, p in self.last.get_submodule(final).named_parameters()}
+        if self.endings[0].batch_norm is not None:
+            found.statistics = self._statistics(fit + held, found.change)
+        return found
+
+    def _distance(self, solution: Solution, held: Sequence[tuple[Tensor, ...]]) -> float:
+        """Squared distance from the removed block's output on held-out positions, relative to that without the change."""
+        if solution.change is None or not held:
+            return 1.0
+        ending, change = self.endings[1], solution.change.cpu()
+        final = None if ending.final is None else self.last.get_submodule(ending.final)
+        before = after = 0.0
+        with torch.no_grad():
+            for inputs, kept_sum, kept_output, target in held:
+                changed = kept_sum.double() + (inputs.double() @ change) * self.endings[0].scale.cpu()
+                if final is not None:
+                    device = next(self.last.parameters())
+                    changed = final(changed.to(device)).cpu().double()
+                before += float((kept_output.double() - target.double()).square().sum())
+                after += float((changed - target.double()).square().sum())
+        return after / before if before > 0 else 1.0
+
+    def _statistics(self, sums: RidgeSums, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the changed map's output, for the BatchNorm behind it."""
+        width = change.shape[1]
+        weight = self.module.weight.detach().double().flatten(1).to(change.device) + change
+        mean = sums.inputs[-1, :width] / sums.count
+        covariance = sums.inputs[:width, :width] / sums.count - torch.outer(mean, mean)
+        return weight @ mean, ((weight @ covariance) * weight).sum(dim=1)
+
+
+def _find_endings(host: Host, watched: Sequence[_Watch], inputs: Mapping[str, Any]) -> None:
+    """Find how the blocks at the sites end, by running each of them by itself."""
+    blocks = list(dict.fromkeys(block for watch in watched for block in (watch.kept, watch.last)))
+    calls: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[module] = (tuple(a.clone() if isinstance(a, Tensor) else a for a in args), dict(kwargs))
+
+    with _hooked([block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]):
+        forward(host, inputs, without_cache=True)
+    found: dict[nn.Module, Ending | str] = {}
+    for block in blocks:
+        if block not in calls:
+            found[block] = "it did not run on the calibration data"
+            continue
+        args, kwargs = calls[block]
+
+        def run(block: nn.Module = block, args: Any = args, kwargs: Any = kwargs) -> Any:
+            return block(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+        found[block] = find_ending(block, run)
+    for watch in watched:
+        watch.settle([found[watch.kept], found[watch.last]])
+
+
+def _pass(host: Host, watched: Sequence[_Watch], inputs: Mapping[str, Any], first: int) -> None:
+    if not watched:
+        return
+    with _hooked([handle for watch in watched for handle in watch.hooks()]):
+        forward(host, inputs, without_cache=True)
+    for watch in watched:
+        watch.take(padding_mask(host, watch.stack, inputs), first)
+
+
+@contextmanager
+def _hooked(handles: Sequence[Any]) -> Any:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _total(parts: Sequence[RidgeSums | None]) -> RidgeSums | None:
+    found = [part for part in parts if part is not None]
+    total = found[0] if found else None
+    for part in found[1:]:
+        total = total + part  # type: ignore[operator]
+    return total
+
+
+def _refit_norm(norm: nn.Module, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:
+    """Give a BatchNorm the statistics of the changed map, so that it computes what it would have, and trains on from there."""
+    mean, variance = (value.clamp(min=0) if i else value for i, value in enumerate(statistics))
+    moved = mean - norm.running_mean.double().to(mean.device) + (0.0 if intercept is None else intercept)
+    scale = scale.to(mean)
+    norm.bias.add_((scale * moved).to(norm.bias))
+    norm.weight.copy_(scale * (variance + norm.eps).sqrt())
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+
+
+def _restore(state: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, old in state:
+            tensor.copy_(old)
