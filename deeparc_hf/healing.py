@@ -12,7 +12,7 @@ the down projection) and LLM-Streamline (Chen et al. 2024, arXiv 2403.19135: a s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,8 @@ def fit_sites(
         max_samples: samples of this process.
         gather: runs a function in every process and returns all results.
     """
-    watched = [_Watch(stacks[site.stack], site) for site in sites_of(removed)]
+    in_order = {name: removed[name] for name in stacks if name in removed}
+    watched = [_Watch(stacks[site.stack], site) for site in sites_of(in_order)]
 
     def look() -> list[Any]:
         seen = 0
@@ -153,6 +154,10 @@ def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) 
             module.bias.add_(intercept.to(module.bias))
         for name, value in healing.final.items():
             final.get_parameter(name).copy_(value)  # type: ignore[union-attr]
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass where no more of it is needed."""
 
 
 class _Watch:
@@ -236,7 +241,8 @@ class _Watch:
             pick = valid & (chosen == part)
             if not bool(pick.any()):
                 continue
-            inputs = torch.cat([x[pick], torch.ones_like(x[pick][:, :1])], dim=1) if self.has_intercept else x[pick]
+            chosen_x = x if bool(pick.all()) else x[pick]
+            inputs = nn.functional.pad(chosen_x, (0, 1), value=1.0) if self.has_intercept else chosen_x
             missing = (sums[1][pick].double() - sums[0][pick].double()) * inverse
             found = RidgeSums.of(inputs, missing)
             known = self.sums[part]
@@ -319,10 +325,17 @@ def _find_endings(host: Host, watched: Sequence[_Watch], inputs: Mapping[str, An
         watch.settle([found[watch.kept], found[watch.last]])
 
 
+def _enough(module: nn.Module, args: Any, output: Any) -> None:
+    raise _EnoughError
+
+
 def _pass(host: Host, watched: Sequence[_Watch], inputs: Mapping[str, Any], first: int) -> None:
     if not watched:
         return
-    with _hooked([handle for watch in watched for handle in watch.hooks()]):
+    handles = [handle for watch in watched for handle in watch.hooks()]
+    # nothing behind the last removed block is needed; stacks are in forward order
+    handles.append(watched[-1].last.register_forward_hook(_enough))
+    with _hooked(handles), suppress(_EnoughError):
         forward(host, inputs, without_cache=True)
     for watch in watched:
         watch.take(padding_mask(host, watch.stack, inputs), first)

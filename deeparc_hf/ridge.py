@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = ["RidgeSums", "Solution", "solve"]
 
+_PARTS = 8
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -38,7 +39,7 @@ class RidgeSums:
     def of(cls, x: Tensor, e: Tensor) -> RidgeSums:
         """Sums of some positions: x of shape (N, d), e of shape (N, d_out)."""
         x, e = x.double(), e.double()
-        return cls(x.T @ x, x.T @ e, float(e.square().sum()), len(x))
+        return cls(_gram(x), x.T @ e, float(e.square().sum()), len(x))
 
     def __add__(self, other: RidgeSums) -> RidgeSums:
         return RidgeSums(self.inputs + other.inputs, self.cross + other.cross, self.errors + other.errors, self.count + other.count)
@@ -46,6 +47,18 @@ class RidgeSums:
     def squared_error(self, change: Tensor) -> float:
         """Sum of squares of e - x D over the positions."""
         return float((change * (self.inputs @ change)).sum() - 2 * (change * self.cross).sum()) + self.errors
+
+
+def _gram(x: Tensor) -> Tensor:
+    """x'x. It is symmetric: a little more than half of it is computed."""
+    width = x.shape[1]
+    found = torch.empty(width, width, dtype=x.dtype, device=x.device)
+    step = max(64, -(-width // _PARTS))
+    for start in range(0, width, step):
+        end = min(start + step, width)
+        found[start:end, start:] = x[:, start:end].T @ x[:, start:]
+        found[end:, start:end] = found[start:end, end:].T
+    return found
 
 
 @dataclass(frozen=True)
