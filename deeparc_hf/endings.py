@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .observe import hidden_states
 
-__all__ = ["Ending", "find_ending"]
+__all__ = ["Ending", "at_home", "find_ending", "rows"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,11 @@ def _tried(block: nn.Module, run: Callable[[], Any], output: Tensor, leaves: lis
     return Ending(last.path, batch_norm, None, scale)
 
 
+def at_home(tensor: Tensor) -> Tensor:
+    """The tensor where float64 can be computed with: on its device, or on the CPU instead of Apple's GPU."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
 def rows(tensor: Tensor, module: nn.Module) -> Tensor:
     """Positions in rows: (..., features), or of a convolution (batch, features, height, width), as (N, features)."""
     if isinstance(module, nn.Conv2d):
@@ -107,7 +112,7 @@ def _scale(effect: Tensor, change: Tensor, module: nn.Module) -> Tensor | None:
     """The factor of each output by which a change of the map's output reaches a sum; None if that is not all that it does."""
     if effect.shape != change.shape or not bool(effect.any()):
         return None
-    effect, change = rows(effect, module).double(), rows(change, module).double()
+    effect, change = at_home(rows(effect, module)).double(), at_home(rows(change, module)).double()
     scale = (effect * change).sum(dim=0) / change.square().sum(dim=0)
     error = (effect - change * scale).norm() / effect.norm().clamp(min=1e-30)
     return scale if float(error) < 1e-2 else None

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import Host, Stack
 from .batches import batch_size, cut, padding_mask
-from .endings import Ending, find_ending, rows
+from .endings import Ending, at_home, find_ending, rows
 from .errors import CalibrationError
 from .observe import calibration_inputs, evaluating, forward, hidden_states
 from .ridge import RidgeSums, Solution, solve
@@ -205,13 +205,14 @@ class _Watch:
     def hooks(self) -> list[Any]:
         def note(name: str) -> Any:
             def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-                self.seen[name] = (args[0] if args else next(iter(kwargs.values()))).detach().clone()
+                # a copy: what comes behind may work on it in place
+                self.seen[name] = at_home((args[0] if args else next(iter(kwargs.values()))).detach()).to(torch.float64, copy=True)
 
             return take
 
         def output(name: str) -> Any:
             def take(module: nn.Module, args: Any, result: Any) -> None:
-                self.seen[name] = hidden_states(result).detach()
+                self.seen[name] = at_home(hidden_states(result).detach())
 
             return take
 
@@ -234,7 +235,7 @@ class _Watch:
         chosen = held.repeat_interleave(per_sample)
         valid = torch.ones_like(chosen)
         if mask is not None and mask.numel() == len(x):
-            valid = mask.flatten()
+            valid = mask.flatten().to(x.device)
         usable = scale.abs() > 1e-6 * scale.abs().max()
         inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
         for part in (False, True):
@@ -286,7 +287,7 @@ class _Watch:
                 changed = kept_sum.double() + (inputs.double() @ change) * self.endings[0].scale.cpu()
                 if final is not None:
                     device = next(self.last.parameters())
-                    changed = final(changed.to(device)).cpu().double()
+                    changed = final(changed.float().to(device)).cpu().double()
                 before += float((kept_output.double() - target.double()).square().sum())
                 after += float((changed - target.double()).square().sum())
         return after / before if before > 0 else 1.0

@@ -19,7 +19,7 @@ from deeparc_hf.ridge import RidgeSums, solve
 from .measuring import THREADS, interval
 
 BOUND = 1.5
-TEXTS, LENGTH, SIZE, ROUNDS = 256, 64, 32, 4
+TEXTS, LENGTH, SIZE, ROUNDS = 512, 64, 32, 3
 
 
 @pytest.mark.benchmark
