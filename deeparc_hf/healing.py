@@ -127,7 +127,7 @@ def fit_sites(
                     _find_endings(host, watched, cut(dict(inputs), 2))
                 _pass(host, [watch for watch in watched if watch.reason is None], inputs, seen)
                 seen += batch_size(inputs)
-        return [(watch.reason, watch.sums, watch.held) for watch in watched]
+        return [(watch.reason, watch.sums, watch.held, watch.endings) for watch in watched]
 
     parts = [look()] if gather is None else gather(look)
     return [watch.finish([part[index] for part in parts]) for index, watch in enumerate(watched)]
@@ -256,8 +256,10 @@ class _Watch:
         reason = next((part[0] for part in parts if part[0] is not None), None)
         if reason is not None:
             return Healing(self.site, reason)
+        # of one process for all: each has found them on a batch of its own, or on none
+        self.endings = next((part[3] for part in parts if part[3]), [])
         fit, held = (_total([part[1][which] for part in parts]) for which in (False, True))
-        if fit is None or held is None:
+        if fit is None or held is None or not self.endings:
             raise CalibrationError("Healing needs at least 5 calibration samples: each fifth is held out. Give some hundreds.")
         solution = solve(fit, held, self.has_intercept)
         found = Healing(self.site, positions=fit.count, strength=solution.strength, ending=self.endings[0])

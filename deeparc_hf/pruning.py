@@ -105,6 +105,8 @@ def prune_model(
 ) -> PruningPlan:
     """`analyze`, then `apply_plan`: find redundant blocks and remove them, in place, all or nothing.
 
+    With `heal="lstsq"` each removal site is healed (see `heal_model`), which goes through the data a second time.
+
     Args:
         model, dataloader, config, progress, settings: as in `analyze`.
         optimizer: as in `remove_blocks`.

@@ -127,6 +127,17 @@ def test_a_failure_in_one_process_ends_all_of_them(tmp_path):
     assert "In process 1" in done.stderr
 
 
+@pytest.mark.parametrize("batches", [8, 1])
+def test_healing_is_the_same_in_every_process(tmp_path, batches):
+    """Also where one process has no calibration data."""
+    calibration = [list(range(start, start + 8)) for start in range(0, 8 * batches, 8)]
+    job = {"settings": {"num_blocks": 3, "retrain_epochs": 1, "heal": "lstsq"}, "calibration": calibration}
+    (first, second), _ = launch(tmp_path, {**job, "arguments": {"num_train_epochs": 1}})
+    assert same(first["weights"], second["weights"])
+    attempts = [json.loads(result["attempts"]) for result in (first, second)]
+    assert attempts[0][1]["healing"] == attempts[1][1]["healing"] and len(attempts[0][1]["healing"]) == 1
+
+
 def test_accelerate_launch(tmp_path):
     results, _ = launch(tmp_path, {"settings": TWICE}, by_accelerate=True)
     first, second = results
