@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .architectures import describe
 from .architectures.hosts import RECORD_KEY, find_host, is_adapted
 from .errors import SparsityError, UnsupportedModelError
-from .record import PrunedConfig, current_record
+from .record import PrunedConfig
 from .sparsity import zero_chosen
 
 __all__ = ["merge_keeping_zeros"]
@@ -62,7 +61,6 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
             )
     merged = model.merge_and_unload()
     host = find_host(merged)
-    current_record(host, describe(merged)[2])
     with torch.no_grad():
         for name, mask in masks.items():
             zero_chosen(host.root.get_submodule(name).weight, mask)

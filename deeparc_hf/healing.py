@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import Host, Stack
@@ -31,6 +32,7 @@ from .undo import Transaction
 __all__ = ["Healing", "Site", "apply_healing", "fit_sites", "sites_of"]
 
 _EACH = 5  # each fifth sample is held out
+_ZEROS = 0.02  # share of zeros from which on a map is taken for a sparse one, whatever the record says
 _RESERVOIR = 4096  # held-out positions on which the block's output is compared
 
 
@@ -117,7 +119,7 @@ def fit_sites(
         gather: runs a function in every process and returns all results.
     """
     in_order = {name: removed[name] for name in stacks if name in removed}
-    watched = [_Watch(stacks[site.stack], site) for site in sites_of(in_order)]
+    watched = [_Watch(host, stacks[site.stack], site) for site in sites_of(in_order)]
 
     def look() -> list[Any]:
         seen = 0
@@ -163,7 +165,8 @@ class _EnoughError(Exception):
 class _Watch:
     """One site while the model runs."""
 
-    def __init__(self, stack: Stack, site: Site) -> None:
+    def __init__(self, host: Host, stack: Stack, site: Site) -> None:
+        self.host = host
         self.stack = stack
         self.site = site
         self.kept, self.last = stack.blocks[site.kept], stack.blocks[site.removed[-1]]
@@ -196,11 +199,25 @@ class _Watch:
             self.reason = "the kept block and the last removed one end in different ways"
             return
         self.endings = [kept, last]
+        self.reason = self._obstacle(kept)
+
+    def _obstacle(self, ending: Ending) -> str | None:
+        """Why a map cannot be changed although its block ends as it should."""
         weight = self.module._parameters.get("weight")
         if weight is None or not weight.is_floating_point():
-            self.reason = f"the weight of {kept.map} is not stored as plain numbers"
-        elif int((weight == 0).sum()) > 0.02 * weight.numel():
-            self.reason = f"{kept.map} holds zeros that a change would fill; heal before weights are zeroed"
+            return f"the weight of {ending.map} is not stored as plain numbers"
+        holders = [module for module in self.host.root.modules() if any(p is weight for p in module._parameters.values())]
+        if len(holders) > 1:
+            return f"the weight of {ending.map} is tied to another map, which would change too"
+        sparsity = (self.host.record() or {}).get("sparsity") or {}
+        listed = f"{self.stack.name}.{self.site.kept}.{ending.map}"
+        prefix = f"{self.host.base_prefix}."
+        recorded = {name.removeprefix(prefix) for name in sparsity.get("matrices", {})}
+        if listed.removeprefix(prefix) in recorded or int((weight == 0).sum()) > _ZEROS * weight.numel():
+            return f"{ending.map} holds zeros that a change would fill; heal before weights are zeroed"
+        if ending.final is not None and isinstance(self.kept.get_submodule(ending.final), _BatchNorm):
+            return f"its output comes from {ending.final}, whose statistics are those of its own inputs"
+        return None
 
     def hooks(self) -> list[Any]:
         def note(name: str) -> Any:
@@ -227,6 +244,7 @@ class _Watch:
         """Add what a batch showed to the sums; `first` samples came before it."""
         module, scale = self.module, self.endings[0].scale
         held = (torch.arange(first, first + len(self.seen["x"]), device=self.seen["x"].device) % _EACH) == _EACH - 1
+        shape = self.seen["x"].shape
         x = rows(self.seen["x"], module)
         outputs = [rows(self.seen[f"{which} output"], module) for which in ("kept", "last")]
         sums = [rows(self.seen.get(f"{which} sum", self.seen[f"{which} output"]), module) for which in ("kept", "last")]
@@ -234,7 +252,10 @@ class _Watch:
         per_sample = len(x) // len(held)
         chosen = held.repeat_interleave(per_sample)
         valid = torch.ones_like(chosen)
-        if mask is not None and mask.numel() == len(x):
+        if mask is not None and not bool(mask.all()):
+            if shape[:-1] != mask.shape and shape[0] != mask.numel():
+                self.reason = "its positions are not those of the attention mask, so padding cannot be left out"
+                return
             valid = mask.flatten().to(x.device)
         usable = scale.abs() > 1e-6 * scale.abs().max()
         inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))

@@ -219,6 +219,50 @@ def test_zeroed_weights_are_left_alone():
     assert "holds zeros" in healing.reason
 
 
+def left_alone(model, batches=None):
+    host, _, stacks = describe(model)
+    (healing,) = fit_sites(host, stacks, {"bert.encoder.layer": [2]}, batches or ZOO["bert"].batches(4), 100)
+    assert healing.change is None
+    return healing.reason
+
+
+def test_a_few_zeros_that_the_record_lists_are_enough():
+    from deeparc_hf import sparsify_model
+
+    model = ZOO["bert"].model()
+    sparsify_model(model, method="magnitude", sparsity=0.03, targets=["*.1.output.dense"], progress=False)
+    with torch.no_grad():
+        weight = model.bert.encoder.layer[1].output.dense.weight
+        weight[:, 5:][weight[:, 5:] == 0] = 0.1  # fewer than would be noticed
+    assert "holds zeros" in left_alone(model)
+
+
+def test_a_tied_map_is_left_alone():
+    model = ZOO["bert"].model()
+    layers = model.bert.encoder.layer
+    layers[3].output.dense.weight = layers[1].output.dense.weight
+    assert "is tied to another map" in left_alone(model)
+
+
+def test_a_norm_with_statistics_at_the_end_is_left_alone():
+    class Statistics(torch.nn.BatchNorm1d):
+        def forward(self, hidden):
+            return super().forward(hidden.transpose(1, 2)).transpose(1, 2)
+
+    model = ZOO["bert"].model()
+    for layer in model.bert.encoder.layer:
+        layer.output.LayerNorm = Statistics(32)
+    assert "whose statistics are those of its own inputs" in left_alone(model.eval())
+
+
+def test_positions_in_another_order_than_the_masks_are_left_alone():
+    model = ZOO["bert"].model()
+    for layer in model.bert.encoder.layer[1:3]:
+        layer.output.dense.register_forward_pre_hook(lambda module, args: (args[0].transpose(0, 1), *args[1:]))
+        layer.output.dense.register_forward_hook(lambda module, args, output: output.transpose(0, 1))
+    assert "not those of the attention mask" in left_alone(model)
+
+
 # ---- in a Trainer ----
 
 
