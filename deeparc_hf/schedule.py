@@ -6,7 +6,6 @@ stride, or take the pruning back and try the next larger stride, which removes l
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from .config import MPruneConfig
 from .errors import ConfigError, RecordError
+from .saved import Saved
 
 __all__ = [
     "BEFORE",
@@ -29,13 +29,12 @@ __all__ = [
     "same_metric",
 ]
 
-FORMAT_VERSION = 1
 _FIXED = ("start_epoch", "k", "metric", "greater_is_better", "baseline")
 BEFORE, RETRAINING, FINISHED = "before the first pruning", "retraining", "finished"
 
 
 @dataclass
-class Progress:
+class Progress(Saved):
     """Where a run stands: all that a resumed run needs to go on. JSON types only; lives in the Trainer's trainer_state.json.
 
     Attributes:
@@ -79,10 +78,6 @@ class Progress:
     snapshot: str | None = None
     attempts: list[dict[str, Any]] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, a copy."""
-        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-
     @classmethod
     def from_dict(cls, data: Any) -> Progress:
         """The inverse of `to_dict`.
@@ -90,14 +85,13 @@ class Progress:
         Raises:
             RecordError: if the data is not a progress, or was written by another version of this package.
         """
-        known = {spec.name for spec in dataclasses.fields(cls)}
-        whole = isinstance(data, Mapping) and data.get("format_version") == FORMAT_VERSION and set(data) == known | {"format_version"}
-        if not whole or data["phase"] not in (BEFORE, RETRAINING, FINISHED) or type(data["k"]) is not int:
+        fields = cls.fields_of(data)
+        if fields is None or fields["phase"] not in (BEFORE, RETRAINING, FINISHED) or type(fields["k"]) is not int:
             raise RecordError(
                 "The checkpoint's trainer_state.json does not tell where the pruning stood, or another version of deeparc_hf wrote it. "
                 "Resume with the version that wrote it, or start a new run from the checkpoint's model."
             )
-        return cls(**{key: value for key, value in data.items() if key in known})
+        return cls(**fields)
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RecordError
+from ..saved import Saved
 from ..sparsity_report import SparsityReport
 
 __all__ = ["KEPT", "SPARSE", "WAITING", "SparsityProgress"]
 
-FORMAT_VERSION = 1
 WAITING, KEPT, SPARSE = "waiting", "kept", "sparse"
 
 
 @dataclass
-class SparsityProgress:
+class SparsityProgress(Saved):
     """Where a run stands: all that a resumed run needs. JSON types only; lives in the Trainer's trainer_state.json.
 
     Attributes:
@@ -39,10 +38,6 @@ class SparsityProgress:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     measured: list[dict[str, Any]] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, a copy."""
-        return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-
     @classmethod
     def from_dict(cls, data: Any) -> SparsityProgress:
         """The inverse of `to_dict`.
@@ -50,16 +45,21 @@ class SparsityProgress:
         Raises:
             RecordError: if the data is not a progress, or was written by another version of this package.
         """
-        known = {spec.name for spec in dataclasses.fields(cls)}
-        whole = isinstance(data, Mapping) and data.get("format_version") == FORMAT_VERSION and set(data) == known | {"format_version"}
-        sound = whole and data["phase"] in (WAITING, KEPT, SPARSE) and all(isinstance(data[n], list) for n in ("evaluations", "measured"))
-        try:
-            sound = sound and (data["report"] is None or SparsityReport.from_dict(data["report"]) is not None)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            sound = False
-        if not sound:
+        fields = cls.fields_of(data)
+        if fields is None or not _sound(fields):
             raise RecordError(
                 "The checkpoint's trainer_state.json does not tell what was zeroed, or another version of deeparc_hf wrote it. Resume with "
                 "the version that wrote it, or start a new run from the checkpoint's model."
             )
-        return cls(**{name: data[name] for name in known})
+        return cls(**fields)
+
+
+def _sound(fields: Mapping[str, Any]) -> bool:
+    """Whether the fields hold what they are to hold."""
+    lists = all(isinstance(fields[name], list) for name in ("evaluations", "measured"))
+    if fields["phase"] not in (WAITING, KEPT, SPARSE) or not lists:
+        return False
+    try:
+        return fields["report"] is None or SparsityReport.from_dict(fields["report"]) is not None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
