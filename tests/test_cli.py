@@ -206,3 +206,18 @@ def test_samples_are_chosen_by_the_seed(capsys, checkpoints, data):
         return json.loads(out)["plan"]["stacks"]
 
     assert plan(1) == plan(1) != plan(2)
+
+
+def test_prune_heals_where_asked(capsys, checkpoints, data, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    saved = []
+    for name, more in (("plain", ()), ("healed", ("--heal", "lstsq"))):
+        out = tmp_path / name
+        code, _, _ = run(capsys, "prune", checkpoints / "bert", "--data", data / "d.csv", "--num-blocks", "3", *more, "-o", out)
+        assert code == 0
+        saved.append(AutoModelForSequenceClassification.from_pretrained(out).state_dict())
+    (site,) = PrunedConfig.from_pretrained(tmp_path / "healed").iterations[-1]["healing"]
+    changed = {key for key, value in saved[0].items() if not torch.equal(value, saved[1][key])}
+    assert bool(changed) == site["healed"]
+    assert all(f".{site['kept']}.output." in key for key in changed)
