@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .architectures import Stack, find_stacks
     from .callbacks import MPruneCallback, WandaCallback
-    from .config import MPruneConfig, WandaConfig
+    from .config import DistillConfig, MPruneConfig, WandaConfig
     from .loading import load_pruned, save_pruned
     from .plan import PruningPlan
     from .pruning import analyze, heal_model, prune_model
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "DistillConfig": "config",
     "MPruneCallback": "callbacks",
     "MPruneConfig": "config",
     "PrunedConfig": "record",
@@ -47,6 +48,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DistillConfig",
     "MPruneCallback",
     "MPruneConfig",
     "PrunedConfig",

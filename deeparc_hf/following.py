@@ -9,7 +9,7 @@ into the right ones, where that makes a difference (layers that attend different
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +100,9 @@ def thaw_noted(model: nn.Module, transaction: Transaction | None = None) -> None
         thaw([parameter for parameter in noted if parameter is not None], transaction)
 
 
-def settle(model: nn.Module, start: Structure, accepted: Structure, current: Structure) -> tuple[Transaction | None, list[nn.Parameter]]:
+def settle(
+    model: nn.Module, start: Structure, accepted: Structure, current: Structure, at_start: Callable[[], None] | None = None
+) -> tuple[Transaction | None, list[nn.Parameter]]:
     """Give a model whose weights have been loaded from a checkpoint the structure that the checkpoint's record tells.
 
     Args:
@@ -108,6 +110,8 @@ def settle(model: nn.Module, start: Structure, accepted: Structure, current: Str
         start: how the model was when the run began.
         accepted: how the model was before the pruning that may be taken back.
         current: how the model was when the checkpoint was saved.
+        at_start: called where the model has the structure that the run began with, its weights not yet in place; not called where it never
+            has it.
 
     Returns:
         How to get from the checkpoint's structure back to the accepted one (None if the model was loaded in the checkpoint's structure,
@@ -122,6 +126,8 @@ def settle(model: nn.Module, start: Structure, accepted: Structure, current: Str
     if provisional is not None:
         provisional.roll_back()
     live = record_of(model)
+    if at_start is not None and same_structure(live, start.record):
+        at_start()
     if provisional is None and same_structure(live, current.record):
         return (Transaction() if same_structure(accepted.record, current.record) else None), current.freeze(model)
     if not same_structure(live, start.record):

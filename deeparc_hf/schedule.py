@@ -54,6 +54,7 @@ class Progress(Saved):
         start, base, record: records (as dicts) of the model when the run began, of the last accepted model, and as it is now.
         frozen, base_frozen: blocks that this run froze, by stack, in the model as it is now and in the last accepted one.
         snapshot: name of the folder with the accepted weights; None where nothing can be taken back.
+        teacher: name of the folder with the weights of the unpruned model, which teaches; None where none does.
         attempts: what the report says of each pruning, and first of the model before them.
     """
 
@@ -76,6 +77,7 @@ class Progress(Saved):
     frozen: dict[str, list[int]] = field(default_factory=dict)
     base_frozen: dict[str, list[int]] = field(default_factory=dict)
     snapshot: str | None = None
+    teacher: str | None = None
     attempts: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -153,8 +155,7 @@ def refuse_changes(began_with: Mapping[str, Any], config: MPruneConfig, progress
     now = config.to_dict()
     changed = {key: f"{began_with[key]} -> {now[key]}" for key in now if key in began_with and began_with[key] != now[key]}
     fixed = [key for key in _FIXED if key in changed]
-    if "max_drop" in changed and None in (began_with["max_drop"], now["max_drop"]):
-        fixed.append("max_drop")
+    fixed += [key for key in ("max_drop", "distill") if key in changed and None in (began_with[key], now[key])]
     shown = [f"{key} {changed[key]}" for key in fixed]
     if progress.steps_per_epoch != steps_per_epoch:
         shown.append(f"optimizer steps of an epoch {progress.steps_per_epoch} -> {steps_per_epoch}")

@@ -1,7 +1,7 @@
-"""Snapshots: the weights of the last accepted model, on disk while a pruning may still be taken back.
+"""Snapshots: the weights from before a pruning, on disk while it may still be taken back, or while the unpruned model teaches.
 
 A snapshot is a folder in the Trainer's output folder, safetensors and JSON. It stays as long as a checkpoint beside it refers to it,
-so that a run which was killed can take a pruning back too.
+so that a run which was killed can go on too.
 """
 
 from __future__ import annotations
@@ -103,14 +103,14 @@ def set_groups(output: Path, name: str, model: nn.Module, optimizer: torch.optim
     optimizer.state.clear()
 
 
-def drop_unused(output: Path, current: str | None) -> None:
+def drop_unused(output: Path, *current: str | None) -> None:
     """Delete the snapshots that neither the run nor a checkpoint in the output folder needs."""
     folder = output / FOLDER
     if not folder.is_dir():
         return
     states = "".join(path.read_text("utf-8", errors="replace") for path in output.glob("checkpoint-*/trainer_state.json"))
     for path in folder.iterdir():
-        if path.name != current and json.dumps(path.name) not in states:
+        if path.name not in current and json.dumps(path.name) not in states:
             shutil.rmtree(path, ignore_errors=True)
     if not any(folder.iterdir()):
         folder.rmdir()
@@ -125,6 +125,6 @@ def _facts(output: Path, name: str) -> Any:
 
 def _missing(output: Path, name: str, error: Exception) -> SurgeryError:
     return SurgeryError(
-        f"The last accepted model is needed, and its snapshot {name} in the folder {FOLDER} of {output} cannot be read "
+        f"The model from before a pruning is needed, and its snapshot {name} in the folder {FOLDER} of {output} cannot be read "
         f"({type(error).__name__}: {error}). Resume from a checkpoint that is older than the pruning, or put the folder back."
     )

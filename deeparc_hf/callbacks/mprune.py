@@ -137,6 +137,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
         before = self._run
         progress = self._progress(kwargs["model"], state)
         self._run = None  # until the new one has begun
+        if before is not None:
+            before.operations.teaching.stop()
         run = PruningRun(self.config, calibration, args, kwargs, progress)
         if state.global_step > 0:
             run.resume(state, control, self._saved_state(state).get("args", {}))
@@ -153,6 +155,10 @@ class MPruneCallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
             self._run.step_begin()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None:
+            self._run.operations.teaching.check()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:

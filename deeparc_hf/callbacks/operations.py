@@ -25,6 +25,7 @@ from ..snapshots import drop_unused, read_plans, restore_weights, save_snapshot,
 from ..undo import Transaction
 from .calibration import Calibration
 from .journal import lists
+from .teaching import Teaching
 
 __all__ = ["Operations"]
 
@@ -64,6 +65,7 @@ class Operations:
         self._accepted_plan: PruningPlan | None = None
         self._comparison: PruningPlan | None = None  # of the last accepted model's blocks
         self.healings: list[Healing] = []  # of the last pruning
+        self.teaching = Teaching(config, args, model, progress)
         self._undo: Transaction | None = None
         self._held: dict[str, torch.Tensor] | None = None
 
@@ -90,7 +92,9 @@ class Operations:
         p = self._progress
         start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
         thaw_noted(self.model)  # of the same training, before it was interrupted in this process
-        self._undo, _ = settle(self.model, Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen))
+        structures = Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen)
+        self._undo, _ = settle(self.model, *structures, at_start=self.teaching.wake)
+        self.teaching.follow()
         follow_in_wrapper(self.model)
         self.plan = self._accepted_plan = plan
         if not self._config.gated or (p.phase != RETRAINING and p.decision != "reject"):
@@ -106,6 +110,7 @@ class Operations:
         """Take over from the same run before the Trainer began it again with a smaller batch (auto_find_batch_size)."""
         self.plan, self._accepted_plan, self._comparison = other.plan, other._accepted_plan, other._comparison
         self._undo = other._undo
+        self.teaching.take_over(other.teaching)
         follow_in_wrapper(self.model)
 
     def forget_zeros(self) -> bool:
@@ -154,12 +159,7 @@ class Operations:
     def prune(self, plan: PruningPlan, step: int) -> PrunedConfig:
         """Carry a plan out, so that it can be taken back if the run is to judge it."""
         p = self._progress
-        if self._config.gated and p.snapshot is None:
-            name = f"step-{step}"
-            led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
-            work = partial(save_snapshot, self._output, name, self.model, self._optimizer, plan.to_dict(), led)
-            gather(work if self._args.should_save else lambda: None)
-            p.snapshot, self._comparison = name, plan
+        self._save_before(plan, f"step-{step}")
         live = describe(self.model)[0].record()
         if live is not None:
             p.base = live  # what it says of zeroed weights is part of what comes back
@@ -182,8 +182,22 @@ class Operations:
         self.plan = plan
         p.record = record.to_dict()
         p.frozen = {name: [stack.kept.index(i) for i in stack.frozen] for name, stack in plan.stacks.items() if stack.frozen}
+        self.teaching.follow()
         follow_in_wrapper(self.model)
         return record
+
+    def _save_before(self, plan: PruningPlan, name: str) -> None:
+        """Save the model from before a pruning, where it may have to come back or is to teach."""
+        p = self._progress
+        comes_back, teaches = self._config.gated and p.snapshot is None, self.teaching.is_waiting
+        if comes_back or teaches:
+            led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
+            work = partial(save_snapshot, self._output, name, self.model, self._optimizer, plan.to_dict(), led)
+            gather(work if self._args.should_save else lambda: None)
+        if comes_back:
+            p.snapshot, self._comparison = name, plan
+        if teaches:
+            self.teaching.copy_model(name)
 
     def accept(self) -> None:
         """Make the model as it is now the one to go back to."""
@@ -207,6 +221,7 @@ class Operations:
         base = None if p.base is None else PrunedConfig.from_dict(p.base)
         Structure(base, p.base_frozen).freeze(self.model)
         self._undo, self.plan = None, self._accepted_plan
+        self.teaching.follow()
         follow_in_wrapper(self.model)
 
     def hold(self) -> None:
@@ -228,7 +243,7 @@ class Operations:
     def clean_up(self) -> None:
         """Delete the snapshots that no checkpoint needs."""
         if self._args.should_save:
-            drop_unused(self._output, self._progress.snapshot)
+            drop_unused(self._output, self._progress.snapshot, self._progress.teacher)
 
     def _compared(self) -> PruningPlan:
         if self._comparison is None:

@@ -251,7 +251,8 @@ class PruningRun:
         if len(p.attempts) > 1:
             at = f"step {state.global_step}" if state.epoch is None else f"epoch {state.epoch:g} of {state.num_train_epochs}"
             self.journal.conclude(at)
-        p.snapshot = None
+        p.snapshot = p.teacher = None
+        self.operations.teaching.stop()
         self.operations.clean_up()
 
     def _note_baseline(self, measured: float) -> None:

@@ -43,6 +43,11 @@ def prune_before_sharding(
             "With sharded parameters (FSDP, DeepSpeed) one pruning is possible, when the Trainer is made. Leave start_epoch, iterations "
             "and max_drop out, or train in DistributedDataParallel."
         )
+    if config.distill is not None:
+        raise ConfigError(
+            "With sharded parameters (FSDP, DeepSpeed) no whole model is left that could teach. Leave distill out, or train in "
+            "DistributedDataParallel."
+        )
     source = Calibration(calibration, None, args.train_batch_size, config)
     plan = compare_blocks(model, source.batches(), config, progress=args.process_index == 0, gather=gather, max_samples=source.samples)
     plan = PruningPlan.from_dict(agree(plan.to_dict))
