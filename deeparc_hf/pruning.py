@@ -138,6 +138,7 @@ def apply_healed(
     transaction: Transaction | None = None,
     gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
     max_samples: int | None = None,
+    done: Callable[[str], None] = lambda stage: None,
 ) -> tuple[PrunedConfig, list[Healing]]:
     """Carry a plan out, and heal its removal sites where its settings say so. All or nothing.
 
@@ -145,20 +146,26 @@ def apply_healed(
         model, plan, optimizer, example, transaction: as in `apply_plan`.
         dataloader: calibration batches for the fit.
         gather, max_samples: as in `compare_blocks`.
+        done: called right after the removal ("removed"), and after the healing ("healed").
 
     Returns:
         The record, and the outcome at each site.
     """
     if plan.config.heal is None or not plan.removed:
-        return apply_plan(model, plan, optimizer=optimizer, example=example, transaction=transaction), []
+        with transaction or Transaction() as undo:
+            record = apply_plan(model, plan, optimizer=optimizer, example=example, transaction=undo)
+            done("removed")
+        return record, []
     host, _, stacks = describe(model)
     limit = plan.config.calibration_samples if max_samples is None else max_samples
     healings = fit_sites(host, stacks, plan.removed, dataloader, limit, gather=gather)
     blocks = {healing.site: stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
     with transaction or Transaction() as undo:
         apply_plan(model, plan, optimizer=optimizer, example=example, transaction=undo)
+        done("removed")
         for healing in healings:
             apply_healing(healing, blocks[healing.site], undo)
+        done("healed")
         return note_healing(model, healings), healings
 
 

@@ -17,10 +17,16 @@ from .record import package_versions
 from .report import hardware
 from .schedule import Progress
 
-__all__ = ["RUN_REPORT", "finite", "run_table", "structure_facts", "write_run_report", "write_whole"]
+__all__ = ["RUN_REPORT", "finite", "quality_text", "run_table", "stages_table", "structure_facts", "write_run_report", "write_whole"]
 
 RUN_REPORT = "pruning_report"
 FORMAT_VERSION = 1
+STAGES = {"before": "before", "removed": "right after the removal", "healed": "after healing", "retrained": "after the retraining"}
+_STAGES_TEXT = (
+    "The loss that the model puts out, in eval mode, as the callback measured it, with its 95 % interval (normal, from the spread of the "
+    "batches); where answers are classes, the share of right ones with its Wilson interval. All columns of a row are of the same samples, "
+    "which need not be all that the Trainer evaluates on. After the retraining: when it was judged, or when the training ended."
+)
 
 
 def structure_facts(model: nn.Module) -> dict[str, Any]:
@@ -64,6 +70,35 @@ def run_table(attempts: Sequence[Mapping[str, Any]], metric: str | None = None) 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def quality_text(found: Mapping[str, Any]) -> str:
+    """A measure of a model (`quality.measure_quality`) in a few characters."""
+    return f"{found['loss']:.4f}" + ("" if found["accuracy"] is None else f" ({100 * found['accuracy']:.1f} % right)")
+
+
+def stages_table(attempts: Sequence[Mapping[str, Any]]) -> str | None:
+    """The Markdown table of what each step of each pruning did to the model; None where nothing was measured."""
+    rows = [attempt for attempt in attempts if "k" in attempt and attempt.get("stages")]
+    if not rows:
+        return None
+    lines = [["model", *STAGES.values(), "n", "measured on"], ["---", *["---:"] * (len(STAGES) + 1), "---"]]
+    for attempt in rows:
+        stages = attempt["stages"]
+        first = next(iter(stages.values()))
+        cells = [_with_interval(stages.get(stage)) for stage in STAGES]
+        lines.append([f"{attempt['name']} (k={attempt['k']})", *cells, f"{first['samples']:,}", first["data"]])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _with_interval(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    loss = f"{found['loss']:.4f}" + ("" if found["loss_interval"] is None else " ({:.4f} .. {:.4f})".format(*found["loss_interval"]))
+    if found["accuracy"] is None:
+        return loss
+    low, high = (100 * bound for bound in found["accuracy_interval"])
+    return f"{loss}; {100 * found['accuracy']:.1f} % ({low:.1f} .. {high:.1f})"
+
+
 def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, metric: str | None, zeroed_at: int | None = None) -> None:
     """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all."""
     data = {
@@ -99,6 +134,16 @@ def _markdown(data: Mapping[str, Any]) -> str:
         "The pruned models have been trained for longer than the one before pruning. Blocks below are numbered as the original model "
         "counts them."
     )
+    stages = stages_table(attempts)
+    if stages is not None:
+        parts += [
+            "## What each step did",
+            stages,
+            _STAGES_TEXT,
+        ]
+    if data["config"].get("distill"):
+        taught = ", ".join(f"{key} {value}" for key, value in data["config"]["distill"].items() if value is not None)
+        parts.append(f"The unpruned model taught during the retraining ({taught}).")
     for attempt in tried:
         removed = "; ".join(f"{name}: {', '.join(map(str, blocks))}" for name, blocks in attempt["removed"].items())
         parts.append(

@@ -12,7 +12,7 @@ from deeparc_hf import PrunedConfig
 
 from .test_resume import STACK, blocks, equal, scripted
 from .test_wanda_callback import zeroing, zeros
-from .trainers import pruning, train
+from .trainers import pruning, train, without_stages
 from .zoo import ZOO
 
 # name: (settings of pruning, accuracy by number of blocks, settings of zeroing, epochs)
@@ -70,7 +70,7 @@ def test_both_do_their_work_and_every_checkpoint_leads_to_the_same_end(tmp_path,
         torch.manual_seed(12345)
         resumed, _, _ = run(name, order, again, resume=str(again / point.name))
         assert equal(model.state_dict(), resumed.state_dict()), point.name
-        assert PrunedConfig.from_model(resumed) == record
+        assert without_stages(PrunedConfig.from_model(resumed)) == without_stages(record)
         shutil.rmtree(again)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from deeparc_hf.errors import DeepArcError, SurgeryError
 
-from .trainers import pruning, train
+from .trainers import pruning, train, without_stages
 from .zoo import ZOO
 
 STEPS = 8  # of an epoch
@@ -93,7 +93,7 @@ def test_every_checkpoint_leads_to_the_same_end(tmp_path, whole, name, saving):
         resumed, second, _ = run(name, again, resume=str(again / point.name), **arguments)
         assert equal(model.state_dict(), resumed.state_dict()), point.name
         assert resumed.config.num_hidden_layers == model.config.num_hidden_layers == blocks(resumed)
-        assert second.record == callback.record
+        assert without_stages(second.record) == without_stages(callback.record)
         verdicts = [[(a["name"], a.get("k"), a.get("decision")) for a in c.attempts] for c in (callback, second)]
         assert verdicts[0] == verdicts[1]
         frozen = [{n for n, p in m.named_parameters() if not p.requires_grad} for m in (model, resumed)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import datasets
 import torch
 from transformers import Trainer, TrainingArguments
@@ -36,6 +38,14 @@ def arguments(folder, cls=TrainingArguments, **kwargs):
 def pruning(config=None, **settings):
     """A callback for trainings of one epoch or more."""
     return MPruneCallback(config, **{"retrain_epochs": 1, **settings})
+
+
+def without_stages(record):
+    """A record without what the callback measured of each step: a run that is resumed just at a pruning measures that on other data."""
+    if record is None:
+        return None
+    iterations = [{key: value for key, value in entry.items() if key != "stages"} for entry in record.iterations]
+    return dataclasses.replace(record, iterations=tuple(iterations))
 
 
 def train(model, folder, *callbacks, data=None, resume=None, cls=Trainer, args=TrainingArguments, compute_metrics=None, **kwargs):

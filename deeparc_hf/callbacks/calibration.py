@@ -25,10 +25,16 @@ class Calibration:
         loader: the training's data loader; its collator serves a data set that was given too.
         batch_size: samples of a batch.
         config: how many samples, and the seed of their choice.
+        skip: leave so many of the chosen samples out, and take the next: they are others than those of a calibration.
     """
 
     def __init__(
-        self, given: Dataset | Iterable[Any] | None, loader: DataLoader | None, batch_size: int, config: MPruneConfig | WandaConfig
+        self,
+        given: Dataset | Iterable[Any] | None,
+        loader: DataLoader | None,
+        batch_size: int,
+        config: MPruneConfig | WandaConfig,
+        skip: int = 0,
     ) -> None:
         if given is None and loader is None:
             raise CalibrationError("There is no training data to calibrate on. Give the callback calibration=...")
@@ -42,6 +48,7 @@ class Calibration:
         self._collate = getattr(loader, "collate_fn", None)
         self._batch_size = batch_size
         self._config = config
+        self._skip = skip
         self.example: Any = None  # the first batch of the last pass
 
     @property
@@ -59,7 +66,7 @@ class Calibration:
             batches = islice(iter(self._loader(data)), index, None, count)
         else:
             generator = torch.Generator().manual_seed(self._config.seed)
-            chosen = torch.randperm(len(data), generator=generator)[: self._config.calibration_samples].tolist()
+            chosen = torch.randperm(len(data), generator=generator)[self._skip :][: self._config.calibration_samples].tolist()
             batches = iter(self._loader(Subset(data, chosen[index::count])) if chosen[index::count] else ())
         for number, batch in enumerate(batches):
             if number == 0:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..config import MPruneConfig
 from ..errors import ConfigError
 from ..schedule import same_metric
 
-__all__ = ["check_gate", "metric_of", "steps_per_epoch"]
+__all__ = ["check_gate", "forget_best", "metric_of", "steps_per_epoch"]
 
 
 def metric_of(config: MPruneConfig, args: TrainingArguments) -> tuple[str, bool]:
@@ -60,3 +60,9 @@ def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
     except TypeError:
         return None
     return max(-(-batches // args.gradient_accumulation_steps), 1)
+
+
+def forget_best(state: TrainerState) -> None:
+    """A checkpoint of another structure must not be the best."""
+    state.best_metric = state.best_model_checkpoint = None
+    state.best_global_step = None

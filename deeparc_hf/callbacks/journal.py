@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from ..config import MPruneConfig
 from ..errors import ConfigError, DeepArcWarning, PlanError
 from ..plan import PruningPlan
 from ..record import PrunedConfig
-from ..run_report import RUN_REPORT, structure_facts, write_run_report
+from ..run_report import RUN_REPORT, quality_text, structure_facts, write_run_report
 from ..schedule import RETRAINING, Progress
 from .companions import companions_on
 from .trackers import Trackers
@@ -81,10 +82,18 @@ class Journal:
         if p.phase == RETRAINING and p.record is not None:
             kept = {key: value for key, value in figures.items() if not key.endswith(_SPEED) and abs(value) < float("inf")}
             p.record["iterations"][-1].setdefault("metrics", {}).update(kept)
-            host = describe(self._model)[0]
+            self.note_stages()
+        self.report()
+
+    def note_stages(self) -> None:
+        """Have the model's record know what each step of the pruning at hand did."""
+        p = self._progress
+        if p.record is not None and p.attempts[-1].get("stages"):
+            p.record["iterations"][-1]["stages"] = copy.deepcopy(p.attempts[-1]["stages"])
+        host = describe(self._model)[0]
+        if p.record is not None:
             p.record["sparsity"] = (host.record() or p.record).get("sparsity")  # weights may have been zeroed since
             host.set_record(p.record)
-        self.report()
 
     @property
     def has_evaluation(self) -> bool:
@@ -101,6 +110,7 @@ class Journal:
             "blocks": sum(facts["blocks"].values()),
             "parameters": facts["parameters"],
             "frozen_blocks": sum(map(len, p.frozen.values())),
+            **{f"loss_{stage}": found["loss"] for stage, found in p.attempts[-1].get("stages", {}).items()},
             **figures,
         }
         shown = {f"pruning_{name}": value for name, value in figures.items() if value is not None}
@@ -148,6 +158,23 @@ class Journal:
         parts += [f"{_count(c.iterations, 'pruning')} with {retraining}"]
         gate = f"; {self._metric} may get worse by {c.max_drop:g}" if c.gated else ""
         self.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.")
+
+    def tell_stages(self) -> None:
+        """Tell what the pruning at hand has done so far."""
+        self.note_stages()
+        found = self._progress.attempts[-1]["stages"]
+        if found:
+            names = {"before": "before", "removed": "right after the removal", "healed": "after healing"}
+            figures = ", ".join(f"{quality_text(value)} {names[stage]}" for stage, value in found.items())
+            data = next(iter(found.values()))
+            self.say(f"Loss on {data['samples']} samples ({data['data']}): {figures}.")
+
+    def warn_of_allowance(self) -> None:
+        """Warn where the gate cannot reject anything."""
+        baseline, allowed = float(self._progress.baseline or 0.0), float(self._config.max_drop or 0.0)
+        if 0 <= baseline <= allowed:
+            hint = f" Did you mean {allowed / 100:g}?" if baseline <= 1 < allowed else ""
+            self.warn(f"max_drop {allowed:g} is not below the baseline of {baseline:.4g}, so no pruning can be rejected.{hint}")
 
     def conclude(self, ended_at: str) -> None:
         """Tell how the run ended."""

@@ -25,6 +25,7 @@ from ..snapshots import drop_unused, read_plans, restore_weights, save_snapshot,
 from ..undo import Transaction
 from .calibration import Calibration
 from .journal import lists
+from .stages import Stages
 from .teaching import Teaching
 
 __all__ = ["Operations"]
@@ -40,6 +41,7 @@ class Operations:
         model: the model, unwrapped.
         optimizer: the optimizer that follows.
         progress: where the run stands.
+        stages: measures what each step of a pruning does.
 
     Attributes:
         plan: the plan that was carried out last and not taken back; None before.
@@ -53,6 +55,7 @@ class Operations:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         progress: Progress,
+        stages: Stages,
     ) -> None:
         self.model = model
         self.plan: PruningPlan | None = None
@@ -65,6 +68,7 @@ class Operations:
         self._accepted_plan: PruningPlan | None = None
         self._comparison: PruningPlan | None = None  # of the last accepted model's blocks
         self.healings: list[Healing] = []  # of the last pruning
+        self.stages = stages
         self.teaching = Teaching(config, args, model, progress)
         self._undo: Transaction | None = None
         self._held: dict[str, torch.Tensor] | None = None
@@ -160,6 +164,7 @@ class Operations:
         """Carry a plan out, so that it can be taken back if the run is to judge it."""
         p = self._progress
         self._save_before(plan, f"step-{step}")
+        self.stages.begin(step)
         live = describe(self.model)[0].record()
         if live is not None:
             p.base = live  # what it says of zeroed weights is part of what comes back
@@ -176,6 +181,7 @@ class Operations:
                 transaction=undo,
                 gather=gather,
                 max_samples=self._calibration.samples,
+                done=lambda stage: self.stages.measure(stage, step),
             )
         self._undo = undo if self._config.gated else None
         note_frozen(self.model, [parameter for parameter in trainable if not parameter.requires_grad])

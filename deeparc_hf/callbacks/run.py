@@ -26,10 +26,11 @@ from ..schedule import (
 )
 from .calibration import Calibration
 from .companions import companions_on
-from .gate import check_gate, metric_of, steps_per_epoch
+from .gate import check_gate, forget_best, metric_of, steps_per_epoch
 from .journal import Journal
 from .learning_rate import is_trainers_own, resume_rewound, rewind
 from .operations import Operations
+from .stages import Stages
 
 __all__ = ["PruningRun"]
 
@@ -56,7 +57,8 @@ class PruningRun:
         self.metric, self.greater_is_better = metric_of(config, args)
         self.steps_per_epoch = steps_per_epoch(event.get("train_dataloader"), args)
         self._retraining = config.retrain_epochs * (self.steps_per_epoch or 0)  # optimizer steps
-        self.operations = Operations(config, calibration, args, self.model, event.get("optimizer"), progress)
+        self.stages = Stages(config, self.model, event.get("train_dataloader"), args.eval_batch_size, progress)
+        self.operations = Operations(config, calibration, args, self.model, event.get("optimizer"), progress, self.stages)
         self.journal = Journal(config, args, self.model, progress, self.metric)
         self.ended = False
         self._next: PruningPlan | None = None  # the plan that comes next, where it is known already
@@ -219,6 +221,8 @@ class PruningRun:
         p = self.progress
         if self._over:
             return
+        if p.phase != FINISHED and state.global_step >= p.boundary:
+            self.stages.end(state.global_step)
         self.journal.note(state, metrics)
         if not self.config.gated or p.phase == FINISHED:
             return
@@ -227,7 +231,9 @@ class PruningRun:
             return
         p.measured_at = state.global_step
         if p.phase == BEFORE:
-            self._note_baseline(value)
+            p.baseline = value if self.config.baseline is None else self.config.baseline
+            if self.greater_is_better:
+                self.journal.warn_of_allowance()
         elif p.decision is None:
             p.value = value
             if state.global_step >= p.boundary:
@@ -237,6 +243,8 @@ class PruningRun:
         """End on the last accepted model."""
         p = self.progress
         if p.phase == RETRAINING or p.decision is not None:
+            if self.args.load_best_model_at_end:
+                p.attempts[-1].get("stages", {}).pop("retrained", None)  # another model than the last one, it may be
             if p.decision is None and self.config.gated:
                 self._judge_early(state)
             self._carry_out(state, control)
@@ -254,13 +262,6 @@ class PruningRun:
         p.snapshot = p.teacher = None
         self.operations.teaching.stop()
         self.operations.clean_up()
-
-    def _note_baseline(self, measured: float) -> None:
-        p, allowed = self.progress, float(self.config.max_drop or 0.0)
-        p.baseline = measured if self.config.baseline is None else self.config.baseline
-        if self.greater_is_better and 0 <= p.baseline <= allowed:
-            hint = f" Did you mean {allowed / 100:g}?" if p.baseline <= 1 < allowed else ""
-            self.journal.warn(f"max_drop {allowed:g} is not below the baseline of {p.baseline:.4g}, so no pruning can be rejected.{hint}")
 
     # ---- decisions ----
 
@@ -329,8 +330,8 @@ class PruningRun:
         p.phase, p.k, p.pruned_at = RETRAINING, plan.config.k, state.global_step
         p.decision = p.value = p.measured_at = p.reason = None
         self.journal.open(state, plan, record)
-        p.attempts[-1]["healing"] = [healing.to_dict() for healing in self.operations.healings]
-        _forget_best(state)
+        p.attempts[-1].update(healing=[healing.to_dict() for healing in self.operations.healings], stages=self.stages.take())
+        forget_best(state)
         self._set_boundary(state, state.global_step)
         again = ", another try" if sum(a.get("iteration") == p.accepted + 1 for a in p.attempts) > 1 else ""
         against = f" The baseline of {self.metric} is {p.baseline:.4g}." if self.config.gated and p.baseline is not None else ""
@@ -339,6 +340,7 @@ class PruningRun:
         )
         for healing in self.operations.healings:
             self.journal.say(f"Healing: {healing}")
+        self.journal.tell_stages()
         self.journal.write_plan(plan)
         self.journal.log(state, control)
 
@@ -360,10 +362,13 @@ class PruningRun:
         """Accept the pruning at hand, or take it back."""
         p = self.progress
         attempt = p.attempts[-1]
+        if "retrained" not in attempt.setdefault("stages", {}):
+            self.stages.end(state.global_step)
+        self.journal.note_stages()
         if p.decision == "reject":
             self.operations.take_back()
             companions_on(self.model).taken_back += 1
-            _forget_best(state)
+            forget_best(state)
             self.journal.write_plan(self.operations.plan)
             attempt["decision"] = "rolled back"
         else:
@@ -392,9 +397,3 @@ class PruningRun:
         self.operations.hold()
         self._over = True
         control.should_training_stop = True
-
-
-def _forget_best(state: TrainerState) -> None:
-    """A checkpoint of another structure must not be the best."""
-    state.best_metric = state.best_model_checkpoint = None
-    state.best_global_step = None

@@ -1,0 +1,89 @@
+"""What each step of a pruning does to the model: its loss before, right after the removal, after healing, and after the retraining.
+
+The Trainer cannot be asked to evaluate between two steps, so the callback measures by itself: always on the same samples, of the evaluation
+data where the Trainer has evaluated in this run, else of training data that no calibration looks at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..config import MPruneConfig
+from ..distributed import gather
+from ..quality import measure_quality
+from ..schedule import Progress
+from .calibration import Calibration
+
+__all__ = ["Stages"]
+
+EVALUATION, TRAINING = "evaluation data", "training data outside the calibration samples"
+_LEAST = 32  # fewer samples tell nothing
+
+
+class Stages:
+    """Measures of one run; they are noted in the entry of the pruning at hand in its progress.
+
+    Args:
+        config: the settings; as many samples are taken as for a calibration.
+        model: the model.
+        training: the training's data loader.
+        size: samples of a batch.
+        progress: where the run stands.
+
+    Attributes:
+        evaluation: the Trainer's data loader of its last evaluation; None before.
+    """
+
+    def __init__(self, config: MPruneConfig, model: nn.Module, training: DataLoader | None, size: int, progress: Progress) -> None:
+        self.evaluation: DataLoader | None = None
+        self._config = config
+        self._model = model
+        self._training = training
+        self._size = size
+        self._progress = progress
+        self._data = TRAINING  # which data the entries of the pruning at hand are of
+        self._found: dict[str, Any] = {}
+
+    def begin(self, step: int) -> None:
+        """Measure the model before a pruning; where it has been measured as it is now, on the same data, that counts."""
+        self._data = EVALUATION if self.evaluation is not None else TRAINING
+        attempt = self._progress.attempts[-1]
+        back = attempt.get("decision") == "rolled back"
+        last = attempt.get("stages", {}).get("before" if back else "retrained")
+        same = last is not None and (back or last["step"] == step) and last["data"] == self._data
+        self._found = {"before": last} if same else {}
+        if not same:
+            self.measure("before", step)
+
+    def measure(self, stage: str, step: int) -> None:
+        """Measure the model as it is now."""
+        source = self._source()
+        found = None if source is None else measure_quality(self._model, source.batches(), source.samples, gather)
+        if found is not None:
+            self._found[stage] = {**found, "data": self._data, "step": step}
+
+    def end(self, step: int) -> None:
+        """Measure the model after its retraining, once a step."""
+        stages = self._progress.attempts[-1].setdefault("stages", {})
+        if stages.get("retrained", {}).get("step") == step:
+            return
+        known = [value["data"] for value in stages.values()]
+        self._data = known[0] if known else EVALUATION if self.evaluation is not None else TRAINING
+        self._found = {}
+        self.measure("retrained", step)
+        stages.update(self._found)
+
+    def take(self) -> dict[str, Any]:
+        """What was measured since `begin`."""
+        return dict(self._found)
+
+    def _source(self) -> Calibration | None:
+        if self._data == EVALUATION:
+            return None if self.evaluation is None else Calibration(None, self.evaluation, self._size, self._config)
+        rows, used = getattr(self._training, "dataset", None), self._config.calibration_samples
+        if rows is None or isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") or len(rows) - used < _LEAST:
+            return None
+        return Calibration(None, self._training, self._size, self._config, skip=used)
