@@ -27,9 +27,9 @@ from .batches import padding_mask, without_labels
 from .config import DistillConfig
 from .errors import ConfigError, SurgeryError
 from .heads import divergence
-from .healing import Site
 from .observe import hidden_states
 from .outputs import heads_of, label_mask
+from .sites import Site
 
 __all__ = ["Distillation", "make_teacher"]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,76 +26,15 @@ from .endings import Ending, at_home, find_ending, rows
 from .errors import CalibrationError
 from .observe import calibration_inputs, evaluating, forward, hidden_states
 from .ridge import RidgeSums, Solution, solve
+from .sites import Healing, Site, sites_of
 from .undo import Transaction
 
-__all__ = ["Healing", "Site", "apply_healing", "fit_sites", "sites_of"]
+__all__ = ["apply_healing", "fit_sites"]
 
 _EACH = 5  # each fifth sample is held out
 _ZEROS = 0.02  # share of zeros from which on a map is taken for a sparse one, whatever the record says
-_RESERVOIR = 4096  # held-out positions on which the block's output is compared
-
-
-@dataclass(frozen=True)
-class Site:
-    """A run of removed blocks and the kept block before it; indices of the unpruned model."""
-
-    stack: str
-    kept: int
-    removed: tuple[int, ...]
-
-    def __str__(self) -> str:
-        blocks = f"{self.removed[0]}" if len(self.removed) == 1 else f"{self.removed[0]}-{self.removed[-1]}"
-        return f"{self.stack}: {blocks}"
-
-
-@dataclass
-class Healing:
-    """The outcome at one site.
-
-    Attributes:
-        site: where.
-        reason: why the site is left alone; None if there is a change to apply.
-        held_out: squared distance of the kept block's output from the last removed block's, on held-out positions, with the change,
-            relative to that without; None where nothing was fitted.
-        strength: of the ridge, relative to the mean square of the inputs.
-        positions: number of positions that the change was fitted on.
-    """
-
-    site: Site
-    reason: str | None = None
-    held_out: float | None = None
-    strength: float | None = None
-    positions: int = 0
-    change: Tensor | None = field(default=None, repr=False)  # (d_out, d_in)
-    intercept: Tensor | None = field(default=None, repr=False)  # (d_out,)
-    final: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # what the final module takes over
-    statistics: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # mean and variance of the changed map's output
-    ending: Ending | None = field(default=None, repr=False)
-
-    def __str__(self) -> str:
-        if self.reason is not None:
-            return f"{self.site} is left as the removal leaves it: {self.reason}."
-        share = 0.0 if self.held_out is None else 100 * self.held_out
-        return f"{self.site} is healed: {share:.1f} % of its output's squared error remain on held-out samples (ridge {self.strength:g})."
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, without tensors."""
-        facts = {"stack": self.site.stack, "kept": self.site.kept, "removed": list(self.site.removed)}
-        return {**facts, "healed": self.reason is None, "reason": self.reason, "held_out": self.held_out, "strength": self.strength}
-
-
-def sites_of(removed: Mapping[str, Sequence[int]]) -> list[Site]:
-    """The runs of removed blocks that have a kept block before them."""
-    sites = []
-    for stack, indices in removed.items():
-        runs: list[list[int]] = []
-        for index in sorted(indices):
-            if runs and runs[-1][-1] == index - 1:
-                runs[-1].append(index)
-            else:
-                runs.append([index])
-        sites += [Site(stack, run[0] - 1, tuple(run)) for run in runs if run[0] > 0]
-    return sites
+_RESERVOIR = 8192  # most held-out positions on which the block's output is compared
+_OUTLIER = 1000.0  # times the median squared size of what is missing, from which on a position is left out
 
 
 def fit_sites(
@@ -174,6 +112,7 @@ class _Watch:
         self.endings: list[Ending] = []
         self.sums: dict[bool, RidgeSums | None] = {False: None, True: None}  # by whether the samples are held out
         self.held: list[tuple[Tensor, ...]] = []
+        self.stride = 1  # of the held-out positions that are kept
         self.seen: dict[str, Tensor] = {}
 
     @property
@@ -259,18 +198,26 @@ class _Watch:
             valid = mask.flatten().to(x.device)
         usable = scale.abs() > 1e-6 * scale.abs().max()
         inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
+        missing = (sums[1].double() - sums[0].double()) * inverse
+        valid &= _ordinary(missing, valid)
         for part in (False, True):
             pick = valid & (chosen == part)
             if not bool(pick.any()):
                 continue
             chosen_x = x if bool(pick.all()) else x[pick]
             inputs = nn.functional.pad(chosen_x, (0, 1), value=1.0) if self.has_intercept else chosen_x
-            missing = (sums[1][pick].double() - sums[0][pick].double()) * inverse
-            found = RidgeSums.of(inputs, missing)
+            found = RidgeSums.of(inputs, missing[pick])
             known = self.sums[part]
             self.sums[part] = found if known is None else known + found
-            if part and sum(len(entry[0]) for entry in self.held) < _RESERVOIR:
-                self.held.append((inputs.cpu(), sums[0][pick].cpu(), outputs[0][pick].cpu(), outputs[1][pick].cpu()))
+            if part:
+                self._keep(inputs, sums[0][pick], outputs[0][pick], outputs[1][pick])
+
+    def _keep(self, *held: Tensor) -> None:
+        """Keep held-out positions to compare the block's output on: each so many of every batch, fewer as more come."""
+        self.held.append(tuple(rows[:: self.stride].cpu() for rows in held))
+        while sum(len(entry[0]) for entry in self.held) > _RESERVOIR:
+            self.held = [tuple(rows[::2] for rows in entry) for entry in self.held]
+            self.stride *= 2
 
     def finish(self, parts: Sequence[Any]) -> Healing:
         """Solve, and compare the block's output with and without the change."""
@@ -322,6 +269,19 @@ class _Watch:
         mean = sums.inputs[-1, :width] / sums.count
         covariance = sums.inputs[:width, :width] / sums.count - torch.outer(mean, mean)
         return weight @ mean, ((weight @ covariance) * weight).sum(dim=1)
+
+
+def _ordinary(missing: Tensor, valid: Tensor) -> Tensor:
+    """Which positions count. A few that are larger by orders of magnitude (the first token of a causal model, on which attention rests:
+    Sun et al. 2024, arXiv 2402.17762) would be fitted at the expense of all others.
+
+    Args:
+        missing: shape (N, D).
+        valid: shape (N,), False for padding.
+    """
+    size = missing.square().sum(dim=1)
+    median = size[valid].median() if bool(valid.any()) else 0.0
+    return size <= _OUTLIER * median if median > 0 else torch.ones_like(valid)
 
 
 def _find_endings(host: Host, watched: Sequence[_Watch], inputs: Mapping[str, Any]) -> None:

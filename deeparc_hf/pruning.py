@@ -13,11 +13,12 @@ from torch import nn
 from .architectures import Stack, describe
 from .config import MPruneConfig
 from .errors import CalibrationError, SurgeryError
-from .healing import Healing, apply_healing, fit_sites
+from .healing import apply_healing, fit_sites
 from .observe import StackObserver, observe
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
 from .record import PrunedConfig, current_record
 from .similarity import metrics
+from .sites import Healing
 from .surgery import apply_plan
 from .undo import Transaction
 

@@ -11,8 +11,9 @@ import torch
 from deeparc_hf import MPruneCallback, PrunedConfig, find_stacks, heal_model, prune_model, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError, SurgeryError
-from deeparc_hf.healing import Site, fit_sites, sites_of
+from deeparc_hf.healing import fit_sites
 from deeparc_hf.ridge import RidgeSums, solve
+from deeparc_hf.sites import Site, sites_of
 
 from .test_resume import equal, scripted
 from .trainers import train

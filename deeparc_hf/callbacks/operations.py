@@ -15,12 +15,12 @@ from ..config import MPruneConfig
 from ..distributed import agree, follow_in_wrapper, gather
 from ..errors import ConfigError, PlanError, SurgeryError
 from ..following import Structure, note_frozen, record_of, settle, thaw_noted
-from ..healing import Healing
 from ..observe import evaluating
 from ..plan import PruningPlan, warn_if_drastic
 from ..pruning import apply_healed, check_settings, compare_blocks
 from ..record import PrunedConfig
 from ..schedule import RETRAINING, Progress
+from ..sites import Healing
 from ..snapshots import drop_unused, read_plans, restore_weights, save_snapshot, set_groups
 from ..undo import Transaction
 from .calibration import Calibration

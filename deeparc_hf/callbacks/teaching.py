@@ -10,9 +10,9 @@ from transformers import TrainingArguments
 from ..config import MPruneConfig
 from ..distillation import Distillation, make_teacher
 from ..errors import ConfigError, SurgeryError
-from ..healing import Site, sites_of
 from ..record import PrunedConfig
 from ..schedule import Progress
+from ..sites import Site, sites_of
 from ..snapshots import restore_weights
 
 __all__ = ["Teaching"]

@@ -1,0 +1,76 @@
+"""Removal sites, and what healing made of each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .endings import Ending
+
+__all__ = ["Healing", "Site", "sites_of"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A run of removed blocks and the kept block before it; indices of the unpruned model."""
+
+    stack: str
+    kept: int
+    removed: tuple[int, ...]
+
+    def __str__(self) -> str:
+        blocks = f"{self.removed[0]}" if len(self.removed) == 1 else f"{self.removed[0]}-{self.removed[-1]}"
+        return f"{self.stack}: {blocks}"
+
+
+@dataclass
+class Healing:
+    """The outcome at one site.
+
+    Attributes:
+        site: where.
+        reason: why the site is left alone; None if there is a change to apply.
+        held_out: squared distance of the kept block's output from the last removed block's, on held-out positions, with the change,
+            relative to that without; None where nothing was fitted.
+        strength: of the ridge, relative to the mean square of the inputs.
+        positions: number of positions that the change was fitted on.
+    """
+
+    site: Site
+    reason: str | None = None
+    held_out: float | None = None
+    strength: float | None = None
+    positions: int = 0
+    change: Tensor | None = field(default=None, repr=False)  # (d_out, d_in)
+    intercept: Tensor | None = field(default=None, repr=False)  # (d_out,)
+    final: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # what the final module takes over
+    statistics: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # mean and variance of the changed map's output
+    ending: Ending | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"{self.site} is left as the removal leaves it: {self.reason}."
+        share = 0.0 if self.held_out is None else 100 * self.held_out
+        return f"{self.site} is healed: {share:.1f} % of its output's squared error remain on held-out samples (ridge {self.strength:g})."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without tensors."""
+        facts = {"stack": self.site.stack, "kept": self.site.kept, "removed": list(self.site.removed)}
+        return {**facts, "healed": self.reason is None, "reason": self.reason, "held_out": self.held_out, "strength": self.strength}
+
+
+def sites_of(removed: Mapping[str, Sequence[int]]) -> list[Site]:
+    """The runs of removed blocks that have a kept block before them."""
+    sites = []
+    for stack, indices in removed.items():
+        runs: list[list[int]] = []
+        for index in sorted(indices):
+            if runs and runs[-1][-1] == index - 1:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        sites += [Site(stack, run[0] - 1, tuple(run)) for run in runs if run[0] > 0]
+    return sites
