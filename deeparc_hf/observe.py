@@ -9,9 +9,8 @@ from __future__ import annotations
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -23,40 +22,19 @@ from tqdm.auto import tqdm
 from .architectures import Host, Stack
 from .batches import batch_size, columns, cut, forward_kwargs, padding_mask, without_labels
 from .errors import CalibrationError, CalibrationWarning
+from .observed import Observed, collect
 from .similarity import SimilarityMetric
 
-__all__ = ["Observed", "StackObserver", "calibration_inputs", "evaluating", "forward", "hidden_states", "observe", "with_hidden_states"]
-
-_FEW_SAMPLES = 32
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What one process saw of one stack; what several saw can be put together.
-
-    Attributes:
-        sums: the metric's sums (`SimilarityMetric.finish`), on the CPU.
-        count: number of rows.
-        constant: blocks whose rows were all equal, with that row (shape (D,)).
-        unmasked: whether padding was compared.
-    """
-
-    sums: Mapping[str, Tensor]
-    count: int
-    constant: Mapping[int, Tensor]
-    unmasked: bool = False
-
-    @staticmethod
-    def merged(parts: Sequence[Observed]) -> Observed:
-        """The sum of several; a block is constant if it put out one and the same row in all of them."""
-        parts = [part for part in parts if part.count] or list(parts[:1])
-        sums: dict[str, Tensor] = {}
-        for part in parts:
-            for key, value in part.sums.items():
-                sums[key] = value if key not in sums else sums[key] + value
-        first = parts[0].constant
-        constant = {i: row for i, row in first.items() if all(i in p.constant and torch.equal(p.constant[i], row) for p in parts)}
-        return Observed(sums, sum(part.count for part in parts), constant, any(part.unmasked for part in parts))
+__all__ = [
+    "StackObserver",
+    "calibration_inputs",
+    "did_not_run",
+    "evaluating",
+    "forward",
+    "hidden_states",
+    "observe",
+    "with_hidden_states",
+]
 
 
 class StackObserver:
@@ -105,10 +83,7 @@ class StackObserver:
         """
         missing = [i for i in range(len(self.stack)) if i not in self._batch]
         if missing:
-            raise CalibrationError(
-                f"Block {missing[0]} of {self.stack.name} did not run in the forward pass over a calibration batch. Give batches that "
-                "reach every part of the model (text and images for a model of both), and switch layer skipping (LayerDrop) off."
-            )
+            raise did_not_run(self.stack, missing[0])
         rows = [self._batch[i] for i in range(len(self.stack))]
         self._batch = {}
         for index, block_rows in enumerate(rows):
@@ -119,10 +94,13 @@ class StackObserver:
         self.metric.update(rows, samples + seen)
         self.count += len(rows[0])
 
+    def label(self, key: int | str) -> str:
+        return f"Block {key} of {self.stack.name}"
+
     def observed(self) -> Observed:
         """What was seen so far. No `flush` may follow."""
         sums = {key: value.detach().cpu() for key, value in self.metric.finish().items()}
-        constant = {index: self._first[index].cpu() for index in sorted(self._constant) if index in self._first}
+        constant: dict[int | str, Tensor] = {index: self._first[index].cpu() for index in sorted(self._constant) if index in self._first}
         return Observed(sums, self.count, constant, self.unmasked)
 
     def _check(self, index: int, rows: Tensor) -> None:
@@ -182,6 +160,14 @@ class StackObserver:
         return self._chosen
 
 
+def did_not_run(stack: Stack, index: int) -> CalibrationError:
+    """What to raise where a block was not reached."""
+    return CalibrationError(
+        f"Block {index} of {stack.name} did not run in the forward pass over a calibration batch. Give batches that reach every part of "
+        "the model (text and images for a model of both), and switch layer skipping (LayerDrop) off."
+    )
+
+
 def hidden_states(output: Any) -> Tensor:
     """The hidden states in what a block puts out: the output itself, or the first entry of a tuple or ModelOutput."""
     if isinstance(output, Tensor):
@@ -234,13 +220,7 @@ def observe(
         seen = _look(host, observers, dataloader, max_samples, progress)
         return seen, [observer.observed() for observer in observers]
 
-    parts = [look()] if gather is None else gather(look)
-    seen = sum(part[0] for part in parts)
-    found = [Observed.merged([part[1][i] for part in parts]) for i in range(len(observers))]
-    # processes with fewer rows each than the metric needs have no sums, however many rows they have together
-    rows = [sum(part[1][i].count for part in parts if part[1][i].sums or len(parts) == 1) for i in range(len(observers))]
-    _require_enough(observers, found, rows, seen)
-    return seen, found
+    return collect(look, observers, gather)
 
 
 def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any], max_samples: int, progress: bool) -> int:
@@ -308,8 +288,8 @@ def _hooked(observers: list[StackObserver]) -> Iterator[None]:
             handle.remove()
 
 
-def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) -> None:
-    """Run the model on calibration inputs, without labels where it can do without.
+def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) -> Any:
+    """Run the model on calibration inputs, without labels where it can do without; gives its output.
 
     Args:
         without_cache: make no cache of keys and values, which would hold on to them, and take them again when a block is run again.
@@ -319,7 +299,7 @@ def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) 
     """
     inputs = without_labels(host, inputs)
     try:
-        host.root(**inputs, **({"use_cache": False} if without_cache and _takes_cache(host) else {}))
+        return host.root(**inputs, **({"use_cache": False} if without_cache and _takes_cache(host) else {}))
     except (CalibrationError, torch.OutOfMemoryError):  # the Trainer may try a smaller batch
         raise
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -345,39 +325,3 @@ def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
         CalibrationWarning,
         stacklevel=5,
     )
-
-
-def _require_enough(observers: list[StackObserver], found: list[Observed], rows: list[int], seen: int) -> None:
-    if seen == 0:
-        raise CalibrationError(
-            "The calibration data gave no samples. Give a dataloader that is not empty; an iterator can be used only once."
-        )
-    if seen == 1:
-        raise CalibrationError(
-            "There is only 1 calibration sample, and what is alike on one need not be alike on others. Give some hundreds of samples."
-        )
-    for observer, observed, count in zip(observers, found, rows, strict=True):
-        constant, stack, least = sorted(observed.constant), observer.stack.name, observer.metric.min_rows
-        if count < least:
-            raise CalibrationError(
-                f"{seen} calibration samples gave {count} row(s) for {stack}; {observer.metric.name} needs at least {least}, "
-                "and some hundreds for a result to rely on. Give more samples."
-            )
-        if constant:
-            raise CalibrationError(
-                f"Block {constant[0]} of {stack} puts out the same for every calibration sample, so it cannot be compared. Check that the "
-                "samples differ and that the block's weights are loaded."
-            )
-        if observed.unmasked:
-            warnings.warn(
-                f"{stack} puts out another number of positions than the attention_mask has, so padding was compared like the rest. Give "
-                "calibration samples of equal length.",
-                CalibrationWarning,
-                stacklevel=4,
-            )
-    if seen < _FEW_SAMPLES:
-        warnings.warn(
-            f"Blocks were compared on only {seen} samples: the similarities are rough. Give some hundreds of samples.",
-            CalibrationWarning,
-            stacklevel=4,
-        )
