@@ -6,6 +6,7 @@ cluster, members of each cluster go with a stride, and what is not next to a rem
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ class StackFacts:
     """What is known of a stack before a plan is made.
 
     Attributes:
-        similarity: L rows of L values.
+        similarity: L rows of L values; row i says how alike the others are to block i, where i stays and they go.
         pinned: {index: reason}; these blocks stay.
         parameters: number of parameters of each block.
         next_stack: name of the stack that takes this one's output directly, or None.
@@ -77,20 +78,26 @@ def freezing_set(
     return {name: tuple(i for i in kept[name] if i not in trained[name]) for name in lengths}
 
 
-def cluster_blocks(stack: StackFacts, threshold: float, linkage: str) -> tuple[tuple[int, ...], ...]:
+def cluster_blocks(stack: StackFacts, threshold: float, linkage: str, keep: str = "leader") -> tuple[tuple[int, ...], ...]:
     """Split a stack into runs of alike blocks.
 
     A block joins the run while its similarity to the run's first block (linkage "leader") or to the block before it ("adjacent")
-    is at least the threshold; otherwise it starts the next run.
+    is at least the threshold; otherwise it starts the next run. Where the similarity of two blocks depends on which of them stays,
+    that with the earlier one staying counts, or with the later one where a cluster keeps its last member.
     """
     runs: list[list[int]] = []
     for index in range(len(stack)):
         anchor = runs[-1][0 if linkage == "leader" else -1] if runs else None
-        if anchor is not None and stack.similarity[anchor][index] >= threshold:
+        if anchor is not None and _alike(stack, anchor, index, keep) >= threshold:
             runs[-1].append(index)
         else:
             runs.append([index])
     return tuple(map(tuple, runs))
+
+
+def _alike(stack: StackFacts, earlier: int, later: int, keep: str) -> float:
+    stays, goes = (earlier, later) if keep == "leader" else (later, earlier)
+    return stack.similarity[stays][goes]
 
 
 def removable(stack: StackFacts, threshold: float, protected: set[int], config: MPruneConfig) -> dict[int, float]:
@@ -100,7 +107,7 @@ def removable(stack: StackFacts, threshold: float, protected: set[int], config: 
     through which it joined.
     """
     removed: dict[int, float] = {}
-    for cluster in cluster_blocks(stack, threshold, config.linkage):
+    for cluster in cluster_blocks(stack, threshold, config.linkage, config.keep):
         order = cluster if config.keep == "leader" else cluster[::-1]
         for position in range(1, len(order), config.k):
             index = order[position]
@@ -145,7 +152,7 @@ def _reach(
     wanted = length - stay
     if wanted < 0:
         raise PlanError(f"num_blocks asks for {stay} blocks in {', '.join(facts)}, which has only {length}. Ask for at most {length}.")
-    values = {v for stack in facts.values() for i, row in enumerate(stack.similarity) for j, v in enumerate(row) if i < j}
+    values = {_alike(stack, i, j, config.keep) for stack in facts.values() for i, j in itertools.combinations(range(len(stack)), 2)}
     most = 0
     for threshold in sorted({1.0, *values}, reverse=True):
         found = {name: removable(stack, threshold, protected[name], config) for name, stack in facts.items()}

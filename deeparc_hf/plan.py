@@ -216,7 +216,7 @@ def make_plan(facts: Mapping[str, StackFacts], config: MPruneConfig, samples: in
         name: StackPlan(
             facts=stack,
             threshold=thresholds[name],
-            clusters=cluster_blocks(stack, thresholds[name], config.linkage),
+            clusters=cluster_blocks(stack, thresholds[name], config.linkage, config.keep),
             removed=final[name],
             frozen=frozen[name],
             protected=tuple(sorted(protected[name])),

@@ -336,3 +336,16 @@ def test_plan_freezes_only_when_asked():
     assert plan.removed == {"a": (1, 3, 5)}
     assert {name: stack.frozen for name, stack in plan.stacks.items()} == {"a": (), "b": (1, 2)}
     assert make_plan(facts, MPruneConfig(freeze="partial", threshold=1.0)).num_frozen == 0
+
+
+def test_which_block_stays_decides_where_similarity_depends_on_it():
+    """As by effect: block 1 is hard to do without, so that it may stand for its neighbours, but not they for it."""
+    values = ((1.0, 0.5, 0.5), (0.99, 1.0, 0.99), (0.5, 0.5, 1.0))
+    facts = {"a": StackFacts(values)}
+    first = make_plan(facts, MPruneConfig(threshold=0.9))
+    assert first.stacks["a"].clusters == ((0,), (1, 2)) and first.removed == {"a": (2,)}
+    last = make_plan(facts, MPruneConfig(threshold=0.9, keep="last"))
+    assert last.stacks["a"].clusters == ((0, 1), (2,)) and last.removed == {"a": (0,)}
+    for keep, gone in (("leader", 2), ("last", 0)):
+        plan = make_plan(facts, MPruneConfig(num_blocks=2, keep=keep))
+        assert plan.removed == {"a": (gone,)} and plan.stacks["a"].threshold == 0.99
