@@ -8,7 +8,7 @@ from typing import Any
 
 from .errors import ConfigError, RegistryError
 from .settings import Settings, percent_hint, setting
-from .similarity import ROW_KINDS, metrics
+from .similarity import ROW_KINDS, SkippingMetric, metrics
 from .sparsity import methods
 
 __all__ = ["DistillConfig", "MPruneConfig", "WandaConfig"]
@@ -101,9 +101,13 @@ class MPruneConfig(Settings):
         "'record' freezes at once what the checkpoint's record says was frozen. Or the blocks to freeze: patterns, as for protect.",
         choices=("none", "partial", "record"),
     )
-    similarity: str = setting("cka", "Similarity metric, by its registered name.")
+    similarity: str = setting(
+        "cka", "Similarity metric, by its registered name. 'effect' skips each block and compares what the model puts out."
+    )
     rows: str | None = setting(
-        None, "Rows that are compared: 'tokens', 'mean' or 'first'; default: what the metric recommends.", choices=ROW_KINDS
+        None,
+        "Rows that are compared: 'tokens', 'mean' or 'first'; default: what the metric recommends. Not for 'effect'.",
+        choices=ROW_KINDS,
     )
     linkage: str = setting(
         "leader",
@@ -147,10 +151,7 @@ class MPruneConfig(Settings):
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.")
         self._check_gate()
         self._check_choices({"freeze": " or a list of patterns"})
-        try:
-            metrics.get(self.similarity)
-        except RegistryError as error:
-            raise ConfigError(f"similarity: {error}") from None
+        self._check_metric()
 
     @property
     def target(self) -> str:
@@ -159,7 +160,7 @@ class MPruneConfig(Settings):
 
     @property
     def effective_rows(self) -> str:
-        """The rows that are compared."""
+        """The rows that are compared; "outputs" where the model's outputs are, not those of its blocks."""
         return self.rows or metrics.get(self.similarity).rows
 
     @property
@@ -204,6 +205,17 @@ class MPruneConfig(Settings):
         if any(later > earlier for earlier, later in itertools.pairwise(totals)):
             raise ConfigError(
                 f"num_blocks lists the blocks that stay after each iteration, so it cannot rise, found {list(self.num_blocks)}."
+            )
+
+    def _check_metric(self) -> None:
+        try:
+            metric = metrics.get(self.similarity)
+        except RegistryError as error:
+            raise ConfigError(f"similarity: {error}") from None
+        if self.rows is not None and issubclass(metric, SkippingMetric):
+            raise ConfigError(
+                f"rows says which rows of the blocks' outputs are compared, and similarity={self.similarity!r} compares the outputs of the "
+                f"whole model, found rows={self.rows!r} beside it. Leave rows out."
             )
 
     def _check_gate(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .architectures import Stack
 from .errors import CalibrationError, CalibrationWarning
-from .similarity import SimilarityMetric
+from .similarity import BlockMetric
 
 __all__ = ["Observed", "Observer", "collect"]
 
@@ -24,7 +24,7 @@ class Observed:
     """What one process saw of one stack; what several saw can be put together.
 
     Attributes:
-        sums: the metric's sums (`SimilarityMetric.finish`), on the CPU.
+        sums: the metric's sums (`BlockMetric.finish`), on the CPU.
         count: number of rows.
         constant: blocks (by index) or outputs of the model (by name) whose rows were all equal, with that row (shape (D,)).
         unmasked: whether padding was compared.
@@ -52,7 +52,7 @@ class Observer(Protocol):
     """What looks at one stack in calibration passes, for a metric."""
 
     stack: Stack
-    metric: SimilarityMetric
+    metric: BlockMetric
 
     def label(self, key: int | str) -> str:
         """What a key of `Observed.constant` stands for, as messages begin with it."""

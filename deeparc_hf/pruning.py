@@ -17,8 +17,9 @@ from .healing import apply_healing, fit_sites
 from .observe import StackObserver, observe
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
 from .record import PrunedConfig, current_record
-from .similarity import metrics
+from .similarity import SkippingMetric, metrics
 from .sites import Healing
+from .skipping import StackSkipper, skip_blocks
 from .surgery import apply_plan
 from .undo import Transaction
 
@@ -72,9 +73,13 @@ def compare_blocks(
             f"{type(host.root).__name__} has no weights (meta device), so its blocks cannot be compared. Load its checkpoint."
         )
     metric = metrics.get(config.similarity)
-    observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
     limit = config.calibration_samples if max_samples is None else max_samples
-    samples, found = observe(host, observers, dataloader, limit, progress=progress, gather=gather)
+    if issubclass(metric, SkippingMetric):
+        skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
+        samples, found = skip_blocks(host, skippers, dataloader, limit, progress=progress, gather=gather)
+    else:
+        observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
+        samples, found = observe(host, observers, dataloader, limit, progress=progress, gather=gather)
     frozen = PrunedConfig.from_model(model).frozen if host.record() is not None else {}
     facts = {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):

@@ -189,6 +189,16 @@ def test_effective_rows_are_the_metrics_own_unless_given():
     assert MPruneConfig(similarity="cka_biased").effective_rows == "tokens"
     assert MPruneConfig(similarity="cka").effective_rows == metrics.get("cka").rows
     assert MPruneConfig(similarity="cka", rows="first").effective_rows == "first"
+    assert MPruneConfig(similarity="effect").effective_rows == "outputs"
+
+
+def test_rows_of_blocks_are_refused_where_outputs_of_the_model_are_compared():
+    with pytest.raises(
+        ConfigError, match=r"similarity='effect' compares the outputs of the whole model, found rows='mean'.*Leave rows out"
+    ):
+        MPruneConfig(similarity="effect", rows="mean")
+    with pytest.raises(ConfigError, match="Leave rows out"):
+        MPruneConfig(rows="mean").replace(similarity="effect")
 
 
 # --- in and out ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from deeparc_hf import PruningPlan, analyze
+from tests.worker import Uneven, pad
+from tests.zoo import ZOO
+
 ROOT = Path(__file__).parents[1]
 TWICE = {"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1, "retrain_epochs": 1, "freeze": "partial"}
 
@@ -136,6 +140,20 @@ def test_healing_is_the_same_in_every_process(tmp_path, batches):
     assert same(first["weights"], second["weights"])
     attempts = [json.loads(result["attempts"]) for result in (first, second)]
     assert attempts[0][1]["healing"] == attempts[1][1]["healing"] and len(attempts[0][1]["healing"]) == 1
+
+
+def test_effects_are_measured_on_the_samples_of_all_processes(tmp_path):
+    batches = [list(range(start, start + 8)) for start in range(0, 48, 8)]
+    settings = {"similarity": "effect", "num_blocks": 3}
+    job = {"settings": {**settings, "retrain_epochs": 1}, "calibration": batches, "arguments": {"num_train_epochs": 1}}
+    (first, second), _ = launch(tmp_path, job)
+    assert first["plan"] == second["plan"]
+    data = Uneven(64)
+    whole = analyze(ZOO["bert"].model(), [pad([data[index] for index in batch]) for batch in batches], progress=False, **settings)
+    plan = PruningPlan.from_json(first["plan"])
+    assert plan.samples == whole.samples == 48 and plan.removed == whole.removed
+    found, expected = (torch.tensor(p.stacks["bert.encoder.layer"].similarity, dtype=torch.float64) for p in (plan, whole))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_accelerate_launch(tmp_path):

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .base import ROW_KINDS, SimilarityMetric, metrics, register
+from .base import ROW_KINDS, BlockMetric, SimilarityMetric, SkippingMetric, metrics, register
 
-__all__ = ["ROW_KINDS", "SimilarityMetric", "metrics", "register"]
+__all__ = ["ROW_KINDS", "BlockMetric", "SimilarityMetric", "SkippingMetric", "metrics", "register"]

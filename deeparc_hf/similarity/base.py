@@ -1,4 +1,4 @@
-"""What a similarity metric is: additive sums over rows of activations, and a matrix made from the sums."""
+"""What a similarity metric is: additive sums over rows of activations or outputs, and a matrix made from the sums."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..heads import Head
 from ..registry import Registry
 
-__all__ = ["ROW_KINDS", "RowBuffer", "SimilarityMetric", "centered_grams", "metrics", "register"]
+__all__ = ["ROW_KINDS", "BlockMetric", "RowBuffer", "SimilarityMetric", "SkippingMetric", "centered_grams", "metrics", "register"]
 
 ROW_KINDS = ("tokens", "mean", "first")
 
 
-class SimilarityMetric(ABC):
-    """Compares the outputs of the blocks of one stack, given rows of them in portions.
+class BlockMetric(ABC):
+    """Compares the blocks of one stack on calibration data. There are two kinds, by what they look at: see the subclasses.
 
     An instance holds one stack's sums. All of them are sums over rows (or groups of rows), so those of several
     processes add up: `matrix` is a pure function of the sums.
@@ -25,17 +26,39 @@ class SimilarityMetric(ABC):
     Attributes:
         name: set by `register`.
         summary: one line for the README's and the CLI's tables.
-        rows: which rows are compared unless the user says otherwise: "tokens" (every unpadded position), "mean" (the
-            mean over a sample's unpadded positions) or "first" (a sample's first unpadded position).
-        tokens_per_sample: at most this many evenly spaced positions of a sample where rows are tokens; None: all.
+        rows: what a row is, in a word.
         min_rows: fewest rows that give a value.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    rows: ClassVar[str]
+    min_rows: ClassVar[int] = 2
+
+    @abstractmethod
+    def finish(self) -> dict[str, Tensor]:
+        """Take in what is still buffered and return the sums, float64. No `update` may follow."""
+
+    @staticmethod
+    @abstractmethod
+    def matrix(sums: Mapping[str, Tensor]) -> Tensor:
+        """The similarity matrix, shape (L, L), float64; 1 on the diagonal, NaN in the rows of a constant block.
+
+        Entry (i, j) is for block i staying and block j going, where that makes a difference.
+        """
+
+
+class SimilarityMetric(BlockMetric):
+    """Compares the outputs of the blocks, given rows of them in portions; one forward pass of the model feeds it.
+
+    Attributes:
+        rows: which rows are compared unless the user says otherwise: "tokens" (every unpadded position), "mean" (the
+            mean over a sample's unpadded positions) or "first" (a sample's first unpadded position).
+        tokens_per_sample: at most this many evenly spaced positions of a sample where rows are tokens; None: all.
+    """
+
     rows: ClassVar[str] = "mean"
     tokens_per_sample: ClassVar[int | None] = None
-    min_rows: ClassVar[int] = 2
 
     @abstractmethod
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
@@ -46,17 +69,32 @@ class SimilarityMetric(ABC):
             samples: shape (N,); rows of one sample share a number, and stand together.
         """
 
+
+class SkippingMetric(BlockMetric):
+    """Compares what the model puts out with what it puts out while one block is skipped; each block costs a forward pass.
+
+    Args:
+        blocks: number of blocks of the stack, L.
+    """
+
+    rows: ClassVar[str] = "outputs"
+    min_rows: ClassVar[int] = 1
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+
     @abstractmethod
-    def finish(self) -> dict[str, Tensor]:
-        """Take in what is still buffered and return the sums, float64. No `update` may follow."""
+    def update(self, block: int, full: Sequence[Head], skipped: Sequence[Head]) -> None:
+        """Take the next rows of the model's outputs. Pinned blocks are never skipped.
 
-    @staticmethod
-    @abstractmethod
-    def matrix(sums: Mapping[str, Tensor]) -> Tensor:
-        """The similarity matrix, shape (L, L), float64; 1 on the diagonal, NaN in the rows of a constant block."""
+        Args:
+            block: index of the block that was skipped.
+            full, skipped: the outputs of the whole model and of the model without that block; the same heads in the same order, row i of
+                both is the same place of the same sample.
+        """
 
 
-metrics: Registry[SimilarityMetric] = Registry("similarity metric", "deeparc_hf.similarity", SimilarityMetric)
+metrics: Registry[BlockMetric] = Registry("similarity metric", "deeparc_hf.similarity", BlockMetric)
 register = metrics.register
 
 
