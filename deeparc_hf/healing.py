@@ -1,8 +1,8 @@
 """Healing: where blocks were removed, the last linear map of the kept block before them is refitted in closed form.
 
 The block's sum before its end (`endings.Ending`), s = scale * map(x) + rest, should have become that of the last removed block. A change of
-the map is fitted by ridge least squares, from the map's inputs x to what is missing, on one pass of the unpruned model over calibration
-data, padding left out, in float64. Where a norm makes the output of the sum (BERT), the kept block's norm takes over the parameters of the
+the map is fitted by ridge least squares, from the map's inputs x to what is missing, on one pass over calibration data for each site,
+padding left out, in float64. Where a norm makes the output of the sum (BERT), the kept block's norm takes over the parameters of the
 last removed block's. No parameter is added, so the checkpoint stays a stock one. A site where held-out positions do not gain is left alone.
 
 Prior art: ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819: a linear map in place of removed blocks of Llama-like models, folded into
@@ -11,30 +11,26 @@ the down projection) and LLM-Streamline (Chen et al. 2024, arXiv 2403.19135: a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import Host, Stack
 from .batches import batch_size, cut, padding_mask
-from .endings import Ending, at_home, find_ending, rows
+from .endings import Ending, find_ending
 from .errors import CalibrationError
-from .observe import calibration_inputs, evaluating, forward, hidden_states
-from .ridge import RidgeSums, Solution, solve
-from .sites import Healing, Site, sites_of
+from .observe import calibration_inputs, evaluating, forward
+from .site_fit import SiteFit
+from .sites import Healing, sites_of
+from .skipping import skipped
 from .undo import Transaction
 
 __all__ = ["apply_healing", "fit_sites"]
-
-_EACH = 5  # each fifth sample is held out
-_ZEROS = 0.02  # share of zeros from which on a map is taken for a sparse one, whatever the record says
-_RESERVOIR = 8192  # most held-out positions on which the block's output is compared
-_OUTLIER = 1000.0  # times the median squared size of what is missing, from which on a position is left out
 
 
 def fit_sites(
@@ -46,7 +42,10 @@ def fit_sites(
     *,
     gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
 ) -> list[Healing]:
-    """Fit the changes of all sites in one pass of the unpruned model. Changes nothing.
+    """Fit the changes of all sites, one site after another in forward order. Changes nothing.
+
+    Each site takes a pass over the data: its target is what the unpruned model gives, its input what the model gives with the blocks before
+    it removed and healed already.
 
     Args:
         host: the unpruned model.
@@ -55,22 +54,25 @@ def fit_sites(
         dataloader: calibration batches.
         max_samples: samples of this process.
         gather: runs a function in every process and returns all results.
+
+    Raises:
+        CalibrationError: if there are too few samples, or an iterator for more than one site.
     """
     in_order = {name: removed[name] for name in stacks if name in removed}
-    watched = [_Watch(host, stacks[site.stack], site) for site in sites_of(in_order)]
-
-    def look() -> list[Any]:
-        seen = 0
-        with evaluating(host.root):
-            for inputs in calibration_inputs(host, dataloader, max_samples):
-                if seen == 0:
-                    _find_endings(host, watched, cut(dict(inputs), 2))
-                _pass(host, [watch for watch in watched if watch.reason is None], inputs, seen)
-                seen += batch_size(inputs)
-        return [(watch.reason, watch.sums, watch.held, watch.endings) for watch in watched]
-
-    parts = [look()] if gather is None else gather(look)
-    return [watch.finish([part[index] for part in parts]) for index, watch in enumerate(watched)]
+    watched = [SiteFit(host, stacks[site.stack], site) for site in sites_of(in_order)]
+    if len(watched) > 1 and isinstance(dataloader, Iterator):
+        raise CalibrationError(
+            f"Healing goes through the calibration data once for each of the {len(watched)} sites, and an iterator can be used once. Give "
+            "a list of batches."
+        )
+    healings: list[Healing] = []
+    for watch in watched:
+        before = [
+            (stacks[name], index) for name in in_order for index in sorted(in_order[name]) if _is_before(in_order, name, index, watch)
+        ]
+        work = partial(_look, host, watched, watch, before, list(zip(watched, healings, strict=False)), dataloader, max_samples)
+        healings.append(watch.finish([work()] if gather is None else gather(work)))
+    return healings
 
 
 def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) -> None:
@@ -100,191 +102,7 @@ class _EnoughError(Exception):
     """Ends a forward pass where no more of it is needed."""
 
 
-class _Watch:
-    """One site while the model runs."""
-
-    def __init__(self, host: Host, stack: Stack, site: Site) -> None:
-        self.host = host
-        self.stack = stack
-        self.site = site
-        self.kept, self.last = stack.blocks[site.kept], stack.blocks[site.removed[-1]]
-        self.reason: str | None = None
-        self.endings: list[Ending] = []
-        self.sums: dict[bool, RidgeSums | None] = {False: None, True: None}  # by whether the samples are held out
-        self.held: list[tuple[Tensor, ...]] = []
-        self.stride = 1  # of the held-out positions that are kept
-        self.seen: dict[str, Tensor] = {}
-
-    @property
-    def module(self) -> nn.Module:
-        return self.kept.get_submodule(self.endings[0].map)
-
-    @property
-    def has_intercept(self) -> bool:
-        ending = self.endings[0]
-        norm = None if ending.batch_norm is None else self.kept.get_submodule(ending.batch_norm)
-        return getattr(self.module, "bias", None) is not None or getattr(norm, "bias", None) is not None
-
-    def settle(self, endings: Sequence[Ending | str]) -> None:
-        """Take note of how the kept and the last removed block end, or why the site is left alone."""
-        for index, ending in zip((self.site.kept, self.site.removed[-1]), endings, strict=True):
-            if isinstance(ending, str):
-                self.reason = f"block {index}: {ending}"
-                return
-        kept, last = endings
-        assert isinstance(kept, Ending) and isinstance(last, Ending)
-        finals = [None if e.final is None else type(b.get_submodule(e.final)) for e, b in ((kept, self.kept), (last, self.last))]
-        if finals[0] is not finals[1]:
-            self.reason = "the kept block and the last removed one end in different ways"
-            return
-        self.endings = [kept, last]
-        self.reason = self._obstacle(kept)
-
-    def _obstacle(self, ending: Ending) -> str | None:
-        """Why a map cannot be changed although its block ends as it should."""
-        weight = self.module._parameters.get("weight")
-        if weight is None or not weight.is_floating_point():
-            return f"the weight of {ending.map} is not stored as plain numbers"
-        holders = [module for module in self.host.root.modules() if any(p is weight for p in module._parameters.values())]
-        if len(holders) > 1:
-            return f"the weight of {ending.map} is tied to another map, which would change too"
-        sparsity = (self.host.record() or {}).get("sparsity") or {}
-        listed = f"{self.stack.name}.{self.site.kept}.{ending.map}"
-        prefix = f"{self.host.base_prefix}."
-        recorded = {name.removeprefix(prefix) for name in sparsity.get("matrices", {})}
-        if listed.removeprefix(prefix) in recorded or int((weight == 0).sum()) > _ZEROS * weight.numel():
-            return f"{ending.map} holds zeros that a change would fill; heal before weights are zeroed"
-        if ending.final is not None and isinstance(self.kept.get_submodule(ending.final), _BatchNorm):
-            return f"its output comes from {ending.final}, whose statistics are those of its own inputs"
-        return None
-
-    def hooks(self) -> list[Any]:
-        def note(name: str) -> Any:
-            def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-                # a copy: what comes behind may work on it in place
-                self.seen[name] = at_home((args[0] if args else next(iter(kwargs.values()))).detach()).to(torch.float64, copy=True)
-
-            return take
-
-        def output(name: str) -> Any:
-            def take(module: nn.Module, args: Any, result: Any) -> None:
-                self.seen[name] = at_home(hidden_states(result).detach())
-
-            return take
-
-        handles = [self.module.register_forward_pre_hook(note("x"), with_kwargs=True)]
-        for which, block, ending in (("kept", self.kept, self.endings[0]), ("last", self.last, self.endings[1])):
-            if ending.final is not None:
-                handles.append(block.get_submodule(ending.final).register_forward_pre_hook(note(f"{which} sum"), with_kwargs=True))
-            handles.append(block.register_forward_hook(output(f"{which} output")))
-        return handles
-
-    def take(self, mask: Tensor | None, first: int) -> None:
-        """Add what a batch showed to the sums; `first` samples came before it."""
-        module, scale = self.module, self.endings[0].scale
-        held = (torch.arange(first, first + len(self.seen["x"]), device=self.seen["x"].device) % _EACH) == _EACH - 1
-        shape = self.seen["x"].shape
-        x = rows(self.seen["x"], module)
-        outputs = [rows(self.seen[f"{which} output"], module) for which in ("kept", "last")]
-        sums = [rows(self.seen.get(f"{which} sum", self.seen[f"{which} output"]), module) for which in ("kept", "last")]
-        self.seen = {}
-        per_sample = len(x) // len(held)
-        chosen = held.repeat_interleave(per_sample)
-        valid = torch.ones_like(chosen)
-        if mask is not None and not bool(mask.all()):
-            if shape[:-1] != mask.shape and shape[0] != mask.numel():
-                self.reason = "its positions are not those of the attention mask, so padding cannot be left out"
-                return
-            valid = mask.flatten().to(x.device)
-        usable = scale.abs() > 1e-6 * scale.abs().max()
-        inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
-        missing = (sums[1].double() - sums[0].double()) * inverse
-        valid &= _ordinary(missing, valid)
-        for part in (False, True):
-            pick = valid & (chosen == part)
-            if not bool(pick.any()):
-                continue
-            chosen_x = x if bool(pick.all()) else x[pick]
-            inputs = nn.functional.pad(chosen_x, (0, 1), value=1.0) if self.has_intercept else chosen_x
-            found = RidgeSums.of(inputs, missing[pick])
-            known = self.sums[part]
-            self.sums[part] = found if known is None else known + found
-            if part:
-                self._keep(inputs, sums[0][pick], outputs[0][pick], outputs[1][pick])
-
-    def _keep(self, *held: Tensor) -> None:
-        """Keep held-out positions to compare the block's output on: each so many of every batch, fewer as more come."""
-        self.held.append(tuple(rows[:: self.stride].cpu() for rows in held))
-        while sum(len(entry[0]) for entry in self.held) > _RESERVOIR:
-            self.held = [tuple(rows[::2] for rows in entry) for entry in self.held]
-            self.stride *= 2
-
-    def finish(self, parts: Sequence[Any]) -> Healing:
-        """Solve, and compare the block's output with and without the change."""
-        reason = next((part[0] for part in parts if part[0] is not None), None)
-        if reason is not None:
-            return Healing(self.site, reason)
-        # of one process for all: each has found them on a batch of its own, or on none
-        self.endings = next((part[3] for part in parts if part[3]), [])
-        fit, held = (_total([part[1][which] for part in parts]) for which in (False, True))
-        if fit is None or held is None or not self.endings:
-            raise CalibrationError("Healing needs at least 5 calibration samples: each fifth is held out. Give some hundreds.")
-        solution = solve(fit, held, self.has_intercept)
-        found = Healing(self.site, positions=fit.count, strength=solution.strength, ending=self.endings[0])
-        found.held_out = self._distance(solution, [entry for part in parts for entry in part[2]])
-        if solution.change is None or found.held_out >= 1.0:
-            found.reason = "held-out positions do not come closer to the removed block's output"
-            return found
-        width = len(fit.inputs) - self.has_intercept
-        found.change = solution.change[:width].T.contiguous()
-        found.intercept = solution.change[width] if self.has_intercept else None
-        final = self.endings[1].final
-        if final is not None:
-            found.final = {name: p.detach().clone() for name, p in self.last.get_submodule(final).named_parameters()}
-        if self.endings[0].batch_norm is not None:
-            found.statistics = self._statistics(fit + held, found.change)
-        return found
-
-    def _distance(self, solution: Solution, held: Sequence[tuple[Tensor, ...]]) -> float:
-        """Squared distance from the removed block's output on held-out positions, relative to that without the change."""
-        if solution.change is None or not held:
-            return 1.0
-        ending, change = self.endings[1], solution.change.cpu()
-        final = None if ending.final is None else self.last.get_submodule(ending.final)
-        before = after = 0.0
-        with torch.no_grad():
-            for inputs, kept_sum, kept_output, target in held:
-                changed = kept_sum.double() + (inputs.double() @ change) * self.endings[0].scale.cpu()
-                if final is not None:
-                    device = next(self.last.parameters())
-                    changed = final(changed.float().to(device)).cpu().double()
-                before += float((kept_output.double() - target.double()).square().sum())
-                after += float((changed - target.double()).square().sum())
-        return after / before if before > 0 else 1.0
-
-    def _statistics(self, sums: RidgeSums, change: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the changed map's output, for the BatchNorm behind it."""
-        width = change.shape[1]
-        weight = self.module.weight.detach().double().flatten(1).to(change.device) + change
-        mean = sums.inputs[-1, :width] / sums.count
-        covariance = sums.inputs[:width, :width] / sums.count - torch.outer(mean, mean)
-        return weight @ mean, ((weight @ covariance) * weight).sum(dim=1)
-
-
-def _ordinary(missing: Tensor, valid: Tensor) -> Tensor:
-    """Which positions count. A few that are larger by orders of magnitude (the first token of a causal model, on which attention rests:
-    Sun et al. 2024, arXiv 2402.17762) would be fitted at the expense of all others.
-
-    Args:
-        missing: shape (N, D).
-        valid: shape (N,), False for padding.
-    """
-    size = missing.square().sum(dim=1)
-    median = size[valid].median() if bool(valid.any()) else 0.0
-    return size <= _OUTLIER * median if median > 0 else torch.ones_like(valid)
-
-
-def _find_endings(host: Host, watched: Sequence[_Watch], inputs: Mapping[str, Any]) -> None:
+def _find_endings(host: Host, watched: Sequence[SiteFit], inputs: Mapping[str, Any]) -> None:
     """Find how the blocks at the sites end, by running each of them by itself."""
     blocks = list(dict.fromkeys(block for watch in watched for block in (watch.kept, watch.last)))
     calls: dict[nn.Module, tuple[Any, Any]] = {}
@@ -309,20 +127,64 @@ def _find_endings(host: Host, watched: Sequence[_Watch], inputs: Mapping[str, An
         watch.settle([found[watch.kept], found[watch.last]])
 
 
+def _is_before(removed: Mapping[str, Sequence[int]], name: str, index: int, watch: SiteFit) -> bool:
+    """Whether a removed block runs before the kept block of a site."""
+    names = list(removed)
+    place, other = names.index(name), names.index(watch.site.stack)
+    return place < other or (place == other and index < watch.site.kept)
+
+
+def _look(
+    host: Host,
+    watched: Sequence[SiteFit],
+    watch: SiteFit,
+    before: Sequence[tuple[Stack, int]],
+    healed: Sequence[tuple[SiteFit, Healing]],
+    dataloader: Iterable[Any],
+    max_samples: int,
+) -> Any:
+    """Watch one site over this process's data."""
+    seen = 0
+    with evaluating(host.root):
+        for inputs in calibration_inputs(host, dataloader, max_samples):
+            if seen == 0 and watch is watched[0]:
+                _find_endings(host, watched, cut(dict(inputs), 2))
+            if watch.reason is None:
+                _pass(host, watch, before, healed, inputs)
+                watch.take(padding_mask(host, watch.stack, inputs), seen)
+            seen += batch_size(inputs)
+    return watch.reason, watch.sums, watch.held, watch.endings
+
+
 def _enough(module: nn.Module, args: Any, output: Any) -> None:
     raise _EnoughError
 
 
-def _pass(host: Host, watched: Sequence[_Watch], inputs: Mapping[str, Any], first: int) -> None:
-    if not watched:
-        return
-    handles = [handle for watch in watched for handle in watch.hooks()]
-    # nothing behind the last removed block is needed; stacks are in forward order
-    handles.append(watched[-1].last.register_forward_hook(_enough))
+def _pass(
+    host: Host,
+    watch: SiteFit,
+    before: Sequence[tuple[Stack, int]],
+    healed: Sequence[tuple[SiteFit, Healing]],
+    inputs: Mapping[str, Any],
+) -> None:
+    """Run the model on one batch up to the last removed block; what changes before the site calls for another run, up to the kept one."""
+    # hooks run in the order in which they are made: the pass ends when all has been noted
+    handles = [*watch.hooks("last"), *(() if before else watch.hooks("kept")), watch.last.register_forward_hook(_enough)]
     with _hooked(handles), suppress(_EnoughError):
         forward(host, inputs, without_cache=True)
-    for watch in watched:
-        watch.take(padding_mask(host, watch.stack, inputs), first)
+    if not before:
+        return
+    with ExitStack() as inside:
+        undo = Transaction()
+        inside.callback(undo.roll_back)
+        for earlier, healing in healed:
+            apply_healing(healing, earlier.kept, undo)
+        for stack, index in before:
+            # not all of them need run before the site: a model of texts and images has two towers
+            inside.enter_context(skipped(stack, index, must_run=False))
+        inside.enter_context(_hooked([*watch.hooks("kept"), watch.kept.register_forward_hook(_enough)]))
+        with suppress(_EnoughError):
+            forward(host, inputs, without_cache=True)
 
 
 @contextmanager
@@ -332,14 +194,6 @@ def _hooked(handles: Sequence[Any]) -> Any:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _total(parts: Sequence[RidgeSums | None]) -> RidgeSums | None:
-    found = [part for part in parts if part is not None]
-    total = found[0] if found else None
-    for part in found[1:]:
-        total = total + part  # type: ignore[operator]
-    return total
 
 
 def _refit_norm(norm: nn.Module, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:

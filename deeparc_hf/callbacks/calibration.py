@@ -56,8 +56,11 @@ class Calibration:
         """The most samples that this process looks at."""
         return math.ceil(self._config.calibration_samples / process_count())
 
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches()
+
     def batches(self) -> Iterator[Any]:
-        """This process's share of the batches."""
+        """This process's share of the batches, from the start each time."""
         count, index = process_count(), process_index()
         data = self._data
         if not self._is_dataset:

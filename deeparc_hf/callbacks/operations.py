@@ -175,7 +175,7 @@ class Operations:
             record, self.healings = apply_healed(
                 self.model,
                 plan,
-                self._calibration.batches(),
+                self._calibration,
                 optimizer=self._optimizer,
                 example=self._example(),
                 transaction=undo,

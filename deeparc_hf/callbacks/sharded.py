@@ -51,5 +51,5 @@ def prune_before_sharding(
     source = Calibration(calibration, None, args.train_batch_size, config)
     plan = compare_blocks(model, source.batches(), config, progress=args.process_index == 0, gather=gather, max_samples=source.samples)
     plan = PruningPlan.from_dict(agree(plan.to_dict))
-    apply_healed(model, plan, source.batches(), example=source.example, gather=gather, max_samples=source.samples)
+    apply_healed(model, plan, source, example=source.example, gather=gather, max_samples=source.samples)
     return plan
