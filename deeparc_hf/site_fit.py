@@ -21,7 +21,7 @@ __all__ = ["SiteFit"]
 _EACH = 5  # each fifth sample is held out
 _ZEROS = 0.02  # share of zeros from which on a map is taken for a sparse one, whatever the record says
 _RESERVOIR = 8192  # most held-out positions on which the block's output is compared
-_OUTLIER = 1000.0  # times the median squared size of what is missing, from which on a position is left out
+_MOST = 100.0  # positions of median size that a larger one counts for at most
 
 
 class SiteFit:
@@ -124,18 +124,19 @@ class SiteFit:
         usable = scale.abs() > 1e-6 * scale.abs().max()
         inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
         missing = (sums[1].double() - sums[0].double()) * inverse
-        valid &= _ordinary(missing, valid)
+        weights = _weights(missing, valid)
         for part in (False, True):
             pick = valid & (chosen == part)
             if not bool(pick.any()):
                 continue
             chosen_x = x if bool(pick.all()) else x[pick]
             inputs = nn.functional.pad(chosen_x, (0, 1), value=1.0) if self.has_intercept else chosen_x
-            found = RidgeSums.of(inputs, missing[pick])
+            wanted, weight = missing[pick], torch.ones_like(inputs[:, :1]) if weights is None else weights[pick, None]
+            found = RidgeSums.of(inputs, wanted) if weights is None else RidgeSums.of(inputs * weight.sqrt(), wanted * weight.sqrt())
             known = self.sums[part]
             self.sums[part] = found if known is None else known + found
             if part:
-                self._keep(inputs, sums[0][pick], outputs[0][pick], outputs[1][pick])
+                self._keep(inputs, sums[0][pick], outputs[0][pick], outputs[1][pick], weight)
 
     def _keep(self, *held: Tensor) -> None:
         """Keep held-out positions to compare the block's output on: each so many of every batch, fewer as more come."""
@@ -178,35 +179,40 @@ class SiteFit:
         final = None if ending.final is None else self.last.get_submodule(ending.final)
         before = after = 0.0
         with torch.no_grad():
-            for inputs, kept_sum, kept_output, target in held:
+            for inputs, kept_sum, kept_output, target, weight in held:
                 changed = kept_sum.double() + (inputs.double() @ change) * self.endings[0].scale.cpu()
                 if final is not None:
                     device = next(self.last.parameters())
                     changed = final(changed.float().to(device)).cpu().double()
-                before += float((kept_output.double() - target.double()).square().sum())
-                after += float((changed - target.double()).square().sum())
+                before += float((weight * (kept_output.double() - target.double()).square()).sum())
+                after += float((weight * (changed - target.double()).square()).sum())
         return after / before if before > 0 else 1.0
 
     def _statistics(self, sums: RidgeSums, change: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the changed map's output, for the BatchNorm behind it."""
         width = change.shape[1]
         weight = self.module.weight.detach().double().flatten(1).to(change.device) + change
-        mean = sums.inputs[-1, :width] / sums.count
-        covariance = sums.inputs[:width, :width] / sums.count - torch.outer(mean, mean)
+        total = sums.inputs[-1, -1]  # of the constant 1
+        mean = sums.inputs[-1, :width] / total
+        covariance = sums.inputs[:width, :width] / total - torch.outer(mean, mean)
         return weight @ mean, ((weight @ covariance) * weight).sum(dim=1)
 
 
-def _ordinary(missing: Tensor, valid: Tensor) -> Tensor:
-    """Which positions count. A few that are larger by orders of magnitude (the first token of a causal model, on which attention rests:
-    Sun et al. 2024, arXiv 2402.17762) would be fitted at the expense of all others.
+def _weights(missing: Tensor, valid: Tensor) -> Tensor | None:
+    """How much each position counts, shape (N,); None: all alike.
+
+    In some models a few positions are larger by orders of magnitude (the first token of a causal model, on which attention rests: Sun et
+    al. 2024, arXiv 2402.17762). Their squares would leave the others no say; without them attention would lose its rest: they count less.
 
     Args:
         missing: shape (N, D).
         valid: shape (N,), False for padding.
     """
+    if not bool(valid.any()):
+        return None
     size = missing.square().sum(dim=1)
-    median = size[valid].median() if bool(valid.any()) else 0.0
-    return size <= _OUTLIER * median if median > 0 else torch.ones_like(valid)
+    most = _MOST * size[valid].median()
+    return (most / size).clamp(max=1.0) if 0 < most < size[valid].max() else None
 
 
 def _total(parts: Sequence[RidgeSums | None]) -> RidgeSums | None:

@@ -10,8 +10,11 @@ import transformers as tf
 
 from deeparc_hf import find_stacks, heal_model, remove_blocks
 from deeparc_hf.architectures import describe
+from deeparc_hf.endings import Ending
 from deeparc_hf.errors import CalibrationError
 from deeparc_hf.healing import fit_sites
+from deeparc_hf.site_fit import SiteFit
+from deeparc_hf.sites import Site
 
 from .zoo import ZOO, spread
 
@@ -137,3 +140,33 @@ def test_the_share_that_is_left_is_of_every_batch():
     before, after, target = outputs
     share = ((after - target).square().sum() / (before - target).square().sum()).item()
     assert healing.held_out == pytest.approx(share, rel=0.05)
+
+
+def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
+    """Planted: the first position of each sample is sent far away, the others through a linear map; weights written out by hand."""
+    model = ZOO["llama"].model()
+    host, _, stacks = describe(model)
+    site = SiteFit(host, stacks[LAYERS], Site(LAYERS, 2, (3,)))
+    width, size = model.config.hidden_size, model.config.intermediate_size
+    site.endings = [Ending("mlp.down_proj", None, None, torch.ones(width))] * 2
+    generator = torch.Generator().manual_seed(0)
+    planted = torch.randn(width, size, generator=generator, dtype=torch.float64)
+    xs, kepts, targets = [], [], []
+    for batch in range(10):
+        x, kept, noise = (torch.randn(8, 20, n, generator=generator, dtype=torch.float64) for n in (size, width, width))
+        missing = x @ planted.T + noise
+        missing[:, 0] = 1e4
+        site.seen = {"x": x, "kept output": kept.float(), "last output": (kept + missing).float()}
+        site.take(None, 8 * batch)
+        xs, kepts, targets = [*xs, x.flatten(0, 1)], [*kepts, kept.flatten(0, 1)], [*targets, missing.flatten(0, 1)]
+    healing = site.finish([(None, site.sums, site.held, site.endings)])
+    weight = torch.cat([(100 * m.square().sum(1).median() / m.square().sum(1)).clamp(max=1) for m in targets])[:, None]
+    x, missing = torch.cat(xs), torch.cat(targets)
+    fit = torch.arange(80).repeat_interleave(20) % 5 != 4
+    expected = ridge((x * weight.sqrt())[fit], (missing * weight.sqrt())[fit], healing.strength)
+    torch.testing.assert_close(healing.change, expected, atol=1e-4, rtol=1e-4)
+    held = weight * (missing - x @ expected.T).square(), weight * missing.square()
+    assert healing.held_out == pytest.approx(float(held[0][~fit].sum() / held[1][~fit].sum()), rel=1e-4)
+    assert int((weight < 1).sum()) == 80
+    plain = ridge(x[fit], missing[fit], healing.strength)
+    assert (expected - planted).square().sum() < 0.1 * (plain - planted).square().sum()
