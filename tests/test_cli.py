@@ -29,7 +29,7 @@ def test_help_renders(capsys, arguments):
     text = capsys.readouterr().out
     assert f"usage: {' '.join(['deeparc', *arguments])}" in text
     if arguments == ["prune"]:  # choices come from the registry, help texts from the settings
-        assert "{cka,cka_biased,cosine}" in text
+        assert "{cka,cka_biased,cosine,effect}" in text
         assert "Stride of removal" in text
 
 

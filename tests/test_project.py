@@ -210,7 +210,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     tiny_checkpoint(tmp_path / "bert", tiny_emotions(tmp_path / "emotion"))
     snippets = _SNIPPET.findall(README.read_text("utf-8"))
-    assert len(snippets) == README.read_text("utf-8").count("```python") == 9
+    assert len(snippets) == README.read_text("utf-8").count("```python") == 10
     namespace: dict[str, object] = {}
     for snippet in snippets:
         local = snippet.replace("google-bert/bert-base-uncased", "bert").replace("dair-ai/emotion", "emotion")
@@ -219,6 +219,9 @@ def test_readme_snippets_run(tmp_path, monkeypatch, one_thread):
             assert namespace["plan"].num_kept == 8
         if "num_hidden_layers" in snippet:
             assert namespace["model"].config.num_hidden_layers == 8
+        if "distill" in snippet:
+            taught = deeparc_hf.PrunedConfig.from_pretrained("runs/taught").iterations[-1]
+            assert taught["settings"]["distill"]["alpha"] == 0.5 and {"before", "removed", "healed", "retrained"} == set(taught["stages"])
         if "WandaCallback" in snippet:
             sparse = deeparc_hf.PrunedConfig.from_pretrained("runs/sparse")
             assert len(sparse.kept["bert.encoder.layer"]) == 8 and len(sparse.sparsity["matrices"]) == 48

@@ -15,7 +15,7 @@ from deeparc_hf.errors import ConfigError
 
 from .test_resume import blocks, equal, scripted
 from .test_resume_families import images
-from .trainers import arguments, pruning, text_data, train
+from .trainers import arguments, pruning, text_data, train, without_stages
 from .zoo import ZOO
 
 
@@ -238,7 +238,7 @@ def test_saving_by_steps_and_evaluating_by_epochs(tmp_path):
         again = tmp_path / f"again-{step}"
         shutil.copytree(tmp_path / "whole", again)
         model, callback = go(again, str(again / f"checkpoint-{step}"))
-        assert equal(whole.state_dict(), model.state_dict()) and callback.record == first.record, step
+        assert equal(whole.state_dict(), model.state_dict()) and without_stages(callback.record) == without_stages(first.record), step
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,7 @@ FULL = Progress(
     frozen={"enc": [0]},
     base_frozen={"enc": [1, 2]},
     snapshot="step-24",
+    teacher="step-16",
     attempts=[{"name": "before pruning", "evaluations": [{"step": 8, "epoch": 1.0, "metrics": {"eval_loss": 0.5}}]}],
 )
 
