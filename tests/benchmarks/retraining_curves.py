@@ -1,8 +1,9 @@
 r"""Does retraining take fewer epochs after healing? Accuracy of a classifier of texts at each half epoch of retraining, plain and healed.
 
-A run is named KIND:EPOCHS, where KIND is plain, healed (`heal_model` on training texts, right after the removal) or unpruned (nothing is
-removed, for comparison). Each run is a stock Trainer's, with a warm-up and a linear decay of its own, and the same seed. Their last
-evaluations are compared on the same held-out texts; the first two runs can be repeated with more seeds.
+A run is named KIND:EPOCHS, where KIND is plain, healed (`heal_model` on training texts, right after the removal), taught (healed, and
+taught by the unpruned model, both by `MPruneCallback`) or unpruned (nothing is removed, for comparison). Each run is a stock Trainer's, with
+a warm-up and a linear decay of its own, and the same seed. Their last evaluations are compared on the same held-out texts; the first two
+runs can be repeated with more seeds.
 
     python -m tests.benchmarks.retraining_curves --model DIR --train train.csv --heldout test.csv --remove 2,3,4 --output FOLDER \
         --name "MiniLM on emotion"
@@ -25,7 +26,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from deeparc_hf import find_stacks, heal_model, remove_blocks
+from deeparc_hf import MPruneCallback, find_stacks, heal_model, remove_blocks
 from deeparc_hf.record import package_versions
 from deeparc_hf.report import hardware, wilson_interval
 
@@ -89,7 +90,7 @@ def prepared(args: argparse.Namespace, kind: str, train: Texts, curve: Curve) ->
     """The model that a run begins with."""
     load = tf.AutoModelForSequenceClassification.from_pretrained
     model = load(args.model)
-    if kind == "unpruned":
+    if kind in ("unpruned", "taught"):
         return model
     remove_blocks(model, {next(iter(find_stacks(model))): [int(block) for block in args.remove.split(",")]})
     if kind == "healed":
@@ -97,6 +98,16 @@ def prepared(args: argparse.Namespace, kind: str, train: Texts, curve: Curve) ->
         curve.sites = [str(site) for site in heal_model(model, original, train.batches(args.samples), samples=args.samples)]
         curve.healing_seconds = time.perf_counter() - start
     return model
+
+
+def taught(args: argparse.Namespace, model: nn.Module) -> MPruneCallback:
+    """The callback that removes the blocks at once, heals, and has the unpruned model teach."""
+    stack = next(iter(find_stacks(model)))
+    removed = {int(block) for block in args.remove.split(",")}
+    stay = [f"{stack}.{index}" for index in range(len(find_stacks(model)[stack])) if index not in removed]
+    teacher = {"alpha": args.alpha, "temperature": args.temperature, "hidden": args.hidden}
+    settings = {"num_blocks": len(stay), "protect": stay, "heal": "lstsq", "calibration_samples": args.samples, "retrain_epochs": 1}
+    return MPruneCallback(**settings, distill=teacher)
 
 
 def retrain(args: argparse.Namespace, run: str, seed: int, train: Texts, heldout: Texts) -> Curve:
@@ -129,6 +140,7 @@ def retrain(args: argparse.Namespace, run: str, seed: int, train: Texts, heldout
         use_cpu=True,
         seed=seed,
     )
+    callbacks = [taught(args, model)] if kind == "taught" else []
     trainer = tf.Trainer(
         model,
         settings,
@@ -136,13 +148,14 @@ def retrain(args: argparse.Namespace, run: str, seed: int, train: Texts, heldout
         train_dataset=train.rows,
         eval_dataset=heldout.rows,
         compute_metrics=scores,
+        callbacks=callbacks,
     )
     start = time.perf_counter()
     trainer.train()
     curve.seconds = time.perf_counter() - start
     n = len(heldout.rows)
     for entry in trainer.state.log_history:
-        if "eval_accuracy" in entry:
+        if "eval_accuracy" in entry and not (callbacks and entry["step"] == 0):  # the callback removes the blocks after that one
             low, high = wilson_interval(round(entry["eval_accuracy"] * n), n)
             curve.points.append(Point(entry["step"] / steps, entry["eval_accuracy"], low, high, entry["eval_loss"]))
     return curve
@@ -207,6 +220,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="training texts; default: all. Rounded down so that half epochs are whole steps")
     parser.add_argument("--heldout-rows", type=int, help="default: all")
     parser.add_argument("--samples", type=int, default=2000, help="training texts that healing is fitted on")
+    parser.add_argument("--alpha", type=float, default=0.5, help="of a taught run")
+    parser.add_argument("--temperature", type=float, default=2.0, help="of a taught run")
+    parser.add_argument("--hidden", type=float, default=0.0, help="of a taught run")
     parser.add_argument("--max-steps", type=int, default=-1, help="to try the script")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more-seeds", type=int, nargs="*", default=[], help="repeat the first two runs with these seeds of training")
