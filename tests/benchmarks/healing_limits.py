@@ -9,8 +9,8 @@ r"""What limits healing in ResNet bottlenecks: the same sites refitted in five w
   checkpoint could hold: how much the narrow input costs.
 
 Reported: squared error of the block's output left on training images that were not fitted on and on the held-out images, and the
-held-out accuracy. With --remove several blocks go at once, and their sites are fitted on what the unpruned model puts out, as
-`heal_model` does it, or one after another: each on what the model gives it with the blocks before it removed and healed.
+held-out accuracy. With --remove several blocks go at once, and their sites are fitted on what the unpruned model puts out, or one after
+another, as `heal_model` does it: each on what the model gives it with the blocks before it removed and healed.
 
     python -m tests.benchmarks.healing_limits --model DIR --train train.parquet --heldout test.parquet --image-size 64 --output FOLDER \
         --name NAME --remove stages.1:1,3+stages.2:3

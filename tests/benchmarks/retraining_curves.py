@@ -1,9 +1,9 @@
 r"""Does retraining take fewer epochs after healing? Accuracy of a classifier of texts at each half epoch of retraining, plain and healed.
 
 A run is named KIND:EPOCHS, where KIND is plain, healed (`heal_model` on training texts, right after the removal), taught (healed, and
-taught by the unpruned model, both by `MPruneCallback`) or unpruned (nothing is removed, for comparison). Each run is a stock Trainer's, with
-a warm-up and a linear decay of its own, and the same seed. Their last evaluations are compared on the same held-out texts; the first two
-runs can be repeated with more seeds.
+taught by the unpruned model, both by `MPruneCallback`) or unpruned (nothing is removed, for comparison). Each run is a stock Trainer's,
+with a warm-up and a linear decay of its own, and the same seed. Their last evaluations are compared on the same held-out texts; the first
+two runs can be repeated with more seeds.
 
     python -m tests.benchmarks.retraining_curves --model DIR --train train.csv --heldout test.csv --remove 2,3,4 --output FOLDER \
         --name "MiniLM on emotion"
