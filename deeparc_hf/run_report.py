@@ -141,7 +141,7 @@ def _markdown(data: Mapping[str, Any]) -> str:
             stages,
             _STAGES_TEXT,
         ]
-    if data["config"].get("distill"):
+    if tried and data["config"].get("distill"):
         taught = ", ".join(f"{key} {value}" for key, value in data["config"]["distill"].items() if value is not None)
         parts.append(f"The unpruned model taught during the retraining ({taught}).")
     for attempt in tried:
