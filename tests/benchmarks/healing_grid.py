@@ -217,7 +217,7 @@ def main() -> None:
     total = sum(map(len, stacks.values())) if images else len(next(iter(stacks.values())))
     original = subject.measure(model)
     lines = [f"| removed of {total} | {metric}, plain | {metric}, healed | squared error left at each site (%) |"]
-    lines += ["| --- | ---: | ---: | ---: |", f"| none | {_shown(original)} | | |"]
+    lines += ["| --- | ---: | ---: | ---: |", f"| none | {shown(original)} | | |"]
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for removal in removals(args, subject):
@@ -227,7 +227,7 @@ def main() -> None:
         healings = heal_model(pruned, model, subject.calibration, samples=args.samples)
         healed = subject.measure(pruned)
         left = ", ".join("-" if h.reason else f"{100 * h.held_out:.1f}" for h in healings)
-        lines.append(f"| {removal} | {_shown(plain)} | {_shown(healed)} | {left} |")
+        lines.append(f"| {removal} | {shown(plain)} | {shown(healed)} | {left} |")
         rows.append({"removed": removal.to_json(), "plain": plain, "healed": healed, "sites": [h.to_dict() for h in healings]})
         if images:
             rows[-1]["chosen"] = removal.chosen
@@ -245,10 +245,10 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"healing_{args.name.lower().replace(' ', '_')}"
     stem.with_suffix(".json").write_text(json.dumps({"facts": facts, "original": original, "rows": rows}, indent=1) + "\n")
-    shown = "\n".join(f"- {key}: {value}" for key, value in facts.items())
+    listed = "\n".join(f"- {key}: {value}" for key, value in facts.items())
     if images:
         lines += ["", *(notes or ["Nowhere does healing leave more than half of a loss of 5 points or more, and no site is left alone."])]
-    text = f"# Healing {args.name}\n\nRight after the removal, without any retraining.\n\n" + "\n".join(lines) + f"\n\n{shown}\n"
+    text = f"# Healing {args.name}\n\nRight after the removal, without any retraining.\n\n" + "\n".join(lines) + f"\n\n{listed}\n"
     stem.with_suffix(".md").write_text(text)
 
 
@@ -260,7 +260,8 @@ def _notes(removal: Removal, original: float, plain: float, healed: float, heali
     return [f"- {removal}: {healing}" for healing in healings if healing.reason]
 
 
-def _shown(values: Measured) -> str:
+def shown(values: Measured) -> str:
+    """A metric with its interval, and the loss where it is measured."""
     digits = 4 if values[0] <= 1 else 1
     loss = "".join(f", loss {loss:.3f}" for loss in values[3:])
     return f"{values[0]:.{digits}f} ({values[1]:.{digits}f} .. {values[2]:.{digits}f}){loss}"
