@@ -33,7 +33,6 @@ from .sites import Site
 
 __all__ = ["Distillation", "make_teacher"]
 
-_NOT_FOR_TEACHER = ("num_items_in_batch", "shift_labels")
 _FOLLOWS = 0.05  # relative change of the loss with num_items_in_batch from which on it is taken to follow it
 
 
@@ -91,6 +90,8 @@ class Distillation:
     # ---- what the hooks call ----
 
     def before(self, module: nn.Module) -> None:
+        if module is not self._model():
+            return
         self._seen = {}
         self._listening = bool(self._sites) and module.training
 
@@ -105,6 +106,11 @@ class Distillation:
         loss = _loss_of(output)
         if loss is None:
             return None
+        if not isinstance(output, Mapping):
+            raise ConfigError(
+                f"{type(module).__name__} puts out a tuple, which does not say what is a logit. Set model.config.return_dict = True, or "
+                "leave distill out."
+            )
         inputs = _named(module, args, kwargs)
         term = self._term(inputs, output)
         if not term.requires_grad:
@@ -125,7 +131,7 @@ class Distillation:
         if self._config.alpha:
             ours, theirs = (heads_of(self._host, given, inputs) for given in (output, taught))
             parts = [
-                divergence(o, t, self._config.temperature).mean() * (1.0 if t.kind == "values" else self._config.temperature**2)
+                _mean(divergence(o, t, self._config.temperature)) * (1.0 if t.kind == "values" else self._config.temperature**2)
                 for o, t in zip(ours, theirs, strict=True)
             ]
             term = self._config.alpha * torch.stack(parts).mean()
@@ -136,8 +142,9 @@ class Distillation:
 
     def _ask(self, inputs: Mapping[str, Any], **more: Any) -> Any:
         """What the teacher puts out."""
-        given = {key: value for key, value in inputs.items() if key not in _NOT_FOR_TEACHER}
-        given = {key: self._cast(value) for key, value in (given if more else without_labels(self._host, given)).items()}
+        given = {key: self._cast(value) for key, value in inputs.items() if key != "num_items_in_batch"}
+        if not more:
+            given = {key: value for key, value in without_labels(self._host, given).items() if key != "shift_labels"}
         if "use_cache" in inspect.signature(type(self._teacher).forward).parameters:
             given["use_cache"] = False
         ran: list[bool] = []
@@ -169,8 +176,10 @@ class Distillation:
         if items is None or mask is None:
             return 1.0
         if self._follows_items is None:
-            once, more = (float(_loss_of(self._ask(inputs, num_items_in_batch=items * factor))) for factor in (1, 4))
-            self._follows_items = abs(once - more) > _FOLLOWS * abs(once) if once else None
+            losses = [_loss_of(self._ask(inputs, num_items_in_batch=items * factor)) for factor in (1, 4)]
+            once, more = (float("nan") if loss is None else float(loss) for loss in losses)
+            # a loss of 0, or of no label at all, tells nothing
+            self._follows_items = abs(once - more) > _FOLLOWS * abs(once) if abs(once) > 0 else None
         return mask.sum() / items if self._follows_items else 1.0
 
     def _hidden_distance(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -190,7 +199,7 @@ class Distillation:
             if mask is not None and mask.shape == far.shape:
                 mask = mask.to(far.device)
                 far = far[mask]
-            distances.append(far.mean())
+            distances.append(_mean(far))
         return torch.stack(distances).mean()
 
     def _arrived(self, gradient: Tensor) -> None:
@@ -240,10 +249,13 @@ def _loss_of(output: Any) -> Tensor | None:
 
 
 def _with_loss(output: Any, loss: Tensor) -> Any:
-    if isinstance(output, Mapping):
-        output["loss"] = loss.reshape(output["loss"].shape)  # type: ignore[index]
-        return output
-    return type(output)((loss.reshape(output[0].shape), *output[1:]))
+    output["loss"] = loss.reshape(output["loss"].shape)
+    return output
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean; 0 where there is nothing, as in a micro-batch in which no token has a label."""
+    return values.sum() / max(len(values), 1) if values.ndim == 1 else values.mean()
 
 
 def _named(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,10 @@ def heads_of(host: Host, output: Any, inputs: Mapping[str, Any]) -> list[Head]:
                 f"{type(host.root).__name__} puts out a {type(output).__name__} without logits or hidden states to compare. "
                 "Fused losses (Liger kernels) leave them out: switch these off."
             )
+        # a tuple (return_dict=False) begins with the logits, where the model has a head
+        if isinstance(output, (tuple, list)) and host.library == "transformers" and host.root.base_model is not host.root:
+            kind = _kind(config, "logits", value)
+            return [Head("logits", kind, _rows(host, value, inputs, kind))]
         distributes = host.library == "timm" and value.ndim == 2 and getattr(host.root, "num_classes", 0) > 1
         return [Head(str(name), "softmax" if distributes else "values", _rows(host, value, inputs, "values"))]
     return [Head(name, kind, _rows(host, value, inputs, kind)) for name, value in logits.items() if (kind := _kind(config, name, value))]
