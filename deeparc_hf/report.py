@@ -22,6 +22,7 @@ import torch
 from .errors import ConfigError, MissingDependencyError
 from .plan import PruningPlan, StackPlan
 from .record import package_versions
+from .sites import Healing, healing_text
 
 __all__ = [
     "Measurement",
@@ -253,6 +254,7 @@ def write_report(
     rows: Sequence[Measurement] = (),
     extra: Mapping[str, Any] | None = None,
     *,
+    healings: Sequence[Healing] = (),
     device: torch.device | str | None = None,
 ) -> None:
     """Write report.json and report.md into a folder, which is made if need be.
@@ -261,6 +263,7 @@ def write_report(
         plan: the plan that was carried out, or would be.
         rows: what was measured, oldest first.
         extra: more facts to report (name of the model, of the data), JSON types only.
+        healings: what became of each removal site.
         device: as in `hardware`.
     """
     folder = Path(folder)
@@ -269,6 +272,7 @@ def write_report(
         "format_version": FORMAT_VERSION,
         "plan": plan.to_dict(),
         "measurements": [row.to_dict() for row in rows],
+        "healing": [healing.to_dict() for healing in healings],
         "versions": package_versions(),
         "hardware": hardware(device),
         "extra": dict(extra or {}),
@@ -289,6 +293,8 @@ def _markdown(plan: PruningPlan, rows: Sequence[Measurement], data: Mapping[str,
     samples = f"{plan.samples:,} calibration samples" if plan.samples else "calibration samples whose number is not known"
     parts += ["## How the blocks were compared", f"By {plan.config.similarity} (rows: {plan.config.effective_rows}) on {samples}."]
     parts += [f"```text\n{plan}\n```"]
+    if data["healing"]:
+        parts += ["## Healing", "\n".join(f"- {healing_text(facts)}" for facts in data["healing"])]
     facts = {**data["extra"], **data["hardware"], **data["versions"]}
     parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
     return "\n\n".join(parts) + "\n"

@@ -16,6 +16,7 @@ from .config import MPruneConfig
 from .record import package_versions
 from .report import hardware
 from .schedule import Progress
+from .sites import healing_text
 
 __all__ = ["RUN_REPORT", "finite", "quality_text", "run_table", "stages_table", "structure_facts", "write_run_report", "write_whole"]
 
@@ -146,10 +147,13 @@ def _markdown(data: Mapping[str, Any]) -> str:
         parts.append(f"The unpruned model taught during the retraining ({taught}).")
     for attempt in tried:
         removed = "; ".join(f"{name}: {', '.join(map(str, blocks))}" for name, blocks in attempt["removed"].items())
-        parts.append(
+        said = [
             f"- {attempt['name']} (k={attempt['k']}, step {attempt['step']}) removed {removed}: "
             f"{attempt.get('decision') or 'no verdict yet'}{': ' + attempt['reason'] if attempt.get('reason') else ''}."
-        )
+        ]
+        # these are numbered as the model was right before the pruning
+        said += [f"  - Healing, blocks numbered as before this pruning: {healing_text(facts)}" for facts in attempt.get("healing", [])]
+        parts.append("\n".join(said))
     if data["zeroed_at"] is not None:
         parts.append(f"Weights were zeroed at step {data['zeroed_at']}: figures from there on are of a sparse model (sparsity_report.md).")
     facts = {**data["hardware"], **data["versions"]}

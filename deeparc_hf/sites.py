@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .endings import Ending
 
-__all__ = ["Healing", "Site", "sites_of"]
+__all__ = ["Healing", "Site", "healing_text", "sites_of"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,7 @@ class Site:
     removed: tuple[int, ...]
 
     def __str__(self) -> str:
-        blocks = f"{self.removed[0]}" if len(self.removed) == 1 else f"{self.removed[0]}-{self.removed[-1]}"
-        return f"{self.stack}: {blocks}"
+        return _name(self.stack, self.removed)
 
 
 @dataclass
@@ -51,15 +50,21 @@ class Healing:
     ending: Ending | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        if self.reason is not None:
-            return f"{self.site} is left as the removal leaves it: {self.reason}."
-        share = 0.0 if self.held_out is None else 100 * self.held_out
-        return f"{self.site} is healed: {share:.1f} % of its output's squared error remain on held-out samples (ridge {self.strength:g})."
+        return healing_text(self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without tensors."""
         facts = {"stack": self.site.stack, "kept": self.site.kept, "removed": list(self.site.removed)}
         return {**facts, "healed": self.reason is None, "reason": self.reason, "held_out": self.held_out, "strength": self.strength}
+
+
+def healing_text(facts: Mapping[str, Any]) -> str:
+    """What became of a site (`Healing.to_dict`), in a sentence."""
+    name = _name(facts["stack"], facts["removed"])
+    if not facts["healed"]:
+        return f"{name} is left as the removal leaves it: {facts['reason']}."
+    share = 100 * (facts["held_out"] or 0.0)
+    return f"{name} is healed: {share:.1f} % of its output's squared error remain on held-out samples (ridge {facts['strength']:g})."
 
 
 def sites_of(removed: Mapping[str, Sequence[int]]) -> list[Site]:
@@ -74,3 +79,7 @@ def sites_of(removed: Mapping[str, Sequence[int]]) -> list[Site]:
                 runs.append([index])
         sites += [Site(stack, run[0] - 1, tuple(run)) for run in runs if run[0] > 0]
     return sites
+
+
+def _name(stack: str, removed: Sequence[int]) -> str:
+    return f"{stack}: {removed[0]}" if len(removed) == 1 else f"{stack}: {removed[0]}-{removed[-1]}"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from deeparc_hf import PrunedConfig, PruningPlan, find_stacks
 from deeparc_hf.cli import main
+from deeparc_hf.sites import healing_text
 from deeparc_hf.sources import find_source, skeleton
 
 from . import cli_tools
@@ -214,10 +215,14 @@ def test_prune_heals_where_asked(capsys, checkpoints, data, tmp_path):
     saved = []
     for name, more in (("plain", ()), ("healed", ("--heal", "lstsq"))):
         out = tmp_path / name
-        code, _, _ = run(capsys, "prune", checkpoints / "bert", "--data", data / "d.csv", "--num-blocks", "3", *more, "-o", out)
+        code, said, _ = run(capsys, "prune", checkpoints / "bert", "--data", data / "d.csv", "--num-blocks", "3", *more, "-o", out)
         assert code == 0
         saved.append(AutoModelForSequenceClassification.from_pretrained(out).state_dict())
     (site,) = PrunedConfig.from_pretrained(tmp_path / "healed").iterations[-1]["healing"]
+    text = healing_text(site)
+    assert f"Healing: {text}\n" in said and f"## Healing\n\n- {text}\n" in (tmp_path / "healed" / "report.md").read_text()
+    assert json.loads((tmp_path / "healed" / "report.json").read_text())["healing"] == [site]
+    assert "Healing" not in (tmp_path / "plain" / "report.md").read_text()
     changed = {key for key, value in saved[0].items() if not torch.equal(value, saved[1][key])}
     assert bool(changed) == site["healed"]
     assert all(f".{site['kept']}.output." in key for key in changed)

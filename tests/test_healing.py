@@ -13,7 +13,7 @@ from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError, SurgeryError
 from deeparc_hf.healing import fit_sites
 from deeparc_hf.ridge import RidgeSums, solve
-from deeparc_hf.sites import Site, sites_of
+from deeparc_hf.sites import Site, healing_text, sites_of
 
 from .test_resume import equal, scripted
 from .trainers import train
@@ -279,6 +279,8 @@ def test_a_trainer_heals_and_resumes(tmp_path):
 
     whole, callback = run(tmp_path)
     assert [len(attempt["healing"]) for attempt in callback.attempts[1:]] == [1, 1]
+    report = (tmp_path / "pruning_report.md").read_text()
+    assert all(healing_text(attempt["healing"][0]) in report for attempt in callback.attempts[1:])
     for step in (8, 16):
         resumed, _ = run(tmp_path, str(tmp_path / f"checkpoint-{step}"))
         assert equal(whole.state_dict(), resumed.state_dict())

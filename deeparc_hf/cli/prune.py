@@ -15,6 +15,7 @@ from .options import common_options, data_options, given_settings, output_option
 if TYPE_CHECKING:
     from ..config import MPruneConfig
     from ..plan import PruningPlan
+    from ..sites import Healing
 
 __all__ = ["add"]
 
@@ -98,21 +99,24 @@ def _prune(args: argparse.Namespace) -> int:
         say(_nothing_to_remove(plan))
     removed = sum(stack.facts.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
     after = before - removed
+    healings: list[Healing] = []
     if plan.removed and not args.dry_run:
-        apply_healed(model, plan, batches, example=next(iter(batches)))
+        _, healings = apply_healed(model, plan, batches, example=next(iter(batches)))
+        for healing in () if args.json else healings:
+            print(f"Healing: {healing}")
         after = count_parameters(model)
     files: list[str] = []
     if out is not None:
         with whole_folder(out) as folder:
             if not args.dry_run:
                 save(model, processor, folder)
-            _write_findings(folder, plan, args, before, after, device)
+            _write_findings(folder, plan, args, before, after, device, healings)
             files = sorted(path.name for path in folder.iterdir())
-    _show(args, plan, before, after, files)
+    _show(args, plan, before, after, files, healings)
     return 0
 
 
-def _show(args: argparse.Namespace, plan: PruningPlan, before: int, after: int, files: list[str]) -> None:
+def _show(args: argparse.Namespace, plan: PruningPlan, before: int, after: int, files: list[str], healings: Sequence[Healing]) -> None:
     if args.json:
         result = {
             "model": args.model,
@@ -122,6 +126,7 @@ def _show(args: argparse.Namespace, plan: PruningPlan, before: int, after: int, 
             "files": files,
             "parameters": {"before": before, "after": after},
             "plan": plan.to_dict(),
+            "healing": [healing.to_dict() for healing in healings],
         }
         print(json.dumps(result, indent=1))
     else:
@@ -129,7 +134,9 @@ def _show(args: argparse.Namespace, plan: PruningPlan, before: int, after: int, 
         print(f"written to {args.out}: {', '.join(files)}" if files else "dry run: nothing was written")
 
 
-def _write_findings(folder: Path, plan: PruningPlan, args: argparse.Namespace, before: int, after: int, device: Any) -> None:
+def _write_findings(
+    folder: Path, plan: PruningPlan, args: argparse.Namespace, before: int, after: int, device: Any, healings: Sequence[Healing]
+) -> None:
     """The plan, the report, and the heatmap where matplotlib is installed."""
     from ..report import Measurement, save_heatmap, write_report
 
@@ -146,7 +153,7 @@ def _write_findings(folder: Path, plan: PruningPlan, args: argparse.Namespace, b
         ),
     ]
     plan.to_json(folder / PLAN_FILE)
-    write_report(folder, plan, rows, public_names(args), device=device)
+    write_report(folder, plan, rows, public_names(args), healings=healings, device=device)
     try:
         save_heatmap(plan, folder / HEATMAP_FILE)
     except MissingDependencyError as error:
