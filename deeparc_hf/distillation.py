@@ -28,7 +28,7 @@ from .config import DistillConfig
 from .errors import ConfigError, SurgeryError
 from .heads import divergence
 from .observe import hidden_states
-from .outputs import heads_of, label_mask
+from .outputs import heads_of, is_logits, label_mask
 from .sites import Site
 
 __all__ = ["Distillation", "make_teacher"]
@@ -110,6 +110,12 @@ class Distillation:
             raise ConfigError(
                 f"{type(module).__name__} puts out a tuple, which does not say what is a logit. Set model.config.return_dict = True, or "
                 "leave distill out."
+            )
+        if not any(is_logits(name) for name, value in output.items() if value is not None):
+            raise ConfigError(
+                f"{type(module).__name__} puts out no logits in this training, so there is nothing to compare with the teacher's: its loss "
+                "is fused with its head (TRL's SFTTrainer, Liger kernels). Train with the stock Trainer, without such a kernel, or leave "
+                "distill out."
             )
         inputs = _named(module, args, kwargs)
         term = self._term(inputs, output)

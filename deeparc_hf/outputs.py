@@ -15,7 +15,7 @@ from .batches import padding_masks
 from .errors import CalibrationError
 from .heads import Head
 
-__all__ = ["heads_of", "label_mask", "shifts_labels"]
+__all__ = ["heads_of", "is_logits", "label_mask", "shifts_labels"]
 
 IGNORED = -100  # torch's and transformers' label of positions that do not count
 
@@ -34,7 +34,7 @@ def heads_of(host: Host, output: Any, inputs: Mapping[str, Any]) -> list[Head]:
         CalibrationError: if there is no tensor in the output.
     """
     entries = _entries(output)
-    logits = {name: value for name, value in entries.items() if name == "logits" or name.endswith("_logits") or name.startswith("logits_")}
+    logits = {name: value for name, value in entries.items() if is_logits(name)}
     config = getattr(host.root, "config", None)
     if not logits:
         name, value = next(iter(entries.items()), (None, None))
@@ -50,6 +50,11 @@ def heads_of(host: Host, output: Any, inputs: Mapping[str, Any]) -> list[Head]:
         distributes = host.library == "timm" and value.ndim == 2 and getattr(host.root, "num_classes", 0) > 1
         return [Head(str(name), "softmax" if distributes else "values", _rows(host, value, inputs, "values"))]
     return [Head(name, kind, _rows(host, value, inputs, kind)) for name, value in logits.items() if (kind := _kind(config, name, value))]
+
+
+def is_logits(name: str) -> bool:
+    """Whether an entry of a model's output is called logits."""
+    return name == "logits" or name.endswith("_logits") or name.startswith("logits_")
 
 
 def shifts_labels(host: Host) -> bool:

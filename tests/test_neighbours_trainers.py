@@ -9,7 +9,7 @@ import transformers as tf
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from deeparc_hf import PrunedConfig
-from deeparc_hf.errors import UnsupportedModelError
+from deeparc_hf.errors import ConfigError, UnsupportedModelError
 
 from .test_neighbours import STEPS, TWICE, Notes, equal, is_reloaded_by_stock, weights
 from .trainers import ROWS, arguments, pruning, text_data, train
@@ -116,6 +116,33 @@ def test_sft_trainer(tmp_path):
     again = tf.AutoModelForCausalLM.from_pretrained(folder)
     prompt = tf.AutoTokenizer.from_pretrained(folder)(texts(2, 1), return_tensors="pt", return_token_type_ids=False)
     assert again.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape[1] == prompt["input_ids"].shape[1] + 3
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_trainers_with_a_loss_of_their_own_are_not_taught(tmp_path):
+    """TRL fuses the loss with the head, or takes it from the log-probabilities; sentence-transformers has loss modules."""
+    trl, st = pytest.importorskip("trl"), pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    settings = arguments(tmp_path, trl.SFTConfig, bf16=False, max_length=16, num_train_epochs=1)
+    data = datasets.Dataset.from_dict({"text": texts(1)})
+    callback = pruning(num_blocks=2, distill={"hidden": 0.1})
+    trainer = trl.SFTTrainer(ZOO["llama"].model(), settings, train_dataset=data, processing_class=tokenizer(), callbacks=[callback])
+    with pytest.raises(ConfigError, match=r"no logits in this training|has not reached the weights"):
+        trainer.train()
+    tokenizer().save_pretrained(tmp_path / "bert")
+    spread(tf.BertModel(tf.BertConfig(**TEXT))).save_pretrained(tmp_path / "bert")
+    model = st.SentenceTransformer(modules=[Transformer(str(tmp_path / "bert")), Pooling(TEXT["hidden_size"])], device="cpu")
+    trainer = st.SentenceTransformerTrainer(
+        model=model,
+        args=arguments(tmp_path, st.SentenceTransformerTrainingArguments, num_train_epochs=1),
+        train_dataset=datasets.Dataset.from_dict({"anchor": texts(1), "positive": texts(2)}),
+        loss=MultipleNegativesRankingLoss(model),
+        callbacks=[pruning(num_blocks=2, distill={})],
+    )
+    with pytest.raises(ConfigError, match="has not reached the weights"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("given", [False, True])
