@@ -35,7 +35,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-SETTINGS = {"settings": deeparc_hf.MPruneConfig, "sparsity": deeparc_hf.WandaConfig}
+SETTINGS = {"settings": deeparc_hf.MPruneConfig, "distillation": deeparc_hf.DistillConfig, "sparsity": deeparc_hf.WandaConfig}
 
 
 def settings_table(config: type) -> str:
@@ -114,7 +114,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_readme_tables_follow_the_code():
     text = README.read_text("utf-8")
-    assert {match[2] for match in _TABLE.finditer(text)} == {"settings", "families", "methods", "metrics", "sparsity"}
+    assert {match[2] for match in _TABLE.finditer(text)} == {"distillation", "settings", "families", "methods", "metrics", "sparsity"}
     assert text == with_tables(text), "write them anew: python -m tests.test_project"
 
 
