@@ -153,7 +153,7 @@ def _look(
                 _pass(host, watch, before, healed, inputs)
                 watch.take(padding_mask(host, watch.stack, inputs), seen)
             seen += batch_size(inputs)
-    return watch.reason, watch.sums, watch.held, watch.endings
+    return watch.reason, watch.sums, watch.held, watch.endings, watch.plain
 
 
 def _enough(module: nn.Module, args: Any, output: Any) -> None:

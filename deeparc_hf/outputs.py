@@ -45,11 +45,13 @@ def heads_of(host: Host, output: Any, inputs: Mapping[str, Any]) -> list[Head]:
             )
         # a tuple (return_dict=False) begins with the logits, where the model has a head
         if isinstance(output, (tuple, list)) and host.library == "transformers" and host.root.base_model is not host.root:
-            kind = _kind(config, "logits", value)
+            kind = _kind(config, "logits", value, inputs)
             return [Head("logits", kind, _rows(host, value, inputs, kind))]
         distributes = host.library == "timm" and value.ndim == 2 and getattr(host.root, "num_classes", 0) > 1
         return [Head(str(name), "softmax" if distributes else "values", _rows(host, value, inputs, "values"))]
-    return [Head(name, kind, _rows(host, value, inputs, kind)) for name, value in logits.items() if (kind := _kind(config, name, value))]
+    return [
+        Head(name, kind, _rows(host, value, inputs, kind)) for name, value in logits.items() if (kind := _kind(config, name, value, inputs))
+    ]
 
 
 def is_logits(name: str) -> bool:
@@ -90,8 +92,16 @@ def _entries(output: Any) -> dict[str, Tensor]:
     return {}
 
 
-def _kind(config: Any, name: str, value: Tensor) -> str:
-    problem = getattr(config, "problem_type", None)
+def _kind(config: Any, name: str, value: Tensor, inputs: Mapping[str, Any]) -> str:
+    problem, labels = getattr(config, "problem_type", None), inputs.get("labels")
+    if (
+        problem is None
+        and isinstance(labels, Tensor)
+        and labels.is_floating_point()
+        and labels.shape == value.shape
+        and value.shape[-1] > 1
+    ):
+        problem = "multi_label_classification"  # as transformers would note it in the config of the model that is given these labels
     if "mask" in name or (problem == "multi_label_classification" and value.ndim == 2):
         return "sigmoid"
     if value.ndim == 2 and (problem == "regression" or value.shape[1] == 1):

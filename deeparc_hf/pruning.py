@@ -111,7 +111,7 @@ def prune_model(
 ) -> PruningPlan:
     """`analyze`, then `apply_plan`: find redundant blocks and remove them, in place, all or nothing.
 
-    With `heal="lstsq"` each removal site is healed (see `heal_model`), which goes through the data a second time.
+    With `heal="lstsq"` each removal site is healed (see `heal_model`), which goes through the data once more for each site.
 
     Args:
         model, dataloader, config, progress, settings: as in `analyze`.
@@ -126,7 +126,7 @@ def prune_model(
     config = MPruneConfig.from_settings(config, settings)
     if config.heal is not None and isinstance(dataloader, Iterator):
         raise CalibrationError(
-            "heal goes through the calibration data a second time, and an iterator can be used once. Give a list of batches."
+            "heal goes through the calibration data again for each site, and an iterator can be used once. Give a list of batches."
         )
     seen: list[Any] = []
     plan = analyze(model, _noting_first(dataloader, seen), config, progress=progress)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,7 +73,14 @@ def _look(model: nn.Module, batches: Iterable[Any], max_samples: int) -> list[tu
     host = describe(model)[0]
     takes_cache = host.library == "transformers" and "use_cache" in inspect.signature(type(model).forward).parameters
     found = []
-    with evaluating(model):
+    config = getattr(host.root, "config", None)
+    noted = getattr(config, "problem_type", None)
+    with evaluating(model), ExitStack() as after:
+        if hasattr(config, "problem_type"):
+            after.callback(setattr, config, "problem_type", noted)  # some models note there what kind of labels they were given
+        torch.manual_seed(0)  # a collator that masks tokens at random masks the same each time
+        np.random.seed(0)
+        random.seed(0)
         for inputs in calibration_inputs(host, batches, max_samples):
             output = model(**inputs, **({"use_cache": False} if takes_cache else {}))
             loss = output.get("loss") if isinstance(output, Mapping) else None

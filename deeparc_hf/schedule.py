@@ -7,6 +7,7 @@ stride, or take the pruning back and try the next larger stride, which removes l
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "same_metric",
 ]
 
+_FOLDERS, _NAME = ("snapshot", "teacher"), re.compile(r"[\w-]+")
 _FIXED = ("start_epoch", "k", "metric", "greater_is_better", "baseline")
 BEFORE, RETRAINING, FINISHED = "before the first pruning", "retraining", "finished"
 
@@ -88,7 +90,9 @@ class Progress(Saved):
             RecordError: if the data is not a progress, or was written by another version of this package.
         """
         fields = cls.fields_of(data)
-        if fields is None or fields["phase"] not in (BEFORE, RETRAINING, FINISHED) or type(fields["k"]) is not int:
+        whole = fields is not None and fields["phase"] in (BEFORE, RETRAINING, FINISHED) and type(fields["k"]) is int
+        # names of folders beside the checkpoint, and nowhere else
+        if not whole or not all(fields[n] is None or (isinstance(fields[n], str) and _NAME.fullmatch(fields[n])) for n in _FOLDERS):
             raise RecordError(
                 "The checkpoint's trainer_state.json does not tell where the pruning stood, or another version of deeparc_hf wrote it. "
                 "Resume with the version that wrote it, or start a new run from the checkpoint's model."

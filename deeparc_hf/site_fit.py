@@ -36,6 +36,7 @@ class SiteFit:
         self.endings: list[Ending] = []
         self.sums: dict[bool, RidgeSums | None] = {False: None, True: None}  # by whether the samples are held out
         self.held: list[tuple[Tensor, ...]] = []
+        self.plain: RidgeSums | None = None  # of all positions alike, where a BatchNorm needs them
         self.stride = 1  # of the held-out positions that are kept
         self.seen: dict[str, Tensor] = {}
 
@@ -135,6 +136,9 @@ class SiteFit:
             found = RidgeSums.of(inputs, wanted) if weights is None else RidgeSums.of(inputs * weight.sqrt(), wanted * weight.sqrt())
             known = self.sums[part]
             self.sums[part] = found if known is None else known + found
+            if self.endings[0].batch_norm is not None:  # its statistics are of all positions alike
+                plain = found if weights is None else RidgeSums.of(inputs, wanted)
+                self.plain = plain if self.plain is None else self.plain + plain
             if part:
                 self._keep(inputs, sums[0][pick], outputs[0][pick], outputs[1][pick], weight)
 
@@ -168,7 +172,7 @@ class SiteFit:
         if final is not None:
             found.final = {name: p.detach().clone() for name, p in self.last.get_submodule(final).named_parameters()}
         if self.endings[0].batch_norm is not None:
-            found.statistics = self._statistics(fit + held, found.change)
+            found.statistics = self._statistics(_total([part[4] for part in parts]), found.change)
         return found
 
     def _distance(self, solution: Solution, held: Sequence[tuple[Tensor, ...]]) -> float:

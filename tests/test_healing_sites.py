@@ -159,7 +159,7 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
         site.seen = {"x": x, "kept output": kept.float(), "last output": (kept + missing).float()}
         site.take(None, 8 * batch)
         xs, kepts, targets = [*xs, x.flatten(0, 1)], [*kepts, kept.flatten(0, 1)], [*targets, missing.flatten(0, 1)]
-    healing = site.finish([(None, site.sums, site.held, site.endings)])
+    healing = site.finish([(None, site.sums, site.held, site.endings, site.plain)])
     weight = torch.cat([(100 * m.square().sum(1).median() / m.square().sum(1)).clamp(max=1) for m in targets])[:, None]
     x, missing = torch.cat(xs), torch.cat(targets)
     fit = torch.arange(80).repeat_interleave(20) % 5 != 4

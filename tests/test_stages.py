@@ -8,15 +8,15 @@ import shutil
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-from deeparc_hf import PrunedConfig, heal_model, remove_blocks
+from deeparc_hf import PrunedConfig, WandaCallback, heal_model, remove_blocks
 from deeparc_hf.callbacks.stages import EVALUATION, TRAINING, Stages
 from deeparc_hf.quality import measure_quality
 from deeparc_hf.report import wilson_interval
 
 from .test_neighbours import Planted
-from .trainers import pruning, text_data, train
+from .trainers import arguments, pruning, text_data, train
 from .zoo import ZOO
 
 STACK = "bert.encoder.layer"
@@ -153,3 +153,31 @@ def test_a_model_without_a_loss_of_its_own_is_not_measured():
     llama = ZOO["llama"].model()
     found = measure_quality(llama, [{**b, "labels": b["input_ids"]} for b in ZOO["llama"].batches()], 20)
     assert found["samples"] == 20 and found["accuracy"] is None and found["loss"] > 0
+
+
+def test_every_figure_is_of_the_first_evaluation_data(tmp_path):
+    """Of two evaluation sets the first counts, whichever came last; an evaluation with a prefix of its own is of other data."""
+
+    class Elsewhere(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            other = trainer_of["it"].evaluate(text_data(rows=40), metric_key_prefix="test")
+            assert "test_loss" in other
+
+    trainer_of = {}
+    sets = {"a": text_data(rows=64), "b": text_data(rows=48)}
+    callback = pruning(num_blocks=3, start_epoch=1)
+    settings = arguments(tmp_path, num_train_epochs=2, eval_strategy="epoch", learning_rate=0.0)
+    trainer = Trainer(ZOO["bert"].model(), settings, train_dataset=text_data(), eval_dataset=sets, callbacks=[Elsewhere(), callback])
+    trainer_of["it"] = trainer
+    trainer.train()
+    stages = callback.attempts[1]["stages"]
+    assert {value["samples"] for value in stages.values()} == {64}
+    assert stages["removed"]["loss"] == pytest.approx(stages["retrained"]["loss"])  # nothing was learnt
+
+
+def test_before_is_measured_anew_where_weights_were_zeroed_since(tmp_path):
+    copies = Copies()
+    callbacks = [WandaCallback(sparsity=0.5, start_epoch=1), copies, pruning(num_blocks=3, start_epoch=1)]
+    train(ZOO["bert"].model(), tmp_path, *callbacks, eval_strategy="epoch", num_train_epochs=2)
+    before = callbacks[2].attempts[1]["stages"]["before"]
+    assert before["loss"] == pytest.approx(quality(copies.models[1], text_data())[0], rel=1e-4)

@@ -7,7 +7,10 @@ import pytest
 import torch
 import transformers as tf
 
+from deeparc_hf.architectures import describe
 from deeparc_hf.errors import ConfigError
+from deeparc_hf.outputs import heads_of
+from deeparc_hf.quality import measure_quality
 
 from .trainers import pruning, text_data, train
 from .zoo import TEXT, ZOO, spread
@@ -78,3 +81,18 @@ def test_a_model_that_puts_out_tuples_is_refused(tmp_path):
     model.config.return_dict = False
     with pytest.raises(ConfigError, match="return_dict = True"):
         train(model, tmp_path, pruning(num_blocks=2, distill={}), num_train_epochs=1)
+
+
+def test_labels_tell_what_the_logits_are_where_the_config_does_not():
+    """Divergence by sigmoids for float labels, as by the config that transformers notes."""
+    torch.manual_seed(0)
+    model = tf.BertForSequenceClassification(tf.BertConfig(**TEXT, num_labels=3)).eval()
+    host = describe(model)[0]
+    batch = ZOO["bert"].batches(1)[0]
+    with torch.no_grad():
+        output = model(**batch)
+    floats = {**batch, "labels": torch.zeros(8, 3)}
+    assert [head.kind for head in heads_of(host, output, batch)] == ["softmax"]
+    assert [head.kind for head in heads_of(host, output, {**batch, "labels": torch.zeros(8, dtype=torch.long)})] == ["softmax"]
+    assert [head.kind for head in heads_of(host, output, floats)] == ["sigmoid"]
+    assert measure_quality(model, [floats], 8)["samples"] == 8 and model.config.problem_type is None

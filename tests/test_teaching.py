@@ -159,8 +159,7 @@ def test_after_the_training_the_teacher_is_gone(tmp_path):
     train(model, tmp_path, callback, Look(), num_train_epochs=1)
     copied = found["copy"].train()
     plain = copied(**{key: torch.tensor(value) for key, value in text_data()[:4].items()}).loss
-    assert plain.requires_grad and found["teacher"]() is not None
-    callback._run = None
+    assert plain.requires_grad
     gc.collect()
     assert found["teacher"]() is None
 

@@ -149,7 +149,6 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
-            self._run.stages.evaluation = kwargs.get("eval_dataloader")
             self._run.epoch_begin(state, control)
             self._publish()
 
@@ -171,7 +170,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None and not self._run.ended:
-            self._run.stages.evaluation = kwargs.get("eval_dataloader")
+            self._run.stages.notice(kwargs.get("eval_dataloader"), kwargs.get("metrics") or {})
             self._run.evaluated(state, control, kwargs.get("metrics") or {})
             self._publish()
 

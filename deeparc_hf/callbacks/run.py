@@ -260,7 +260,7 @@ class PruningRun:
             at = f"step {state.global_step}" if state.epoch is None else f"epoch {state.epoch:g} of {state.num_train_epochs}"
             self.journal.conclude(at)
         p.snapshot = p.teacher = None
-        self.operations.teaching.stop()
+        self.operations.teaching.forget()
         self.operations.clean_up()
 
     # ---- decisions ----

@@ -6,6 +6,7 @@ data where the Trainer has evaluated in this run, else of training data that no 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from ..distributed import gather
 from ..quality import measure_quality
 from ..schedule import Progress
 from .calibration import Calibration
+from .companions import companions_on
 
 __all__ = ["Stages"]
 
@@ -34,7 +36,7 @@ class Stages:
         progress: where the run stands.
 
     Attributes:
-        evaluation: the Trainer's data loader of its last evaluation; None before.
+        evaluation: the Trainer's data loader of its first evaluation in this run; None before.
     """
 
     def __init__(self, config: MPruneConfig, model: nn.Module, training: DataLoader | None, size: int, progress: Progress) -> None:
@@ -47,6 +49,11 @@ class Stages:
         self._data = TRAINING  # which data the entries of the pruning at hand are of
         self._found: dict[str, Any] = {}
 
+    def notice(self, loader: DataLoader | None, metrics: Mapping[str, Any]) -> None:
+        """Take note of an evaluation. Those with a prefix of their own are of other data (a test set, say)."""
+        if self.evaluation is None and any(key.startswith("eval_") for key in metrics):
+            self.evaluation = loader
+
     def begin(self, step: int) -> None:
         """Measure the model before a pruning; where it has been measured as it is now, on the same data, that counts."""
         self._data = EVALUATION if self.evaluation is not None else TRAINING
@@ -54,6 +61,7 @@ class Stages:
         back = attempt.get("decision") == "rolled back"
         last = attempt.get("stages", {}).get("before" if back else "retrained")
         same = last is not None and (back or last["step"] == step) and last["data"] == self._data
+        same = same and companions_on(self._model).sparsified_at != step  # zeroed since, it may be
         self._found = {"before": last} if same else {}
         if not same:
             self.measure("before", step)

@@ -114,6 +114,11 @@ class Teaching:
             self._at_work.stop()
             self._at_work = None
 
+    def forget(self) -> None:
+        """Leave the model as it was, and let the teacher go."""
+        self.stop()
+        self._teacher = None
+
     def _sites(self) -> tuple[list[tuple[Site, int]], bool]:
         """Where blocks are missing that the teacher has, and whether any are."""
         p = self._progress
