@@ -195,15 +195,18 @@ class Operations:
     def _save_before(self, plan: PruningPlan, name: str) -> None:
         """Save the model from before a pruning, where it may have to come back or is to teach."""
         p = self._progress
-        comes_back, teaches = self._config.gated and p.snapshot is None, self.teaching.is_waiting
-        if comes_back or teaches:
-            led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
-            work = partial(save_snapshot, self._output, name, self.model, self._optimizer, plan.to_dict(), led)
-            gather(work if self._args.should_save else lambda: None)
-        if comes_back:
+        if self._config.gated and p.snapshot is None:
+            self._save(plan, name)
             p.snapshot, self._comparison = name, plan
-        if teaches:
-            self.teaching.copy_model(name)
+        if self.teaching.is_waiting:
+            # a name of its own: where the Trainer begins a run again, steps count from 0, and a later snapshot may have this one's
+            self._save(plan, f"teacher-{name}")
+            self.teaching.copy_model(f"teacher-{name}")
+
+    def _save(self, plan: PruningPlan, name: str) -> None:
+        led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
+        work = partial(save_snapshot, self._output, name, self.model, self._optimizer, plan.to_dict(), led)
+        gather(work if self._args.should_save else lambda: None)
 
     def accept(self) -> None:
         """Make the model as it is now the one to go back to."""
