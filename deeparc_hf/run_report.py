@@ -100,8 +100,19 @@ def _with_interval(found: Mapping[str, Any] | None) -> str:
     return f"{loss}; {100 * found['accuracy']:.1f} % ({low:.1f} .. {high:.1f})"
 
 
-def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, metric: str | None, zeroed_at: int | None = None) -> None:
-    """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all."""
+def write_run_report(
+    folder: Path,
+    config: MPruneConfig,
+    progress: Progress,
+    metric: str | None,
+    zeroed_at: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all.
+
+    Args:
+        facts: settings and data of the training, and the evaluations after its end.
+    """
     data = {
         "format_version": FORMAT_VERSION,
         "config": config.to_dict(),
@@ -112,6 +123,7 @@ def write_run_report(folder: Path, config: MPruneConfig, progress: Progress, met
         "accepted": progress.accepted,
         "attempts": progress.attempts,
         "zeroed_at": zeroed_at,
+        **(facts or {"training": {}, "data": {}, "final": []}),
         "versions": package_versions(),
         "hardware": hardware(),
     }
@@ -156,7 +168,10 @@ def _markdown(data: Mapping[str, Any]) -> str:
         parts.append("\n".join(said))
     if data["zeroed_at"] is not None:
         parts.append(f"Weights were zeroed at step {data['zeroed_at']}: figures from there on are of a sparse model (sparsity_report.md).")
-    facts = {**data["hardware"], **data["versions"]}
+    for entry in data["final"]:
+        shown = ", ".join(f"{key} {value:.6g}" for key, value in entry["metrics"].items())
+        parts.append(f"After the training: {shown}.")
+    facts = {**{key.replace("_", " "): value for key, value in data["training"].items()}, **data["hardware"], **data["versions"]}
     parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,7 @@
 """Snapshots: the weights from before a pruning, on disk while it may still be taken back, or while the unpruned model teaches.
 
-A snapshot is a folder in the Trainer's output folder, safetensors and JSON. It stays as long as a checkpoint beside it refers to it,
-so that a run which was killed can go on too.
+A snapshot is a folder in the Trainer's output folder, safetensors and JSON; its name begins with "_", which the Trainer's pushes to the
+Hub leave out. It stays as long as a checkpoint beside it refers to it, so that a run which was killed can go on too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .errors import SurgeryError
 
 __all__ = ["FOLDER", "drop_unused", "read_plans", "restore_weights", "save_snapshot", "set_groups"]
 
-FOLDER = "pruning_snapshots"
+FOLDER = "_pruning_snapshots"
 _WEIGHTS, _FACTS = "weights.safetensors", "snapshot.json"
 
 

@@ -211,7 +211,11 @@ def _operate(
     lengths = {name: len(stack) for name, stack in stacks.items()}
     kept = {name: [i for i in range(length) if i not in removed.get(name, ())] for name, length in lengths.items()}
     before, after, updates = _skeletons(host, family, stacks, kept)
-    record = known or current_record(host, stacks).compose(lengths, removed, entry or {})
+    entry = {
+        **(entry or {}),
+        "parameters": _parameters(host.root, [stacks[n].blocks[i] for n, indices in removed.items() for i in indices]),
+    }
+    record = known or current_record(host, stacks).compose(lengths, removed, entry)
     expectation = None if known else expect(host, stacks, removed, example)
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
@@ -234,6 +238,13 @@ def _operate(
         # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
         torch.compiler.reset()
     return record
+
+
+def _parameters(root: nn.Module, gone: Sequence[nn.Module]) -> dict[str, int]:
+    """Number of parameters before and after these blocks go."""
+    inside = {id(module) for block in gone for module in block.modules()}
+    left = {id(p): p.numel() for m in root.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
+    return {"before": sum(p.numel() for p in root.parameters()), "after": sum(left.values())}
 
 
 def _skeletons(

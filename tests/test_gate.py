@@ -93,7 +93,7 @@ def test_if_nothing_is_accepted_the_end_is_the_fine_tuned_model(tmp_path):
     assert all(decision == "rolled back" for _, _, decision in verdicts(callback)) and len(callback.attempts) > 2
     assert blocks(model) == 4 and equal(model.state_dict(), weights.epochs[0])
     assert callback.record is None and callback.plan is None and not hasattr(model.config, "pruning_config")
-    assert not (tmp_path / "pruning_plan.json").exists() and not (tmp_path / "pruning_snapshots").exists()
+    assert not (tmp_path / "pruning_plan.json").exists() and not (tmp_path / "_pruning_snapshots").exists()
 
 
 def test_the_run_ends_when_no_epochs_are_left_for_another_try(tmp_path):

@@ -183,7 +183,7 @@ def test_a_missing_snapshot_is_told(tmp_path, whole):
     folder, *_ = whole("all taken back", save_strategy="epoch", save_steps=4)
     again = tmp_path / "again"
     shutil.copytree(folder, again)
-    shutil.rmtree(again / "pruning_snapshots")
+    shutil.rmtree(again / "_pruning_snapshots")
     for step in (16, 24):
         with pytest.raises(SurgeryError, match="Resume from a checkpoint that is older than the pruning"):
             run("all taken back", again, resume=str(again / f"checkpoint-{step}"), save_strategy="epoch", save_steps=4)

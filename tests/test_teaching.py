@@ -72,8 +72,8 @@ def test_resumed_from_each_checkpoint_it_ends_as_never_interrupted(tmp_path, nam
         folder = tmp_path / checkpoint.name
         folder.mkdir()
         shutil.copytree(checkpoint, folder / checkpoint.name)
-        if (tmp_path / "whole" / "pruning_snapshots").is_dir():
-            shutil.copytree(tmp_path / "whole" / "pruning_snapshots", folder / "pruning_snapshots")
+        if (tmp_path / "whole" / "_pruning_snapshots").is_dir():
+            shutil.copytree(tmp_path / "whole" / "_pruning_snapshots", folder / "_pruning_snapshots")
         again, _ = run(name, folder, resume=str(folder / checkpoint.name))
         assert equal(again.model.state_dict(), expected), checkpoint.name
         assert not again.model._forward_hooks and not again.model._forward_pre_hooks
@@ -85,7 +85,7 @@ def test_a_resumed_run_needs_the_model_that_teaches(tmp_path):
     smaller = tf.AutoModelForSequenceClassification.from_pretrained(checkpoint)
     with pytest.raises(SurgeryError, match="Build the model as it was built when the run began"):
         run("two prunings", tmp_path, resume=str(checkpoint), model=smaller)
-    shutil.rmtree(tmp_path / "pruning_snapshots")
+    shutil.rmtree(tmp_path / "_pruning_snapshots")
     with pytest.raises(SurgeryError, match="model from before a pruning is needed"):
         run("two prunings", tmp_path, resume=str(checkpoint))
 
@@ -118,7 +118,7 @@ def test_evaluations_are_without_the_teacher_and_nothing_stays_on_the_model(tmp_
     config = json.loads((tmp_path / "pruning_report.json").read_text())["config"]["distill"]
     assert config == {**TAUGHT, "dtype": None}
     assert MPruneConfig.from_dict(callback.config.to_dict()) == callback.config
-    assert not (tmp_path / "pruning_snapshots").exists()
+    assert not (tmp_path / "_pruning_snapshots").exists()
 
 
 def test_the_teacher_is_the_model_from_before_the_first_pruning(tmp_path):

@@ -21,12 +21,12 @@ from ..record import PrunedConfig
 from ..run_report import RUN_REPORT, quality_text, structure_facts, write_run_report
 from ..schedule import RETRAINING, Progress
 from .companions import companions_on
+from .run_facts import RunFacts, figures_of, lasting
 from .trackers import Trackers
 
 __all__ = ["PLAN_FILE", "Journal", "lists"]
 
 PLAN_FILE = "pruning_plan.json"
-_SPEED = ("_runtime", "_per_second", "_compilation_time")
 
 
 class Journal:
@@ -38,14 +38,18 @@ class Journal:
         model: the model.
         progress: where the notes are kept, so that checkpoints keep them too.
         metric: the gate's metric.
+        loader: the training's data loader.
     """
 
-    def __init__(self, config: MPruneConfig, args: TrainingArguments, model: nn.Module, progress: Progress, metric: str) -> None:
+    def __init__(
+        self, config: MPruneConfig, args: TrainingArguments, model: nn.Module, progress: Progress, metric: str, loader: Any = None
+    ) -> None:
         self._config = config
         self._args = args
         self._model = model
         self._progress = progress
         self._metric = metric
+        self.facts = RunFacts(args, loader)
         self._trackers = Trackers()
 
     def open(self, state: TrainerState, plan: PruningPlan | None = None, record: PrunedConfig | None = None) -> None:
@@ -74,16 +78,38 @@ class Journal:
     def note(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
         """Note the figures of an evaluation, in the model's record too."""
         p = self._progress
-        figures = {key: float(value) for key, value in metrics.items() if isinstance(value, (int, float)) and key != "epoch"}
+        figures = figures_of(metrics)
         evaluations = p.attempts[-1]["evaluations"]
         if not evaluations or evaluations[-1]["step"] != state.global_step:
             evaluations.append({"step": state.global_step, "epoch": state.epoch or 0.0, "metrics": {}})
         evaluations[-1]["metrics"].update(figures)
         if p.phase == RETRAINING and p.record is not None:
-            kept = {key: value for key, value in figures.items() if not key.endswith(_SPEED) and abs(value) < float("inf")}
-            p.record["iterations"][-1].setdefault("metrics", {}).update(kept)
+            self._record_metrics(figures)
             self.note_stages()
         self.report()
+
+    def note_best(self, state: TrainerState) -> None:
+        """Have the record tell the figures of the best checkpoint, whose weights the Trainer has loaded at the end."""
+        p = self._progress
+        best = [e["metrics"] for e in p.attempts[-1]["evaluations"] if e["step"] == state.best_global_step]
+        if self._args.load_best_model_at_end and best and p.record is not None and p.record["iterations"]:
+            p.record["iterations"][-1]["metrics"] = {}
+            self._record_metrics(best[-1])
+            self.note_stages()
+
+    def conclude_with(self, metrics: Mapping[str, Any], loader: Any) -> None:
+        """Note an evaluation after the training's end: it is of the model that is left."""
+        p = self._progress
+        self.facts.conclude(metrics, loader)
+        if p.accepted and p.record is not None and any(key.startswith("eval_") for key in metrics):
+            self._record_metrics(figures_of(metrics))
+            self.note_stages()
+        self.report()
+
+    def _record_metrics(self, figures: Mapping[str, float]) -> None:
+        entry = self._progress.record["iterations"][-1]  # type: ignore[index]
+        entry.setdefault("metrics", {}).update(lasting(figures))
+        entry["data"] = self.facts.data
 
     def note_stages(self) -> None:
         """Have the model's record know what each step of the pruning at hand did."""
@@ -129,7 +155,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             zeroed = companions_on(self._model).sparsified_at
             metric = self._metric if self._config.gated or self._config.metric else None
-            write_run_report(folder, self._config, self._progress, metric, zeroed if zeroed >= 0 else None)
+            write_run_report(folder, self._config, self._progress, metric, zeroed if zeroed >= 0 else None, self.facts.to_dict())
 
     def write_plan(self, plan: PruningPlan | None) -> None:
         """Write the plan that is carried out; None: it was taken back, and none is left."""
@@ -202,7 +228,7 @@ class Journal:
     def no_metric(self) -> ConfigError:
         """The error where evaluations do not give the gate's metric."""
         keys = {key for evaluation in self._progress.attempts[-1]["evaluations"] for key in evaluation["metrics"]}
-        seen = sorted(key.removeprefix("eval_") for key in keys if not key.endswith(_SPEED) and not key.endswith("_time"))
+        seen = sorted(key.removeprefix("eval_") for key in lasting(dict.fromkeys(keys, 0.0)))
         near = difflib.get_close_matches(self._metric.removeprefix("eval_"), seen, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "Give metric=... one of these names."
         if seen == ["loss"]:

@@ -169,9 +169,16 @@ class MPruneCallback(TrainerCallback, ExportableState):
             self._run.epoch_end(state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._run is not None and not self._run.ended:
-            self._run.stages.notice(kwargs.get("eval_dataloader"), kwargs.get("metrics") or {})
-            self._run.evaluated(state, control, kwargs.get("metrics") or {})
+        if self._run is None:
+            return
+        loader, metrics = kwargs.get("eval_dataloader"), kwargs.get("metrics") or {}
+        if not self._run.ended:
+            self._run.stages.notice(loader, metrics)
+            self._run.journal.facts.notice(metrics, loader)
+            self._run.evaluated(state, control, metrics)
+            self._publish()
+        elif kwargs.get("model") is self._run.model:
+            self._run.journal.conclude_with(metrics, loader)
             self._publish()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

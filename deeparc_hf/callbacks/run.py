@@ -59,7 +59,7 @@ class PruningRun:
         self._retraining = config.retrain_epochs * (self.steps_per_epoch or 0)  # optimizer steps
         self.stages = Stages(config, self.model, event.get("train_dataloader"), args.eval_batch_size, progress)
         self.operations = Operations(config, calibration, args, self.model, event.get("optimizer"), progress, self.stages)
-        self.journal = Journal(config, args, self.model, progress, self.metric)
+        self.journal = Journal(config, args, self.model, progress, self.metric, event.get("train_dataloader"))
         self.ended = False
         self._next: PruningPlan | None = None  # the plan that comes next, where it is known already
         self._seen_zeroed = -1  # step at which weights had been zeroed when that plan was made
@@ -248,6 +248,7 @@ class PruningRun:
             if p.decision is None and self.config.gated:
                 self._judge_early(state)
             self._carry_out(state, control)
+            self.journal.note_best(state)
         if p.phase != FINISHED:
             p.reason = p.reason or "the training ended"
             if len(p.attempts) == 1:

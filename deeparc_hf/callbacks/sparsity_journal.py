@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..record import package_versions
-from ..report import hardware
 from ..sparsity_report import SparsityReport
 
 __all__ = ["SPARSITY_REPORT", "run_markdown"]
@@ -35,7 +33,7 @@ def run_markdown(data: Mapping[str, Any]) -> str:
         rows = [f"| {m['epoch']:g} | {m['step']} | {100 * m['share']:.4f} |" for m in data["measured"]]
         head = "| epoch | step | zeros in the recorded matrices (%) |\n| ---: | ---: | ---: |"
         parts.append("## Measured at the end of each epoch\n\n" + "\n".join([head, *rows]) + "\n")
-    facts = {**hardware(), **package_versions()}
+    facts = {**data["hardware"], **data["versions"]}
     parts.append("## Made with\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
     return "\n".join(parts)
 

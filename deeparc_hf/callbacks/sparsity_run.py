@@ -18,6 +18,7 @@ from ..config import WandaConfig
 from ..distributed import gather
 from ..errors import ConfigError, DeepArcWarning, RecordError, SparsityError
 from ..record import PrunedConfig, current_record, package_versions
+from ..report import hardware
 from ..run_report import finite, write_whole
 from ..sparsify import recorded_mask, recorded_matrices, sparsify
 from ..sparsity_report import SparsityReport
@@ -25,6 +26,7 @@ from ..zeros import Zeros
 from .calibration import Calibration
 from .companions import meet_companions
 from .gate import steps_per_epoch
+from .run_facts import RunFacts, figures_of
 from .sparsity_journal import SPARSITY_REPORT, run_markdown
 from .sparsity_progress import KEPT, SPARSE, WAITING, SparsityProgress
 from .trackers import Trackers
@@ -65,6 +67,7 @@ class SparsityRun:
         self._steps_per_epoch = steps_per_epoch(event.get("train_dataloader"), args)
         self._zeros = Zeros()
         self._trackers = Trackers()
+        self.facts = RunFacts(args, event.get("train_dataloader"))
         if progress.asked is None:
             progress.asked = asked or self._record().sparsity is None
         self._seen_back = 0  # prunings that had been taken back when the masks were made
@@ -188,7 +191,7 @@ class SparsityRun:
 
     def evaluated(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
         self.check(state, note=False)
-        figures = {key: float(value) for key, value in metrics.items() if isinstance(value, (int, float)) and key != "epoch"}
+        figures = figures_of(metrics)
         facts = {"step": state.global_step, "epoch": state.epoch or 0.0, "sparse": self.progress.phase != WAITING}
         facts["blocks"] = sum(map(len, describe(self.model)[2].values()))
         last = self.progress.evaluations[-1] if self.progress.evaluations else None
@@ -196,6 +199,11 @@ class SparsityRun:
             last["metrics"].update(figures)  # several data sets, one event each
         else:
             self.progress.evaluations.append({**facts, "metrics": figures})
+        self._write()
+
+    def conclude_with(self, metrics: Mapping[str, Any], loader: Any) -> None:
+        """Note an evaluation after the training's end: it is of the model that is left."""
+        self.facts.conclude(metrics, loader)
         self._write()
 
     def end(self, state: TrainerState) -> None:
@@ -336,7 +344,8 @@ class SparsityRun:
         if self.args.process_index != 0 or p.phase == WAITING:
             return
         config = self.config.to_dict() if p.report is None else p.report["config"]
-        data = {"config": config, **finite({k: v for k, v in p.to_dict().items() if k != "sparsity"})}
+        data = {"config": config, **finite({**{k: v for k, v in p.to_dict().items() if k != "sparsity"}, **self.facts.to_dict()})}
+        data |= {"hardware": hardware(), "versions": package_versions()}
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / f"{SPARSITY_REPORT}.json", json.dumps(data, indent=1) + "\n")

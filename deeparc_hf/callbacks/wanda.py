@@ -150,8 +150,14 @@ class WandaCallback(TrainerCallback, ExportableState):
             self.report = self._run.report or self.report
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._run is not None and not self._run.ended:
-            self._run.evaluated(state, kwargs.get("metrics") or {})
+        if self._run is None:
+            return
+        loader, metrics = kwargs.get("eval_dataloader"), kwargs.get("metrics") or {}
+        if not self._run.ended:
+            self._run.facts.notice(metrics, loader)
+            self._run.evaluated(state, metrics)
+        elif kwargs.get("model") is self._run.model:
+            self._run.conclude_with(metrics, loader)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:

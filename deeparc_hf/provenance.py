@@ -1,0 +1,61 @@
+"""Where figures come from: which data, and how a training was set. May be published: no local paths, no names of machines, no tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+
+__all__ = ["dataset_facts", "training_facts"]
+
+# how the datasets library names a file of a data set on the Hub, with the commit
+_ON_THE_HUB = re.compile(r"^hf://datasets/(?P<id>[\w.\-]+(?:/[\w.\-]+)?)@(?P<revision>[0-9a-f]{40})/")
+
+
+def dataset_facts(dataset: Any) -> dict[str, Any]:
+    """What is known of a data set: its Hub id and commit where it came from there, its configuration, its split, its number of rows.
+
+    Args:
+        dataset: any data set; only those of the datasets library know where they came from.
+
+    Returns:
+        Entries that are known, of: id, revision, config, split, rows.
+    """
+    facts: dict[str, Any] = {}
+    info = getattr(dataset, "info", None)
+    for source in getattr(info, "download_checksums", None) or {}:
+        found = _ON_THE_HUB.match(str(source))
+        if found is not None:
+            facts.update(found.groupdict())
+            if getattr(info, "config_name", None):
+                facts["config"] = str(info.config_name)
+            break
+    split = getattr(dataset, "split", None)
+    if "id" in facts and split is not None:  # of a local file the split's name says nothing
+        facts["split"] = str(split)
+    with contextlib.suppress(TypeError):  # a stream
+        facts["rows"] = len(dataset)
+    return facts
+
+
+def training_facts(args: TrainingArguments) -> dict[str, Any]:
+    """The settings of a training that its figures depend on."""
+    precision = "bfloat16, mixed" if args.bf16 else "float16, mixed" if args.fp16 else "as the model's"
+    facts: Mapping[str, Any] = {
+        "learning_rate": args.learning_rate,
+        "optimizer": getattr(args.optim, "value", args.optim),
+        "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+        "weight_decay": args.weight_decay,
+        "epochs": args.num_train_epochs if args.max_steps <= 0 else None,
+        "steps": args.max_steps if args.max_steps > 0 else None,
+        "training_batch": args.train_batch_size,
+        "accumulation": args.gradient_accumulation_steps,
+        "evaluation_batch": args.eval_batch_size,
+        "processes": args.world_size,
+        "precision": precision,
+        "seed": args.seed,
+    }
+    return {key: value for key, value in facts.items() if value is not None}
