@@ -25,10 +25,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["deeparc_hf", "deeparc_hf.*"]),
-    package_data={"deeparc_hf": ["py.typed"]},
+    package_data={"deeparc_hf": ["py.typed", "card/templates/*.md"]},
     install_requires=[
         "accelerate>=1.12",
         "huggingface_hub>=1.3",
+        "jinja2>=3.1",
         "numpy>=2.0",
         "safetensors>=0.4.3",
         "torch>=2.6",

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .architectures import Stack, find_stacks
     from .callbacks import MPruneCallback, WandaCallback
+    from .card import create_model_card
     from .config import DistillConfig, MPruneConfig, WandaConfig
+    from .hub import push_to_hub
     from .loading import load_pruned, save_pruned
     from .plan import PruningPlan
     from .pruning import analyze, heal_model, prune_model
@@ -38,10 +40,12 @@ _HOMES = {
     "WandaConfig": "config",
     "analyze": "pruning",
     "apply_plan": "surgery",
+    "create_model_card": "card",
     "find_stacks": "architectures",
     "heal_model": "pruning",
     "load_pruned": "loading",
     "prune_model": "pruning",
+    "push_to_hub": "hub",
     "remove_blocks": "surgery",
     "save_pruned": "loading",
     "sparsify_model": "sparsify",
@@ -59,10 +63,12 @@ __all__ = [
     "__version__",
     "analyze",
     "apply_plan",
+    "create_model_card",
     "find_stacks",
     "heal_model",
     "load_pruned",
     "prune_model",
+    "push_to_hub",
     "remove_blocks",
     "save_pruned",
     "sparsify_model",

@@ -25,6 +25,7 @@ from torch import nn
 from .architectures import Host, Stack, describe
 from .architectures.hosts import RECORD_KEY
 from .errors import DeepArcWarning, RecordError
+from .hub_errors import hub_help
 from .record_sparsity import check_sparsity, rename_matrices, renumber_matrices
 
 __all__ = ["PrunedConfig", "StackRecord", "current_record", "same_structure"]
@@ -166,7 +167,7 @@ class PrunedConfig:
 
         Raises:
             RecordError: if the checkpoint carries no record, or a malformed one.
-            FileNotFoundError: if the folder has no config.json. The Hub's own errors pass through.
+            FileNotFoundError: if the folder has no config.json. The Hub's own errors pass through, with a line of help.
         """
         path = Path(repo_or_path)
         if path.is_dir():
@@ -176,7 +177,8 @@ class PrunedConfig:
         elif not path.is_file():
             from huggingface_hub import hf_hub_download
 
-            path = Path(hf_hub_download(str(repo_or_path), "config.json", **hub))
+            with hub_help(repo_or_path):
+                path = Path(hf_hub_download(str(repo_or_path), "config.json", **hub))
         if path.stat().st_size > _MAX_FILE:
             raise RecordError(f"The config.json of {repo_or_path} is larger than {_MAX_FILE} bytes. It is not read.")
         try:

@@ -18,12 +18,23 @@ from .report import hardware
 from .schedule import Progress
 from .sites import healing_text
 
-__all__ = ["RUN_REPORT", "finite", "quality_text", "run_table", "stages_table", "structure_facts", "write_run_report", "write_whole"]
+__all__ = [
+    "RUN_REPORT",
+    "STAGES",
+    "STAGES_TEXT",
+    "finite",
+    "quality_text",
+    "run_table",
+    "stages_table",
+    "structure_facts",
+    "write_run_report",
+    "write_whole",
+]
 
 RUN_REPORT = "pruning_report"
 FORMAT_VERSION = 1
 STAGES = {"before": "before", "removed": "right after the removal", "healed": "after healing", "retrained": "after the retraining"}
-_STAGES_TEXT = (
+STAGES_TEXT = (
     "The loss that the model puts out, in eval mode, as the callback measured it, with its 95 % interval (normal, from the spread of the "
     "batches); where answers are classes, the share of right ones with its Wilson interval. All columns of a row are of the same samples, "
     "which need not be all that the Trainer evaluates on. After the retraining: when it was judged, or when the training ended."
@@ -152,7 +163,7 @@ def _markdown(data: Mapping[str, Any]) -> str:
         parts += [
             "## What each step did",
             stages,
-            _STAGES_TEXT,
+            STAGES_TEXT,
         ]
     if tried and data["config"].get("distill"):
         taught = ", ".join(f"{key} {value}" for key, value in data["config"]["distill"].items() if value is not None)

@@ -19,6 +19,7 @@ from ..plan import PruningPlan
 from ..record import PrunedConfig, same_structure
 from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
 from .calibration import Calibration
+from .carding import write_card
 from .companions import companions_on, meet_companions
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
@@ -180,6 +181,10 @@ class MPruneCallback(TrainerCallback, ExportableState):
         elif kwargs.get("model") is self._run.model:
             self._run.journal.conclude_with(metrics, loader)
             self._publish()
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None:
+            write_card(args, kwargs.get("model"), kwargs.get("processing_class"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:

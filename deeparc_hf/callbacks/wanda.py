@@ -17,6 +17,7 @@ from ..sparsify import matrices_for
 from ..sparsity import methods
 from ..sparsity_report import SparsityReport
 from .calibration import Calibration
+from .carding import write_card
 from .sharded import is_sharded
 from .sparsity_progress import SparsityProgress
 from .sparsity_run import SparsityRun
@@ -158,6 +159,10 @@ class WandaCallback(TrainerCallback, ExportableState):
             self._run.evaluated(state, metrics)
         elif kwargs.get("model") is self._run.model:
             self._run.conclude_with(metrics, loader)
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._run is not None:
+            write_card(args, kwargs.get("model"), kwargs.get("processing_class"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:

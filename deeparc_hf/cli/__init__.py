@@ -1,4 +1,4 @@
-"""The command `deeparc`: inspect, prune or sparsify a model. Results go to stdout, everything else to stderr.
+"""The command `deeparc`: inspect, prune, sparsify or publish a model. Results go to stdout, everything else to stderr.
 
 Exit codes: 0 done, 2 an error (one line on stderr; --debug shows where it came from), 130 interrupted. Output folders appear whole or
 not at all. What takes seconds to import is imported by the command that needs it, when it needs it.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import DeepArcError
-from . import inspect, prune, sparsify
+from . import card, env, inspect, prune, push, sparsify
 from .common import plain_warnings, say
 
 __all__ = ["main"]
@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DeepArcError, OSError) as error:
         if args.debug:
             raise
-        say(f"error: {' '.join(str(error).split())}")
+        notes = getattr(error, "__notes__", ())  # help on errors of the Hub
+        say(f"error: {' '.join(' '.join([str(error), *notes]).split())}")
         return 2
 
 
@@ -50,6 +51,6 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="deeparc", description="Make trained models smaller by layer similarity, or zero their weights.")
     parser.add_argument("--version", action="version", version=f"deeparc_hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (inspect, prune, sparsify):
+    for command in (inspect, prune, sparsify, card, push, env):
         command.add(commands, argv)
     return parser

@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..settings import Settings
 
-__all__ = ["common_options", "data_options", "given_settings", "output_options", "setting_options"]
+__all__ = ["card_options", "common_options", "data_options", "given_card", "given_settings", "output_options", "setting_options"]
 
 _MODEL_HELP = "a folder, a Hub id, timm:NAME, or timm's hf-hub:ORG/NAME and local-dir:FOLDER"
 _PREFIX = "config_"
+_CARD_HELP = {
+    "model-name": "default: the name of the repository, or of the folder",
+    "license": "licence of the model, by its id on the Hub; default: that of the base model, where the Hub tells it",
+    "language": "language of the model, as a code (en)",
+    "dataset": "Hub id of the data, where the reports do not know it",
+    "base-model": "Hub id of the model that was pruned, where the record does not know it",
+    "tag": "one more tag",
+    "made-by": "the command or the steps by which the model was made",
+}
 
 
 def common_options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +33,21 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--auto-class", metavar="CLASS", help="class of transformers to load; default: the one that saved the checkpoint")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
+def card_options(parser: argparse.ArgumentParser) -> None:
+    """What only the person who publishes a model can tell."""
+    card = parser.add_argument_group("card")
+    for name, what in _CARD_HELP.items():
+        several = name in ("language", "dataset", "tag")
+        card.add_argument(f"--{name}", action="append" if several else "store", help=f"{what}{'; may be repeated' if several else ''}")
+
+
+def given_card(args: argparse.Namespace) -> dict[str, Any]:
+    """The card's settings that were given, as `create_model_card` names them."""
+    names = {"dataset": "dataset_tags", "tag": "tags", "base_model": "finetuned_from", "made_by": "command"}
+    given = {name.replace("-", "_"): getattr(args, name.replace("-", "_")) for name in _CARD_HELP}
+    return {names.get(name, name): value for name, value in given.items() if value is not None}
 
 
 def data_options(parser: argparse.ArgumentParser, *, required: bool, note: str = "") -> None:

@@ -1,0 +1,280 @@
+"""What a card tells, gathered from a checkpoint's config and record and from the reports beside it, or from a live model or Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..architectures import describe
+from ..architectures.hosts import RECORD_KEY
+from ..config import MPruneConfig, WandaConfig
+from ..errors import PlanError, RecordError
+from ..plan import PruningPlan
+from ..record import PrunedConfig, current_record
+from ..run_report import RUN_REPORT
+from ..sparsity_report import SparsityReport
+from .reading import Attempt, Evaluation, facts_in, number, read_json, texts_in, whole, wrong_in
+from .text import plain
+
+__all__ = ["PLAN_FILE", "SPARSITY_FILE", "CardFacts", "facts_of_folder", "facts_of_model", "with_reports"]
+
+PLAN_FILE = "pruning_plan.json"
+SPARSITY_FILE = "sparsity_report.json"
+REPORT_FILE = "report.json"
+_WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
+_PROCESSORS = {
+    "tokenizer": ("tokenizer_config.json", "tokenizer.json"),
+    "image processor": ("preprocessor_config.json", "image_processor_config.json"),
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Plain data; what is not known is None or empty, and is left out of the card.
+
+    Attributes:
+        library: "transformers" or "timm".
+        architecture: name of the model's class, or timm's name of its architecture.
+        labels: names of the classes of a classifier.
+        record: what was done to the model; an empty one where nothing was.
+        processor: "tokenizer" or "image processor", where one lies beside the model.
+        parameters: number of parameters, before the first pruning and now.
+        attempts: rows of the run: the model before, and each pruning that was tried. From the record where there is no report.
+        from_run: whether the attempts are those of a run's report.
+        summary: metric, baseline, accepted, iterations, max_drop, reason and state of the run.
+        config: settings of the last pruning.
+        sparsity: what was zeroed, from the sparsity report; None where there is none.
+        final: evaluations of the model as it is, the last ones.
+        data: what is known of the data, by use ("training", "evaluation").
+        training, hardware, versions: settings of the training; what it ran on and with.
+        plan: the last plan that was carried out.
+    """
+
+    library: str
+    architecture: str | None
+    record: PrunedConfig
+    labels: tuple[str, ...] = ()
+    processor: str | None = None
+    parameters: tuple[int | None, int | None] = (None, None)
+    attempts: tuple[Attempt, ...] = ()
+    from_run: bool = False
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    sparsity: SparsityReport | None = None
+    final: tuple[Evaluation, ...] = ()
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    training: Mapping[str, str] = field(default_factory=dict)
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    plan: PruningPlan | None = None
+
+    @property
+    def removed(self) -> int:
+        """Number of blocks that are gone."""
+        return sum(map(len, self.record.removed.values()))
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Number of blocks before the first pruning and now."""
+        return sum(s.length for s in self.record.stacks.values()), sum(len(s.kept) for s in self.record.stacks.values())
+
+    @property
+    def zeros(self) -> tuple[int, int, int] | None:
+        """Zeros, weights and number of the sparse matrices, by the record; None where nothing was zeroed."""
+        matrices = (self.record.sparsity or {}).get("matrices") or {}
+        if not matrices:
+            return None
+        zeros, size = (sum(entry[key] for entry in matrices.values()) for key in ("zeros", "size"))
+        return zeros, size, len(matrices)
+
+
+def facts_of_folder(folder: str | os.PathLike[str]) -> CardFacts:
+    """The facts of a checkpoint in a folder, with the reports that lie in it. No weights are read.
+
+    Raises:
+        FileNotFoundError: if the folder has no config.json.
+        RecordError: if a file in it is not what it should be.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise FileNotFoundError(f"{folder} has no config.json. Give the folder that save_pretrained wrote.")
+    record = PrunedConfig.from_dict(config[RECORD_KEY]) if config.get(RECORD_KEY) is not None else PrunedConfig({})
+    processor = next((kind for kind, files in _PROCESSORS.items() if any((folder / name).is_file() for name in files)), None)
+    return with_reports(_of_config(config, record, processor), folder)
+
+
+def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
+    """The facts that a model itself carries."""
+    host, _, stacks = describe(model)
+    root = host.root
+    config = getattr(root, "config", None)
+    settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else dict(getattr(root, "pretrained_cfg", None) or {})
+    settings.setdefault("architectures", [type(root).__name__])
+    if config is None:
+        settings = {"architecture": settings.get("architecture") or type(root).__name__, "pretrained_cfg": {}}
+    kind = None if processing_class is None else "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
+    facts = _of_config(settings, current_record(host, stacks), kind)
+    now = sum(parameter.numel() for parameter in root.parameters())
+    return dataclasses.replace(facts, parameters=(facts.parameters[0] or (None if facts.removed else now), now))
+
+
+def _of_config(config: Mapping[str, Any], record: PrunedConfig, processor: str | None) -> CardFacts:
+    """What a config.json and the record in it tell."""
+    timm = "model_type" not in config and "architecture" in config and "pretrained_cfg" in config
+    named = config.get("architectures")
+    architecture = config.get("architecture") if timm else named[0] if isinstance(named, list) and named else None
+    labels = config.get("id2label")
+    names = [plain(label, 60) for label in labels.values()][:1000] if isinstance(labels, Mapping) else []
+    if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+        names = []  # nobody named them
+    try:
+        attempts, data = _of_record(record)
+    except _WRONG as error:
+        raise RecordError(f"The pruning record in config.json is malformed: {plain(error, 160)}.") from error
+    return CardFacts(
+        library="timm" if timm else "transformers",
+        architecture=plain(architecture, 100) if isinstance(architecture, str) else None,
+        record=record,
+        labels=tuple(names),
+        processor=processor,
+        parameters=_counted(record),
+        attempts=attempts,
+        config=record.iterations[-1].get("settings") if record.iterations else None,
+        final=_measured(record, attempts),
+        data=data,
+        versions=record.versions,
+    )
+
+
+def _measured(record: PrunedConfig, attempts: Sequence[Attempt]) -> tuple[Evaluation, ...]:
+    """What the record tells of the model as it is: nothing, where weights may have been zeroed since."""
+    if record.sparsity is not None or not attempts or not attempts[-1].evaluations:
+        return ()
+    return (attempts[-1].evaluations[-1][1],)
+
+
+def _of_record(record: PrunedConfig) -> tuple[tuple[Attempt, ...], dict[str, dict[str, Any]]]:
+    """The prunings that a record tells of, with the blocks that each left."""
+    blocks = {name: stack.length for name, stack in record.stacks.items()}
+    attempts = []
+    for index, entry in enumerate(record.iterations):
+        removed = entry.get("removed") or {}
+        blocks = {name: count - len(removed.get(name, ())) for name, count in blocks.items()}
+        attempts.append(Attempt.of_record(index, entry, blocks))
+    last = record.iterations[-1] if record.iterations else {}
+    return tuple(attempts), {use: facts_in(facts) for use, facts in (last.get("data") or {}).items() if use in ("training", "evaluation")}
+
+
+def _counted(record: PrunedConfig) -> tuple[int | None, int | None]:
+    """Number of parameters before the first pruning and after the last one, by the record."""
+    try:
+        return whole(record.iterations[0]["parameters"]["before"]), whole(record.iterations[-1]["parameters"]["after"])
+    except _WRONG:
+        return None, None
+
+
+def with_reports(facts: CardFacts, folder: Path) -> CardFacts:
+    """The facts with those of the reports in a folder, as far as they are of this model: reports of another run are left out."""
+    for file, add in ((f"{RUN_REPORT}.json", _with_run), (REPORT_FILE, _with_report), (SPARSITY_FILE, _with_sparsity)):
+        data = read_json(folder / file)
+        try:
+            facts = facts if data is None else add(facts, data)
+        except _WRONG as error:
+            raise wrong_in(file, error) from error
+    try:
+        plan = PruningPlan.from_json(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+    except PlanError as error:
+        raise wrong_in(PLAN_FILE, error) from error
+    fits = plan is not None and bool(plan.removed) and _left(plan) == {n: len(s.kept) for n, s in facts.record.stacks.items()}
+    return dataclasses.replace(facts, plan=plan if fits else None)
+
+
+def _left(plan: PruningPlan) -> dict[str, int]:
+    return {name: len(stack.kept) for name, stack in plan.stacks.items()}
+
+
+def _with_run(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
+    """With the report of a training (`run_report`)."""
+    attempts = tuple(Attempt.read(entry) for entry in data["attempts"][:256])
+    standing = [attempt for attempt in attempts[1:] if attempt.decision != "rolled back"]
+    last = facts.attempts[-1] if facts.attempts else None
+    if standing:
+        mine = last is not None and standing[-1].removed == last.removed and standing[-1].blocks == last.blocks
+    else:  # nothing was pruned in that run, or all of it was taken back
+        left = {name: len(stack.kept) for name, stack in facts.record.stacks.items()}
+        mine = bool(attempts) and left in ({}, attempts[0].blocks)
+    if not mine:
+        return facts
+    config = MPruneConfig.from_dict(data["config"])
+    summary = {
+        "metric": plain(data["metric"], 80) if data["metric"] else None,
+        "baseline": None if data["baseline"] is None else number(data["baseline"]),
+        "accepted": whole(data["accepted"]),
+        "iterations": config.iterations,
+        "max_drop": config.max_drop,
+        "reason": plain(data["reason"]) if data["reason"] else None,
+        "phase": plain(data["phase"], 40),
+    }
+    facts = _with_facts(facts, data)
+    before, now = facts.parameters
+    first = attempts[0].parameters if facts.removed else now
+    return dataclasses.replace(
+        facts,
+        attempts=attempts,
+        from_run=True,
+        summary=summary,
+        config=config.to_dict(),
+        parameters=(before or first, now or (standing[-1] if standing else attempts[0]).parameters),
+    )
+
+
+def _with_facts(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
+    """With what each report tells of its training: settings, data, hardware, and the evaluations after the end."""
+    final = tuple(Evaluation.read(entry["metrics"], entry["data"]) for entry in data.get("final", ())[:256])
+    known = {use: facts_in(found) for use, found in (data.get("data") or {}).items() if use in ("training", "evaluation")}
+    return dataclasses.replace(
+        facts,
+        final=final or facts.final,
+        data=known or facts.data,
+        training=texts_in(data.get("training")) or facts.training,
+        hardware=texts_in(data.get("hardware")),
+        versions=texts_in(data.get("versions")) or facts.versions,
+    )
+
+
+def _with_report(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
+    """With the report of a pruning without a Trainer (`report.write_report`)."""
+    plan = PruningPlan.from_dict(data["plan"])
+    if facts.from_run or _left(plan) != {n: len(s.kept) for n, s in facts.record.stacks.items()}:
+        return facts
+    counts = [None if row["parameters"] is None else whole(row["parameters"]) for row in data["measurements"][:256]] or [None]
+    before, now = facts.parameters
+    hardware, versions = texts_in(data["hardware"]), texts_in(data["versions"])
+    return dataclasses.replace(facts, parameters=(before or counts[0], now or counts[-1]), hardware=hardware, versions=versions)
+
+
+def _with_sparsity(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
+    """With the report of a sparsification, in a training or without one."""
+    if facts.zeros is None:
+        return facts
+    found = data if "matrices" in data else data.get("report")
+    report = None if found is None else SparsityReport.from_dict(found)
+    if report is not None:
+        WandaConfig.from_dict(report.config.to_dict())
+    facts = dataclasses.replace(facts, sparsity=report)
+    if "evaluations" not in data:
+        return facts
+    before = facts.final
+    sparse = [e for e in data["evaluations"][-256:] if e["sparse"]]
+    facts = _with_facts(facts, data)
+    if sparse and not data.get("final"):
+        used = facts.data.get("evaluation", {})
+        facts = dataclasses.replace(facts, final=(Evaluation.read(sparse[-1]["metrics"], used),))
+    return facts if facts.final else dataclasses.replace(facts, final=before)

@@ -1,0 +1,132 @@
+"""The metadata of a card: an explicit list of keys, each checked, through huggingface_hub's own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from .facts import CardFacts
+from .text import plain
+from .usage import pipeline_tag, task_of
+
+__all__ = ["Given", "hub_id", "metadata"]
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What only the person who publishes a model can tell, and what was looked up on the Hub.
+
+    Attributes:
+        name: the model's name.
+        base_model: Hub id of the model that was pruned, where the record does not know it.
+        license, license_name, license_link: of the model; default: that of the base model, where the Hub tells it.
+        language, tags, tasks: metadata of the same names (tasks: the pipeline tag).
+        datasets: Hub ids of the data.
+        dataset_names: how to call them.
+        dataset_configs: their configurations.
+        command: how the model was made.
+        licences: by Hub id ("org/name", "datasets/org/name"), as their cards on the Hub tell.
+    """
+
+    name: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    language: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    datasets: Sequence[str] = ()
+    dataset_names: Sequence[str] = ()
+    dataset_configs: Sequence[str] = ()
+    command: str | None = None
+    licences: Mapping[str, str] = field(default_factory=dict)
+
+    def base_of(self, facts: CardFacts) -> str | None:
+        """Hub id of the model that was pruned first; None where it is not known."""
+        return hub_id(self.base_model or facts.record.base_model)
+
+    def datasets_of(self, facts: CardFacts) -> list[str]:
+        """Hub ids of the data, each once."""
+        known = [*self.datasets, *(found["id"] for found in facts.data.values() if "id" in found)]
+        return [name for name in dict.fromkeys(map(hub_id, known)) if name is not None]
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name without a revision, if it can be a Hub id."""
+    if not name:
+        return None
+    name = name.partition("@")[0]
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def metadata(facts: CardFacts, given: Given) -> ModelCardData:
+    """The metadata of the card."""
+    base = given.base_of(facts)
+    results = _results(facts, given)
+    kinds = list(dict.fromkeys(result.metric_type for result in results if not result.metric_type.endswith("loss")))
+    known: dict[str, Any] = {
+        "language": list(given.language) or None,
+        "license": given.license or (given.licences.get(base) if base else None),
+        "license_name": given.license_name,
+        "license_link": given.license_link,
+        "library_name": facts.library,
+        "pipeline_tag": given.tasks[0] if given.tasks else pipeline_tag(facts),
+        "tags": _tags(facts, given),
+        "base_model": base,
+        "base_model_relation": "finetune" if base else None,
+        "datasets": given.datasets_of(facts) or None,
+        "metrics": kinds or None,
+    }
+    known = {key: value for key, value in known.items() if value is not None}
+    if results:
+        known.update(model_name=plain(given.name or "model", 96), eval_results=results)
+    return ModelCardData(**known)
+
+
+def _tags(facts: CardFacts, given: Given) -> list[str]:
+    tags = ["deeparc"]
+    if facts.removed:
+        metric = (facts.config or {}).get("similarity")
+        tags += ["pruned", "depth-pruning", *([plain(metric, 40)] if isinstance(metric, str) else [])]
+    if facts.zeros is not None:
+        tags += ["sparse", *([plain(facts.sparsity.config.method, 40)] if facts.sparsity is not None else [])]
+    return list(dict.fromkeys([*tags, *(plain(tag, 80) for tag in given.tags)]))
+
+
+def _results(facts: CardFacts, given: Given) -> list[EvalResult]:
+    """Every metric that was measured of the model as it is."""
+    task = given.tasks[0] if given.tasks else task_of(facts)[0] or "other"
+    results = []
+    for evaluation in facts.final:
+        data = evaluation.data
+        known = hub_id(data.get("id")) or next((name for name in map(hub_id, given.datasets) if name), None)
+        name = given.dataset_names[0] if given.dataset_names else known or "evaluation data of the training"
+        config = data.get("config") or (given.dataset_configs[0] if given.dataset_configs else None)
+        for key, value in evaluation.metrics.items():
+            metric = plain(key.removeprefix("eval_"), 80)
+            results.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type=known or UNKNOWN,
+                    dataset_name=plain(name, 96),
+                    dataset_config=config,
+                    dataset_split=data.get("split"),
+                    dataset_revision=data.get("revision"),
+                    metric_type=metric,
+                    metric_name=metric,
+                    metric_value=value,
+                )
+            )
+    return results

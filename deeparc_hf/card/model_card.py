@@ -1,0 +1,260 @@
+"""Making the card: facts, metadata and sections into one page, by a packaged template."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from torch import nn
+
+from ..errors import ConfigError, MissingDependencyError
+from ..report import save_heatmap
+from ..run_report import STAGES_TEXT, write_whole
+from . import sections, tables
+from .facts import CardFacts, facts_of_folder, facts_of_model, with_reports
+from .lookup import licences
+from .metadata import Given, hub_id, metadata
+from .text import md, plain
+from .usage import usage
+
+__all__ = ["CARD_FILE", "PICTURE_FILE", "create_model_card", "made_by_us", "make_card", "may_replace", "render"]
+
+CARD_FILE, PICTURE_FILE = "README.md", "similarity.png"
+TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
+_MARK = re.compile(r"\n<!-- deeparc_hf ([0-9a-f]{64}) -->\n*\Z")
+_STOCK_DRAFT = "This model card has been generated automatically according to the information the Trainer had access to"
+_LABELS = 50
+
+
+def create_model_card(
+    trainer_or_model: Any,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    model_name: str | None = None,
+    repo_id: str | None = None,
+    language: str | Sequence[str] | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | Sequence[str] | None = None,
+    dataset_tags: str | Sequence[str] | None = None,
+    dataset: str | Sequence[str] | None = None,
+    dataset_args: str | Sequence[str] | None = None,
+    command: str | None = None,
+    processing_class: Any = None,
+    reports: str | os.PathLike[str] | None = None,
+) -> ModelCard:
+    """Make the model card of a pruned or sparse model, and write it.
+
+    It takes what `Trainer.create_model_card` takes, so that one line has `trainer.push_to_hub()` publish this card:
+    `trainer.create_model_card = functools.partial(create_model_card, trainer)`.
+
+    Args:
+        trainer_or_model: a Trainer (its output folder's reports are read), a model, or the folder of a checkpoint (config.json and the
+            reports in it are read, no weights).
+        path: the file to write; default: README.md in the Trainer's output folder, or in the checkpoint's folder; a model's card is not
+            written then. A picture of the similarities is written beside it, where they are known and matplotlib is installed.
+        model_name: the model's name; default: that of the repository, or the folder's.
+        repo_id: where the model will be on the Hub, for the code in the card; default: the Trainer's hub_model_id, or the model's name.
+        language, license, license_name, license_link, tags: metadata of the same names. The licence is that of the base model by default,
+            where the Hub can be asked for it.
+        finetuned_from: Hub id of the model that was pruned, where the record does not know it.
+        tasks: the pipeline tag; default: by the model's class.
+        dataset_tags: Hub ids of the data, where the data set does not know it.
+        dataset, dataset_args: names of the data for people, and its configuration.
+        command: the command or the steps by which the model was made.
+        processing_class: the tokenizer or image processor that goes with a model.
+        reports: for a model: the folder of its run, whose reports are read.
+
+    Returns:
+        The card. It is published as it is by `card.push_to_hub(repo_id)`, or with the model by `deeparc_hf.push_to_hub`.
+
+    Raises:
+        RecordError: if the record or a report is malformed. UnsupportedModelError: if the model is of an unknown kind.
+    """
+    settings = dict(locals())  # what was given, as it is named above
+    return make_card(settings.pop("trainer_or_model"), settings.pop("path"), **settings)[0]
+
+
+def make_card(
+    source: Any,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    model_name: str | None = None,
+    repo_id: str | None = None,
+    processing_class: Any = None,
+    reports: str | os.PathLike[str] | None = None,
+    **told: Any,
+) -> tuple[ModelCard, CardFacts]:
+    """`create_model_card`, with the facts that the card tells."""
+    facts, folder, default_name = _gather(source, processing_class, reports)
+    asked = model_name or repo_id or default_name
+    given = _given(facts, None if asked is None else asked.rpartition("/")[2], **told)
+    target = Path(path) if path is not None else None if folder is None else folder / CARD_FILE
+    picture = None if target is None else _draw(facts, target.parent)
+    card = render(facts, given, repo_id or default_name or given.name or "org/model", picture)
+    if target is not None and _is_main(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, str(card))
+    return card, facts
+
+
+def _given(
+    facts: CardFacts,
+    name: str | None,
+    *,
+    language: Any = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    tags: Any = None,
+    finetuned_from: str | None = None,
+    tasks: Any = None,
+    dataset_tags: Any = None,
+    dataset: Any = None,
+    dataset_args: Any = None,
+    command: str | None = None,
+) -> Given:
+    """What was told, checked, and the licences that the Hub tells."""
+    given = Given(
+        name=name,
+        base_model=_one_of_hub(finetuned_from),
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        language=_many(language),
+        tags=_many(tags),
+        tasks=_many(tasks),
+        datasets=[one for one in map(_one_of_hub, _many(dataset_tags)) if one is not None],
+        dataset_names=_many(dataset),
+        dataset_configs=_many(dataset_args),
+        command=command,
+    )
+    names = [given.base_of(facts), *(f"datasets/{one}" for one in given.datasets_of(facts))]
+    return dataclasses.replace(given, licences=licences([one for one in names if one]))
+
+
+def render(facts: CardFacts, given: Given, repo_id: str, picture: str | None = None) -> ModelCard:
+    """The page.
+
+    Args:
+        repo_id: for the code in it.
+        picture: name of the file with the heatmap, beside the card.
+    """
+    base = given.base_of(facts)
+    title = given.name or (f"{base.rpartition('/')[2]}-pruned" if base else "Pruned model")
+    labels = ", ".join(md(label, 60) for label in facts.labels[:_LABELS]) + (", ..." if len(facts.labels) > _LABELS else "")
+    plan = facts.plan
+    attempts = [attempt for attempt in facts.attempts if attempt.decision != "rolled back"]
+    try:
+        card = ModelCard.from_template(
+            metadata(facts, given),
+            template_path=str(TEMPLATE),
+            title=md(title),
+            summary=sections.summary(facts, given),
+            stock=sections.state(facts),
+            usage=sections.fenced(usage(facts, repo_id), "python"),
+            labels=labels,
+            strip=tables.strip(facts.record) if facts.removed else None,
+            healing="\n".join(f"- {line}" for attempt in attempts for line in attempt.healing),
+            steps=tables.steps_table(facts),
+            steps_note=STAGES_TEXT,
+            iterations=tables.iterations_table(facts),
+            iterations_note=sections.iterations_note(facts),
+            evaluation=tables.evaluation_table(facts.final),
+            evaluation_note=sections.evaluation_note(facts),
+            similarities=None if plan is None else tables.similarity_tables(plan),
+            similarity_note=None if plan is None else sections.similarity_note(plan),
+            alt=None if plan is None else sections.alt_text(plan),
+            picture=picture,
+            sparsity=tables.sparsity_section(facts),
+            reproduce=sections.reproduce(facts, given, repo_id),
+            limits=sections.limits(facts, given),
+            made=sections.made(facts, given),
+            citations=sections.citations(facts),
+        )
+    except ImportError as error:  # huggingface_hub asks for jinja2 when a card is made
+        raise MissingDependencyError("A model card needs jinja2: pip install jinja2.") from error
+    body = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+    return ModelCard(f"{body}\n<!-- deeparc_hf {_digest(body)} -->\n")
+
+
+def made_by_us(text: str) -> bool:
+    """Whether a card is one of `create_model_card`, and as it wrote it: nobody has edited it since."""
+    found = _MARK.search(text)
+    return found is not None and _digest(text[: found.start()]) == found.group(1)
+
+
+def may_replace(file: Path) -> bool:
+    """Whether a README.md may be replaced: it is a card as this package wrote it, or the Trainer's draft, or not there."""
+    if not file.is_file():
+        return True
+    text = file.read_text("utf-8", errors="replace")
+    return made_by_us(text) or _STOCK_DRAFT in text
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.strip().encode()).hexdigest()
+
+
+def _gather(source: Any, processing_class: Any, reports: Any) -> tuple[CardFacts, Path | None, str | None]:
+    """The facts, the folder that the card belongs into, and the model's name."""
+    if isinstance(source, (str, os.PathLike)):
+        folder = Path(source)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}. Give a checkpoint's folder, a model or a Trainer.")
+        return facts_of_folder(folder), folder, folder.resolve().name
+    if isinstance(source, nn.Module):
+        facts = facts_of_model(source, processing_class)
+        return (facts if reports is None else with_reports(facts, Path(reports))), None, None
+    args, model = getattr(source, "args", None), getattr(source, "model", None)
+    if args is None or not isinstance(model, nn.Module):
+        raise ConfigError(f"A card is made of a Trainer, a model or a checkpoint's folder, found a {type(source).__name__}.")
+    folder = Path(args.output_dir if reports is None else reports)
+    model = source.accelerator.unwrap_model(model)
+    facts = with_reports(facts_of_model(model, processing_class or getattr(source, "processing_class", None)), folder)
+    return facts, Path(args.output_dir), args.hub_model_id or folder.resolve().name
+
+
+def _is_main(source: Any) -> bool:
+    """Whether this process is the one that writes."""
+    return getattr(getattr(source, "args", None), "process_index", 0) == 0
+
+
+def _draw(facts: CardFacts, folder: Path) -> str | None:
+    """The heatmap of the last plan, beside the card; its name, or None where there is none."""
+    if facts.plan is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{PICTURE_FILE}.{os.getpid()}"
+    try:
+        save_heatmap(facts.plan, draft)
+        draft.replace(folder / PICTURE_FILE)
+    except MissingDependencyError:
+        return None
+    finally:
+        draft.unlink(missing_ok=True)
+    return PICTURE_FILE
+
+
+def _many(value: str | Sequence[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else [plain(entry) for entry in value]
+
+
+def _one_of_hub(name: str | None) -> str | None:
+    """A Hub id that somebody gave.
+
+    Raises:
+        ConfigError: if it cannot be one (a local path, say).
+    """
+    if name is not None and (hub_id(name) is None or os.path.exists(name)):
+        raise ConfigError(f"{name!r} is not the id of a repository on the Hub (ORG/NAME). A card must not name local paths.")
+    return name

@@ -1,0 +1,228 @@
+"""Reading the reports that lie beside a checkpoint. A downloaded checkpoint is hostile input: everything is checked, sizes are bounded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecordError
+from ..run_report import STAGES
+from .text import md, plain
+
+__all__ = ["Attempt", "Evaluation", "facts_in", "number", "read_json", "stages_in", "texts_in", "whole", "wrong_in"]
+
+MOST = 256  # attempts, evaluations, metrics
+MOST_BLOCKS = 4096
+_MAX_FILE = 16 * 2**20
+_SPEED = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
+
+
+def wrong_in(file: str, error: Exception) -> RecordError:
+    """The error for a file that is not what this package writes."""
+    return RecordError(
+        f"{file} is not what deeparc_hf writes there ({type(error).__name__}: {plain(error, 120)}). Delete the file, and the card is made "
+        "without it."
+    )
+
+
+def read_json(path: Path) -> Mapping[str, Any] | None:
+    """The object in a JSON file; None where there is no such file.
+
+    Raises:
+        RecordError: if the file is too large, or holds no JSON object.
+    """
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _MAX_FILE:
+        raise RecordError(f"{path.name} is larger than {_MAX_FILE} bytes. It is not read; delete it to make the card without it.")
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise wrong_in(path.name, error) from error
+    if not isinstance(data, Mapping):
+        raise wrong_in(path.name, TypeError(f"it holds a {type(data).__name__}, not an object"))
+    return data
+
+
+def number(value: Any) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"expected a number, found {plain(repr(value)[:80], 80)}")
+    return float(value)
+
+
+def whole(value: Any) -> int:
+    """A whole number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"expected a whole number, found {plain(repr(value)[:80], 80)}")
+    return value
+
+
+def texts_in(data: Any) -> dict[str, str]:
+    """The short texts and numbers of an object, as texts."""
+    found = _mapping(data or {})
+    return {plain(key, 60): plain(value) for key, value in list(found.items())[:MOST] if isinstance(value, (str, int, float))}
+
+
+def facts_in(data: Any) -> dict[str, Any]:
+    """What is known of a data set (`provenance.dataset_facts`)."""
+    found = _mapping(data or {})
+    known = {key: plain(found[key]) for key in ("id", "revision", "config", "split") if isinstance(found.get(key), str)}
+    return {**known, **({"rows": whole(found["rows"])} if found.get("rows") is not None else {})}
+
+
+def _mapping(data: Any) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"expected an object, found {plain(repr(data)[:80], 80)}")
+    return data
+
+
+def _list(data: Any, most: int = MOST) -> Sequence[Any]:
+    if isinstance(data, (str, bytes)) or not isinstance(data, Sequence) or len(data) > most:
+        raise ValueError(f"expected a list of at most {most}, found {plain(repr(data)[:80], 80)}")
+    return data
+
+
+def figures_in(data: Any) -> dict[str, float]:
+    """Metrics by name; what is no finite number (a loss that overflowed is null) is left out."""
+    found = list(_mapping(data or {}).items())[:MOST]
+    return {plain(key, 80): float(v) for key, v in found if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)}
+
+
+def stages_in(data: Any) -> dict[str, dict[str, Any]]:
+    """What each step of a pruning did (`quality.measure_quality`, by stage)."""
+    return {stage: _quality(_mapping(data)[stage]) for stage in STAGES if _mapping(data or {}).get(stage) is not None}
+
+
+def _quality(data: Any) -> dict[str, Any]:
+    found = _mapping(data)
+    pairs = {}
+    for name in ("loss_interval", "accuracy_interval"):
+        value = found.get(name)
+        pairs[name] = None if value is None else [number(bound) for bound in _list(value, 2)]
+        if value is not None and len(value) != 2:
+            raise ValueError(f"{name} must have two numbers")
+    accuracy = None if found.get("accuracy") is None else number(found["accuracy"])
+    if accuracy is not None and pairs["accuracy_interval"] is None:
+        raise ValueError("an accuracy without its interval")
+    return {"loss": number(found["loss"]), "accuracy": accuracy, **pairs, "samples": whole(found["samples"]), "data": md(found["data"])}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a model on one set of data.
+
+    Attributes:
+        metrics: by name, without times.
+        data: what is known of the data.
+        seconds: time of the evaluation, as the Trainer measured it; None where it did not.
+    """
+
+    metrics: dict[str, float]
+    data: dict[str, Any]
+    seconds: float | None = None
+
+    @classmethod
+    def read(cls, metrics: Any, data: Any = None) -> Evaluation:
+        figures = figures_in(metrics)
+        times = [value for key, value in figures.items() if key.endswith("_runtime")]
+        lasting = {key: value for key, value in figures.items() if not key.endswith(_SPEED)}
+        return cls(lasting, facts_in(data), times[0] if len(times) == 1 else None)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One row of a run's report: the model before the first pruning, or a pruning that was tried."""
+
+    name: str
+    blocks: dict[str, int]
+    parameters: int | None
+    frozen: int
+    k: int | None
+    thresholds: tuple[float, ...]
+    removed: dict[str, tuple[int, ...]]
+    epoch: float
+    evaluations: tuple[tuple[float, Evaluation], ...]
+    training_seconds: float | None
+    decision: str | None
+    reason: str | None
+    stages: dict[str, dict[str, Any]]
+    healing: tuple[str, ...]
+
+    @classmethod
+    def read(cls, data: Any) -> Attempt:
+        """Read an entry of the report's attempts."""
+        found = _mapping(data)
+        evaluations = [(number(e["epoch"]), Evaluation.read(e["metrics"])) for e in map(_mapping, _list(found["evaluations"]))]
+        k = found.get("k")
+        return cls(
+            name=plain(found["name"], 60),
+            blocks={plain(name): whole(count) for name, count in _mapping(found["blocks"]).items()},
+            parameters=whole(found["parameters"]),
+            frozen=sum(len(_list(blocks, MOST_BLOCKS)) for blocks in _mapping(found["frozen"]).values()),
+            k=None if k is None else whole(k),
+            thresholds=_thresholds(found),
+            removed=_blocks(found.get("removed")),
+            epoch=number(found["epoch"]),
+            evaluations=tuple(evaluations),
+            training_seconds=number(found["training_seconds"]),
+            decision=plain(found["decision"], 40) if found.get("decision") else None,
+            reason=plain(found["reason"]) if found.get("reason") else None,
+            stages=stages_in(found.get("stages")),
+            healing=healing_in(found.get("healing")),
+        )
+
+    @classmethod
+    def of_record(cls, index: int, entry: Mapping[str, Any], blocks: dict[str, int]) -> Attempt:
+        """The same from an entry of a record, which knows less.
+
+        Args:
+            blocks: blocks of each stack after it.
+        """
+        settings = entry.get("settings") if isinstance(entry.get("settings"), Mapping) else {}
+        counts = entry.get("parameters") if isinstance(entry.get("parameters"), Mapping) else {}
+        k = settings.get("k")
+        metrics = Evaluation.read(entry.get("metrics"), (entry.get("data") or {}).get("evaluation"))
+        return cls(
+            name=f"pruning {index + 1}",
+            blocks=blocks,
+            parameters=whole(counts["after"]) if "after" in counts else None,
+            frozen=sum(map(len, _blocks(entry.get("frozen")).values())),
+            k=None if k is None else whole(k),
+            thresholds=_thresholds(entry),
+            removed=_blocks(entry.get("removed")),
+            epoch=0.0,
+            evaluations=((0.0, metrics),) if metrics.metrics else (),
+            training_seconds=None,
+            decision=None,
+            reason=None,
+            stages=stages_in(entry.get("stages")),
+            healing=healing_in(entry.get("healing")),
+        )
+
+
+def _thresholds(found: Mapping[str, Any]) -> tuple[float, ...]:
+    return tuple(sorted({number(value) for value in _mapping(found.get("thresholds") or {}).values()}))
+
+
+def _blocks(data: Any) -> dict[str, tuple[int, ...]]:
+    return {plain(name): tuple(whole(i) for i in _list(blocks, MOST_BLOCKS)) for name, blocks in _mapping(data or {}).items() if blocks}
+
+
+def healing_in(data: Any) -> tuple[str, ...]:
+    """What became of each removal site, as text."""
+    lines = []
+    for entry in map(_mapping, _list(data or (), MOST_BLOCKS)):
+        removed = ", ".join(str(whole(i)) for i in _list(entry["removed"], MOST_BLOCKS))
+        where = f"{md(entry['stack'])}: {removed} removed"
+        if entry.get("healed"):
+            held = entry.get("held_out")
+            left = "" if held is None else f"; {100 * number(held):.1f} % of the squared error is left on held-out samples"
+            lines.append(f"{where}, block {whole(entry['kept'])} refitted{left}")
+        else:
+            lines.append(f"{where}, left as it is: {md(entry.get('reason') or 'no reason noted')}")
+    return tuple(lines)

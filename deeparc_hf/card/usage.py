@@ -1,0 +1,87 @@
+"""How to use a checkpoint, as code that runs: for the task that the model's class is for."""
+
+from __future__ import annotations
+
+import json
+
+from .facts import CardFacts
+
+__all__ = ["pipeline_tag", "task_of", "usage"]
+
+# by the end of the class's name: task of the Hub, auto class
+_TASKS = {
+    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
+    "ForMultipleChoice": ("multiple-choice", "AutoModelForMultipleChoice"),
+    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
+    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
+    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
+    "ForConditionalGeneration": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
+    "ForAudioClassification": ("audio-classification", "AutoModelForAudioClassification"),
+}
+_ON_THE_HUB = {  # tasks that the Hub lists
+    "audio-classification",
+    "feature-extraction",
+    "fill-mask",
+    "image-classification",
+    "image-feature-extraction",
+    "question-answering",
+    "text-classification",
+    "text-generation",
+    "token-classification",
+}
+_PIPELINES = {  # with a pipeline in transformers 5, and what to give it
+    "fill-mask": 'print(model(f"This sentence has a {model.tokenizer.mask_token}."))',
+    "image-classification": 'print(model("image.jpg"))',
+    "text-classification": 'print(model("A sentence to classify."))',
+    "text-generation": 'print(model("Once upon a time", max_new_tokens=20))',
+    "token-classification": 'print(model("A sentence with names in it."))',
+}
+_NEEDS = {"image-classification": "image processor"}
+
+
+def task_of(facts: CardFacts) -> tuple[str | None, str]:
+    """Task and auto class of a model."""
+    if facts.library == "timm":
+        return "image-classification", ""
+    for end, found in _TASKS.items():
+        if (facts.architecture or "").endswith(end):
+            return found
+    return None, "AutoModel"
+
+
+def pipeline_tag(facts: CardFacts) -> str | None:
+    """The task, where it is one of the Hub's."""
+    task = task_of(facts)[0]
+    return task if task in _ON_THE_HUB else None
+
+
+def usage(facts: CardFacts, repo_id: str) -> str:
+    """Code that loads the checkpoint by stock libraries and runs it."""
+    task, auto_class = task_of(facts)
+    name = json.dumps(repo_id)
+    if facts.library == "timm":
+        return (
+            "import timm\nimport torch\n\n"
+            f"model = timm.create_model({json.dumps(f'hf-hub:{repo_id}')}, pretrained=True).eval()\n"
+            "with torch.no_grad():\n"
+            "    print(model(torch.randn(1, *model.pretrained_cfg['input_size'])).argmax(-1))"
+        )
+    fits = facts.processor == _NEEDS.get(task or "", "tokenizer")
+    if task in _PIPELINES and fits:
+        return f'from transformers import pipeline\n\nmodel = pipeline("{task}", {name})\n{_PIPELINES[task]}'
+    if task == "text2text-generation" and fits:
+        return (
+            f"from transformers import {auto_class}, AutoTokenizer\n\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
+            f"model = {auto_class}.from_pretrained({name})\n"
+            'inputs = tokenizer("A text of the kind that the model was trained on.", return_tensors="pt")\n'
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))"
+        )
+    lines = [f"from transformers import {auto_class}", "", f"model = {auto_class}.from_pretrained({name})"]
+    if facts.processor == "tokenizer":
+        lines[0] += ", AutoTokenizer"
+        lines.insert(2, f"tokenizer = AutoTokenizer.from_pretrained({name})")
+    return "\n".join([*lines, "print(model.config)"])

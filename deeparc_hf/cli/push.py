@@ -1,0 +1,48 @@
+"""`deeparc push`: publish a checkpoint on the Hub, with its card, in one commit."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from .options import card_options, given_card
+
+__all__ = ["add"]
+
+
+def add(commands: Any, argv: Sequence[str]) -> None:
+    """Add the command to the parser of all commands."""
+    parser = commands.add_parser(
+        "push",
+        help="publish a checkpoint on the Hub, with its card",
+        description="Publish the checkpoint in a folder on the Hub: weights, config, tokenizer, reports and a model card made of them, in "
+        "one commit. A README.md that somebody wrote or edited goes along as it is. Log in first: hf auth login.",
+    )
+    parser.set_defaults(run=_push)
+    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
+    parser.add_argument("repo_id", metavar="REPO", help="ORG/NAME, or NAME in your own namespace")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repository private, if it is made")
+    parser.add_argument("--revision", help="branch to commit to, made if there is none; default: main")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--message", help="title of the commit")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    card_options(parser)
+
+
+def _push(args: argparse.Namespace) -> int:
+    from ..hub import push_to_hub
+    from ..hub_errors import is_connection_error
+
+    settings = {"private": args.private, "revision": args.revision, "create_pr": args.create_pr, "commit_message": args.message}
+    try:
+        done = push_to_hub(args.path, args.repo_id, **settings, **given_card(args))
+    except Exception as error:
+        if not is_connection_error(error):
+            raise
+        raise ConnectionError(
+            f"{error}. {' '.join(getattr(error, '__notes__', ()))} Nothing was committed; the local files are as they were."
+        ) from error
+    if done is not None:
+        print(done.pr_url or done.commit_url)
+    return 0

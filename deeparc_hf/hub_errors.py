@@ -1,0 +1,61 @@
+"""One line of help on huggingface_hub's own errors, which pass through unchanged otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+__all__ = ["hub_help", "is_connection_error", "notes_of"]
+
+
+@contextmanager
+def hub_help(repo_id: object) -> Iterator[None]:
+    """Add a note to errors of the Hub that leave the block: what to do about it."""
+    try:
+        yield
+    except Exception as error:
+        ours = isinstance(error, (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled))
+        if (ours or is_connection_error(error)) and not notes_of(error):
+            error.add_note(_help(error, str(repo_id)))
+        raise
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error is one of the HTTP library beneath huggingface_hub (httpx, or its successor): no answer came."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
+
+
+def notes_of(error: BaseException) -> str:
+    """The notes on an error, as one text."""
+    return " ".join(getattr(error, "__notes__", ()))
+
+
+def _help(error: Exception, repo_id: str) -> str:
+    if is_connection_error(error):
+        return "The Hub cannot be reached: check the connection, and HF_ENDPOINT if it is set."
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated: ask for access on its page on the Hub, then log in (hf auth login) or give token=."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"Check the spelling of {repo_id} (ORG/NAME). If it is private, log in (hf auth login) or give token=."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such branch, tag or commit: see its branches on the Hub, or leave revision out."
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return f"{repo_id} is neither in the cache nor to be reached: check the connection, and that HF_HUB_OFFLINE is not set."
+    if isinstance(error, EntryNotFoundError):
+        return f"{repo_id} lacks that file: it is not a checkpoint of transformers or timm, or not a whole one."
+    if status in (401, 403):
+        return f"The token that is used may not do this to {repo_id}: log in (hf auth login) or give token=, with write access to it."
+    if status == 412:
+        return f"Others committed to {repo_id} at the same time, several times. Try again."
+    return "Nothing was changed on the Hub by the request that failed. Try again, or see https://status.huggingface.co."
