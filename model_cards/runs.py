@@ -1,0 +1,196 @@
+"""The three runs whose cards are kept here. Each fine-tunes a model, prunes it by the callback, and makes the card:
+
+    python model_cards/runs.py text_classification --data FOLDER --model sentence-transformers/all-MiniLM-L6-v2 --output runs/text
+    python model_cards/runs.py question_generation --data FOLDER --output runs/questions
+    python model_cards/runs.py image_classification --data FOLDER --output runs/images
+
+FOLDER holds train.csv, validation.csv and test.csv (text, label); or train.jsonl and validation.jsonl (context, question, answer); or
+train.parquet and test.parquet (image, label).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+
+from deeparc_hf import MPruneCallback, WandaCallback, create_model_card
+
+KEPT = ("config.json", "pruning_report.json", "pruning_plan.json", "sparsity_report.json")
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of right answers."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def settings(output: str, cls: Any = TrainingArguments, **more: Any) -> Any:
+    """Arguments that the runs share."""
+    shared = {"eval_strategy": "epoch", "save_strategy": "no", "seed": 0, "report_to": "none", "logging_strategy": "epoch"}
+    return cls(output, **shared, per_device_eval_batch_size=64, **more)
+
+
+def text_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[str, Any]]:
+    """MiniLM on dair-ai/emotion: two prunings, each judged on the validation texts; accuracy on the test texts."""
+    files = {name: str(Path(args.data, f"{name}.csv")) for name in ("train", "validation", "test")}
+    names = ["sadness", "joy", "love", "anger", "fear", "surprise"]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        known = [label if isinstance(label, int) else names.index(label) for label in batch["label"]]
+        return {**tokenizer(batch["text"], truncation=True, max_length=64), "labels": known}
+
+    data = load_dataset("csv", data_files=files).map(encode, batched=True, remove_columns=["text", "label"])
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    trainer = Trainer(
+        model=AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=len(names), **labels),
+        args=settings(args.output, num_train_epochs=5, per_device_train_batch_size=32, learning_rate=5e-5),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        processing_class=tokenizer,
+        compute_metrics=accuracy,
+        callbacks=[
+            MPruneCallback(num_blocks=[5, 4], start_epoch=2, retrain_epochs=1, heal="lstsq", metric="accuracy", max_drop=0.02),
+            WandaCallback(sparsity=0.3, start_epoch=4),
+        ],
+    )
+    told = {"dataset_tags": "dair-ai/emotion", "language": "en", "license": "apache-2.0"}
+    return trainer, data["test"], {**told, "finetuned_from": "sentence-transformers/all-MiniLM-L6-v2"}
+
+
+def question_generation(args: argparse.Namespace) -> tuple[Trainer, Any, dict[str, Any]]:
+    """A small T5 from scratch on question generation from SQuAD passages: encoder and decoder are pruned as stacks of their own."""
+    files = {name: str(Path(args.data, f"{name}.jsonl")) for name in ("train", "validation")}
+    rows = load_dataset("json", data_files=files)
+    tokenizer = words_of([text for row in rows["train"] for text in (row["context"], row["question"])])
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+        sources = [f"answer: {a} context: {c}" for a, c in zip(batch["answer"], batch["context"], strict=True)]
+        targets = tokenizer([f"{question}</s>" for question in batch["question"]], truncation=True, max_length=32)["input_ids"]
+        return {**tokenizer(sources, truncation=True, max_length=128), "labels": targets}
+
+    data = rows.map(encode, batched=True, remove_columns=rows["train"].column_names)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=192,
+        d_ff=512,
+        d_kv=32,
+        num_heads=6,
+        num_layers=6,
+        num_decoder_layers=6,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = T5ForConditionalGeneration(config)
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=settings(args.output, Seq2SeqTrainingArguments, num_train_epochs=8, per_device_train_batch_size=16, learning_rate=1e-3),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        callbacks=[MPruneCallback(num_blocks={"encoder.block": 5, "decoder.block": 5}, start_epoch=5, retrain_epochs=3, heal="lstsq")],
+    )
+    return trainer, data["validation"], {"dataset_tags": "rajpurkar/squad", "language": "en", "license": "apache-2.0"}
+
+
+def words_of(texts: list[str], size: int = 8000) -> PreTrainedTokenizerFast:
+    """A tokenizer with the most frequent pieces of these texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "</s>", "<unk>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def image_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[str, Any]]:
+    """A small bottleneck ResNet from scratch on CIFAR-10 images: the blocks of least effect go, none is frozen."""
+    files = {name: str(Path(args.data, f"{name}.parquet")) for name in ("train", "test")}
+    data = load_dataset("parquet", data_files=files)
+    names = data["train"].features["label"].names
+
+    def pixels(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        images = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in batch["image"]])
+        return {"pixel_values": torch.from_numpy((images / 127.5 - 1).transpose(0, 3, 1, 2)), "labels": batch["label"]}
+
+    config = ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[64, 128, 256],
+        depths=[4, 5, 4],
+        layer_type="bottleneck",
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    trainer = Trainer(
+        model=ResNetForImageClassification(config),
+        args=settings(
+            args.output,
+            num_train_epochs=14,
+            per_device_train_batch_size=64,
+            learning_rate=2e-3,
+            weight_decay=0.05,
+            remove_unused_columns=False,
+        ),
+        train_dataset=data["train"].with_transform(pixels),
+        eval_dataset=data["test"].with_transform(pixels),
+        compute_metrics=accuracy,
+        callbacks=[
+            MPruneCallback(num_blocks=[11, 9], similarity="effect", linkage="adjacent", start_epoch=8, retrain_epochs=3, heal="lstsq")
+        ],
+    )
+    return trainer, data["test"].with_transform(pixels), {"dataset_tags": "uoft-cs/cifar10", "license": "apache-2.0"}
+
+
+TASKS = {run.__name__: run for run in (text_classification, question_generation, image_classification)}
+
+
+def main() -> None:
+    """Run one, and keep its card and what the card is made from."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data", required=True, help="folder of the data")
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="base model of text_classification")
+    parser.add_argument("--output", required=True, help="folder of the run")
+    parser.add_argument("--keep", help="folder for the card and its sources")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    trainer, held_out, told = TASKS[args.task](args)
+    trainer.train()
+    trainer.evaluate(held_out)
+    trainer.save_model(args.output)
+    told = {"repo_id": f"org/{Path(args.output).name}", "command": f"python model_cards/runs.py {args.task} --data DATA", **told}
+    create_model_card(trainer, **told)
+    if args.keep is not None:
+        Path(args.keep).mkdir(parents=True, exist_ok=True)
+        for name in (*KEPT, "README.md", "similarity.png", "tokenizer_config.json"):
+            if Path(args.output, name).is_file():
+                shutil.copy(Path(args.output, name), args.keep)
+        Path(args.keep, "card.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
