@@ -27,8 +27,8 @@ __all__ = ["push_to_hub"]
 _TRIES = 5  # where others commit at the same time
 _CONFLICT = 412
 _WEIGHTS = re.compile(r"model[\w.\-]*\.safetensors(\.index\.json)?")
-# weights of the model that the repository held before: loaders may prefer them to the new ones
-_STALE = re.compile(rf"{_WEIGHTS.pattern}|pytorch_model[\w.\-]*\.bin(\.index\.json)?|tf_model\.h5|flax_model\.msgpack")
+# weights of the model that the repository held before: loaders may prefer them to the new ones; and the Trainer's pickle of its arguments
+_STALE = re.compile(rf"{_WEIGHTS.pattern}|pytorch_model[\w.\-]*\.bin(\.index\.json)?|tf_model\.h5|flax_model\.msgpack|training_args\.bin")
 _REPORTS = (*(f"{RUN_REPORT}.{end}" for end in ("json", "md")), "sparsity_report.json", "sparsity_report.md", "report.json", "report.md")
 _FINDINGS = {*_REPORTS, PLAN_FILE, PICTURE_FILE, "heatmap.png"}
 # pickles run code, and these say where on which machine a model was trained

@@ -108,6 +108,12 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     extra = {} if host.record() is None else {RECORD_KEY: host.record()}
     save_for_hf(host.root, str(folder), model_config=extra, model_args=host.settings(), safe_serialization=True)
+    # the layout has a place of its own for the number of classes, and transformers' TimmWrapper cannot hear of it twice
+    path = Path(folder, "config.json")
+    config = json.loads(path.read_text("utf-8"))
+    if config.get("model_args", {}).get("num_classes") == config["num_classes"]:
+        del config["model_args"]["num_classes"]
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _adopt_generation_config(model: PreTrainedModel, base: str, hub: Mapping[str, Any]) -> None:

@@ -49,12 +49,19 @@ class StockError(RuntimeError):
 
 
 class StockProcess:
-    """One worker for many checkpoints, as its start costs seconds. A context manager."""
+    """One worker for many checkpoints, as its start costs seconds. A context manager.
+
+    Args:
+        environment: of the worker, where it is to reach a Hub; default: this process's, without any Hub.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._given = {**os.environ, "HF_HUB_OFFLINE": "1"} if environment is None else dict(environment)
 
     def __enter__(self) -> StockProcess:
         import torch
 
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "STOCK_THREADS": str(torch.get_num_threads())}
+        environment = {**self._given, "STOCK_THREADS": str(torch.get_num_threads())}
         self._folder = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
             [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -73,7 +80,7 @@ class StockProcess:
         """Load a checkpoint in the worker and run it.
 
         Args:
-            folder: the checkpoint.
+            folder: the checkpoint, or its id on the Hub.
             loader: name of a class of transformers that has from_pretrained, or "timm".
             inputs: keyword arguments of the model's forward, tensors.
             generate: also generate `NEW_TOKENS` tokens, greedily, with and without the cache.
@@ -145,6 +152,12 @@ def forwarded(model: Any, inputs: Mapping[str, Any]) -> Any:
     return output
 
 
+def _fetched(repo_id: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(repo_id, "model.safetensors")
+
+
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file, save_file
@@ -153,9 +166,10 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     if request["loader"] == "timm":
         import timm
 
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        local = Path(folder).is_dir()
+        model = timm.create_model(f"{'local-dir' if local else 'hf-hub'}:{folder}", pretrained=True)
         inputs = {"x": inputs.get("x", inputs.get("pixel_values"))}
-        saved, own = load_file(Path(folder, "model.safetensors")), model.state_dict()
+        saved, own = load_file(Path(folder, "model.safetensors") if local else _fetched(folder)), model.state_dict()
         info = {
             "missing_keys": own.keys() - saved.keys(),
             "unexpected_keys": saved.keys() - own.keys(),

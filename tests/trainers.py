@@ -48,7 +48,18 @@ def without_stages(record):
     return dataclasses.replace(record, iterations=tuple(iterations))
 
 
-def train(model, folder, *callbacks, data=None, resume=None, cls=Trainer, args=TrainingArguments, compute_metrics=None, **kwargs):
+def train(
+    model,
+    folder,
+    *callbacks,
+    data=None,
+    resume=None,
+    cls=Trainer,
+    args=TrainingArguments,
+    compute_metrics=None,
+    processing_class=None,
+    **kwargs,
+):
     data = text_data() if data is None else data
     trainer = cls(
         model=model,
@@ -56,6 +67,7 @@ def train(model, folder, *callbacks, data=None, resume=None, cls=Trainer, args=T
         train_dataset=data,
         eval_dataset=data,
         compute_metrics=compute_metrics,
+        processing_class=processing_class,
         callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=resume)

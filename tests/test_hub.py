@@ -1,0 +1,348 @@
+"""Publishing on a Hub over real HTTP: what is there afterwards, who can load it, and what failures leave."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from safetensors.torch import load, load_file
+
+from deeparc_hf import PrunedConfig
+from deeparc_hf.card import made_by_us
+
+from .hub import Client, ClientError, HubServer
+from .stock import StockProcess, aligned, forwarded
+
+OWNER, READER, OTHER = "hf_owner_secret", "hf_reader_secret", "hf_other_secret"
+BEGIN = """
+import torch, transformers, deeparc_hf
+from deeparc_hf import push_to_hub, remove_blocks, save_pruned, PrunedConfig, create_model_card
+from tests.publishing import tiny_tokenizer, trained
+from tests.zoo import ZOO
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with HubServer(tmp_path_factory.mktemp("hub"), tokens=[f"owner={OWNER}", f"owner={READER}:read", f"other={OTHER}"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub):
+    with Client(hub.environment(OWNER)) as process:
+        process.run(BEGIN)
+        yield process
+
+
+@pytest.fixture(scope="module")
+def stock(hub):
+    with StockProcess(hub.environment(OWNER, hub.root / "stock_home")) as process:
+        yield process
+
+
+def card_of(hub, repo_id, revision="main"):
+    return ModelCard(hub.files(repo_id, revision)["README.md"].decode())
+
+
+def layers_in(weights):
+    return len({name.split(".layer.")[1].split(".")[0] for name in load(weights) if ".layer." in name})
+
+
+# ---- a Trainer, from its training to a process that has never heard of this package ----
+
+
+@pytest.fixture(scope="module")
+def published(hub, client, tmp_path_factory):
+    """A run with both callbacks and push_to_hub=True, published by push_to_hub; its logits on one batch."""
+    folder = tmp_path_factory.mktemp("run")
+    client.run(
+        """
+        trainer = trained(folder, push_to_hub=True, hub_model_id="owner/e2e", hub_strategy="every_save")
+        trainer.evaluate()
+        commit = push_to_hub(trainer, commit_message="The smaller model", dataset_tags="dair-ai/emotion", language="en", license="mit")
+        ids = torch.arange(5, 25).reshape(2, 10)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            logits = trainer.model.eval()(**inputs).logits
+        save_file({"logits": logits, **inputs}, folder + "/expected.safetensors")
+        result = commit.oid
+        """,
+        folder=folder,
+    )
+    return load_file(folder / "expected.safetensors"), folder
+
+
+def test_one_commit_holds_all_that_belongs_together(hub, published):
+    last, *earlier = hub.commits("owner/e2e")
+    assert last.title == "The smaller model" and earlier
+    files = hub.files("owner/e2e")
+    record = PrunedConfig.from_dict(json.loads(files["config.json"])["pruning_config"])
+    assert record.kept["bert.encoder.layer"] == tuple(range(2)) or len(record.kept["bert.encoder.layer"]) == 2
+    assert layers_in(files["model.safetensors"]) == 2
+    assert record.sparsity is not None
+    wanted = {"README.md", "config.json", "model.safetensors", "pruning_plan.json", "pruning_report.json", "pruning_report.md"}
+    assert wanted | {"similarity.png", "sparsity_report.json", "sparsity_report.md", "tokenizer.json"} <= files.keys()
+    assert files["similarity.png"].startswith(b"\x89PNG")
+
+
+def test_a_stock_process_downloads_it_and_gives_equal_logits(published, stock):
+    expected, _ = published
+    loaded = stock.load("owner/e2e", "AutoModelForSequenceClassification", {k: v for k, v in expected.items() if k != "logits"})
+    assert loaded.clean
+    torch.testing.assert_close(loaded.outputs["output"], expected["logits"], rtol=0, atol=1e-6)
+
+
+def test_the_card_is_valid_and_tells_every_metric(hub, client, published):
+    card = card_of(hub, "owner/e2e")
+    client.run('from huggingface_hub import ModelCard; ModelCard.load("owner/e2e").validate()')
+    metadata = card.data.to_dict()
+    assert metadata["datasets"] == ["dair-ai/emotion"] and metadata["license"] == "mit" and metadata["language"] == ["en"]
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-classification"
+    assert {"deeparc", "pruned", "depth-pruning", "cka", "wanda"} <= set(metadata["tags"])
+    name, results = model_index_to_eval_results(metadata["model-index"])
+    assert name == "e2e"
+    final = json.loads(hub.files("owner/e2e")["pruning_report.json"])["final"][0]["metrics"]
+    assert {r.metric_type: r.metric_value for r in results} == {"loss": final["eval_loss"], "accuracy": final["eval_accuracy"]}
+
+
+def test_the_cards_code_runs(client, published, hub):
+    (code,) = re.findall(r"## Use it\n\n```python\n(.*?)```", card_of(hub, "owner/e2e").content, re.DOTALL)
+    assert 'pipeline("text-classification", "owner/e2e")' in code
+    found = client.run(f"{code}\nresult = model('w3 w4 w5')")
+    assert found[0].keys() == {"label", "score"}
+
+
+def test_the_recipe_in_the_card_makes_the_same_structure(client, published):
+    found = client.run(
+        """
+        base = ZOO["bert"].model(); base.save_pretrained(folder + "/base")
+        model = deeparc_hf.load_pruned(transformers.AutoModelForSequenceClassification, folder + "/base", "owner/e2e")
+        result = [model.config.num_hidden_layers, deeparc_hf.PrunedConfig.from_pretrained("owner/e2e").kept]
+        """,
+        folder=published[1],
+    )
+    assert found[0] == 2 and len(found[1]["bert.encoder.layer"]) == 2
+
+
+def test_no_token_path_or_pickle_is_published(hub, published):
+    _, folder = published
+    for commit in hub.commits("owner/e2e")[:1]:
+        for name, content in hub.files("owner/e2e", commit.id).items():
+            assert b"secret" not in content and str(folder).encode() not in content, name
+            assert not name.endswith((".bin", ".pt", ".pth", ".pkl")), name
+
+
+def test_the_trainers_own_pushes_carry_the_config_weights_and_card_that_belong_together(hub, published):
+    seen = set()
+    for commit in hub.commits("owner/e2e"):
+        files = hub.files("owner/e2e", commit.id)
+        assert not any("snapshot" in name for name in files)
+        if "model.safetensors" not in files:
+            continue
+        layers = json.loads(files["config.json"])["num_hidden_layers"]
+        assert layers_in(files["model.safetensors"]) == layers
+        text = files["README.md"].decode()
+        if layers < 4:
+            assert f"{4 - layers} of its 4 blocks (layers) removed" in text
+        else:
+            assert "No block was removed." in text
+        assert made_by_us(text)
+        seen.add(layers)
+    assert len(seen) >= 2  # uploads that are not finished when the next save comes are left out by the Trainer
+
+
+@pytest.mark.parametrize("strategy", ["end", "checkpoint", "all_checkpoints"])
+def test_each_strategy_of_the_trainer_ends_with_this_card(hub, client, tmp_path, strategy):
+    client.run(
+        """
+        from functools import partial
+        from deeparc_hf import MPruneCallback
+        name = f"owner/{strategy}"
+        trainer = trained(folder, [MPruneCallback(num_blocks=3, retrain_epochs=1, calibration_samples=32)], num_train_epochs=1,
+                          push_to_hub=True, hub_model_id=name, hub_strategy=strategy, hub_always_push=True)
+        trainer.create_model_card = partial(create_model_card, trainer)
+        trainer.push_to_hub(commit_message="The end", language="en")
+        """,
+        folder=tmp_path,
+        strategy=strategy,
+    )
+    files = hub.files(f"owner/{strategy}")
+    text = files["README.md"].decode()
+    assert made_by_us(text) and "1 of its 4 blocks (layers) removed" in text and "language:\n- en" in text
+    assert layers_in(files["model.safetensors"]) == json.loads(files["config.json"])["num_hidden_layers"] == 3
+    folders = {name.partition("/")[0] for name in files if "/" in name}
+    assert bool(folders) == (strategy != "end") and not any("snapshot" in name for name in files)
+
+
+def test_a_card_that_cannot_be_made_is_a_warning_and_the_run_goes_on(hub, client, tmp_path):
+    said = client.run(
+        """
+        import pathlib, warnings
+        from deeparc_hf import MPruneCallback
+        from transformers import TrainerCallback
+        class Breaks(TrainerCallback):
+            def on_save(self, args, state, control, **kwargs):
+                pathlib.Path(args.output_dir, "sparsity_report.json").write_text("no JSON")
+            def on_epoch_begin(self, *a, **k):
+                pathlib.Path(a[0].output_dir, "sparsity_report.json").write_text("no JSON")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = trained(folder, [Breaks(), MPruneCallback(num_blocks=3, retrain_epochs=1, calibration_samples=32)],
+                              num_train_epochs=1, push_to_hub=True, hub_model_id="owner/broken", hub_strategy="every_save")
+        result = [str(w.message) for w in caught if "model card" in str(w.message)], trainer.state.global_step
+        """,
+        folder=tmp_path,
+    )
+    assert "sparsity_report.json is not what deeparc_hf writes there" in said[0][0] and said[1] == 8
+    assert "model.safetensors" in hub.files("owner/broken")
+
+
+# ---- models without a Trainer, and folders ----
+
+
+@pytest.mark.parametrize("name", ["timm_resnet", "wrapped"])
+def test_timm_models_are_published_in_timms_own_layout(hub, client, stock, tmp_path, name):
+    client.run(
+        """
+        import timm
+        torch.manual_seed(0)
+        model = ZOO["timm_resnet"].model()
+        if name == "wrapped":
+            save_pruned(model, folder + "/bare")  # as a model on the Hub: timm's own layout, which transformers wraps
+            model = transformers.AutoModelForImageClassification.from_pretrained(folder + "/bare").eval()
+            assert isinstance(model, transformers.TimmWrapperForImageClassification)
+        stacks = deeparc_hf.find_stacks(model)
+        stack = next(stack for stack in stacks.values() if len(stack) > 1)
+        remove_blocks(model, {stack.name: [len(stack) - 1]})
+        pixels = torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            output = model(pixels)
+        save_file({"pixel_values": pixels, "output": getattr(output, "logits", output)}, folder + "/expected.safetensors")
+        push_to_hub(model, f"owner/{name}", license="apache-2.0")
+        """,
+        folder=tmp_path,
+        name=name,
+    )
+    expected = load_file(tmp_path / "expected.safetensors")
+    loaded = stock.load(f"owner/{name}", "timm", {"pixel_values": expected["pixel_values"]})
+    assert loaded.clean
+    torch.testing.assert_close(loaded.outputs["output"], expected["output"], rtol=1e-5, atol=1e-5)
+    card = card_of(hub, f"owner/{name}")
+    if name == "wrapped":
+        other = stock.load(f"owner/{name}", "AutoModelForImageClassification", {"pixel_values": expected["pixel_values"]})
+        assert other.clean
+        torch.testing.assert_close(other.outputs["output"], expected["output"], rtol=1e-5, atol=1e-5)
+    else:
+        assert card.data.library_name == "timm"
+        (code,) = re.findall(r"## Use it\n\n```python\n(.*?)```", card.content, re.DOTALL)
+        client.run(code)
+
+
+def test_weights_and_reports_of_an_earlier_push_go(hub, client):
+    client.run(
+        """
+        from huggingface_hub import HfApi
+        model = ZOO["llama"].model()
+        push_to_hub(model, "owner/stale")
+        import tempfile
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, max_shard_size="20KB")
+            push_to_hub(folder, "owner/stale")
+        api = HfApi()
+        api.upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id="owner/stale")
+        sharded = api.list_repo_files("owner/stale")
+        remove_blocks(model, {"model.layers": [1]})
+        push_to_hub(model, "owner/stale")
+        result = sharded, api.list_repo_files("owner/stale")
+        """
+    )
+    sharded, last = client.run("result = sharded, api.list_repo_files('owner/stale')")
+    assert "model.safetensors" not in sharded and "model.safetensors.index.json" in sharded
+    assert [name for name in last if name.endswith((".safetensors", "index.json"))] == ["model.safetensors"]
+    assert "notes.txt" in last
+
+
+def test_a_card_that_somebody_edited_goes_along_as_it_is(hub, client, tmp_path):
+    client.run(
+        """
+        model = ZOO["bert"].model(); remove_blocks(model, {"bert.encoder.layer": [1]}); save_pruned(model, folder)
+        create_model_card(folder)
+        push_to_hub(folder, "owner/edited")
+        """,
+        folder=tmp_path,
+    )
+    assert made_by_us(hub.files("owner/edited")["README.md"].decode())
+    mine = (tmp_path / "README.md").read_text("utf-8").replace("## Limits", "My own words.\n\n## Limits")
+    (tmp_path / "README.md").write_text(mine, "utf-8")
+    client.run('push_to_hub(folder, "owner/edited", commit_message="Edited")')
+    assert hub.files("owner/edited")["README.md"].decode() == mine
+    assert hub.commits("owner/edited")[0].title == "Edited"
+
+
+def test_private_repositories_branches_and_pull_requests(hub, client):
+    found = client.run(
+        """
+        from huggingface_hub import HfApi
+        model = ZOO["bert"].model(); remove_blocks(model, {"bert.encoder.layer": [1]})
+        push_to_hub(model, "owner/private", private=True)
+        remove_blocks(model, {"bert.encoder.layer": [1]})
+        push_to_hub(model, "private", revision="small", commit_message="On a branch")
+        pull = push_to_hub(model, "owner/private", create_pr=True)
+        result = [HfApi().model_info("owner/private").private, pull.pr_num,
+                  [PrunedConfig.from_pretrained("owner/private", revision=r).kept for r in ("main", "small", "refs/pr/1")]]
+        """
+    )
+    assert found == [True, 1, [{"bert.encoder.layer": [0, 2, 3]}] + [{"bert.encoder.layer": [0, 3]}] * 2]
+    assert hub.commits("owner/private", "small")[0].title == "On a branch"
+    with Client(hub.environment(OTHER)) as stranger, pytest.raises(ClientError, match="Check the spelling of owner/private") as error:
+        stranger.run('import deeparc_hf; deeparc_hf.PrunedConfig.from_pretrained("owner/private")')
+    assert error.value.type == "RepositoryNotFoundError"
+
+
+def test_errors_of_the_hub_are_its_own_with_a_line_of_help(hub, client):
+    cases = {
+        'PrunedConfig.from_pretrained("owner/nothing")': ("RepositoryNotFoundError", "Check the spelling of owner/nothing"),
+        'PrunedConfig.from_pretrained("owner/e2e", revision="nowhere")': ("RevisionNotFoundError", "has no such branch, tag or commit"),
+        'HfApi().create_repo("owner/empty", exist_ok=True); PrunedConfig.from_pretrained("owner/empty")': (
+            "RemoteEntryNotFoundError|EntryNotFoundError",
+            "lacks that file",
+        ),
+        'push_to_hub(ZOO["bert"].model(), "other/mine")': ("HfHubHTTPError", "log in"),
+    }
+    client.run("from huggingface_hub import HfApi")
+    for code, (kind, text) in cases.items():
+        with pytest.raises(ClientError, match=text) as error:
+            client.run(code)
+        assert re.fullmatch(kind, error.value.type), code
+    with Client(hub.environment(READER)) as reader, pytest.raises(ClientError, match="write access") as error:
+        reader.run(BEGIN + 'push_to_hub(ZOO["bert"].model(), "owner/e2e")')
+    assert error.value.type == "HfHubHTTPError"
+
+
+def test_what_was_downloaded_is_there_offline(hub, client, published):
+    home = hub.root / "offline_home"
+    look = 'from deeparc_hf import PrunedConfig\nresult = PrunedConfig.from_pretrained("owner/e2e").kept'
+    with Client(hub.environment(OWNER, home)) as online:
+        kept = online.run(look)
+    with Client({**hub.environment(OWNER, home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}) as offline:
+        assert offline.run(look) == kept
+        with pytest.raises(ClientError, match="neither in the cache nor to be reached") as error:
+            offline.run('PrunedConfig.from_pretrained("owner/stale")')
+    assert error.value.type == "LocalEntryNotFoundError"
+
+
+def test_a_stock_comparison_is_not_vacuous(published):
+    expected, _ = published
+    from .zoo import ZOO
+
+    other = aligned(ZOO["bert"].model()).eval()
+    with torch.no_grad():
+        output = forwarded(other, {k: v for k, v in expected.items() if k != "logits"})
+    assert not torch.allclose(output, expected["logits"], atol=1e-3)
