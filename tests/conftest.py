@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 
 for name, value in {
     # idle threads must not spin: on a busy machine torch is several times slower if they do
@@ -17,9 +20,31 @@ for name, value in {
 import pytest
 import torch
 
+from .hub import Client, HubServer
+
 torch.set_num_threads(1)  # models are tiny: more threads only get into each other's way
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[HubServer]:
+    """A Hub on this machine. "owner" is also a member of "org" and has a second token, with which it cannot write."""
+    tokens = ["owner=hf_owner", "owner=hf_owner_reads:read", "visitor=hf_visitor"]
+    with HubServer(tmp_path_factory.mktemp("hub"), tokens=tokens, orgs=["org=owner"]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def hub_client(hub) -> Iterator[Callable[..., Client]]:
+    """`hub_client("hf_owner")` is the process that has this token, `hub_client()` the one that has none; one each for a module."""
+    with ExitStack() as stack:
+
+        @cache
+        def client(token: str | None = None) -> Client:
+            return stack.enter_context(Client(hub.environment(token)))
+
+        yield client

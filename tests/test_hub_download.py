@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 from deeparc_hf import PrunedConfig, remove_blocks, save_pruned
 
-from .serving import COMMIT, serving
+from .hub import HubServer
 from .zoo import ZOO
 
 LOAD = """
@@ -29,52 +28,61 @@ print(record.kept, model.config.pruning_config["base_model"], model.config.pruni
 """
 
 
-def run(endpoint: str, home: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+UPLOAD = """
+from huggingface_hub import HfApi
+HfApi().create_repo(repo_id)
+HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+"""
+
+
+def run(hub: HubServer, home: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = hub.environment(home=home)
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=120)
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> dict[str, Path]:
+def checkpoints(tmp_path_factory, hub, hub_client) -> dict[str, Path]:
     folders = {f"org/{name}": tmp_path_factory.mktemp(name) for name in ("base", "pruned")}
     model = ZOO["llama"].model()
     model.save_pretrained(folders["org/base"], max_shard_size="20KB")
     remove_blocks(model, {"model.layers": [1, 2]})
     save_pruned(model, folders["org/pruned"])
+    for repo_id, folder in folders.items():
+        hub_client("hf_owner").run(UPLOAD, repo_id=repo_id, folder=folder)
     return folders
 
 
-def test_only_the_shards_that_hold_what_stays_are_downloaded(checkpoints, tmp_path):
+def test_only_the_shards_that_hold_what_stays_are_downloaded(hub, checkpoints, tmp_path):
     index = json.loads((checkpoints["org/base"] / "model.safetensors.index.json").read_text())["weight_map"]
     gone = ("model.layers.1.", "model.layers.2.")
     wanted = {shard for key, shard in index.items() if not key.startswith(gone)}
     assert wanted < set(index.values())
-    with serving(checkpoints) as hub:
-        result = run(hub.endpoint, tmp_path / "home", "-c", LOAD, str(tmp_path / "state.safetensors"))
+    before = len(hub.downloads())
+    result = run(hub, tmp_path / "home", "-c", LOAD, str(tmp_path / "state.safetensors"))
+    downloads = hub.downloads()[before:]
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == f"{{'model.layers': (0, 3)}} org/base {COMMIT}"
-    shards = {name.rpartition("/")[2] for name in hub.downloads if name.startswith("org/base/") and name.endswith(".safetensors")}
+    assert result.stdout.strip() == f"{{'model.layers': (0, 3)}} org/base {hub.head('org/base')}"
+    shards = {name.rpartition("/")[2] for name in downloads if name.startswith("org/base/") and name.endswith(".safetensors")}
     assert shards == wanted
-    assert "org/pruned/model.safetensors" not in hub.downloads
+    assert "org/pruned/model.safetensors" not in downloads
     expected = tf.AutoModelForCausalLM.from_pretrained(checkpoints["org/pruned"]).state_dict()
     found = load_file(tmp_path / "state.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
-def test_inspect_reads_the_config_only(checkpoints, tmp_path):
-    with serving(checkpoints) as hub:
-        result = run(hub.endpoint, tmp_path / "home", "-m", "deeparc_hf", "inspect", "org/pruned", "--json")
+def test_inspect_reads_the_config_only(hub, checkpoints, tmp_path):
+    before = len(hub.downloads())
+    result = run(hub, tmp_path / "home", "-m", "deeparc_hf", "inspect", "org/pruned", "--json")
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
     assert PrunedConfig.from_dict(facts["record"]).kept == {"model.layers": (0, 3)}
-    assert not any(name.endswith(".safetensors") for name in hub.downloads)
+    assert not any(name.endswith(".safetensors") for name in hub.downloads()[before:])
 
 
-def test_a_missing_repository_is_the_hubs_own_error(checkpoints, tmp_path):
-    with serving(checkpoints) as hub:
-        result = run(hub.endpoint, tmp_path / "home", "-c", "import deeparc_hf; deeparc_hf.PrunedConfig.from_pretrained('org/nothing')")
-        told = run(hub.endpoint, tmp_path / "home", "-m", "deeparc_hf", "inspect", "org/nothing")
+def test_a_missing_repository_is_the_hubs_own_error(hub, tmp_path):
+    result = run(hub, tmp_path / "home", "-c", "import deeparc_hf; deeparc_hf.PrunedConfig.from_pretrained('org/nothing')")
+    told = run(hub, tmp_path / "home", "-m", "deeparc_hf", "inspect", "org/nothing")
     assert result.returncode == 1
     assert "RepositoryNotFoundError" in result.stderr
     assert told.returncode == 2

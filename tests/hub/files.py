@@ -159,29 +159,32 @@ async def resolve(call: Call) -> web.Response:
     entry = commit.files.get(call.parts["rest"])
     if entry is None:
         raise no_entry(commit=commit.id)
+    name = f"{'' if call.kind == 'models' else call.kind + '/'}{call.repo.id}/{call.parts['rest']}"
     headers = {"X-Repo-Commit": commit.id, "Accept-Ranges": "bytes"}
     if entry.sha256:
         headers |= {
-            "Location": _signed(call, "content", entry.sha256),
+            "Location": _signed(call, "content", f"{entry.sha256}/{name}"),
             "X-Linked-Etag": f'"{entry.etag}"',
             "X-Linked-Size": str(entry.size),
         }
         return web.Response(status=302, headers=headers)
-    return _content(call, entry, headers)
+    return _content(call, entry, name, headers)
 
 
-@route("HEAD GET", "/lfs/content/{oid}")
+@route("HEAD GET", "/lfs/content/{oid}/{rest}")
 async def content(call: Call) -> web.Response:
-    oid = call.parts["oid"]
-    _check_signed(call, "content", oid)
+    oid, name = call.parts["oid"], call.parts["rest"]
+    _check_signed(call, "content", f"{oid}/{name}")
     entry = call.store.lfs_entry(oid)
     if entry is None:
         raise no_entry()
-    return _content(call, entry, {"Accept-Ranges": "bytes"})
+    return _content(call, entry, name, {"Accept-Ranges": "bytes"})
 
 
-def _content(call: Call, entry: Entry, headers: dict[str, str]) -> web.Response:
-    """The bytes that are asked for, all or a range."""
+def _content(call: Call, entry: Entry, name: str, headers: dict[str, str]) -> web.Response:
+    """The bytes that are asked for, all or a range; the log notes of which file."""
+    if call.request.method == "GET":
+        call.request["content"] = name
     try:
         wanted = call.request.http_range
     except ValueError:

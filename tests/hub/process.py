@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from .store import Commit, Repo, Store
 
@@ -71,11 +73,15 @@ class HubServer:
         self.kill()
         self._start(stall)
 
-    def wait_until_stalled(self, seconds: float = 60) -> None:
+    def wait_until_stalled(self) -> None:
+        self.wait_until((self.root / "stalled").is_file)
+
+    @staticmethod
+    def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
-        while not (self.root / "stalled").is_file():
-            assert time.monotonic() < deadline, "the Hub did not come to its stalling point"
-            time.sleep(0.02)
+        while not happened():
+            assert time.monotonic() < deadline, "what was waited for did not happen"
+            time.sleep(0.01)
 
     def environment(self, token: str | None = None, home: Path | None = None) -> dict[str, str]:
         """For a client's process: this Hub, one token or none, and a home (cache) that is the token's unless given."""
@@ -84,9 +90,27 @@ class HubServer:
         told |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return kept | told | ({"HF_TOKEN": token} if token else {})
 
+    def ask(
+        self, method: str, url: str, body: bytes | None = None, token: str | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        """One raw request, for what the real client never does. Returns status, headers in lower case, and body."""
+        there = urlsplit(url if url.startswith("http") else self.endpoint + url)
+        connection = http.client.HTTPConnection(there.netloc, timeout=30)
+        told = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            connection.request(method, f"{there.path}?{there.query}", body, headers | told)
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
     def requests(self) -> list[dict[str, Any]]:
-        """Everything that was asked so far: method, path, status, host, range, and whether a token was sent."""
+        """Everything that was asked so far: method, path, status, host, range, the file that was sent, and whether a token came."""
         return [json.loads(line) for line in (self.root / "requests.jsonl").read_text("utf-8").splitlines()]
+
+    def downloads(self) -> list[str]:
+        """The files whose contents were sent, in order: "org/name/path", for datasets "datasets/org/name/path"."""
+        return [each["content"] for each in self.requests() if each["content"]]
 
     def repo(self, repo_id: str, kind: str = "models") -> Repo:
         """A repository on disk, whoever may see it."""

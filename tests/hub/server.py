@@ -58,6 +58,7 @@ class Hub:
     def log(self, request: web.Request, status: int) -> None:
         entry = {"method": request.method, "path": unquote(request.rel_url.raw_path), "status": status, "host": request.host}
         entry |= {"authorized": "Authorization" in request.headers, "range": request.headers.get("Range"), "time": time.time()}
+        entry["content"] = request.get("content")
         self._log.write(json.dumps(entry) + "\n")
         self._log.flush()
 

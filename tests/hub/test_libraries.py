@@ -1,0 +1,63 @@
+"""The libraries' own doors: transformers pushes and loads here as on the Hub, and later without it."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import Client, ClientError
+
+MODEL = """
+import torch, transformers
+torch.manual_seed(0)
+torch.set_num_threads(1)
+config = transformers.BertConfig(vocab_size=32, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+model = transformers.BertModel(config).eval()
+ids = torch.arange(8)[None]
+def told(model):
+    return model(input_ids=ids).last_hidden_state.sum(-1).flatten().tolist()
+"""
+
+
+@pytest.fixture(scope="module")
+def owner(hub_client):
+    client = hub_client("hf_owner")
+    client.run(MODEL)
+    return client
+
+
+def test_a_model_is_pushed_and_loaded(hub, owner):
+    owner.run("model.push_to_hub('owner/bert', commit_message='whole'); first = told(model)")
+    assert hub.commits("owner/bert")[0].title == "whole"
+    assert hub.files("owner/bert").keys() == {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    assert owner.run("result = told(transformers.AutoModel.from_pretrained('owner/bert')) == first")
+    info = owner.run("from huggingface_hub import model_info; info = model_info('owner/bert'); result = info.library_name, info.tags")
+    assert info[0] == "transformers" and {"bert", "safetensors"} <= set(info[1])
+
+
+def test_a_revision_stays_what_it_was(hub, owner):
+    owner.run("""
+        model.push_to_hub('owner/turned')
+        from huggingface_hub import HfApi
+        HfApi().create_tag('owner/turned', tag='v1')
+        with torch.no_grad():
+            model.embeddings.word_embeddings.weight.neg_()
+        model.push_to_hub('owner/turned')
+        """)
+    assert len(hub.commits("owner/turned")) == 3
+    different = owner.run("""
+        load = transformers.AutoModel.from_pretrained
+        result = told(load('owner/turned')) == told(model), told(load('owner/turned', revision='v1')) == first
+        """)
+    assert different == [True, True]
+
+
+def test_what_was_loaded_once_loads_offline(hub, owner):
+    owner.run("model.push_to_hub('owner/offline'); transformers.AutoModel.from_pretrained('owner/offline'); now = told(model)")
+    before = len(hub.requests())
+    with Client(hub.environment("hf_owner") | {"HF_HUB_OFFLINE": "1"}) as offline:
+        found = offline.run(MODEL + "result = told(transformers.AutoModel.from_pretrained('owner/offline'))")
+        with pytest.raises(ClientError) as caught:
+            offline.run("transformers.AutoModel.from_pretrained('owner/never')")
+    assert found == owner.run("result = now")
+    assert caught.value.type == "OSError"
+    assert len(hub.requests()) == before
