@@ -17,10 +17,12 @@ def main() -> None:
     parser.add_argument("--token", action="append", default=[], metavar="NAME=TOKEN[:read]")
     parser.add_argument("--org", action="append", default=[], metavar="ORG=NAME", help="once for each member")
     parser.add_argument("--stall", choices=STALLS, help="stop at this point until killed; the file `stalled` in the root tells")
+    parser.add_argument("--attached", action="store_true", help="end when the standard input does")
     options = parser.parse_args()
     options.root.mkdir(parents=True, exist_ok=True)
     hub = Hub(options.root, options.token, options.org, options.stall)
-    asyncio.run(serve(hub, options.port, lambda: print(json.dumps({"endpoint": hub.endpoint}), flush=True)))
+    told = {"attached": options.attached, "ready": lambda: print(json.dumps({"endpoint": hub.endpoint}), flush=True)}
+    asyncio.run(serve(hub, options.port, **told))
 
 
 if __name__ == "__main__":

@@ -48,24 +48,32 @@ class HubServer:
     def _start(self, stall: str | None) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "stalled").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "tests.hub", "--root", str(self.root), "--port", str(self._port)]
+        command = [sys.executable, "-m", "tests.hub", "--attached", "--root", str(self.root), "--port", str(self._port)]
         command += [f"--token={token}" for token in self._tokens] + [f"--org={org}" for org in self._orgs]
         command += [f"--stall={stall}"] if stall else []
+        # the old port may be lent to somebody's connection for a moment
+        self.wait_until(lambda: self._listens(command), seconds=10 if self._port else 0)
+
+    def _listens(self, command: list[str]) -> bool:
         with (self.root / "server.log").open("a") as log:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=PROJECT)
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=PROJECT)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, f"the Hub did not start: {(self.root / 'server.log').read_text()}"
+        if not line:
+            self.kill()
+            return False
         self.endpoint = json.loads(line)["endpoint"]
         self._port = int(self.endpoint.rpartition(":")[2])
+        return True
 
     def kill(self) -> None:
         """As by a power cut: SIGKILL."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(timeout=30)
-            assert self._process.stdout is not None
-            self._process.stdout.close()
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                pipe.close()
             self._process = None
 
     def restart(self, *, stall: str | None = None) -> None:
@@ -80,7 +88,7 @@ class HubServer:
     def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not happened():
-            assert time.monotonic() < deadline, "what was waited for did not happen"
+            assert time.monotonic() < deadline, "what was waited for did not happen; see server.log in the Hub's root"
             time.sleep(0.01)
 
     def environment(self, token: str | None = None, home: Path | None = None) -> dict[str, str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +93,12 @@ class Call:
         """The user, who must have a name; else a refusal."""
         return check_named(self.user)
 
-    def lock(self) -> asyncio.Lock:
-        return self.hub.lock(self.kind, self.repo.id)
+    @asynccontextmanager
+    async def lock(self) -> AsyncIterator[None]:
+        """Alone with the repository, which may have gone while others had it."""
+        async with self.hub.lock(self.kind, self.repo.id):
+            self.find()
+            yield
 
     def flag(self, name: str) -> bool:
         return self.request.query.get(name, "").lower() in ("1", "true")
@@ -176,8 +182,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
 HUB = web.AppKey("hub", Hub)
 
 
-async def serve(hub: Hub, port: int, ready: Callable[[], None]) -> None:
-    """Listen until killed."""
+async def serve(hub: Hub, port: int, ready: Callable[[], None], *, attached: bool) -> None:
+    """Listen until killed, or if `attached` until whoever started the process is gone and the standard input ends."""
     from . import commits, discussions, files, listings, repos  # noqa: F401 - they register their routes
 
     application = web.Application(middlewares=[_answer], client_max_size=1 << 30)
@@ -187,8 +193,11 @@ async def serve(hub: Hub, port: int, ready: Callable[[], None]) -> None:
     site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
     hub.port = runner.addresses[0][1]
+    ended = asyncio.Event()
+    if attached:
+        asyncio.get_running_loop().add_reader(sys.stdin.fileno(), ended.set)
     ready()
-    await asyncio.Event().wait()
+    await ended.wait()
 
 
 def branch_of(repo: Repo, revision: str) -> str:

@@ -121,3 +121,26 @@ def test_a_client_dies_at_any_moment(server, client):
         state(server)
     client.run("push('was')")
     assert state(server)[0] == "was"
+
+
+def test_the_server_dies_at_any_moment(server, client):
+    """Again and again while one pushes, wherever that is: what was acknowledged stays, in one whole line of history."""
+    pushes = """
+    acknowledged = []
+    for number in range(100, 112):
+        try:
+            acknowledged.append(push(str(number)))
+        except Exception as error:
+            assert type(error).__module__.startswith("httpx"), error
+    result = acknowledged
+    """
+    client.send(pushes)
+    for kill in range(4):
+        enough = len(server.requests()) + 4 + 3 * kill
+        server.wait_until(lambda enough=enough: len(server.requests()) >= enough)
+        server.restart()
+        state(server)
+    acknowledged = client.receive()
+    assert acknowledged
+    assert set(acknowledged) <= {each.id for each in server.commits("owner/model")}
+    state(server)

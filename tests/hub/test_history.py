@@ -46,10 +46,9 @@ def test_branches_and_tags(hub, owner, repo):
         """)
     read = "result = [open(hf_hub_download(repo, 'a.txt', revision=each)).read() for each in ('main', 'v1', 'steps/10', first, first[:8])]"
     assert owner.run(read) == ["three", "one", "two", "one", "one"]
-    refs = owner.run(
-        "refs = api.list_repo_refs(repo); result = [each.name for each in refs.branches], {each.ref: each.target_commit for each in refs.tags}"
-    )
-    assert refs == [["main", "steps/10"], {"refs/tags/v1": owner.run("result = first")}]
+    refs = owner.run("refs = api.list_repo_refs(repo); result = [each.name for each in refs.branches], [vars(each) for each in refs.tags]")
+    tag = {"name": "v1", "ref": "refs/tags/v1", "target_commit": owner.run("result = first")}
+    assert refs == [["main", "steps/10"], [tag]]
     assert [each.title for each in hub.commits(repo, "steps/10")] == ["a.txt is two", "a.txt is one", "initial commit"]
     assert "409" in refusal(owner, "api.create_branch(repo, branch='steps/10')")
     assert "409" in refusal(owner, "api.create_tag(repo, tag='v1')")
@@ -126,7 +125,8 @@ def test_a_draft_is_opened_before_its_commits(hub, owner, repo):
 PUSHES = """
 oids = []
 for n in range(count):
-    adds = [Add(f'{part}.{end}', f'{who} {n}'.encode()) for part in ('left', 'right') for end in ('txt', 'bin')] + [Add(f'{who}/{n}.txt', b'x')]
+    adds = [Add(f'{part}.{end}', f'{who} {n}'.encode()) for part in ('left', 'right') for end in ('txt', 'bin')]
+    adds.append(Add(f'{who}/{n}.txt', b'x'))
     oids.append(api.create_commit(repo, adds, commit_message=f'{who} {n}').oid)
 result = oids
 """
