@@ -80,31 +80,6 @@ async def details(call: Call) -> web.Response:
     return web.json_response(_found(call))
 
 
-@route("POST", "/api/{kind}/{repo}/discussions/{number}/comment")
-async def comment(call: Call) -> web.Response:
-    user, body = call.reader(), await call.json()
-    async with call.lock():
-        data = {"edited": False, "hidden": False, "latest": {"raw": body["comment"]}}
-        return web.json_response({"newMessage": _happened(call, _found(call), user, "comment", data)})
-
-
-@route("POST", "/api/{kind}/{repo}/discussions/{number}/status")
-async def status(call: Call) -> web.Response:
-    user, body = call.writer(), await call.json()
-    async with call.lock():
-        discussion = _found(call) | {"status": body["status"]}
-        return web.json_response({"newStatus": _happened(call, discussion, user, "status-change", {"status": body["status"]})})
-
-
-@route("POST", "/api/{kind}/{repo}/discussions/{number}/title")
-async def title(call: Call) -> web.Response:
-    user, body = call.writer(), await call.json()
-    async with call.lock():
-        discussion = _found(call)
-        data = {"from": discussion["title"], "to": body["title"]}
-        return web.json_response({"newTitle": _happened(call, discussion | {"title": body["title"]}, user, "title-change", data)})
-
-
 def _happened(call: Call, discussion: dict[str, Any], user: User, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
     event = _event(discussion, user, kind, data)
     discussion["events"].append(event)
