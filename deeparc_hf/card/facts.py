@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +117,7 @@ def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
     root = host.root
     config = getattr(root, "config", None)
     settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else dict(getattr(root, "pretrained_cfg", None) or {})
-    settings.setdefault("architectures", [type(root).__name__])
+    settings["architectures"] = [type(root).__name__]
     if config is None:
         settings = {"architecture": settings.get("architecture") or type(root).__name__, "pretrained_cfg": {}}
     kind = None if processing_class is None else "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
@@ -127,6 +128,8 @@ def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
 
 def _of_config(config: Mapping[str, Any], record: PrunedConfig, processor: str | None) -> CardFacts:
     """What a config.json and the record in it tell."""
+    # a saved config is sorted by name, which puts decoders before encoders
+    record = dataclasses.replace(record, stacks=dict(sorted(record.stacks.items(), key=lambda item: _place(item[0]))))
     timm = "model_type" not in config and "architecture" in config and "pretrained_cfg" in config
     named = config.get("architectures")
     architecture = config.get("architecture") if timm else named[0] if isinstance(named, list) and named else None
@@ -151,6 +154,11 @@ def _of_config(config: Mapping[str, Any], record: PrunedConfig, processor: str |
         data=data,
         versions=record.versions,
     )
+
+
+def _place(stack: str) -> tuple[bool, list[Any]]:
+    """Encoders come first, and stage 10 after stage 9."""
+    return "decoder" in stack, [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d{1,9})", stack)]
 
 
 def _measured(record: PrunedConfig, attempts: Sequence[Attempt]) -> tuple[Evaluation, ...]:
@@ -264,7 +272,7 @@ def _with_sparsity(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
     """With the report of a sparsification, in a training or without one."""
     if facts.zeros is None:
         return facts
-    found = data if "matrices" in data else data.get("report")
+    found = data if "matrices" in data else data["report"]
     report = None if found is None else SparsityReport.from_dict(found)
     if report is not None:
         WandaConfig.from_dict(report.config.to_dict())

@@ -247,7 +247,7 @@ def made(facts: CardFacts, given: Given) -> str:
     if facts.hardware:
         lines.append(f"Ran {_hardware(facts)}")
     if facts.versions:
-        lines.append(f"Versions: {shared(facts.versions)}")
+        lines.append(f"Versions: {shared(dict(sorted(facts.versions.items())))}")
     lines.append("Pruning and card: deeparc_hf")
     return "\n".join(f"- {line}" for line in lines)
 

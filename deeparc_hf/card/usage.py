@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 
 from .facts import CardFacts
 
 __all__ = ["pipeline_tag", "task_of", "usage"]
 
-# by the end of the class's name: task of the Hub, auto class
-_TASKS = {
-    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
-    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
-    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
-    "ForMultipleChoice": ("multiple-choice", "AutoModelForMultipleChoice"),
-    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
-    "ForCausalLM": ("text-generation", "AutoModelForCausalLM"),
-    "LMHeadModel": ("text-generation", "AutoModelForCausalLM"),
-    "ForConditionalGeneration": ("text2text-generation", "AutoModelForSeq2SeqLM"),
-    "ForImageClassification": ("image-classification", "AutoModelForImageClassification"),
-    "ForAudioClassification": ("audio-classification", "AutoModelForAudioClassification"),
-}
+# task of the Hub, auto class, and transformers' own table of the classes behind it; the first that has a class counts
+_TABLES = (
+    ("text-classification", "AutoModelForSequenceClassification", "SEQUENCE_CLASSIFICATION"),
+    ("token-classification", "AutoModelForTokenClassification", "TOKEN_CLASSIFICATION"),
+    ("question-answering", "AutoModelForQuestionAnswering", "QUESTION_ANSWERING"),
+    ("multiple-choice", "AutoModelForMultipleChoice", "MULTIPLE_CHOICE"),
+    ("text-generation", "AutoModelForCausalLM", "CAUSAL_LM"),
+    ("text2text-generation", "AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM"),
+    ("fill-mask", "AutoModelForMaskedLM", "MASKED_LM"),
+    ("image-classification", "AutoModelForImageClassification", "IMAGE_CLASSIFICATION"),
+    ("audio-classification", "AutoModelForAudioClassification", "AUDIO_CLASSIFICATION"),
+    ("automatic-speech-recognition", "AutoModelForSpeechSeq2Seq", "SPEECH_SEQ_2_SEQ"),
+    ("automatic-speech-recognition", "AutoModelForCTC", "CTC"),
+    ("image-text-to-text", "AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT"),
+)
 _ON_THE_HUB = {  # tasks that the Hub lists
     "audio-classification",
+    "automatic-speech-recognition",
     "feature-extraction",
     "fill-mask",
     "image-classification",
     "image-feature-extraction",
+    "image-text-to-text",
     "question-answering",
     "text-classification",
     "text-generation",
@@ -46,10 +51,20 @@ def task_of(facts: CardFacts) -> tuple[str | None, str]:
     """Task and auto class of a model."""
     if facts.library == "timm":
         return "image-classification", ""
-    for end, found in _TASKS.items():
-        if (facts.architecture or "").endswith(end):
-            return found
-    return None, "AutoModel"
+    return _classes().get(facts.architecture or "", (None, "AutoModel"))
+
+
+@lru_cache(maxsize=1)
+def _classes() -> dict[str, tuple[str, str]]:
+    """Task and auto class by the name of a model's class."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, tuple[str, str]] = {}
+    for task, auto_class, name in _TABLES:
+        for classes in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES").values():
+            for each in (classes,) if isinstance(classes, str) else classes:
+                found.setdefault(each, (task, auto_class))
+    return found
 
 
 def pipeline_tag(facts: CardFacts) -> str | None:

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import pytest
+
+from ..publishing import trained
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A training with both callbacks, evaluated after its end, and its checkpoint in its output folder."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = trained(folder, save_strategy="no")
+    trainer.evaluate()
+    trainer.save_model(str(folder))
+    return trainer, folder
