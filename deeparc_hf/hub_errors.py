@@ -50,7 +50,9 @@ def _help(error: Exception, repo_id: str) -> str:
         return f"Check the spelling of {repo_id} (ORG/NAME). If it is private, log in (hf auth login) or give token=."
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such branch, tag or commit: see its branches on the Hub, or leave revision out."
-    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+    if isinstance(error, OfflineModeIsEnabled):
+        return "The Hub is not asked while HF_HUB_OFFLINE is set: unset it."
+    if isinstance(error, LocalEntryNotFoundError):
         return f"{repo_id} is neither in the cache nor to be reached: check the connection, and that HF_HUB_OFFLINE is not set."
     if isinstance(error, EntryNotFoundError):
         return f"{repo_id} lacks that file: it is not a checkpoint of transformers or timm, or not a whole one."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from deeparc_hf.card import made_by_us
 from .hub import Client, ClientError, HubServer
 from .stock import StockProcess, aligned, forwarded
 
-OWNER, READER, OTHER = "hf_owner_secret", "hf_reader_secret", "hf_other_secret"
+OWNER, READER, OTHER, ME = "hf_owner_secret", "hf_reader_secret", "hf_other_secret", "hf_me_secret"
+TOKENS = [f"owner={OWNER}", f"owner={READER}:read", f"other={OTHER}", f"me={ME}"]
 BEGIN = """
 import torch, transformers, deeparc_hf
 from deeparc_hf import push_to_hub, remove_blocks, save_pruned, PrunedConfig, create_model_card
@@ -30,7 +32,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub"), tokens=[f"owner={OWNER}", f"owner={READER}:read", f"other={OTHER}"]) as server:
+    with HubServer(tmp_path_factory.mktemp("hub"), tokens=TOKENS) as server:
         yield server
 
 
@@ -336,6 +338,26 @@ def test_what_was_downloaded_is_there_offline(hub, client, published):
         with pytest.raises(ClientError, match="neither in the cache nor to be reached") as error:
             offline.run('PrunedConfig.from_pretrained("owner/stale")')
     assert error.value.type == "LocalEntryNotFoundError"
+
+
+def test_the_readmes_code_publishes(hub, tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    blocks = re.findall(r"<!-- hub -->\n```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    with Client(hub.environment(ME)) as client:
+        client.run(BEGIN)
+        client.run("from deeparc_hf import MPruneCallback")
+        client.run(
+            """
+            callback = MPruneCallback(num_blocks=3, retrain_epochs=1, calibration_samples=32)
+            trainer = trained(folder, [callback], num_train_epochs=1, save_strategy="no", hub_model_id="me/again")
+            """,
+            folder=tmp_path,
+        )
+        for block in blocks:
+            client.run(block)
+    assert card_of(hub, "me/bert-emotion-8-blocks").data.datasets == ["dair-ai/emotion"]
+    assert made_by_us(hub.files("me/again")["README.md"].decode())
 
 
 def test_a_stock_comparison_is_not_vacuous(published):
