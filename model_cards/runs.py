@@ -132,9 +132,18 @@ def image_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[s
     data = load_dataset("parquet", data_files=files)
     names = data["train"].features["label"].names
 
+    random = np.random.default_rng(0)
+
     def pixels(batch: dict[str, list[Any]]) -> dict[str, Any]:
         images = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in batch["image"]])
         return {"pixel_values": torch.from_numpy((images / 127.5 - 1).transpose(0, 3, 1, 2)), "labels": batch["label"]}
+
+    def augmented(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        """Mirrored by chance, and shifted by up to 4 pixels."""
+        found = pixels(batch)
+        shifted = [torch.roll(image, tuple(random.integers(-4, 5, 2)), (1, 2)) for image in found["pixel_values"]]
+        mirrored = [image.flip(2) if random.random() < 0.5 else image for image in shifted]
+        return {**found, "pixel_values": torch.stack(mirrored)}
 
     config = ResNetConfig(
         embedding_size=32,
@@ -149,17 +158,18 @@ def image_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[s
         model=ResNetForImageClassification(config),
         args=settings(
             args.output,
-            num_train_epochs=14,
+            num_train_epochs=46,
             per_device_train_batch_size=64,
             learning_rate=2e-3,
             weight_decay=0.05,
+            lr_scheduler_type="cosine",
             remove_unused_columns=False,
         ),
-        train_dataset=data["train"].with_transform(pixels),
+        train_dataset=data["train"].with_transform(augmented),
         eval_dataset=data["test"].with_transform(pixels),
         compute_metrics=accuracy,
         callbacks=[
-            MPruneCallback(num_blocks=[11, 9], similarity="effect", linkage="adjacent", start_epoch=8, retrain_epochs=3, heal="lstsq")
+            MPruneCallback(num_blocks=[11, 9], similarity="effect", linkage="adjacent", start_epoch=30, retrain_epochs=8, heal="lstsq")
         ],
     )
     return trainer, data["test"].with_transform(pixels), {"dataset_tags": "uoft-cs/cifar10", "license": "apache-2.0"}

@@ -17,7 +17,7 @@ from .text import code, fenced, linked, md, plain, table
 
 __all__ = ["evaluation_table", "iterations_table", "main_metric", "similarity_tables", "sparsity_section", "steps_table", "strip"]
 
-_EPOCHS = 12  # columns at most
+_EPOCHS, _FIRST = 6, 3  # columns at most; of longer runs the first ones, and the last value
 _WHOLE = 20  # longest stack whose matrix is shown whole
 _PER_GROUP = 10
 
@@ -38,8 +38,11 @@ def iterations_table(facts: CardFacts) -> str | None:
     if not attempts:
         return None
     by_epoch = [_by_epoch(attempt, metric) for attempt in attempts]
-    epochs = sorted({epoch for values in by_epoch for epoch in values})[:_EPOCHS] if facts.from_run else []
+    epochs = sorted({epoch for values in by_epoch for epoch in values}) if facts.from_run else []
+    long = len(epochs) > _EPOCHS
+    epochs = epochs[:_FIRST] if long else epochs
     header = ["model", *(f"{md(metric)}, epoch {epoch}" for epoch in epochs)] if epochs else ["model", md(metric)]
+    header += [f"{md(metric)}, last epoch"] if long else []
     header += ["change", "blocks", "parameters", "evaluation time (s)", "training time (s)", "freeze", "k", "threshold", "verdict"]
     rows: list[list[str]] = []
     first = None  # the last value before any pruning
@@ -48,6 +51,7 @@ def iterations_table(facts: CardFacts) -> str | None:
         last = next(reversed(values.values()), None)
         first = last if first is None and attempt.k is None else first
         shown = [values.get(epoch) for epoch in epochs] if epochs else [next(iter(values.values()), None)]
+        shown += [last] if long else []
         rows.append(
             [
                 md(attempt.name),
