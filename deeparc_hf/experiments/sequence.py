@@ -1,0 +1,257 @@
+"""The sequence of an experiment: fine-tune, prune and retrain in iterations, zero weights, measure every model, make the card, publish."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..callbacks import MPruneCallback, WandaCallback
+from ..card import create_model_card
+from ..config import WandaConfig
+from ..hub import push_to_hub
+from ..provenance import dataset_facts, training_facts
+from ..report import timed_evaluation
+from ..run_report import structure_facts
+from ..sparsify import sparsify_model
+from .arguments import DataArguments, PruningArguments
+from .results import Measured, Row, Speed, write_results
+
+__all__ = ["Experiment"]
+
+ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
+Loader = Callable[[str], nn.Module]
+TrainerMaker = Callable[[nn.Module, TrainingArguments, list[Any]], Trainer]
+
+
+@dataclass
+class Experiment:
+    """One experiment.
+
+    Attributes:
+        data: model and data, as they were given.
+        pruning: what is done to the model.
+        training: the Trainer's arguments; epochs and output folders are set for each training.
+        load: a model by Hub id or folder.
+        trainer: makes a Trainer of a model, arguments and callbacks, with the training and validation data.
+        test: the data that the tables are measured on; nothing is decided on it.
+        measure: metrics of a Trainer's model on the test data; default: Trainer.evaluate. The same work is timed.
+        told: what the card is told (`create_model_card`).
+        notes: sentences beneath the table.
+    """
+
+    data: DataArguments
+    pruning: PruningArguments
+    training: TrainingArguments
+    load: Loader
+    trainer: TrainerMaker
+    test: Any
+    measure: Callable[[Trainer], Measured] | None = None
+    told: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> list[Row]:
+        """Run it all. The output folder gets results.md and .json, the models, and the card of the last one beside it."""
+        rows = [self._original()]
+        for iteration in range(self.pruning.iterations):
+            row = self._iteration(iteration, rows[-1], rows[0])
+            if row is None:
+                break
+            rows.append(row)
+        last = rows[-1]
+        speeds = {} if last is rows[0] else {last.name: self._speed(rows[0], last)}
+        for row in list(rows):
+            rows += self._sparse(row)
+        if self._main:
+            shutil.rmtree(self._out / SCRATCH, ignore_errors=True)
+            write_results(self._out, rows, speeds, self._facts(), self.notes)
+            self._publish(last)
+        return rows
+
+    # ---- steps ----
+
+    def _original(self) -> Row:
+        model, folder, seconds, epochs = self.load(self.data.model), None, None, ()
+        if self.pruning.finetune_epochs > 0:
+            trainer = self.trainer(model, self._args(ORIGINAL, self.pruning.finetune_epochs), [])
+            seconds, epochs = self._train(trainer)
+            folder = self._save(trainer, ORIGINAL)
+        else:
+            trainer = self.trainer(model, self._args(ORIGINAL, 1), [])
+        return Row(ORIGINAL, **self._facts_of(trainer), training_seconds=seconds, validation=epochs, folder=folder)
+
+    def _iteration(self, iteration: int, before: Row, original: Row) -> Row | None:
+        """One pruning and its retraining; None where nothing could be removed, or everything was taken back."""
+        name = f"iteration {iteration + 1}"
+        baseline = None
+        if self.pruning.max_drop is not None:  # of the model before, on the data that judges
+            baseline = self._judged(self.trainer(self.load(self._place(original)), self._args(SCRATCH, 1), []))
+        callback = MPruneCallback(self.pruning.pruning(iteration, baseline))
+        tries = 1 if self.pruning.max_drop is None else self.pruning.k_max - self.pruning.k + 1
+        trainer = self.trainer(self.load(self._place(before)), self._args(name, self.pruning.retrain_epochs * tries), [callback])
+        _, epochs = self._train(trainer)
+        standing = [attempt for attempt in callback.attempts[1:] if attempt.get("decision") == "accepted"]
+        if not standing:
+            tried = len(callback.attempts) - 1
+            self.notes.append(
+                f"{name}: {'every pruning was taken back' if tried else 'nothing could be removed'}; the table ends before it."
+            )
+            return None
+        attempt = standing[-1]
+        thresholds = set(attempt["thresholds"].values())
+        folder = self._save(trainer, name)
+        return Row(
+            name,
+            **self._facts_of(trainer),
+            frozen=sum(map(len, attempt["frozen"].values())),
+            threshold=thresholds.pop() if len(thresholds) == 1 else None,
+            k=attempt["k"],
+            training_seconds=attempt["training_seconds"],
+            validation=tuple(epochs[-self.pruning.retrain_epochs :]),
+            folder=folder,
+            verdict=None if self.pruning.max_drop is None else "accepted",
+        )
+
+    def _sparse(self, row: Row) -> Iterator[Row]:
+        """The Wanda grid on one model: each share right after the zeroing, and retrained where that was asked for."""
+        for config in self.pruning.grid():
+            name = f"{row.name}, {config.pattern or f'{100 * config.sparsity:g} %'} zeros"
+            trainer = self.trainer(self.load(self._place(row)), self._args(SCRATCH, 1), [])
+            report = sparsify_model(trainer.model, self._batches(trainer), config, progress=False)
+            facts = {"frozen": row.frozen, "threshold": row.threshold, "k": row.k}
+            yield Row(name, **self._facts_of(trainer), **facts, sparsity=report.measured)
+            if config.sparsity in self.pruning.sparsity_retrain:
+                yield self._sparse_retrained(row, config, f"{name}, retrained")
+
+    def _sparse_retrained(self, row: Row, config: WandaConfig, name: str) -> Row:
+        callback = WandaCallback(config)
+        trainer = self.trainer(self.load(self._place(row)), self._args(name, self.pruning.retrain_epochs), [callback])
+        seconds, epochs = self._train(trainer)
+        share = None if callback.report is None else callback.report.measured
+        folder = self._save(trainer, name)
+        return Row(name, **self._facts_of(trainer), sparsity=share, training_seconds=seconds, validation=epochs, folder=folder)
+
+    def _speed(self, original: Row, last: Row) -> Speed:
+        """Time both models in turns: what disturbs one disturbs the other."""
+        works = []
+        for row in (original, last):
+            trainer = self.trainer(self.load(self._place(row)), self._args(SCRATCH, 1), [])
+            works.append(self._work(trainer))
+            works[-1]()  # warm
+        ratios = []
+        for turn in range(TURNS):
+            times = [0.0, 0.0]
+            for index in (0, 1) if turn % 2 == 0 else (1, 0):
+                times[index] = timed_evaluation(works[index], repeats=1, warmup=0).seconds
+            ratios.append(times[1] / times[0])
+        share = sum(last.blocks.values()) / sum(original.blocks.values())
+        return Speed(statistics.median(ratios), min(ratios), max(ratios), share, TURNS)
+
+    def _publish(self, row: Row) -> None:
+        """The card of the last model, beside its checkpoint, and the push that was asked for."""
+        if row.folder is None:
+            return
+        folder = self._out / row.folder
+        told = {"license": self.data.license, "language": self.data.language, "dataset_tags": self.data.dataset, **self.told}
+        if not Path(self.data.model).exists():
+            told.setdefault("finetuned_from", self.data.model)
+        create_model_card(folder, repo_id=self.data.repo_id, **told)
+        if self.data.repo_id is not None:
+            push_to_hub(folder, self.data.repo_id, private=self.data.repo_private or None, **told)
+
+    # ---- helpers ----
+
+    @property
+    def _out(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def _main(self) -> bool:
+        return self.training.process_index == 0
+
+    def _args(self, name: str, epochs: float) -> TrainingArguments:
+        """The arguments of one training."""
+        folder = self._out / name.replace(" ", "-").replace(",", "").replace("%", "percent")
+        evaluates = "epoch" if self.training.eval_strategy == "no" else self.training.eval_strategy
+        return dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, eval_strategy=evaluates)
+
+    def _place(self, row: Row) -> str:
+        return self.data.model if row.folder is None else str(self._out / row.folder)
+
+    def _train(self, trainer: Trainer) -> tuple[float, tuple[float, ...]]:
+        """Train; time of the training in s, evaluations left out, and the main metric after each epoch."""
+        metric = self.pruning.metric
+        clock = _Clock(metric if metric is None or metric.startswith("eval_") else f"eval_{metric}")
+        trainer.add_callback(clock)
+        trainer.train()
+        trainer.remove_callback(clock)
+        return clock.seconds, tuple(clock.values)
+
+    def _save(self, trainer: Trainer, name: str) -> str:
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+        return Path(trainer.args.output_dir).name
+
+    def _facts_of(self, trainer: Trainer) -> dict[str, Any]:
+        """Structure, metrics on the test data, and the warm time of measuring them."""
+        measured = self._work(trainer)()
+        timing = timed_evaluation(self._work(trainer), repeats=self.pruning.repeats, warmup=0)
+        facts = {**structure_facts(trainer.model), "measured": dataclasses.replace(measured, seconds=timing.seconds)}
+        gc.collect()
+        return facts
+
+    def _work(self, trainer: Trainer) -> Callable[[], Measured]:
+        if self.measure is not None:
+            measure = self.measure
+            return lambda: measure(trainer)
+        return lambda: Measured.of_metrics(trainer.evaluate(self.test, metric_key_prefix="test"), len(self.test))
+
+    def _judged(self, trainer: Trainer) -> float:
+        metrics = trainer.evaluate()
+        name = self.pruning.metric or "loss"
+        return float(metrics[name if name.startswith("eval_") else f"eval_{name}"])
+
+    def _batches(self, trainer: Trainer) -> Iterable[Any]:
+        """Calibration batches of the training data."""
+        size = trainer.args.train_batch_size
+        return list(islice(trainer.get_train_dataloader(), -(-self.pruning.sparsity_samples // size)))
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "model": self.data.model if not Path(self.data.model).exists() else Path(self.data.model).name,
+            "pruning": dataclasses.asdict(self.pruning),
+            "training": training_facts(self.training),
+            "test data": dataset_facts(self.test),
+        }
+
+
+class _Clock(TrainerCallback):
+    """The time of the training steps, and the main metric of each evaluation."""
+
+    def __init__(self, metric: str | None) -> None:
+        self.seconds = 0.0
+        self.values: list[float] = []
+        self._metric = metric
+        self._began = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        metrics = kwargs.get("metrics") or {}
+        names = [self._metric] if self._metric else ["eval_accuracy", "eval_loss"]
+        found = [metrics[name] for name in names if name in metrics]
+        self.values += [float(value) for value in found[:1]]

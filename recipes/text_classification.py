@@ -1,0 +1,93 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["deeparc_hf[recipes]"]
+# ///
+"""Text classification: fine-tune a BERT-like model, remove layers in iterations, retrain, zero weights, and measure every model.
+
+    python recipes/text_classification.py --config recipes/configs/bert_base_emotion.yaml
+    accelerate launch recipes/text_classification.py --config recipes/configs/bert_base_emotion.yaml --threshold 0.98
+
+Every setting of the config file may be given on the command line, which wins. Any data set with a text column and a label column will do:
+
+    python recipes/text_classification.py --model distilbert-base-uncased --dataset stanfordnlp/imdb --num_blocks 4 --output_dir runs/imdb
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TextArguments:
+    """Columns and lengths."""
+
+    text_column: str = field(default="text", metadata={"help": "column of the texts"})
+    text_pair_column: str | None = field(default=None, metadata={"help": "column of second texts, where the task has pairs"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels, numbers or names"})
+    max_length: int = field(default=128, metadata={"help": "longest text in tokens"})
+
+
+def main(argv: list[str] | None = None) -> list[Any]:
+    """Run the experiment and return the rows of its table."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
+    from deeparc_hf.experiments.labels import encode_labels
+    from deeparc_hf.experiments.sequence import Experiment
+    from deeparc_hf.experiments.splits import load_splits
+
+    data, text, pruning, training = parse((DataArguments, TextArguments, PruningArguments, TrainingArguments), argv, __doc__)
+    set_seed(training.seed)
+    splits, names = encode_labels(load_splits(data, training.seed), text.label_column)
+    tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        texts = [rows[column] for column in (text.text_column, text.text_pair_column) if column is not None]
+        return dict(tokenizer(*texts, truncation=True, max_length=text.max_length))
+
+    columns = [column for column in splits.train.column_names if column != "labels"]
+    splits = splits.map(encode, batched=True, remove_columns=columns)
+
+    def load(name: str) -> Any:
+        revision = data.model_revision if name == data.model else None
+        labels = {"id2label": dict(enumerate(names)), "label2id": {label: index for index, label in enumerate(names)}}
+        fresh = name == data.model and pruning.finetune_epochs > 0  # a head of another task is replaced by a new one
+        labels["ignore_mismatched_sizes"] = fresh
+        return AutoModelForSequenceClassification.from_pretrained(name, revision=revision, num_labels=len(names), **labels)
+
+    def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:
+        return Trainer(
+            model=model,
+            args=args,
+            train_dataset=splits.train,
+            eval_dataset=splits.validation,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=accuracy,
+            callbacks=callbacks,
+        )
+
+    experiment = Experiment(data, pruning, training, load, trainer, splits.test, told={"command": command()}, notes=list(splits.notes))
+    return experiment.run()
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of right answers."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def command() -> str:
+    """For the card: the recipe, without local paths."""
+    return "python recipes/text_classification.py --config CONFIG"
+
+
+if __name__ == "__main__":
+    main()
