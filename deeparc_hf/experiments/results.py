@@ -174,9 +174,9 @@ def write_results(
     parts = ["# Results", results_table(rows)]
     counts = ", ".join(f"{n:,}" for n in sorted({row.measured.samples for row in rows}))
     parts.append(
-        f"Metrics: on {counts} test samples, with 95 % intervals where they are known. Epochs: the main metric on the validation data after "
-        "each epoch of the training that led to the row. Evaluation time: warm, median of several. Freeze: blocks that were not trained. One "
-        "run with one seed."
+        f"Metrics: on {counts} test samples, with 95 % intervals where they are known. Epochs: the main metric on the validation data "
+        "after each epoch of the training that led to the row. Evaluation time: warm, median of several. Freeze: blocks that were not "
+        "trained. One run with one seed."
     )
     parts += [f"{name}: {speed}" for name, speed in speeds.items()] + list(notes)
     shown = {**hardware(), **package_versions()}
