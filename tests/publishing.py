@@ -27,7 +27,7 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def trained(folder, callbacks=None, **settings):
+def trained(folder, callbacks=None, model=None, **settings):
     """A training with both callbacks: fine-tune, remove a block, remove another, zero weights."""
     torch.set_num_threads(1)
     if callbacks is None:
@@ -36,7 +36,14 @@ def trained(folder, callbacks=None, **settings):
             WandaCallback(sparsity=0.3, start_epoch=3, calibration_samples=32),
         ]
     defaults = {"num_train_epochs": 4, "eval_strategy": "epoch", "save_strategy": "epoch", "processing_class": tiny_tokenizer()}
-    return train(ZOO["bert"].model(), folder, *callbacks, compute_metrics=accuracy, data=text_data(), **{**defaults, **settings})
+    return train(
+        ZOO["bert"].model() if model is None else model,
+        folder,
+        *callbacks,
+        compute_metrics=accuracy,
+        data=text_data(),
+        **{**defaults, **settings},
+    )
 
 
 def image_of(folder):

@@ -230,17 +230,27 @@ def _with_run(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
         "reason": plain(data["reason"]) if data["reason"] else None,
         "phase": plain(data["phase"], 40),
     }
+    earlier = facts.attempts[: len(facts.attempts) - len(standing)]  # prunings of trainings before this one: the record knows them
+    if earlier:
+        attempts = (*earlier, *(_renumbered(attempt, len(earlier)) for attempt in attempts))
     facts = _with_facts(facts, data)
     before, now = facts.parameters
-    first = attempts[0].parameters if facts.removed else now
+    first = attempts[0].parameters if facts.removed and not earlier else None if facts.removed else now
     return dataclasses.replace(
         facts,
         attempts=attempts,
         from_run=True,
         summary=summary,
         config=config.to_dict(),
-        parameters=(before or first, now or (standing[-1] if standing else attempts[0]).parameters),
+        parameters=(before or first, now or (standing[-1] if standing else attempts[-1]).parameters),
     )
+
+
+def _renumbered(attempt: Attempt, before: int) -> Attempt:
+    """A row of a run that was not the first, counted on from the prunings before it."""
+    name, _, number = attempt.name.rpartition(" ")
+    known = name == "pruning" and number.isdigit() and len(number) < 4
+    return dataclasses.replace(attempt, name=f"pruning {int(number) + before}" if known else f"before pruning {before + 1}")
 
 
 def _with_facts(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:

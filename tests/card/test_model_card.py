@@ -139,6 +139,20 @@ def test_a_model_that_was_taken_back_is_not_called_pruned(tmp_path):
     assert "with nothing removed or zeroed" in str(card)
 
 
+def test_a_second_training_tells_of_the_first_ones_prunings_too(tmp_path):
+    from deeparc_hf import MPruneCallback
+
+    first = trained(tmp_path / "a", [MPruneCallback(num_blocks=3, retrain_epochs=1, calibration_samples=32)], num_train_epochs=1)
+    first.save_model(str(tmp_path / "a"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    second = trained(
+        tmp_path / "b", [MPruneCallback(num_blocks=2, retrain_epochs=1, calibration_samples=32)], model=model, num_train_epochs=1
+    )
+    rows = [line.split("|")[1].strip() for line in section(create_model_card(second), "Iterations").splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["pruning 1", "before pruning 2", "pruning 2"]
+    assert section(create_model_card(second), "What each step did").count("| pruning") == 2
+
+
 def test_without_a_trainer(tmp_path):
     model = ZOO["bert"].model()
     ids = torch.randint(5, 100, (32, 10))
