@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 _METRICS = {"cka": "debiased CKA", "cka_biased": "biased CKA", "cosine": "cosine similarity", "effect": "the effect of skipping them"}
+_EFFECT = (
+    "Row i, column j: what is left of the outputs, exp(-change), when block i stays and the blocks from its neighbour to j go; the changes of a run "
+    "are summed. Blocks that must stay were not skipped, and change nothing here."
+)
 _DEVICES = {"cpu": "CPU", "cuda": "GPU", "mps": "GPU"}
 _CITED = {
     "mpruner": "MPruner, which clusters blocks by CKA and prunes in iterations: [arXiv 2408.13482](https://arxiv.org/abs/2408.13482)",
@@ -140,7 +144,8 @@ def similarity_note(plan: PruningPlan) -> str:
     samples = f"{plan.samples:,} calibration samples" if plan.samples else "calibration samples whose number is not known"
     rows = "" if c.similarity == "effect" else f" (rows: {md(c.effective_rows)})"
     metric = _METRICS.get(c.similarity, md(c.similarity))
-    return f"By {metric}{rows} on {samples}, before the last pruning; blocks are numbered as they were then."
+    note = f"By {metric}{rows} on {samples}, before the last pruning; blocks are numbered as they were then."
+    return f"{note} {_EFFECT}" if c.similarity == "effect" else note
 
 
 def reproduce(facts: CardFacts, given: Given, repo_id: str) -> str:
