@@ -31,8 +31,10 @@ _WEIGHTS = re.compile(r"model[\w.\-]*\.safetensors(\.index\.json)?")
 _STALE = re.compile(rf"{_WEIGHTS.pattern}|pytorch_model[\w.\-]*\.bin(\.index\.json)?|tf_model\.h5|flax_model\.msgpack|training_args\.bin")
 _REPORTS = (*(f"{RUN_REPORT}.{end}" for end in ("json", "md")), "sparsity_report.json", "sparsity_report.md", "report.json", "report.md")
 _FINDINGS = {*_REPORTS, PLAN_FILE, PICTURE_FILE, "heatmap.png"}
-# pickles run code, and these say where on which machine a model was trained
-_PRIVATE = re.compile(r"[._].*|.*\.(bin|pt|pth|pkl|ckpt|h5|msgpack|log)|trainer_state\.json")
+# what belongs to a checkpoint: no pickles (they run code), nothing hidden, and not what says where a model was trained
+_PUBLIC = re.compile(
+    r"(?![._])(?!trainer_state\.json$)(?!all_results\.json$).+\.(json|safetensors|md|txt|model|jinja|png|tiktoken|spm|bpe)"
+)
 
 
 def push_to_hub(
@@ -56,9 +58,9 @@ def push_to_hub(
     killed, the repository stays at its last commit, and a further call does it again.
 
     Args:
-        trainer_or_model: a Trainer (its hub_* arguments are the defaults here), a model, or the folder of a checkpoint, of which the files
-            at the top are taken, without pickles, hidden files and what begins with "_". A README.md in it that somebody wrote or edited
-            is taken as it is.
+        trainer_or_model: a Trainer (its hub_* arguments are the defaults here), a model, or the folder of a checkpoint. Of a folder the
+            files at the top are taken that belong to a checkpoint: JSON, safetensors, texts, tokenizer models, templates, pictures;
+            nothing hidden or that begins with "_", no pickles. A README.md that somebody wrote or edited is taken as it is.
         repo_id: ORG/NAME, or NAME in your own namespace; default: the Trainer's hub_model_id, or the folder's name.
         processing_class: the tokenizer or image processor that goes with a model.
         private: whether a repository that is made is private; default: as the organisation has it.
@@ -123,7 +125,7 @@ def _files(source: Any, stage: Path, processing_class: Any) -> dict[str, Path]:
 
 
 def _visible(folder: Path) -> dict[str, Path]:
-    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and not _PRIVATE.fullmatch(path.name)}
+    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _PUBLIC.fullmatch(path.name)}
 
 
 def _of_folder(folder: Path) -> dict[str, Path]:

@@ -31,8 +31,8 @@ __all__ = [
 
 _METRICS = {"cka": "debiased CKA", "cka_biased": "biased CKA", "cosine": "cosine similarity", "effect": "the effect of skipping them"}
 _EFFECT = (
-    "Row i, column j: what is left of the outputs, exp(-change), when block i stays and the blocks from its neighbour to j go; the changes of a run "
-    "are summed. Blocks that must stay were not skipped, and change nothing here."
+    "Row i, column j: what is left of the outputs, exp(-change), when block i stays and the blocks from its neighbour to j go; the changes "
+    "of a run are summed. Blocks that must stay were not skipped, and change nothing here."
 )
 _DEVICES = {"cpu": "CPU", "cuda": "GPU", "mps": "GPU"}
 _CITED = {
