@@ -229,6 +229,7 @@ def _with_run(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
         "max_drop": config.max_drop,
         "reason": plain(data["reason"]) if data["reason"] else None,
         "phase": plain(data["phase"], 40),
+        "zeroed_at": None if data.get("zeroed_at") is None else whole(data["zeroed_at"]),
     }
     earlier = facts.attempts[: len(facts.attempts) - len(standing)]  # prunings of trainings before this one: the record knows them
     if earlier:

@@ -112,7 +112,7 @@ def _results(facts: CardFacts, given: Given) -> list[EvalResult]:
     for evaluation in facts.final:
         data = evaluation.data
         known = hub_id(data.get("id")) or next((name for name in map(hub_id, given.datasets) if name), None)
-        name = given.dataset_names[0] if given.dataset_names else known or "evaluation data of the training"
+        name = given.dataset_names[0] if given.dataset_names else known or UNKNOWN
         config = data.get("config") or (given.dataset_configs[0] if given.dataset_configs else None)
         for key, value in evaluation.metrics.items():
             metric = plain(key.removeprefix("eval_"), 80)

@@ -87,6 +87,8 @@ def iterations_note(facts: CardFacts) -> str:
             notes.append(
                 f"A pruning was accepted while {md(s['metric'])} got worse by no more than {s['max_drop']:g} from {s['baseline']:.4g}."
             )
+        if s.get("zeroed_at") is not None:
+            notes.append(f"Weights were zeroed at optimizer step {s['zeroed_at']:,}: figures from there on are of the sparse model.")
         evaluated = _batch(facts, "evaluation_batch")
         notes.append(
             f"Times: {_hardware(facts)}. Evaluation: one evaluation in the middle of the training, as the Trainer measured it{evaluated}. "
@@ -168,7 +170,7 @@ def reproduce(facts: CardFacts, given: Given, repo_id: str) -> str:
     if facts.removed and base and auto_class:
         name = json.dumps(repo_id)
         again = f"from deeparc_hf import PrunedConfig, load_pruned\nfrom transformers import {auto_class}\n\n"
-        again += f"model = load_pruned({auto_class}, {json.dumps(base)}, PrunedConfig.from_pretrained({name}))"
+        again += f"record = PrunedConfig.from_pretrained({name})\nmodel = load_pruned({auto_class}, {json.dumps(base)}, record)"
         parts += ["The same blocks of the base model, with the base's weights:", fenced(again, "python")]
     return "\n\n".join(parts) or "How the model was made was not noted."
 
@@ -188,8 +190,17 @@ def _given(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _callback(config: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key}={value!r}" for key, value in _given(config).items())
+    settings = ", ".join(f"{key}={_python(value)}" for key, value in _given(config).items())
     return f"from deeparc_hf import MPruneCallback\n\ncallback = MPruneCallback({settings})"
+
+
+def _python(value: Any) -> str:
+    """A value of JSON types as Python writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_python(key)}: {_python(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_python, value)) + "]"
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _command(config: Mapping[str, Any], base: str | None) -> str:

@@ -104,7 +104,7 @@ def evaluation_table(final: Sequence[Evaluation]) -> str | None:
 def data_text(data: Mapping[str, Any]) -> str:
     """A data set in a few words."""
     if "id" not in data:
-        return "evaluation data of the training"
+        return "not named"
     more = [f"{key} {md(data[key])}" for key in ("config", "split") if key in data]
     return ", ".join([linked(data["id"], "datasets/"), *more])
 

@@ -1,0 +1,80 @@
+"""Question generation: questions generated from the test data by every process, scored, and put in the table of the first experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..run_report import write_whole
+from .generation import SCORES, bootstrap_intervals, generation_metrics, scores_table
+from .results import Measured, Row
+
+__all__ = ["QuestionMeasure", "scores_report"]
+
+
+class QuestionMeasure:
+    """Measures a Trainer's model: the loss on the test data, and the scores of the questions that it generates.
+
+    Args:
+        test: encoded test data.
+        references: the questions asked for, as text.
+        tokenizer: decodes what is generated.
+        num_beams, max_new_tokens: of the search.
+
+    Attributes:
+        reasons: why a score is left out, by score.
+    """
+
+    def __init__(self, test: Any, references: Sequence[str], tokenizer: Any, *, num_beams: int, max_new_tokens: int) -> None:
+        self._test = test
+        self._references = list(references)
+        self._tokenizer = tokenizer
+        self._search = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
+        self.reasons: dict[str, str] = {}
+
+    def __call__(self, trainer: Trainer) -> Measured:
+        """Loss and scores, with bootstrap intervals of the scores over the questions."""
+        loss = trainer.evaluate(self._test, metric_key_prefix="test")["test_loss"]
+        predictions = self.generate(trainer)
+        scores = generation_metrics(predictions, self._references)
+        self.reasons = dict(scores.reasons)
+        values = {name: value for name in SCORES if (value := getattr(scores, name)) is not None}
+        intervals = {name: bounds for name, bounds in bootstrap_intervals(predictions, self._references).items() if name in values}
+        return Measured({"loss": loss, **values}, len(self._references), intervals)
+
+    def generate(self, trainer: Trainer) -> list[str]:
+        """The questions to all test rows, in their order: each process generates a part."""
+        accelerator = trainer.accelerator
+        model = accelerator.unwrap_model(trainer.model).eval()
+        pad = self._tokenizer.pad_token_id
+        found: list[str] = []
+        for batch in trainer.get_test_dataloader(self._test):
+            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                ids = model.generate(**inputs, **self._search)
+            ids = accelerator.gather_for_metrics(accelerator.pad_across_processes(ids, dim=1, pad_index=pad))
+            found += self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in found]
+
+
+def scores_report(folder: Path, rows: Sequence[Row], measure: QuestionMeasure) -> None:
+    """Write scores.md: a column for the original and for each iteration, in the rows of the first experiments' table."""
+    shown: Mapping[str, Row] = {row.name: row for row in rows if row.sparsity is None}
+    heads = {
+        "Num of encoder": [_blocks(row, "encoder") for row in shown.values()],
+        "Num of decoder": [_blocks(row, "decoder") for row in shown.values()],
+        "Num of parameter": [f"{row.parameters:,}" for row in shown.values()],
+    }
+    table = scores_table({name: row.measured for name, row in shown.items()}, heads, measure.reasons)
+    n = next(iter(shown.values())).measured.samples
+    write_whole(
+        folder / "scores.md", f"# Generated questions\n\n{table}\n\nOn {n:,} test questions, one reference each; one run with one seed.\n"
+    )
+
+
+def _blocks(row: Row, side: str) -> str:
+    return str(sum(count for name, count in row.blocks.items() if side in name))

@@ -1,0 +1,101 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["deeparc_hf[recipes]"]
+# ///
+"""Question generation: fine-tune a T5, prune encoder and decoder as stacks of their own, retrain, and score generated questions.
+
+    accelerate launch recipes/t5_qg.py --config recipes/configs/t5_base_squad.yaml
+    torchrun --nproc_per_node 2 recipes/t5_qg.py --config recipes/configs/t5_base_squad.yaml
+
+Given are a passage and an answer in it, asked for is the question. Every setting of the config file may be given on the command line, which
+wins. Any data set with a passage, a question and an answer (a text, or SQuAD's list of texts) will do. A folder with a config.json and a
+tokenizer but no weights is trained from scratch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class QuestionArguments:
+    """Columns, lengths, and how questions are generated."""
+
+    context_column: str = field(default="context", metadata={"help": "column of the passages"})
+    question_column: str = field(default="question", metadata={"help": "column of the questions"})
+    answer_column: str = field(default="answers", metadata={"help": "column of the answers: texts, or SQuAD's {text: [...]}"})
+    prefix: str = field(default="generate question: ", metadata={"help": "what each input begins with"})
+    max_source_length: int = field(default=512, metadata={"help": "longest input in tokens"})
+    max_target_length: int = field(default=64, metadata={"help": "longest question in tokens"})
+    num_beams: int = field(default=4, metadata={"help": "beams of the search"})
+
+
+def main(argv: list[str] | None = None) -> list[Any]:
+    """Run the experiment and return the rows of its table."""
+    from transformers import (
+        AutoConfig,
+        AutoModelForSeq2SeqLM,
+        AutoTokenizer,
+        DataCollatorForSeq2Seq,
+        Seq2SeqTrainer,
+        Seq2SeqTrainingArguments,
+        set_seed,
+    )
+
+    from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
+    from deeparc_hf.experiments.questions import QuestionMeasure, scores_report
+    from deeparc_hf.experiments.sequence import Experiment
+    from deeparc_hf.experiments.splits import load_splits
+
+    types = (DataArguments, QuestionArguments, PruningArguments, Seq2SeqTrainingArguments)
+    data, text, pruning, training = parse(types, argv, __doc__)
+    set_seed(training.seed)
+    splits = load_splits(data, training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        answers = [_first_answer(answer) for answer in rows[text.answer_column]]
+        passages = rows[text.context_column]
+        sources = [f"{text.prefix}answer: {answer} context: {passage}" for answer, passage in zip(answers, passages, strict=True)]
+        targets = tokenizer(text_target=rows[text.question_column], truncation=True, max_length=text.max_target_length)
+        return {**tokenizer(sources, truncation=True, max_length=text.max_source_length), "labels": targets["input_ids"]}
+
+    references = list(splits.test[text.question_column])
+    splits = splits.map(encode, batched=True, remove_columns=splits.train.column_names)
+
+    def load(name: str) -> Any:
+        revision = data.model_revision if name == data.model else None
+        if Path(name).is_dir() and not any(Path(name).glob("*.safetensors*")):
+            return AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(name))
+        return AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision)
+
+    def trainer(model: Any, args: Any, callbacks: list[Any]) -> Seq2SeqTrainer:
+        return Seq2SeqTrainer(
+            model=model,
+            args=args,
+            train_dataset=splits.train,
+            eval_dataset=splits.validation,
+            processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+            callbacks=callbacks,
+        )
+
+    measure = QuestionMeasure(splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=text.max_target_length)
+    told = {"command": "accelerate launch recipes/t5_qg.py --config CONFIG"}
+    experiment = Experiment(data, pruning, training, load, trainer, splits.test, measure, told=told, notes=list(splits.notes))
+    rows = experiment.run()
+    if training.process_index == 0:
+        scores_report(Path(training.output_dir), rows, measure)
+    return rows
+
+
+def _first_answer(answer: Any) -> str:
+    """An answer, or the first of SQuAD's."""
+    texts = answer.get("text", []) if isinstance(answer, dict) else answer
+    return texts if isinstance(texts, str) else texts[0] if texts else ""
+
+
+if __name__ == "__main__":
+    main()
