@@ -9,11 +9,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..callbacks import MPruneCallback, WandaCallback
@@ -222,9 +223,10 @@ class Experiment:
         return float(metrics[name if name.startswith("eval_") else f"eval_{name}"])
 
     def _batches(self, trainer: Trainer) -> Iterable[Any]:
-        """Calibration batches of the training data."""
-        size = trainer.args.train_batch_size
-        return list(islice(trainer.get_train_dataloader(), -(-self.pruning.sparsity_samples // size)))
+        """Calibration batches of the training data, the same in every process."""
+        rows = trainer.train_dataset
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.training.seed))[: self.pruning.sparsity_samples]
+        return DataLoader(Subset(rows, chosen.tolist()), batch_size=trainer.args.train_batch_size, collate_fn=trainer.data_collator)
 
     def _facts(self) -> dict[str, Any]:
         return {
