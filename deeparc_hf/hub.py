@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import nn
 
 from .card.facts import PLAN_FILE, SPARSITY_FILE, CardFacts
 from .card.model_card import CARD_FILE, PICTURE_FILE, make_card, may_replace
+from .checkpoint_files import checkpoint_files, outdated
+from .distributed import process_index
 from .errors import ConfigError
 from .hub_errors import hub_help
 from .loading import save_pruned
@@ -24,17 +26,10 @@ from .run_report import RUN_REPORT
 
 __all__ = ["push_to_hub"]
 
+_REPORT = re.compile(r"((pruning|sparsity)_)?report\.(json|md)|pruning_plan\.json|similarity\.png")
+
 _TRIES = 5  # where others commit at the same time
 _CONFLICT = 412
-_WEIGHTS = re.compile(r"model[\w.\-]*\.safetensors(\.index\.json)?")
-# weights of the model that the repository held before: loaders may prefer them to the new ones; and the Trainer's pickle of its arguments
-_STALE = re.compile(rf"{_WEIGHTS.pattern}|pytorch_model[\w.\-]*\.bin(\.index\.json)?|tf_model\.h5|flax_model\.msgpack|training_args\.bin")
-_REPORTS = (*(f"{RUN_REPORT}.{end}" for end in ("json", "md")), "sparsity_report.json", "sparsity_report.md", "report.json", "report.md")
-_FINDINGS = {*_REPORTS, PLAN_FILE, PICTURE_FILE, "heatmap.png"}
-# what belongs to a checkpoint: no pickles (they run code), nothing hidden, and not what says where a model was trained
-_PUBLIC = re.compile(
-    r"(?![._])(?!trainer_state\.json$)(?!all_results\.json$).+\.(json|safetensors|md|txt|model|jinja|png|tiktoken|spm|bpe)"
-)
 
 
 def push_to_hub(
@@ -53,14 +48,15 @@ def push_to_hub(
 ) -> CommitInfo | None:
     """Publish a model on the Hub: weights, config with its record, tokenizer or image processor, reports and card, in one commit.
 
-    The repository is made if there is none. Weights and reports of an earlier push that this one does not replace are deleted in the same
-    commit: a loader might prefer them. If others commit at the same time, nothing of theirs is lost. If the upload fails or is
-    killed, the repository stays at its last commit, and a further call does it again.
+    The repository is made if there is none (not for a pull request). Weights, reports and tokenizer files of an earlier push that this one
+    does not replace are deleted in the same commit: a loader might prefer them. If others commit at the same time, nothing of theirs is
+    lost. If the upload fails or is killed, the repository stays at its last commit, and a further call does it again.
+
+    A README.md that somebody wrote or edited stays: in the folder (it goes along as it is), and on the Hub.
 
     Args:
-        trainer_or_model: a Trainer (its hub_* arguments are the defaults here), a model, or the folder of a checkpoint. Of a folder the
-            files at the top are taken that belong to a checkpoint: JSON, safetensors, texts, tokenizer models, templates, pictures;
-            nothing hidden or that begins with "_", no pickles. A README.md that somebody wrote or edited is taken as it is.
+        trainer_or_model: a Trainer (its hub_* arguments are the defaults here), a model, or the folder of a checkpoint. Of a folder
+            the files are taken that belong to a checkpoint, by their names; no pickles, nothing else that lies there.
         repo_id: ORG/NAME, or NAME in your own namespace; default: the Trainer's hub_model_id, or the folder's name.
         processing_class: the tokenizer or image processor that goes with a model.
         private: whether a repository that is made is private; default: as the organisation has it.
@@ -87,19 +83,26 @@ def push_to_hub(
         if isinstance(trainer_or_model, nn.Module):
             raise ConfigError("Say where the model goes: push_to_hub(model, 'ORG/NAME').")
         repo_id = Path(trainer_or_model).resolve().name
-    with ExitStack() as stack:
-        stage = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="deeparc_hf-")))
-        files = _files(trainer_or_model, stage, processing_class)
-        if args is not None and args.process_index != 0:
+    with tempfile.TemporaryDirectory(prefix="deeparc_hf-") as scratch:
+        stage = Path(scratch)
+        saved = _saved(trainer_or_model, stage, processing_class)
+        if process_index() != 0 or (args is not None and args.process_index != 0):
             return None
-        stack.enter_context(hub_help(repo_id))
-        api = HfApi(token=token)
-        repo_id = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        files |= _card_files(trainer_or_model, stage, files, card, repo_id, processing_class, reports, card_settings)
-        return _commit(api, repo_id, files, revision, create_pr, commit_message or f"Upload {_what(trainer_or_model)} with deeparc_hf")
-    return None
+        # what is wrong with the checkpoint or its card is said before anything is made on the Hub
+        files = checkpoint_files(saved)
+        settings = {"processing_class": processing_class, "reports": reports, "revision": revision, **card_settings}
+        with hub_help(repo_id):
+            api = HfApi(token=token)
+            if create_pr and "/" not in repo_id:
+                repo_id = f"{api.whoami()['name']}/{repo_id}"
+            files = _with_card(trainer_or_model, stage, files, card, repo_id, settings)
+            whole = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if whole != repo_id and card is None:  # the code in the card names the repository
+                files = _with_card(trainer_or_model, stage, files, card, whole, settings)
+            if revision is not None and not create_pr and not revision.startswith("refs/"):
+                api.create_branch(whole, branch=revision, exist_ok=True)
+            message = commit_message or f"Upload {_what(trainer_or_model)} with deeparc_hf"
+            return _commit(api, whole, files, revision, create_pr, message, keep_card=card is None)
 
 
 def _what(source: Any) -> str:
@@ -107,90 +110,74 @@ def _what(source: Any) -> str:
     return "model" if model is None else type(model).__name__
 
 
-def _files(source: Any, stage: Path, processing_class: Any) -> dict[str, Path]:
-    """The files of a checkpoint, by their names in the repository; those of a live model are written into the stage."""
+def _saved(source: Any, stage: Path, processing_class: Any) -> Path:
+    """The folder with the checkpoint's files; a live model is saved into the stage."""
     if isinstance(source, (str, os.PathLike)):
-        return _of_folder(Path(source))
+        folder = Path(source)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}. Give a checkpoint's folder, a model or a Trainer.")
+        return folder
     if isinstance(source, nn.Module):
         save_pruned(source, stage)
-        if processing_class is not None:
-            processing_class.save_pretrained(stage)
     elif hasattr(source, "save_model"):
-        source.save_model(str(stage), _internal_call=True)  # all processes; with this it does not push by itself
-        if processing_class is not None:
-            processing_class.save_pretrained(stage)
+        # in all processes; with the private argument, where a subclass has it, it does not push by itself
+        takes = inspect.signature(source.save_model).parameters
+        private = "_internal_call" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        source.save_model(str(stage), **({"_internal_call": True} if private else {}))
+        if source.args.should_save and not (stage / "config.json").is_file():
+            save_pruned(source.accelerator.unwrap_model(source.model), stage)  # a bare timm model, whose config the Trainer does not save
     else:
         raise ConfigError(f"What is published is a Trainer, a model or a checkpoint's folder, found a {type(source).__name__}.")
-    return _visible(stage)
+    if processing_class is not None:
+        processing_class.save_pretrained(stage)
+    return stage
 
 
-def _visible(folder: Path) -> dict[str, Path]:
-    return {path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _PUBLIC.fullmatch(path.name)}
-
-
-def _of_folder(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}. Give a checkpoint's folder, a model or a Trainer.")
-    if (folder / "modules.json").is_file():
-        raise ConfigError(f"{folder} is a SentenceTransformer, whose parts lie in several folders. Publish it by its own push_to_hub.")
-    files = _visible(folder)
-    if "config.json" not in files or not any(_WEIGHTS.fullmatch(name) for name in files):
-        raise ConfigError(
-            f"{folder} is no whole checkpoint: it needs config.json and model.safetensors (or its shards). Save the model there by "
-            "save_pretrained, trainer.save_model or deeparc_hf.save_pruned."
-        )
-    return files
-
-
-def _card_files(
-    source: Any,
-    stage: Path,
-    files: Mapping[str, Path],
-    card: ModelCard | None,
-    repo_id: str,
-    processing_class: Any,
-    reports: Any,
-    settings: Mapping[str, Any],
+def _with_card(
+    source: Any, stage: Path, files: Mapping[str, Path], card: ModelCard | None, repo_id: str, settings: Mapping[str, Any]
 ) -> dict[str, Path]:
-    """The card, its picture, and the reports that the card is made from."""
-    kept = files.get(CARD_FILE) if isinstance(source, (str, os.PathLike)) else None
-    if card is None and kept is not None and not may_replace(kept):
-        return {}
+    """The files with the card, its picture, and the reports that are of this model; those of another are left out."""
+    folder = Path(source) if isinstance(source, (str, os.PathLike)) else settings["reports"]
+    folder = folder or getattr(getattr(source, "args", None), "output_dir", None)
     target = stage / CARD_FILE
+    files = {name: path for name, path in files.items() if not _REPORT.fullmatch(name)}
+    written = None if folder is None else Path(folder, CARD_FILE)
     if card is not None:
         target.write_text(str(card), "utf-8")
-        return {CARD_FILE: target}
-    _, facts = make_card(source, target, repo_id=repo_id, processing_class=processing_class, reports=reports, **settings)
-    folder = reports if reports is not None else getattr(getattr(source, "args", None), "output_dir", None)
+        return {**files, CARD_FILE: target}
+    if written is not None and not may_replace(written):
+        _, facts = make_card(source, stage / "unused.md", repo_id=repo_id, **settings)
+        shutil.copy(written, target)
+    else:
+        _, facts = make_card(source, target, repo_id=repo_id, **settings)
     found = {name: stage / name for name in (CARD_FILE, PICTURE_FILE) if (stage / name).is_file()}
-    if folder is not None:
-        for name in _told(facts):
-            if Path(folder, name).is_file():
-                found[name] = Path(shutil.copy(Path(folder, name), stage / name))
-    return found
+    told = {} if folder is None else {name: Path(folder, name) for name in _told(facts) if Path(folder, name).is_file()}
+    return {**files, **told, **found}
 
 
 def _told(facts: CardFacts) -> list[str]:
     """The reports that are of this model."""
-    names = list(_REPORTS[:2]) if facts.from_run else []
-    if facts.zeros is not None:
+    names = [f"{RUN_REPORT}.json", f"{RUN_REPORT}.md"] if facts.from_run else []
+    if facts.sparsity is not None:
         names += [SPARSITY_FILE, SPARSITY_FILE.replace(".json", ".md")]
-    return [*names, *([PLAN_FILE] if facts.plan is not None else [])]
+    return [*names, *([PLAN_FILE] if facts.plan is not None else []), *(["report.json", "report.md"] if facts.from_report else [])]
 
 
-def _commit(api: HfApi, repo_id: str, files: Mapping[str, Path], revision: str | None, create_pr: bool, message: str) -> CommitInfo:
+def _commit(
+    api: HfApi, repo_id: str, files: Mapping[str, Path], revision: str | None, create_pr: bool, message: str, *, keep_card: bool
+) -> CommitInfo:
     """One commit on the newest one: if another came first, again on that."""
     for attempt in range(_TRIES):
         head = api.repo_info(repo_id, revision=revision).sha
         there = api.list_repo_files(repo_id, revision=head)
+        mine = dict(files)
+        if keep_card and CARD_FILE in there and _edited_there(api, repo_id, head, files[CARD_FILE]):
+            del mine[CARD_FILE]  # somebody wrote on the Hub, and that stays
+        adds = [CommitOperationAdd(name, path) for name, path in sorted(mine.items())]
+        goes = [CommitOperationDelete(name) for name in outdated(there, files)]
         try:
             return api.create_commit(
-                repo_id,
-                _operations(files, there),
-                commit_message=message,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=head,
+                repo_id, [*adds, *goes], commit_message=message, revision=revision, create_pr=create_pr, parent_commit=head
             )
         except HfHubHTTPError as error:
             if error.response.status_code != _CONFLICT or attempt == _TRIES - 1:
@@ -198,7 +185,9 @@ def _commit(api: HfApi, repo_id: str, files: Mapping[str, Path], revision: str |
     raise AssertionError("unreachable")
 
 
-def _operations(files: Mapping[str, Path], there: Sequence[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
-    gone = [name for name in there if name not in files and (_STALE.fullmatch(name) or name in _FINDINGS)]
-    adds = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
-    return [*adds, *(CommitOperationDelete(name) for name in gone)]
+def _edited_there(api: HfApi, repo_id: str, head: str | None, mine: Path) -> bool:
+    """Whether the card in the repository was written or edited by somebody, and the one at hand is not."""
+    if not may_replace(mine):
+        return False
+    with tempfile.TemporaryDirectory() as scratch:
+        return not may_replace(Path(api.hf_hub_download(repo_id, CARD_FILE, revision=head, local_dir=scratch)))

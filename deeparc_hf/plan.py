@@ -310,6 +310,9 @@ def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
     }
 
 
+_LARGEST = 1e6  # debiased estimates may lie a little outside [-1, 1], and nothing lies here
+
+
 def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
     facts = StackFacts(
         similarity=tuple(tuple(map(_number, row)) for row in data["similarity"]),
@@ -319,6 +322,8 @@ def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
         labels=tuple(map(_index, _items(data.get("labels", [])))),
         frozen=tuple(map(_index, _items(data.get("frozen_before", [])))),
     )
+    if any(abs(value) > _LARGEST for row in facts.similarity for value in row):
+        raise PlanError(f"similarity has a value beyond {_LARGEST:g}.")
     if any(len(row) != len(facts) for row in facts.similarity):
         raise PlanError("similarity is not square.")
     if (facts.labels and len(facts.labels) != len(facts)) or not all(index in range(len(facts)) for index in facts.frozen):

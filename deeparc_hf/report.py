@@ -338,7 +338,8 @@ def _draw_stack(axis: Any, name: str, stack: StackPlan, low: float, side: float)
 
     length = len(stack)
     image = axis.imshow(stack.similarity, vmin=low, vmax=1.0, cmap="viridis", interpolation="nearest")
-    axis.set_title(f"{name}\n{len(stack.kept)} of {length} blocks stay, threshold {stack.threshold:.4f}", fontsize=9)
+    shown = name.replace("$", r"\$")  # which would begin a formula
+    axis.set_title(f"{shown}\n{len(stack.kept)} of {length} blocks stay, threshold {stack.threshold:.4f}", fontsize=9)
     if length <= _ANNOTATED:
         for i, row in enumerate(stack.similarity):
             for j, value in enumerate(row):

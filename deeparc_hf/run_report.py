@@ -134,9 +134,8 @@ def write_run_report(
         "accepted": progress.accepted,
         "attempts": progress.attempts,
         "zeroed_at": zeroed_at,
-        **(facts or {"training": {}, "data": {}, "final": []}),
         "versions": package_versions(),
-        "hardware": hardware(),
+        **(facts or {"training": {}, "data": {}, "final": [], "weights": None, "hardware": hardware()}),
     }
     write_whole(folder / f"{RUN_REPORT}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
     write_whole(folder / f"{RUN_REPORT}.md", _markdown(data))

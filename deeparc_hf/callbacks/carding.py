@@ -26,7 +26,7 @@ def write_card(args: TrainingArguments, model: nn.Module | None, processing_clas
     try:
         if may_replace(folder / CARD_FILE):
             name = args.hub_model_id or folder.resolve().name
-            make_card(model, folder / CARD_FILE, repo_id=name, processing_class=processing_class, reports=folder)
+            make_card(model, folder / CARD_FILE, repo_id=name, processing_class=processing_class, reports=folder, own=True)
     except Exception as error:
         warnings.warn(
             f"The model card could not be made ({type(error).__name__}: {error}). The push goes on with the README.md that is there, if "

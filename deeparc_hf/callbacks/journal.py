@@ -16,12 +16,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..architectures import describe
 from ..config import MPruneConfig
 from ..errors import ConfigError, DeepArcWarning, PlanError
+from ..fingerprint import mark_of_model
 from ..plan import PruningPlan
 from ..record import PrunedConfig
 from ..run_report import RUN_REPORT, quality_text, structure_facts, write_run_report
-from ..schedule import RETRAINING, Progress
+from ..schedule import FINISHED, RETRAINING, Progress
 from .companions import companions_on
-from .run_facts import RunFacts, figures_of, lasting
+from .run_facts import RunFacts, lasting
 from .trackers import Trackers
 
 __all__ = ["PLAN_FILE", "Journal", "lists"]
@@ -75,41 +76,45 @@ class Journal:
     def add_training_time(self, seconds: float) -> None:
         self._progress.attempts[-1]["training_seconds"] += seconds
 
-    def note(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
+    def note(self, state: TrainerState, metrics: Mapping[str, Any], loader: Any = None) -> None:
         """Note the figures of an evaluation, in the model's record too."""
         p = self._progress
-        figures = figures_of(metrics)
+        found = self.facts.evaluation(self._model, metrics, loader)
+        found["sparse"] = companions_on(self._model).sparsified_at >= 0
         evaluations = p.attempts[-1]["evaluations"]
-        if not evaluations or evaluations[-1]["step"] != state.global_step:
-            evaluations.append({"step": state.global_step, "epoch": state.epoch or 0.0, "metrics": {}})
-        evaluations[-1]["metrics"].update(figures)
+        entry = {"step": state.global_step, "epoch": state.epoch or 0.0, **found}
+        evaluations.append(entry)
         if p.phase == RETRAINING and p.record is not None:
-            self._record_metrics(figures)
+            self._record_metrics(found)
             self.note_stages()
         self.report()
 
     def note_best(self, state: TrainerState) -> None:
         """Have the record tell the figures of the best checkpoint, whose weights the Trainer has loaded at the end."""
         p = self._progress
-        best = [e["metrics"] for e in p.attempts[-1]["evaluations"] if e["step"] == state.best_global_step]
+        best = [e for e in p.attempts[-1]["evaluations"] if e["step"] == state.best_global_step]
         if self._args.load_best_model_at_end and best and p.record is not None and p.record["iterations"]:
-            p.record["iterations"][-1]["metrics"] = {}
-            self._record_metrics(best[-1])
+            for entry in best:
+                self._record_metrics(entry)
             self.note_stages()
 
     def conclude_with(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note an evaluation after the training's end: it is of the model that is left."""
         p = self._progress
-        self.facts.conclude(metrics, loader)
+        found = self.facts.conclude(self._model, metrics, loader)
         if p.accepted and p.record is not None and any(key.startswith("eval_") for key in metrics):
-            self._record_metrics(figures_of(metrics))
+            self._record_metrics(found)
             self.note_stages()
         self.report()
 
-    def _record_metrics(self, figures: Mapping[str, float]) -> None:
+    def _record_metrics(self, found: Mapping[str, Any]) -> None:
+        """Have the record tell an evaluation; several of the same weights, on several data sets, add up."""
         entry = self._progress.record["iterations"][-1]  # type: ignore[index]
-        entry.setdefault("metrics", {}).update(lasting(figures))
-        entry["data"] = self.facts.data
+        same = found["weights"] is not None and entry.get("weights") == found["weights"]
+        earlier = entry.get("metrics", {}) if same else {}
+        kept = {key: value for key, value in earlier.items() if key not in found["metrics"]}
+        entry.update(metrics={**kept, **lasting(found["metrics"])}, weights=found["weights"])
+        entry["data"] = {**self.facts.data, "evaluation": found["data"]} if not kept else self.facts.data
 
     def note_stages(self) -> None:
         """Have the model's record know what each step of the pruning at hand did."""
@@ -155,7 +160,9 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             zeroed = companions_on(self._model).sparsified_at
             metric = self._metric if self._config.gated or self._config.metric else None
-            write_run_report(folder, self._config, self._progress, metric, zeroed if zeroed >= 0 else None, self.facts.to_dict())
+            weights = mark_of_model(self._model) if self._progress.phase == FINISHED else None
+            facts = {**self.facts.to_dict(), "weights": weights}
+            write_run_report(folder, self._config, self._progress, metric, zeroed if zeroed >= 0 else None, facts)
 
     def write_plan(self, plan: PruningPlan | None) -> None:
         """Write the plan that is carried out; None: it was taken back, and none is left."""

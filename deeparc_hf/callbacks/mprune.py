@@ -176,7 +176,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if not self._run.ended:
             self._run.stages.notice(loader, metrics)
             self._run.journal.facts.notice(metrics, loader)
-            self._run.evaluated(state, control, metrics)
+            self._run.evaluated(state, control, metrics, loader)
             self._publish()
         elif kwargs.get("model") is self._run.model:
             self._run.journal.conclude_with(metrics, loader)

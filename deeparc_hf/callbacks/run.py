@@ -216,14 +216,14 @@ class PruningRun:
         if p.phase == RETRAINING and not self.config.gated and not self._last and state.global_step >= p.boundary:
             self._look_ahead(state, control)
 
-    def evaluated(self, state: TrainerState, control: TrainerControl, metrics: Mapping[str, Any]) -> None:
+    def evaluated(self, state: TrainerState, control: TrainerControl, metrics: Mapping[str, Any], loader: Any = None) -> None:
         """Note an evaluation; the one at a boundary decides."""
         p = self.progress
         if self._over:
             return
         if p.phase != FINISHED and state.global_step >= p.boundary:
             self.stages.end(state.global_step)
-        self.journal.note(state, metrics)
+        self.journal.note(state, metrics, loader)
         if not self.config.gated or p.phase == FINISHED:
             return
         value = agree(lambda: find_metric(metrics, self.metric))

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
 
+from ..fingerprint import mark_of_model
 from ..provenance import dataset_facts, training_facts
+from ..report import hardware
 
 __all__ = ["RunFacts", "figures_of", "lasting"]
 
@@ -28,6 +31,10 @@ class RunFacts:
     def __init__(self, args: TrainingArguments, loader: Any) -> None:
         self.final: list[dict[str, Any]] = []
         self._training = training_facts(args)
+        # auto_find_batch_size may have made it smaller
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        self._training["training_batch"] = size if isinstance(size, int) else self._training["training_batch"]
+        self._hardware = hardware(args.device)
         self._data = {"training": dataset_facts(getattr(loader, "dataset", None))}
 
     def notice(self, metrics: Mapping[str, Any], loader: Any) -> None:
@@ -35,11 +42,18 @@ class RunFacts:
         if "evaluation" not in self._data and any(key.startswith("eval_") for key in metrics):
             self._data["evaluation"] = dataset_facts(getattr(loader, "dataset", None))
 
-    def conclude(self, metrics: Mapping[str, Any], loader: Any) -> None:
-        """Note an evaluation after the training's end; one with the same metrics stands for the earlier one."""
-        figures = figures_of(metrics)
-        self.final = [e for e in self.final if e["metrics"].keys() != figures.keys()]
-        self.final.append({"metrics": figures, "data": dataset_facts(getattr(loader, "dataset", None))})
+    def evaluation(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any) -> dict[str, Any]:
+        """An evaluation: its figures, the data, and a mark of the weights that it is of."""
+        data = dataset_facts(getattr(loader, "dataset", None))
+        return {"metrics": figures_of(metrics), "data": data, "weights": mark_of_model(model)}
+
+    def conclude(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any) -> dict[str, Any]:
+        """Note an evaluation after the training's end; one with the same metrics and data stands for the earlier one."""
+        found = self.evaluation(model, metrics, loader)
+        same = [e for e in self.final if e["metrics"].keys() == found["metrics"].keys() and e["data"] == found["data"]]
+        self.final = [e for e in self.final if e not in same]
+        self.final.append(found)
+        return found
 
     @property
     def data(self) -> dict[str, Any]:
@@ -48,7 +62,8 @@ class RunFacts:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for a report."""
-        return {"training": dict(self._training), "data": self.data, "final": [dict(entry) for entry in self.final]}
+        final = [dict(entry) for entry in self.final]
+        return {"training": dict(self._training), "data": self.data, "final": final, "hardware": dict(self._hardware)}
 
 
 def figures_of(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -17,8 +17,8 @@ from ..architectures import describe
 from ..config import WandaConfig
 from ..distributed import gather
 from ..errors import ConfigError, DeepArcWarning, RecordError, SparsityError
+from ..fingerprint import mark_of_model
 from ..record import PrunedConfig, current_record, package_versions
-from ..report import hardware
 from ..run_report import finite, write_whole
 from ..sparsify import recorded_mask, recorded_matrices, sparsify
 from ..sparsity_report import SparsityReport
@@ -26,7 +26,7 @@ from ..zeros import Zeros
 from .calibration import Calibration
 from .companions import meet_companions
 from .gate import steps_per_epoch
-from .run_facts import RunFacts, figures_of
+from .run_facts import RunFacts
 from .sparsity_journal import SPARSITY_REPORT, run_markdown
 from .sparsity_progress import KEPT, SPARSE, WAITING, SparsityProgress
 from .trackers import Trackers
@@ -189,21 +189,16 @@ class SparsityRun:
         else:
             self.check(state)
 
-    def evaluated(self, state: TrainerState, metrics: Mapping[str, Any]) -> None:
+    def evaluated(self, state: TrainerState, metrics: Mapping[str, Any], loader: Any = None) -> None:
         self.check(state, note=False)
-        figures = figures_of(metrics)
         facts = {"step": state.global_step, "epoch": state.epoch or 0.0, "sparse": self.progress.phase != WAITING}
         facts["blocks"] = sum(map(len, describe(self.model)[2].values()))
-        last = self.progress.evaluations[-1] if self.progress.evaluations else None
-        if last is not None and {key: last[key] for key in facts} == facts:
-            last["metrics"].update(figures)  # several data sets, one event each
-        else:
-            self.progress.evaluations.append({**facts, "metrics": figures})
+        self.progress.evaluations.append({**facts, **self.facts.evaluation(self.model, metrics, loader)})
         self._write()
 
     def conclude_with(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note an evaluation after the training's end: it is of the model that is left."""
-        self.facts.conclude(metrics, loader)
+        self.facts.conclude(self.model, metrics, loader)
         self._write()
 
     def end(self, state: TrainerState) -> None:
@@ -345,7 +340,7 @@ class SparsityRun:
             return
         config = self.config.to_dict() if p.report is None else p.report["config"]
         data = {"config": config, **finite({**{k: v for k, v in p.to_dict().items() if k != "sparsity"}, **self.facts.to_dict()})}
-        data |= {"hardware": hardware(), "versions": package_versions()}
+        data |= {"weights": mark_of_model(self.model) if self.ended else None, "versions": package_versions()}
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / f"{SPARSITY_REPORT}.json", json.dumps(data, indent=1) + "\n")

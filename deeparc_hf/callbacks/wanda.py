@@ -156,7 +156,7 @@ class WandaCallback(TrainerCallback, ExportableState):
         loader, metrics = kwargs.get("eval_dataloader"), kwargs.get("metrics") or {}
         if not self._run.ended:
             self._run.facts.notice(metrics, loader)
-            self._run.evaluated(state, metrics)
+            self._run.evaluated(state, metrics, loader)
         elif kwargs.get("model") is self._run.model:
             self._run.conclude_with(metrics, loader)
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import nn
 
 from ..architectures import describe
 from ..architectures.hosts import RECORD_KEY
-from ..config import MPruneConfig, WandaConfig
+from ..config import MPruneConfig
 from ..errors import PlanError, RecordError
+from ..fingerprint import mark_of_files, mark_of_model
 from ..plan import PruningPlan
 from ..record import PrunedConfig, current_record
 from ..run_report import RUN_REPORT
 from ..sparsity_report import SparsityReport
-from .reading import Attempt, Evaluation, facts_in, number, read_json, texts_in, whole, wrong_in
+from .reading import MOST_EVALUATIONS, Attempt, Evaluation, facts_in, number, read_json, texts_in, whole, wrong_in
 from .text import plain
 
 __all__ = ["PLAN_FILE", "SPARSITY_FILE", "CardFacts", "facts_of_folder", "facts_of_model", "with_reports"]
@@ -28,6 +30,7 @@ __all__ = ["PLAN_FILE", "SPARSITY_FILE", "CardFacts", "facts_of_folder", "facts_
 PLAN_FILE = "pruning_plan.json"
 SPARSITY_FILE = "sparsity_report.json"
 REPORT_FILE = "report.json"
+_SAME_SHARE = 0.005  # blocks that went after the zeroing change the share a little
 _WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 _PROCESSORS = {
     "tokenizer": ("tokenizer_config.json", "tokenizer.json"),
@@ -43,11 +46,12 @@ class CardFacts:
         library: "transformers" or "timm".
         architecture: name of the model's class, or timm's name of its architecture.
         labels: names of the classes of a classifier.
+        headless: whether a timm model has no classifier.
         record: what was done to the model; an empty one where nothing was.
         processor: "tokenizer" or "image processor", where one lies beside the model.
         parameters: number of parameters, before the first pruning and now.
         attempts: rows of the run: the model before, and each pruning that was tried. From the record where there is no report.
-        from_run: whether the attempts are those of a run's report.
+        from_run, from_report: whether a run's report, or that of a pruning without a Trainer, is of this model.
         summary: metric, baseline, accepted, iterations, max_drop, reason and state of the run.
         config: settings of the last pruning.
         sparsity: what was zeroed, from the sparsity report; None where there is none.
@@ -55,16 +59,19 @@ class CardFacts:
         data: what is known of the data, by use ("training", "evaluation").
         training, hardware, versions: settings of the training; what it ran on and with.
         plan: the last plan that was carried out.
+        mark: of the weights (`fingerprint`); None where they are not there, so that it is not known which evaluation is of them.
     """
 
     library: str
     architecture: str | None
     record: PrunedConfig
     labels: tuple[str, ...] = ()
+    headless: bool = False
     processor: str | None = None
     parameters: tuple[int | None, int | None] = (None, None)
     attempts: tuple[Attempt, ...] = ()
     from_run: bool = False
+    from_report: bool = False
     summary: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     sparsity: SparsityReport | None = None
@@ -74,6 +81,7 @@ class CardFacts:
     hardware: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     plan: PruningPlan | None = None
+    mark: str | None = None
 
     @property
     def removed(self) -> int:
@@ -96,7 +104,7 @@ class CardFacts:
 
 
 def facts_of_folder(folder: str | os.PathLike[str]) -> CardFacts:
-    """The facts of a checkpoint in a folder, with the reports that lie in it. No weights are read.
+    """The facts of a checkpoint in a folder, with the reports that lie in it. Of the weights a few values are read, to know them again.
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
@@ -108,7 +116,7 @@ def facts_of_folder(folder: str | os.PathLike[str]) -> CardFacts:
         raise FileNotFoundError(f"{folder} has no config.json. Give the folder that save_pretrained wrote.")
     record = PrunedConfig.from_dict(config[RECORD_KEY]) if config.get(RECORD_KEY) is not None else PrunedConfig({})
     processor = next((kind for kind, files in _PROCESSORS.items() if any((folder / name).is_file() for name in files)), None)
-    return with_reports(_of_config(config, record, processor), folder)
+    return with_reports(_of_config(config, record, processor, mark_of_files(folder)), folder)
 
 
 def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
@@ -120,13 +128,14 @@ def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
     settings["architectures"] = [type(root).__name__]
     if config is None:
         settings = {"architecture": settings.get("architecture") or type(root).__name__, "pretrained_cfg": {}}
+        settings["num_classes"] = getattr(root, "num_classes", None)
     kind = None if processing_class is None else "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
-    facts = _of_config(settings, current_record(host, stacks), kind)
+    facts = _of_config(settings, current_record(host, stacks), kind, mark_of_model(root))
     now = sum(parameter.numel() for parameter in root.parameters())
     return dataclasses.replace(facts, parameters=(facts.parameters[0] or (None if facts.removed else now), now))
 
 
-def _of_config(config: Mapping[str, Any], record: PrunedConfig, processor: str | None) -> CardFacts:
+def _of_config(config: Mapping[str, Any], record: PrunedConfig, processor: str | None, mark: str | None) -> CardFacts:
     """What a config.json and the record in it tell."""
     # a saved config is sorted by name, which puts decoders before encoders
     record = dataclasses.replace(record, stacks=dict(sorted(record.stacks.items(), key=lambda item: _place(item[0]))))
@@ -146,11 +155,13 @@ def _of_config(config: Mapping[str, Any], record: PrunedConfig, processor: str |
         architecture=plain(architecture, 100) if isinstance(architecture, str) else None,
         record=record,
         labels=tuple(names),
+        headless=timm and config.get("num_classes") == 0,
         processor=processor,
         parameters=_counted(record),
         attempts=attempts,
         config=record.iterations[-1].get("settings") if record.iterations else None,
-        final=_measured(record, attempts),
+        final=_measured(record, attempts, mark),
+        mark=mark,
         data=data,
         versions=record.versions,
     )
@@ -161,11 +172,12 @@ def _place(stack: str) -> tuple[bool, list[Any]]:
     return "decoder" in stack, [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d{1,9})", stack)]
 
 
-def _measured(record: PrunedConfig, attempts: Sequence[Attempt]) -> tuple[Evaluation, ...]:
-    """What the record tells of the model as it is: nothing, where weights may have been zeroed since."""
-    if record.sparsity is not None or not attempts or not attempts[-1].evaluations:
+def _measured(record: PrunedConfig, attempts: Sequence[Attempt], mark: str | None) -> tuple[Evaluation, ...]:
+    """What the record tells of the model as it is. Without the weights: nothing, where some may have been zeroed since."""
+    if not attempts or not attempts[-1].evaluations or (mark is None and record.sparsity is not None):
         return ()
-    return (attempts[-1].evaluations[-1][1],)
+    found = attempts[-1].evaluations[-1][1]
+    return (found,) if mark in (None, found.mark) else ()
 
 
 def _of_record(record: PrunedConfig) -> tuple[tuple[Attempt, ...], dict[str, dict[str, Any]]]:
@@ -188,19 +200,31 @@ def _counted(record: PrunedConfig) -> tuple[int | None, int | None]:
         return None, None
 
 
-def with_reports(facts: CardFacts, folder: Path) -> CardFacts:
-    """The facts with those of the reports in a folder, as far as they are of this model: reports of another run are left out."""
-    for file, add in ((f"{RUN_REPORT}.json", _with_run), (REPORT_FILE, _with_report), (SPARSITY_FILE, _with_sparsity)):
+def with_reports(facts: CardFacts, folder: Path, *, own: bool = False) -> CardFacts:
+    """The facts with those of the reports in a folder, as far as they are of this model: reports of another run are left out.
+
+    Args:
+        own: whether the reports are known to be of the run that this model is in, whatever the weights.
+    """
+    with_run = partial(_with_run, own=own)
+    for file, add in ((f"{RUN_REPORT}.json", with_run), (REPORT_FILE, _with_report), (SPARSITY_FILE, _with_sparsity)):
         data = read_json(folder / file)
         try:
             facts = facts if data is None else add(facts, data)
         except _WRONG as error:
             raise wrong_in(file, error) from error
     try:
-        plan = PruningPlan.from_json(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+        data = read_json(folder / PLAN_FILE)
+        plan = None if data is None else PruningPlan.from_dict(data)
     except PlanError as error:
         raise wrong_in(PLAN_FILE, error) from error
-    fits = plan is not None and bool(plan.removed) and _left(plan) == {n: len(s.kept) for n, s in facts.record.stacks.items()}
+    last = facts.record.iterations[-1] if facts.record.iterations else {}
+    fits = (
+        plan is not None
+        and bool(plan.removed)
+        and _left(plan) == {n: len(s.kept) for n, s in facts.record.stacks.items()}
+        and last.get("thresholds") == {name: stack.threshold for name, stack in plan.stacks.items()}  # to the last digit
+    )
     return dataclasses.replace(facts, plan=plan if fits else None)
 
 
@@ -208,9 +232,10 @@ def _left(plan: PruningPlan) -> dict[str, int]:
     return {name: len(stack.kept) for name, stack in plan.stacks.items()}
 
 
-def _with_run(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
+def _with_run(facts: CardFacts, data: Mapping[str, Any], own: bool) -> CardFacts:
     """With the report of a training (`run_report`)."""
     attempts = tuple(Attempt.read(entry) for entry in data["attempts"][:256])
+    final = tuple(map(Evaluation.read, data.get("final", ())[:256]))
     standing = [attempt for attempt in attempts[1:] if attempt.decision != "rolled back"]
     last = facts.attempts[-1] if facts.attempts else None
     if standing:
@@ -218,7 +243,9 @@ def _with_run(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
     else:  # nothing was pruned in that run, or all of it was taken back
         left = {name: len(stack.kept) for name, stack in facts.record.stacks.items()}
         mine = bool(attempts) and left in ({}, attempts[0].blocks)
-    if not mine:
+    inside = tuple(evaluation for attempt in attempts for _, evaluation in attempt.evaluations)
+    marks = {data.get("weights"), *(evaluation.mark for evaluation in (*inside, *final))}
+    if not mine or not (own or facts.mark is None or facts.mark in marks):
         return facts
     config = MPruneConfig.from_dict(data["config"])
     summary = {
@@ -234,7 +261,7 @@ def _with_run(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
     earlier = facts.attempts[: len(facts.attempts) - len(standing)]  # prunings of trainings before this one: the record knows them
     if earlier:
         attempts = (*earlier, *(_renumbered(attempt, len(earlier)) for attempt in attempts))
-    facts = _with_facts(facts, data)
+    facts = _with_facts(facts, data, inside, final)
     before, now = facts.parameters
     first = attempts[0].parameters if facts.removed and not earlier else None if facts.removed else now
     return dataclasses.replace(
@@ -254,18 +281,35 @@ def _renumbered(attempt: Attempt, before: int) -> Attempt:
     return dataclasses.replace(attempt, name=f"pruning {int(number) + before}" if known else f"before pruning {before + 1}")
 
 
-def _with_facts(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
-    """With what each report tells of its training: settings, data, hardware, and the evaluations after the end."""
-    final = tuple(Evaluation.read(entry["metrics"], entry["data"]) for entry in data.get("final", ())[:256])
-    known = {use: facts_in(found) for use, found in (data.get("data") or {}).items() if use in ("training", "evaluation")}
+def _with_facts(facts: CardFacts, data: Mapping[str, Any], inside: Sequence[Evaluation], final: Sequence[Evaluation]) -> CardFacts:
+    """With what each report tells of its training: settings, data, hardware, and the evaluations.
+
+    Args:
+        inside: evaluations in the training; they are of the model as it is where its weights are known, and are those.
+        final: evaluations after its end.
+    """
+    if facts.mark is None:
+        found: Sequence[Evaluation] = final or facts.final
+    else:
+        found = [evaluation for evaluation in (*facts.final, *inside, *final) if evaluation.mark == facts.mark]
+    known = {use: facts_in(entry) for use, entry in (data.get("data") or {}).items() if use in ("training", "evaluation")}
     return dataclasses.replace(
         facts,
-        final=final or facts.final,
+        final=_latest(found),
         data=known or facts.data,
         training=texts_in(data.get("training")) or facts.training,
         hardware=texts_in(data.get("hardware")),
         versions=texts_in(data.get("versions")) or facts.versions,
     )
+
+
+def _latest(found: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+    """The last evaluation of each metric on each data set."""
+    taken: list[Evaluation] = []
+    for evaluation in reversed(found):
+        if not any(t.data == evaluation.data and t.metrics.keys() >= evaluation.metrics.keys() for t in taken):
+            taken.append(evaluation)
+    return tuple(reversed(taken))
 
 
 def _with_report(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
@@ -276,7 +320,8 @@ def _with_report(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
     counts = [None if row["parameters"] is None else whole(row["parameters"]) for row in data["measurements"][:256]] or [None]
     before, now = facts.parameters
     hardware, versions = texts_in(data["hardware"]), texts_in(data["versions"])
-    return dataclasses.replace(facts, parameters=(before or counts[0], now or counts[-1]), hardware=hardware, versions=versions)
+    counted = (before or counts[0], now or counts[-1])
+    return dataclasses.replace(facts, from_report=True, parameters=counted, hardware=hardware, versions=versions)
 
 
 def _with_sparsity(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
@@ -285,15 +330,14 @@ def _with_sparsity(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
         return facts
     found = data if "matrices" in data else data["report"]
     report = None if found is None else SparsityReport.from_dict(found)
-    if report is not None:
-        WandaConfig.from_dict(report.config.to_dict())
+    if report is not None and abs(report.measured - facts.zeros[0] / max(1, facts.zeros[1])) > _SAME_SHARE:
+        return facts  # more was zeroed since, or it is of another model
     facts = dataclasses.replace(facts, sparsity=report)
     if "evaluations" not in data:
         return facts
-    before = facts.final
-    sparse = [e for e in data["evaluations"][-256:] if e["sparse"]]
-    facts = _with_facts(facts, data)
-    if sparse and not data.get("final"):
-        used = facts.data.get("evaluation", {})
-        facts = dataclasses.replace(facts, final=(Evaluation.read(sparse[-1]["metrics"], used),))
-    return facts if facts.final else dataclasses.replace(facts, final=before)
+    inside = tuple(Evaluation.read(entry) for entry in data["evaluations"][:MOST_EVALUATIONS] if entry["sparse"])
+    final = tuple(map(Evaluation.read, data["final"][:256]))
+    marks = {data.get("weights"), *(evaluation.mark for evaluation in (*inside, *final))}
+    if facts.mark is not None and not facts.from_run and facts.mark not in marks:
+        return facts
+    return _with_facts(facts, data, inside, final or (inside[-1:] if facts.mark is None else ()))

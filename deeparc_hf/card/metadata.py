@@ -109,11 +109,13 @@ def _results(facts: CardFacts, given: Given) -> list[EvalResult]:
     """Every metric that was measured of the model as it is."""
     task = given.tasks[0] if given.tasks else task_of(facts)[0] or "other"
     results = []
+    unnamed = [evaluation for evaluation in facts.final if "id" not in evaluation.data]
     for evaluation in facts.final:
         data = evaluation.data
-        known = hub_id(data.get("id")) or next((name for name in map(hub_id, given.datasets) if name), None)
-        name = given.dataset_names[0] if given.dataset_names else known or UNKNOWN
-        config = data.get("config") or (given.dataset_configs[0] if given.dataset_configs else None)
+        given_here = evaluation in unnamed and len(unnamed) == 1  # of several it is not known which one is meant
+        known = hub_id(data.get("id")) or next((name for name in map(hub_id, given.datasets) if name and given_here), None)
+        name = given.dataset_names[0] if given.dataset_names and given_here else known or UNKNOWN
+        config = data.get("config") or (given.dataset_configs[0] if given.dataset_configs and given_here else None)
         for key, value in evaluation.metrics.items():
             metric = plain(key.removeprefix("eval_"), 80)
             results.append(

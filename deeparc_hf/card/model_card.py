@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from torch import nn
 
-from ..errors import ConfigError, MissingDependencyError
+from ..errors import ConfigError, DeepArcWarning, MissingDependencyError
 from ..report import save_heatmap
 from ..run_report import STAGES_TEXT, write_whole
 from . import sections, tables
@@ -29,6 +30,7 @@ CARD_FILE, PICTURE_FILE = "README.md", "similarity.png"
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
 _MARK = re.compile(r"\n<!-- deeparc_hf ([0-9a-f]{64}) -->\n*\Z")
 _STOCK_DRAFT = "This model card has been generated automatically according to the information the Trainer had access to"
+_TO_FILL_IN = "More information needed"  # in each of the draft's sections; somebody who edits it writes there
 _LABELS = 50
 
 
@@ -51,6 +53,7 @@ def create_model_card(
     command: str | None = None,
     processing_class: Any = None,
     reports: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
 ) -> ModelCard:
     """Make the model card of a pruned or sparse model, and write it.
 
@@ -73,6 +76,7 @@ def create_model_card(
         command: the command or the steps by which the model was made.
         processing_class: the tokenizer or image processor that goes with a model.
         reports: for a model: the folder of its run, whose reports are read.
+        overwrite: replace a file that somebody wrote or edited, too; otherwise it stays, with a warning.
 
     Returns:
         The card. It is published as it is by `card.push_to_hub(repo_id)`, or with the model by `deeparc_hf.push_to_hub`.
@@ -92,18 +96,33 @@ def make_card(
     repo_id: str | None = None,
     processing_class: Any = None,
     reports: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    own: bool = False,
     **told: Any,
 ) -> tuple[ModelCard, CardFacts]:
-    """`create_model_card`, with the facts that the card tells."""
-    facts, folder, default_name = _gather(source, processing_class, reports)
+    """`create_model_card`, with the facts that the card tells.
+
+    Args:
+        revision: the branch that the code in the card loads; None for the main one.
+        own: as in `with_reports`.
+    """
+    facts, folder, default_name = _gather(source, processing_class, reports, own)
     asked = model_name or repo_id or default_name
     given = _given(facts, None if asked is None else asked.rpartition("/")[2], **told)
     target = Path(path) if path is not None else None if folder is None else folder / CARD_FILE
     picture = None if target is None else _draw(facts, target.parent)
-    card = render(facts, given, repo_id or default_name or given.name or "org/model", picture)
+    card = render(facts, given, repo_id or default_name or given.name or "org/model", picture, revision)
     if target is not None and _is_main(source):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, str(card))
+        if may_replace(target) or overwrite:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(target, str(card))
+        else:
+            warnings.warn(
+                f"{target} was written or edited by somebody, so it stays as it is. To replace it: create_model_card(..., overwrite=True).",
+                DeepArcWarning,
+                stacklevel=3,
+            )
     return card, facts
 
 
@@ -142,11 +161,11 @@ def _given(
     return dataclasses.replace(given, licences=licences([one for one in names if one]))
 
 
-def render(facts: CardFacts, given: Given, repo_id: str, picture: str | None = None) -> ModelCard:
+def render(facts: CardFacts, given: Given, repo_id: str, picture: str | None = None, revision: str | None = None) -> ModelCard:
     """The page.
 
     Args:
-        repo_id: for the code in it.
+        repo_id, revision: for the code in it.
         picture: name of the file with the heatmap, beside the card.
     """
     base = given.base_of(facts)
@@ -161,7 +180,7 @@ def render(facts: CardFacts, given: Given, repo_id: str, picture: str | None = N
             title=md(title),
             summary=sections.summary(facts, given),
             stock=sections.state(facts),
-            usage=sections.fenced(usage(facts, repo_id), "python"),
+            usage=sections.fenced(usage(facts, repo_id, revision), "python"),
             labels=labels,
             strip=tables.strip(facts.record) if facts.removed else None,
             healing="\n".join(f"- {line}" for attempt in attempts for line in attempt.healing),
@@ -198,14 +217,14 @@ def may_replace(file: Path) -> bool:
     if not file.is_file():
         return True
     text = file.read_text("utf-8", errors="replace")
-    return made_by_us(text) or _STOCK_DRAFT in text
+    return made_by_us(text) or (_STOCK_DRAFT in text and text.count(_TO_FILL_IN) >= 3)
 
 
 def _digest(body: str) -> str:
     return hashlib.sha256(body.strip().encode()).hexdigest()
 
 
-def _gather(source: Any, processing_class: Any, reports: Any) -> tuple[CardFacts, Path | None, str | None]:
+def _gather(source: Any, processing_class: Any, reports: Any, own: bool = False) -> tuple[CardFacts, Path | None, str | None]:
     """The facts, the folder that the card belongs into, and the model's name."""
     if isinstance(source, (str, os.PathLike)):
         folder = Path(source)
@@ -214,13 +233,14 @@ def _gather(source: Any, processing_class: Any, reports: Any) -> tuple[CardFacts
         return facts_of_folder(folder), folder, folder.resolve().name
     if isinstance(source, nn.Module):
         facts = facts_of_model(source, processing_class)
-        return (facts if reports is None else with_reports(facts, Path(reports))), None, None
+        return (facts if reports is None else with_reports(facts, Path(reports), own=own)), None, None
     args, model = getattr(source, "args", None), getattr(source, "model", None)
     if args is None or not isinstance(model, nn.Module):
         raise ConfigError(f"A card is made of a Trainer, a model or a checkpoint's folder, found a {type(source).__name__}.")
     folder = Path(args.output_dir if reports is None else reports)
     model = source.accelerator.unwrap_model(model)
-    facts = with_reports(facts_of_model(model, processing_class or getattr(source, "processing_class", None)), folder)
+    own = any(getattr(callback, "attempts", None) for callback in source.callback_handler.callbacks)
+    facts = with_reports(facts_of_model(model, processing_class or getattr(source, "processing_class", None)), folder, own=own)
     return facts, Path(args.output_dir), args.hub_model_id or folder.resolve().name
 
 

@@ -15,7 +15,8 @@ from .text import md, plain
 
 __all__ = ["Attempt", "Evaluation", "facts_in", "number", "read_json", "stages_in", "texts_in", "whole", "wrong_in"]
 
-MOST = 256  # attempts, evaluations, metrics
+MOST = 256  # attempts, metrics
+MOST_EVALUATIONS = 2**20
 MOST_BLOCKS = 4096
 _MAX_FILE = 16 * 2**20
 _SPEED = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
@@ -120,18 +121,24 @@ class Evaluation:
         metrics: by name, without times.
         data: what is known of the data.
         seconds: time of the evaluation, as the Trainer measured it; None where it did not.
+        mark: of the weights that it is of; None where it is not known.
+        sparse: whether weights had been zeroed.
     """
 
     metrics: dict[str, float]
     data: dict[str, Any]
     seconds: float | None = None
+    mark: str | None = None
+    sparse: bool = False
 
     @classmethod
-    def read(cls, metrics: Any, data: Any = None) -> Evaluation:
-        figures = figures_in(metrics)
+    def read(cls, entry: Mapping[str, Any]) -> Evaluation:
+        """Read an evaluation: metrics, and where they are known data, weights and sparse."""
+        figures = figures_in(entry["metrics"])
         times = [value for key, value in figures.items() if key.endswith("_runtime")]
         lasting = {key: value for key, value in figures.items() if not key.endswith(_SPEED)}
-        return cls(lasting, facts_in(data), times[0] if len(times) == 1 else None)
+        mark = plain(entry["weights"], 64) if entry.get("weights") else None
+        return cls(lasting, facts_in(entry.get("data")), times[0] if len(times) == 1 else None, mark, entry.get("sparse") is True)
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,8 @@ class Attempt:
     def read(cls, data: Any) -> Attempt:
         """Read an entry of the report's attempts."""
         found = _mapping(data)
-        evaluations = [(number(e["epoch"]), Evaluation.read(e["metrics"])) for e in map(_mapping, _list(found["evaluations"]))]
+        entries = _list(found["evaluations"], MOST_EVALUATIONS)
+        evaluations = [(number(e["epoch"]), Evaluation.read(e)) for e in map(_mapping, entries)]
         k = found.get("k")
         return cls(
             name=plain(found["name"], 60),
@@ -186,7 +194,8 @@ class Attempt:
         settings = entry.get("settings") if isinstance(entry.get("settings"), Mapping) else {}
         counts = entry.get("parameters") if isinstance(entry.get("parameters"), Mapping) else {}
         k = settings.get("k")
-        metrics = Evaluation.read(entry.get("metrics"), (entry.get("data") or {}).get("evaluation"))
+        data = (entry.get("data") or {}).get("evaluation")
+        metrics = Evaluation.read({"metrics": entry.get("metrics"), "data": data, "weights": entry.get("weights")})
         return cls(
             name=f"pruning {index + 1}",
             blocks=blocks,

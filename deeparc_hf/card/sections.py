@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,7 +56,8 @@ def summary(facts: CardFacts, given: Given) -> str:
     done = []
     if facts.removed:
         total = facts.blocks[0]
-        metric = (facts.config or {}).get("similarity")
+        metrics = {(entry.get("settings") or {}).get("similarity") for entry in facts.record.iterations}
+        metric = metrics.pop() if len(metrics) == 1 else None  # of all prunings, or of none
         found = f" (found by {_METRICS.get(metric, md(metric))})" if isinstance(metric, str) else ""
         done.append(f"{facts.removed} of its {total} blocks (layers) removed{found}")
     if facts.zeros is not None:
@@ -99,12 +101,10 @@ def iterations_note(facts: CardFacts) -> str:
 
 def evaluation_note(facts: CardFacts) -> str:
     """How the metrics were measured."""
-    notes = ["Measured by the Trainer on the model as it is here."]
-    if facts.removed and not facts.from_run:
-        notes = ["Measured by the Trainer, when the model was last evaluated in the training that pruned it."]
+    notes = ["Measured by the Trainer, on these weights." if facts.mark is not None else "Measured by the Trainer."]
     if facts.hardware:
         notes.append(f"Evaluated {_hardware(facts)}{_batch(facts, 'evaluation_batch')}.")
-    if any(name.endswith("accuracy") and e.data.get("rows") for e in facts.final for name in e.metrics):
+    if any(name.removeprefix("eval_") in ("accuracy", "test_accuracy") and e.data.get("rows") for e in facts.final for name in e.metrics):
         notes.append("Intervals of accuracies: Wilson's, over the samples.")
     return " ".join(notes)
 
@@ -159,9 +159,9 @@ def reproduce(facts: CardFacts, given: Given, repo_id: str) -> str:
         config = _known_settings(facts.config)
         parts += ["Settings of the pruning:", json_block(config)]
         if facts.from_run:
-            parts += ["In a Trainer, with the training data as calibration:", fenced(_callback(config), "python")]
-        elif "similarity" in config:
-            parts += ["Without a Trainer:", fenced(_command(config, given.base_of(facts)), "bash")]
+            parts += ["In a Trainer:", fenced(_callback(config), "python")]
+        elif command := _command(facts, given.base_of(facts)):
+            parts += ["Without a Trainer:", fenced(command, "bash")]
     if facts.sparsity is not None:
         parts += ["Settings of the zeroing:", json_block(facts.sparsity.config.to_dict())]
     if facts.training:
@@ -203,17 +203,28 @@ def _python(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def _command(config: Mapping[str, Any], base: str | None) -> str:
-    words = ["deeparc prune", base or "MODEL", "--data TRAINING_DATA"]
-    for key, value in _given(config).items():
+def _command(facts: CardFacts, base: str | None) -> str | None:
+    """The command line that removes these blocks; None where a Trainer removed them, or the settings are not this package's."""
+    last = facts.record.iterations[-1] if facts.record.iterations else {}
+    if not {"similarity", "calibration_samples"} <= set(last.get("settings") or {}) or {"stages", "metrics"} & set(last):
+        return None
+    try:
+        config = _given(MPruneConfig.from_dict(last["settings"]).to_dict())
+    except (TypeError, ValueError):
+        return None
+    for_trainers = {spec.name for spec in dataclasses.fields(MPruneConfig) if spec.metadata.get("trainer")}
+    words = ["deeparc", "prune", base or "MODEL", "--data", "TRAINING_DATA"]
+    for key, value in config.items():
         option = f"--{key.replace('_', '-')}"
+        if key in for_trainers:
+            continue
         if isinstance(value, Mapping):
-            words.append(" ".join([option, *(f"{name}={count}" for name, count in value.items())]))
+            words += [word for name, count in value.items() for word in (option, f"{name}={count}")]
         elif isinstance(value, (list, tuple)):
-            words.append(" ".join([option, *(json.dumps(str(entry)) for entry in value)]))
+            words += [word for entry in value for word in (option, str(entry))]
         else:
-            words.append(f"{option} {value}")
-    return " ".join([*words, "-o pruned"])
+            words += [option, str(value)]
+    return shlex.join([*map(plain, words), "-o", "pruned"])
 
 
 def limits(facts: CardFacts, given: Given) -> str:
@@ -224,11 +235,7 @@ def limits(facts: CardFacts, given: Given) -> str:
     if facts.summary.get("max_drop") is not None:
         found.append("The evaluation data decided which prunings stayed, so the figures on it are optimistic.")
     if not facts.final:
-        found.append("No metric was measured after the last change to the model: evaluate it on your data before you use it.")
-    elif facts.removed and not facts.from_run:
-        found.append(
-            "The metrics were noted when the model was last evaluated in the training that pruned it; training since then is not in them."
-        )
+        found.append("No evaluation that was noted is of the model as it is: evaluate it on your data before you use it.")
     if facts.removed:
         found.append(
             "Fewer blocks save time and memory in proportion to their share of the model; embeddings and heads are as large as before."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ def main_metric(facts: CardFacts) -> str:
 
 def iterations_table(facts: CardFacts) -> str | None:
     """A row for the model before, and for each pruning: the metric at the end of each epoch, blocks, parameters, times, frozen blocks."""
-    attempts, metric = facts.attempts, main_metric(facts)
+    attempts, metric = [row for attempt in facts.attempts for row in _by_weights(attempt)], main_metric(facts)
     if not attempts:
         return None
     by_epoch = [_by_epoch(attempt, metric) for attempt in attempts]
@@ -49,7 +50,7 @@ def iterations_table(facts: CardFacts) -> str | None:
     for attempt, values in zip(attempts, by_epoch, strict=True):
         seconds = next((e.seconds for _, e in reversed(attempt.evaluations) if e.seconds is not None), None)
         last = next(reversed(values.values()), None)
-        first = last if first is None and attempt.k is None else first
+        first = last if first is None and attempt.k is None else first  # of the model before any pruning, as it was
         shown = [values.get(epoch) for epoch in epochs] if epochs else [next(iter(values.values()), None)]
         shown += [last] if long else []
         rows.append(
@@ -68,6 +69,18 @@ def iterations_table(facts: CardFacts) -> str | None:
             ]
         )
     return table(header, rows, left=(0, len(header) - 1))
+
+
+def _by_weights(attempt: Attempt) -> list[Attempt]:
+    """A row for the model as it was, and one for it with zeroed weights, where some were zeroed while it was trained."""
+    dense = tuple(entry for entry in attempt.evaluations if not entry[1].sparse)
+    sparse = tuple(entry for entry in attempt.evaluations if entry[1].sparse)
+    if not sparse:
+        return [attempt]
+    zeroed = dataclasses.replace(attempt, name=f"{attempt.name}, weights zeroed", evaluations=sparse)
+    if not dense:
+        return [zeroed]
+    return [dataclasses.replace(attempt, evaluations=dense), dataclasses.replace(zeroed, training_seconds=None, decision=None)]
 
 
 def _by_epoch(attempt: Attempt, metric: str) -> dict[int, float]:
@@ -94,7 +107,7 @@ def evaluation_table(final: Sequence[Evaluation]) -> str | None:
         for key, value in evaluation.metrics.items():
             name = key.removeprefix("eval_")
             interval = "-"
-            if name.endswith("accuracy") and n and 0 <= value <= 1:
+            if name in ("accuracy", "test_accuracy") and n and 0 <= value <= 1:  # others may be no shares of the rows
                 low, high = wilson_interval(round(value * n), n)
                 interval = f"{low:.4f} .. {high:.4f}"
             rows.append([md(name), _number(value), interval, f"{n:,}" if n else "-", data_text(evaluation.data)])
@@ -177,6 +190,4 @@ def sparsity_section(facts: CardFacts) -> str | None:
 
 
 def _shown(matrix: Any) -> Any:
-    import dataclasses
-
     return dataclasses.replace(matrix, stack=code(matrix.stack), role=code(matrix.role))

