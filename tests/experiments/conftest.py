@@ -1,0 +1,15 @@
+"""Fixtures of the experiments' tests."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def no_nltk_data(tmp_path, monkeypatch):
+    """nltk as it is without any data, also if another test has loaded some."""
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    if hasattr(nltk.tokenize, "_get_punkt_tokenizer"):
+        nltk.tokenize._get_punkt_tokenizer.cache_clear()
+    nltk.corpus.wordnet._unload()
