@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     data, text, pruning, training = parse((DataArguments, TextArguments, PruningArguments, TrainingArguments), argv, __doc__)
     set_seed(training.seed)
-    splits, names = encode_labels(load_splits(data, training.seed), text.label_column)
+    splits = load_splits(data, training.seed)
+    splits.need(text_column=text.text_column, text_pair_column=text.text_pair_column)
+    splits, names = encode_labels(splits, text.label_column)
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:

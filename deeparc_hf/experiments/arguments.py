@@ -27,7 +27,7 @@ class DataArguments:
     dataset: str | None = field(default=None, metadata={"help": "Hub id of the data"})
     dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
     dataset_revision: str | None = field(default=None, metadata={"help": "its commit"})
-    train_file: str | None = field(default=None, metadata={"help": "local file (.csv, .jsonl, .parquet) instead of the Hub's"})
+    train_file: str | None = field(default=None, metadata={"help": "local file (.csv, .jsonl, .parquet, .txt) or folder, not the Hub"})
     validation_file: str | None = field(default=None, metadata={"help": "local file to judge prunings on"})
     test_file: str | None = field(default=None, metadata={"help": "local file for the figures of the tables"})
     train_split: str = field(default="train", metadata={"help": "split to train and calibrate on"})
@@ -52,7 +52,7 @@ class PruningArguments:
         default=1.0, metadata={"help": "epochs of fine-tuning before anything is removed; 0: the model is fine-tuned"}
     )
     iterations: int = field(default=1, metadata={"help": "prunings, each with its own retraining and its own row in the table; 0: none"})
-    retrain_epochs: int = field(default=3, metadata={"help": "epochs after each pruning"})
+    retrain_epochs: int = field(default=3, metadata={"help": "epochs after each pruning; 0: blocks are removed (and healed), no more"})
     threshold: float | None = field(default=None, metadata={"help": "similarity from which blocks are redundant"})
     num_blocks: list[str] | None = field(
         default=None, metadata={"help": "blocks that stay: N for each iteration, or STACK=N for each stack (of the last iteration)"}
@@ -77,11 +77,14 @@ class PruningArguments:
     )
     sparsity_pattern: str | None = field(default=None, metadata={"help": "2:4 or 4:8, one more entry of the grid"})
     sparsity_method: str = field(default="wanda", metadata={"help": "wanda or magnitude"})
-    sparsity_retrain: list[float] = field(default_factory=list, metadata={"help": "shares of the grid that are retrained too"})
+    sparsity_retrain: list[float] = field(
+        default_factory=list, metadata={"help": "shares of the grid that are retrained too; a pattern's is 0.5"}
+    )
     sparsity_samples: int = field(default=128, metadata={"help": "calibration samples of the zeroing"})
     repeats: int = field(default=3, metadata={"help": "warm evaluations behind each time"})
 
     def __post_init__(self) -> None:
+        self._check_retraining()
         for iteration in range(max(1, self.iterations)):
             self.pruning(iteration)  # what makes no sense is said before any work is done
         self.grid()
@@ -93,7 +96,7 @@ class PruningArguments:
             threshold=self.threshold,
             num_blocks=self._target(iteration),
             keep_ratio=self.keep_ratio,
-            retrain_epochs=self.retrain_epochs,
+            retrain_epochs=max(1, self.retrain_epochs),  # with 0 no training is there to ask
             baseline=baseline if self.max_drop is not None else None,
             distill=distill,
             protect=tuple(self.protect),
@@ -105,6 +108,19 @@ class PruningArguments:
         shared = {"method": self.sparsity_method, "calibration_samples": self.sparsity_samples}
         entries = [WandaConfig(sparsity=share, **shared) for share in self.sparsity]
         return entries + ([WandaConfig(pattern=self.sparsity_pattern, **shared)] if self.sparsity_pattern else [])
+
+    def _check_retraining(self) -> None:
+        if self.retrain_epochs < 0 or self.finetune_epochs < 0 or self.iterations < 0:
+            found = f"{self.retrain_epochs}, {self.finetune_epochs:g} and {self.iterations}"
+            raise ConfigError(f"retrain_epochs, finetune_epochs and iterations must be 0 or more, found {found}.")
+        if self.retrain_epochs == 0:
+            given = [name for name in ("max_drop", "distill_alpha") if getattr(self, name) is not None]
+            given += ["freeze"] * (self.freeze != "none") + ["sparsity_retrain"] * bool(self.sparsity_retrain)
+            if given:
+                raise ConfigError(f"{' and '.join(given)} is about the retraining, and retrain_epochs is 0. Leave one of them out.")
+        strange = [share for share in self.sparsity_retrain if share not in [config.sparsity for config in self.grid()]]
+        if strange:
+            raise ConfigError(f"sparsity_retrain names shares of the grid, and {strange} is not in sparsity={self.sparsity}.")
 
     def _target(self, iteration: int) -> int | dict[str, int] | None:
         given = self.num_blocks

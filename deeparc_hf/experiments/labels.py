@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from ..errors import ConfigError
@@ -13,7 +14,7 @@ _MOST = 10_000
 
 
 def encode_labels(splits: Splits, column: str) -> tuple[Splits, list[str]]:
-    """Make the labels of all splits whole numbers in the column "labels".
+    """Make the labels of all splits whole numbers in the column "labels". Other columns are not read (images need not be decoded).
 
     Args:
         column: of the labels: ClassLabel, whole numbers from 0, or names (numbered in the order of the alphabet).
@@ -22,27 +23,56 @@ def encode_labels(splits: Splits, column: str) -> tuple[Splits, list[str]]:
         The splits, and the names by number.
 
     Raises:
-        ConfigError: if there is no such column, or a split has a label that the training split lacks.
+        ConfigError: if there is no such column, a row has no label, or a split has a label that the training split lacks.
     """
-    if column not in splits.train.column_names:
-        raise ConfigError(f"There is no column {column!r}; there are {', '.join(splits.train.column_names)}. Give label_column.")
-    feature = splits.train.features[column]
-    names = getattr(feature, "names", None)
+    splits.need(label_column=column)
+    names = _names_of(splits.train, column)
     if names is None:
-        values = sorted(set(splits.train.unique(column)))
+        values = _values(splits.train, column)
         if len(values) > _MOST:
             raise ConfigError(f"The column {column!r} has {len(values):,} different values: these are no classes. Give label_column.")
         whole = all(isinstance(value, int) for value in values)
-        names = [str(value) for value in (range(values[-1] + 1) if whole else values)]
-    numbers = {name: index for index, name in enumerate(names)}
+        keys: list[Hashable] = list(range(values[-1] + 1)) if whole and values[0] >= 0 and values[-1] < _MOST else values
+        names, numbers = [str(key) for key in keys], {key: index for index, key in enumerate(keys)}
+    else:
+        numbers = {name: index for index, name in enumerate(names)}
+    return splits.each(lambda part: _encoded(part, column, names, numbers)), list(names)
 
-    def encode(rows: dict[str, list[Any]]) -> dict[str, list[int]]:
-        found = []
-        for value in rows[column]:
-            index = value if isinstance(value, int) else numbers.get(value)
-            if index is None or not 0 <= index < len(names):
-                raise ConfigError(f"The label {value!r} is not among those of the training split: {', '.join(names[:20])}.")
-            found.append(index)
-        return {"labels": found}
 
-    return splits.map(encode, batched=True, remove_columns=[column]), list(names)
+def _encoded(part: Any, column: str, names: list[str], numbers: dict[Hashable, int]) -> Any:
+    """A split with the column "labels"."""
+    if "labels" in part.column_names and column != "labels":
+        part = part.remove_columns("labels")
+    own, found = _names_of(part, column), {}
+    for value in _values(part, column):
+        index = _number(value, own, names, numbers)
+        if index is None:
+            raise ConfigError(f"The label {value!r} is not among those of the training split: {', '.join(names[:20])}.")
+        found[value] = index
+    if all(isinstance(value, int) and value == index for value, index in found.items()):
+        return part if column == "labels" else part.rename_column(column, "labels")  # nothing is written anew
+    encoded = part.map(lambda labels: {"labels_": [found[label] for label in labels]}, batched=True, input_columns=[column])
+    return encoded.remove_columns(column).rename_column("labels_", "labels")
+
+
+def _number(value: Any, own: list[str] | None, names: list[str], numbers: dict[Hashable, int]) -> int | None:
+    """The number of a label; None if the training split has no such label."""
+    is_number = isinstance(value, int)
+    if own is not None and is_number and 0 <= value < len(own) and own[value] in numbers:
+        return numbers[own[value]]  # a folder of images numbers the classes that it has, and may lack one
+    if value in numbers:
+        return numbers[value]
+    unnamed = own is None and all(isinstance(key, str) for key in numbers)
+    return value if unnamed and is_number and 0 <= value < len(names) else None
+
+
+def _names_of(part: Any, column: str) -> list[str] | None:
+    return getattr(part.features[column], "names", None)
+
+
+def _values(part: Any, column: str) -> list[Any]:
+    """The different values of a column, in order."""
+    values = part.select_columns([column]).unique(column)  # of this column alone: unique() copies what it is given
+    if any(value is None for value in values):
+        raise ConfigError(f"A row has no label in the column {column!r}. Leave such rows out.")
+    return sorted(values)

@@ -12,20 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..callbacks import MPruneCallback, WandaCallback
 from ..card import create_model_card
-from ..config import WandaConfig
+from ..config import MPruneConfig, WandaConfig
 from ..hub import push_to_hub
 from ..provenance import dataset_facts, training_facts
 from ..report import timed_evaluation
 from ..run_report import structure_facts
 from ..sparsify import sparsify_model
 from .arguments import DataArguments, PruningArguments
+from .at_once import calibration_batches, remove_at_once
 from .results import Measured, Row, Speed, write_results
 
 __all__ = ["Experiment"]
@@ -46,6 +45,7 @@ class Experiment:
         load: a model by Hub id or folder.
         trainer: makes a Trainer of a model, arguments and callbacks, with the training and validation data.
         test: the data that the tables are measured on; nothing is decided on it.
+        calibration: data to compare blocks on and to zero weights by, a part or a view of the training data; default: the training data.
         measure: metrics of a Trainer's model on the test data; default: Trainer.evaluate. The same work is timed.
         told: what the card is told (`create_model_card`).
         notes: sentences beneath the table.
@@ -58,6 +58,7 @@ class Experiment:
     trainer: TrainerMaker
     test: Any
     measure: Callable[[Trainer], Measured] | None = None
+    calibration: Any = None
     told: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -94,20 +95,18 @@ class Experiment:
     def _iteration(self, iteration: int, before: Row, original: Row) -> Row | None:
         """One pruning and its retraining; None where nothing could be removed, or everything was taken back."""
         name = f"iteration {iteration + 1}"
+        if self.pruning.retrain_epochs == 0:
+            return self._removal(iteration, name, before)
         baseline = None
         if self.pruning.max_drop is not None:  # of the model before, on the data that judges
             baseline = self._judged(self.trainer(self.load(self._place(original)), self._args(SCRATCH, 1), []))
-        callback = MPruneCallback(self.pruning.pruning(iteration, baseline))
+        callback = MPruneCallback(self.pruning.pruning(iteration, baseline), calibration=self.calibration)
         tries = 1 if self.pruning.max_drop is None else self.pruning.k_max - self.pruning.k + 1
         trainer = self.trainer(self.load(self._place(before)), self._args(name, self.pruning.retrain_epochs * tries), [callback])
         _, epochs = self._train(trainer)
         standing = [attempt for attempt in callback.attempts[1:] if attempt.get("decision") == "accepted"]
         if not standing:
-            tried = len(callback.attempts) - 1
-            self.notes.append(
-                f"{name}: {'every pruning was taken back' if tried else 'nothing could be removed'}; the table ends before it."
-            )
-            return None
+            return self._nothing(name, "every pruning was taken back" if len(callback.attempts) > 1 else "nothing could be removed")
         attempt = standing[-1]
         thresholds = set(attempt["thresholds"].values())
         folder = self._save(trainer, name)
@@ -123,19 +122,37 @@ class Experiment:
             verdict=None if self.pruning.max_drop is None else "accepted",
         )
 
+    def _removal(self, iteration: int, name: str, before: Row) -> Row | None:
+        """One pruning without a retraining; None where nothing could be removed."""
+        trainer = self.trainer(self.load(self._place(before)), self._args(name, 1), [])
+        config = self.pruning.pruning(iteration)
+        removal = remove_at_once(trainer.model, self._batches(trainer, config), config)
+        if not removal.plan.removed:
+            return self._nothing(name, "nothing could be removed")
+        thresholds = {stack.threshold for stack in removal.plan.stacks.values()}
+        threshold = thresholds.pop() if len(thresholds) == 1 else None
+        folder = self._save(trainer, name)
+        row = Row(name, **self._facts_of(trainer), threshold=threshold, k=config.k, folder=folder)
+        if self._main:
+            removal.write(self._out / folder, before, row)
+        return row
+
+    def _nothing(self, name: str, why: str) -> None:
+        self.notes.append(f"{name}: {why}; the table ends before it.")
+
     def _sparse(self, row: Row) -> Iterator[Row]:
         """The Wanda grid on one model: each share right after the zeroing, and retrained where that was asked for."""
         for config in self.pruning.grid():
             name = f"{row.name}, {config.pattern or f'{100 * config.sparsity:g} %'} zeros"
             trainer = self.trainer(self.load(self._place(row)), self._args(SCRATCH, 1), [])
-            report = sparsify_model(trainer.model, self._batches(trainer), config, progress=False)
+            report = sparsify_model(trainer.model, self._batches(trainer, config), config, progress=False)
             facts = {"frozen": row.frozen, "threshold": row.threshold, "k": row.k}
             yield Row(name, **self._facts_of(trainer), **facts, sparsity=report.measured)
             if config.sparsity in self.pruning.sparsity_retrain:
                 yield self._sparse_retrained(row, config, f"{name}, retrained")
 
     def _sparse_retrained(self, row: Row, config: WandaConfig, name: str) -> Row:
-        callback = WandaCallback(config)
+        callback = WandaCallback(config, calibration=self.calibration)
         trainer = self.trainer(self.load(self._place(row)), self._args(name, self.pruning.retrain_epochs), [callback])
         seconds, epochs = self._train(trainer)
         share = None if callback.report is None else callback.report.measured
@@ -182,7 +199,7 @@ class Experiment:
 
     def _args(self, name: str, epochs: float) -> TrainingArguments:
         """The arguments of one training."""
-        folder = self._out / name.replace(" ", "-").replace(",", "").replace("%", "percent")
+        folder = self._out / name.replace(" ", "-").replace(",", "").replace("%", "percent").replace(":", "-")
         evaluates = "epoch" if self.training.eval_strategy == "no" else self.training.eval_strategy
         return dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, eval_strategy=evaluates)
 
@@ -222,17 +239,15 @@ class Experiment:
         name = self.pruning.metric or "loss"
         return float(metrics[name if name.startswith("eval_") else f"eval_{name}"])
 
-    def _batches(self, trainer: Trainer) -> Iterable[Any]:
-        """Calibration batches of the training data, the same in every process."""
-        rows = trainer.train_dataset
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.training.seed))[: self.pruning.sparsity_samples]
-        return DataLoader(Subset(rows, chosen.tolist()), batch_size=trainer.args.train_batch_size, collate_fn=trainer.data_collator)
+    def _batches(self, trainer: Trainer, config: MPruneConfig | WandaConfig) -> Iterable[Any]:
+        """Calibration batches of the training data, the same in each process."""
+        return calibration_batches(trainer, config.calibration_samples, config.seed, self.calibration)
 
     def _facts(self) -> dict[str, Any]:
         return {
             "model": self.data.model if not Path(self.data.model).exists() else Path(self.data.model).name,
             "pruning": dataclasses.asdict(self.pruning),
-            "training": training_facts(self.training),
+            "training": {key: value for key, value in training_facts(self.training).items() if key != "epochs"},  # these are of pruning
             "test data": dataset_facts(self.test),
         }
 

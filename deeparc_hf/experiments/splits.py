@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,31 @@ class Splits:
 
     def map(self, work: Any, **settings: Any) -> Splits:
         """`Dataset.map` on each split."""
-        return Splits(*(part.map(work, **settings) for part in (self.train, self.validation, self.test)), self.notes)
+        return self.each(lambda part: part.map(work, **settings))
+
+    def each(self, work: Callable[[Any], Any]) -> Splits:
+        """The splits after some work on each."""
+        return Splits(*(work(part) for part in (self.train, self.validation, self.test)), self.notes)
+
+    def need(self, **columns: str | None) -> None:
+        """Make sure that every split has some columns, given by the names of the settings that name them; None: not asked for.
+
+        Raises:
+            ConfigError: if a split lacks one.
+        """
+        for setting, column in columns.items():
+            for use in ("train", "validation", "test"):
+                there = getattr(self, use).column_names
+                if column is not None and column not in there:
+                    near = difflib.get_close_matches(column, there, n=1)
+                    hint = f" Did you mean {near[0]!r}?" if near else ""
+                    raise ConfigError(
+                        f"{setting}: there is no column {column!r} in the {use} data; there are {', '.join(map(repr, there))}.{hint}"
+                    )
 
 
 def load_splits(data: DataArguments, seed: int) -> Splits:
-    """Load the splits: local files where they are given, else the data set's.
+    """Load the splits: local files (or folders of images, by class) where they are given, else the data set's.
 
     Without a validation split a tenth of the training split is held out; without a test split the figures are of the validation split,
     which a note says.
@@ -59,9 +80,13 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
     if names["train"] not in loaded:
         raise ConfigError(f"There is no split {names['train']!r} to train on; there are {', '.join(loaded)}. Give train_split.")
     train, notes = loaded[names["train"]], []
+    if len(train) == 0:
+        raise ConfigError("The training data has no rows.")
     if names["validation"] in loaded:
         validation = loaded[names["validation"]]
     else:
+        if len(train) < 2:
+            raise ConfigError("The training data has one row, and there is no validation data: nothing can be held out.")
         parts = train.train_test_split(0.1, seed=seed)
         train, validation = parts["train"], parts["test"]
         notes.append("There is no validation split: prunings were judged on a tenth of the training split, which was not trained on.")
@@ -69,12 +94,17 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
     if test is None or (data.dataset is not None and names["test"] == names["validation"]):
         test = validation
         notes.append("There is no test split of its own: the figures are of the data that prunings were judged on, and so are optimistic.")
+    for use, part in (("validation", validation), ("test", test)):
+        if len(part) == 0:
+            raise ConfigError(f"The {use} data has no rows.")
     limits = (data.max_train_samples, data.max_validation_samples, data.max_test_samples)
     return Splits(*(_first(part, limit, seed) for part, limit in zip((train, validation, test), limits, strict=True)), tuple(notes))
 
 
 def _of_file(datasets: Any, name: str) -> Any:
     path = Path(name)
+    if path.is_dir():
+        return datasets.load_dataset(str(path), split="train")
     if not path.is_file():
         raise ConfigError(f"There is no file {name}.")
     if path.suffix not in _FORMATS:

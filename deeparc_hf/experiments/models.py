@@ -1,0 +1,53 @@
+"""Loading a model for an experiment: a checkpoint, a folder with a config alone, or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from ..errors import ConfigError
+
+__all__ = ["has_weights", "load_model"]
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+_OF_CHECKPOINTS = ("ignore_mismatched_sizes",)
+
+
+def has_weights(name: str) -> bool:
+    """Whether there are weights behind a name: not in a folder that holds a config.json and none."""
+    folder = Path(name)
+    return not (folder / "config.json").is_file() or any(True for pattern in _WEIGHTS for _ in folder.glob(pattern))
+
+
+def load_model(auto_class: Any, name: str, *, revision: str | None = None, gguf_file: str | None = None, **settings: Any) -> Any:
+    """Load a model by Hub id or folder.
+
+    A folder with a config.json and no weights gives a model from scratch. A model from a GGUF file is copied into a fresh one of its
+    config, because the one that transformers makes refuses to be saved.
+
+    Args:
+        auto_class: AutoModelFor...
+        name: Hub id or folder.
+        revision: commit, tag or branch on the Hub.
+        gguf_file: name of the GGUF file in it.
+        settings: of the config, and ignore_mismatched_sizes.
+
+    Raises:
+        ConfigError: if a folder holds no model.
+    """
+    folder = Path(name)
+    if folder.is_dir() and gguf_file is None and not (folder / "config.json").is_file():
+        raise ConfigError(f"{name} holds no config.json, so there is no model in it. Give the folder of a checkpoint, or a Hub id.")
+    if not has_weights(name) and gguf_file is None:
+        known = {key: value for key, value in settings.items() if key not in _OF_CHECKPOINTS}
+        return auto_class.from_config(AutoConfig.from_pretrained(name, **known))
+    if gguf_file is None:
+        return auto_class.from_pretrained(name, revision=revision, **settings)
+    loaded = auto_class.from_pretrained(name, revision=revision, gguf_file=gguf_file, dtype=torch.float32, **settings)
+    fresh = auto_class.from_config(loaded.config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    return fresh

@@ -1,0 +1,189 @@
+"""recipes/text_classification.py, end to end on a tiny BERT."""
+
+from __future__ import annotations
+
+import csv
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers as tf
+
+from deeparc_hf.errors import ConfigError
+from tests.publishing import tiny_tokenizer
+from tests.zoo import ZOO
+
+from .running import check_files, parameters, recipe, watched, without_times, words, zeros
+
+main = recipe("text_classification").main
+MARKS = {"train": "w100", "validation": "w101", "test": "w102"}
+NAMES = ["happy", "sad"]
+STACK = "bert.encoder.layer"
+
+
+def write(file, split, count, names=NAMES):
+    """Texts that begin with a mark of their split; one word among them tells the label."""
+    draw = random.Random(split)
+    with file.open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["text", "label"])
+        for number in range(count):
+            label = number % len(names)
+            others = [f"w{draw.randrange(20, 90)}" for _ in range(draw.randrange(3, 8))]
+            table.writerow([" ".join([MARKS[split], f"w{label}", *others]), names[label]])
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Files of the three splits, and a tiny model."""
+    folder = tmp_path_factory.mktemp("text")
+    ZOO["bert"].model().save_pretrained(folder / "bert")
+    tiny_tokenizer().save_pretrained(folder / "bert")
+    files = {f"{split}_file": write(folder / f"{split}.csv", split, 96 if split == "train" else 24) for split in MARKS}
+    return {"model": str(folder / "bert"), "max_length": 16, **files}
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """The whole sequence: two iterations with a gate, healing and teaching, and a Wanda grid of which one entry is retrained."""
+    folder = tmp_path_factory.mktemp("run")
+    pruning = {
+        "finetune_epochs": 2,
+        "iterations": 2,
+        "num_blocks": [3, 2],
+        "retrain_epochs": 1,
+        "heal": "lstsq",
+        "distill_alpha": 0.5,
+        "metric": "accuracy",
+        "max_drop": 0.45,
+        "k_max": 2,
+        "sparsity": [0.25, 0.5],
+        "sparsity_pattern": "2:4",
+        "sparsity_retrain": [0.5],
+    }
+    with watched(tf.BertForSequenceClassification) as seen:
+        rows = main(words(**data, output_dir=str(folder), **pruning))
+    return SimpleNamespace(rows={row.name: row for row in rows}, folder=folder, seen=seen, data=data)
+
+
+def test_every_model_has_a_row_and_its_files(run):
+    models = ["original", "iteration 1", "iteration 2"]
+    entries = ["25 % zeros", "50 % zeros", "50 % zeros, retrained", "2:4 zeros", "2:4 zeros, retrained"]
+    grid = [f"{model}, {entry}" for model in models for entry in entries]
+    assert list(run.rows) == [*models, *grid]
+    check_files(run.folder, list(run.rows.values()))
+
+
+def test_rows_tell_structure_and_settings(run):
+    for name, row in run.rows.items():
+        stage = name.partition(",")[0]
+        assert row.blocks == {STACK: {"original": 4, "iteration 1": 3, "iteration 2": 2}[stage]}
+        assert row.measured.samples == 24 and row.measured.seconds > 0
+        assert (row.training_seconds is None) == (name.endswith("zeros"))
+        if row.folder is not None:
+            model = tf.AutoModelForSequenceClassification.from_pretrained(run.folder / row.folder)
+            assert model.config.num_hidden_layers == row.blocks[STACK] and row.parameters == parameters(model)
+            assert model.config.id2label == dict(enumerate(NAMES))
+    first, second = run.rows["iteration 1"], run.rows["iteration 2"]
+    assert first.verdict == second.verdict == "accepted" and first.k >= 1 and 0 < first.threshold <= 1
+    assert len(run.rows["original"].validation) == 2 and len(first.validation) == 1
+    block = parameters(ZOO["bert"].model().get_submodule(STACK)[0])
+    assert first.parameters == run.rows["original"].parameters - block == second.parameters + block
+
+
+def test_accuracies_are_those_of_the_saved_models(run):
+    """By a plain forward pass over the test file, text by text."""
+    tokenizer = tf.AutoTokenizer.from_pretrained(run.data["model"])
+    with open(run.data["test_file"]) as stream:
+        texts = list(csv.DictReader(stream))
+    for row in run.rows.values():
+        if row.folder is None:
+            continue
+        model = tf.AutoModelForSequenceClassification.from_pretrained(run.folder / row.folder).eval()
+        right, losses = 0, []
+        for entry in texts:
+            label = torch.tensor([NAMES.index(entry["label"])])
+            with torch.no_grad():
+                output = model(**tokenizer(entry["text"], truncation=True, max_length=16, return_tensors="pt"), labels=label)
+            right += int(output.logits.argmax() == label)
+            losses.append(float(output.loss))
+        assert row.measured.metrics["accuracy"] == pytest.approx(right / 24)
+        assert row.measured.metrics["loss"] == pytest.approx(sum(losses) / 24, abs=1e-4)
+        low, high = row.measured.intervals["accuracy"]
+        assert low <= right / 24 <= high
+
+
+def test_zeros_are_in_the_saved_model(run):
+    for name in ("original", "iteration 1", "iteration 2"):
+        row = run.rows[f"{name}, 50 % zeros, retrained"]
+        model = tf.AutoModelForSequenceClassification.from_pretrained(run.folder / row.folder)
+        assert zeros(model, STACK) == pytest.approx(row.sparsity) == pytest.approx(0.5, abs=0.01)
+        assert run.rows[f"{name}, 25 % zeros"].sparsity == pytest.approx(0.25, abs=0.01)
+        assert run.rows[f"{name}, 2:4 zeros"].sparsity == pytest.approx(0.5)
+
+
+def test_calibration_and_training_see_training_rows_only(run):
+    train = tiny_tokenizer().convert_tokens_to_ids(MARKS["train"])
+    calibration = [seen for seen in run.seen if not seen.labelled]
+    training = [seen for seen in run.seen if seen.training]
+    assert calibration and training
+    assert all((seen.inputs[:, 0] == train).all() for seen in [*calibration, *training])
+    others = {int(mark) for seen in run.seen if seen.labelled and not seen.training for mark in seen.inputs[:, 0]}
+    assert others >= set(tiny_tokenizer().convert_tokens_to_ids([MARKS["validation"], MARKS["test"]]))
+
+
+def test_the_same_seed_gives_the_same_table(data, tmp_path):
+    pruning = {"finetune_epochs": 1, "num_blocks": 3, "retrain_epochs": 1, "heal": "lstsq", "sparsity": 0.5, "max_train_samples": 40}
+    tables = [without_times(main(words(**data, output_dir=str(tmp_path / name), **pruning))) for name in "ab"]
+    assert tables[0] == tables[1] and len(tables[0]) == 4
+
+
+def test_a_pruning_that_costs_too_much_ends_the_table(data, tmp_path):
+    """A gate that no pruning passes: the loss would have to fall."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "finetune_epochs: 1\nretrain_epochs: 1\nlearning_rate: 0.00000001\nnum_blocks: [2]\nk_max: 1\nmax_drop: 0.0\niterations: 2\n"
+    )
+    rows = main(["--config", str(file), *words(**{**data, "train_file": data["train_file"]}, output_dir=str(tmp_path), learning_rate=None)])
+    assert [row.name for row in rows] == ["original"]
+    assert "iteration 1: every pruning was taken back" in (tmp_path / "results.md").read_text("utf-8")
+
+
+def test_without_a_test_file_the_figures_are_of_the_validation_rows_and_say_so(data, tmp_path):
+    given = {**data, "test_file": None, "validation_file": None}
+    rows = main(words(**given, output_dir=str(tmp_path), finetune_epochs=1, iterations=0))
+    assert [row.name for row in rows] == ["original"] and rows[0].measured.samples == 10
+    text = (tmp_path / "results.md").read_text("utf-8")
+    assert "a tenth of the training split" in text and "no test split" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_column": "txt"}, "text_column: there is no column 'txt' in the train data.*Did you mean 'text'"),
+        ({"label_column": "mood"}, "label_column: there is no column 'mood'"),
+        ({"train_file": "nowhere.csv"}, "no file nowhere.csv"),
+        ({"train_file": None}, "There is no data"),
+        ({"threshold": 98}, "did you mean 0.98"),
+        ({"retrain_epochs": 0, "max_drop": 0.1}, "max_drop is about the retraining"),
+        ({"sparsity": 0.3, "sparsity_retrain": 0.4}, "sparsity_retrain names shares of the grid"),
+    ],
+)
+def test_wrong_input_is_refused(data, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=f"(?i){message}"):
+        main(words(**{**data, **changes}, output_dir=str(tmp_path)))
+
+
+def test_a_label_that_training_lacks_is_refused(data, tmp_path):
+    file = write(tmp_path / "odd.csv", "test", 6, [*NAMES, "bored"])
+    with pytest.raises(ConfigError, match="'bored' is not among those of the training split: happy, sad"):
+        main(words(**{**data, "test_file": file}, output_dir=str(tmp_path)))
+
+
+def test_an_unknown_key_of_a_config_file_is_refused(data, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("treshold: 0.9\n")
+    with pytest.raises(ConfigError, match=r"'treshold'\. Did you mean 'threshold'"):
+        main(["--config", str(file), *words(**data, output_dir=str(tmp_path))])
