@@ -41,12 +41,21 @@ def load_model(auto_class: Any, name: str, *, revision: str | None = None, gguf_
     folder = Path(name)
     if folder.is_dir() and gguf_file is None and not (folder / "config.json").is_file():
         raise ConfigError(f"{name} holds no config.json, so there is no model in it. Give the folder of a checkpoint, or a Hub id.")
-    if not has_weights(name) and gguf_file is None:
+    if gguf_file is not None:
+        return _of_gguf(auto_class, name, revision=revision, gguf_file=gguf_file, **settings)
+    if has_weights(name):
+        model = auto_class.from_pretrained(name, revision=revision, **settings)
+    else:
         known = {key: value for key, value in settings.items() if key not in _OF_CHECKPOINTS}
-        return auto_class.from_config(AutoConfig.from_pretrained(name, **known))
-    if gguf_file is None:
-        return auto_class.from_pretrained(name, revision=revision, **settings)
-    loaded = auto_class.from_pretrained(name, revision=revision, gguf_file=gguf_file, dtype=torch.float32, **settings)
+        model = auto_class.from_config(AutoConfig.from_pretrained(name, **known))
+    if "id2label" in settings and hasattr(model.config, "label_names"):
+        # the wrapper of timm models would save the names that were there before
+        model.config.label_names = list(settings["id2label"].values())
+    return model
+
+
+def _of_gguf(auto_class: Any, name: str, **settings: Any) -> Any:
+    loaded = auto_class.from_pretrained(name, dtype=torch.float32, **settings)
     fresh = auto_class.from_config(loaded.config)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config

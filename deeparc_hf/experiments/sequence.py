@@ -75,7 +75,7 @@ class Experiment:
         for row in list(rows):
             rows += self._sparse(row)
         if self._main:
-            shutil.rmtree(self._out / SCRATCH, ignore_errors=True)
+            self._clean_up()
             write_results(self._out, rows, speeds, self._facts(), self.notes)
             self._publish(last)
         return rows
@@ -180,12 +180,21 @@ class Experiment:
         if row.folder is None:
             return
         folder = self._out / row.folder
-        told = {"license": self.data.license, "language": self.data.language, "dataset_tags": self.data.dataset, **self.told}
+        dataset = self.data.dataset
+        told = {"license": self.data.license, "language": self.data.language, **self.told}
+        if dataset is not None and not Path(dataset).exists():  # cards name no local paths
+            told.setdefault("dataset_tags", dataset)
         if not Path(self.data.model).exists():
             told.setdefault("finetuned_from", self.data.model)
         create_model_card(folder, repo_id=self.data.repo_id, **told)
         if self.data.repo_id is not None:
             push_to_hub(folder, self.data.repo_id, private=self.data.repo_private or None, **told)
+
+    def _clean_up(self) -> None:
+        """Remove the folders that a Trainer made and nothing was saved to."""
+        shutil.rmtree(self._out / SCRATCH, ignore_errors=True)
+        for folder in [path for path in self._out.iterdir() if path.is_dir() and not any(path.iterdir())]:
+            folder.rmdir()
 
     # ---- helpers ----
 

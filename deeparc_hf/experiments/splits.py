@@ -103,13 +103,17 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
 
 def _of_file(datasets: Any, name: str) -> Any:
     path = Path(name)
-    if path.is_dir():
-        return datasets.load_dataset(str(path), split="train")
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"There is no file {name}.")
-    if path.suffix not in _FORMATS:
+    if path.is_file() and path.suffix not in _FORMATS:
         raise ConfigError(f"{name}: cannot read {path.suffix or 'a file without an ending'}. Give one of {', '.join(_FORMATS)}.")
-    return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    try:
+        if path.is_dir():
+            return datasets.load_dataset(str(path), split="train")
+        options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+        return datasets.load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train", **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"{name} cannot be read, or has no rows: {' '.join(str(error).split())}") from error
 
 
 def _first(part: Any, limit: int | None, seed: int) -> Any:

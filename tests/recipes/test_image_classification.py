@@ -111,11 +111,11 @@ def test_calibration_and_training_see_training_images_only(run):
         red = pixels[:, 0].mean((1, 2))
         return {min(marks, key=lambda split: abs(marks[split] - float(value))) for value in red}
 
-    calibration = [seen.inputs for seen in run.seen if not seen.labelled]
+    calibration = [seen.inputs for seen in run.seen if not seen.labelled and seen.inputs.shape[-1] == 32]  # others are made-up images
     training = [seen.inputs for seen in run.seen if seen.training]
     assert calibration and training
     assert set().union(*map(split_of, [*calibration, *training])) == {"train"}
-    assert set().union(*(split_of(seen.inputs) for seen in run.seen)) == set(MARKS)
+    assert set().union(*(split_of(seen.inputs) for seen in run.seen if seen.labelled)) == set(MARKS)
 
 
 def test_training_images_are_changed_at_random_and_calibration_images_are_not(run):
@@ -124,16 +124,16 @@ def test_training_images_are_changed_at_random_and_calibration_images_are_not(ru
     def distances(pixels):
         return torch.cdist(pixels.flatten(1), plain.flatten(1)).min(1).values
 
-    calibration = torch.cat([seen.inputs for seen in run.seen if not seen.labelled])
+    calibration = torch.cat([seen.inputs for seen in run.seen if not seen.labelled and seen.inputs.shape[-1] == 32])
     training = torch.cat([seen.inputs for seen in run.seen if seen.training])
     assert float(distances(calibration).max()) < 2
     assert float((distances(training) > 5).float().mean()) > 0.8
 
 
 def test_the_same_seed_gives_the_same_table(data, tmp_path):
-    pruning = {"finetune_epochs": 1, "keep_ratio": 0.8, "retrain_epochs": 1, "max_train_samples": 40}
-    tables = [without_times(main(words(**data, output_dir=str(tmp_path / name), **pruning))) for name in "ab"]
-    assert tables[0] == tables[1] and len(tables[0]) == 2
+    given = {**data, "finetune_epochs": 1, "iterations": 0}
+    tables = [without_times(main(words(**given, output_dir=str(tmp_path / name), seed=seed))) for name, seed in ("a3", "b3", "c4")]
+    assert tables[0] == tables[1] != tables[2]
 
 
 def test_a_timm_model_from_a_folder_of_images_with_its_own_processor(tmp_path):
@@ -146,7 +146,9 @@ def test_a_timm_model_from_a_folder_of_images_with_its_own_processor(tmp_path):
             folder = tmp_path / "images" / split / kind
             folder.mkdir(parents=True, exist_ok=True)
             picture(split, number).save(folder / f"{number}.png")
-    ZOO["wrapped_vit"].model().save_pretrained(tmp_path / "vit")
+    vit = ZOO["wrapped_vit"].model()
+    vit.config.pretrained_cfg = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}  # as on the Hub
+    vit.save_pretrained(tmp_path / "vit")
     given = {"model": str(tmp_path / "vit"), "dataset": str(tmp_path / "images"), "output_dir": str(tmp_path / "run")}
     with watched(tf.TimmWrapperForImageClassification) as seen:
         rows = main(words(**given, finetune_epochs=1, num_blocks=3, retrain_epochs=1))
