@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,14 +154,17 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None, description:
         One instance of each type.
 
     Raises:
-        ConfigError: if the file is not a mapping, or names something that there is not.
+        ConfigError: if the file is not a mapping, or it or the command line names something that there is not.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     path, rest = _config_of(argv)
     words = [] if path is None else _words(_read(path), types, path)
     parser = HfArgumentParser(types, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file with the same names; what is given on the command line wins")
-    parsed = parser.parse_args_into_dataclasses([*words, *rest], look_for_args_file=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses([*words, *rest], return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        known = [option for option in parser._option_string_actions if option.startswith("--")]
+        raise ConfigError(f"There is no argument {unknown[0]!r}.{_hint(unknown[0].partition('=')[0], known)}")
     return tuple(parsed[: len(types)])  # behind them comes --config
 
 
@@ -200,13 +203,16 @@ def _words(data: Mapping[str, Any], types: Sequence[type], path: Path) -> list[s
     words = []
     for key, value in data.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), sorted(known), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"{path}: there is no setting {str(key)!r}.{hint}")
-        if value is None:
-            continue
-        words.append(f"--{key}")
+            raise ConfigError(f"{path}: there is no setting {str(key)!r}.{_hint(str(key), known)}")
         if isinstance(value, Mapping):
             raise ConfigError(f"{path}: {key} holds a mapping. Give a text, a number or a list.")
-        words += [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)] if value else []
+        elif value is not None:
+            words.append(f"--{key}={value}")  # in one word, for texts that begin with a dash
     return words
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

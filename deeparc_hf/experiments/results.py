@@ -89,7 +89,8 @@ class Row:
         """The inverse of `to_dict`."""
         found = dict(data["measured"])
         intervals = {name: tuple(bounds) for name, bounds in found["intervals"].items()}
-        return cls(**{**data, "measured": Measured(**{**found, "intervals": intervals})})
+        measured = Measured(**{**found, "intervals": intervals})
+        return cls(**{**data, "measured": measured, "validation": tuple(data["validation"])})
 
 
 @dataclass(frozen=True)
