@@ -80,13 +80,14 @@ class PerplexityMeasure:
     def __call__(self, trainer: Trainer) -> Measured:
         """Loss and perplexity of the model as it is."""
         metrics = trainer.evaluate(self._test, metric_key_prefix="test")
-        measured = Measured.of_metrics(metrics, len(self._losses))
-        if len(self._losses) < 2:
-            return measured
         mean = statistics.fmean(self._losses)
+        # several processes fill their last batch up with blocks that they have seen, which the Trainer's own loss counts twice
+        figures = {**Measured.of_metrics(metrics, len(self._losses)).metrics, "loss": mean}
+        if len(self._losses) < 2:
+            return Measured(figures, len(self._losses))
         half = _Z * statistics.stdev(self._losses) / math.sqrt(len(self._losses))
         intervals = {"loss": (mean - half, mean + half), "perplexity": (_exp(mean - half), _exp(mean + half))}
-        return Measured(measured.metrics, measured.samples, intervals)
+        return Measured(figures, len(self._losses), intervals)
 
 
 def _exp(value: float) -> float:

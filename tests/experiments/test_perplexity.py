@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from types import SimpleNamespace
 
 import datasets
@@ -72,7 +71,7 @@ def measured(losses):
 
     def evaluate(data, metric_key_prefix):
         assert data == "test"
-        figures = {**measure.metrics(SimpleNamespace(predictions=losses)), "loss": statistics.fmean(losses), "runtime": 1.0}
+        figures = {**measure.metrics(SimpleNamespace(predictions=losses)), "loss": 7.0, "runtime": 1.0}
         return {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
 
     return measure(SimpleNamespace(evaluate=evaluate))
@@ -87,5 +86,5 @@ def test_perplexity_and_its_interval():
 
 
 def test_one_block_has_no_interval_and_a_broken_model_no_number():
-    assert measured([1.0]).intervals == {}
+    assert measured([1.0]).intervals == {} and measured([1.0]).metrics["loss"] == 1.0
     assert measured([5000.0, 5000.0]).metrics["perplexity"] == math.inf

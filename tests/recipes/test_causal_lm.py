@@ -6,7 +6,6 @@ import json
 import math
 import random
 import statistics
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -229,13 +228,3 @@ def test_an_unknown_key_of_a_config_file_is_refused(data, tmp_path):
     file.write_text("block_sise: 12\n")
     with pytest.raises(ConfigError, match=r"'block_sise'\. Did you mean 'block_size'"):
         main(["--config", str(file), *words(**data, output_dir=str(tmp_path))])
-
-
-@pytest.mark.parametrize("name", ["text_classification", "image_classification", "causal_lm"])
-def test_help_tells_every_argument(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        recipe(name).main(["--help"])
-    assert end.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--num_blocks" in shown and "--config" in shown and "--output_dir" in shown
-    assert sys.modules[f"recipe_{name}"].__doc__.partition("\n")[0][:60] in " ".join(shown.split())
