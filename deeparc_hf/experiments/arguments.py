@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from ..config import MPruneConfig, WandaConfig
 from ..errors import ConfigError, MissingDependencyError
 
-__all__ = ["DataArguments", "PruningArguments", "parse"]
+__all__ = ["DataArguments", "PruningArguments", "parse", "read_config"]
 
 
 @dataclass
@@ -80,6 +80,7 @@ class PruningArguments:
     sparsity_retrain: list[float] = field(
         default_factory=list, metadata={"help": "shares of the grid that are retrained too; a pattern's is 0.5"}
     )
+    sparsity_original: bool = field(default=True, metadata={"help": "zero weights of the original too, not only of the pruned models"})
     sparsity_samples: int = field(default=128, metadata={"help": "calibration samples of the zeroing"})
     repeats: int = field(default=3, metadata={"help": "warm evaluations behind each time"})
 
@@ -158,7 +159,7 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None, description:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     path, rest = _config_of(argv)
-    words = [] if path is None else _words(_read(path), types, path)
+    words = [] if path is None else _words(read_config(path), types, path)
     parser = HfArgumentParser(types, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file with the same names; what is given on the command line wins")
     *parsed, unknown = parser.parse_args_into_dataclasses([*words, *rest], return_remaining_strings=True, look_for_args_file=False)
@@ -181,13 +182,18 @@ def _config_of(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     return path, rest
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def read_config(path: Path, what: str = "--config") -> Mapping[str, Any]:
+    """The names and values in a YAML file.
+
+    Raises:
+        ConfigError: if it is not there, not YAML, or not a mapping.
+    """
     try:
         import yaml
     except ImportError as error:
         raise MissingDependencyError('A config file needs PyYAML: pip install "deeparc_hf[recipes]".') from error
     if not path.is_file():
-        raise ConfigError(f"--config: there is no file {path}.")
+        raise ConfigError(f"{what}: there is no file {path}.")
     try:
         data = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

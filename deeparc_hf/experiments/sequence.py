@@ -72,7 +72,7 @@ class Experiment:
             rows.append(row)
         last = rows[-1]
         speeds = {} if last is rows[0] else {last.name: self._speed(rows[0], last)}
-        for row in list(rows):
+        for row in rows[0 if self.pruning.sparsity_original else 1 :]:
             rows += self._sparse(row)
         if self._main:
             self._clean_up()
