@@ -95,7 +95,7 @@ class SweepFile:
         for key in ("recipe", "config", "grid"):
             if key not in data:
                 raise ConfigError(f"{path}: {key} is missing.")
-        recipe, config_path = (path.parent / str(data[key]) for key in ("recipe", "config"))
+        recipe, config_path = ((path.parent / str(data[key])).resolve() for key in ("recipe", "config"))
         if not recipe.is_file():
             raise ConfigError(f"{path}: there is no recipe {recipe}.")
         settings = {spec.name for each in recipe_types(recipe) for spec in dataclasses.fields(each) if spec.init}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -165,6 +166,7 @@ def test_killed_in_the_middle_of_the_second_cell(place):
     assert (place / "out" / "set_aside" / "three.1" / "half-done").exists()
 
 
+@pytest.mark.slow
 def test_a_recipe_that_outlives_its_sweep_is_waited_for(place):
     (place / "wait-three").touch()
     first = process(place)
@@ -179,7 +181,7 @@ def test_a_recipe_that_outlives_its_sweep_is_waited_for(place):
     assert ran(place) == CELLS  # nothing ran twice
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_stopping_stops_the_recipe_too(place, number):
     (place / "wait-three").touch()
     running = process(place)
@@ -215,21 +217,28 @@ def test_the_table_shows_both_sides(place):
     assert "| original | original | training time (s) | - | 7.00 |" in table(place)
 
 
-def test_dry_run_prints_the_commands(place):
-    running = process(place, "--dry-run", "--", "--seed", "3")
-    said = running.communicate(timeout=90)[0]
-    assert running.returncode == 0 and not (place / "out").exists() and not calls(place)
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("recipe_sweep", ROOT / "recipes" / "sweep.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_dry_run_prints_the_commands(place, main, capsys):
+    assert main([str(place / "sweep.yaml"), "--output", str(place / "out"), "--dry-run", "--", "--seed", "3"]) == 0
+    said = capsys.readouterr().out
+    assert not (place / "out").exists() and not calls(place)
     assert re.findall(r"^# (.*)$", said, re.MULTILINE) == ["original", "three", "three wide", "two", "two wide"]
     original = str(place / "out" / "cells" / "original" / "original")
     command = f"--seed 3 --num_blocks 2 --width 9 --sparsity_original false --model {original} --finetune_epochs 0 --output_dir"
     assert command in said
 
 
-def test_a_bad_file_ends_with_2(place):
+def test_a_bad_file_ends_with_2(place, main, capsys):
     write(place, gird={})
-    running = process(place)
-    said = running.communicate(timeout=90)[0]
-    assert running.returncode == 2 and said.strip().endswith("there is no 'gird'. Did you mean 'grid'?")
+    assert main([str(place / "sweep.yaml"), "--output", str(place / "out")]) == 2
+    assert capsys.readouterr().err.strip().endswith("there is no 'gird'. Did you mean 'grid'?")
 
 
 @pytest.mark.parametrize(
