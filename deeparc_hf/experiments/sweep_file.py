@@ -20,7 +20,8 @@ from .arguments import DataArguments, PruningArguments, read_config
 __all__ = ["Cell", "SeedRow", "SweepFile", "recipe_types"]
 
 ORIGINAL = "original"
-_OWN = {"model", "finetune_epochs", "iterations", "output_dir", "sparsity_original", "repo_id"}  # set for each cell, or not for sweeps
+# set for each cell by the sweep, or of no use where all cells share one original (held-out data follow the seed)
+_OWN = {"model", "finetune_epochs", "iterations", "output_dir", "sparsity_original", "repo_id", "seed"}
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _cells(grid: Any, settings: set[str], path: Path) -> list[Cell]:
     named = {}
     for setting, values in grid.items():
         if setting in _OWN:
-            raise ConfigError(f"{path}: grid: {setting} is set by the sweep itself. Leave it out.")
+            raise ConfigError(f"{path}: grid: {setting} is set by the sweep itself, or must be the same in all cells. Leave it out.")
         entries = values if isinstance(values, Mapping) else {f"{setting}={_plain(value)}": value for value in _list(values)}
         if not entries:
             raise ConfigError(f"{path}: grid: {setting} has no values.")
