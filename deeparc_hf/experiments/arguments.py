@@ -128,7 +128,7 @@ class PruningArguments:
         if not given:
             return None
         if all(entry.strip().isdigit() for entry in given):
-            if len(given) not in (1, self.iterations):
+            if self.iterations and len(given) not in (1, self.iterations):
                 raise ConfigError(f"num_blocks gives {len(given)} targets for {self.iterations} iterations. Give one for each.")
             return int(given[min(iteration, len(given) - 1)])
         counts = {}

@@ -142,7 +142,8 @@ class SweepFile:
             raise ConfigError(f"{self.config_path}: repo_id would publish every cell in one place. Leave it out.")
         known = {spec.name for spec in dataclasses.fields(PruningArguments)}
         for cell in self.cells:
-            values = {name: value for name, value in {**self.config, **cell.settings}.items() if name in known and value is not None}
+            given = {**self.config, **cell.settings, **({"iterations": 0} if cell.name == ORIGINAL else {})}
+            values = {name: value for name, value in given.items() if name in known and value is not None}
             if "num_blocks" in values:
                 values["num_blocks"] = [str(value) for value in _list(values["num_blocks"])]
             try:

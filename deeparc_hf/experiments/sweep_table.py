@@ -22,7 +22,7 @@ def sweep_report(file: SweepFile, done: Mapping[str, Sequence[Row]], failed: Seq
     main, *rest = file.metrics
     header = ["cell", "model"]
     for name in ("blocks", "parameters", main, "change", "time / original", "freeze"):
-        header += [name, f"seed: {name}"]
+        header += [name, f"seed: {name}"] if file.seed else [name]
     lines = [header, ["---", "---", *["---:"] * (len(header) - 2)]]
     others = [["cell", "model", "figure", "here", "seed"], ["---", "---", "---", "---:", "---:"]]
     remarks = []
@@ -34,17 +34,22 @@ def sweep_report(file: SweepFile, done: Mapping[str, Sequence[Row]], failed: Seq
         names = [name for name in dict.fromkeys([*rows, *seeds]) if cell.name == ORIGINAL or _is_of_cell(name)]
         for name in sorted(names, key=lambda name: "zeros" in name) or ["-"]:
             ours, seed = rows.get(name), seeds.get(name, _NO_ROW)
-            lines.append(
-                [cell.name, name, *_woven(_figures(file, main, ours, own), _seed_figures(main, seed, seed_origin, file.scale.get(main, 1)))]
-            )
+            figures = _figures(file, main, ours, own)
+            if file.seed:
+                figures = _woven(figures, _seed_figures(main, seed, seed_origin, file.scale.get(main, 1)))
+            lines.append([cell.name, name, *figures])
             others += _others(file, cell.name, name, rest, ours, seed)
             remarks += [f"- {cell.name}, {name}: {text}" for text in _remarks(seed)]
     parts = [f"# {file.title}", _table(lines)]
     parts.append(
         "Change: of the metric, against the original. Time: warm evaluation time over that of the original, which each cell measures in "
-        "its own process; the seed's are from other hardware, so only ratios can be compared. The seed's metrics are those after its last "
-        "epoch; * marks rows with a known slip. Metrics here are of one run on all test samples; each cell's results.md has intervals."
+        "its own process. Metrics are of one run on the test samples; each cell's results.md has intervals."
     )
+    if file.seed:
+        parts.append(
+            "The seed's times are from other hardware, so only their ratios can be compared; its metrics are those after its last epoch; "
+            "* marks rows with a known slip."
+        )
     missing = [cell.name for cell in file.cells if cell.name not in done and cell.name not in failed]
     if failed:
         parts.append(f"Failed: {', '.join(failed)}.")

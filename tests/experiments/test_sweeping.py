@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from deeparc_hf.errors import ConfigError
+from deeparc_hf.experiments.arguments import PruningArguments
 from deeparc_hf.experiments.sweep_file import SweepFile
 from deeparc_hf.experiments.sweeping import Sweep, slug
 
@@ -223,6 +224,19 @@ def main():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
+
+
+def test_without_earlier_figures_there_are_no_columns_for_them(place):
+    sweep(place)
+    header = table(place).splitlines()[2]
+    assert header == "| cell | model | blocks | parameters | accuracy | change | time / original | freeze |"
+    assert "| two | iteration 1 | 2 | 2,000 | 0.5210 | -0.0190 | 0.500 | 0 |" in table(place) and "seed" not in table(place)
+
+
+def test_a_list_of_targets_does_not_disturb_the_original():
+    assert PruningArguments(num_blocks=["5", "4"], iterations=0).iterations == 0
+    with pytest.raises(ConfigError, match="2 targets for 3 iterations"):
+        PruningArguments(num_blocks=["5", "4"], iterations=3)
 
 
 def test_dry_run_prints_the_commands(place, main, capsys):
