@@ -35,7 +35,6 @@ class QuestionArguments:
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
     from transformers import (
-        AutoConfig,
         AutoModelForSeq2SeqLM,
         AutoTokenizer,
         DataCollatorForSeq2Seq,
@@ -45,6 +44,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
+    from deeparc_hf.experiments.models import load_model
     from deeparc_hf.experiments.questions import QuestionMeasure, scores_report
     from deeparc_hf.experiments.sequence import Experiment
     from deeparc_hf.experiments.splits import load_splits
@@ -66,10 +66,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     splits = splits.map(encode, batched=True, remove_columns=splits.train.column_names)
 
     def load(name: str) -> Any:
-        revision = data.model_revision if name == data.model else None
-        if Path(name).is_dir() and not any(Path(name).glob("*.safetensors*")):
-            return AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(name))
-        return AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision)
+        return load_model(AutoModelForSeq2SeqLM, name, revision=data.model_revision if name == data.model else None)
 
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> Seq2SeqTrainer:
         return Seq2SeqTrainer(

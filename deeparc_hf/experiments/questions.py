@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from ..run_report import write_whole
-from .generation import SCORES, bootstrap_intervals, generation_metrics, scores_table
+from .generation import TITLES, GenerationScores, bootstrap_intervals, generation_metrics, scores_table
 from .results import Measured, Row
 
 __all__ = ["QuestionMeasure", "scores_report"]
@@ -26,23 +26,22 @@ class QuestionMeasure:
         num_beams, max_new_tokens: of the search.
 
     Attributes:
-        reasons: why a score is left out, by score.
+        scores: of the model that was measured last.
     """
 
     def __init__(self, test: Any, references: Sequence[str], tokenizer: Any, *, num_beams: int, max_new_tokens: int) -> None:
+        self.scores: GenerationScores | None = None
         self._test = test
         self._references = list(references)
         self._tokenizer = tokenizer
         self._search = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
-        self.reasons: dict[str, str] = {}
 
     def __call__(self, trainer: Trainer) -> Measured:
         """Loss and scores, with bootstrap intervals of the scores over the questions."""
         loss = trainer.evaluate(self._test, metric_key_prefix="test")["test_loss"]
         predictions = self.generate(trainer)
-        scores = generation_metrics(predictions, self._references)
-        self.reasons = dict(scores.reasons)
-        values = {name: value for name in SCORES if (value := getattr(scores, name)) is not None}
+        self.scores = generation_metrics(predictions, self._references)
+        values = {name: value for name, value in self.scores.scores().items() if value is not None}
         intervals = {name: bounds for name, bounds in bootstrap_intervals(predictions, self._references).items() if name in values}
         return Measured({"loss": loss, **values}, len(self._references), intervals)
 
@@ -63,18 +62,25 @@ class QuestionMeasure:
 
 def scores_report(folder: Path, rows: Sequence[Row], measure: QuestionMeasure) -> None:
     """Write scores.md: a column for the original and for each iteration, in the rows of the first experiments' table."""
-    shown: Mapping[str, Row] = {row.name: row for row in rows if row.sparsity is None}
-    heads = {
-        "Num of encoder": [_blocks(row, "encoder") for row in shown.values()],
-        "Num of decoder": [_blocks(row, "decoder") for row in shown.values()],
-        "Num of parameter": [f"{row.parameters:,}" for row in shown.values()],
-    }
-    table = scores_table({name: row.measured for name, row in shown.items()}, heads, measure.reasons)
-    n = next(iter(shown.values())).measured.samples
-    write_whole(
-        folder / "scores.md", f"# Generated questions\n\n{table}\n\nOn {n:,} test questions, one reference each; one run with one seed.\n"
+    last = measure.scores
+    if last is None:
+        return
+    shown = {row.name: row for row in rows if row.sparsity is None}
+    columns = {}
+    for name, row in shown.items():
+        values = {score: row.measured.metrics.get(score) for score in TITLES}
+        columns[name] = GenerationScores(**values, samples=row.measured.samples, backend=last.backend, reasons=last.reasons)  # type: ignore[arg-type]
+    table = scores_table(
+        columns,
+        encoders={name: _blocks(row, "encoder") for name, row in shown.items()},
+        decoders={name: _blocks(row, "decoder") for name, row in shown.items()},
+        parameters={name: row.parameters for name, row in shown.items()},
+        intervals={name: {k: v for k, v in row.measured.intervals.items() if k in TITLES} for name, row in shown.items()},
     )
+    n = next(iter(shown.values())).measured.samples
+    how = f"On {n:,} test questions, one reference each; BLEU and ROUGE by {last.backend}; one run with one seed."
+    write_whole(folder / "scores.md", f"# Generated questions\n\n{table}\n\n{how}\n")
 
 
-def _blocks(row: Row, side: str) -> str:
-    return str(sum(count for name, count in row.blocks.items() if side in name))
+def _blocks(row: Row, side: str) -> int:
+    return sum(count for name, count in row.blocks.items() if side in name)

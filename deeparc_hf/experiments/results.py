@@ -90,7 +90,7 @@ class Row:
         found = dict(data["measured"])
         intervals = {name: tuple(bounds) for name, bounds in found["intervals"].items()}
         measured = Measured(**{**found, "intervals": intervals})
-        return cls(**{**data, "measured": measured, "validation": tuple(data["validation"])})
+        return cls(**{**data, "measured": measured, "validation": tuple(data.get("validation", ()))})
 
 
 @dataclass(frozen=True)

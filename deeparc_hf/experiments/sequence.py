@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import shutil
 import statistics
 import time
@@ -21,7 +22,7 @@ from ..config import MPruneConfig, WandaConfig
 from ..hub import push_to_hub
 from ..provenance import dataset_facts, training_facts
 from ..report import timed_evaluation
-from ..run_report import structure_facts
+from ..run_report import structure_facts, write_whole
 from ..sparsify import sparsify_model
 from .arguments import DataArguments, PruningArguments
 from .at_once import calibration_batches, remove_at_once
@@ -29,6 +30,7 @@ from .results import Measured, Row, Speed, write_results
 
 __all__ = ["Experiment"]
 
+TOLD = "card.json"
 ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
 Loader = Callable[[str], nn.Module]
 TrainerMaker = Callable[[nn.Module, TrainingArguments, list[Any]], Trainer]
@@ -187,6 +189,7 @@ class Experiment:
         if not Path(self.data.model).exists():
             told.setdefault("finetuned_from", self.data.model)
         create_model_card(folder, repo_id=self.data.repo_id, **told)
+        write_whole(folder / TOLD, json.dumps({"repo_id": self.data.repo_id, **told}, indent=1) + "\n")  # to make it again
         if self.data.repo_id is not None:
             push_to_hub(folder, self.data.repo_id, private=self.data.repo_private or None, **told)
 

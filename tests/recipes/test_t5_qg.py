@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from deeparc_hf.experiments.generation import generation_metrics
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from deeparc_hf import PrunedConfig
+from deeparc_hf.experiments.generation import generation_metrics
 from deeparc_hf.experiments.results import read_rows
 
 from ..publishing import tiny_tokenizer
