@@ -35,16 +35,16 @@ def place(tmp_path_factory):
             "question": f"w{i % 40} w{i % 7}",
             "answers": {"text": [f"w{i % 7}"], "answer_start": [0]},
         }
-        for i in range(60)
+        for i in range(96)
     ]
-    for name, part in {"train": rows[:32], "validation": rows[32:44], "test": rows[44:57]}.items():
+    for name, part in {"train": rows[:64], "validation": rows[64:76], "test": rows[76:89]}.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
     return folder
 
 
 def words(place, output):
     files = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", str(place / f"{name}.jsonl"))]
-    settings = ["--iterations", "2", "--num_blocks", "6", "5", "--retrain_epochs", "1", "--heal", "lstsq", "--calibration_samples", "16"]
+    settings = ["--iterations", "2", "--num_blocks", "6", "5", "--retrain_epochs", "1", "--heal", "lstsq", "--calibration_samples", "64"]
     shape = ["--max_source_length", "24", "--max_target_length", "6", "--num_beams", "2", "--repeats", "1"]
     training = [
         "--per_device_train_batch_size",
