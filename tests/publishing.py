@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer
 
 from deeparc_hf import MPruneCallback, WandaCallback
 
@@ -44,6 +44,15 @@ def trained(folder, callbacks=None, model=None, **settings):
         data=text_data(),
         **{**defaults, **settings},
     )
+
+
+class TimmTrainer(Trainer):
+    """Trains a bare timm model, which knows no labels."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        logits = model(inputs["pixel_values"])
+        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
+        return (loss, {"logits": logits}) if return_outputs else loss
 
 
 def image_of(folder):

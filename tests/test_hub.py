@@ -215,28 +215,40 @@ def test_a_card_that_cannot_be_made_is_a_warning_and_the_run_goes_on(hub, client
 
 
 @pytest.mark.parametrize("name", ["timm_resnet", "wrapped"])
-def test_timm_models_are_published_in_timms_own_layout(hub, client, stock, tmp_path, name):
+def test_timm_models_are_trained_and_published_in_timms_own_layout(hub, client, stock, tmp_path, name):
+    """Both callbacks in one training, as for transformers' models."""
     client.run(
         """
         import timm
+        from deeparc_hf import MPruneCallback, WandaCallback
+        from tests.publishing import TimmTrainer
+        from tests.trainers import train
         torch.manual_seed(0)
         model = ZOO["timm_resnet"].model()
         if name == "wrapped":
             save_pruned(model, folder + "/bare")  # as a model on the Hub: timm's own layout, which transformers wraps
             model = transformers.AutoModelForImageClassification.from_pretrained(folder + "/bare").eval()
             assert isinstance(model, transformers.TimmWrapperForImageClassification)
-        stacks = deeparc_hf.find_stacks(model)
-        stack = next(stack for stack in stacks.values() if len(stack) > 1)
-        remove_blocks(model, {stack.name: [len(stack) - 1]})
+        blocks = sum(len(stack) for stack in deeparc_hf.find_stacks(model).values())
+        rows = [{"pixel_values": torch.randn(3, 64, 64), "labels": i % 5} for i in range(40)]
+        callbacks = [MPruneCallback(num_blocks=blocks - 1, retrain_epochs=1, calibration_samples=32),
+                     WandaCallback(sparsity=0.3, start_epoch=1, calibration_samples=32)]
+        trainer = train(model, folder + "/run", *callbacks, data=rows, cls=TimmTrainer if name == "timm_resnet" else transformers.Trainer,
+                        push_to_hub=True, hub_model_id=f"owner/{name}", hub_strategy="every_save", save_strategy="epoch",
+                        remove_unused_columns=False)
+        commit = push_to_hub(trainer, license="apache-2.0")
         pixels = torch.randn(2, 3, 64, 64)
         with torch.no_grad():
-            output = model(pixels)
+            output = trainer.model.eval()(pixels)
         save_file({"pixel_values": pixels, "output": getattr(output, "logits", output)}, folder + "/expected.safetensors")
-        push_to_hub(model, f"owner/{name}", license="apache-2.0")
         """,
         folder=tmp_path,
         name=name,
     )
+    files = hub.files(f"owner/{name}")
+    record = PrunedConfig.from_dict(json.loads(files["config.json"])["pruning_config"])
+    assert sum(map(len, record.removed.values())) == 1 and record.sparsity is not None
+    assert not any(file.endswith(".bin") for file in files)
     expected = load_file(tmp_path / "expected.safetensors")
     loaded = stock.load(f"owner/{name}", "timm", {"pixel_values": expected["pixel_values"]})
     assert loaded.clean
