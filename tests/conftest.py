@@ -33,7 +33,7 @@ def _seeded():
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Iterator[HubServer]:
     """A Hub on this machine. "owner" is also a member of "org" and has a second token, with which it cannot write."""
-    tokens = ["owner=hf_owner", "owner=hf_owner_reads:read", "visitor=hf_visitor"]
+    tokens = ["owner=hf_owner", "owner=hf_owner_reads:read", "visitor=hf_visitor", "me=hf_me"]
     with HubServer(tmp_path_factory.mktemp("hub"), tokens=tokens, orgs=["org=owner"]) as server:
         yield server
 
@@ -48,3 +48,13 @@ def hub_client(hub) -> Iterator[Callable[..., Client]]:
             return stack.enter_context(Client(hub.environment(token)))
 
         yield client
+
+
+@pytest.fixture(scope="module")
+def publisher(hub_client) -> Client:
+    """The process of "owner", with what publishing needs."""
+    from .publishing import BEGIN
+
+    client = hub_client("hf_owner")
+    client.run(BEGIN)
+    return client

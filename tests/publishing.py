@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer
 
@@ -13,6 +14,15 @@ from deeparc_hf import MPruneCallback, WandaCallback
 from .trainers import text_data, train
 from .zoo import VOCAB, ZOO
 
+# what a client's process is told first
+BEGIN = """
+import torch, transformers, deeparc_hf
+from deeparc_hf import push_to_hub, remove_blocks, save_pruned, PrunedConfig, create_model_card
+from tests.publishing import tiny_tokenizer, trained
+from tests.zoo import ZOO
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+"""
 WORDS = ["<pad>", "<unk>", "</s>", "<s>", "<mask>"]
 
 
@@ -53,6 +63,18 @@ class TimmTrainer(Trainer):
         logits = model(inputs["pixel_values"])
         loss = torch.nn.functional.cross_entropy(logits, inputs["labels"])
         return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def card_of(hub, repo_id, revision="main"):
+    """The card in a repository of the tests' Hub."""
+    return ModelCard(hub.files(repo_id, revision)["README.md"].decode())
+
+
+def let_go(trainer):
+    """Have a Trainer that is kept no longer follow the models that are made after it."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, MPruneCallback):
+            callback._let_successors_go()
 
 
 def image_of(folder):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from packaging.version import Version
 from safetensors.torch import load, load_file
@@ -19,42 +16,15 @@ from safetensors.torch import load, load_file
 from deeparc_hf import PrunedConfig
 from deeparc_hf.card import made_by_us
 
-from .hub import Client, ClientError, HubServer
+from .hub import Client, ClientError
+from .publishing import BEGIN, card_of
 from .stock import StockProcess, aligned, forwarded
-
-OWNER, READER, OTHER, ME = "hf_owner_secret", "hf_reader_secret", "hf_other_secret", "hf_me_secret"
-TOKENS = [f"owner={OWNER}", f"owner={READER}:read", f"other={OTHER}", f"me={ME}"]
-BEGIN = """
-import torch, transformers, deeparc_hf
-from deeparc_hf import push_to_hub, remove_blocks, save_pruned, PrunedConfig, create_model_card
-from tests.publishing import tiny_tokenizer, trained
-from tests.zoo import ZOO
-from safetensors.torch import save_file
-torch.set_num_threads(1)
-"""
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub"), tokens=TOKENS) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(hub):
-    with Client(hub.environment(OWNER)) as process:
-        process.run(BEGIN)
-        yield process
 
 
 @pytest.fixture(scope="module")
 def stock(hub):
-    with StockProcess(hub.environment(OWNER, hub.root / "stock_home")) as process:
+    with StockProcess(hub.environment("hf_owner", hub.root / "stock_home")) as process:
         yield process
-
-
-def card_of(hub, repo_id, revision="main"):
-    return ModelCard(hub.files(repo_id, revision)["README.md"].decode())
 
 
 def layers_in(weights):
@@ -65,10 +35,10 @@ def layers_in(weights):
 
 
 @pytest.fixture(scope="module")
-def published(hub, client, tmp_path_factory):
+def published(hub, publisher, tmp_path_factory):
     """A run with both callbacks and push_to_hub=True, published by push_to_hub; its logits on one batch."""
     folder = tmp_path_factory.mktemp("run")
-    client.run(
+    publisher.run(
         """
         trainer = trained(folder, push_to_hub=True, hub_model_id="owner/e2e", hub_strategy="every_save")
         trainer.evaluate()
@@ -105,10 +75,10 @@ def test_a_stock_process_downloads_it_and_gives_equal_logits(published, stock):
     torch.testing.assert_close(loaded.outputs["output"], expected["logits"], rtol=0, atol=1e-6)
 
 
-def test_the_card_is_valid_and_tells_every_metric(hub, client, published):
+def test_the_card_is_valid_and_tells_every_metric(hub, publisher, published):
     card = card_of(hub, "owner/e2e")
     if Version(huggingface_hub.__version__) >= Version("2"):  # earlier ones ask huggingface.co, whatever the endpoint
-        client.run('from huggingface_hub import ModelCard; ModelCard.load("owner/e2e").validate()')
+        publisher.run('from huggingface_hub import ModelCard; ModelCard.load("owner/e2e").validate()')
     metadata = card.data.to_dict()
     assert metadata["datasets"] == ["dair-ai/emotion"] and metadata["license"] == "mit" and metadata["language"] == ["en"]
     assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-classification"
@@ -119,15 +89,15 @@ def test_the_card_is_valid_and_tells_every_metric(hub, client, published):
     assert {r.metric_type: r.metric_value for r in results} == {"loss": final["eval_loss"], "accuracy": final["eval_accuracy"]}
 
 
-def test_the_cards_code_runs(client, published, hub):
+def test_the_cards_code_runs(publisher, published, hub):
     (code,) = re.findall(r"## Use it\n\n```python\n(.*?)```", card_of(hub, "owner/e2e").content, re.DOTALL)
     assert 'pipeline("text-classification", "owner/e2e")' in code
-    found = client.run(f"{code}\nresult = model('w3 w4 w5')")
+    found = publisher.run(f"{code}\nresult = model('w3 w4 w5')")
     assert found[0].keys() == {"label", "score"}
 
 
-def test_the_recipe_in_the_card_makes_the_same_structure(client, published):
-    found = client.run(
+def test_the_recipe_in_the_card_makes_the_same_structure(publisher, published):
+    found = publisher.run(
         """
         base = ZOO["bert"].model(); base.save_pretrained(folder + "/base")
         model = deeparc_hf.load_pruned(transformers.AutoModelForSequenceClassification, folder + "/base", "owner/e2e")
@@ -142,7 +112,7 @@ def test_no_token_path_or_pickle_is_published(hub, published):
     _, folder = published
     for commit in hub.commits("owner/e2e")[:1]:
         for name, content in hub.files("owner/e2e", commit.id).items():
-            assert b"secret" not in content and str(folder).encode() not in content, name
+            assert b"hf_owner" not in content and str(folder).encode() not in content, name
             assert not name.endswith((".bin", ".pt", ".pth", ".pkl")), name
 
 
@@ -166,8 +136,8 @@ def test_the_trainers_own_pushes_carry_the_config_weights_and_card_that_belong_t
 
 
 @pytest.mark.parametrize("strategy", ["end", "checkpoint", "all_checkpoints"])
-def test_each_strategy_of_the_trainer_ends_with_this_card(hub, client, tmp_path, strategy):
-    client.run(
+def test_each_strategy_of_the_trainer_ends_with_this_card(hub, publisher, tmp_path, strategy):
+    publisher.run(
         """
         from functools import partial
         from deeparc_hf import MPruneCallback
@@ -188,8 +158,8 @@ def test_each_strategy_of_the_trainer_ends_with_this_card(hub, client, tmp_path,
     assert bool(folders) == (strategy != "end") and not any("snapshot" in name for name in files)
 
 
-def test_a_card_that_cannot_be_made_is_a_warning_and_the_run_goes_on(hub, client, tmp_path):
-    said = client.run(
+def test_a_card_that_cannot_be_made_is_a_warning_and_the_run_goes_on(hub, publisher, tmp_path):
+    said = publisher.run(
         """
         import pathlib, warnings
         from deeparc_hf import MPruneCallback
@@ -211,13 +181,13 @@ def test_a_card_that_cannot_be_made_is_a_warning_and_the_run_goes_on(hub, client
     assert "model.safetensors" in hub.files("owner/broken")
 
 
-# ---- models without a Trainer, and folders ----
+# ---- timm, README, the cache ----
 
 
 @pytest.mark.parametrize("name", ["timm_resnet", "wrapped"])
-def test_timm_models_are_trained_and_published_in_timms_own_layout(hub, client, stock, tmp_path, name):
+def test_timm_models_are_trained_and_published_in_timms_own_layout(hub, publisher, stock, tmp_path, name):
     """Both callbacks in one training, as for transformers' models."""
-    client.run(
+    publisher.run(
         """
         import timm
         from deeparc_hf import MPruneCallback, WandaCallback
@@ -261,96 +231,15 @@ def test_timm_models_are_trained_and_published_in_timms_own_layout(hub, client, 
     else:
         assert card.data.library_name == "timm"
         (code,) = re.findall(r"## Use it\n\n```python\n(.*?)```", card.content, re.DOTALL)
-        client.run(code)
+        publisher.run(code)
 
 
-def test_weights_and_reports_of_an_earlier_push_go(hub, client):
-    client.run(
-        """
-        from huggingface_hub import HfApi
-        model = ZOO["llama"].model()
-        push_to_hub(model, "owner/stale")
-        import tempfile
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder, max_shard_size="20KB")
-            push_to_hub(folder, "owner/stale")
-        api = HfApi()
-        api.upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id="owner/stale")
-        sharded = api.list_repo_files("owner/stale")
-        remove_blocks(model, {"model.layers": [1]})
-        push_to_hub(model, "owner/stale")
-        result = sharded, api.list_repo_files("owner/stale")
-        """
-    )
-    sharded, last = client.run("result = sharded, api.list_repo_files('owner/stale')")
-    assert "model.safetensors" not in sharded and "model.safetensors.index.json" in sharded
-    assert [name for name in last if name.endswith((".safetensors", "index.json"))] == ["model.safetensors"]
-    assert "notes.txt" in last
-
-
-def test_a_card_that_somebody_edited_goes_along_as_it_is(hub, client, tmp_path):
-    client.run(
-        """
-        model = ZOO["bert"].model(); remove_blocks(model, {"bert.encoder.layer": [1]}); save_pruned(model, folder)
-        create_model_card(folder)
-        push_to_hub(folder, "owner/edited")
-        """,
-        folder=tmp_path,
-    )
-    assert made_by_us(hub.files("owner/edited")["README.md"].decode())
-    mine = (tmp_path / "README.md").read_text("utf-8").replace("## Limits", "My own words.\n\n## Limits")
-    (tmp_path / "README.md").write_text(mine, "utf-8")
-    client.run('push_to_hub(folder, "owner/edited", commit_message="Edited")')
-    assert hub.files("owner/edited")["README.md"].decode() == mine
-    assert hub.commits("owner/edited")[0].title == "Edited"
-
-
-def test_private_repositories_branches_and_pull_requests(hub, client):
-    found = client.run(
-        """
-        from huggingface_hub import HfApi
-        model = ZOO["bert"].model(); remove_blocks(model, {"bert.encoder.layer": [1]})
-        push_to_hub(model, "owner/private", private=True)
-        remove_blocks(model, {"bert.encoder.layer": [1]})
-        push_to_hub(model, "private", revision="small", commit_message="On a branch")
-        pull = push_to_hub(model, "owner/private", create_pr=True)
-        result = [HfApi().model_info("owner/private").private, pull.pr_num,
-                  [PrunedConfig.from_pretrained("owner/private", revision=r).kept for r in ("main", "small", "refs/pr/1")]]
-        """
-    )
-    assert found == [True, 1, [{"bert.encoder.layer": [0, 2, 3]}] + [{"bert.encoder.layer": [0, 3]}] * 2]
-    assert hub.commits("owner/private", "small")[0].title == "On a branch"
-    with Client(hub.environment(OTHER)) as stranger, pytest.raises(ClientError, match="Check the spelling of owner/private") as error:
-        stranger.run('import deeparc_hf; deeparc_hf.PrunedConfig.from_pretrained("owner/private")')
-    assert error.value.type == "RepositoryNotFoundError"
-
-
-def test_errors_of_the_hub_are_its_own_with_a_line_of_help(hub, client):
-    cases = {
-        'PrunedConfig.from_pretrained("owner/nothing")': ("RepositoryNotFoundError", "Check the spelling of owner/nothing"),
-        'PrunedConfig.from_pretrained("owner/e2e", revision="nowhere")': ("RevisionNotFoundError", "has no such branch, tag or commit"),
-        'HfApi().create_repo("owner/empty", exist_ok=True); PrunedConfig.from_pretrained("owner/empty")': (
-            "RemoteEntryNotFoundError|EntryNotFoundError",
-            "lacks that file",
-        ),
-        'push_to_hub(ZOO["bert"].model(), "other/mine")': ("HfHubHTTPError", "log in"),
-    }
-    client.run("from huggingface_hub import HfApi")
-    for code, (kind, text) in cases.items():
-        with pytest.raises(ClientError, match=text) as error:
-            client.run(code)
-        assert re.fullmatch(kind, error.value.type), code
-    with Client(hub.environment(READER)) as reader, pytest.raises(ClientError, match="write access") as error:
-        reader.run(BEGIN + 'push_to_hub(ZOO["bert"].model(), "owner/e2e")')
-    assert error.value.type == "HfHubHTTPError"
-
-
-def test_what_was_downloaded_is_there_offline(hub, client, published):
+def test_what_was_downloaded_is_there_offline(hub, publisher, published):
     home = hub.root / "offline_home"
     look = 'from deeparc_hf import PrunedConfig\nresult = PrunedConfig.from_pretrained("owner/e2e").kept'
-    with Client(hub.environment(OWNER, home)) as online:
+    with Client(hub.environment("hf_owner", home)) as online:
         kept = online.run(look)
-    with Client({**hub.environment(OWNER, home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}) as offline:
+    with Client({**hub.environment("hf_owner", home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}) as offline:
         assert offline.run(look) == kept
         with pytest.raises(ClientError, match="neither in the cache nor to be reached") as error:
             offline.run('PrunedConfig.from_pretrained("owner/stale")')
@@ -361,10 +250,10 @@ def test_the_readmes_code_publishes(hub, tmp_path):
     readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     blocks = re.findall(r"<!-- hub -->\n```python\n(.*?)```", readme, re.DOTALL)
     assert len(blocks) == 2
-    with Client(hub.environment(ME)) as client:
-        client.run(BEGIN)
-        client.run("from deeparc_hf import MPruneCallback")
-        client.run(
+    with Client(hub.environment("hf_me")) as publisher:
+        publisher.run(BEGIN)
+        publisher.run("from deeparc_hf import MPruneCallback")
+        publisher.run(
             """
             callback = MPruneCallback(num_blocks=3, retrain_epochs=1, calibration_samples=32)
             trainer = trained(folder, [callback], num_train_epochs=1, save_strategy="no", hub_model_id="me/again")
@@ -372,113 +261,9 @@ def test_the_readmes_code_publishes(hub, tmp_path):
             folder=tmp_path,
         )
         for block in blocks:
-            client.run(block)
+            publisher.run(block)
     assert card_of(hub, "me/bert-emotion-8-blocks").data.datasets == ["dair-ai/emotion"]
     assert made_by_us(hub.files("me/again")["README.md"].decode())
-
-
-def test_what_is_no_whole_checkpoint_is_refused_before_anything_is_made(hub, client, tmp_path):
-    client.run(
-        """
-        import os, pathlib, shutil
-        def folder_of(name, **settings):
-            folder = pathlib.Path(place, name); model = ZOO["llama"].model()
-            model.save_pretrained(folder, **settings)
-            return folder
-        shards = folder_of("shards", max_shard_size="20KB"); sorted(shards.glob("model-*"))[0].unlink()
-        empty = folder_of("empty"); (empty / "model.safetensors").write_bytes(b"")
-        bare = folder_of("bare"); (bare / "config.json").unlink()
-        link, key = folder_of("link"), pathlib.Path(place) / "key"; key.write_text("secret key"); (link / "vocab.txt").symlink_to(key)
-        card = folder_of("card"); (card / "pruning_report.json").write_text("{")
-        """,
-        place=tmp_path,
-    )
-    for name, said in {
-        "shards": "is not there, or is damaged",
-        "empty": "is not there, or is damaged",
-        "bare": "it has no config.json",
-        "link": "is a link to a file elsewhere",
-        "card": "is not what deeparc_hf writes",
-    }.items():
-        with pytest.raises(ClientError, match=said):
-            client.run(f'push_to_hub({name}, "owner/refused-{name}")')
-        assert hub.store.find("models", f"owner/refused-{name}") is None
-
-
-def test_only_files_of_a_checkpoint_are_pushed(hub, client, tmp_path):
-    client.run(
-        """
-        import pathlib
-        save_pruned(ZOO["bert"].model(), place); tiny_tokenizer().save_pretrained(place)
-        for name in ("id_rsa", "credentials.json", "notes.txt", "x.pickle", "weights.npz", "train.csv", "run.log", "events.out.1.host"):
-            pathlib.Path(place, name).write_text("secret")
-        push_to_hub(place, "owner/clean")
-        """,
-        place=tmp_path,
-    )
-    wanted = {".gitattributes", "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert set(hub.files("owner/clean")) == wanted
-
-
-def test_what_a_loader_would_prefer_goes_and_the_rest_stays(hub, client):
-    client.run(
-        """
-        from huggingface_hub import HfApi
-        api, model = HfApi(), ZOO["bert"].model()
-        push_to_hub(model, "owner/old", processing_class=tiny_tokenizer())
-        for name in ("adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "chat_template.jinja", "pruning_plan.json",
-                     "report.md", "model_ema.safetensors", "heatmap.png"):
-            api.upload_file(path_or_fileobj=name.encode(), path_in_repo=name, repo_id="owner/old")
-        remove_blocks(model, {"bert.encoder.layer": [1]})
-        push_to_hub(model, "owner/old", processing_class=tiny_tokenizer())
-        """
-    )
-    left = set(hub.files("owner/old"))
-    assert {"report.md", "model_ema.safetensors", "heatmap.png"} <= left
-    assert not {"adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "chat_template.jinja", "pruning_plan.json"} & left
-
-
-def test_a_card_that_was_edited_on_the_hub_stays(hub, client):
-    mine = client.run(
-        """
-        model = ZOO["bert"].model()
-        push_to_hub(model, "owner/on-the-hub")
-        from huggingface_hub import HfApi, ModelCard
-        mine = str(ModelCard.load("owner/on-the-hub")).replace("## Limits", "My words.\\n\\n## Limits")
-        HfApi().upload_file(path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id="owner/on-the-hub")
-        remove_blocks(model, {"bert.encoder.layer": [1]})
-        push_to_hub(model, "owner/on-the-hub")
-        result = mine
-        """
-    )
-    files = hub.files("owner/on-the-hub")
-    assert files["README.md"].decode() == mine and json.loads(files["config.json"])["num_hidden_layers"] == 3
-
-
-def test_the_first_of_several_processes_pushes(hub, tmp_path):
-    script = tmp_path / "push.py"
-    script.write_text(
-        "import torch.distributed as dist\nfrom tests.zoo import ZOO\nfrom deeparc_hf import push_to_hub\n"
-        "dist.init_process_group('gloo')\ndone = push_to_hub(ZOO['bert'].model(), 'owner/ranks')\n"
-        "assert (done is None) == (dist.get_rank() != 0)\ndist.barrier()\ndist.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29741", str(script)]
-    environment = {**hub.environment(OWNER), "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(hub.commits("owner/ranks")) == 2 and "model.safetensors" in hub.files("owner/ranks")
-
-
-def test_a_bare_timm_model_in_a_trainer_is_published_whole(hub, client, tmp_path):
-    client.run(
-        """
-        from transformers import Trainer, TrainingArguments
-        trainer = Trainer(ZOO["timm_resnet"].model(), TrainingArguments(place, use_cpu=True, report_to="none"))
-        push_to_hub(trainer, "owner/timm-in-trainer")
-        """,
-        place=tmp_path,
-    )
-    assert {"config.json", "model.safetensors"} <= set(hub.files("owner/timm-in-trainer"))
 
 
 def test_a_stock_comparison_is_not_vacuous(published):

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from ..publishing import trained
+from ..publishing import let_go, trained
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A training with both callbacks, evaluated after its end, and its checkpoint in its output folder."""
     folder = tmp_path_factory.mktemp("run")
     trainer = trained(folder, save_strategy="no")
     trainer.evaluate()
     trainer.save_model(str(folder))
-    return trainer, folder
+    yield trainer, folder
+    let_go(trainer)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from deeparc_hf import MPruneCallback, WandaCallback, create_model_card, prune_model, save_pruned, sparsify_model
 from deeparc_hf.fingerprint import mark_of_files, mark_of_model
 
-from ..publishing import trained
+from ..publishing import let_go, trained
 from ..trainers import text_data, train
 from ..zoo import ZOO
 from .test_model_card import section
@@ -54,7 +54,8 @@ def done(tmp_path_factory):
     trainer = trained(folder, [pruning()], num_train_epochs=1, save_strategy="no")
     found = trainer.evaluate()
     trainer.save_model(str(folder))
-    return trainer, folder, found
+    yield trainer, folder, found
+    let_go(trainer)
 
 
 def test_the_evaluation_of_these_weights_is_told(done):
