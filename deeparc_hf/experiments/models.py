@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def load_model(auto_class: Any, name: str, *, revision: str | None = None, gguf_
 
 def _of_gguf(auto_class: Any, name: str, **settings: Any) -> Any:
     loaded = auto_class.from_pretrained(name, dtype=torch.float32, **settings)
-    fresh = auto_class.from_config(loaded.config)
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):  # its weights are dequantized
+        del config.quantization_config
+    fresh = auto_class.from_config(config)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config
     return fresh
