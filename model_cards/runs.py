@@ -1,11 +1,9 @@
-"""The three runs whose cards are kept here. Each fine-tunes a model, prunes it by the callback, and makes the card:
+"""Two of the runs whose cards are kept here, each in one training with the callbacks (the others are of the recipes):
 
     python model_cards/runs.py text_classification --data FOLDER --model sentence-transformers/all-MiniLM-L6-v2 --output runs/text
-    python model_cards/runs.py question_generation --data FOLDER --output runs/questions
     python model_cards/runs.py image_classification --data FOLDER --output runs/images
 
-FOLDER holds train.csv, validation.csv and test.csv (text, label); or train.jsonl and validation.jsonl (context, question, answer); or
-train.parquet and test.parquet (image, label).
+FOLDER holds train.csv, validation.csv and test.csv (text, label), or train.parquet and test.parquet (image, label).
 """
 
 from __future__ import annotations
@@ -22,14 +20,8 @@ from datasets import load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorForSeq2Seq,
-    PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -76,54 +68,6 @@ def text_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[st
     )
     told = {"dataset_tags": "dair-ai/emotion", "language": "en", "license": "apache-2.0"}
     return trainer, data["test"], {**told, "finetuned_from": "sentence-transformers/all-MiniLM-L6-v2"}
-
-
-def question_generation(args: argparse.Namespace) -> tuple[Trainer, Any, dict[str, Any]]:
-    """A small T5 from scratch on question generation from SQuAD passages: encoder and decoder are pruned as stacks of their own."""
-    files = {name: str(Path(args.data, f"{name}.jsonl")) for name in ("train", "validation")}
-    rows = load_dataset("json", data_files=files)
-    tokenizer = words_of([text for row in rows["train"] for text in (row["context"], row["question"])])
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-        sources = [f"answer: {a} context: {c}" for a, c in zip(batch["answer"], batch["context"], strict=True)]
-        targets = tokenizer([f"{question}</s>" for question in batch["question"]], truncation=True, max_length=32)["input_ids"]
-        return {**tokenizer(sources, truncation=True, max_length=128), "labels": targets}
-
-    data = rows.map(encode, batched=True, remove_columns=rows["train"].column_names)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=192,
-        d_ff=512,
-        d_kv=32,
-        num_heads=6,
-        num_layers=6,
-        num_decoder_layers=6,
-        decoder_start_token_id=tokenizer.pad_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = T5ForConditionalGeneration(config)
-    trainer = Seq2SeqTrainer(
-        model=model,
-        args=settings(args.output, Seq2SeqTrainingArguments, num_train_epochs=8, per_device_train_batch_size=16, learning_rate=1e-3),
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-        callbacks=[MPruneCallback(num_blocks={"encoder.block": 5, "decoder.block": 5}, start_epoch=5, retrain_epochs=3, heal="lstsq")],
-    )
-    return trainer, data["validation"], {"dataset_tags": "rajpurkar/squad", "language": "en", "license": "apache-2.0"}
-
-
-def words_of(texts: list[str], size: int = 8000) -> PreTrainedTokenizerFast:
-    """A tokenizer with the most frequent pieces of these texts."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<pad>", "</s>", "<unk>"]))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def image_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[str, Any]]:
@@ -175,7 +119,7 @@ def image_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[s
     return trainer, data["test"].with_transform(pixels), {"dataset_tags": "uoft-cs/cifar10", "license": "apache-2.0"}
 
 
-TASKS = {run.__name__: run for run in (text_classification, question_generation, image_classification)}
+TASKS = {run.__name__: run for run in (text_classification, image_classification)}
 
 
 def main() -> None:
