@@ -16,6 +16,7 @@ from ..run_report import finite, write_whole
 __all__ = ["RESULTS", "Measured", "Row", "Speed", "read_rows", "results_table", "write_results"]
 
 RESULTS = "results"
+_EPOCHS, _FIRST = 6, 3
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,15 @@ def results_table(rows: Sequence[Row], metrics: Sequence[str] | None = None) -> 
     """
     names = list(metrics or dict.fromkeys(name for row in rows for name in row.measured.metrics))
     epochs = max((len(row.validation) for row in rows), default=0)
-    header = ["model", *(f"epoch {epoch + 1}" for epoch in range(epochs)), *names, "blocks", "parameters"]
+    first = _FIRST if epochs > _EPOCHS else epochs  # of long trainings the first epochs, and the last one
+    titles = [*(f"epoch {epoch + 1}" for epoch in range(first)), *(["last epoch"] if first < epochs else [])]
+    header = ["model", *titles, *names, "blocks", "parameters"]
     header += ["evaluation time (s)", "training time (s)", "freeze", "threshold", "K", "zeros (%)"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in rows:
-        shown = [f"{value:.4f}" for value in row.validation] + ["-"] * (epochs - len(row.validation))
+        shown = [f"{value:.4f}" for value in row.validation[:first]] + ["-"] * (first - len(row.validation))
+        if first < epochs:
+            shown.append(f"{row.validation[-1]:.4f}" if row.validation else "-")
         lines.append(
             [
                 row.name + (f" ({row.verdict})" if row.verdict else ""),

@@ -99,3 +99,13 @@ def test_a_speed_tells_how_near_the_ideal_it_is():
     speed = Speed(ratio=0.8, low=0.75, high=0.9, blocks=0.72, turns=5)
     assert speed.of_ideal == pytest.approx(0.9)
     assert str(speed).startswith("Evaluation time: 0.800 of the original's (0.750 .. 0.900, 5 turns)") and "0.90 of the ideal" in str(speed)
+
+
+def test_long_trainings_show_their_first_epochs_and_the_last():
+    def row(*values):
+        return Row("original", {"layers": 4}, 100, Measured({"accuracy": 0.5}, 10), validation=values)
+
+    header, _, long, short = results_table([row(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), row(0.8)]).splitlines()
+    assert header.startswith("| model | epoch 1 | epoch 2 | epoch 3 | last epoch | accuracy |")
+    assert long.startswith("| original | 0.1000 | 0.2000 | 0.3000 | 0.7000 | 0.5000 |")
+    assert short.startswith("| original | 0.8000 | - | - | 0.8000 | 0.5000 |")
