@@ -50,11 +50,13 @@ class QuestionMeasure:
         accelerator = trainer.accelerator
         model = accelerator.unwrap_model(trainer.model).eval()
         pad = self._tokenizer.pad_token_id
+        # transformers' T5 makes a cache for as many blocks as the encoder has: with more decoder blocks it fails; the results are the same
+        cached = getattr(model.config, "num_layers", 0) >= getattr(model.config, "num_decoder_layers", 0)
         found: list[str] = []
         for batch in trainer.get_test_dataloader(self._test):
             inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
-                ids = model.generate(**inputs, **self._search)
+                ids = model.generate(**inputs, **self._search, use_cache=cached)
             ids = accelerator.gather_for_metrics(accelerator.pad_across_processes(ids, dim=1, pad_index=pad))
             found += self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in found]

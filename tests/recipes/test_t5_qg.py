@@ -101,6 +101,17 @@ def test_the_scores_are_those_of_the_saved_model(alone, place):
     assert PrunedConfig.from_pretrained(last).kept.keys() == {"encoder.block", "decoder.block"}
 
 
+@pytest.mark.filterwarnings("ignore:.*can no longer generate with a cache")
+def test_more_decoder_than_encoder_blocks_can_be_measured(place):
+    """Stock transformers cannot generate with a cache there."""
+    from ..recipes.running import recipe
+
+    rows = recipe("t5_qg").main(
+        [*words(place, place / "uneven"), "--iterations", "1", "--num_blocks", "encoder.block=2", "decoder.block=3"]
+    )
+    assert rows[-1].blocks == {"encoder.block": 2, "decoder.block": 3} and 0 <= rows[-1].measured.metrics["bleu"] <= 1
+
+
 def test_two_processes_give_every_question_once_and_in_order(place):
     command = [
         sys.executable,
