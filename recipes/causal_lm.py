@@ -4,8 +4,8 @@
 # ///
 """Causal language models: remove blocks of a Llama-like model in iterations, heal or retrain, zero weights, and measure perplexity.
 
-    python recipes/causal_lm.py --config recipes/configs/smollm2_wikitext.yaml
-    accelerate launch recipes/causal_lm.py --config recipes/configs/smollm2_wikitext.yaml --similarity cosine --output_dir runs/cosine
+    python recipes/causal_lm.py --config recipes/configs/smollm2_bbc.yaml
+    accelerate launch recipes/causal_lm.py --config recipes/configs/smollm2_bbc.yaml --similarity cosine --output_dir runs/cosine
 
 Every setting of the config file may be given on the command line, which wins. Criteria are compared by runs with --similarity cka
 (debiased), cosine (block influence) and effect. Any text data set or local .csv, .jsonl, .txt or .parquet file will do; each row (of a
@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     told = {"command": "python recipes/causal_lm.py --config CONFIG"}
     samples = f"A sample is a block of {text.block_size} tokens. Perplexity is exp(mean loss of a token); its interval is over the blocks."
     notes = [*splits.notes, samples]
-    return Experiment(data, pruning, training, load, trainer, splits.test, measure, told=told, notes=notes).run()
+    # average_tokens: this loss follows the number of tokens of all processes
+    return Experiment(data, pruning, training, load, trainer, splits.test, measure, told=told, notes=notes, average_tokens=True).run()
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ class ImageArguments:
 
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
-    from transformers import AutoModelForImageClassification, DefaultDataCollator, Trainer, TrainingArguments, set_seed
+    from transformers import AutoConfig, AutoModelForImageClassification, DefaultDataCollator, Trainer, TrainingArguments, set_seed
 
     from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
     from deeparc_hf.experiments.images import ImageEncoder, image_processor, with_images
-    from deeparc_hf.experiments.labels import encode_labels
+    from deeparc_hf.experiments.labels import classes_of, encode_labels
     from deeparc_hf.experiments.models import has_weights, load_model
     from deeparc_hf.experiments.sequence import Experiment
     from deeparc_hf.experiments.splits import load_splits
@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     data, image, pruning, training = parse((DataArguments, ImageArguments, PruningArguments, TrainingArguments), argv, __doc__)
     training.remove_unused_columns = False  # the images' column is not one of the model's
     set_seed(training.seed)
-    splits, names = encode_labels(with_images(load_splits(data, training.seed), image.image_column), image.label_column)
+    order = None if pruning.finetune_epochs > 0 else classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
+    splits, names = encode_labels(with_images(load_splits(data, training.seed), image.image_column), image.label_column, order)
     processor = image_processor(data.model, data.model_revision, image.image_size)
     plain = ImageEncoder(processor, image.image_column)
     changed = ImageEncoder(processor, image.image_column, mirror=image.mirror, shift=image.shift)

@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     data, text, pruning, training = parse(types, argv, __doc__)
     set_seed(training.seed)
     splits = load_splits(data, training.seed)
+    splits.need(context_column=text.context_column, question_column=text.question_column, answer_column=text.answer_column)
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -82,10 +83,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     measure = QuestionMeasure(splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=text.max_target_length)
     told = {"command": "accelerate launch recipes/t5_qg.py --config CONFIG"}
     experiment = Experiment(data, pruning, training, load, trainer, splits.test, measure, told=told, notes=list(splits.notes))
-    rows = experiment.run()
-    if training.process_index == 0:
-        scores_report(Path(training.output_dir), rows, measure)
-    return rows
+    experiment.finish = lambda rows: scores_report(Path(training.output_dir), rows, measure)
+    return experiment.run()
 
 
 def _first_answer(answer: Any) -> str:

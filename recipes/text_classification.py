@@ -31,6 +31,7 @@ class TextArguments:
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
     from transformers import (
+        AutoConfig,
         AutoModelForSequenceClassification,
         AutoTokenizer,
         DataCollatorWithPadding,
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
-    from deeparc_hf.experiments.labels import encode_labels
+    from deeparc_hf.experiments.labels import classes_of, encode_labels
     from deeparc_hf.experiments.sequence import Experiment
     from deeparc_hf.experiments.splits import load_splits
 
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     set_seed(training.seed)
     splits = load_splits(data, training.seed)
     splits.need(text_column=text.text_column, text_pair_column=text.text_pair_column)
-    splits, names = encode_labels(splits, text.label_column)
+    order = None if pruning.finetune_epochs > 0 else classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
+    splits, names = encode_labels(splits, text.label_column, order)
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:

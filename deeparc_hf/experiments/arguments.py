@@ -55,7 +55,7 @@ class PruningArguments:
     retrain_epochs: int = field(default=3, metadata={"help": "epochs after each pruning; 0: blocks are removed (and healed), no more"})
     threshold: float | None = field(default=None, metadata={"help": "similarity from which blocks are redundant"})
     num_blocks: list[str] | None = field(
-        default=None, metadata={"help": "blocks that stay: N for each iteration, or STACK=N for each stack (of the last iteration)"}
+        default=None, metadata={"help": "blocks that stay: N for each iteration, or STACK=N for each stack (of one iteration)"}
     )
     keep_ratio: float | None = field(default=None, metadata={"help": "share of the blocks that stays, of each iteration"})
     k: int = field(default=1, metadata={"help": "stride of removal"})
@@ -131,6 +131,8 @@ class PruningArguments:
             if self.iterations and len(given) not in (1, self.iterations):
                 raise ConfigError(f"num_blocks gives {len(given)} targets for {self.iterations} iterations. Give one for each.")
             return int(given[min(iteration, len(given) - 1)])
+        if self.iterations > 1:
+            raise ConfigError("num_blocks as STACK=N is for one iteration: the first would go all the way. Give N for each of several.")
         counts = {}
         for entry in given:
             name, sign, number = entry.rpartition("=")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from ..errors import ConfigError
 from .splits import Splits
 
-__all__ = ["encode_labels"]
+__all__ = ["classes_of", "encode_labels"]
 
 _MOST = 10_000
 
 
-def encode_labels(splits: Splits, column: str) -> tuple[Splits, list[str]]:
+def encode_labels(splits: Splits, column: str, order: Sequence[str] | None = None) -> tuple[Splits, list[str]]:
     """Make the labels of all splits whole numbers in the column "labels". Other columns are not read (images need not be decoded).
 
     Args:
         column: of the labels: ClassLabel, whole numbers from 0, or names (numbered in the order of the alphabet).
+        order: names of the classes of a model that is fine-tuned already, by number; labels that have names are numbered as these.
 
     Returns:
         The splits, and the names by number.
@@ -36,6 +37,13 @@ def encode_labels(splits: Splits, column: str) -> tuple[Splits, list[str]]:
         names, numbers = [str(key) for key in keys], {key: index for index, key in enumerate(keys)}
     else:
         numbers = {name: index for index, name in enumerate(names)}
+    if order is not None and names != list(order) and not _numbered(names):
+        if sorted(order) != sorted(names):
+            raise ConfigError(
+                f"The model's classes are {', '.join(order[:20])}, the data's {', '.join(names[:20])}. Fine-tune it "
+                "(finetune_epochs), or give data with the model's classes."
+            )
+        names, numbers = list(order), {name: index for index, name in enumerate(order)}
     return splits.each(lambda part: _encoded(part, column, names, numbers)), list(names)
 
 
@@ -76,3 +84,15 @@ def _values(part: Any, column: str) -> list[Any]:
     if any(value is None for value in values):
         raise ConfigError(f"A row has no label in the column {column!r}. Leave such rows out.")
     return sorted(values)
+
+
+def classes_of(config: Any) -> list[str] | None:
+    """Names of a fine-tuned model's classes by number; None where nobody named them."""
+    labels = getattr(config, "id2label", None) or {}
+    names = [str(labels[index]) for index in sorted(labels)]
+    return None if not names or all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
+
+
+def _numbered(names: list[str]) -> bool:
+    """Whether these are numbers from 0, which no name goes with."""
+    return names == [str(index) for index in range(len(names))]

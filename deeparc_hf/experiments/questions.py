@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..run_report import write_whole
@@ -53,7 +54,9 @@ class QuestionMeasure:
         # transformers' T5 makes a cache for as many blocks as the encoder has: with more decoder blocks it fails; the results are the same
         cached = getattr(model.config, "num_layers", 0) >= getattr(model.config, "num_decoder_layers", 0)
         found: list[str] = []
-        for batch in trainer.get_test_dataloader(self._test):
+        # a loader of our own: the Trainer's may group rows by length, and references come in the data's order
+        rows = DataLoader(self._test, batch_size=trainer.args.eval_batch_size, collate_fn=trainer.data_collator)
+        for batch in accelerator.prepare(rows):
             inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
                 ids = model.generate(**inputs, **self._search, use_cache=cached)

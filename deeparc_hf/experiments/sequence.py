@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..callbacks import MPruneCallback, WandaCallback
 from ..card import create_model_card
 from ..config import MPruneConfig, WandaConfig
+from ..errors import ConfigError
 from ..hub import push_to_hub
 from ..provenance import dataset_facts, training_facts
 from ..report import timed_evaluation
@@ -51,6 +52,9 @@ class Experiment:
         measure: metrics of a Trainer's model on the test data; default: Trainer.evaluate. The same work is timed.
         told: what the card is told (`create_model_card`).
         notes: sentences beneath the table.
+        average_tokens: whether the model's loss follows the number of tokens of all processes. Where it does not, the Trainer would
+            multiply it by their number (`average_tokens_across_devices`).
+        finish: called with the rows in the end, in the first process.
     """
 
     data: DataArguments
@@ -63,6 +67,8 @@ class Experiment:
     calibration: Any = None
     told: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    average_tokens: bool = False
+    finish: Callable[[list[Row]], None] = lambda rows: None
 
     def run(self) -> list[Row]:
         """Run it all. The output folder gets results.md and .json, the models, and the card of the last one beside it."""
@@ -78,9 +84,18 @@ class Experiment:
             rows += self._sparse(row)
         if self._main:
             self._clean_up()
-            write_results(self._out, rows, speeds, self._facts(), self.notes)
+            # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes)
             self._publish(last)
+            self.finish(rows)
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, self.notes)
         return rows
+
+    def __post_init__(self) -> None:
+        if self.training.push_to_hub:
+            raise ConfigError("push_to_hub would publish every model of the experiment. Give repo_id: the last one is published there.")
+        if self.training.num_train_epochs != TrainingArguments.num_train_epochs or self.training.max_steps > 0:
+            raise ConfigError("finetune_epochs and retrain_epochs say how long the trainings are. Leave num_train_epochs, max_steps out.")
 
     # ---- steps ----
 
@@ -182,7 +197,7 @@ class Experiment:
         if row.folder is None:
             return
         folder = self._out / row.folder
-        dataset = self.data.dataset
+        dataset = None if self.data.train_file is not None else self.data.dataset  # local files stand for it
         told = {"license": self.data.license, "language": self.data.language, **self.told}
         if dataset is not None and not Path(dataset).exists():  # cards name no local paths
             told.setdefault("dataset_tags", dataset)
@@ -213,7 +228,8 @@ class Experiment:
         """The arguments of one training."""
         folder = self._out / name.replace(" ", "-").replace(",", "").replace("%", "percent").replace(":", "-")
         evaluates = "epoch" if self.training.eval_strategy == "no" else self.training.eval_strategy
-        return dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, eval_strategy=evaluates)
+        settings = {"eval_strategy": evaluates, "average_tokens_across_devices": self.average_tokens}
+        return dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, **settings)
 
     def _place(self, row: Row) -> str:
         return self.data.model if row.folder is None else str(self._out / row.folder)
@@ -249,7 +265,11 @@ class Experiment:
     def _judged(self, trainer: Trainer) -> float:
         metrics = trainer.evaluate()
         name = self.pruning.metric or "loss"
-        return float(metrics[name if name.startswith("eval_") else f"eval_{name}"])
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in metrics:
+            known = sorted(key.removeprefix("eval_") for key in metrics if not key.endswith(("_runtime", "_per_second", "_time")))
+            raise ConfigError(f"metric={self.pruning.metric!r} is not among the metrics of the evaluation: {', '.join(known)}.")
+        return float(metrics[name])
 
     def _batches(self, trainer: Trainer, config: MPruneConfig | WandaConfig) -> Iterable[Any]:
         """Calibration batches of the training data, the same in each process."""

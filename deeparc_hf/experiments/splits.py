@@ -74,7 +74,11 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
         loaded: Mapping[str, Any] = {use: _of_file(datasets, file) for use, file in files.items() if file is not None}
         names = {use: use for use in names}
     elif data.dataset is not None:
-        loaded = datasets.load_dataset(data.dataset, data.dataset_config, revision=data.dataset_revision)
+        loaded = dict(datasets.load_dataset(data.dataset, data.dataset_config, revision=data.dataset_revision))
+        for use, file in files.items():
+            if file is not None:  # a file instead of that split
+                names[use] = f"the file of {use}"
+                loaded[names[use]] = _of_file(datasets, file)
     else:
         raise ConfigError("There is no data: give dataset (a Hub id), or train_file.")
     if names["train"] not in loaded:
@@ -90,7 +94,9 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
         parts = train.train_test_split(0.1, seed=seed)
         train, validation = parts["train"], parts["test"]
         notes.append("There is no validation split: prunings were judged on a tenth of the training split, which was not trained on.")
-    test = loaded.get(names["test"]) if hasattr(loaded, "get") else None
+    if names["test"] not in loaded and data.test_split != DataArguments.test_split:
+        raise ConfigError(f"There is no split {data.test_split!r} to measure on; there are {', '.join(loaded)}. Give test_split.")
+    test = loaded.get(names["test"])
     if test is None or (data.dataset is not None and names["test"] == names["validation"]):
         test = validation
         notes.append("There is no test split of its own: the figures are of the data that prunings were judged on, and so are optimistic.")

@@ -46,6 +46,12 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.file.check(self.extra, refused=_NO_EXTRA)
+        self._folders: dict[str, str] = {}
+        for cell in self.file.cells:  # different names may read the same as names of folders
+            name, number = slug(cell.name), 2
+            while name in self._folders.values():
+                name, number = f"{slug(cell.name)}.{number}", number + 1
+            self._folders[cell.name] = name
 
     def commands(self) -> list[tuple[str, list[str]]]:
         """The name and the command of each cell; the original comes first."""
@@ -121,10 +127,14 @@ class Sweep:
         return [*words, "--output_dir", str(self._place(cell.name))]
 
     def _place(self, name: str) -> Path:
-        return self.output / "cells" / slug(name)
+        return self.output / "cells" / self._folders[name]
 
     def _finished(self, name: str) -> bool:
-        return (self._place(name) / f"{RESULTS}.json").is_file() and (self._place(name) / CELL).is_file()
+        try:
+            results = json.loads((self._place(name) / f"{RESULTS}.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(results.get("complete", True)) and (self._place(name) / CELL).is_file()
 
     def _known(self, place: Path) -> dict[str, Any] | None:
         try:
@@ -156,6 +166,8 @@ def shown(command: Sequence[str]) -> str:
 def _words(settings: Mapping[str, Any]) -> list[str]:
     words = []
     for name, value in settings.items():
+        if value is None:  # left out, as in a config file
+            continue
         words.append(f"--{name}")
         words += [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
     return words

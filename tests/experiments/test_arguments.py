@@ -106,8 +106,8 @@ def test_an_unknown_argument_and_an_abbreviation_are_refused():
 def test_targets_of_each_iteration():
     assert [pruning(threshold=None, iterations=3, num_blocks=["9"]).pruning(i).num_blocks for i in range(3)] == [9, 9, 9]
     assert [pruning(threshold=None, iterations=2, num_blocks=["9", " 7 "]).pruning(i).num_blocks for i in range(2)] == [9, 7]
-    by_stack = pruning(threshold=None, iterations=2, num_blocks=["a.b=3", "c=2"])
-    assert by_stack.pruning(1).num_blocks == {"a.b": 3, "c": 2}
+    by_stack = pruning(threshold=None, num_blocks=["a.b=3", "c=2"])
+    assert by_stack.pruning(0).num_blocks == {"a.b": 3, "c": 2}
     assert pruning(num_blocks=[]).pruning(0).threshold == 0.9
 
 
@@ -116,7 +116,8 @@ def test_targets_of_each_iteration():
     [
         ({"num_blocks": ["9", "7"], "iterations": 3}, "gives 2 targets for 3 iterations"),
         ({"num_blocks": ["a=x"]}, "found 'a=x'"),
-        ({"num_blocks": ["9", "a=3"], "iterations": 2}, "found '9'"),
+        ({"num_blocks": ["9", "a=3"]}, "found '9'"),
+        ({"num_blocks": ["a=4", "b=3"], "iterations": 2}, "is for one iteration"),
         ({"num_blocks": ["=3"]}, "found '=3'"),
         ({"num_blocks": ["-3"]}, "found '-3'"),
         ({"num_blocks": ["0"]}, "must be at least 1"),
