@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datasets
 import pytest
+from transformers import BertConfig
 
 from deeparc_hf.errors import ConfigError
-from deeparc_hf.experiments.labels import encode_labels
+from deeparc_hf.experiments.labels import classes_of, encode_labels
 from deeparc_hf.experiments.splits import Splits
 
 
@@ -86,3 +87,18 @@ def test_labels_that_cannot_be_are_refused(train, test, message):
 def test_a_missing_column_is_refused():
     with pytest.raises(ConfigError, match=r"label_column: there is no column 'lable'.*Did you mean 'label'"):
         encode_labels(Splits(part([0]), part([0]), part([0])), "lable")
+
+
+def test_labels_are_numbered_as_a_fine_tuned_model_numbers_them():
+    train = part(["negative", "positive"])
+    splits, names = encode_labels(Splits(train, train, train), "label", ["positive", "negative"])
+    assert names == ["positive", "negative"] and list(splits.test["labels"]) == [1, 0]
+    numbers = part([0, 1])
+    assert encode_labels(Splits(numbers, numbers, numbers), "label", ["positive", "negative"])[1] == ["0", "1"]  # nothing to go by
+    with pytest.raises(ConfigError, match="The model's classes are a, b, the data's negative, positive"):
+        encode_labels(Splits(train, train, train), "label", ["a", "b"])
+
+
+def test_classes_that_nobody_named_are_none():
+    assert classes_of(BertConfig(num_labels=3)) is None and classes_of(object()) is None
+    assert classes_of(BertConfig(id2label={1: "b", 0: "a"})) == ["a", "b"]

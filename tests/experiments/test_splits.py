@@ -114,3 +114,17 @@ def test_work_on_each_split_keeps_the_notes():
     part = datasets.Dataset.from_list(rows_of(0, 3))
     splits = Splits(part, part, part, ("a note",)).map(lambda row: {"n": len(row["text"])})
     assert splits.notes == ("a note",) and all(part["n"][0] == 2 for part in (splits.train, splits.validation, splits.test))
+
+
+def test_a_file_stands_for_one_split_of_a_data_set(files, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, rows in (("train", rows_of(0, 9)), ("test", rows_of(9, 3))):
+        datasets.Dataset.from_list(rows).to_json(tmp_path / "data" / f"{name}.jsonl")
+    given = {"model": "m", "dataset": str(tmp_path / "data")}
+    assert len(load_splits(DataArguments(**given), 0).test) == 3
+    splits = load_splits(DataArguments(**given, test_file=files["test"]), 0)
+    assert len(splits.test) == 7 and len(splits.train) == 8  # a tenth is held out
+    with pytest.raises(ConfigError, match="There is no file"):
+        load_splits(DataArguments(**given, test_file=str(tmp_path / "nothing.csv")), 0)
+    with pytest.raises(ConfigError, match="There is no split 'tset' to measure on; there are train, test"):
+        load_splits(DataArguments(**given, test_split="tset"), 0)

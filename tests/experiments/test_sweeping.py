@@ -298,3 +298,24 @@ def test_names_as_folders():
     assert slug("T99 K1 (Part)") == "T99-K1-Part"
     assert slug("num_blocks=5,4") == "num_blocks=5-4"
     assert slug("../..") == "cell"
+
+
+def test_names_that_read_the_same_have_folders_of_their_own(place):
+    write(place, {"num_blocks": {"A+": 3, "A-": 2}})
+    assert sweep(place)[0] == 0
+    assert [call["num_blocks"] for call in calls(place)[1:]] == ["3", "2"] and len(set(ran(place))) == 3
+    assert sweep(place)[1].count("done before") == 3
+
+
+def test_a_cell_whose_end_is_missing_is_not_done(place):
+    sweep(place)
+    path = place / "out" / "cells" / "three" / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "complete": False}))
+    code, said = sweep(place)
+    assert code == 0 and ran(place, 5) == ["three"] and "three: was not finished" in said
+
+
+def test_a_null_leaves_a_setting_out(place):
+    write(place, {"heal": {"plain": None, "healed": "lstsq"}})
+    assert sweep(place)[0] == 0
+    assert ["heal" in call for call in calls(place)] == [False, False, True]

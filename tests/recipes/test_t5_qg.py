@@ -18,6 +18,7 @@ from deeparc_hf.experiments.results import read_rows
 
 from ..publishing import tiny_tokenizer
 from ..zoo import ZOO
+from .running import recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,8 +105,6 @@ def test_the_scores_are_those_of_the_saved_model(alone, place):
 @pytest.mark.filterwarnings("ignore:.*can no longer generate with a cache")
 def test_more_decoder_than_encoder_blocks_can_be_measured(place):
     """Stock transformers cannot generate with a cache there."""
-    from ..recipes.running import recipe
-
     rows = recipe("t5_qg").main(
         [*words(place, place / "uneven"), "--iterations", "1", "--num_blocks", "encoder.block=2", "decoder.block=3"]
     )
@@ -128,4 +127,13 @@ def test_two_processes_give_every_question_once_and_in_order(place):
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_rows(place / "two")
     assert [sum(row.blocks.values()) for row in rows] == [7, 6, 5] and all(row.measured.samples == 13 for row in rows)
-    assert (place / "two" / rows[-1].folder / "README.md").is_file()
+    last = place / "two" / rows[-1].folder
+    assert (last / "README.md").is_file()
+    # the same model in one process; the last batch of several repeats rows, which the loss counts
+    (again,) = recipe("t5_qg").main([*words(place, place / "again"), "--model", str(last), "--finetune_epochs", "0", "--iterations", "0"])
+    assert again.measured.metrics["loss"] == pytest.approx(rows[-1].measured.metrics["loss"], rel=0.1)
+    for score in ("bleu", "rouge1", "length_ratio"):
+        assert again.measured.metrics[score] == pytest.approx(rows[-1].measured.metrics[score], abs=1e-6)
+    grouped = [*words(place, place / "grouped"), "--model", str(last), "--finetune_epochs", "0", "--iterations", "0"]
+    (row,) = recipe("t5_qg").main([*grouped, "--train_sampling_strategy", "group_by_length"])
+    assert row.measured.metrics["rouge1"] == pytest.approx(again.measured.metrics["rouge1"])

@@ -187,3 +187,38 @@ def test_an_unknown_key_of_a_config_file_is_refused(data, tmp_path):
     file.write_text("treshold: 0.9\n")
     with pytest.raises(ConfigError, match=r"'treshold'\. Did you mean 'threshold'"):
         main(["--config", str(file), *words(**data, output_dir=str(tmp_path))])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"push_to_hub": True}, "Give repo_id"),
+        ({"num_train_epochs": 5}, "finetune_epochs and retrain_epochs"),
+        (
+            {"metric": "acuracy", "max_drop": 0.1, "num_blocks": [3], "finetune_epochs": 0, "iterations": 1},
+            "not among the metrics .* accuracy, loss",
+        ),
+    ],
+)
+def test_what_would_be_ignored_or_do_harm_is_refused(data, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        main(words(output_dir=tmp_path, **{**data, **changes}))
+
+
+def test_a_fine_tuned_model_keeps_the_order_of_its_classes(data, tmp_path):
+    """The same model, its classes named in the other order: every answer is the other one."""
+    model = ZOO["bert"].model()
+    found = []
+    for number, names in enumerate((NAMES, NAMES[::-1])):
+        model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+        model.save_pretrained(tmp_path / f"m{number}")
+        tiny_tokenizer().save_pretrained(tmp_path / f"m{number}")
+        given = {
+            **data,
+            "model": str(tmp_path / f"m{number}"),
+            "finetune_epochs": 0,
+            "iterations": 0,
+            "output_dir": tmp_path / f"o{number}",
+        }
+        found.append(main(words(**given))[0].measured.metrics["accuracy"])
+    assert found[0] == pytest.approx(1 - found[1])
