@@ -202,3 +202,17 @@ def test_a_bare_timm_model_in_a_trainer_is_published_whole(hub, publisher, tmp_p
         place=tmp_path,
     )
     assert {"config.json", "model.safetensors"} <= set(hub.files("owner/timm-in-trainer"))
+
+
+def test_licences_are_those_that_the_hub_tells(hub, publisher):
+    found = publisher.run(
+        """
+        model = ZOO["bert"].model()
+        push_to_hub(model, "owner/licensed", license="mit")
+        remove_blocks(model, {"bert.encoder.layer": [1]})
+        cards = [create_model_card(model, finetuned_from=name) for name in ("owner/licensed", "owner/not-there")]
+        own = create_model_card(model, finetuned_from="owner/licensed", license="apache-2.0")
+        result = [[card.data.license for card in (*cards, own)], "licence by its card: mit" in str(cards[0])]
+        """
+    )
+    assert found == [["mit", None, "apache-2.0"], True]

@@ -316,6 +316,6 @@ def test_a_cell_whose_end_is_missing_is_not_done(place):
 
 
 def test_a_null_leaves_a_setting_out(place):
-    write(place, {"heal": {"plain": None, "healed": "lstsq"}})
+    write(place, {"num_blocks": {"three": 3}, "heal": {"plain": None, "healed": "lstsq"}})
     assert sweep(place)[0] == 0
     assert ["heal" in call for call in calls(place)] == [False, False, True]
