@@ -33,6 +33,7 @@ __all__ = ["Experiment"]
 
 TOLD = "card.json"
 ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
+_TIMES = ("_runtime", "_per_second", "_time")
 Loader = Callable[[str], nn.Module]
 TrainerMaker = Callable[[nn.Module, TrainingArguments, list[Any]], Trainer]
 
@@ -267,7 +268,7 @@ class Experiment:
         name = self.pruning.metric or "loss"
         name = name if name.startswith("eval_") else f"eval_{name}"
         if name not in metrics:
-            known = sorted(key.removeprefix("eval_") for key in metrics if not key.endswith(("_runtime", "_per_second", "_time")))
+            known = sorted(key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not key.endswith(_TIMES))
             raise ConfigError(f"metric={self.pruning.metric!r} is not among the metrics of the evaluation: {', '.join(known)}.")
         return float(metrics[name])
 
