@@ -8,6 +8,9 @@ import pytest
 
 from . import Client, ClientError, HubServer
 
+# of the tests' own Hub; what the package does with it is tested in test_hub*.py
+pytestmark = pytest.mark.slow
+
 START = """
 from huggingface_hub import CommitOperationAdd as Add, HfApi
 api = HfApi()

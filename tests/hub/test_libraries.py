@@ -6,6 +6,9 @@ import pytest
 
 from . import Client, ClientError
 
+# of the tests' own Hub; what the package does with it is tested in test_hub*.py
+pytestmark = pytest.mark.slow
+
 MODEL = """
 import torch, transformers
 from huggingface_hub import HfApi, model_info
