@@ -41,6 +41,7 @@ def test_a_model_is_pushed_and_loaded(hub, owner):
 def test_a_revision_stays_what_it_was(hub, owner):
     owner.run("""
         model.push_to_hub('owner/turned')
+        first = told(model)
         HfApi().create_tag('owner/turned', tag='v1')
         with torch.no_grad():
             model.embeddings.word_embeddings.weight.neg_()
