@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
             return AutoModelForImageClassification.from_pretrained(name)
         if has_weights(name):  # a head of another task is replaced by a new one, if it is going to be trained
             labels["ignore_mismatched_sizes"] = pruning.finetune_epochs > 0
+        labels["whole"] = pruning.finetune_epochs == 0
         return load_model(AutoModelForImageClassification, name, revision=data.model_revision, num_labels=len(names), **labels)
 
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:

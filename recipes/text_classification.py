@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
     from deeparc_hf.experiments.labels import classes_of, encode_labels
+    from deeparc_hf.experiments.models import load_model
     from deeparc_hf.experiments.sequence import Experiment
     from deeparc_hf.experiments.splits import load_splits
 
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
         labels = {"id2label": dict(enumerate(names)), "label2id": {label: index for index, label in enumerate(names)}}
         fresh = name == data.model and pruning.finetune_epochs > 0  # a head of another task is replaced by a new one
         labels["ignore_mismatched_sizes"] = fresh
-        return AutoModelForSequenceClassification.from_pretrained(name, revision=revision, num_labels=len(names), **labels)
+        return load_model(AutoModelForSequenceClassification, name, revision=revision, whole=not fresh, num_labels=len(names), **labels)
 
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:
         return Trainer(

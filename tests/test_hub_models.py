@@ -216,3 +216,19 @@ def test_licences_are_those_that_the_hub_tells(hub, publisher):
         """
     )
     assert found == [["mit", None, "apache-2.0"], True]
+
+
+def test_the_trainers_hub_arguments_are_the_defaults(hub, publisher, tmp_path):
+    found = publisher.run(
+        """
+        from huggingface_hub import HfApi
+        from transformers import Trainer, TrainingArguments
+        told = {"hub_model_id": "owner/by-args", "hub_private_repo": True, "hub_revision": "small"}
+        args = TrainingArguments(place, use_cpu=True, report_to="none", **told)
+        push_to_hub(Trainer(ZOO["bert"].model(), args))
+        result = HfApi().model_info("owner/by-args").private
+        """,
+        place=tmp_path,
+    )
+    assert found is True
+    assert "model.safetensors" in hub.files("owner/by-args", "small") and "model.safetensors" not in hub.files("owner/by-args")

@@ -23,7 +23,9 @@ def has_weights(name: str) -> bool:
     return not (folder / "config.json").is_file() or any(True for pattern in _WEIGHTS for _ in folder.glob(pattern))
 
 
-def load_model(auto_class: Any, name: str, *, revision: str | None = None, gguf_file: str | None = None, **settings: Any) -> Any:
+def load_model(
+    auto_class: Any, name: str, *, revision: str | None = None, gguf_file: str | None = None, whole: bool = False, **settings: Any
+) -> Any:
     """Load a model by Hub id or folder.
 
     A folder with a config.json and no weights gives a model from scratch. A model from a GGUF file is copied into a fresh one of its
@@ -34,10 +36,11 @@ def load_model(auto_class: Any, name: str, *, revision: str | None = None, gguf_
         name: Hub id or folder.
         revision: commit, tag or branch on the Hub.
         gguf_file: name of the GGUF file in it.
+        whole: refuse a checkpoint that lacks weights (of its head, say), which would be drawn at random.
         settings: of the config, and ignore_mismatched_sizes.
 
     Raises:
-        ConfigError: if a folder holds no model.
+        ConfigError: if a folder holds no model, or not a whole one.
     """
     folder = Path(name)
     if folder.is_dir() and gguf_file is None and not (folder / "config.json").is_file():
@@ -45,7 +48,16 @@ def load_model(auto_class: Any, name: str, *, revision: str | None = None, gguf_
     if gguf_file is not None:
         return _of_gguf(auto_class, name, revision=revision, gguf_file=gguf_file, **settings)
     if has_weights(name):
-        model = auto_class.from_pretrained(name, revision=revision, **settings)
+        model, info = auto_class.from_pretrained(name, revision=revision, output_loading_info=True, **settings)
+        if whole and info["missing_keys"]:
+            raise ConfigError(
+                f"{name} has no weights for {min(info['missing_keys'])}: it is not fine-tuned for this task, and they would be drawn at "
+                "random. Give finetune_epochs, or a fine-tuned model."
+            )
+    elif whole:
+        raise ConfigError(
+            f"There are no weights in {name}, and nothing is going to be trained first. Give finetune_epochs, or a fine-tuned model."
+        )
     else:
         known = {key: value for key, value in settings.items() if key not in _OF_CHECKPOINTS}
         model = auto_class.from_config(AutoConfig.from_pretrained(name, **known))

@@ -222,3 +222,12 @@ def test_a_fine_tuned_model_keeps_the_order_of_its_classes(data, tmp_path):
         }
         found.append(main(words(**given))[0].measured.metrics["accuracy"])
     assert found[0] == pytest.approx(1 - found[1])
+
+
+def test_a_model_without_a_head_is_not_taken_as_fine_tuned(data, tmp_path):
+    """Its head would be drawn at random, each time it is loaded."""
+    ZOO["bert"].model().bert.save_pretrained(tmp_path / "bare")
+    tiny_tokenizer().save_pretrained(tmp_path / "bare")
+    given = {**data, "model": str(tmp_path / "bare"), "finetune_epochs": 0, "iterations": 0, "output_dir": tmp_path / "out"}
+    with pytest.raises(ConfigError, match=r"has no weights for classifier\.bias: it is not fine-tuned"):
+        main(words(**given))
