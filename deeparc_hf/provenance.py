@@ -9,7 +9,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-__all__ = ["dataset_facts", "training_facts"]
+__all__ = ["TIMES", "dataset_facts", "training_facts"]
+
+# how the Trainer ends the names of metrics that are times, and say nothing of the model
+TIMES = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
 
 # how the datasets library names a file of a data set on the Hub, with the commit
 _ON_THE_HUB = re.compile(r"^hf://datasets/(?P<id>[\w.\-]+(?:/[\w.\-]+)?)@(?P<revision>[0-9a-f]{40})/")

@@ -9,12 +9,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..fingerprint import mark_of_model
-from ..provenance import dataset_facts, training_facts
+from ..provenance import TIMES, dataset_facts, training_facts
 from ..report import hardware
 
 __all__ = ["RunFacts", "figures_of", "lasting"]
-
-_SPEED = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
 
 
 class RunFacts:
@@ -73,4 +71,4 @@ def figures_of(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def lasting(figures: Mapping[str, float]) -> dict[str, float]:
     """Figures that say something of the model: finite, and no times."""
-    return {key: value for key, value in figures.items() if not key.endswith(_SPEED) and abs(value) < float("inf")}
+    return {key: value for key, value in figures.items() if not key.endswith(TIMES) and abs(value) < float("inf")}

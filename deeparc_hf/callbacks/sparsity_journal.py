@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..provenance import TIMES
 from ..sparsity_report import SparsityReport
 
 __all__ = ["SPARSITY_REPORT", "run_markdown"]
 
 SPARSITY_REPORT = "sparsity_report"
-_LEFT_OUT = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
 
 
 def run_markdown(data: Mapping[str, Any]) -> str:
@@ -39,7 +39,7 @@ def run_markdown(data: Mapping[str, Any]) -> str:
 
 
 def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    names = [key for key in dict.fromkeys(key for e in evaluations for key in e["metrics"]) if not key.endswith(_LEFT_OUT)]
+    names = [key for key in dict.fromkeys(key for e in evaluations for key in e["metrics"]) if not key.endswith(TIMES)]
     lines = [f"| epoch | step | blocks | weights | {' | '.join(names)} |", f"| ---: | ---: | ---: | --- |{' ---: |' * len(names)}"]
     for entry in evaluations:
         values = [entry["metrics"].get(name) for name in names]

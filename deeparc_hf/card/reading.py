@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecordError
+from ..provenance import TIMES
 from ..run_report import STAGES
 from .text import md, plain
 
@@ -19,7 +20,6 @@ MOST = 256  # attempts, metrics
 MOST_EVALUATIONS = 2**20
 MOST_BLOCKS = 4096
 _MAX_FILE = 16 * 2**20
-_SPEED = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
 
 
 def wrong_in(file: str, error: Exception) -> RecordError:
@@ -136,7 +136,7 @@ class Evaluation:
         """Read an evaluation: metrics, and where they are known data, weights and sparse."""
         figures = figures_in(entry["metrics"])
         times = [value for key, value in figures.items() if key.endswith("_runtime")]
-        lasting = {key: value for key, value in figures.items() if not key.endswith(_SPEED)}
+        lasting = {key: value for key, value in figures.items() if not key.endswith(TIMES)}
         mark = plain(entry["weights"], 64) if entry.get("weights") else None
         return cls(lasting, facts_in(entry.get("data")), times[0] if len(times) == 1 else None, mark, entry.get("sparse") is True)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..provenance import TIMES
 from ..record import package_versions
 from ..report import hardware, wilson_interval
 from ..run_report import finite, write_whole
@@ -41,13 +42,10 @@ class Measured:
         figures = {}
         for key, value in metrics.items():
             name = key.removeprefix(prefix)
-            if key.startswith(prefix) and isinstance(value, (int, float)) and not name.endswith(_SPEED):
+            if key.startswith(prefix) and isinstance(value, (int, float)) and not key.endswith(TIMES):
                 figures[name] = float(value)
         shares = {name: value for name, value in figures.items() if name.endswith("accuracy") and 0 <= value <= 1}
         return cls(figures, samples, {name: wilson_interval(round(value * samples), samples) for name, value in shares.items()})
-
-
-_SPEED = ("runtime", "_per_second", "compilation_time", "preparation_time")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ..card import create_model_card
 from ..config import MPruneConfig, WandaConfig
 from ..errors import ConfigError
 from ..hub import push_to_hub
-from ..provenance import dataset_facts, training_facts
+from ..provenance import TIMES, dataset_facts, training_facts
 from ..report import timed_evaluation
 from ..run_report import structure_facts, write_whole
 from ..sparsify import sparsify_model
@@ -33,7 +33,6 @@ __all__ = ["Experiment"]
 
 TOLD = "card.json"
 ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
-_TIMES = ("_runtime", "_per_second", "_time")
 Loader = Callable[[str], nn.Module]
 TrainerMaker = Callable[[nn.Module, TrainingArguments, list[Any]], Trainer]
 
@@ -268,7 +267,7 @@ class Experiment:
         name = self.pruning.metric or "loss"
         name = name if name.startswith("eval_") else f"eval_{name}"
         if name not in metrics:
-            known = sorted(key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not key.endswith(_TIMES))
+            known = sorted(key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not key.endswith(TIMES))
             raise ConfigError(f"metric={self.pruning.metric!r} is not among the metrics of the evaluation: {', '.join(known)}.")
         return float(metrics[name])
 
