@@ -19,8 +19,8 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _CHECKPOINT = re.compile(
     r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|([\w.\-]*_)?config\.json|preprocessor\w*\.json|tokenizer[\w.\-]*\.(json|model)"
     r"|(vocab|added_tokens|special_tokens_map|normalizer|chat_template|merges)[\w.\-]*\.(json|txt|bpe|jinja)|[\w\-]*\.(spm|tiktoken|model)"
-    r"|chat_template\.jinja|README\.md|LICEN[CS]E[\w.\-]*|NOTICE[\w.\-]*|(pruning_|sparsity_)?report\.(json|md)|pruning_plan\.json|results\.(json|md)"
-    r"|scores\.md|(similarity|heatmap)\.png"
+    r"|chat_template\.jinja|README\.md|LICEN[CS]E[\w.\-]*|NOTICE[\w.\-]*|(pruning_|sparsity_)?report\.(json|md)|pruning_plan\.json|evaluations\.json"
+    r"|results\.(json|md)|scores\.md|(similarity|heatmap)\.png"
 )
 _TEMPLATES = "additional_chat_templates"
 _TOKENIZER = re.compile(
@@ -32,7 +32,7 @@ _WEIGHTS_OF_OLD = re.compile(
     r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"
     r"|tf_model\.h5|flax_model\.msgpack|adapter_config\.json|adapter_model\.(safetensors|bin)|training_args\.bin"
 )
-_REPORTS_OF_OLD = re.compile(r"(pruning|sparsity)_report\.(json|md)|pruning_plan\.json")
+_REPORTS_OF_OLD = re.compile(r"(pruning|sparsity)_report\.(json|md)|(pruning_plan|evaluations)\.json")
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
-from .card.facts import PLAN_FILE, SPARSITY_FILE, CardFacts
+from .card.facts import EVALUATIONS_FILE, PLAN_FILE, SPARSITY_FILE, CardFacts
 from .card.model_card import CARD_FILE, PICTURE_FILE, make_card, may_replace
 from .checkpoint_files import checkpoint_files, outdated
 from .distributed import process_index
@@ -26,7 +26,7 @@ from .run_report import RUN_REPORT
 
 __all__ = ["push_to_hub"]
 
-_REPORT = re.compile(r"((pruning|sparsity)_)?report\.(json|md)|pruning_plan\.json|similarity\.png")
+_REPORT = re.compile(r"((pruning|sparsity)_)?report\.(json|md)|pruning_plan\.json|evaluations\.json|similarity\.png")
 
 _TRIES = 5  # where others commit at the same time
 _CONFLICT = 412
@@ -160,7 +160,9 @@ def _told(facts: CardFacts) -> list[str]:
     names = [f"{RUN_REPORT}.json", f"{RUN_REPORT}.md"] if facts.from_run else []
     if facts.sparsity is not None:
         names += [SPARSITY_FILE, SPARSITY_FILE.replace(".json", ".md")]
-    return [*names, *([PLAN_FILE] if facts.plan is not None else []), *(["report.json", "report.md"] if facts.from_report else [])]
+    names += [PLAN_FILE] if facts.plan is not None else []
+    names += [EVALUATIONS_FILE] if facts.evaluated else []
+    return [*names, *(["report.json", "report.md"] if facts.from_report else [])]
 
 
 def _commit(

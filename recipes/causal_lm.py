@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from deeparc_hf.errors import ConfigError
     from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
+    from deeparc_hf.experiments.asked import asked_for
     from deeparc_hf.experiments.models import load_model
     from deeparc_hf.experiments.perplexity import PerplexityMeasure, block_losses, collate_blocks, token_blocks
     from deeparc_hf.experiments.sequence import Experiment
@@ -74,11 +75,11 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    told = {"command": "python recipes/causal_lm.py --config CONFIG"}
+    asked = asked_for("causal_lm.py", argv, text, splits)
     samples = f"A sample is a block of {text.block_size} tokens. Perplexity is exp(mean loss of a token); its interval is over the blocks."
     notes = [*splits.notes, samples]
     # average_tokens: this loss follows the number of tokens of all processes
-    return Experiment(data, pruning, training, load, trainer, splits.test, measure, told=told, notes=notes, average_tokens=True).run()
+    return Experiment(data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=notes, average_tokens=True).run()
 
 
 if __name__ == "__main__":

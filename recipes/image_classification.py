@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     from transformers import AutoConfig, AutoModelForImageClassification, DefaultDataCollator, Trainer, TrainingArguments, set_seed
 
     from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
+    from deeparc_hf.experiments.asked import asked_for
     from deeparc_hf.experiments.images import ImageEncoder, image_processor, with_images
     from deeparc_hf.experiments.labels import classes_of, encode_labels
     from deeparc_hf.experiments.models import has_weights, load_model
@@ -76,10 +77,10 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    told = {"command": "python recipes/image_classification.py --config CONFIG"}
+    asked = asked_for("image_classification.py", argv, image, splits)
     notes = list(splits.notes)
     # blocks are compared on the training images as they are
-    return Experiment(data, pruning, training, load, trainer, seen.test, calibration=seen.train, told=told, notes=notes).run()
+    return Experiment(data, pruning, training, load, trainer, seen.test, calibration=seen.train, asked=asked, notes=notes).run()
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
+    from deeparc_hf.experiments.asked import asked_for
     from deeparc_hf.experiments.models import load_model
     from deeparc_hf.experiments.questions import QuestionMeasure, scores_report
     from deeparc_hf.experiments.sequence import Experiment
@@ -81,8 +82,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
         )
 
     measure = QuestionMeasure(splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=text.max_target_length)
-    told = {"command": "accelerate launch recipes/t5_qg.py --config CONFIG"}
-    experiment = Experiment(data, pruning, training, load, trainer, splits.test, measure, told=told, notes=list(splits.notes))
+    asked = asked_for("t5_qg.py", argv, text, splits)
+    experiment = Experiment(data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=list(splits.notes))
     experiment.finish = lambda rows: scores_report(Path(training.output_dir), rows, measure)
     return experiment.run()
 

@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
+    from deeparc_hf.experiments.asked import asked_for
     from deeparc_hf.experiments.labels import classes_of, encode_labels
     from deeparc_hf.experiments.models import load_model
     from deeparc_hf.experiments.sequence import Experiment
@@ -80,18 +81,13 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    experiment = Experiment(data, pruning, training, load, trainer, splits.test, told={"command": command()}, notes=list(splits.notes))
-    return experiment.run()
+    asked = asked_for("text_classification.py", argv, text, splits)
+    return Experiment(data, pruning, training, load, trainer, splits.test, asked=asked, notes=list(splits.notes)).run()
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
     """Share of right answers."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def command() -> str:
-    """For the card: the recipe, without local paths."""
-    return "python recipes/text_classification.py --config CONFIG"
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ from ..sparsity_report import SparsityReport
 from .reading import MOST_EVALUATIONS, Attempt, Evaluation, facts_in, number, read_json, texts_in, whole, wrong_in
 from .text import plain
 
-__all__ = ["PLAN_FILE", "SPARSITY_FILE", "CardFacts", "facts_of_folder", "facts_of_model", "with_reports"]
+__all__ = ["EVALUATIONS_FILE", "PLAN_FILE", "SPARSITY_FILE", "CardFacts", "facts_of_folder", "facts_of_model", "with_reports"]
 
 PLAN_FILE = "pruning_plan.json"
 SPARSITY_FILE = "sparsity_report.json"
 REPORT_FILE = "report.json"
+EVALUATIONS_FILE = "evaluations.json"
 _SAME_SHARE = 0.005  # blocks that went after the zeroing change the share a little
 _WRONG = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 _PROCESSORS = {
@@ -51,7 +52,8 @@ class CardFacts:
         processor: "tokenizer" or "image processor", where one lies beside the model.
         parameters: number of parameters, before the first pruning and now.
         attempts: rows of the run: the model before, and each pruning that was tried. From the record where there is no report.
-        from_run, from_report: whether a run's report, or that of a pruning without a Trainer, is of this model.
+        from_run, from_report, evaluated: whether a run's report, that of a pruning without a Trainer, or an experiment's evaluations
+            are of this model.
         summary: metric, baseline, accepted, iterations, max_drop, reason and state of the run.
         config: settings of the last pruning.
         sparsity: what was zeroed, from the sparsity report; None where there is none.
@@ -59,6 +61,7 @@ class CardFacts:
         data: what is known of the data, by use ("training", "evaluation").
         training, hardware, versions: settings of the training; what it ran on and with.
         plan: the last plan that was carried out.
+        speed: time of one evaluation over that of the original's (ratio, low, high, blocks, turns), where it was measured.
         mark: of the weights (`fingerprint`); None where they are not there, so that it is not known which evaluation is of them.
     """
 
@@ -81,6 +84,8 @@ class CardFacts:
     hardware: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     plan: PruningPlan | None = None
+    speed: Mapping[str, float] = field(default_factory=dict)
+    evaluated: bool = False
     mark: str | None = None
 
     @property
@@ -207,7 +212,12 @@ def with_reports(facts: CardFacts, folder: Path, *, own: bool = False) -> CardFa
         own: whether the reports are known to be of the run that this model is in, whatever the weights.
     """
     with_run = partial(_with_run, own=own)
-    for file, add in ((f"{RUN_REPORT}.json", with_run), (REPORT_FILE, _with_report), (SPARSITY_FILE, _with_sparsity)):
+    for file, add in (
+        (f"{RUN_REPORT}.json", with_run),
+        (REPORT_FILE, _with_report),
+        (SPARSITY_FILE, _with_sparsity),
+        (EVALUATIONS_FILE, _with_evaluations),
+    ):
         data = read_json(folder / file)
         try:
             facts = facts if data is None else add(facts, data)
@@ -341,3 +351,13 @@ def _with_sparsity(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
     if facts.mark is not None and not facts.from_run and facts.mark not in marks:
         return facts
     return _with_facts(facts, data, inside, final or (inside[-1:] if facts.mark is None else ()))
+
+
+def _with_evaluations(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
+    """With evaluations of these very weights that an experiment made beside the Trainer's."""
+    found = [Evaluation.read(entry) for entry in data["evaluations"][:256]]
+    mine = [evaluation for evaluation in found if facts.mark in (None, evaluation.mark)]
+    if not mine:
+        return facts
+    speed = {key: number(data["speed"][key]) for key in ("ratio", "low", "high", "blocks", "turns")} if data.get("speed") else {}
+    return dataclasses.replace(facts, final=_latest((*facts.final, *mine)), speed=speed, evaluated=True)

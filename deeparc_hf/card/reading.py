@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,8 @@ class Evaluation:
         seconds: time of the evaluation, as the Trainer measured it; None where it did not.
         mark: of the weights that it is of; None where it is not known.
         sparse: whether weights had been zeroed.
+        intervals: 95 % intervals of those metrics that come with one.
+        original: metrics of the model before any pruning on the same data, and their intervals in original_intervals.
     """
 
     metrics: dict[str, float]
@@ -130,15 +132,35 @@ class Evaluation:
     seconds: float | None = None
     mark: str | None = None
     sparse: bool = False
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    original: Mapping[str, float] = field(default_factory=dict)
+    original_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Evaluation:
-        """Read an evaluation: metrics, and where they are known data, weights and sparse."""
+        """Read an evaluation: metrics, and where they are known data, weights, sparse, intervals, and the original's figures."""
         figures = figures_in(entry["metrics"])
         times = [value for key, value in figures.items() if key.endswith("_runtime")]
         lasting = {key: value for key, value in figures.items() if not key.endswith(TIMES)}
         mark = plain(entry["weights"], 64) if entry.get("weights") else None
-        return cls(lasting, facts_in(entry.get("data")), times[0] if len(times) == 1 else None, mark, entry.get("sparse") is True)
+        return cls(
+            lasting,
+            facts_in(entry.get("data")),
+            times[0] if len(times) == 1 else None,
+            mark,
+            entry.get("sparse") is True,
+            _intervals_in(entry.get("intervals")),
+            figures_in(entry.get("original")),
+            _intervals_in(entry.get("original_intervals")),
+        )
+
+
+def _intervals_in(data: Any) -> dict[str, tuple[float, float]]:
+    """Intervals by the name of the metric; one without a finite end is left out."""
+    pairs = {plain(key, 80): _list(value, 2) for key, value in list(_mapping(data or {}).items())[:MOST]}
+    if any(len(pair) != 2 for pair in pairs.values()):
+        raise ValueError("an interval must have two numbers")
+    return {key: (number(pair[0]), number(pair[1])) for key, pair in pairs.items() if None not in pair}
 
 
 @dataclass(frozen=True)

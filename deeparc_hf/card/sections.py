@@ -101,11 +101,20 @@ def iterations_note(facts: CardFacts) -> str:
 
 def evaluation_note(facts: CardFacts) -> str:
     """How the metrics were measured."""
-    notes = ["Measured by the Trainer, on these weights." if facts.mark is not None else "Measured by the Trainer."]
+    compared = any(evaluation.original for evaluation in facts.final)
+    notes = ["Measured on these weights." if facts.mark is not None else "Measured at the end."]
+    if compared:
+        notes = [notes[0], "Original: the model before any pruning, measured in the same way."]
     if facts.hardware:
         notes.append(f"Evaluated {_hardware(facts)}{_batch(facts, 'evaluation_batch')}.")
     if any(name.removeprefix("eval_") in ("accuracy", "test_accuracy") and e.data.get("rows") for e in facts.final for name in e.metrics):
         notes.append("Intervals of accuracies: Wilson's, over the samples.")
+    if facts.speed:
+        s = facts.speed
+        notes.append(
+            f"One evaluation of the test data takes {s['ratio']:.3f} of the original's time ({s['low']:.3f} .. {s['high']:.3f}, "
+            f"{s['turns']:g} turns, both models warm in one process); {s['blocks']:.3f} of the blocks are left."
+        )
     return " ".join(notes)
 
 

@@ -100,18 +100,28 @@ def steps_table(facts: CardFacts) -> str | None:
 
 
 def evaluation_table(final: Sequence[Evaluation]) -> str | None:
-    """Every metric of the model as it is; accuracies with their Wilson interval where the number of samples is known."""
+    """Every metric of the model as it is, and of the original where it is known; accuracies have a Wilson interval where n is known."""
     rows = []
+    compared = any(evaluation.original for evaluation in final)
+    tested = any(key.startswith("test_") for evaluation in final for key in evaluation.metrics)
     for evaluation in final:
         n = evaluation.data.get("rows")
         for key, value in evaluation.metrics.items():
             name = key.removeprefix("eval_")
-            interval = "-"
-            if name in ("accuracy", "test_accuracy") and n and 0 <= value <= 1:  # others may be no shares of the rows
+            interval = _interval(evaluation.intervals.get(key))
+            if interval == "-" and name in ("accuracy", "test_accuracy") and n and 0 <= value <= 1:  # others may be no shares of the rows
                 low, high = wilson_interval(round(value * n), n)
-                interval = f"{low:.4f} .. {high:.4f}"
-            rows.append([md(name), _number(value), interval, f"{n:,}" if n else "-", data_text(evaluation.data)])
-    return table(["metric", "value", "95 % interval", "n", "data"], rows, left=(0, 4)) if rows else None
+                interval = _interval((low, high))
+            before = [_number(evaluation.original.get(key)), _interval(evaluation.original_intervals.get(key))] if compared else []
+            shown = f"{md(name)} (validation data)" if tested and key.startswith("eval_") else md(name)
+            rows.append([shown, *before, _number(value), interval, f"{n:,}" if n else "-", data_text(evaluation.data)])
+    titles = ["original", "95 % interval", "this model"] if compared else ["value"]
+    header = ["metric", *titles, "95 % interval", "n", "data"]
+    return table(header, rows, left=(0, len(header) - 1)) if rows else None
+
+
+def _interval(bounds: tuple[float, float] | None) -> str:
+    return "-" if bounds is None else f"{_number(bounds[0])} .. {_number(bounds[1])}"
 
 
 def data_text(data: Mapping[str, Any]) -> str:

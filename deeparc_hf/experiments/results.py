@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..card.facts import EVALUATIONS_FILE
+from ..fingerprint import mark_of_files
 from ..provenance import TIMES
 from ..record import package_versions
 from ..report import hardware, wilson_interval
 from ..run_report import finite, write_whole
 
-__all__ = ["RESULTS", "Measured", "Row", "Speed", "read_rows", "results_table", "write_results"]
+__all__ = ["RESULTS", "Measured", "Row", "Speed", "read_rows", "results_table", "write_evaluations", "write_results"]
 
 RESULTS = "results"
 _EPOCHS, _FIRST = 6, 3
@@ -191,6 +193,26 @@ def write_results(
     ]
     write_whole(folder / f"{RESULTS}.md", "\n\n".join(parts) + "\n")
     write_whole(folder / f"{RESULTS}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+
+
+def write_evaluations(folder: Path, row: Row, original: Row, data: Mapping[str, Any], speed: Speed | None = None) -> None:
+    """Write a model's figures on the test data beside it, with those of the original, for its card (`create_model_card`).
+
+    Args:
+        data: what is known of the test data (`provenance.dataset_facts`).
+        speed: its time over that of the original.
+    """
+    entry: dict[str, Any] = {"metrics": _test(row.measured.metrics), "intervals": _test(row.measured.intervals)}
+    if row is not original and row.name != original.name:
+        entry |= {"original": _test(original.measured.metrics), "original_intervals": _test(original.measured.intervals)}
+    entry |= {"data": {**data, "rows": row.measured.samples}, "weights": mark_of_files(folder)}
+    report = {"evaluations": [entry], "speed": None if speed is None else dataclasses.asdict(speed)}
+    write_whole(folder / EVALUATIONS_FILE, json.dumps(finite(json.loads(json.dumps(report))), indent=1, allow_nan=False) + "\n")
+
+
+def _test(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """With the names that Trainer.evaluate gives them."""
+    return {f"test_{name}": value for name, value in figures.items()}
 
 
 def read_rows(folder: Path) -> list[Row]:

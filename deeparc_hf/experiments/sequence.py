@@ -27,7 +27,7 @@ from ..run_report import structure_facts, write_whole
 from ..sparsify import sparsify_model
 from .arguments import DataArguments, PruningArguments
 from .at_once import calibration_batches, remove_at_once
-from .results import Measured, Row, Speed, write_results
+from .results import Measured, Row, Speed, write_evaluations, write_results
 
 __all__ = ["Experiment"]
 
@@ -50,7 +50,8 @@ class Experiment:
         test: the data that the tables are measured on; nothing is decided on it.
         calibration: data to compare blocks on and to zero weights by, a part or a view of the training data; default: the training data.
         measure: metrics of a Trainer's model on the test data; default: Trainer.evaluate. The same work is timed.
-        told: what the card is told (`create_model_card`).
+        asked: how it was asked for (`asked_for`), for the report; its command is for the card too.
+        told: what else the card is told (`create_model_card`).
         notes: sentences beneath the table.
         average_tokens: whether the model's loss follows the number of tokens of all processes. Where it does not, the Trainer would
             multiply it by their number (`average_tokens_across_devices`).
@@ -65,6 +66,7 @@ class Experiment:
     test: Any
     measure: Callable[[Trainer], Measured] | None = None
     calibration: Any = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
     told: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     average_tokens: bool = False
@@ -84,6 +86,9 @@ class Experiment:
             rows += self._sparse(row)
         if self._main:
             self._clean_up()
+            for row in [row for row in rows if row.folder is not None]:
+                speed = speeds.get(row.name)
+                write_evaluations(self._out / row.folder, row, rows[0], dataset_facts(self.test), speed)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
             write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes)
             self._publish(last)
@@ -92,6 +97,7 @@ class Experiment:
         return rows
 
     def __post_init__(self) -> None:
+        self._revision: str | None = None  # commit of the model on the Hub
         if self.training.push_to_hub:
             raise ConfigError("push_to_hub would publish every model of the experiment. Give repo_id: the last one is published there.")
         if self.training.num_train_epochs != TrainingArguments.num_train_epochs or self.training.max_steps > 0:
@@ -101,6 +107,7 @@ class Experiment:
 
     def _original(self) -> Row:
         model, folder, seconds, epochs = self.load(self.data.model), None, None, ()
+        self._revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         if self.pruning.finetune_epochs > 0:
             trainer = self.trainer(model, self._args(ORIGINAL, self.pruning.finetune_epochs), [])
             seconds, epochs = self._train(trainer)
@@ -115,7 +122,7 @@ class Experiment:
         if self.pruning.retrain_epochs == 0:
             return self._removal(iteration, name, before)
         baseline = None
-        if self.pruning.max_drop is not None:  # of the model before, on the data that judges
+        if self.pruning.max_drop is not None:  # of the original, on the data that judges: drops must not add up over the iterations
             baseline = self._judged(self.trainer(self.load(self._place(original)), self._args(SCRATCH, 1), []))
         callback = MPruneCallback(self.pruning.pruning(iteration, baseline), calibration=self.calibration)
         tries = 1 if self.pruning.max_drop is None else self.pruning.k_max - self.pruning.k + 1
@@ -198,7 +205,7 @@ class Experiment:
             return
         folder = self._out / row.folder
         dataset = None if self.data.train_file is not None else self.data.dataset  # local files stand for it
-        told = {"license": self.data.license, "language": self.data.language, **self.told}
+        told = {"license": self.data.license, "language": self.data.language, "command": self.asked.get("command"), **self.told}
         if dataset is not None and not Path(dataset).exists():  # cards name no local paths
             told.setdefault("dataset_tags", dataset)
         if not Path(self.data.model).exists():
@@ -277,7 +284,10 @@ class Experiment:
 
     def _facts(self) -> dict[str, Any]:
         return {
+            **{key: value for key, value in self.asked.items() if key != "settings"},
             "model": self.data.model if not Path(self.data.model).exists() else Path(self.data.model).name,
+            "model revision": self._revision,
+            "settings": self.asked.get("settings"),
             "pruning": dataclasses.asdict(self.pruning),
             "training": {key: value for key, value in training_facts(self.training).items() if key != "epochs"},  # these are of pruning
             "test data": dataset_facts(self.test),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, MissingDependencyError
+from ..provenance import dataset_facts
 from .arguments import DataArguments
 
 __all__ = ["Splits", "load_splits"]
@@ -23,12 +25,14 @@ class Splits:
     Attributes:
         train, validation, test: data sets of the datasets library.
         notes: what is unusual about them.
+        sources: where each split came from: a file with its hash, or a data set's id, commit and split; and its number of rows.
     """
 
     train: Any
     validation: Any
     test: Any
     notes: tuple[str, ...] = ()
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def map(self, work: Any, **settings: Any) -> Splits:
         """`Dataset.map` on each split."""
@@ -36,7 +40,7 @@ class Splits:
 
     def each(self, work: Callable[[Any], Any]) -> Splits:
         """The splits after some work on each."""
-        return Splits(*(work(part) for part in (self.train, self.validation, self.test)), self.notes)
+        return Splits(*(work(part) for part in (self.train, self.validation, self.test)), self.notes, self.sources)
 
     def need(self, **columns: str | None) -> None:
         """Make sure that every split has some columns, given by the names of the settings that name them; None: not asked for.
@@ -84,6 +88,7 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
     if names["train"] not in loaded:
         raise ConfigError(f"There is no split {names['train']!r} to train on; there are {', '.join(loaded)}. Give train_split.")
     train, notes = loaded[names["train"]], []
+    origins = {use: _origin(data, files[use], names[use], loaded.get(names[use])) for use in files}
     if len(train) == 0:
         raise ConfigError("The training data has no rows.")
     if names["validation"] in loaded:
@@ -93,18 +98,37 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
             raise ConfigError("The training data has one row, and there is no validation data: nothing can be held out.")
         parts = train.train_test_split(0.1, seed=seed)
         train, validation = parts["train"], parts["test"]
+        origins["validation"] = {**origins["train"], "part": f"a tenth, held out by seed {seed}"}
+        origins["train"] = {**origins["train"], "part": f"all but a tenth, by seed {seed}"}
         notes.append("There is no validation split: prunings were judged on a tenth of the training split, which was not trained on.")
     if names["test"] not in loaded and data.test_split != DataArguments.test_split:
         raise ConfigError(f"There is no split {data.test_split!r} to measure on; there are {', '.join(loaded)}. Give test_split.")
     test = loaded.get(names["test"])
     if test is None or (data.dataset is not None and names["test"] == names["validation"]):
         test = validation
+        origins["test"] = origins["validation"]
         notes.append("There is no test split of its own: the figures are of the data that prunings were judged on, and so are optimistic.")
     for use, part in (("validation", validation), ("test", test)):
         if len(part) == 0:
             raise ConfigError(f"The {use} data has no rows.")
     limits = (data.max_train_samples, data.max_validation_samples, data.max_test_samples)
-    return Splits(*(_first(part, limit, seed) for part, limit in zip((train, validation, test), limits, strict=True)), tuple(notes))
+    parts = [_first(part, limit, seed) for part, limit in zip((train, validation, test), limits, strict=True)]
+    sources = {use: {**origins[use], "rows": len(part)} for use, part in zip(files, parts, strict=True)}
+    return Splits(*parts, tuple(notes), sources)
+
+
+def _origin(data: DataArguments, file: str | None, split: str, part: Any) -> dict[str, Any]:
+    """Where a split came from, as it may be published: files by their names, and no folders."""
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            return {"file": "a folder"}
+        with path.open("rb") as stream:
+            return {"file": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    if data.dataset is None or Path(data.dataset).exists():
+        return {"split": split}
+    known = {"id": data.dataset, "revision": data.dataset_revision, "config": data.dataset_config, "split": split, **dataset_facts(part)}
+    return {key: value for key, value in known.items() if value is not None}
 
 
 def _of_file(datasets: Any, name: str) -> Any:
