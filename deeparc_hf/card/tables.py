@@ -103,7 +103,7 @@ def evaluation_table(final: Sequence[Evaluation]) -> str | None:
     """Every metric of the model as it is, and of the original where it is known; accuracies have a Wilson interval where n is known."""
     rows = []
     compared = any(evaluation.original for evaluation in final)
-    tested = any(key.startswith("test_") for evaluation in final for key in evaluation.metrics)
+    keys = {key for evaluation in final for key in evaluation.metrics}
     for evaluation in final:
         n = evaluation.data.get("rows")
         for key, value in evaluation.metrics.items():
@@ -113,7 +113,7 @@ def evaluation_table(final: Sequence[Evaluation]) -> str | None:
                 low, high = wilson_interval(round(value * n), n)
                 interval = _interval((low, high))
             before = [_number(evaluation.original.get(key)), _interval(evaluation.original_intervals.get(key))] if compared else []
-            shown = f"{md(name)} (validation data)" if tested and key.startswith("eval_") else md(name)
+            shown = f"{md(name)} (validation data)" if key != name and f"test_{name}" in keys else md(name)
             rows.append([shown, *before, _number(value), interval, f"{n:,}" if n else "-", data_text(evaluation.data)])
     titles = ["original", "95 % interval", "this model"] if compared else ["value"]
     header = ["metric", *titles, "95 % interval", "n", "data"]
