@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     measure = PerplexityMeasure(splits.test)
 
     def load(name: str) -> Any:
-        model = load_model(AutoModelForCausalLM, name, **(source if name == data.model else {}))
+        model = load_model(AutoModelForCausalLM, name, whole=pruning.finetune_epochs == 0, **(source if name == data.model else {}))
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and text.block_size > longest:
             raise ConfigError(f"block_size is {text.block_size}, and the model takes {longest} tokens at most.")
@@ -83,4 +83,6 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main()
+    from deeparc_hf.experiments.command import run
+
+    run(main)

@@ -89,4 +89,6 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    from deeparc_hf.experiments.command import run
+
+    run(main)

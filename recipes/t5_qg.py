@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     data, text, pruning, training = parse(types, argv, __doc__)
     set_seed(training.seed)
     splits = load_splits(data, training.seed)
-    splits.need(context_column=text.context_column, question_column=text.question_column, answer_column=text.answer_column)
+    splits.need_texts(context_column=text.context_column, question_column=text.question_column)
+    splits.need(answer_column=text.answer_column)
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -65,10 +66,11 @@ def main(argv: list[str] | None = None) -> list[Any]:
         return {**tokenizer(sources, truncation=True, max_length=text.max_source_length), "labels": targets["input_ids"]}
 
     references = list(splits.test[text.question_column])
-    splits = splits.map(encode, batched=True, remove_columns=splits.train.column_names)
+    splits = splits.map(encode)
 
     def load(name: str) -> Any:
-        return load_model(AutoModelForSeq2SeqLM, name, revision=data.model_revision if name == data.model else None)
+        revision = data.model_revision if name == data.model else None
+        return load_model(AutoModelForSeq2SeqLM, name, revision=revision, whole=pruning.finetune_epochs == 0)
 
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> Seq2SeqTrainer:
         return Seq2SeqTrainer(
@@ -95,4 +97,6 @@ def _first_answer(answer: Any) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    from deeparc_hf.experiments.command import run
+
+    run(main)

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     data, text, pruning, training = parse((DataArguments, TextArguments, PruningArguments, TrainingArguments), argv, __doc__)
     set_seed(training.seed)
     splits = load_splits(data, training.seed)
-    splits.need(text_column=text.text_column, text_pair_column=text.text_pair_column)
+    splits.need_texts(text_column=text.text_column, text_pair_column=text.text_pair_column)
     order = None if pruning.finetune_epochs > 0 else classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
     splits, names = encode_labels(splits, text.label_column, order)
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
@@ -59,8 +59,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
         texts = [rows[column] for column in (text.text_column, text.text_pair_column) if column is not None]
         return dict(tokenizer(*texts, truncation=True, max_length=text.max_length))
 
-    columns = [column for column in splits.train.column_names if column != "labels"]
-    splits = splits.map(encode, batched=True, remove_columns=columns)
+    splits = splits.map(encode, keep=["labels"])
 
     def load(name: str) -> Any:
         revision = data.model_revision if name == data.model else None
@@ -91,4 +90,6 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    from deeparc_hf.experiments.command import run
+
+    run(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,8 @@ _SAME = ("k", "k_max", "freeze", "similarity", "rows", "linkage", "keep", "heal"
 def parse(types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
     """Parse dataclasses from the command line and from a YAML file that `--config` names; the command line wins.
 
+    `--NAME null` on the command line takes back what the file says: the setting has its default.
+
     Args:
         types: dataclasses, as for HfArgumentParser.
         argv: the arguments; default: those of the process.
@@ -161,7 +163,8 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None, description:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     path, rest = _config_of(argv)
-    words = [] if path is None else _words(read_config(path), types, path)
+    unset, rest = _unset(rest, types)
+    words = [] if path is None else _words(read_config(path), types, path, unset)
     parser = HfArgumentParser(types, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file with the same names; what is given on the command line wins")
     *parsed, unknown = parser.parse_args_into_dataclasses([*words, *rest], return_remaining_strings=True, look_for_args_file=False)
@@ -182,6 +185,21 @@ def _config_of(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
         else:
             rest.append(word)
     return path, rest
+
+
+def _unset(argv: Sequence[str], types: Sequence[type]) -> tuple[set[str], list[str]]:
+    """The settings that `--NAME null` takes back, and the other arguments."""
+    known = {spec.name for each in types for spec in dataclasses.fields(each) if spec.init}
+    unset, rest, words = set(), [], list(argv)
+    while words:
+        word = words.pop(0)
+        name, sign, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in known and "null" in (value, *([] if sign else words[:1])):
+            unset.add(name)
+            words = words if sign else words[1:]
+        else:
+            rest.append(word)
+    return unset, rest
 
 
 def read_config(path: Path, what: str = "--config") -> Mapping[str, Any]:
@@ -205,13 +223,15 @@ def read_config(path: Path, what: str = "--config") -> Mapping[str, Any]:
     return data
 
 
-def _words(data: Mapping[str, Any], types: Sequence[type], path: Path) -> list[str]:
-    """The entries of a config file as words of a command line."""
+def _words(data: Mapping[str, Any], types: Sequence[type], path: Path, unset: Collection[str] = ()) -> list[str]:
+    """The entries of a config file as words of a command line, but for those that are taken back."""
     known = {spec.name for each in types for spec in dataclasses.fields(each) if spec.init}
     words = []
     for key, value in data.items():
         if key not in known:
             raise ConfigError(f"{path}: there is no setting {str(key)!r}.{_hint(str(key), known)}")
+        if key in unset:
+            continue
         if isinstance(value, Mapping):
             raise ConfigError(f"{path}: {key} holds a mapping. Give a text, a number or a list.")
         if isinstance(value, list):

@@ -27,7 +27,7 @@ from ..run_report import structure_facts, write_whole
 from ..sparsify import sparsify_model
 from .arguments import DataArguments, PruningArguments
 from .at_once import calibration_batches, remove_at_once
-from .results import Measured, Row, Speed, write_evaluations, write_results
+from .results import RESULTS, Measured, Row, Speed, write_evaluations, write_results
 
 __all__ = ["Experiment"]
 
@@ -102,6 +102,10 @@ class Experiment:
             raise ConfigError("push_to_hub would publish every model of the experiment. Give repo_id: the last one is published there.")
         if self.training.num_train_epochs != TrainingArguments.num_train_epochs or self.training.max_steps > 0:
             raise ConfigError("finetune_epochs and retrain_epochs say how long the trainings are. Leave num_train_epochs, max_steps out.")
+        found = [self._out / f"{RESULTS}.json", self._out / ORIGINAL / "config.json", *self._out.glob("iteration-*/config.json")]
+        earlier = [str(path.relative_to(self._out)) for path in found if path.is_file()]
+        if earlier:
+            raise ConfigError(f"{self._out} holds {earlier[0]} of an earlier experiment. Give another output_dir, or delete that folder.")
 
     # ---- steps ----
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,14 @@ class Splits:
     notes: tuple[str, ...] = ()
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def map(self, work: Any, **settings: Any) -> Splits:
-        """`Dataset.map` on each split."""
-        return self.each(lambda part: part.map(work, **settings))
+    def map(self, work: Any, keep: Sequence[str] = ()) -> Splits:
+        """`Dataset.map` on batches of each split. The columns that were there go, but for those named in keep."""
+
+        def mapped(part: Any) -> Any:
+            gone = [column for column in part.column_names if column not in keep]
+            return part.map(work, batched=True, remove_columns=gone)
+
+        return self.each(mapped)
 
     def each(self, work: Callable[[Any], Any]) -> Splits:
         """The splits after some work on each."""
@@ -57,6 +62,24 @@ class Splits:
                     raise ConfigError(
                         f"{setting}: there is no column {column!r} in the {use} data; there are {', '.join(map(repr, there))}.{hint}"
                     )
+
+    def need_texts(self, **columns: str | None) -> None:
+        """Make sure that every split has some columns, and a text in each of their rows.
+
+        Raises:
+            ConfigError: if a split lacks one, or a row has no text in it.
+        """
+        self.need(**columns)
+        for setting, column in columns.items():
+            for use in ("train", "validation", "test") if column is not None else ():
+                part = getattr(self, use)
+                kind = getattr(part.features[column], "dtype", None)
+                if kind not in ("string", "large_string"):
+                    raise ConfigError(f"{setting}: the column {column!r} of the {use} data holds {kind or 'something else'}, no texts.")
+                empty = part.select_columns([column]).with_format("arrow")[:][column].null_count
+                if empty:
+                    rows = "1 row has" if empty == 1 else f"{empty:,} rows have"
+                    raise ConfigError(f"{setting}: {rows} no text in the column {column!r} of the {use} data. Leave such rows out.")
 
 
 def load_splits(data: DataArguments, seed: int) -> Splits:

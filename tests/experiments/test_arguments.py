@@ -48,6 +48,14 @@ def test_the_command_line_wins_over_the_file_wherever_it_stands(settings):
     assert given.sparsity == [0.4] and given.num_blocks == ["3"]
 
 
+def test_the_command_line_takes_back_what_the_file_says(settings):
+    file = settings("model: bert\nthreshold: 0.9\nsparsity: [0.1, 0.2]\nmetric: accuracy\n")
+    _, given = parse(TYPES, [*file, "--threshold", "null", "--num_blocks", "3", "--sparsity=null", "--metric", "null"])
+    assert given.threshold is None and given.num_blocks == ["3"] and given.sparsity == [] and given.metric is None
+    with pytest.raises(ConfigError, match="There is no argument '--treshold'"):
+        parse(TYPES, [*file, "--treshold", "null"])
+
+
 def test_values_of_every_kind(settings):
     (found,) = parse((Extra,), settings("flag: true\nsure: false\nshares: [0.25, 1]\nmaybe: null\n"))
     assert found == Extra(True, False, [0.25, 1.0], 7)  # null: the default

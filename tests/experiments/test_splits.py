@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import datasets
 import pytest
 
@@ -101,6 +103,35 @@ def test_what_cannot_be_read_is_refused(files, tmp_path):
         load({})
 
 
+def test_where_each_split_came_from(files):
+    del files["validation"]
+    splits = load(files, max_test_samples=4)
+    with open(files["train"], "rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    assert splits.sources["train"] == {"file": "train.csv", "sha256": digest, "part": "all but a tenth, by seed 5", "rows": 27}
+    assert splits.sources["validation"] == {"file": "train.csv", "sha256": digest, "part": "a tenth, held out by seed 5", "rows": 3}
+    assert splits.sources["test"]["file"] == "test.parquet" and splits.sources["test"]["rows"] == 4
+    assert splits.each(lambda part: part).sources == splits.sources
+    del files["test"]
+    assert load(files).sources["test"] == splits.sources["validation"]
+
+
+def test_a_text_in_every_row():
+    parts = [datasets.Dataset.from_dict({"text": texts}) for texts in (["a", ""], ["a", None, None], ["a"])]
+    Splits(parts[0], parts[0], parts[2]).need_texts(text_column="text", text_pair_column=None)
+    with pytest.raises(
+        ConfigError, match=r"text_column: 2 rows have no text in the column 'text' of the test data\. Leave such rows out\."
+    ):
+        Splits(parts[0], parts[0], parts[1]).need_texts(text_column="text")
+    chosen = parts[1].select([0])  # rows that are not chosen do not count
+    Splits(chosen, chosen, chosen).need_texts(text_column="text")
+    numbers = datasets.Dataset.from_dict({"text": [1, 2]})
+    with pytest.raises(ConfigError, match="'text' of the validation data holds int64, no texts"):
+        Splits(parts[0], numbers, parts[0]).need_texts(text_column="text")
+    with pytest.raises(ConfigError, match="Did you mean 'text'"):
+        Splits(parts[0], parts[0], parts[0]).need_texts(text_column="texts")
+
+
 def test_columns_that_are_needed():
     whole, other = datasets.Dataset.from_list(rows_of(0, 2)), datasets.Dataset.from_list([{"text": "t"}])
     Splits(whole, whole, whole).need(text_column="text", text_pair_column=None, label_column="label")
@@ -112,8 +143,11 @@ def test_columns_that_are_needed():
 
 def test_work_on_each_split_keeps_the_notes():
     part = datasets.Dataset.from_list(rows_of(0, 3))
-    splits = Splits(part, part, part, ("a note",)).map(lambda row: {"n": len(row["text"])})
+    splits = Splits(part, part, part, ("a note",)).map(lambda rows: {"n": [len(text) for text in rows["text"]]}, keep=["text"])
     assert splits.notes == ("a note",) and all(part["n"][0] == 2 for part in (splits.train, splits.validation, splits.test))
+    assert splits.test.column_names == ["text", "n"]
+    other = part.add_column("more", [1, 2, 3])  # a column that one split alone has goes too
+    assert Splits(part, part, other).map(lambda rows: {"n": rows["label"]}).test.column_names == ["n"]
 
 
 def test_a_file_stands_for_one_split_of_a_data_set(files, tmp_path):

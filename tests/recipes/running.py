@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from deeparc_hf.experiments.results import Row, read_rows
 
@@ -92,9 +94,18 @@ def check_files(folder: Path, rows: list[Row], retrained: bool = True) -> None:
     results = json.loads((folder / "results.json").read_text("utf-8"))
     assert results["versions"]["deeparc_hf"] and results["hardware"]["device"] and results["pruning"]["iterations"] == 2
     assert "epochs" not in results["training"] and results["training"]["seed"] == 3
+    assert results["recipe"] in results["command"] and str(folder) not in json.dumps(results) and results["settings"]
+    assert {use: facts["rows"] > 0 for use, facts in results["data"].items()} == {"train": True, "validation": True, "test": True}
+    assert all(len(facts["sha256"]) == 64 for facts in results["data"].values() if facts["file"] != "a folder")
     last = [row for row in rows if row.name.startswith("iteration") and row.sparsity is None][-1]
     assert set(results["speeds"]) == {last.name} and 0 < results["speeds"][last.name]["blocks"] < 1
     card = (folder / last.folder / "README.md").read_text("utf-8")
+    figures = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    assert {name: figures[f"test_{name}"] for name in last.measured.metrics} == pytest.approx(last.measured.metrics)
+    shown = card.partition("## Evaluation")[2].partition("\n## ")[0]
+    assert "| metric | original | 95 % interval | this model |" in shown and "of the original's time" in shown
+    for name, (low, high) in {**rows[0].measured.intervals, **last.measured.intervals}.items():
+        assert f"{low:,.4f} .. {high:,.4f}" in shown, name
     assert "python recipes/" in card and str(folder) not in card
     for row in rows:
         if row.folder is not None:

@@ -228,3 +228,10 @@ def test_an_unknown_key_of_a_config_file_is_refused(data, tmp_path):
     file.write_text("block_sise: 12\n")
     with pytest.raises(ConfigError, match=r"'block_sise'\. Did you mean 'block_size'"):
         main(["--config", str(file), *words(**data, output_dir=str(tmp_path))])
+
+
+def test_a_model_without_weights_is_not_measured_as_it_is(data, tmp_path):
+    tf.AutoConfig.from_pretrained(data["model"]).save_pretrained(tmp_path / "bare")
+    tiny_tokenizer().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ConfigError, match="There are no weights in"):
+        main(words(**{**data, "model": str(tmp_path / "bare"), "finetune_epochs": 0, "num_blocks": 3}, output_dir=str(tmp_path / "out")))

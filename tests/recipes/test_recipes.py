@@ -52,4 +52,5 @@ def test_a_recipe_runs_where_it_was_copied_to(tmp_path):
     shutil.copy(RECIPES / "causal_lm.py", tmp_path / "mine.py")
     command = [sys.executable, str(tmp_path / "mine.py"), "--model", "m", "--treshold", "0.9", "--output_dir", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 1 and "There is no argument '--treshold'. Did you mean '--threshold'?" in result.stderr
+    assert result.returncode == 2 and "error: There is no argument '--treshold'. Did you mean '--threshold'?" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from deeparc_hf import PrunedConfig
+from deeparc_hf.errors import ConfigError
 from deeparc_hf.experiments.generation import generation_metrics
 from deeparc_hf.experiments.results import read_rows
 
@@ -137,3 +138,8 @@ def test_two_processes_give_every_question_once_and_in_order(place):
     grouped = [*words(place, place / "grouped"), "--model", str(last), "--finetune_epochs", "0", "--iterations", "0"]
     (row,) = recipe("t5_qg").main([*grouped, "--train_sampling_strategy", "group_by_length"])
     assert row.measured.metrics["rouge1"] == pytest.approx(again.measured.metrics["rouge1"])
+
+
+def test_a_model_without_weights_is_not_measured_as_it_is(place, tmp_path):
+    with pytest.raises(ConfigError, match="There are no weights in"):
+        recipe("t5_qg").main([*words(place, tmp_path / "out"), "--finetune_epochs", "0"])

@@ -224,6 +224,19 @@ def test_a_fine_tuned_model_keeps_the_order_of_its_classes(data, tmp_path):
     assert found[0] == pytest.approx(1 - found[1])
 
 
+def test_a_folder_with_the_results_of_another_experiment_is_left_alone(run):
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    with pytest.raises(ConfigError, match=r"holds results\.json of an earlier experiment\. Give another output_dir"):
+        main(words(**{**run.data, "num_blocks": 3}, output_dir=str(run.folder)))
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
+
+
+def test_a_row_without_a_text_is_refused(data, tmp_path):
+    (tmp_path / "gap.csv").write_text("text,label\nw1 w2,happy\n,sad\n")
+    with pytest.raises(ConfigError, match="text_column: 1 row has no text in the column 'text' of the test data"):
+        main(words(**{**data, "test_file": str(tmp_path / "gap.csv")}, output_dir=str(tmp_path / "out")))
+
+
 def test_a_model_without_a_head_is_not_taken_as_fine_tuned(data, tmp_path):
     """Its head would be drawn at random, each time it is loaded."""
     ZOO["bert"].model().bert.save_pretrained(tmp_path / "bare")
