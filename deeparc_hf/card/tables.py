@@ -28,7 +28,8 @@ def main_metric(facts: CardFacts) -> str:
     asked = (facts.summary.get("metric") or "").removeprefix("eval_")
     if asked:
         return asked
-    evaluations = [e.metrics for a in facts.attempts for _, e in a.evaluations] + [e.metrics for e in facts.final]
+    inside = [e.metrics for a in facts.attempts for _, e in a.evaluations]
+    evaluations = inside or [e.metrics for e in facts.final]  # the table is of those in the training
     names = list(dict.fromkeys(key.removeprefix("eval_") for metrics in evaluations for key in metrics))
     return next((n for n in names if n.endswith("accuracy")), next((n for n in names if not n.endswith("loss")), "loss"))
 

@@ -1,0 +1,55 @@
+"""Keep the card of a recipe's model here, with what it is made from:
+
+python model_cards/keep.py runs/minilm/iteration-2 minilm-emotion --finetuned_from sentence-transformers/all-MiniLM-L6-v2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from deeparc_hf import create_model_card
+
+SOURCES = (
+    "config.json",
+    "evaluations.json",
+    "pruning_plan.json",
+    "pruning_report.json",
+    "report.json",
+    "sparsity_report.json",
+    "tokenizer_config.json",
+)
+BESIDE = ("results.md", "scores.md")  # of the experiment, in the folder above
+
+
+def keep(model: Path, target: Path, **told: str | None) -> None:
+    """Copy the sources of a model's card, and make the card anew from these."""
+    target.mkdir(parents=True)
+    for name in SOURCES:
+        if (model / name).is_file():
+            shutil.copy(model / name, target)
+    for name in BESIDE:
+        if (model.parent / name).is_file():
+            shutil.copy(model.parent / name, target)
+    known = json.loads((model / "card.json").read_text("utf-8")) if (model / "card.json").is_file() else {}
+    known |= {key: value for key, value in told.items() if value is not None}
+    known["repo_id"] = f"org/{target.name}"
+    (target / "card.json").write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+    create_model_card(target, **known)
+
+
+def main() -> None:
+    """Keep one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of the model, as a recipe leaves it")
+    parser.add_argument("name", help="folder to make beside this file")
+    parser.add_argument("--finetuned_from", help="Hub id of the base model, where a local folder stood for it")
+    parser.add_argument("--dataset_tags", help="Hub id of the data, where local files stood for it")
+    args = parser.parse_args()
+    keep(args.model, Path(__file__).parent / args.name, finetuned_from=args.finetuned_from, dataset_tags=args.dataset_tags)
+
+
+if __name__ == "__main__":
+    main()
