@@ -20,6 +20,7 @@ from ..callbacks import MPruneCallback, WandaCallback
 from ..card import create_model_card
 from ..config import MPruneConfig, WandaConfig
 from ..errors import ConfigError
+from ..following import Structure, record_of
 from ..hub import push_to_hub
 from ..provenance import TIMES, dataset_facts, training_facts
 from ..report import timed_evaluation
@@ -181,11 +182,15 @@ class Experiment:
 
     def _sparse_retrained(self, row: Row, config: WandaConfig, name: str) -> Row:
         callback = WandaCallback(config, calibration=self.calibration)
-        trainer = self.trainer(self.load(self._place(row)), self._args(name, self.pruning.retrain_epochs), [callback])
+        model = self.load(self._place(row))
+        if row.frozen and (record := record_of(model)) is not None:  # as in the retraining before it
+            Structure(record, record.frozen).freeze(model)
+        trainer = self.trainer(model, self._args(name, self.pruning.retrain_epochs), [callback])
         seconds, epochs = self._train(trainer)
         share = None if callback.report is None else callback.report.measured
         folder = self._save(trainer, name)
-        return Row(name, **self._facts_of(trainer), sparsity=share, training_seconds=seconds, validation=epochs, folder=folder)
+        trained = {"training_seconds": seconds, "validation": epochs}
+        return Row(name, **self._facts_of(trainer), frozen=row.frozen, sparsity=share, **trained, folder=folder)
 
     def _speed(self, original: Row, last: Row) -> Speed:
         """Time both models in turns: what disturbs one disturbs the other."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 
+from deeparc_hf import PrunedConfig
 from deeparc_hf.errors import ConfigError
 from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
@@ -122,6 +123,19 @@ def test_zeros_are_in_the_saved_model(run):
         assert zeros(model, STACK) == pytest.approx(row.sparsity) == pytest.approx(0.25, abs=0.01)
         assert run.rows[f"{name}, 25 % zeros"].sparsity == pytest.approx(0.25, abs=0.01)
         assert run.rows[f"{name}, 2:4 zeros"].sparsity == pytest.approx(0.5)
+
+
+def test_what_was_frozen_stays_frozen_while_zeros_are_retrained(data, tmp_path):
+    pruning = {"num_blocks": 3, "retrain_epochs": 1, "freeze": "partial", "sparsity": [0.25], "sparsity_retrain": [0.25]}
+    rows = {row.name: row for row in main(words(**data, output_dir=str(tmp_path), **pruning))}
+    before, after = (rows[name] for name in ("iteration 1", "iteration 1, 25 % zeros, retrained"))
+    assert 0 < before.frozen == after.frozen < 3 and rows["original, 25 % zeros, retrained"].frozen == 0
+    old, new = (tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / row.folder) for row in (before, after))
+    frozen = PrunedConfig.from_pretrained(tmp_path / before.folder).frozen[STACK]
+    for index, (block, trained) in enumerate(zip(old.get_submodule(STACK), new.get_submodule(STACK), strict=True)):
+        pairs = list(zip(block.parameters(), trained.parameters(), strict=True))
+        kept = [bool(((left == right) | (right == 0)).all()) for left, right in pairs]
+        assert all(kept) if index in frozen else not any(kept)
 
 
 def test_calibration_and_training_see_training_rows_only(run):
