@@ -15,14 +15,12 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
-from .card.facts import EVALUATIONS_FILE, PLAN_FILE, SPARSITY_FILE, CardFacts
 from .card.model_card import CARD_FILE, PICTURE_FILE, make_card, may_replace
 from .checkpoint_files import checkpoint_files, outdated
 from .distributed import process_index
 from .errors import ConfigError
 from .hub_errors import hub_help
 from .loading import save_pruned
-from .run_report import RUN_REPORT
 
 __all__ = ["push_to_hub"]
 
@@ -151,18 +149,8 @@ def _with_card(
     else:
         _, facts = make_card(source, target, repo_id=repo_id, **settings)
     found = {name: stage / name for name in (CARD_FILE, PICTURE_FILE) if (stage / name).is_file()}
-    told = {} if folder is None else {name: Path(folder, name) for name in _told(facts) if Path(folder, name).is_file()}
+    told = {} if folder is None else {name: Path(folder, name) for name in facts.reports if Path(folder, name).is_file()}
     return {**files, **told, **found}
-
-
-def _told(facts: CardFacts) -> list[str]:
-    """The reports that are of this model."""
-    names = [f"{RUN_REPORT}.json", f"{RUN_REPORT}.md"] if facts.from_run else []
-    if facts.sparsity is not None:
-        names += [SPARSITY_FILE, SPARSITY_FILE.replace(".json", ".md")]
-    names += [PLAN_FILE] if facts.plan is not None else []
-    names += [EVALUATIONS_FILE] if facts.evaluated else []
-    return [*names, *(["report.json", "report.md"] if facts.from_report else [])]
 
 
 def _commit(

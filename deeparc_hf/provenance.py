@@ -37,10 +37,12 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
                 facts["config"] = str(info.config_name)
             break
     split = getattr(dataset, "split", None)
-    if "id" in facts and split is not None:  # of a local file the split's name says nothing
-        facts["split"] = str(split)
     with contextlib.suppress(TypeError):  # a stream
         facts["rows"] = len(dataset)
+    if "id" in facts and split is not None:  # of a local file the split's name says nothing
+        whole = getattr((getattr(info, "splits", None) or {}).get(str(split)), "num_examples", None)
+        part = whole and facts.get("rows", whole) < whole  # chosen, or held out: not what the split's name promises
+        facts["split"] = f"{split}, {facts['rows']:,} of {whole:,} rows" if part else str(split)
     return facts
 
 

@@ -8,36 +8,33 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from deeparc_hf import create_model_card
+from deeparc_hf.card.facts import facts_of_folder
 
-SOURCES = (
-    "config.json",
-    "evaluations.json",
-    "pruning_plan.json",
-    "pruning_report.json",
-    "report.json",
-    "sparsity_report.json",
-    "tokenizer_config.json",
-)
+ALWAYS = ("config.json", "tokenizer_config.json")
 BESIDE = ("results.md", "scores.md")  # of the experiment, in the folder above
 
 
 def keep(model: Path, target: Path, **told: str | None) -> None:
-    """Copy the sources of a model's card, and make the card anew from these."""
-    target.mkdir(parents=True)
-    for name in SOURCES:
-        if (model / name).is_file():
-            shutil.copy(model / name, target)
-    for name in BESIDE:
-        if (model.parent / name).is_file():
-            shutil.copy(model.parent / name, target)
+    """Copy the reports that are of these very weights, and make the card anew from these. The folder is there whole or not at all."""
+    reports = facts_of_folder(model).reports
+    if target.exists():
+        raise FileExistsError(f"{target} is there already. Delete it, or give another name.")
     known = json.loads((model / "card.json").read_text("utf-8")) if (model / "card.json").is_file() else {}
     known |= {key: value for key, value in told.items() if value is not None}
     known["repo_id"] = f"org/{target.name}"
-    (target / "card.json").write_text(json.dumps(known, indent=1) + "\n", "utf-8")
-    create_model_card(target, **known)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place, target.name)
+        folder.mkdir()
+        for file in [*(model / name for name in (*ALWAYS, *reports)), *(model.parent / name for name in BESIDE)]:
+            if file.is_file() and file.name not in ("pruning_report.md", "report.md", "sparsity_report.md"):  # the card tells the same
+                shutil.copy(file, folder)
+        (folder / "card.json").write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        create_model_card(folder, **known)
+        shutil.copytree(folder, target)
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    asked = asked_for("causal_lm.py", argv, text, splits)
+    asked = asked_for(__file__, argv, data, text, training, splits)
     samples = f"A sample is a block of {text.block_size} tokens. Perplexity is exp(mean loss of a token); its interval is over the blocks."
     notes = [*splits.notes, samples]
     # average_tokens: this loss follows the number of tokens of all processes

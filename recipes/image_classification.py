@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    asked = asked_for("image_classification.py", argv, image, splits)
+    asked = asked_for(__file__, argv, data, image, training, splits)
     notes = list(splits.notes)
     # blocks are compared on the training images as they are
     return Experiment(data, pruning, training, load, trainer, seen.test, calibration=seen.train, asked=asked, notes=notes).run()

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
     from deeparc_hf.experiments.asked import asked_for
     from deeparc_hf.experiments.models import load_model
-    from deeparc_hf.experiments.questions import QuestionMeasure, scores_report
+    from deeparc_hf.experiments.questions import QuestionMeasure, first_answers, scores_report
     from deeparc_hf.experiments.sequence import Experiment
     from deeparc_hf.experiments.splits import load_splits
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        answers = [_first_answer(answer) for answer in rows[text.answer_column]]
+        answers = first_answers(rows[text.answer_column], text.answer_column)
         passages = rows[text.context_column]
         sources = [f"{text.prefix}answer: {answer} context: {passage}" for answer, passage in zip(answers, passages, strict=True)]
         targets = tokenizer(text_target=rows[text.question_column], truncation=True, max_length=text.max_target_length)
@@ -84,16 +84,10 @@ def main(argv: list[str] | None = None) -> list[Any]:
         )
 
     measure = QuestionMeasure(splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=text.max_target_length)
-    asked = asked_for("t5_qg.py", argv, text, splits)
+    asked = asked_for(__file__, argv, data, text, training, splits)
     experiment = Experiment(data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=list(splits.notes))
     experiment.finish = lambda rows: scores_report(Path(training.output_dir), rows, measure)
     return experiment.run()
-
-
-def _first_answer(answer: Any) -> str:
-    """An answer, or the first of SQuAD's."""
-    texts = answer.get("text", []) if isinstance(answer, dict) else answer
-    return texts if isinstance(texts, str) else texts[0] if texts else ""
 
 
 if __name__ == "__main__":

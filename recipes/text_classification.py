@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    asked = asked_for("text_classification.py", argv, text, splits)
+    asked = asked_for(__file__, argv, data, text, training, splits)
     return Experiment(data, pruning, training, load, trainer, splits.test, asked=asked, notes=list(splits.notes)).run()
 
 

@@ -61,7 +61,7 @@ class CardFacts:
         data: what is known of the data, by use ("training", "evaluation").
         training, hardware, versions: settings of the training; what it ran on and with.
         plan: the last plan that was carried out.
-        speed: time of one evaluation over that of the original's (ratio, low, high, blocks, turns), where it was measured.
+        speed: time of one evaluation over that of the model before (ratio, low, high, blocks, turns), where it was measured.
         mark: of the weights (`fingerprint`); None where they are not there, so that it is not known which evaluation is of them.
     """
 
@@ -99,6 +99,15 @@ class CardFacts:
         return sum(s.length for s in self.record.stacks.values()), sum(len(s.kept) for s in self.record.stacks.values())
 
     @property
+    def reports(self) -> tuple[str, ...]:
+        """Names of the files that tell of this model."""
+        names = [f"{RUN_REPORT}.json", f"{RUN_REPORT}.md"] if self.from_run else []
+        names += [SPARSITY_FILE, SPARSITY_FILE.replace(".json", ".md")] if self.sparsity is not None else []
+        names += [PLAN_FILE] if self.plan is not None else []
+        names += [EVALUATIONS_FILE] if self.evaluated else []
+        return (*names, *([REPORT_FILE, REPORT_FILE.replace(".json", ".md")] if self.from_report else []))
+
+    @property
     def zeros(self) -> tuple[int, int, int] | None:
         """Zeros, weights and number of the sparse matrices, by the record; None where nothing was zeroed."""
         matrices = (self.record.sparsity or {}).get("matrices") or {}
@@ -121,7 +130,7 @@ def facts_of_folder(folder: str | os.PathLike[str]) -> CardFacts:
         raise FileNotFoundError(f"{folder} has no config.json. Give the folder that save_pretrained wrote.")
     record = PrunedConfig.from_dict(config[RECORD_KEY]) if config.get(RECORD_KEY) is not None else PrunedConfig({})
     processor = next((kind for kind, files in _PROCESSORS.items() if any((folder / name).is_file() for name in files)), None)
-    return with_reports(_of_config(config, record, processor, mark_of_files(folder)), folder)
+    return with_reports(_of_config(config, record, processor, mark_of_files(folder)), folder, beside=True)
 
 
 def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
@@ -205,18 +214,19 @@ def _counted(record: PrunedConfig) -> tuple[int | None, int | None]:
         return None, None
 
 
-def with_reports(facts: CardFacts, folder: Path, *, own: bool = False) -> CardFacts:
+def with_reports(facts: CardFacts, folder: Path, *, own: bool = False, beside: bool = False) -> CardFacts:
     """The facts with those of the reports in a folder, as far as they are of this model: reports of another run are left out.
 
     Args:
         own: whether the reports are known to be of the run that this model is in, whatever the weights.
+        beside: whether the model is the one that lies in that folder, where its weights may have been left out.
     """
-    with_run = partial(_with_run, own=own)
+    with_run, with_evaluations = partial(_with_run, own=own), partial(_with_evaluations, beside=beside)
     for file, add in (
         (f"{RUN_REPORT}.json", with_run),
         (REPORT_FILE, _with_report),
         (SPARSITY_FILE, _with_sparsity),
-        (EVALUATIONS_FILE, _with_evaluations),
+        (EVALUATIONS_FILE, with_evaluations),
     ):
         data = read_json(folder / file)
         try:
@@ -353,10 +363,14 @@ def _with_sparsity(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
     return _with_facts(facts, data, inside, final or (inside[-1:] if facts.mark is None else ()))
 
 
-def _with_evaluations(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
-    """With evaluations of these very weights that an experiment made beside the Trainer's."""
+def _with_evaluations(facts: CardFacts, data: Mapping[str, Any], beside: bool) -> CardFacts:
+    """With evaluations of these very weights that an experiment made. Where no weights are there, the blocks must be the same."""
     found = [Evaluation.read(entry) for entry in data["evaluations"][:256]]
-    mine = [evaluation for evaluation in found if facts.mark in (None, evaluation.mark)]
+    left = {name: len(stack.kept) for name, stack in facts.record.stacks.items()}
+    if facts.mark is None:
+        mine = [evaluation for evaluation in found if beside and left in ({}, evaluation.stacks)]
+    else:
+        mine = [evaluation for evaluation in found if evaluation.mark == facts.mark]
     if not mine:
         return facts
     speed = {key: number(data["speed"][key]) for key in ("ratio", "low", "high", "blocks", "turns")} if data.get("speed") else {}

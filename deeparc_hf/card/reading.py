@@ -124,7 +124,10 @@ class Evaluation:
         mark: of the weights that it is of; None where it is not known.
         sparse: whether weights had been zeroed.
         intervals: 95 % intervals of those metrics that come with one.
-        original: metrics of the model before any pruning on the same data, and their intervals in original_intervals.
+        before: metrics of the model that the experiment began with on the same data; before_intervals, before_blocks: their intervals, and
+            the number of its blocks.
+        stacks: number of blocks of each stack of the model that the evaluation is of; empty where it is not known.
+        judged: whether prunings were judged on the same rows.
     """
 
     metrics: dict[str, float]
@@ -133,12 +136,15 @@ class Evaluation:
     mark: str | None = None
     sparse: bool = False
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    original: Mapping[str, float] = field(default_factory=dict)
-    original_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    before: Mapping[str, float] = field(default_factory=dict)
+    before_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    before_blocks: int | None = None
+    stacks: Mapping[str, int] = field(default_factory=dict)
+    judged: bool = False
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> Evaluation:
-        """Read an evaluation: metrics, and where they are known data, weights, sparse, intervals, and the original's figures."""
+        """Read an evaluation: metrics, and where they are known data, weights, sparse, intervals, stacks, judged, and before."""
         figures = figures_in(entry["metrics"])
         times = [value for key, value in figures.items() if key.endswith("_runtime")]
         lasting = {key: value for key, value in figures.items() if not key.endswith(TIMES)}
@@ -150,8 +156,11 @@ class Evaluation:
             mark,
             entry.get("sparse") is True,
             _intervals_in(entry.get("intervals")),
-            figures_in(entry.get("original")),
-            _intervals_in(entry.get("original_intervals")),
+            figures_in(entry.get("before")),
+            _intervals_in(entry.get("before_intervals")),
+            None if entry.get("before_blocks") is None else whole(entry["before_blocks"]),
+            {plain(key, 200): whole(count) for key, count in list(_mapping(entry.get("stacks") or {}).items())[:MOST]},
+            entry.get("judged") is True,
         )
 
 

@@ -101,10 +101,14 @@ def iterations_note(facts: CardFacts) -> str:
 
 def evaluation_note(facts: CardFacts) -> str:
     """How the metrics were measured."""
-    compared = any(evaluation.original for evaluation in facts.final)
+    began = next((evaluation.before_blocks for evaluation in facts.final if evaluation.before), None)
     notes = ["Measured on these weights." if facts.mark is not None else "Measured at the end."]
-    if compared:
-        notes = [notes[0], "Original: the model before any pruning, measured in the same way."]
+    if began is not None:
+        total = facts.blocks[0]
+        what = "the model before any pruning" if began == total else f"the model that this began with, {began} of {total} blocks"
+        notes.append(f"Before: {what}, measured in the same way.")
+    if any(evaluation.judged for evaluation in facts.final):
+        notes.append("There was no test data: prunings were judged on the same rows, so the figures are optimistic.")
     if facts.hardware:
         notes.append(f"Evaluated {_hardware(facts)}{_batch(facts, 'evaluation_batch')}.")
     if any(name.removeprefix("eval_") in ("accuracy", "test_accuracy") and e.data.get("rows") for e in facts.final for name in e.metrics):
@@ -112,7 +116,7 @@ def evaluation_note(facts: CardFacts) -> str:
     if facts.speed:
         s = facts.speed
         notes.append(
-            f"One evaluation of the test data takes {s['ratio']:.3f} of the original's time ({s['low']:.3f} .. {s['high']:.3f}, "
+            f"One evaluation of the test data takes {s['ratio']:.3f} of the time of the model before ({s['low']:.3f} .. {s['high']:.3f}, "
             f"{s['turns']:g} turns, both models warm in one process); {s['blocks']:.3f} of the blocks are left."
         )
     return " ".join(notes)

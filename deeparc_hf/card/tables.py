@@ -101,9 +101,9 @@ def steps_table(facts: CardFacts) -> str | None:
 
 
 def evaluation_table(final: Sequence[Evaluation]) -> str | None:
-    """Every metric of the model as it is, and of the original where it is known; accuracies have a Wilson interval where n is known."""
+    """Every metric of the model as it is, and of the one before where it is known; accuracies have a Wilson interval where n is known."""
     rows = []
-    compared = any(evaluation.original for evaluation in final)
+    compared = any(evaluation.before for evaluation in final)
     keys = {key for evaluation in final for key in evaluation.metrics}
     for evaluation in final:
         n = evaluation.data.get("rows")
@@ -113,10 +113,11 @@ def evaluation_table(final: Sequence[Evaluation]) -> str | None:
             if interval == "-" and name in ("accuracy", "test_accuracy") and n and 0 <= value <= 1:  # others may be no shares of the rows
                 low, high = wilson_interval(round(value * n), n)
                 interval = _interval((low, high))
-            before = [_number(evaluation.original.get(key)), _interval(evaluation.original_intervals.get(key))] if compared else []
-            shown = f"{md(name)} (validation data)" if key != name and f"test_{name}" in keys else md(name)
+            before = [_number(evaluation.before.get(key)), _interval(evaluation.before_intervals.get(key))] if compared else []
+            validation = evaluation.judged or (key != name and f"test_{name}" in keys)
+            shown = f"{md(name)} (validation data)" if validation else md(name)
             rows.append([shown, *before, _number(value), interval, f"{n:,}" if n else "-", data_text(evaluation.data)])
-    titles = ["original", "95 % interval", "this model"] if compared else ["value"]
+    titles = ["before", "95 % interval", "this model"] if compared else ["value"]
     header = ["metric", *titles, "95 % interval", "n", "data"]
     return table(header, rows, left=(0, len(header) - 1)) if rows else None
 

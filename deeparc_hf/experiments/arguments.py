@@ -194,6 +194,7 @@ def _unset(argv: Sequence[str], types: Sequence[type]) -> tuple[set[str], list[s
     while words:
         word = words.pop(0)
         name, sign, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")  # both spellings are the same to the parser
         if word.startswith("--") and name in known and "null" in (value, *([] if sign else words[:1])):
             unset.add(name)
             words = words if sign else words[1:]

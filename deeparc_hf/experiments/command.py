@@ -12,13 +12,16 @@ __all__ = ["run"]
 
 
 def run(main: Callable[[], Any]) -> NoReturn:
-    """Run a recipe's main and exit: with 0; 2 after an error of this package; 130 after Ctrl-C. Other errors keep their traceback."""
+    """Run a recipe's main and exit: with 0; 2 after an error of this package or of a file, a model or the Hub; 130 after Ctrl-C.
+
+    Other errors keep their traceback.
+    """
     try:
         main()
     except KeyboardInterrupt:
         sys.stderr.write("Stopped. What was written so far stays in the output folder.\n")
         sys.exit(130)
-    except DeepArcError as error:
+    except (DeepArcError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     sys.exit(0)

@@ -10,11 +10,31 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from ..errors import ConfigError
 from ..run_report import write_whole
 from .generation import TITLES, GenerationScores, bootstrap_intervals, generation_metrics, scores_table
 from .results import Measured, Row
 
-__all__ = ["QuestionMeasure", "scores_report"]
+__all__ = ["QuestionMeasure", "first_answers", "scores_report"]
+
+
+def first_answers(answers: Sequence[Any], column: str) -> list[str]:
+    """The answer of each row, or the first of SQuAD's.
+
+    Raises:
+        ConfigError: if a row has none, or it is no text.
+    """
+    found = []
+    for answer in answers:
+        texts = answer.get("text") if isinstance(answer, dict) else answer
+        first = texts[0] if isinstance(texts, list) and texts else texts
+        if not isinstance(first, str) or not first.strip():
+            raise ConfigError(
+                f"answer_column: a row of the column {column!r} holds {answer!r}, no answer. Leave such rows out (those of SQuAD 2 that "
+                "cannot be answered, say), or write numbers as texts."
+            )
+        found.append(first)
+    return found
 
 
 class QuestionMeasure:

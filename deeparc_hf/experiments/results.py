@@ -195,17 +195,26 @@ def write_results(
     write_whole(folder / f"{RESULTS}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
 
-def write_evaluations(folder: Path, row: Row, original: Row, data: Mapping[str, Any], speed: Speed | None = None) -> None:
+def write_evaluations(
+    folder: Path, row: Row, original: Row, data: Mapping[str, Any], speed: Speed | None = None, *, judged: bool = False
+) -> None:
     """Write a model's figures on the test data beside it, with those of the original, for its card (`create_model_card`).
 
     Args:
         data: what is known of the test data (`provenance.dataset_facts`).
+        judged: whether prunings were judged on the same rows.
         speed: its time over that of the original.
     """
     entry: dict[str, Any] = {"metrics": _test(row.measured.metrics), "intervals": _test(row.measured.intervals)}
     if row is not original and row.name != original.name:
-        entry |= {"original": _test(original.measured.metrics), "original_intervals": _test(original.measured.intervals)}
-    entry |= {"data": {**data, "rows": row.measured.samples}, "weights": mark_of_files(folder)}
+        entry |= {"before": _test(original.measured.metrics), "before_intervals": _test(original.measured.intervals)}
+        entry["before_blocks"] = sum(original.blocks.values())
+    entry |= {
+        "data": {**data, "rows": row.measured.samples},
+        "weights": mark_of_files(folder),
+        "stacks": dict(row.blocks),
+        "judged": judged,
+    }
     report = {"evaluations": [entry], "speed": None if speed is None else dataclasses.asdict(speed)}
     write_whole(folder / EVALUATIONS_FILE, json.dumps(finite(json.loads(json.dumps(report))), indent=1, allow_nan=False) + "\n")
 

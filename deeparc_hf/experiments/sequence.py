@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import shutil
 import statistics
 import time
@@ -31,6 +32,8 @@ from .at_once import calibration_batches, remove_at_once
 from .results import RESULTS, Measured, Row, Speed, write_evaluations, write_results
 
 __all__ = ["Experiment"]
+
+logger = logging.getLogger(__name__)
 
 TOLD = "card.json"
 ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
@@ -89,7 +92,8 @@ class Experiment:
             self._clean_up()
             for row in [row for row in rows if row.folder is not None]:
                 speed = speeds.get(row.name)
-                write_evaluations(self._out / row.folder, row, rows[0], dataset_facts(self.test), speed)
+                judged = "same as" in self.asked.get("data", {}).get("test", {})
+                write_evaluations(self._out / row.folder, row, rows[0], dataset_facts(self.test), speed, judged=judged)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
             write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes)
             self._publish(last)
@@ -103,7 +107,9 @@ class Experiment:
             raise ConfigError("push_to_hub would publish every model of the experiment. Give repo_id: the last one is published there.")
         if self.training.num_train_epochs != TrainingArguments.num_train_epochs or self.training.max_steps > 0:
             raise ConfigError("finetune_epochs and retrain_epochs say how long the trainings are. Leave num_train_epochs, max_steps out.")
-        found = [self._out / f"{RESULTS}.json", self._out / ORIGINAL / "config.json", *self._out.glob("iteration-*/config.json")]
+        if self.data.repo_id is not None and self.pruning.finetune_epochs == self.pruning.iterations == 0:
+            raise ConfigError("repo_id publishes the last model, and with finetune_epochs and iterations 0 none is made. Leave one out.")
+        found = [self._out / f"{RESULTS}.json", *self._out.glob("*/config.json")]
         earlier = [str(path.relative_to(self._out)) for path in found if path.is_file()]
         if earlier:
             raise ConfigError(f"{self._out} holds {earlier[0]} of an earlier experiment. Give another output_dir, or delete that folder.")
@@ -211,6 +217,9 @@ class Experiment:
     def _publish(self, row: Row) -> None:
         """The card of the last model, beside its checkpoint, and the push that was asked for."""
         if row.folder is None:
+            if self.data.repo_id is not None:
+                self.notes.append("Nothing was published: no model was made.")
+                logger.warning(self.notes[-1])
             return
         folder = self._out / row.folder
         dataset = None if self.data.train_file is not None else self.data.dataset  # local files stand for it

@@ -101,7 +101,7 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
         loaded: Mapping[str, Any] = {use: _of_file(datasets, file) for use, file in files.items() if file is not None}
         names = {use: use for use in names}
     elif data.dataset is not None:
-        loaded = dict(datasets.load_dataset(data.dataset, data.dataset_config, revision=data.dataset_revision))
+        loaded = _of_hub(datasets, data)
         for use, file in files.items():
             if file is not None:  # a file instead of that split
                 names[use] = f"the file of {use}"
@@ -129,7 +129,7 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
     test = loaded.get(names["test"])
     if test is None or (data.dataset is not None and names["test"] == names["validation"]):
         test = validation
-        origins["test"] = origins["validation"]
+        origins["test"] = {**origins["validation"], "same as": "validation"}
         notes.append("There is no test split of its own: the figures are of the data that prunings were judged on, and so are optimistic.")
     for use, part in (("validation", validation), ("test", test)):
         if len(part) == 0:
@@ -152,6 +152,16 @@ def _origin(data: DataArguments, file: str | None, split: str, part: Any) -> dic
         return {"split": split}
     known = {"id": data.dataset, "revision": data.dataset_revision, "config": data.dataset_config, "split": split, **dataset_facts(part)}
     return {key: value for key, value in known.items() if value is not None}
+
+
+def _of_hub(datasets: Any, data: DataArguments) -> dict[str, Any]:
+    """The splits of a data set by name, or of a folder of files."""
+    try:
+        return dict(datasets.load_dataset(data.dataset, data.dataset_config, revision=data.dataset_revision))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        given = {"dataset": data.dataset, "dataset_config": data.dataset_config, "dataset_revision": data.dataset_revision}
+        named = ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
+        raise ConfigError(f"The data ({named}) cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def _of_file(datasets: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from deeparc_hf import MPruneCallback, WandaCallback, create_model_card, prune_model, save_pruned, sparsify_model
 from deeparc_hf.errors import RecordError
@@ -177,8 +177,10 @@ def test_figures_of_an_experiment_are_told_of_its_weights_alone(done, tmp_path):
     entry = {
         "metrics": {"test_bleu": 0.25, "test_loss": None},
         "intervals": {"test_bleu": [0.2, 0.3]},
-        "original": {"test_bleu": 0.5},
-        "original_intervals": {"test_bleu": [0.4, 0.6], "test_loss": [None, None]},
+        "before": {"test_bleu": 0.5},
+        "before_intervals": {"test_bleu": [0.4, 0.6], "test_loss": [None, None]},
+        "before_blocks": 4,
+        "stacks": {"bert.encoder.layer": 3},
         "data": {"rows": 30},
         "weights": mark_of_files(folder),
     }
@@ -189,10 +191,22 @@ def test_figures_of_an_experiment_are_told_of_its_weights_alone(done, tmp_path):
     assert metrics_of(card)["test_bleu"] == 0.25 and "test_loss" not in metrics_of(card)
     shown = section(card, "Evaluation")
     assert "| test_bleu | 0.5000 | 0.4000 .. 0.6000 | 0.2500 | 0.2000 .. 0.3000 | 30 |" in shown
-    assert "0.700 of the original's time (0.600 .. 0.800, 5 turns, both models warm in one process); 0.750 of the blocks" in shown
+    assert "Before: the model before any pruning" in shown and "optimistic" not in shown
+    assert "0.700 of the time of the model before (0.600 .. 0.800, 5 turns, both models warm in one process); 0.750 of the blocks" in shown
     file.write_text(json.dumps({"evaluations": [{**entry, "weights": "0" * 32}], "speed": speed}))
     card = create_model_card(folder, overwrite=True)
-    assert "test_bleu" not in metrics_of(card) and "of the original's time" not in str(card)
+    assert "test_bleu" not in metrics_of(card) and "of the time of the model" not in str(card)
+    file.write_text(json.dumps({"evaluations": [{**entry, "before_blocks": 3, "judged": True}], "speed": None}))
+    shown = section(create_model_card(folder, overwrite=True), "Evaluation")
+    assert "Before: the model that this began with, 3 of 4 blocks" in shown and "the figures are optimistic" in shown
+    assert "| test_bleu (validation data) |" in shown
+    live = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder)).to("meta")
+    file.write_text(json.dumps({"evaluations": [entry], "speed": speed}))
+    assert "test_bleu" not in metrics_of(create_model_card(live, reports=folder))  # no weights there to know it by
+    bare = Path(shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
+    assert metrics_of(create_model_card(bare, overwrite=True))["test_bleu"] == 0.25
+    (bare / "evaluations.json").write_text(json.dumps({"evaluations": [{**entry, "stacks": {"bert.encoder.layer": 2}}], "speed": speed}))
+    assert "test_bleu" not in metrics_of(create_model_card(bare, overwrite=True))
     for wrong in (3, [3], [{"metrics": 1}], [{**entry, "intervals": {"a": [1]}}], [{**entry, "intervals": {"a": "12"}}]):
         file.write_text(json.dumps({"evaluations": wrong, "speed": None}))
         with pytest.raises(RecordError, match=r"evaluations\.json"):

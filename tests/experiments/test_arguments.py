@@ -52,6 +52,8 @@ def test_the_command_line_takes_back_what_the_file_says(settings):
     file = settings("model: bert\nthreshold: 0.9\nsparsity: [0.1, 0.2]\nmetric: accuracy\n")
     _, given = parse(TYPES, [*file, "--threshold", "null", "--num_blocks", "3", "--sparsity=null", "--metric", "null"])
     assert given.threshold is None and given.num_blocks == ["3"] and given.sparsity == [] and given.metric is None
+    data, given = parse(TYPES, [*settings("model: bert\nthreshold: 0.9\nrepo_id: a/b\n"), "--repo-id", "null", "--keep-ratio=null"])
+    assert data.repo_id is None and given.keep_ratio is None
     with pytest.raises(ConfigError, match="There is no argument '--treshold'"):
         parse(TYPES, [*file, "--treshold", "null"])
 

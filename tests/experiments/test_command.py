@@ -24,6 +24,7 @@ def raises(error):
 def test_exit_codes(capsys):
     assert ends(lambda: ["rows"]) == 0
     assert ends(raises(ConfigError("threshold must be a share."))) == 2
+    assert ends(raises(OSError("modle is not a local folder"))) == 2
     assert ends(raises(KeyboardInterrupt())) == 130
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[0] == "error: threshold must be a share." and "Stopped" in err

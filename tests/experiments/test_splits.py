@@ -113,7 +113,14 @@ def test_where_each_split_came_from(files):
     assert splits.sources["test"]["file"] == "test.parquet" and splits.sources["test"]["rows"] == 4
     assert splits.each(lambda part: part).sources == splits.sources
     del files["test"]
-    assert load(files).sources["test"] == splits.sources["validation"]
+    assert load(files).sources["test"] == {**splits.sources["validation"], "same as": "validation"}
+
+
+def test_data_that_cannot_be_loaded_is_named(tmp_path):
+    datasets.Dataset.from_list(rows_of(0, 3)).to_json(tmp_path / "train.jsonl")
+    given = DataArguments(model="m", dataset=str(tmp_path), dataset_config="nope")
+    with pytest.raises(ConfigError, match=r"The data \(dataset='.*', dataset_config='nope'\) cannot be loaded: .*nope"):
+        load_splits(given, 0)
 
 
 def test_a_text_in_every_row():

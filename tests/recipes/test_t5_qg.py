@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from deeparc_hf import PrunedConfig
 from deeparc_hf.errors import ConfigError
 from deeparc_hf.experiments.generation import generation_metrics
+from deeparc_hf.experiments.questions import first_answers
 from deeparc_hf.experiments.results import read_rows
 
 from ..publishing import tiny_tokenizer
@@ -143,3 +144,13 @@ def test_two_processes_give_every_question_once_and_in_order(place):
 def test_a_model_without_weights_is_not_measured_as_it_is(place, tmp_path):
     with pytest.raises(ConfigError, match="There are no weights in"):
         recipe("t5_qg").main([*words(place, tmp_path / "out"), "--finetune_epochs", "0"])
+
+
+@pytest.mark.parametrize("answer", [None, {"text": [], "answer_start": []}, "", 1987, [3]])
+def test_a_row_without_an_answer_is_refused(answer):
+    with pytest.raises(ConfigError, match=r"answer_column: a row of the column 'answers' holds .*, no answer"):
+        first_answers(["w1", answer], "answers")
+
+
+def test_answers_of_every_kind():
+    assert first_answers(["a", {"text": ["b", "c"], "answer_start": [0, 1]}, ["d"]], "answers") == ["a", "b", "d"]

@@ -203,9 +203,27 @@ def test_an_unknown_key_of_a_config_file_is_refused(data, tmp_path):
         main(["--config", str(file), *words(**data, output_dir=str(tmp_path))])
 
 
+def test_a_model_that_was_pruned_before_is_not_called_the_original(run, tmp_path):
+    given = {**run.data, "model": str(run.folder / "iteration-1"), "finetune_epochs": 0, "retrain_epochs": 0, "num_blocks": 2}
+    rows = main(words(**given, output_dir=str(tmp_path / "out")))
+    assert [row.blocks[STACK] for row in rows] == [3, 2]
+    card = (tmp_path / "out" / "iteration-1" / "README.md").read_text("utf-8")
+    assert "Before: the model that this began with, 3 of 4 blocks" in card and "with 2 of its 4 blocks" in card
+    for path in (tmp_path / "out").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text("utf-8") and str(run.folder) not in path.read_text("utf-8"), path
+
+
+def test_nothing_to_publish_is_said(data, tmp_path, caplog):
+    given = {**data, "finetune_epochs": 0, "retrain_epochs": 0, "threshold": 1.0, "repo_id": "me/x", "output_dir": str(tmp_path)}
+    main(words(**given))
+    assert "Nothing was published: no model was made." in (tmp_path / "results.md").read_text("utf-8")
+    assert "Nothing was published" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"repo_id": "me/x", "finetune_epochs": 0, "iterations": 0}, "none is made"),
         ({"push_to_hub": True}, "Give repo_id"),
         ({"num_train_epochs": 5}, "finetune_epochs and retrain_epochs"),
         (
