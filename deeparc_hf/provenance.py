@@ -40,7 +40,8 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
     with contextlib.suppress(TypeError):  # a stream
         facts["rows"] = len(dataset)
     if "id" in facts and split is not None:  # of a local file the split's name says nothing
-        whole = getattr((getattr(info, "splits", None) or {}).get(str(split)), "num_examples", None)
+        known = getattr(info, "splits", None)
+        whole = getattr(known.get(str(split)), "num_examples", None) if isinstance(known, Mapping) else None
         part = whole and facts.get("rows", whole) < whole  # chosen, or held out: not what the split's name promises
         facts["split"] = f"{split}, {facts['rows']:,} of {whole:,} rows" if part else str(split)
     return facts

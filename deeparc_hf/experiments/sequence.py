@@ -109,7 +109,7 @@ class Experiment:
             raise ConfigError("finetune_epochs and retrain_epochs say how long the trainings are. Leave num_train_epochs, max_steps out.")
         if self.data.repo_id is not None and self.pruning.finetune_epochs == self.pruning.iterations == 0:
             raise ConfigError("repo_id publishes the last model, and with finetune_epochs and iterations 0 none is made. Leave one out.")
-        found = [self._out / f"{RESULTS}.json", *self._out.glob("*/config.json")]
+        found = [self._out / f"{RESULTS}.json", *self._out.glob("original*/config.json"), *self._out.glob("iteration-*/config.json")]
         earlier = [str(path.relative_to(self._out)) for path in found if path.is_file()]
         if earlier:
             raise ConfigError(f"{self._out} holds {earlier[0]} of an earlier experiment. Give another output_dir, or delete that folder.")
