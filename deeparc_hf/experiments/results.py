@@ -16,10 +16,11 @@ from ..record import package_versions
 from ..report import hardware, wilson_interval
 from ..run_report import finite, write_whole
 
-__all__ = ["RESULTS", "Measured", "Row", "Speed", "read_rows", "results_table", "write_evaluations", "write_results"]
+__all__ = ["RESULTS", "Measured", "Row", "Speed", "against_original", "read_rows", "results_table", "write_evaluations", "write_results"]
 
 RESULTS = "results"
 _EPOCHS, _FIRST = 6, 3
+_MAIN = ("accuracy", "perplexity", "bleu")
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,23 @@ def results_table(rows: Sequence[Row], metrics: Sequence[str] | None = None) -> 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def against_original(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each pruned model: whether its main metric lies within the interval of the original, or by how much it does not."""
+    first, *others = rows
+    name = next((name for name in (*_MAIN, *first.measured.intervals) if name in first.measured.intervals), None)
+    if name is None:
+        return []
+    low, high = first.measured.intervals[name]
+    found = []
+    for row in others:
+        value = row.measured.metrics.get(name)
+        if value is None or row.sparsity is not None:
+            continue
+        outside = f"{low - value:.4f} below" if value < low else f"{value - high:.4f} above" if value > high else "within"
+        found.append(f"{row.name}: {name} {value:.4f} lies {outside} the original's 95 % interval ({low:.4f} .. {high:.4f}).")
+    return found
+
+
 def write_results(
     folder: Path, rows: Sequence[Row], speeds: Mapping[str, Speed], facts: Mapping[str, Any], notes: Sequence[str] = ()
 ) -> None:
@@ -184,7 +202,7 @@ def write_results(
         "after each epoch of the training that led to the row. Evaluation time: warm, median of several. Freeze: blocks that were not "
         "trained. One run with one seed."
     )
-    parts += [f"{name}: {speed}" for name, speed in speeds.items()] + list(notes)
+    parts += [*against_original(rows), *(f"{name}: {speed}" for name, speed in speeds.items()), *notes]
     shown = {**hardware(), **package_versions()}
     parts += [
         "## Made with",

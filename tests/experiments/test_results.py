@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from deeparc_hf.experiments.results import Measured, Row, Speed, read_rows, results_table, write_results
+from deeparc_hf.experiments.results import Measured, Row, Speed, against_original, read_rows, results_table, write_results
 from deeparc_hf.report import wilson_interval
 
 SHOWN = ["evaluation time (s)", "training time (s)", "freeze", "threshold", "K", "zeros (%)"]
@@ -87,6 +87,23 @@ def test_rows_come_back_from_the_disk_as_they_were(tmp_path):
         and "on 50 test samples" in text
     )
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["results.json", "results.md"]
+
+
+def test_each_pruned_model_is_held_against_the_interval_of_the_original(tmp_path):
+    def row(name, value, **more):
+        return Row(
+            name, {"layers": 4}, 100, Measured({"loss": 1.0, "accuracy": value}, 50, {"accuracy": (value - 0.05, value + 0.05)}), **more
+        )
+
+    rows = [row("original", 0.8), row("a", 0.76), row("b", 0.7), row("c", 0.9), row("d", 0.1, sparsity=0.5)]
+    assert against_original(rows) == [
+        "a: accuracy 0.7600 lies within the original's 95 % interval (0.7500 .. 0.8500).",
+        "b: accuracy 0.7000 lies 0.0500 below the original's 95 % interval (0.7500 .. 0.8500).",
+        "c: accuracy 0.9000 lies 0.0500 above the original's 95 % interval (0.7500 .. 0.8500).",
+    ]
+    assert against_original([ORIGINAL, SMALLER]) == []  # nothing is known of the original's interval
+    write_results(tmp_path, rows, {}, {})
+    assert "b: accuracy 0.7000 lies 0.0500 below" in (tmp_path / "results.md").read_text("utf-8")
 
 
 def test_a_figure_that_is_no_number_is_null_on_the_disk(tmp_path):
