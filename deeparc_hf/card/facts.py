@@ -99,6 +99,11 @@ class CardFacts:
         return sum(s.length for s in self.record.stacks.values()), sum(len(s.kept) for s in self.record.stacks.values())
 
     @property
+    def continued(self) -> bool:
+        """Whether there were prunings in trainings before the last one, of which the record knows the last metrics alone."""
+        return len(self.attempts) > 1 and self.attempts[0].k is not None
+
+    @property
     def reports(self) -> tuple[str, ...]:
         """Names of the files that tell of this model."""
         names = [f"{RUN_REPORT}.json", f"{RUN_REPORT}.md"] if self.from_run else []

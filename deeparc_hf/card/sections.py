@@ -83,7 +83,8 @@ def iterations_note(facts: CardFacts) -> str:
     """What the columns are, and the hardware and batch of the times."""
     notes = ["Blocks: by stack. Freeze: blocks that were not trained."]
     if facts.from_run:
-        notes.append("Epochs are counted from each pruning on; the pruned models were trained for longer than the one before pruning.")
+        epochs = "Each value is that at the end of a training" if facts.continued else "Epochs are counted from each pruning on"
+        notes.append(f"{epochs}; the pruned models were trained for longer than the one before pruning.")
         s = facts.summary
         if s.get("max_drop") is not None and s.get("baseline") is not None:
             notes.append(

@@ -36,11 +36,13 @@ def main_metric(facts: CardFacts) -> str:
 
 def iterations_table(facts: CardFacts) -> str | None:
     """A row for the model before, and for each pruning: the metric at the end of each epoch, blocks, parameters, times, frozen blocks."""
-    attempts, metric = [row for attempt in facts.attempts for row in _by_weights(attempt)], main_metric(facts)
+    metric = main_metric(facts)
+    one = not facts.continued  # of several trainings the last value of each is shown
+    attempts = [row for attempt in facts.attempts for row in _by_weights(attempt) if one or row.k is not None or row.evaluations]
     if not attempts:
         return None
     by_epoch = [_by_epoch(attempt, metric) for attempt in attempts]
-    epochs = sorted({epoch for values in by_epoch for epoch in values}) if facts.from_run else []
+    epochs = sorted({epoch for values in by_epoch for epoch in values}) if facts.from_run and one else []
     long = len(epochs) > _EPOCHS
     epochs = epochs[:_FIRST] if long else epochs
     header = ["model", *(f"{md(metric)}, epoch {epoch}" for epoch in epochs)] if epochs else ["model", md(metric)]
@@ -52,7 +54,7 @@ def iterations_table(facts: CardFacts) -> str | None:
         seconds = next((e.seconds for _, e in reversed(attempt.evaluations) if e.seconds is not None), None)
         last = next(reversed(values.values()), None)
         first = last if first is None and attempt.k is None else first  # of the model before any pruning, as it was
-        shown = [values.get(epoch) for epoch in epochs] if epochs else [next(iter(values.values()), None)]
+        shown = [values.get(epoch) for epoch in epochs] if epochs else [last]
         shown += [last] if long else []
         rows.append(
             [
