@@ -1,9 +1,8 @@
-"""Two of the runs whose cards are kept here, each in one training with the callbacks (the others are of the recipes):
+"""The run of minilm-emotion-pruned: both callbacks in one training (the other cards are of recipes).
 
-    python model_cards/runs.py text_classification --data FOLDER --model sentence-transformers/all-MiniLM-L6-v2 --output runs/text
-    python model_cards/runs.py image_classification --data FOLDER --output runs/images
+    python model_cards/runs.py --data FOLDER --output runs/text
 
-FOLDER holds train.csv, validation.csv and test.csv (text, label), or train.parquet and test.parquet (image, label).
+FOLDER holds train.csv, validation.csv and test.csv (text, label).
 """
 
 from __future__ import annotations
@@ -14,17 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import load_dataset
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    ResNetConfig,
-    ResNetForImageClassification,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 from deeparc_hf import MPruneCallback, WandaCallback, create_model_card
 
@@ -36,10 +27,10 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def settings(output: str, cls: Any = TrainingArguments, **more: Any) -> Any:
-    """Arguments that the runs share."""
+def settings(output: str, **more: Any) -> TrainingArguments:
+    """Arguments of the training."""
     shared = {"eval_strategy": "epoch", "save_strategy": "no", "seed": 0, "report_to": "none", "logging_strategy": "epoch"}
-    return cls(output, **shared, per_device_eval_batch_size=64, **more)
+    return TrainingArguments(output, **shared, per_device_eval_batch_size=64, **more)
 
 
 def text_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[str, Any]]:
@@ -70,73 +61,20 @@ def text_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[st
     return trainer, data["test"], {**told, "finetuned_from": "sentence-transformers/all-MiniLM-L6-v2"}
 
 
-def image_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[str, Any]]:
-    """A small bottleneck ResNet from scratch on CIFAR-10 images: the blocks of least effect go, none is frozen."""
-    files = {name: str(Path(args.data, f"{name}.parquet")) for name in ("train", "test")}
-    data = load_dataset("parquet", data_files=files)
-    names = data["train"].features["label"].names
-
-    random = np.random.default_rng(0)
-
-    def pixels(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        images = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in batch["image"]])
-        return {"pixel_values": torch.from_numpy((images / 127.5 - 1).transpose(0, 3, 1, 2)), "labels": batch["label"]}
-
-    def augmented(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        """Mirrored by chance, and shifted by up to 4 pixels."""
-        found = pixels(batch)
-        shifted = [torch.roll(image, tuple(random.integers(-4, 5, 2)), (1, 2)) for image in found["pixel_values"]]
-        mirrored = [image.flip(2) if random.random() < 0.5 else image for image in shifted]
-        return {**found, "pixel_values": torch.stack(mirrored)}
-
-    config = ResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[64, 128, 256],
-        depths=[4, 5, 4],
-        layer_type="bottleneck",
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    trainer = Trainer(
-        model=ResNetForImageClassification(config),
-        args=settings(
-            args.output,
-            num_train_epochs=46,
-            per_device_train_batch_size=64,
-            learning_rate=2e-3,
-            weight_decay=0.05,
-            lr_scheduler_type="cosine",
-            remove_unused_columns=False,
-        ),
-        train_dataset=data["train"].with_transform(augmented),
-        eval_dataset=data["test"].with_transform(pixels),
-        compute_metrics=accuracy,
-        callbacks=[
-            MPruneCallback(num_blocks=[11, 9], similarity="effect", linkage="adjacent", start_epoch=30, retrain_epochs=8, heal="lstsq")
-        ],
-    )
-    return trainer, data["test"].with_transform(pixels), {"dataset_tags": "uoft-cs/cifar10", "license": "apache-2.0"}
-
-
-TASKS = {run.__name__: run for run in (text_classification, image_classification)}
-
-
 def main() -> None:
     """Run one, and keep its card and what the card is made from."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", required=True, help="folder of the data")
-    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="base model of text_classification")
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2", help="base model")
     parser.add_argument("--output", required=True, help="folder of the run")
     parser.add_argument("--keep", help="folder for the card and its sources")
     args = parser.parse_args()
     torch.manual_seed(0)
-    trainer, held_out, told = TASKS[args.task](args)
+    trainer, held_out, told = text_classification(args)
     trainer.train()
     trainer.evaluate(held_out)
     trainer.save_model(args.output)
-    told = {"repo_id": f"org/{Path(args.output).name}", "command": f"python model_cards/runs.py {args.task} --data DATA", **told}
+    told = {"repo_id": f"org/{Path(args.output).name}", "command": "python model_cards/runs.py --data DATA", **told}
     create_model_card(trainer, **told)
     if args.keep is not None:
         Path(args.keep).mkdir(parents=True, exist_ok=True)
