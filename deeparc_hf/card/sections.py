@@ -114,6 +114,8 @@ def evaluation_note(facts: CardFacts) -> str:
         notes.append(f"Evaluated {_hardware(facts)}{_batch(facts, 'evaluation_batch')}.")
     if any(name.removeprefix("eval_") in ("accuracy", "test_accuracy") and e.data.get("rows") for e in facts.final for name in e.metrics):
         notes.append("Intervals of accuracies: Wilson's, over the samples.")
+    if any(not name.endswith("accuracy") for e in facts.final for name in e.intervals):
+        notes.append("Other intervals: of 95 %, from the spread over the samples.")
     if facts.speed:
         s = facts.speed
         notes.append(

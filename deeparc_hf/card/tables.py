@@ -45,9 +45,21 @@ def iterations_table(facts: CardFacts) -> str | None:
     epochs = sorted({epoch for values in by_epoch for epoch in values}) if facts.from_run and one else []
     long = len(epochs) > _EPOCHS
     epochs = epochs[:_FIRST] if long else epochs
-    header = ["model", *(f"{md(metric)}, epoch {epoch}" for epoch in epochs)] if epochs else ["model", md(metric)]
-    header += [f"{md(metric)}, last epoch"] if long else []
-    header += ["change", "blocks", "parameters", "evaluation time (s)", "training time (s)", "freeze", "k", "threshold", "verdict"]
+    measured = any(by_epoch)
+    titles = [f"{md(metric)}, epoch {epoch}" for epoch in epochs] if epochs else [md(metric)]
+    titles += [f"{md(metric)}, last epoch"] if long else []
+    header = [
+        "model",
+        *([*titles, "change"] if measured else []),
+        "blocks",
+        "parameters",
+        "evaluation time (s)",
+        "training time (s)",
+        "freeze",
+        "k",
+        "threshold",
+        "verdict",
+    ]
     rows: list[list[str]] = []
     first = None  # the last value before any pruning
     for attempt, values in zip(attempts, by_epoch, strict=True):
@@ -56,11 +68,11 @@ def iterations_table(facts: CardFacts) -> str | None:
         first = last if first is None and attempt.k is None else first  # of the model before any pruning, as it was
         shown = [values.get(epoch) for epoch in epochs] if epochs else [last]
         shown += [last] if long else []
+        change = "-" if None in (first, last) or attempt.k is None else f"{last - first:+.4f}"
         rows.append(
             [
                 md(attempt.name),
-                *map(_number, shown),
-                "-" if None in (first, last) or attempt.k is None else f"{last - first:+.4f}",
+                *([*map(_number, shown), change] if measured else []),
                 " + ".join(map(str, attempt.blocks.values())) or "-",
                 "-" if attempt.parameters is None else f"{attempt.parameters:,}",
                 "-" if seconds is None else f"{seconds:,.2f}",
