@@ -14,7 +14,7 @@ from pathlib import Path
 from deeparc_hf import create_model_card
 from deeparc_hf.card.facts import facts_of_folder
 
-ALWAYS = ("config.json", "tokenizer_config.json")
+ALWAYS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 BESIDE = ("results.md", "scores.md")  # of the experiment, in the folder above
 
 
