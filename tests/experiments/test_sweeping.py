@@ -64,7 +64,10 @@ def table(place):
 def process(place, *words):
     command = [sys.executable, str(ROOT / "recipes" / "sweep.py"), str(place / "sweep.yaml"), "--output", str(place / "out"), *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
+    # a shell's background job ignores Ctrl-C, and its children too
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **streams, env=environment, start_new_session=True, **heard)
 
 
 def wait_for(condition, seconds=90):
