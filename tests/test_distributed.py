@@ -66,7 +66,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_prunings_with_freezing_keep_the_processes_equal(tmp_path, accumulation):
     results, _ = launch(tmp_path, {"settings": TWICE, "arguments": {"gradient_accumulation_steps": accumulation}})
     first, second = results
@@ -131,7 +131,7 @@ def test_a_failure_in_one_process_ends_all_of_them(tmp_path):
     assert "In process 1" in done.stderr
 
 
-@pytest.mark.parametrize("batches", [8, 1])
+@pytest.mark.parametrize("batches", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_healing_is_the_same_in_every_process(tmp_path, batches):
     """Also where one process has no calibration data."""
     calibration = [list(range(start, start + 8)) for start in range(0, 8 * batches, 8)]

@@ -106,7 +106,7 @@ def test_what_one_training_froze_the_next_one_trains(tmp_path, new_trainer):
     assert not torch.equal(before["bert.embeddings.word_embeddings.weight"], model.bert.embeddings.word_embeddings.weight)
 
 
-@pytest.mark.parametrize("name", ["vit", "deit", "dinov2"])
+@pytest.mark.parametrize("name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deit", "dinov2"))])
 def test_models_whose_checkpoints_name_tensors_otherwise(tmp_path, name):
     """transformers saves these under older names, and the Trainer does not rename them when it loads a checkpoint."""
     data = images().map(lambda row: {"labels": row["labels"] % 2})

@@ -47,6 +47,7 @@ def test_without_calibration_data_the_training_is_refused_with_the_way_out(tmp_p
     assert "SurgeryError" in done.stderr and "MPruneCallback(calibration=...)" in done.stderr and "prune_model" in done.stderr
 
 
+@pytest.mark.slow
 def test_with_calibration_data_the_model_is_pruned_when_the_trainer_is_made(tmp_path):
     job = {"calibration": BATCHES}
     whole, _ = launch_sharded(tmp_path, job)

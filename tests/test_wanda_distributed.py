@@ -29,7 +29,7 @@ def alone(**settings):
     return zeros(model.state_dict()), report
 
 
-@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("sequential", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_both_processes_zero_what_one_would_on_all_the_data(tmp_path, sequential):
     job = {"zeroing": {"sequential": sequential}, "calibration": BATCHES, "arguments": ONE_EPOCH}
     (first, second), _ = launch(tmp_path, job)
@@ -41,7 +41,7 @@ def test_both_processes_zero_what_one_would_on_all_the_data(tmp_path, sequential
     assert json.loads(first["sparsity"])["samples"] == report.samples == 32
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_zeros_stay_in_both_processes_with_prunings_before_and_after(tmp_path, accumulation):
     job = {
         "settings": {"num_blocks": [3, 2], "iterations": 2, "start_epoch": 0, "retrain_epochs": 2, "freeze": "partial"},
@@ -61,6 +61,7 @@ def test_a_process_without_calibration_data_follows_the_other(tmp_path):
     assert json.loads(second["sparsity"])["samples"] == 8
 
 
+@pytest.mark.slow
 def test_a_failure_in_one_process_ends_both(tmp_path):
     job = {"zeroing": {}, "calibration": BATCHES, "broken": [1], "arguments": ONE_EPOCH}
     results, done = launch(tmp_path, job, check=False)
@@ -68,6 +69,7 @@ def test_a_failure_in_one_process_ends_both(tmp_path):
     assert "In process 1:" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
     job = {"zeroing": {"start_epoch": 1, "calibration_samples": 16}, "arguments": {"save_strategy": "steps", "save_steps": 10}}
     (whole, _), _ = launch(tmp_path / "whole", job)
