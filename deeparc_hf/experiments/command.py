@@ -19,7 +19,9 @@ def run(main: Callable[[], Any]) -> NoReturn:
     try:
         main()
     except KeyboardInterrupt:
-        sys.stderr.write("Stopped. What was written so far stays in the output folder.\n")
+        sys.stderr.write(
+            "Stopped. What was written so far stays; a fine-tuned original in it can be given as --model, with another output_dir.\n"
+        )
         sys.exit(130)
     except (DeepArcError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
