@@ -224,7 +224,7 @@ def write_evaluations(
         speed: its time over that of the original.
     """
     entry: dict[str, Any] = {"metrics": _test(row.measured.metrics), "intervals": _test(row.measured.intervals)}
-    if row is not original and row.name != original.name:
+    if row.name != original.name:
         entry |= {"before": _test(original.measured.metrics), "before_intervals": _test(original.measured.intervals)}
         entry["before_blocks"] = sum(original.blocks.values())
     entry |= {

@@ -112,6 +112,11 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
         raise ConfigError(f"There is no split {names['train']!r} to train on; there are {', '.join(loaded)}. Give train_split.")
     train, notes = loaded[names["train"]], []
     origins = {use: _origin(data, files[use], names[use], loaded.get(names[use])) for use in files}
+    for use in ("validation", "test"):
+        if names[use] in loaded and _same(origins, files, use, "train"):
+            raise ConfigError(
+                f"The {use} data is the training data: figures would be of what was trained on. Give other data, or leave it out."
+            )
     if len(train) == 0:
         raise ConfigError("The training data has no rows.")
     if names["validation"] in loaded:
@@ -127,7 +132,7 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
     if names["test"] not in loaded and data.test_split != DataArguments.test_split:
         raise ConfigError(f"There is no split {data.test_split!r} to measure on; there are {', '.join(loaded)}. Give test_split.")
     test = loaded.get(names["test"])
-    if test is None or (data.dataset is not None and names["test"] == names["validation"]):
+    if test is None or (names["validation"] in loaded and _same(origins, files, "test", "validation")):
         test = validation
         origins["test"] = {**origins["validation"], "same as": "validation"}
         notes.append("There is no test split of its own: the figures are of the data that prunings were judged on, and so are optimistic.")
@@ -152,6 +157,15 @@ def _origin(data: DataArguments, file: str | None, split: str, part: Any) -> dic
         return {"split": split}
     known = {"id": data.dataset, "revision": data.dataset_revision, "config": data.dataset_config, "split": split, **dataset_facts(part)}
     return {key: value for key, value in known.items() if value is not None}
+
+
+def _same(origins: Mapping[str, Mapping[str, Any]], files: Mapping[str, str | None], one: str, other: str) -> bool:
+    """Whether two splits are the same: of one data set by name, or files with the same content, or one folder."""
+    pair = files[one], files[other]
+    if None not in pair and "sha256" not in origins[one]:
+        return Path(str(pair[0])).resolve() == Path(str(pair[1])).resolve()
+    digests = [origins[use].get("sha256") for use in (one, other)]
+    return digests[0] == digests[1] if None not in digests else pair == (None, None) and origins[one]["split"] == origins[other]["split"]
 
 
 def _of_hub(datasets: Any, data: DataArguments) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import datasets
 import pytest
@@ -114,6 +115,25 @@ def test_where_each_split_came_from(files):
     assert splits.each(lambda part: part).sources == splits.sources
     del files["test"]
     assert load(files).sources["test"] == {**splits.sources["validation"], "same as": "validation"}
+
+
+def test_data_that_was_trained_on_is_no_measure(files, tmp_path):
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes(Path(files["train"]).read_bytes())  # another name for the same rows
+    with pytest.raises(ConfigError, match=r"The test data is the training data: .* Give other data"):
+        load(files, test_file=str(copy))
+    with pytest.raises(ConfigError, match="The validation data is the training data"):
+        load(files, validation_file=files["train"])
+    splits = load(files, validation_file=files["test"])  # judged on what is measured on: that is said
+    assert splits.sources["test"]["same as"] == "validation" and "optimistic" in splits.notes[0]
+    (tmp_path / "data").mkdir()
+    for name, rows in (("train", rows_of(0, 9)), ("test", rows_of(9, 3))):
+        datasets.Dataset.from_list(rows).to_json(tmp_path / "data" / f"{name}.jsonl")
+    given = {"model": "m", "dataset": str(tmp_path / "data")}
+    with pytest.raises(ConfigError, match="The test data is the training data"):
+        load_splits(DataArguments(**given, test_split="train"), 0)
+    splits = load_splits(DataArguments(**given, validation_split="test"), 0)
+    assert "same as" in splits.sources["test"] and len(splits.train) == 9
 
 
 def test_data_that_cannot_be_loaded_is_named(tmp_path):
