@@ -106,9 +106,10 @@ def _tags(facts: CardFacts, given: Given) -> list[str]:
 
 
 def _results(facts: CardFacts, given: Given) -> list[EvalResult]:
-    """Every metric that was measured of the model as it is."""
+    """Every metric that was measured of the model as it is; of one that is known of test data, not that of validation data too."""
     task = given.tasks[0] if given.tasks else task_of(facts)[0] or "other"
     results = []
+    keys = {key for evaluation in facts.final for key in evaluation.metrics}
     unnamed = [evaluation for evaluation in facts.final if "id" not in evaluation.data]
     for evaluation in facts.final:
         data = evaluation.data
@@ -117,6 +118,8 @@ def _results(facts: CardFacts, given: Given) -> list[EvalResult]:
         name = given.dataset_names[0] if given.dataset_names and given_here else known or UNKNOWN
         config = data.get("config") or (given.dataset_configs[0] if given.dataset_configs and given_here else None)
         for key, value in evaluation.metrics.items():
+            if key.startswith("eval_") and f"test_{key.removeprefix('eval_')}" in keys:
+                continue
             metric = plain(key.removeprefix("eval_"), 80)
             results.append(
                 EvalResult(

@@ -196,11 +196,13 @@ def write_results(
     }
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# Results", results_table(rows)]
+    repeats = facts.get("pruning", {}).get("repeats")
+    times = "one evaluation" if repeats == 1 else f"the median of {repeats or 'several'}"
     counts = ", ".join(f"{n:,}" for n in sorted({row.measured.samples for row in rows}))
     parts.append(
         f"Metrics: on {counts} test samples, with 95 % intervals where they are known. Epochs: the main metric on the validation data "
-        "after each epoch of the training that led to the row. Evaluation time: warm, median of several. Freeze: blocks that were not "
-        "trained. One run with one seed."
+        f"after each epoch of the training that led to the row. Evaluation time: warm, {times}. Freeze: blocks that were not trained. "
+        "One run with one seed."
     )
     parts += [*against_original(rows), *(f"{name}: {speed}" for name, speed in speeds.items()), *notes]
     shown = {**hardware(), **package_versions()}

@@ -214,3 +214,13 @@ def test_figures_of_an_experiment_are_told_of_its_weights_alone(done, tmp_path):
     file.write_text(json.dumps({"evaluations": [entry], "speed": {"ratio": "<b>"}}))
     with pytest.raises(RecordError, match=r"evaluations\.json"):
         create_model_card(folder, overwrite=True)
+
+
+def test_validation_figures_are_no_results_where_there_are_test_figures(tmp_path):
+    trainer = trained(tmp_path, [pruning()], num_train_epochs=1, save_strategy="no")
+    trainer.evaluate()
+    assert metrics_of(create_model_card(trainer)).keys() == {"loss", "accuracy"}
+    trainer.evaluate(text_data(rows=24), metric_key_prefix="test")
+    card = create_model_card(trainer, overwrite=True)
+    assert metrics_of(card).keys() == {"test_loss", "test_accuracy"}
+    assert "accuracy (validation data)" in section(card, "Evaluation")  # there they are told apart

@@ -103,6 +103,11 @@ def test_each_pruned_model_is_held_against_the_interval_of_the_original(tmp_path
     ]
     assert against_original([ORIGINAL, SMALLER]) == []  # nothing is known of the original's interval
     write_results(tmp_path, rows, {}, {})
+    assert "warm, the median of several" in (tmp_path / "results.md").read_text("utf-8")
+    write_results(tmp_path, rows, {}, {"pruning": {"repeats": 1}})
+    assert "warm, one evaluation" in (tmp_path / "results.md").read_text("utf-8")
+    write_results(tmp_path, rows, {}, {"pruning": {"repeats": 3}})
+    assert "warm, the median of 3" in (tmp_path / "results.md").read_text("utf-8")
     assert "b: accuracy 0.7000 lies 0.0500 below" in (tmp_path / "results.md").read_text("utf-8")
 
 
