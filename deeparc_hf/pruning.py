@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -12,9 +13,10 @@ from torch import nn
 
 from .architectures import Stack, describe
 from .config import MPruneConfig
-from .errors import CalibrationError, SurgeryError
+from .errors import CalibrationError, CalibrationWarning, SurgeryError
 from .healing import apply_healing, fit_sites
 from .observe import StackObserver, observe
+from .passes import require_weights
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
 from .record import PrunedConfig, current_record
 from .similarity import SkippingMetric, metrics
@@ -68,10 +70,7 @@ def compare_blocks(
         labels: by stack, what patterns call each block (`StackFacts.labels`).
     """
     host, _, stacks = describe(model)
-    if any(p.device.type == "meta" for p in host.root.parameters()):
-        raise CalibrationError(
-            f"{type(host.root).__name__} has no weights (meta device), so its blocks cannot be compared. Load its checkpoint."
-        )
+    require_weights(host)
     metric = metrics.get(config.similarity)
     limit = config.calibration_samples if max_samples is None else max_samples
     if issubclass(metric, SkippingMetric):
@@ -84,9 +83,13 @@ def compare_blocks(
     facts = {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):
         facts[name] = dataclasses.replace(
-            _facts(stack, metric.matrix(observed.sums)), labels=(labels or {}).get(name, ()), frozen=frozen.get(name, ())
+            _facts(stack, metric.matrix(observed.sums)) if observed.obstacle is None else _not_compared(stack, observed.obstacle),
+            labels=(labels or {}).get(name, ()),
+            frozen=frozen.get(name, ()),
         )
-    return make_plan(facts, config, samples)
+    plan = make_plan(facts, config, samples)
+    _tell_obstacles(plan, {name: observed.obstacle for name, observed in zip(stacks, found, strict=True) if observed.obstacle is not None})
+    return plan
 
 
 def check_settings(model: nn.Module, config: MPruneConfig) -> None:
@@ -106,6 +109,7 @@ def prune_model(
     config: MPruneConfig | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    verify: bool = True,
     progress: bool = True,
     **settings: Any,
 ) -> PruningPlan:
@@ -115,7 +119,7 @@ def prune_model(
 
     Args:
         model, dataloader, config, progress, settings: as in `analyze`.
-        optimizer: as in `remove_blocks`.
+        optimizer, verify: as in `remove_blocks`; the first batch is the example.
 
     Returns:
         The plan that was carried out; the model carries the record.
@@ -130,7 +134,7 @@ def prune_model(
         )
     seen: list[Any] = []
     plan = analyze(model, _noting_first(dataloader, seen), config, progress=progress)
-    apply_healed(model, plan, dataloader, optimizer=optimizer, example=seen[0])
+    apply_healed(model, plan, dataloader, optimizer=optimizer, example=seen[0], verify=verify)
     return plan
 
 
@@ -141,6 +145,7 @@ def apply_healed(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     example: Any = None,
+    verify: bool = True,
     transaction: Transaction | None = None,
     gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
     max_samples: int | None = None,
@@ -149,7 +154,7 @@ def apply_healed(
     """Carry a plan out, and heal its removal sites where its settings say so. All or nothing.
 
     Args:
-        model, plan, optimizer, example, transaction: as in `apply_plan`.
+        model, plan, optimizer, example, verify, transaction: as in `apply_plan`.
         dataloader: calibration batches for the fit.
         gather, max_samples: as in `compare_blocks`.
         done: called right after the removal ("removed"), and after the healing ("healed").
@@ -159,7 +164,7 @@ def apply_healed(
     """
     if plan.config.heal is None or not plan.removed:
         with transaction or Transaction() as undo:
-            record = apply_plan(model, plan, optimizer=optimizer, example=example, transaction=undo)
+            record = apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
             done("removed")
         return record, []
     host, _, stacks = describe(model)
@@ -167,7 +172,7 @@ def apply_healed(
     healings = fit_sites(host, stacks, plan.removed, dataloader, limit, gather=gather)
     blocks = {healing.site: stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
     with transaction or Transaction() as undo:
-        apply_plan(model, plan, optimizer=optimizer, example=example, transaction=undo)
+        apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
         done("removed")
         for healing in healings:
             apply_healing(healing, blocks[healing.site], undo)
@@ -237,6 +242,26 @@ def _noting_first(batches: Iterable[Any], seen: list[Any]) -> Iterator[Any]:
     for first in iterator:
         seen.append(first)
         yield from chain([first], iterator)
+
+
+def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:
+    """Warn of stacks of which blocks could go, if they could be compared."""
+    named = plan.config.num_blocks if isinstance(plan.config.num_blocks, Mapping) else None
+    for name, obstacle in obstacles.items():
+        if len(plan.stacks[name].protected) < len(plan.stacks[name]) and (named is None or name in named):
+            warnings.warn(
+                f"The blocks of {name} cannot be compared, so all of them stay: {obstacle}. To remove some, name them yourself, with "
+                f"remove_blocks, or take similarity='effect'. protect='{name}.*' says that they are to stay.",
+                CalibrationWarning,
+                stacklevel=4,
+            )
+
+
+def _not_compared(stack: Stack, obstacle: str) -> StackFacts:
+    """All blocks stay, and none is similar to another."""
+    count = len(stack)
+    facts = _facts(stack, torch.eye(count, dtype=torch.float64))
+    return dataclasses.replace(facts, pinned={**dict.fromkeys(range(count), f"not compared: {obstacle}"), **stack.pinned})
 
 
 def _facts(stack: Stack, matrix: torch.Tensor) -> StackFacts:

@@ -6,7 +6,6 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from .architectures import describe
 from .batches import batch_size
 from .errors import CalibrationError, DeepArcError
-from .observe import calibration_inputs, evaluating
+from .observe import calibration_inputs
+from .passes import evaluating
 from .report import wilson_interval
 
 __all__ = ["measure_quality"]
@@ -73,11 +73,7 @@ def _look(model: nn.Module, batches: Iterable[Any], max_samples: int) -> list[tu
     host = describe(model)[0]
     takes_cache = host.library == "transformers" and "use_cache" in inspect.signature(type(model).forward).parameters
     found = []
-    config = getattr(host.root, "config", None)
-    noted = getattr(config, "problem_type", None)
-    with evaluating(model), ExitStack() as after:
-        if hasattr(config, "problem_type"):
-            after.callback(setattr, config, "problem_type", noted)  # some models note there what kind of labels they were given
+    with evaluating(model):
         torch.manual_seed(0)  # a collator that masks tokens at random masks the same each time
         np.random.seed(0)
         random.seed(0)

@@ -37,6 +37,7 @@ def remove_blocks(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     example: Any = None,
+    verify: bool = True,
 ) -> PrunedConfig:
     """Remove blocks from a live model, in place, all or nothing.
 
@@ -46,14 +47,17 @@ def remove_blocks(
         freeze: "partial" freezes all kept blocks but those beside a removal site, and what runs before the first stack.
         optimizer: an optimizer over the model's parameters that is to follow: the removed ones leave it, and the state of
             frozen ones is freed.
-        example: a batch to verify the result on; made-up inputs otherwise.
+        example: a batch to verify the result on; made-up inputs otherwise. It must reach every part of the model that the blocks may be fed
+            by (images, for a model of texts and images).
+        verify: whether a forward pass must show that the pruned model computes what the original computes with these blocks skipped. What
+            cannot be verified is refused. Without, the settings alone are checked.
 
     Returns:
         The record, which the model carries in its config from now on.
 
     Raises:
         SurgeryError: if a stack or block does not exist, a block is pinned, nothing would be left, the model's settings cannot express
-            the removal, or the result does not compute what it should. Nothing is changed then.
+            the removal, the result does not compute what it should, or that cannot be verified. Nothing is changed then.
         UnsupportedModelError: if the model cannot be pruned at all.
     """
     if freeze not in ("none", "partial"):
@@ -64,7 +68,7 @@ def remove_blocks(
     if freeze == "partial":
         frozen = freezing_set(removed, {n: len(s) for n, s in stacks.items()}, {n: s.next_stack for n, s in stacks.items()})
     entry = {"settings": {"freeze": freeze}, "removed": removed, "frozen": frozen}
-    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example)
+    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify)
 
 
 def apply_plan(
@@ -73,6 +77,7 @@ def apply_plan(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     example: Any = None,
+    verify: bool = True,
     transaction: Transaction | None = None,
 ) -> PrunedConfig:
     """Carry a plan out on a live model, in place, all or nothing.
@@ -80,8 +85,7 @@ def apply_plan(
     Args:
         model: the model that the plan was made for, or one with the same stacks.
         plan: from `analyze`.
-        optimizer: as in `remove_blocks`.
-        example: a batch to verify the result on; made-up inputs otherwise.
+        optimizer, example, verify: as in `remove_blocks`.
         transaction: notes how to take the removal back later; it holds on to the removed blocks.
 
     Returns:
@@ -110,7 +114,19 @@ def apply_plan(
         "removed": removed,
         "frozen": frozen,
     }
-    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example, transaction=transaction)
+    return _operate(
+        model,
+        host,
+        family,
+        stacks,
+        removed,
+        frozen,
+        entry,
+        optimizer=optimizer,
+        example=example,
+        verify=verify,
+        transaction=transaction,
+    )
 
 
 def follow_record(
@@ -203,6 +219,7 @@ def _operate(
     *,
     optimizer: torch.optim.Optimizer | None,
     example: Any = None,
+    verify: bool = True,
     transaction: Transaction | None = None,
     known: PrunedConfig | None = None,
 ) -> PrunedConfig:
@@ -216,7 +233,7 @@ def _operate(
         "parameters": _parameters(host.root, [stacks[n].blocks[i] for n, indices in removed.items() for i in indices]),
     }
     record = known or current_record(host, stacks).compose(lengths, removed, entry)
-    expectation = None if known else expect(host, stacks, removed, example)
+    expectation = expect(host, stacks, removed, example) if verify and known is None else None
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
         _install_configs(host, before, after, kept, record, transaction)

@@ -38,6 +38,7 @@ class Host(ABC):
     """
 
     library: str
+    needs_labels = False  # whether the forward pass was found to need labels
     rebuild_hint = "Load it with the settings that it was built with."
 
     def __init__(self, root: nn.Module) -> None:
