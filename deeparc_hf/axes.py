@@ -124,7 +124,7 @@ def find_axes(host: Host, stacks: Iterable[Stack], inputs: Mapping[str, Any]) ->
     Raises:
         CalibrationError: if the model cannot run on the inputs.
     """
-    stacks = list(stacks)
+    stacks = list({stack.name: stack for stack in stacks}.values())
     with evaluating(host.root):
         trial, plain = _first_that_runs(host, stacks, _trials(host, inputs))
         changed = _changed(host, trial)

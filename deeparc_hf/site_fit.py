@@ -130,13 +130,15 @@ class SiteFit:
         count, size = shape[self.axes.samples], batch_size(inputs)
         numbers = first + torch.arange(count, device=self.seen["x"].device) // max(count // size, 1)
         chosen = self.axes.as_put_out((numbers % _EACH == _EACH - 1)[:, None].expand(count, _positions(shape, self.axes)), shape).flatten()
+        layout = [size for dimension, size in enumerate(shape) if dimension != self.axes.features]
+        own = list(self.seen["x"].movedim(1, -1).shape[:-1] if isinstance(module, nn.Conv2d) else self.seen["x"].shape[:-1])
+        if own not in (layout, [math.prod(layout)]):
+            self.reason = "its last map works on positions in another order than the block puts them out"
+            return
         x = rows(self.seen["x"], module)
         outputs = [rows(self.seen[f"{which} output"], module) for which in ("kept", "last")]
         sums = [rows(self.seen.get(f"{which} sum", self.seen[f"{which} output"]), module) for which in ("kept", "last")]
         self.seen = {}
-        if not len(x) == len(chosen) == len(outputs[0]):
-            self.reason = "its last map works on other positions than the block puts out"
-            return
         valid = torch.ones_like(chosen) if mask is None else mask.flatten().to(x.device)
         usable = scale.abs() > 1e-6 * scale.abs().max()
         inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))

@@ -95,13 +95,14 @@ def sparsify(
     require_weights(host, UnsupportedModelError)
     earlier = (record.sparsity or {}).get("matrices", {})
     work = _Work(host, config, gather, progress, earlier)
-    with Transaction() as transaction, evaluating(host.root):
+    with Transaction() as transaction:
         work.transaction = transaction
         samples = 0
-        if not work.method.needs_inputs:
-            work.choose(matrices, None)
-        else:
-            samples = work.with_inputs(stacks, matrices, dataloader, config.calibration_samples if max_samples is None else max_samples)
+        with evaluating(host.root):
+            if not work.method.needs_inputs:
+                work.choose(matrices, None)
+            else:
+                samples = work.with_inputs(stacks, matrices, dataloader, config.calibration_samples if max_samples is None else max_samples)
         measured = {m.name: MatrixSparsity.measured(m, work.asked[m.name]) for m in matrices}
         entry = {name: {"zeros": int(mask.sum()), "size": mask.numel()} for name, mask in work.masks.items()}
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}

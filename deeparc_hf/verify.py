@@ -92,8 +92,11 @@ class Expectation:
             )
 
 
-def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]], batch: Any = None) -> Expectation:
+def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]], batch: Any = None) -> Expectation | None:
     """Run the original with blocks skipped, on a sample of `batch` or on small made-up inputs.
+
+    Returns:
+        None for a model without any weights (meta device): it computes nothing, and the settings are all that there is to it.
 
     Raises:
         SurgeryError: if there is nothing to run on, the model cannot run on it, a block is no residual block, or the inputs do not reach a
@@ -104,6 +107,8 @@ def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequen
             f"{type(host.root).__name__} merges images into its text, and which of its blocks do so may be told by their place; that shows "
             "only on a batch with images. Give one: example=batch. Nothing was changed."
         )
+    if all(p.device.type == "meta" for p in host.root.parameters()):
+        return None
     require_weights(host, SurgeryError)
     inputs = host.example_inputs() if batch is None else cut(forward_kwargs(host, batch), 2)
     if inputs is None:

@@ -350,7 +350,10 @@ def test_blocks_that_the_example_does_not_reach_are_not_removed():
     with pytest.raises(SurgeryError, match=r"inputs \(input_ids\) do not reach .*vision.*\.1\. Give a batch that does"):
         remove_blocks(model, {of_images: [1]}, example=example)
     assert_unchanged(model, before)
-    remove_blocks(model, {of_text: [1]}, example=example)
+    with pytest.raises(SurgeryError, match=r"do not reach .*vision"):  # whose features may reach a block by its place
+        remove_blocks(model, {of_text: [1]}, example=example)
+    seen = {"input_ids": torch.tensor([[5, *[119] * 16, 6]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    remove_blocks(model, {of_text: [1]}, example=seen)
     assert model.config.text_config.num_hidden_layers == 2
 
 
