@@ -120,7 +120,7 @@ class TransformersHost(Host):
     def build(self, settings: dict[str, Any]) -> nn.Module:
         with _quiet(), torch.device("meta"):
             config = type(self.root.config).from_dict(copy.deepcopy(settings))
-            config._attn_implementation = self.root.config._attn_implementation
+            copy_attention(self.root.config, config)
             return type(self.root)(config)
 
     def record(self) -> Any:
@@ -173,6 +173,18 @@ class TransformersHost(Host):
         size = getattr(vision, "image_size", None) or (getattr(vision, "pretrained_cfg", None) or {}).get("input_size", (3, 64, 64))[1:]
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def copy_attention(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    """Have each part of a config compute attention as its counterpart does: a config's dict does not tell, and some parts know but one way.
+
+    For every part by itself: the public setter would have all parts of a model do alike (DETR's backbone knows no sdpa).
+    """
+    target._attn_implementation_internal = source._attn_implementation_internal
+    for name, part in vars(source).items():
+        other = vars(target).get(name)
+        if isinstance(part, PreTrainedConfig) and isinstance(other, PreTrainedConfig):
+            copy_attention(part, other)
 
 
 @contextmanager
