@@ -92,7 +92,7 @@ def tell_unproven(stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[in
                     f"The config's {entry} may name blocks of {name}: it {_MAY[entry.form]}, and the model's code asks for it. Nothing "
                     "shows that it does, so it stays as it is. Compare the outputs before and after, and edit the entry if need be.",
                     DeepArcWarning,
-                    stacklevel=5,
+                    stacklevel=4,
                 )
 
 
@@ -107,8 +107,8 @@ def require_told(host: Host, stacks: Mapping[str, Stack], builds: Builds, expect
         if trial is not None and not _tells(host, builds.after, trial, expectation):
             raise SurgeryError(
                 f"{entry} in the settings of {type(host.root).__name__} tells by number which blocks are of another kind. Whether the "
-                "pruned model has it right shows only on inputs where that matters, and on the example it does not. Give a batch on which it "
-                "does (a larger image, a longer text): example=batch. The model is as it was before."
+                "pruned model has it right shows only on inputs where that matters, and on the example it does not. Give a batch on which "
+                "it does (a larger image, a longer text): example=batch. The model is as it was before."
             )
 
 

@@ -210,12 +210,12 @@ def _operate(
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
         install_configs(host, builds.before, builds.after, kept, record, transaction)
+        follow_generation(host.root, stacks, kept, transaction)
         for path, attribute, value in builds.updates:
             transaction.set(host.root.get_submodule(path), attribute, value)
         for name, stack in stacks.items():
             if name in removed:
                 transaction.keep_children(stack.container, [modules[name][i] for i in kept[name]])
-        follow_generation(host.root, stacks, kept, transaction)
         if expectation is not None:
             expectation.check()
             require_told(host, stacks, builds, expectation)

@@ -50,7 +50,7 @@ def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], kept: Mappin
                     f"generation_config.{key} = {value} may name blocks by their number. No forward pass shows it, so it stays as it is. "
                     f"If it does, set it anew for {', '.join(f'the {len(kept[n])} blocks of {n}' for n in inside)}, or to None.",
                     DeepArcWarning,
-                    stacklevel=6,
+                    stacklevel=4,
                 )
         transaction.set(module, "generation_config", own)
 
@@ -69,7 +69,7 @@ def _follow(config: GenerationConfig, key: str, pairs: Sequence[Sequence[int]], 
         "(return_token_timestamps=True) are no longer possible. Keep one of the blocks "
         f"{sorted({layer for layer, _ in pairs})}, or choose other heads and set generation_config.{key} = [[layer, head], ...].",
         DeepArcWarning,
-        stacklevel=7,
+        stacklevel=5,
     )
 
 
