@@ -201,7 +201,7 @@ def _operate(
     builds = skeletons(host, family, stacks, kept)
     entry = {
         **(entry or {}),
-        "parameters": _parameters(host.root, [stacks[n].blocks[i] for n, indices in removed.items() for i in indices]),
+        "parameters": _parameters(host.root, removed),
     }
     record = known or current_record(host, stacks).compose(lengths, removed, entry)
     if not known:
@@ -232,10 +232,10 @@ def _operate(
     return record
 
 
-def _parameters(root: nn.Module, gone: Sequence[nn.Module]) -> dict[str, int]:
-    """Number of parameters before and after these blocks go."""
-    inside = {id(module) for block in gone for module in block.modules()}
-    left = {id(p): p.numel() for m in root.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
+def _parameters(root: nn.Module, removed: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Number of parameters before and after these blocks go; what they share with others stays."""
+    gone = tuple(f"{name}.{index}." for name, indices in removed.items() for index in indices)
+    left = {id(p): p.numel() for path, p in root.named_parameters(remove_duplicate=False) if not path.startswith(gone)}
     return {"before": sum(p.numel() for p in root.parameters()), "after": sum(left.values())}
 
 

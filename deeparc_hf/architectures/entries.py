@@ -31,10 +31,15 @@ Readers = Literal["own", "others", "outside", "repeated", "nobody", "unknown"]
 
 
 def entries_of(settings: dict[str, Any], count: CountKey, length: int) -> list[BlockEntry]:
-    """All entries that may name blocks of a stack by their form; nothing is proven of them."""
+    """All entries that may name blocks of a stack by their form; nothing is proven of them.
+
+    They stand where the stack is counted, or in the settings of which those are a part; other parts have stacks of their own.
+    """
     own = (*count.path, count.key)
     skipped = {(*count.path, "out_indices")} if _names_stages(_at(settings, count.path), length) else set()
-    return [entry for entry in _walk(settings, length, ()) if entry.path != own and entry.path not in skipped]
+    levels = [count.path[:depth] for depth in range(len(count.path) + 1)]
+    found = [entry for path in levels for entry in _walk(_at(settings, path), length, path)]
+    return [entry for entry in found if entry.path != own and entry.path not in skipped]
 
 
 def usual(entries: Sequence[BlockEntry], count: CountKey) -> list[BlockEntry]:
@@ -195,7 +200,7 @@ def _walk(settings: Mapping[str, Any], length: int, path: tuple[str, ...]) -> It
             # all of 0, 1, 2, ... in a list that is named so are indices, not values
             if form != "values" or not ("indices" in forms and _INDICES_NAME.search(key)):
                 yield BlockEntry((*path, key), form)
-        if isinstance(value, Mapping) and "keys" not in forms:
+        if isinstance(value, Mapping) and "keys" not in forms and "model_type" not in value:
             yield from _walk(value, length, (*path, key))
 
 

@@ -44,7 +44,7 @@ def example_inputs(root: PreTrainedModel) -> dict[str, Tensor] | None:
     inputs = maker(root.config) if maker else None
     if inputs is None:
         return None
-    if root.config.is_encoder_decoder and maker is not _text:
+    if "decoder_input_ids" in taken and root.config.is_encoder_decoder and maker is not _text:
         inputs["decoder_input_ids"] = _ids(root.config, min(_DECODED, _length(root.config)))
     needed = {name for name, p in taken.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if needed - inputs.keys():
@@ -92,6 +92,8 @@ def _length(config: PreTrainedConfig) -> int:
     if hasattr(text, "axial_pos_shape"):  # Reformer
         limits.append(math.prod(text.axial_pos_shape) + 2)
     length = _LENGTH
+    if type(getattr(text, "index_topk", None)) is int:  # an indexer chooses nothing in a text that is shorter than its choice
+        length = max(length, text.index_topk + _FRAMES)
     if getattr(text, "attention_type", None) == "block_sparse":  # BigBird attends to everything in shorter texts
         length = (6 + 2 * text.num_random_blocks) * text.block_size
     # RoBERTa numbers positions from behind its padding token, so two of them are no places

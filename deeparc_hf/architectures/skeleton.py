@@ -7,7 +7,7 @@ that depend on a block's place, and settings that do not say what they should.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +49,9 @@ def compare(before: nn.Module, after: nn.Module, kept: Mapping[str, Sequence[int
         kept: per stack (module path) the indices that stay, rising.
     """
     found = Differences()
-    names = {name: renamed_path(name, kept) for name, _ in before.named_modules()}
+    names = {name: renamed_path(name, kept) for name in _modules(before, kept)}
     new_names = {new for new in names.values() if new is not None}
-    after_modules = dict(after.named_modules())
+    after_modules = _modules(after, kept)
     extra = sorted(name for name in after_modules if name not in new_names and not _neutral(after_modules[name]))
     if extra:
         found.problems.append(f"a reload would build modules that the pruned model does not have: {_some(extra)}")
@@ -79,7 +79,7 @@ def differing(one: nn.Module, other: nn.Module, ignored: Callable[[Any, Any], bo
         one, other: the skeletons.
         ignored: told the values of an attribute in both; whether the difference tells nothing.
     """
-    first, second = dict(one.named_modules()), dict(other.named_modules())
+    first, second = _modules(one), _modules(other)
     paths = set(first.keys() ^ second.keys())
     for path in first.keys() & second.keys():
         found = Differences()
@@ -89,6 +89,18 @@ def differing(one: nn.Module, other: nn.Module, ignored: Callable[[Any, Any], bo
         if _class(first[path]) != _class(second[path]) or found.problems or changed:
             paths.add(path)
     return paths
+
+
+def _modules(root: nn.Module, stacks: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """Modules by path. One that all blocks share stands under each of them, and not where else it may be known."""
+    containers = {name: root.get_submodule(name) for name in stacks}
+    inside = {id(module) for container in containers.values() for module in container.modules()}
+    prefixes = tuple(f"{name}." for name in containers)
+    return {
+        path: module
+        for path, module in root.named_modules(remove_duplicate=False)
+        if path in containers or path.startswith(prefixes) or id(module) not in inside
+    }
 
 
 def _compare_tensors(name: str, module: nn.Module, counterpart: nn.Module, found: Differences) -> None:
