@@ -73,7 +73,7 @@ def test_impossible_removals_are_refused_and_change_nothing(name, blocks, messag
     assert_unchanged(model, before)
 
 
-STEPS = ["expect", "_install_configs", "check", "keep_children", "compose", "freeze_blocks", "forget_parameters", "reset"]
+STEPS = ["expect", "install_configs", "check", "keep_children", "compose", "freeze_blocks", "forget_parameters", "reset"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -88,7 +88,7 @@ def test_a_failure_halfway_leaves_everything_untouched(monkeypatch, name, step, 
     before = snapshot(model)
     owner = {
         "expect": "deeparc_hf.surgery",
-        "_install_configs": "deeparc_hf.surgery",
+        "install_configs": "deeparc_hf.surgery",
         "check": "deeparc_hf.verify.Expectation",
         "keep_children": "deeparc_hf.undo.Transaction",
         "compose": "deeparc_hf.record.PrunedConfig",
