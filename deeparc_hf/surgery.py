@@ -221,8 +221,6 @@ def _operate(
         "parameters": _parameters(host.root, removed),
     }
     record = known or current_record(host, stacks).compose(lengths, removed, entry)
-    if known is None:
-        tell_unproven(stacks, removed)
     expectation = expect(host, stacks, removed, example) if verify and known is None else None
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
@@ -236,6 +234,8 @@ def _operate(
         if expectation is not None:
             expectation.check()
             require_told(host, stacks, builds, expectation)
+        if known is None:
+            tell_unproven(stacks, removed)
         changed = []
         if any(frozen.values()):
             now = {name: [kept[name].index(i) for i in indices] for name, indices in frozen.items()}
