@@ -183,14 +183,16 @@ class Journal:
             return None
         return plan if lists(plan.removed) == self._progress.attempts[-1].get("plan_removed") else None
 
-    def outline(self, length: str) -> None:
-        """Tell what is going to happen, so that a mistake is seen at once."""
+    def outline(self, length: str, doubt: str | None = None) -> None:
+        """Tell what is going to happen, and what is doubtful, so that a mistake is seen at once."""
         c = self._config
         parts = [f"{_count(c.start_epoch, 'epoch')} before the first pruning"] if c.start_epoch else []
         retraining = f"{_count(c.retrain_epochs, 'epoch')} of retraining{' each' if c.iterations > 1 else ''}"
         parts += [f"{_count(c.iterations, 'pruning')} with {retraining}"]
         gate = f"; {self._metric} may get worse by {c.max_drop:g}" if c.gated else ""
         self.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.")
+        if doubt is not None:
+            self.warn(doubt)
 
     def tell_stages(self) -> None:
         """Tell what the pruning at hand has done so far."""

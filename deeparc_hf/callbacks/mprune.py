@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from torch.utils.data import Dataset
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .._compat import trainer_of
 from ..architectures import describe
 from ..config import MPruneConfig
 from ..errors import ConfigError, SurgeryError
@@ -69,12 +68,11 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self.record: PrunedConfig | None = None
         self.saved_progress: dict[str, Any] | None = None  # as a checkpoint keeps it
         self._run: PruningRun | None = None
-        self._successors: RemovableHandle | None = None
         self._sharded: Progress | None = None  # what was done before parameters were sharded
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are of the settings, not of a training."""
-        return {**self.__dict__, "_run": None, "_successors": None}
+        return {**self.__dict__, "_run": None}
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -102,8 +100,11 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if model is None:
             return
         describe(model)  # an unsupported model is refused before any work is done
-        guard(model, args.output_dir, kwargs.get("optimizer"))
-        self._guard_successors(model, args)
+        trainer = trainer_of(self)
+        if trainer is not None:
+            guard(model, args.output_dir, kwargs.get("optimizer"), trainer)
+            if getattr(trainer, "model_init", None) is not None:
+                guard_successors(model, trainer, args.output_dir)
         thaw_noted(model)  # what an earlier training of this model froze: the optimizer is made before this one begins
         if is_sharded(args) and self.calibration is not None:
             self.plan = prune_before_sharding(model, self.config, self.calibration, args)
@@ -127,8 +128,9 @@ class MPruneCallback(TrainerCallback, ExportableState):
             return
         if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
             raise ConfigError("There is more than one MPruneCallback in this Trainer. One does all iterations: give it iterations=...")
-        self._let_successors_go()
-        guard(kwargs["model"], args.output_dir)
+        trainer = trainer_of(self)
+        if trainer is not None:
+            guard(kwargs["model"], args.output_dir, trainer=trainer)
         companions = meet_companions(kwargs["model"], state)
         if self.config.gated:
             companions.pruning_starts, companions.judged_after = self.config.start_epoch, needed_epochs(self.config)
@@ -190,18 +192,6 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if self._run is not None:
             self._run.end(state, control)
             self._publish()
-            self._guard_successors(kwargs["model"], args)
-
-    def _guard_successors(self, model: Any, args: TrainingArguments) -> None:
-        """Guard the model that model_init makes for the next training of this Trainer."""
-        self._let_successors_go()
-        self._successors = guard_successors(model, args.output_dir)
-        weakref.finalize(self, self._successors.remove)
-
-    def _let_successors_go(self) -> None:
-        if self._successors is not None:
-            self._successors.remove()
-            self._successors = None
 
     def _progress(self, model: Any, state: TrainerState) -> Progress:
         """Where the run stands: at its beginning, where a checkpoint says, or where auto_find_batch_size begins it again."""
