@@ -18,8 +18,8 @@ _SMALLER = _words(
 )
 _LARGER = _words(
     "accuracy accuracies acc precision recall fbeta bleu sacrebleu gleu chrf rouge meteor cider spice bertscore bleurt comet auc auroc",
-    "auprc aucpr prauc map ap mrr ndcg hit hits mcc matthews pearson pearsonr spearman spearmanr kendall kendalltau correlation kappa exact em",
-    "r2 iou miou dice jaccard psnr ssim likelihood reward rewards sensitivity specificity tpr tnr ppv npv pck correct wip",
+    "auprc aucpr prauc map ap mrr ndcg hit hits mcc matthews pearson pearsonr spearman spearmanr kendall kendalltau correlation kappa",
+    "exact em r2 iou miou dice jaccard psnr ssim likelihood reward rewards sensitivity specificity tpr tnr ppv npv pck correct wip",
 )
 # they say something only where nothing else does: a Brier score is an error
 _LARGER_ALONE = _words("score scores similarity match matches top")

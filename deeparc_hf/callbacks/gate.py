@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from ..config import MPruneConfig
 from ..errors import ConfigError
 from ..metric_names import larger_is_better
 from ..schedule import same_metric
+from ..untrained import untrained_weights
 
-__all__ = ["check_gate", "direction_is_doubtful", "forget_best", "metric_of", "steps_per_epoch"]
+__all__ = ["check_gate", "direction_is_doubtful", "forget_best", "metric_of", "pruned_untrained", "steps_per_epoch"]
 
 
 def metric_of(config: MPruneConfig, args: TrainingArguments) -> tuple[str, bool]:
@@ -44,6 +46,19 @@ def direction_is_doubtful(config: MPruneConfig, args: TrainingArguments) -> str 
             f"checkpoint is the best. Set greater_is_better={greater} there, or give the callback greater_is_better={given} if so meant."
         )
     return None
+
+
+def pruned_untrained(config: MPruneConfig, model: nn.Module) -> str | None:
+    """Why it is doubtful to prune the model when the training begins, and what to do; None where it is not."""
+    names = untrained_weights(model) if config.start_epoch == 0 else []
+    if not names:
+        return None
+    which = " and ".join(names) if len(names) < 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more parameters"
+    return (
+        f"The model is pruned when the training begins (start_epoch=0), and it cannot do its task yet: {which} "
+        f"{'is' if len(names) == 1 else 'are'} as drawn at random. Such a model does not tell which blocks can go. Fine-tune it first: "
+        "give start_epoch=1 or more, and as many more epochs of training."
+    )
 
 
 def _trainers_rule(name: str) -> bool:

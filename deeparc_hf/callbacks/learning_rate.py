@@ -71,7 +71,7 @@ class LearningRate:
             self._told.add(steps)
             self._say(
                 f"The learning rate's warm-up of {asked} steps would take more than half of a retraining of {steps} steps. It is "
-                f"shortened to {taken}, in proportion to the whole training's {whole} steps; with warmup_steps below 1 it is a share of each."
+                f"shortened to {taken}, in proportion to the whole training's {whole} steps; a warmup_steps below 1 is a share of each."
             )
 
 

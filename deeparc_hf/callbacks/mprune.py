@@ -20,6 +20,7 @@ from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
 from .calibration import Calibration
 from .carding import write_card
 from .companions import companions_on, meet_companions
+from .copies import refuse_copies, warn_of_copies
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
 
@@ -68,11 +69,12 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self.record: PrunedConfig | None = None
         self.saved_progress: dict[str, Any] | None = None  # as a checkpoint keeps it
         self._run: PruningRun | None = None
+        self._others: list[TrainerCallback] = []  # in the same Trainer
         self._sharded: Progress | None = None  # what was done before parameters were sharded
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are of the settings, not of a training."""
-        return {**self.__dict__, "_run": None}
+        return {**self.__dict__, "_run": None, "_others": []}
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -129,8 +131,11 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
             raise ConfigError("There is more than one MPruneCallback in this Trainer. One does all iterations: give it iterations=...")
         trainer = trainer_of(self)
+        self._others = []
         if trainer is not None:
             guard(kwargs["model"], args.output_dir, trainer=trainer)
+            self._others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
+            refuse_copies(self._others)
         companions = meet_companions(kwargs["model"], state)
         if self.config.gated:
             companions.pruning_starts, companions.judged_after = self.config.start_epoch, needed_epochs(self.config)
@@ -152,6 +157,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
+            if self._others and self._run.progress.phase != FINISHED and warn_of_copies(self._others, self._run.model):
+                self._others = []  # they have been told of
             self._run.epoch_begin(state, control)
             self._publish()
 

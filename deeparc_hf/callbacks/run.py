@@ -26,7 +26,7 @@ from ..schedule import (
 )
 from .calibration import Calibration
 from .companions import companions_on
-from .gate import check_gate, direction_is_doubtful, forget_best, metric_of, steps_per_epoch
+from .gate import check_gate, direction_is_doubtful, forget_best, metric_of, pruned_untrained, steps_per_epoch
 from .journal import Journal
 from .learning_rate import LearningRate
 from .operations import Operations
@@ -91,7 +91,7 @@ class PruningRun:
         self.operations.begin()
         self.journal.open(state)
         self.journal.report()  # a folder that cannot be written to is told now
-        self.journal.outline(self._length(state), direction_is_doubtful(self.config, self.args))
+        self.journal.outline(self._length(state), direction_is_doubtful(self.config, self.args), pruned_untrained(self.config, self.model))
 
     def resume(self, state: TrainerState, control: TrainerControl, began_with: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -253,10 +253,9 @@ class PruningRun:
                 self.journal.warn("The training ended before its first pruning.")
             p.phase = FINISHED
         self.ended = True
-        self.journal.close()
         if len(p.attempts) > 1:
-            at = f"step {state.global_step}" if state.epoch is None else f"epoch {state.epoch:g} of {state.num_train_epochs}"
-            self.journal.conclude(at)
+            self.journal.conclude(state)
+        self.journal.close()
         self.operations.end(keep=self.config.keep_snapshots or state.is_hyper_param_search)
 
     # ---- decisions ----
