@@ -47,7 +47,11 @@ RUNS = {
         {4: 0.9, 3: 0.85, 2: 0.1},
         5,
     ),
-    "all taken back": ({"num_blocks": 2, "start_epoch": 1, "freeze": "partial", "max_drop": 0.1, "keep_snapshots": True}, {4: 0.9, 2: 0.1}, 5),
+    "all taken back": (
+        {"num_blocks": 2, "start_epoch": 1, "freeze": "partial", "max_drop": 0.1, "keep_snapshots": True},
+        {4: 0.9, 2: 0.1},
+        5,
+    ),
 }
 
 

@@ -23,9 +23,9 @@ def end_facts(
     """The figures of a run's end, in plain JSON types: each before the first pruning and after the last one that was accepted."""
     attempts = progress.attempts
     accepted = [attempt for attempt in attempts if attempt.get("decision") == "accepted"]
-    first, last = attempts[0], accepted[-1] if accepted else None
+    first, last = attempts[0], accepted[-1] if accepted else attempts[0]  # what is taken back leaves the first model
     best = state.best_global_step if args.load_best_model_at_end else None
-    evaluations = {"before": _last(first["evaluations"]), "after": None if last is None else _last(last["evaluations"], best)}
+    evaluations = {"before": _last(first["evaluations"]), "after": _last(last["evaluations"], best)}
     metrics = {place: _figures(found) for place, found in evaluations.items()}
     named = metric if config.gated or config.metric else args.metric_for_best_model
     names = _shown(named, {**metrics["before"], **metrics["after"]})
@@ -37,6 +37,7 @@ def end_facts(
         "loss": None if names else _measured(accepted),
         "evaluation_seconds": {p: None if e is None else e["metrics"].get("eval_runtime") for p, e in evaluations.items()},
         "training_seconds": {"before": first["training_seconds"], "after": sum(a["training_seconds"] for a in attempts[1:])},
+        "accepted": len(accepted),
         "judged": config.gated,
         "checkpoint": _checkpoint(progress, args, state),
     }
@@ -44,6 +45,8 @@ def end_facts(
 
 def end_lines(facts: Mapping[str, Any]) -> list[str]:
     """The figures for people, a line each; numbers of blocks and parameters aside."""
+    if not facts["accepted"]:
+        return ["no pruning was accepted: the model is the one from before the first of them"]
     lines = []
     blocks, parameters = facts["blocks"], facts["parameters"]
     if blocks["after"] < blocks["before"]:

@@ -133,7 +133,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
         trainer = trainer_of(self)
         self._others = []
         if trainer is not None:
-            guard(kwargs["model"], args.output_dir, trainer=trainer)
+            # the optimizer stays when this Trainer trains again
+            guard(kwargs["model"], args.output_dir, kwargs.get("optimizer"), trainer)
             self._others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
             refuse_copies(self._others)
         companions = meet_companions(kwargs["model"], state)

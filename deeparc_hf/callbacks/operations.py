@@ -87,18 +87,20 @@ class Operations:
         Structure(record, record.frozen).freeze(self.model)
         follow_in_wrapper(self.model)
 
-    def resume(self, plan: PruningPlan | None) -> None:
+    def resume(self, plan: PruningPlan | None, over: bool = False) -> None:
         """Follow a checkpoint: its weights are loaded, its structure may be another than the model's.
 
         Args:
             plan: of the pruning at hand, where it is known.
+            over: nothing is left to train, so that no teacher is needed.
         """
         p = self._progress
         start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
         thaw_noted(self.model)  # of the same training, before it was interrupted in this process
         structures = Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen)
-        self._undo, _ = settle(self.model, *structures, at_start=self.teaching.wake)
-        self.teaching.follow()
+        self._undo, _ = settle(self.model, *structures, at_start=None if over else self.teaching.wake)
+        if not over:
+            self.teaching.follow()
         follow_in_wrapper(self.model)
         self.plan = self._accepted_plan = plan
         if not self._config.gated or (p.phase != RETRAINING and p.decision != "reject"):

@@ -109,14 +109,15 @@ class PruningRun:
             shown = ", ".join(f"{name} {change}" for name, change in changed.items())
             self.journal.warn(f"The run is resumed with other settings than it began with ({shown}): {rule}.")
         self._rate.begin(state.max_steps)
-        self.operations.resume(self.journal.read_plan())
+        over = p.stopped or state.global_step >= state.max_steps
+        self.operations.resume(self.journal.read_plan(), over)
         if self._last and p.phase == RETRAINING:  # it lasts as long as the training, which may be longer now
             p.boundary = state.max_steps
             p.rewound = p.rewound and [p.rewound[0], state.max_steps - p.rewound[0], state.max_steps]
         self._rate.resume(state.global_step, state.max_steps)
         where = f"{p.phase}, {p.accepted} of {self.config.iterations} prunings accepted"
         self.journal.say(f"Resumed at step {state.global_step}: {where}.")
-        if p.stopped or state.global_step >= state.max_steps:
+        if over:
             self._stop_after_a_step(control)
 
     def _length(self, state: TrainerState) -> str:
