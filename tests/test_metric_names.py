@@ -18,14 +18,15 @@ def words(*lines):
 
 
 SMALLER = words(
-    "loss eval_loss wer eval_wer cer ter mer eer rmse mse mae mape smape perplexity ppl eval_test_ppl nll bits_per_byte bpb fid hamming brier",
-    "brier_score word_error_rate characterErrorRate mean_squared_error root-mean-squared-error WER cosine_distance kl_divergence",
+    "loss eval_loss wer eval_wer cer ter mer eer rmse mse mae mape smape perplexity ppl eval_test_ppl nll bits_per_byte bpb fid hamming",
+    "brier brier_score word_error_rate characterErrorRate mean_squared_error root-mean-squared-error WER cosine_distance kl_divergence",
     "cross_entropy log_loss hamming_loss accuracy_loss negative_log_likelihood valid/wer false_positive_rate calibration_error",
 )
 LARGER = words(
-    "accuracy eval_accuracy acc f1 macro_f1 f1_macro precision recall bleu sacrebleu bleu4 rouge1 rouge2 rougeL rougeLsum chrf chrf++ meteor",
-    "auc roc_auc average_precision map map_50 mcc matthews_correlation pearson pearsonr spearman spearmanr spearman_cosine exact_match em r2",
-    "iou mean_iou score top5 top_1_accuracy ndcg@10 mrr neg_mean_squared_error rewards/accuracies log_likelihood dice similarity",
+    "accuracy eval_accuracy acc f1 macro_f1 f1_macro precision recall bleu sacrebleu bleu4 rouge1 rouge2 rougeL rougeLsum chrf chrf++",
+    "meteor auc roc_auc average_precision map map_50 mcc matthews_correlation pearson pearsonr spearman spearmanr spearman_cosine",
+    "exact_match em r2 iou mean_iou score top5 top_1_accuracy ndcg@10 mrr neg_mean_squared_error rewards/accuracies log_likelihood dice",
+    "similarity",
 )
 UNKNOWN = ["quality", "happiness", "eval_custom", "error_f1", "x", "length", "entropy", "samples_per_second"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 from .._compat import trainer_of
 from ..architectures import describe
 from ..config import MPruneConfig
-from ..errors import ConfigError, SurgeryError
+from ..errors import ConfigError, DeepArcWarning, SurgeryError
 from ..following import guard, guard_successors, record_of, thaw_noted
 from ..plan import PruningPlan
 from ..record import PrunedConfig, same_structure
@@ -21,6 +22,7 @@ from .calibration import Calibration
 from .carding import write_card
 from .companions import companions_on, meet_companions
 from .copies import refuse_copies, warn_of_copies
+from .gate import pruned_untrained
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
 
@@ -35,11 +37,12 @@ class MPruneCallback(TrainerCallback, ExportableState):
     restored), and the optimizer follows. `retrain_epochs` epochs later the pruning is accepted, and the next of `iterations` follows.
     With `max_drop` it is judged first: if the metric got worse by more, the weights from before the pruning come back, bit for bit, and
     the next larger stride up to `k_max` is tried (with a threshold it removes less, with a target as many blocks, but others). The
-    training ends on the last accepted model.
+    training ends on the last accepted model, and says what was lost and won.
 
     Prunings happen when an epoch begins, after the last evaluation and checkpoint of the old structure. `resume_from_checkpoint` works
-    from any checkpoint, with the model built as it was when the run began. The output folder gets `pruning_plan.json` (the last plan) and
-    the run's report, `pruning_report.json` and `.md`; the record goes into the model's config, and so into every checkpoint.
+    from any checkpoint, with the model built as it was when the run began (with `keep_snapshots` also where the run has ended well and the
+    checkpoint needs a snapshot). The output folder gets `pruning_plan.json` (the last plan) and the run's report, `pruning_report.json` and
+    `.md`; the record goes into the model's config, and so into every checkpoint.
 
     Several processes (DistributedDataParallel) share the calibration and take one decision. Where parameters are sharded (FSDP,
     DeepSpeed), one pruning is possible, when the Trainer is made: give `calibration`, and leave start_epoch, iterations and max_drop alone.
@@ -57,8 +60,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     Raises:
         UnsupportedModelError: when the Trainer is made, if its model cannot be pruned.
-        ConfigError: when training begins, if it is too short for the schedule (the message says how long it must be), or if the gate
-            cannot measure its metric.
+        ConfigError: when training begins, if it is too short for the schedule (the message says how long it must be), if the gate
+            cannot measure its metric, or if another callback keeps a copy of the model in step.
         SurgeryError: when training begins, on a sharded model, and where a checkpoint is resumed that does not fit.
     """
 
@@ -109,6 +112,9 @@ class MPruneCallback(TrainerCallback, ExportableState):
                 guard_successors(model, trainer, args.output_dir)
         thaw_noted(model)  # what an earlier training of this model froze: the optimizer is made before this one begins
         if is_sharded(args) and self.calibration is not None:
+            doubt = pruned_untrained(self.config, model)
+            if doubt is not None:
+                warnings.warn(doubt, DeepArcWarning, stacklevel=2)
             self.plan = prune_before_sharding(model, self.config, self.calibration, args)
             self.record = record_of(model)
             record = None if self.record is None else self.record.to_dict()
