@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-__all__ = ["checkpoint_key_namer", "running_method", "trainer_of"]
+__all__ = ["calling_trainer", "checkpoint_key_namer", "running_method"]
 
 
 def checkpoint_key_namer(model: PreTrainedModel) -> Callable[[str], str]:
@@ -36,21 +36,17 @@ def checkpoint_key_namer(model: PreTrainedModel) -> Callable[[str], str]:
     return name
 
 
-def trainer_of(callback: Any) -> Any:
-    """The Trainer that is calling this callback; None if none is.
+def calling_trainer() -> Any:
+    """The Trainer that is calling a callback; None if none is.
 
     Why: a Trainer does not hand itself to its callbacks, and no event comes before it loads a checkpoint. What is done to a model for that
     must be known to be done by this Trainer: a script loads weights too. To be removed when there is such an event.
     """
-    for owner, _ in _running():
-        handler = getattr(owner, "__dict__", {}).get("callback_handler")
-        if any(known is callback for known in getattr(handler, "callbacks", ())):
-            return owner
-    return None
+    return next((owner for owner, _ in _running() if "callback_handler" in getattr(owner, "__dict__", {})), None)
 
 
 def running_method(owner: Any) -> str | None:
-    """The name of the method of an object that is running, the innermost one of several; None if none is. Why: as for `trainer_of`."""
+    """The name of the method of an object that is running, the innermost one of several; None if none is. Why: as for `calling_trainer`."""
     return next((name for running, name in _running() if running is owner), None)
 
 

@@ -62,7 +62,7 @@ def test_what_the_callback_measured_stands_where_the_trainer_made_no_evaluation(
 
 
 def train_small(folder):
-    model, callback = ZOO["bert"].model(), pruning(num_blocks=3, calibration_samples=16)
+    model, callback = ZOO["bert"].model(), pruning(num_blocks=3, calibration_samples=32)
     return model, callback, train(model, folder, callback, num_train_epochs=1)
 
 

@@ -14,7 +14,12 @@ from ..run_report import structure_facts
 from ..schedule import Progress
 from .run_facts import lasting
 
-__all__ = ["advice", "end_facts", "end_lines"]
+__all__ = ["NEXT", "advice", "end_facts", "end_lines", "last_evaluation", "metrics_of", "value_text"]
+
+NEXT = (
+    'Next: trainer.evaluate(test_data, metric_key_prefix="test") on data that chose nothing, then deeparc_hf.push_to_hub(trainer, '
+    '"you/name"), which brings the card along (trainer.push_to_hub() would put the stock draft in its place).'
+)
 
 
 def end_facts(
@@ -25,22 +30,28 @@ def end_facts(
     accepted = [attempt for attempt in attempts if attempt.get("decision") == "accepted"]
     first, last = attempts[0], accepted[-1] if accepted else attempts[0]  # what is taken back leaves the first model
     best = state.best_global_step if args.load_best_model_at_end else None
-    evaluations = {"before": _last(first["evaluations"]), "after": _last(last["evaluations"], best)}
-    metrics = {place: _figures(found) for place, found in evaluations.items()}
+    evaluations = {"before": last_evaluation(first["evaluations"]), "after": last_evaluation(last["evaluations"], best)}
     named = metric if config.gated or config.metric else args.metric_for_best_model
-    names = _shown(named, {**metrics["before"], **metrics["after"]})
+    metrics = metrics_of(evaluations["before"], evaluations["after"], named)
     structure = structure_facts(model)
     return {
         "blocks": {"before": sum(first["blocks"].values()), "after": sum(structure["blocks"].values())},
         "parameters": {"before": first["parameters"], "after": structure["parameters"]},
-        "metrics": {name: {place: found.get(name) for place, found in metrics.items()} for name in names},
-        "loss": None if names else _measured(accepted),
+        "metrics": metrics,
+        "loss": None if metrics else _measured(accepted),
         "evaluation_seconds": {p: None if e is None else e["metrics"].get("eval_runtime") for p, e in evaluations.items()},
         "training_seconds": {"before": first["training_seconds"], "after": sum(a["training_seconds"] for a in attempts[1:])},
         "accepted": len(accepted),
         "judged": config.gated,
         "checkpoint": _checkpoint(progress, args, state),
     }
+
+
+def metrics_of(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, metric: str | None) -> dict[str, dict[str, float | None]]:
+    """The metrics by which evaluations are compared, each before and after: the named one, or the first that is no loss; and the loss."""
+    figures = {place: _figures(found) for place, found in (("before", before), ("after", after))}
+    names = _shown(metric, {**figures["before"], **figures["after"]})
+    return {name: {place: found.get(name) for place, found in figures.items()} for name in names}
 
 
 def end_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -53,7 +64,7 @@ def end_lines(facts: Mapping[str, Any]) -> list[str]:
         share, less = (1 - found["after"] / found["before"] for found in (blocks, parameters))
         lines.append(f"{share:.1%} of the blocks and {less:.1%} of the parameters are gone")
     for name, found in facts["metrics"].items():
-        lines.append(f"{name}: {_value(found['before'])} before the first pruning, {_value(found['after'])} now")
+        lines.append(f"{name}: {value_text(found['before'])} before the first pruning, {value_text(found['after'])} now")
     if facts["loss"] is not None:
         loss, of = facts["loss"], f"{facts['loss']['samples']} samples, {facts['loss']['data']}"
         lines.append(f"loss: {loss['before']:.4g} before the first pruning, {loss['after']:.4g} now ({of})")
@@ -75,14 +86,10 @@ def advice(facts: Mapping[str, Any], args: TrainingArguments) -> list[str]:
     lines = [f"The model {place}."]
     if not facts["judged"]:
         lines.append("Nothing judged the pruning: with max_drop=0.01, say, it would have been taken back if it had cost more than that.")
-    lines.append(
-        'Next: trainer.evaluate(test_data, metric_key_prefix="test") on data that chose nothing, then deeparc_hf.push_to_hub(trainer, '
-        '"you/name"), which brings the card along (trainer.push_to_hub() would put the stock draft in its place).'
-    )
-    return lines
+    return [*lines, NEXT]
 
 
-def _last(evaluations: Sequence[Mapping[str, Any]], step: int | None = None) -> Mapping[str, Any] | None:
+def last_evaluation(evaluations: Sequence[Mapping[str, Any]], step: int | None = None) -> Mapping[str, Any] | None:
     """The last evaluation on the Trainer's evaluation data, or the one at a step."""
     own = [e for e in evaluations if any(key.startswith("eval_") for key in e["metrics"])]
     own = [e for e in own if e["step"] == step] or own
@@ -119,5 +126,5 @@ def _checkpoint(progress: Progress, args: TrainingArguments, state: TrainerState
     return name if Path(args.output_dir, name).is_dir() else None
 
 
-def _value(value: float | None) -> str:
+def value_text(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4g}"

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from .._compat import trainer_of
+from .._compat import calling_trainer
 from ..architectures import describe
 from ..config import MPruneConfig
 from ..errors import ConfigError, DeepArcWarning, SurgeryError
@@ -105,7 +105,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if model is None:
             return
         describe(model)  # an unsupported model is refused before any work is done
-        trainer = trainer_of(self)
+        trainer = calling_trainer()
         if trainer is not None:
             guard(model, args.output_dir, kwargs.get("optimizer"), trainer)
             if getattr(trainer, "model_init", None) is not None:
@@ -136,7 +136,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
             return
         if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
             raise ConfigError("There is more than one MPruneCallback in this Trainer. One does all iterations: give it iterations=...")
-        trainer = trainer_of(self)
+        trainer = calling_trainer()
         self._others = []
         if trainer is not None:
             # the optimizer stays when this Trainer trains again
@@ -144,6 +144,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
             self._others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
             refuse_copies(self._others)
         companions = meet_companions(kwargs["model"], state)
+        companions.prunes = True
         if self.config.gated:
             companions.pruning_starts, companions.judged_after = self.config.start_epoch, needed_epochs(self.config)
         calibration = Calibration(
