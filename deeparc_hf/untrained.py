@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from torch import nn
 
@@ -20,7 +21,8 @@ def untrained_weights(model: nn.Module) -> list[str]:
     parameters = dict(model.named_parameters())
     loaded = {name for name, p in parameters.items() if getattr(p, "_is_hf_initialized", False)}
     if loaded:
-        lacking = {name: p for name, p in parameters.items() if name not in loaded and p.requires_grad}
+        resized = _resized(model)
+        lacking = {name: p for name, p in parameters.items() if name not in loaded and p.requires_grad and id(p) not in resized}
         if all("pooler" in name for name in lacking):  # a headless model: it need not be used
             return []
         return sorted(lacking) if _is_fresh(lacking.values()) and all(p._version <= _DRAWN for p in lacking.values()) else []
@@ -31,6 +33,15 @@ def untrained_weights(model: nn.Module) -> list[str]:
         own = {id(p) for p in classifier.parameters()}
         return sorted(name for name, p in parameters.items() if id(p) in own)
     return []
+
+
+def _resized(model: nn.Module) -> set[int]:
+    """Parameters that `resize_token_embeddings` has made: most of their rows are the checkpoint's."""
+    own: list[nn.Parameter] = []
+    for side in ("input", "output"):
+        with suppress(NotImplementedError, AttributeError):  # not every model has some
+            own += getattr(model, f"get_{side}_embeddings")().parameters()
+    return {id(p) for p in own} if own and not getattr(own[0], "_is_hf_initialized", False) else set()
 
 
 def _is_fresh(parameters: Iterable[nn.Parameter]) -> bool:

@@ -121,6 +121,7 @@ def test_the_baseline_is_measured_at_the_start_where_the_trainer_evaluates_there
     assert verdicts(callback) == [(1, 1, "accepted")] and callback.attempts[1]["baseline"] == 0.9
 
 
+@pytest.mark.filterwarnings("ignore:max_drop bounds 'acuracy', whose name does not say")
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [

@@ -44,6 +44,9 @@ def test_what_the_checkpoint_lacks_is_known_until_it_is_trained(saved, tmp_path)
     other = load(saved / "base")
     other.load_state_dict(load(saved / "whole").state_dict())
     assert untrained_weights(other) == []
+    wider = load(saved / "whole")
+    wider.resize_token_embeddings(TEXT["vocab_size"] + 3, mean_resizing=False)
+    assert untrained_weights(wider) == []
     headless = tf.BertModel.from_pretrained(saved / "base")
     assert untrained_weights(headless) == []
 

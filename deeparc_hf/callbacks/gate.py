@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
+from ..architectures.hosts import is_adapted
 from ..config import MPruneConfig
 from ..errors import ConfigError
 from ..metric_names import larger_is_better
@@ -50,7 +51,8 @@ def direction_is_doubtful(config: MPruneConfig, args: TrainingArguments) -> str 
 
 def pruned_untrained(config: MPruneConfig, model: nn.Module) -> str | None:
     """Why it is doubtful to prune the model when the training begins, and what to do; None where it is not."""
-    names = untrained_weights(model) if config.start_epoch == 0 else []
+    # an adapter begins at random, and changes nothing then
+    names = untrained_weights(model) if config.start_epoch == 0 and not is_adapted(model) else []
     if not names:
         return None
     which = " and ".join(names) if len(names) < 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more parameters"
