@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import ConfigError
 
-__all__ = ["checkpoint_files", "outdated"]
+__all__ = ["checkpoint_files", "checkpoints_in", "outdated"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -94,3 +94,8 @@ def _shards(found: Mapping[str, Path]) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"This is no whole checkpoint: {INDEX} is damaged ({type(error).__name__}).") from error
     return sorted(map(str, names))
+
+
+def checkpoints_in(output: Path) -> list[Path]:
+    """The folders of a Trainer's checkpoints: in its output folder, and in those of the trials of a hyperparameter search in it."""
+    return [path for pattern in ("checkpoint-*", "*/checkpoint-*") for path in output.glob(pattern) if path.is_dir()]

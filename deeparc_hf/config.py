@@ -82,7 +82,8 @@ class MPruneConfig(Settings):
     )
     greater_is_better: bool | None = setting(
         None,
-        "Whether a larger metric is better; default: the Trainer's rule, by which smaller is better for names that end in 'loss'.",
+        "Whether a larger metric is better; default: as its name says (smaller for loss, wer, rmse, perplexity and other usual errors, "
+        "larger for usual scores; any other name: larger, with a warning).",
         trainer=True,
     )
     max_drop: float | None = setting(
@@ -122,6 +123,12 @@ class MPruneConfig(Settings):
     )
     distill: DistillConfig | None = setting(
         None, "DistillConfig(...), or a dict of its settings: the unpruned model teaches during the retraining.", trainer=True
+    )
+    keep_snapshots: bool = setting(
+        False,
+        "Keep the weights from before a pruning (`_pruning_snapshots`) when the training ends well, as long as a checkpoint that may be "
+        "resumed needs them.",
+        trainer=True,
     )
     calibration_samples: int = setting(512, "Number of calibration samples to compare blocks on.")
     protect: tuple[str, ...] = setting(

@@ -28,6 +28,7 @@ from .batches import without_labels
 from .config import DistillConfig
 from .errors import ConfigError, SurgeryError
 from .heads import divergence
+from .hooks import LocalHook
 from .outputs import heads_of, is_logits, label_mask
 from .passes import hidden_states
 from .sites import Site
@@ -226,7 +227,7 @@ class Distillation:
 
 
 def _attach(distillation: Distillation, model: nn.Module, ours: Sequence[nn.Module], theirs: Sequence[nn.Module]) -> list[RemovableHandle]:
-    """Hooks that do nothing once the distillation is gone. Plain functions: a copy of the model does not bring the teacher along."""
+    """Hooks that do nothing once the distillation is gone, and on copies of the model, which do not bring the teacher along."""
     known = weakref.ref(distillation)
 
     def before(module: nn.Module, args: Any) -> None:
@@ -247,9 +248,9 @@ def _attach(distillation: Distillation, model: nn.Module, ours: Sequence[nn.Modu
 
         return take
 
-    handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after, with_kwargs=True)]
+    handles = [model.register_forward_pre_hook(LocalHook(before)), model.register_forward_hook(LocalHook(after), with_kwargs=True)]
     for who, blocks in (("student", ours), ("teacher", theirs)):
-        handles += [block.register_forward_hook(taking(who, number)) for number, block in enumerate(blocks)]
+        handles += [block.register_forward_hook(LocalHook(taking(who, number))) for number, block in enumerate(blocks)]
     return handles
 
 

@@ -18,19 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ._compat import checkpoint_key_namer
-from .architectures import Host, Stack, describe
+from ._compat import checkpoint_key_namer, running_method
+from .architectures import Host, describe
 from .architectures.hosts import RECORD_KEY
+from .checkpoint_files import checkpoints_in
 from .errors import RecordError, SurgeryError
-from .freezing import thaw
+from .freezing import let_statistics_go, thaw
+from .held_blocks import blocks_in, is_shard, places_for, refuse_incomplete
+from .hooks import LocalHook
 from .record import PrunedConfig, same_structure
 from .surgery import follow_record, forget_parameters
 from .undo import Transaction
 
-__all__ = ["Structure", "guard", "guard_successors", "note_frozen", "record_of", "settle", "thaw_noted"]
+__all__ = [
+    "Follower",
+    "Structure",
+    "guard",
+    "guard_successors",
+    "let_frozen_statistics_go",
+    "note_frozen",
+    "record_of",
+    "settle",
+    "thaw_noted",
+]
 
 
 @dataclass(frozen=True)
@@ -51,41 +63,77 @@ _ADVICE = (
     f"Load the model from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its config.json), then "
     "resume."
 )
-_guarded: weakref.WeakKeyDictionary[nn.Module, Path | None] = weakref.WeakKeyDictionary()
-_optimizers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
-_provisional: weakref.WeakKeyDictionary[nn.Module, Transaction] = weakref.WeakKeyDictionary()
 _frozen: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
 
 
-def guard(model: nn.Module, output: str | Path | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Have the model follow the number of blocks of whatever is loaded into it from now on.
+class Follower:
+    """Hook on the loading of weights into one model, as when a checkpoint is resumed or the best one is loaded.
+
+    It does nothing where somebody else than its Trainer loads weights, once that is gone, and on copies of the model.
 
     Args:
-        output: a Trainer's output folder. The records of the checkpoints in it tell which blocks are likely to be meant, which matters
+        trainer: the Trainer; None: whoever loads weights.
+    """
+
+    def __init__(self, trainer: Any = None) -> None:
+        self._trainer = (lambda: None) if trainer is None else weakref.ref(trainer)
+        self._always = trainer is None
+        self.output: Path | None = None  # the Trainer's output folder
+        self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # one that follows too
+        self.provisional: Transaction | None = None  # takes back what was done since `settle`
+
+    def belongs_to(self, trainer: Any) -> bool:
+        return self._trainer() is trainer
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        trainer = self._trainer()
+        if self._always or (trainer is not None and (running_method(trainer) or "").startswith("_load")):
+            _follow(self, module, state_dict, prefix)
+
+
+def guard(model: nn.Module, output: str | Path | None = None, optimizer: torch.optim.Optimizer | None = None, trainer: Any = None) -> None:
+    """Have the model follow the number of blocks of whatever a Trainer loads into it from now on, as long as the Trainer lives.
+
+    Args:
+        output: the Trainer's output folder. The records of the checkpoints in it tell which blocks are likely to be meant, which matters
             where the user has frozen some of them: the Trainer makes its optimizer right after it has loaded the weights.
         optimizer: one that exists already; it follows too.
+        trainer: the Trainer; None: whoever loads weights.
     """
     root = describe(model)[0].root
-    if root not in _guarded:
-        root.register_load_state_dict_pre_hook(_follow)
-    _guarded[root] = None if output is None else Path(output)
+    follower = next((follower for follower in _followers(root) if follower.belongs_to(trainer)), None) or _attach(root, trainer)
+    follower.output = None if output is None else Path(output)
     if optimizer is not None:
-        _optimizers[root] = weakref.ref(optimizer)
+        follower.optimizer = weakref.ref(optimizer)
 
 
-def guard_successors(model: nn.Module, output: str | Path | None = None) -> RemovableHandle:
-    """Guard models of the same class that are made from now on, until the handle is removed.
+def guard_successors(model: nn.Module, trainer: Any, output: str | Path | None = None) -> None:
+    """Guard the models of the same class that a Trainer makes with its model_init, as long as the Trainer lives.
 
-    With `model_init` the Trainer makes a new model when a training begins, and loads a checkpoint into it before any callback is asked.
+    It makes a new one when a training begins, and loads a checkpoint into it before any callback is asked.
     """
-    kind = type(describe(model)[0].root)
+    kind, known = type(describe(model)[0].root), weakref.ref(trainer)
 
     def notice(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-        if type(module) is kind and module not in _guarded:
-            module.register_load_state_dict_pre_hook(_follow)
-            _guarded[module] = None if output is None else Path(output)
+        maker = known()
+        if type(module) is kind and maker is not None and running_method(maker) == "call_model_init" and not _followers(module):
+            _attach(module, maker).output = None if output is None else Path(output)
 
-    return register_module_module_registration_hook(notice)
+    weakref.finalize(trainer, register_module_module_registration_hook(notice).remove).atexit = False
+
+
+def _attach(root: nn.Module, trainer: Any) -> Follower:
+    follower = Follower(trainer)
+    # a pickle or a copy of the model holds nothing of this
+    handle = root.register_load_state_dict_pre_hook(LocalHook(follower))
+    if trainer is not None:
+        weakref.finalize(trainer, handle.remove).atexit = False
+    return follower
+
+
+def _followers(root: nn.Module) -> list[Follower]:
+    hooks = [getattr(wrapped, "hook", wrapped) for wrapped in root._load_state_dict_pre_hooks.values()]
+    return [hook.act for hook in hooks if isinstance(hook, LocalHook) and isinstance(hook.act, Follower)]
 
 
 def note_frozen(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -98,6 +146,13 @@ def thaw_noted(model: nn.Module, transaction: Transaction | None = None) -> None
     noted = [parameter() for parameter in _frozen.pop(describe(model)[0].root, [])]
     with transaction or Transaction() as transaction:
         thaw([parameter for parameter in noted if parameter is not None], transaction)
+
+
+def let_frozen_statistics_go(model: nn.Module) -> None:
+    """Have the statistics of BatchNorms that a run froze follow the model's mode again: its training is over."""
+    root = describe(model)[0].root
+    noted = [parameter() for parameter in _frozen.get(root, [])]
+    let_statistics_go(root, [parameter for parameter in noted if parameter is not None])
 
 
 def settle(
@@ -122,9 +177,11 @@ def settle(
     """
     host, _, stacks = describe(model)
     loaded = {name: stack.blocks for name, stack in stacks.items()}
-    provisional = _provisional.pop(host.root, None)
-    if provisional is not None:
-        provisional.roll_back()
+    provisional = None
+    for follower in _followers(host.root):
+        if follower.provisional is not None:
+            provisional, follower.provisional = follower.provisional, None
+            provisional.roll_back()
     live = record_of(model)
     if at_start is not None and same_structure(live, start.record):
         at_start()
@@ -200,18 +257,18 @@ def _copy(tensor: Tensor) -> Tensor:
     return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
-def _follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Hook on the loading of weights, as when a checkpoint is resumed or the best one is loaded."""
+def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give a model the blocks that a state dict has, which is about to be loaded into it."""
     host, _, stacks = describe(module)
     _name_as_the_model_does(host, state_dict, prefix)
-    held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
-    if _is_shard(module, state_dict, prefix, stacks, held):
+    held = {name: blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
+    if is_shard(module, state_dict, prefix, stacks, held):
         return
-    _refuse_incomplete(stacks, held)
+    refuse_incomplete(stacks, held)
     if all(not blocks or len(blocks) == len(stacks[name]) for name, blocks in held.items()):
         return
     record = PrunedConfig({}) if host.record() is None else PrunedConfig.from_model(module)
-    likely = _records_in(_guarded.get(host.root))
+    likely = _records_in(follower.output)
     kept = {}
     for name, stack in stacks.items():
         blocks = held[name]
@@ -220,7 +277,7 @@ def _follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: A
         original = record.kept.get(name, tuple(range(len(stack))))
         hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(original)]
         likely_places = [[original.index(block) for block in hint] for hint in hints]
-        places = _places(stack, blocks, likely_places) if len(blocks) < len(stack) else None
+        places = places_for(stack, blocks, likely_places) if len(blocks) < len(stack) else None
         if places is None:
             raise SurgeryError(
                 f"The checkpoint that is loaded holds {len(blocks)} blocks in {name}, the model has {len(stack)}"
@@ -233,13 +290,13 @@ def _follow(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: A
         {name: [i for i, o in enumerate(record.kept.get(name, range(len(stacks[name])))) if o not in stay] for name, stay in kept.items()},
         {},
     )
-    undo = _provisional.setdefault(host.root, Transaction())
+    follower.provisional = undo = follower.provisional or Transaction()
     before = list(module.parameters())
     try:
         follow_record(module, target, {}, undo)
     except (SurgeryError, RecordError) as error:
         raise SurgeryError(f"The model cannot follow the checkpoint that is loaded: {error} {_ADVICE}") from error
-    optimizer = _optimizers.get(host.root, lambda: None)()
+    optimizer = None if follower.optimizer is None else follower.optimizer()
     if optimizer is not None:
         stay = {id(parameter) for parameter in module.parameters()}
         forget_parameters(optimizer, [parameter for parameter in before if id(parameter) not in stay])
@@ -270,73 +327,10 @@ def _name_as_the_model_does(host: Host, state_dict: dict[str, Any], prefix: str)
         )
 
 
-def _refuse_incomplete(stacks: Mapping[str, Stack], held: Mapping[str, Mapping[int, Mapping[str, Tensor]]]) -> None:
-    """Refuse a checkpoint that lacks tensors of its blocks: the Trainer would leave the model's own there, with a warning."""
-    for name, blocks in held.items():
-        whole = [set(block.state_dict()) for block in stacks[name].blocks]
-        for index, tensors in blocks.items():
-            if blocks and not any(keys <= tensors.keys() for keys in whole):
-                lacking = min(min(keys - tensors.keys()) for keys in whole)
-                raise SurgeryError(
-                    f"The checkpoint that is loaded holds the tensors of its blocks otherwise than the model does: block {index} of {name} "
-                    f"has no {lacking}, and the Trainer would leave what the model has there. Training of this kind of model cannot be "
-                    "resumed: load the checkpoint with from_pretrained and start a new training."
-                )
-
-
-def _blocks_in(state_dict: Mapping[str, Any], start: str) -> dict[int, dict[str, Tensor]]:
-    """Tensors of a stack in a state dict, by the index of their block."""
-    found: dict[int, dict[str, Tensor]] = {}
-    for key, value in state_dict.items():
-        if key.startswith(start):
-            index, _, rest = key[len(start) :].partition(".")
-            if index.isdigit():
-                found.setdefault(int(index), {})[rest] = value
-    return found
-
-
-def _is_shard(
-    module: nn.Module,
-    state_dict: Mapping[str, Any],
-    prefix: str,
-    stacks: Mapping[str, Stack],
-    held: Mapping[str, Mapping[int, Any]],
-) -> bool:
-    """Whether the state dict is one of several. Such a one cannot tell how many blocks a checkpoint has; `settle` compares them later."""
-    if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
-        return True
-    own = {id(tensor): set() for tensor in module.state_dict(keep_vars=True).values()}
-    for key, tensor in module.state_dict(keep_vars=True).items():
-        own[id(tensor)].add(f"{prefix}{key}")
-    inside = tuple(f"{prefix}{name}." for name in stacks)
-    # tied tensors are saved once
-    return any(not keys & state_dict.keys() and not any(key.startswith(inside) for key in keys) for keys in own.values())
-
-
-def _places(stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]], likely: Sequence[Sequence[int]] = ()) -> list[int] | None:
-    """Blocks of the stack, in order, that have the shapes of those in the checkpoint; None if there are not enough.
-
-    Those that a record names, if they fit; else the first ones that do.
-    """
-    shapes = [{key: tuple(value.shape) for key, value in block.state_dict().items()} for block in stack.blocks]
-    wanted = [{key: tuple(value.shape) for key, value in blocks[index].items()} for index in range(len(blocks))]
-    for places in likely:
-        if [shapes[place] for place in places] == wanted:
-            return list(places)
-    places = []
-    for shape in wanted:
-        start = places[-1] + 1 if places else 0
-        place = next((i for i in range(start, len(stack)) if shapes[i] == shape), None)
-        if place is None:
-            return None
-        places.append(place)
-    return places
-
-
 def _records_in(output: Path | None) -> list[PrunedConfig]:
-    """Records of the checkpoints in a Trainer's output folder, the newest first. They are hints: what cannot be read is passed over."""
+    """Records of the checkpoints of a Trainer, the newest first. They are hints: what cannot be read is passed over."""
     found = []
-    folders = [] if output is None else [p for p in output.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+    folders = [] if output is None else [p for p in checkpoints_in(output) if p.name.rpartition("-")[2].isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
         with suppress(RecordError, OSError):
             found.append(PrunedConfig.from_pretrained(folder))

@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from .architectures import Host, Stack
+from .hooks import LocalHook
 from .passes import evaluating
 from .undo import Transaction
 
-__all__ = ["freeze_blocks", "thaw"]
+__all__ = ["freeze_blocks", "let_statistics_go", "thaw"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,20 @@ def freeze_blocks(
     for module in host.root.modules():
         # a norm that the user froze before keeps the behaviour that the user knows
         ours = isinstance(module, _BatchNorm) and id(module.weight) in just_frozen
-        if ours and _keep_statistics not in module._forward_pre_hooks.values():
-            handles.append(module.register_forward_pre_hook(_keep_statistics))
+        if ours and _KEEP_STATISTICS not in module._forward_pre_hooks.values():
+            handles.append(module.register_forward_pre_hook(_KEEP_STATISTICS))
     return changed
+
+
+def let_statistics_go(root: nn.Module, frozen: Iterable[nn.Parameter]) -> None:
+    """Have BatchNorms follow the model's mode again: those with these parameters, and those that are trained."""
+    gone = {id(parameter) for parameter in frozen}
+    for module in root.modules():
+        keys = [key for key, hook in module._forward_pre_hooks.items() if hook is _KEEP_STATISTICS]
+        if keys and (module.weight.requires_grad or id(module.weight) in gone):  # type: ignore[union-attr]
+            for key in keys:
+                del module._forward_pre_hooks[key]
+            module.train(root.training)
 
 
 def thaw(parameters: Iterable[nn.Parameter], transaction: Transaction) -> None:
@@ -150,3 +162,7 @@ def _keep_statistics(module: nn.Module, args: Any) -> None:
     """Run a frozen BatchNorm on its running statistics, whatever mode the Trainer has put the model in."""
     if not module.weight.requires_grad:  # type: ignore[union-attr]
         module.training = False
+
+
+# a copy is frozen as the model is; one that is loaded is not
+_KEEP_STATISTICS = LocalHook(_keep_statistics, copied=True)

@@ -122,7 +122,7 @@ def write_run_report(
     """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all.
 
     Args:
-        facts: settings and data of the training, and the evaluations after its end.
+        facts: settings and data of the training, the figures of its end, and the evaluations after it.
     """
     data = {
         "format_version": FORMAT_VERSION,
@@ -135,7 +135,7 @@ def write_run_report(
         "attempts": progress.attempts,
         "zeroed_at": zeroed_at,
         "versions": package_versions(),
-        **(facts or {"training": {}, "data": {}, "final": [], "weights": None, "hardware": hardware()}),
+        **(facts or {"training": {}, "data": {}, "final": [], "weights": None, "end": None, "hardware": hardware()}),
     }
     write_whole(folder / f"{RUN_REPORT}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
     write_whole(folder / f"{RUN_REPORT}.md", _markdown(data))

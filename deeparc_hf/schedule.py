@@ -52,7 +52,8 @@ class Progress(Saved):
         decision: verdict on the pruning at hand, from its boundary until it is carried out: "accept" or "reject"; None before.
         reason: why the run is FINISHED, or why the decision is what it is.
         stopped: whether the training was asked to stop, because nothing is left to do.
-        rewound: step at which the learning rate was rewound last, and the number of steps of its schedule; None if it was not.
+        rewound: step at which the learning rate was rewound last, the number of steps of its schedule, and that of the whole training
+            then; None if it was not.
         start, base, record: records (as dicts) of the model when the run began, of the last accepted model, and as it is now.
         frozen, base_frozen: blocks that this run froze, by stack, in the model as it is now and in the last accepted one.
         snapshot: name of the folder with the accepted weights; None where nothing can be taken back.
@@ -157,7 +158,8 @@ def refuse_changes(began_with: Mapping[str, Any], config: MPruneConfig, progress
         ConfigError: if what was decided already would have been decided otherwise, or boundaries would fall elsewhere.
     """
     now = config.to_dict()
-    changed = {key: f"{began_with[key]} -> {now[key]}" for key in now if key in began_with and began_with[key] != now[key]}
+    keys = [key for key in now if key in began_with and key != "keep_snapshots"]
+    changed = {key: f"{began_with[key]} -> {now[key]}" for key in keys if began_with[key] != now[key]}
     fixed = [key for key in _FIXED if key in changed]
     fixed += [key for key in ("max_drop", "distill") if key in changed and None in (began_with[key], now[key])]
     shown = [f"{key} {changed[key]}" for key in fixed]

@@ -1,7 +1,7 @@
 """Snapshots: the weights from before a pruning, on disk while it may still be taken back, or while the unpruned model teaches.
 
 A snapshot is a folder in the Trainer's output folder, safetensors and JSON; its name begins with "_", which the Trainer's pushes to the
-Hub leave out. It stays as long as a checkpoint beside it refers to it, so that a run which was killed can go on too.
+Hub leave out. It stays as long as a checkpoint refers to it, so that a run which was killed can go on too, and goes when the run ends.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import nn
 
+from .checkpoint_files import checkpoints_in
 from .errors import SurgeryError
 
-__all__ = ["FOLDER", "drop_unused", "read_plans", "restore_weights", "save_snapshot", "set_groups"]
+__all__ = ["FOLDER", "drop_unused", "free_name", "read_plans", "restore_weights", "save_snapshot", "set_groups"]
 
 FOLDER = "_pruning_snapshots"
 _WEIGHTS, _FACTS = "weights.safetensors", "snapshot.json"
@@ -103,17 +104,39 @@ def set_groups(output: Path, name: str, model: nn.Module, optimizer: torch.optim
     optimizer.state.clear()
 
 
-def drop_unused(output: Path, *current: str | None) -> None:
-    """Delete the snapshots that neither the run nor a checkpoint in the output folder needs."""
+def drop_unused(output: Path, *current: str | None, ended: bool = False) -> None:
+    """Delete the snapshots that neither the run nor a checkpoint needs.
+
+    Args:
+        output: the Trainer's output folder.
+        current: names of those that the run needs.
+        ended: the run has ended well, so that its checkpoints, those right under the output folder, need none any more.
+    """
     folder = output / FOLDER
     if not folder.is_dir():
         return
-    states = "".join(path.read_text("utf-8", errors="replace") for path in output.glob("checkpoint-*/trainer_state.json"))
+    states = _states(output, trials_only=ended)
     for path in folder.iterdir():
         if path.name not in current and json.dumps(path.name) not in states:
             shutil.rmtree(path, ignore_errors=True)
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+def free_name(output: Path, name: str) -> str:
+    """The name, or one like it, that no checkpoint uses: trials of a hyperparameter search prune at the same steps."""
+    states, number, free = _states(output), 1, name
+    while (output / FOLDER / free).exists() and json.dumps(free) in states:
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+def _states(output: Path, trials_only: bool = False) -> str:
+    """What the checkpoints of a Trainer, and of its trials, keep of its state."""
+    folders = [folder for folder in checkpoints_in(output) if not (trials_only and folder.parent == output)]
+    files = [folder / "trainer_state.json" for folder in folders]
+    return "".join(file.read_text("utf-8", errors="replace") for file in files if file.is_file())
 
 
 def _facts(output: Path, name: str) -> Any:
@@ -126,5 +149,6 @@ def _facts(output: Path, name: str) -> Any:
 def _missing(output: Path, name: str, error: Exception) -> SurgeryError:
     return SurgeryError(
         f"The model from before a pruning is needed, and its snapshot {name} in the folder {FOLDER} of {output} cannot be read "
-        f"({type(error).__name__}: {error}). Resume from a checkpoint that is older than the pruning, or put the folder back."
+        f"({type(error).__name__}: {error}). A run that ends well deletes it, unless keep_snapshots=True. Resume from a checkpoint that is "
+        "older than the pruning, or put the folder back."
     )

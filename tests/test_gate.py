@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -120,6 +121,7 @@ def test_the_baseline_is_measured_at_the_start_where_the_trainer_evaluates_there
     assert verdicts(callback) == [(1, 1, "accepted")] and callback.attempts[1]["baseline"] == 0.9
 
 
+@pytest.mark.filterwarnings("ignore:max_drop bounds 'acuracy', whose name does not say")
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [
@@ -322,3 +324,23 @@ def test_the_terminal_tells_the_schedule_the_verdicts_and_the_end(tmp_path, caps
         "Still frozen in this process: ",
     ):
         assert line in printed
+
+
+def test_a_warm_up_that_is_longer_than_a_retraining_is_shortened_and_resumed_alike(tmp_path, capsys):
+    def go(folder, resume=None):
+        torch.manual_seed(0)
+        model, weights = ZOO["bert"].model(), Weights()
+        arguments = {"num_train_epochs": 4, "warmup_steps": 12, "learning_rate": 1.0, "save_strategy": "steps", "save_steps": 4}
+        train(model, folder, pruning(num_blocks=[3, 2], start_epoch=1, rewind_lr=True), weights, resume=resume, **arguments)
+        return model, weights.rates
+
+    model, rates = go(tmp_path / "whole")
+    # 12 of 32 steps are 3 of 8; the last retraining has 16 steps, and 12 are 6 of them
+    assert rates[8:16] == pytest.approx([0, 1 / 3, 2 / 3, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5])
+    assert rates[16 + 6] == 1.0 and rates[-1] == pytest.approx(0.1)
+    told = capsys.readouterr().out
+    assert "warm-up of 12 steps would take more than half of a retraining of 8 steps. It is shortened to 3" in told
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "whole", again)
+    resumed, rest = go(again, str(again / "checkpoint-12"))
+    assert rest == pytest.approx(rates[12:]) and equal(model.state_dict(), resumed.state_dict())

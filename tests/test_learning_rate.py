@@ -15,7 +15,7 @@ import transformers
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
 from transformers import TrainingArguments, get_scheduler
 
-from deeparc_hf.callbacks.learning_rate import is_trainers_own, resume_rewound, rewind
+from deeparc_hf.callbacks.learning_rate import is_trainers_own, resume_rewound, rewind, warmup_steps
 from deeparc_hf.errors import DeepArcWarning
 
 RATE = 1e-3
@@ -116,6 +116,48 @@ def test_rewinding_moves_no_parameter_and_keeps_state_and_groups(tmp_path):
     assert [(id(group), group["params"][0]) for group in made.param_groups] == held
     assert all(torch.equal(parameter, value) for (_, parameter), value in zip(held, values, strict=True))
     assert scheduler.optimizer is made
+
+
+# --- lengths in steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "steps", "whole", "expected"),
+    [
+        (3, 12, 40, 3),
+        (6, 12, 40, 6),
+        (7, 12, 40, 2),  # its share of the whole training
+        (10, 12, 40, 3),
+        (39, 12, 40, 6),  # half at most
+        (100, 12, 40, 6),
+        (100, 1, 40, 0),
+        (0.25, 12, 40, 3),
+        (0.75, 12, 40, 9),  # a share is a share
+        (100, 40, None, 100),
+        (0, 12, 40, 0),
+    ],
+)
+def test_a_warm_up_that_does_not_fit_is_shortened_in_proportion(tmp_path, given, steps, whole, expected):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, warmup_steps=given, report_to="none")
+    assert warmup_steps(args, steps, whole) == expected
+
+
+LONG = {"linear": {}, "cosine": {}, "warmup_stable_decay": {"num_decay_steps": 16}}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_every_retraining_reaches_its_rate_and_decays(tmp_path, kind):
+    given = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": LONG[kind], "warmup_steps": 16}
+    args = TrainingArguments(str(tmp_path), use_cpu=True, learning_rate=RATE, report_to="none", **given)
+    made = optimizer()
+    scheduler = get_scheduler(kind, made, num_warmup_steps=16, num_training_steps=WHOLE, scheduler_specific_kwargs=LONG[kind])
+    assert is_trainers_own(scheduler, args, WHOLE)
+    rewind(scheduler, args, STEPS, own=True, whole=WHOLE)
+    rates = [group[0] for group in go(made, scheduler, STEPS)]
+    assert max(rates) == RATE and rates[0] == 0 and rates[-1] < 0.5 * RATE
+    again = get_scheduler(kind, optimizer(), num_warmup_steps=16, num_training_steps=WHOLE, scheduler_specific_kwargs=LONG[kind])
+    resume_rewound(again, args, STEPS, 5, own=True, whole=WHOLE)
+    assert again.get_last_lr()[0] == rates[5]
 
 
 # --- schedulers of the user ------------------------------------------------------------------------------------------------

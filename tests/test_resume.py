@@ -38,16 +38,20 @@ RUNS = {
     "two prunings": ({"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1}, {}, 3),
     "two prunings, frozen": ({"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1, "freeze": "partial"}, {}, 3),
     "accepted": (
-        {"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1, "freeze": "partial", "max_drop": 0.1},
+        {"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1, "freeze": "partial", "max_drop": 0.1, "keep_snapshots": True},
         {4: 0.9, 3: 0.85, 2: 0.81},
         3,
     ),
     "second taken back": (
-        {"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1, "freeze": "partial", "max_drop": 0.1},
+        {"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1, "freeze": "partial", "max_drop": 0.1, "keep_snapshots": True},
         {4: 0.9, 3: 0.85, 2: 0.1},
         5,
     ),
-    "all taken back": ({"num_blocks": 2, "start_epoch": 1, "freeze": "partial", "max_drop": 0.1}, {4: 0.9, 2: 0.1}, 5),
+    "all taken back": (
+        {"num_blocks": 2, "start_epoch": 1, "freeze": "partial", "max_drop": 0.1, "keep_snapshots": True},
+        {4: 0.9, 2: 0.1},
+        5,
+    ),
 }
 
 

@@ -25,7 +25,7 @@ from .zoo import ZOO
 
 STEPS = 8  # of an epoch
 TAUGHT = {"alpha": 0.6, "temperature": 2.0, "hidden": 0.3}
-TWICE = {"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1}
+TWICE = {"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1, "keep_snapshots": True}
 __all__ = ["environment"]  # a fixture
 
 
@@ -47,7 +47,7 @@ class Losses(TrainerCallback):
 RUNS = {
     "two prunings": ({**TWICE, "freeze": "partial", "heal": "lstsq"}, None, 3),
     "second taken back": ({**TWICE, "max_drop": 0.1}, {4: 0.9, 3: 0.85, 2: 0.1}, 5),
-    "all taken back": ({"num_blocks": 2, "start_epoch": 1, "max_drop": 0.1}, {4: 0.9, 2: 0.1}, 4),
+    "all taken back": ({"num_blocks": 2, "start_epoch": 1, "max_drop": 0.1, "keep_snapshots": True}, {4: 0.9, 2: 0.1}, 4),
 }
 
 

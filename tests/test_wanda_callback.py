@@ -91,7 +91,7 @@ def test_a_seq2seq_trainer_keeps_zeros(tmp_path):
     assert {name.partition(".")[0] for name in zeros(model)} == {"encoder", "decoder"}
 
 
-def test_the_model_is_evaluated_before_and_after_the_zeroing(tmp_path):
+def test_the_model_is_evaluated_before_and_after_the_zeroing(tmp_path, capsys):
     callback = zeroing(start_epoch=1)
     trainer = train(ZOO["bert"].model(), tmp_path, callback, num_train_epochs=3, eval_strategy="epoch")
     data = json.loads((tmp_path / "sparsity_report.json").read_text())
@@ -101,6 +101,9 @@ def test_the_model_is_evaluated_before_and_after_the_zeroing(tmp_path):
     assert [entry["share"] for entry in data["measured"]] == [0.5, 0.5]
     text = (tmp_path / "sparsity_report.md").read_text()
     assert "50.00 % asked and 50.00 % measured" in text and "neither smaller nor faster" in text
+    first, last = (data["evaluations"][place]["metrics"]["eval_loss"] for place in (0, -1))
+    told = capsys.readouterr().out.partition("Zeros are kept")[2]
+    assert f"  loss: {first:.4g} before the zeroing, {last:.4g} now" in told and "deeparc_hf.push_to_hub(trainer" in told
     logged = [entry for entry in trainer.state.log_history if "sparsity_measured" in entry]
     assert [(e["step"], e["sparsity_asked"], e["sparsity_measured"]) for e in logged] == [(8, 0.5, 0.5)]
 

@@ -19,6 +19,7 @@ class Companions:
         training: the Trainer's state object of that training.
         may_be_taken_back: a pruning has not been judged yet; taking it back would bring back the weights from before it.
         pruning_starts, judged_after: epochs before the first pruning, and after the last verdict at the earliest; None: nothing is judged.
+        prunes: blocks are removed in this training, and its end is told by the callback that removes them.
         taken_back: number of prunings that were taken back: blocks came back, with the zeros that they had.
         sparsity_to_come: weights are still to be zeroed in this training.
         keeps_zeros: somebody keeps zeroed weights zero.
@@ -29,6 +30,7 @@ class Companions:
     may_be_taken_back: bool = False
     pruning_starts: int | None = None
     judged_after: int | None = None
+    prunes: bool = False
     taken_back: int = 0
     sparsity_to_come: bool = False
     keeps_zeros: bool = False

@@ -4,23 +4,67 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import TrainerState, TrainingArguments
 
+from ..architectures.hosts import is_adapted
 from ..config import MPruneConfig
 from ..errors import ConfigError
+from ..metric_names import larger_is_better
 from ..schedule import same_metric
+from ..untrained import untrained_weights
 
-__all__ = ["check_gate", "forget_best", "metric_of", "steps_per_epoch"]
+__all__ = ["check_gate", "direction_is_doubtful", "forget_best", "metric_of", "pruned_untrained", "steps_per_epoch"]
 
 
 def metric_of(config: MPruneConfig, args: TrainingArguments) -> tuple[str, bool]:
-    """The gate's metric, and whether a larger one is better (the Trainer's own rules where the config leaves it open)."""
+    """The gate's metric, and whether a larger one is better: as the config says, or the Trainer's arguments, or its name."""
     name = config.metric or args.metric_for_best_model or "loss"
     if config.greater_is_better is not None:
         return name, config.greater_is_better
-    if same_metric(name, args.metric_for_best_model) and args.greater_is_better is not None:
-        return name, args.greater_is_better
-    return name, not name.endswith("loss")
+    given = args.greater_is_better if same_metric(name, args.metric_for_best_model) else None
+    if given is not None and given != _trainers_rule(name):
+        return name, given  # the Trainer's arguments are filled in by its rule, so this one was said
+    by_name = larger_is_better(name)
+    return name, _trainers_rule(name) if by_name is None else by_name
+
+
+def direction_is_doubtful(config: MPruneConfig, args: TrainingArguments) -> str | None:
+    """Why it is not sure whether a larger value of the gate's metric is better, and what to do; None where it is."""
+    name, greater = metric_of(config, args)
+    if not config.gated or config.greater_is_better is not None:
+        return None
+    given = args.greater_is_better if same_metric(name, args.metric_for_best_model) else None
+    if larger_is_better(name) is None and given in (None, _trainers_rule(name)):
+        return (
+            f"max_drop bounds {name!r}, whose name does not say whether a larger value is better. It is taken as better when "
+            f"{'larger' if greater else 'smaller'}. Give greater_is_better=True or False beside metric."
+        )
+    if given is not None and given != greater:
+        return (
+            f"max_drop bounds {name!r}, which is better when {'larger' if greater else 'smaller'}; TrainingArguments has "
+            f"greater_is_better={given} for it (the Trainer's own default for every name that does not end in 'loss'), by which the worst "
+            f"checkpoint is the best. Set greater_is_better={greater} there, or give the callback greater_is_better={given} if so meant."
+        )
+    return None
+
+
+def pruned_untrained(config: MPruneConfig, model: nn.Module) -> str | None:
+    """Why it is doubtful to prune the model when the training begins, and what to do; None where it is not."""
+    # an adapter begins at random, and changes nothing then
+    names = untrained_weights(model) if config.start_epoch == 0 and not is_adapted(model) else []
+    if not names:
+        return None
+    which = " and ".join(names) if len(names) < 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more parameters"
+    return (
+        f"The model is pruned when the training begins (start_epoch=0), and it cannot do its task yet: {which} "
+        f"{'is' if len(names) == 1 else 'are'} as drawn at random. Such a model does not tell which blocks can go. Fine-tune it first: "
+        "give start_epoch=1 or more, and as many more epochs of training."
+    )
+
+
+def _trainers_rule(name: str) -> bool:
+    return not name.endswith("loss")
 
 
 def check_gate(config: MPruneConfig, args: TrainingArguments) -> None:

@@ -22,6 +22,7 @@ from ..record import PrunedConfig
 from ..run_report import RUN_REPORT, quality_text, structure_facts, write_run_report
 from ..schedule import FINISHED, RETRAINING, Progress
 from .companions import companions_on
+from .ending import advice, end_facts, end_lines
 from .run_facts import RunFacts, lasting
 from .trackers import Trackers
 
@@ -52,6 +53,7 @@ class Journal:
         self._metric = metric
         self.facts = RunFacts(args, loader)
         self._trackers = Trackers()
+        self._end: dict[str, Any] | None = None  # the figures of the run's end
 
     def open(self, state: TrainerState, plan: PruningPlan | None = None, record: PrunedConfig | None = None) -> None:
         """Begin the notes on the model as it is now: before the first pruning, or after one."""
@@ -161,7 +163,7 @@ class Journal:
             zeroed = companions_on(self._model).sparsified_at
             metric = self._metric if self._config.gated or self._config.metric else None
             weights = mark_of_model(self._model) if self._progress.phase == FINISHED else None
-            facts = {**self.facts.to_dict(), "weights": weights}
+            facts = {**self.facts.to_dict(), "weights": weights, "end": self._end}
             write_run_report(folder, self._config, self._progress, metric, zeroed if zeroed >= 0 else None, facts)
 
     def write_plan(self, plan: PruningPlan | None) -> None:
@@ -183,14 +185,17 @@ class Journal:
             return None
         return plan if lists(plan.removed) == self._progress.attempts[-1].get("plan_removed") else None
 
-    def outline(self, length: str) -> None:
-        """Tell what is going to happen, so that a mistake is seen at once."""
+    def outline(self, length: str, *doubts: str | None) -> None:
+        """Tell what is going to happen, and what is doubtful, so that a mistake is seen at once."""
         c = self._config
         parts = [f"{_count(c.start_epoch, 'epoch')} before the first pruning"] if c.start_epoch else []
         retraining = f"{_count(c.retrain_epochs, 'epoch')} of retraining{' each' if c.iterations > 1 else ''}"
         parts += [f"{_count(c.iterations, 'pruning')} with {retraining}"]
         gate = f"; {self._metric} may get worse by {c.max_drop:g}" if c.gated else ""
         self.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.")
+        for doubt in doubts:
+            if doubt is not None:
+                self.warn(doubt)
 
     def tell_stages(self) -> None:
         """Tell what the pruning at hand has done so far."""
@@ -209,9 +214,11 @@ class Journal:
             hint = f" Did you mean {allowed / 100:g}?" if baseline <= 1 < allowed else ""
             self.warn(f"max_drop {allowed:g} is not below the baseline of {baseline:.4g}, so no pruning can be rejected.{hint}")
 
-    def conclude(self, ended_at: str) -> None:
-        """Tell how the run ended."""
+    def conclude(self, state: TrainerState) -> None:
+        """Tell how the run ended: what was lost and won, where the model lies, and what to do next."""
         p = self._progress
+        ended_at = f"step {state.global_step}" if state.epoch is None else f"epoch {state.epoch:g} of {state.num_train_epochs}"
+        self._end = end_facts(p, self._model, self._config, self._args, state, self._metric)
         first, last = p.attempts[0], structure_facts(self._model)
         blocks = f"{sum(first['blocks'].values())} -> {sum(last['blocks'].values())} blocks"
         parameters = f"{first['parameters']:,} -> {last['parameters']:,} parameters"
@@ -222,6 +229,9 @@ class Journal:
             f"Pruning is finished at {ended_at} ({p.reason}): {accepted}, {blocks}, {parameters}.{stay} "
             f"Report: {Path(self._args.output_dir, RUN_REPORT)}.md"
         )
+        self.say("\n".join(f"  {line}" for line in end_lines(self._end)))
+        if p.accepted and not state.is_hyper_param_search:
+            self.say("\n".join(advice(self._end, self._args)))
 
     def say(self, text: str) -> None:
         """Print, without breaking a progress bar."""

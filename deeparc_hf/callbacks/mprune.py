@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch.utils.data import Dataset
-from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .._compat import calling_trainer
 from ..architectures import describe
 from ..config import MPruneConfig
-from ..errors import ConfigError, SurgeryError
+from ..errors import ConfigError, DeepArcWarning, SurgeryError
 from ..following import guard, guard_successors, record_of, thaw_noted
 from ..plan import PruningPlan
 from ..record import PrunedConfig, same_structure
@@ -21,6 +21,8 @@ from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
 from .calibration import Calibration
 from .carding import write_card
 from .companions import companions_on, meet_companions
+from .copies import refuse_copies, warn_of_copies
+from .gate import pruned_untrained
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
 
@@ -35,11 +37,12 @@ class MPruneCallback(TrainerCallback, ExportableState):
     restored), and the optimizer follows. `retrain_epochs` epochs later the pruning is accepted, and the next of `iterations` follows.
     With `max_drop` it is judged first: if the metric got worse by more, the weights from before the pruning come back, bit for bit, and
     the next larger stride up to `k_max` is tried (with a threshold it removes less, with a target as many blocks, but others). The
-    training ends on the last accepted model.
+    training ends on the last accepted model, and says what was lost and won.
 
     Prunings happen when an epoch begins, after the last evaluation and checkpoint of the old structure. `resume_from_checkpoint` works
-    from any checkpoint, with the model built as it was when the run began. The output folder gets `pruning_plan.json` (the last plan) and
-    the run's report, `pruning_report.json` and `.md`; the record goes into the model's config, and so into every checkpoint.
+    from any checkpoint, with the model built as it was when the run began (with `keep_snapshots` also where the run has ended well and the
+    checkpoint needs a snapshot). The output folder gets `pruning_plan.json` (the last plan) and the run's report, `pruning_report.json` and
+    `.md`; the record goes into the model's config, and so into every checkpoint.
 
     Several processes (DistributedDataParallel) share the calibration and take one decision. Where parameters are sharded (FSDP,
     DeepSpeed), one pruning is possible, when the Trainer is made: give `calibration`, and leave start_epoch, iterations and max_drop alone.
@@ -57,8 +60,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     Raises:
         UnsupportedModelError: when the Trainer is made, if its model cannot be pruned.
-        ConfigError: when training begins, if it is too short for the schedule (the message says how long it must be), or if the gate
-            cannot measure its metric.
+        ConfigError: when training begins, if it is too short for the schedule (the message says how long it must be), if the gate
+            cannot measure its metric, or if another callback keeps a copy of the model in step.
         SurgeryError: when training begins, on a sharded model, and where a checkpoint is resumed that does not fit.
     """
 
@@ -69,12 +72,12 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self.record: PrunedConfig | None = None
         self.saved_progress: dict[str, Any] | None = None  # as a checkpoint keeps it
         self._run: PruningRun | None = None
-        self._successors: RemovableHandle | None = None
+        self._others: list[TrainerCallback] = []  # in the same Trainer
         self._sharded: Progress | None = None  # what was done before parameters were sharded
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are of the settings, not of a training."""
-        return {**self.__dict__, "_run": None, "_successors": None}
+        return {**self.__dict__, "_run": None, "_others": []}
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -102,10 +105,16 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if model is None:
             return
         describe(model)  # an unsupported model is refused before any work is done
-        guard(model, args.output_dir, kwargs.get("optimizer"))
-        self._guard_successors(model, args)
+        trainer = calling_trainer()
+        if trainer is not None:
+            guard(model, args.output_dir, kwargs.get("optimizer"), trainer)
+            if getattr(trainer, "model_init", None) is not None:
+                guard_successors(model, trainer, args.output_dir)
         thaw_noted(model)  # what an earlier training of this model froze: the optimizer is made before this one begins
         if is_sharded(args) and self.calibration is not None:
+            doubt = pruned_untrained(self.config, model)
+            if doubt is not None:
+                warnings.warn(doubt, DeepArcWarning, stacklevel=2)
             self.plan = prune_before_sharding(model, self.config, self.calibration, args)
             self.record = record_of(model)
             record = None if self.record is None else self.record.to_dict()
@@ -127,9 +136,15 @@ class MPruneCallback(TrainerCallback, ExportableState):
             return
         if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
             raise ConfigError("There is more than one MPruneCallback in this Trainer. One does all iterations: give it iterations=...")
-        self._let_successors_go()
-        guard(kwargs["model"], args.output_dir)
+        trainer = calling_trainer()
+        self._others = []
+        if trainer is not None:
+            # the optimizer stays when this Trainer trains again
+            guard(kwargs["model"], args.output_dir, kwargs.get("optimizer"), trainer)
+            self._others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
+            refuse_copies(self._others)
         companions = meet_companions(kwargs["model"], state)
+        companions.prunes = True
         if self.config.gated:
             companions.pruning_starts, companions.judged_after = self.config.start_epoch, needed_epochs(self.config)
         calibration = Calibration(
@@ -150,6 +165,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
+            if self._others and self._run.progress.phase != FINISHED and warn_of_copies(self._others, self._run.model):
+                self._others = []  # they have been told of
             self._run.epoch_begin(state, control)
             self._publish()
 
@@ -190,18 +207,6 @@ class MPruneCallback(TrainerCallback, ExportableState):
         if self._run is not None:
             self._run.end(state, control)
             self._publish()
-            self._guard_successors(kwargs["model"], args)
-
-    def _guard_successors(self, model: Any, args: TrainingArguments) -> None:
-        """Guard the model that model_init makes for the next training of this Trainer."""
-        self._let_successors_go()
-        self._successors = guard_successors(model, args.output_dir)
-        weakref.finalize(self, self._successors.remove)
-
-    def _let_successors_go(self) -> None:
-        if self._successors is not None:
-            self._successors.remove()
-            self._successors = None
 
     def _progress(self, model: Any, state: TrainerState) -> Progress:
         """Where the run stands: at its beginning, where a checkpoint says, or where auto_find_batch_size begins it again."""

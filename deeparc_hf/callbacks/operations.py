@@ -14,14 +14,14 @@ from ..architectures import describe
 from ..config import MPruneConfig
 from ..distributed import agree, follow_in_wrapper, gather
 from ..errors import ConfigError, PlanError, SurgeryError
-from ..following import Structure, note_frozen, record_of, settle, thaw_noted
+from ..following import Structure, let_frozen_statistics_go, note_frozen, record_of, settle, thaw_noted
 from ..passes import evaluating
 from ..plan import PruningPlan, warn_if_drastic
 from ..pruning import apply_healed, check_settings, compare_blocks
 from ..record import PrunedConfig
 from ..schedule import RETRAINING, Progress
 from ..sites import Healing
-from ..snapshots import drop_unused, read_plans, restore_weights, save_snapshot, set_groups
+from ..snapshots import drop_unused, free_name, read_plans, restore_weights, save_snapshot, set_groups
 from ..undo import Transaction
 from .calibration import Calibration
 from .journal import lists
@@ -87,18 +87,20 @@ class Operations:
         Structure(record, record.frozen).freeze(self.model)
         follow_in_wrapper(self.model)
 
-    def resume(self, plan: PruningPlan | None) -> None:
+    def resume(self, plan: PruningPlan | None, over: bool = False) -> None:
         """Follow a checkpoint: its weights are loaded, its structure may be another than the model's.
 
         Args:
             plan: of the pruning at hand, where it is known.
+            over: nothing is left to train, so that no teacher is needed.
         """
         p = self._progress
         start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
         thaw_noted(self.model)  # of the same training, before it was interrupted in this process
         structures = Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen)
-        self._undo, _ = settle(self.model, *structures, at_start=self.teaching.wake)
-        self.teaching.follow()
+        self._undo, _ = settle(self.model, *structures, at_start=None if over else self.teaching.wake)
+        if not over:
+            self.teaching.follow()
         follow_in_wrapper(self.model)
         self.plan = self._accepted_plan = plan
         if not self._config.gated or (p.phase != RETRAINING and p.decision != "reject"):
@@ -196,17 +198,17 @@ class Operations:
         """Save the model from before a pruning, where it may have to come back or is to teach."""
         p = self._progress
         if self._config.gated and p.snapshot is None:
-            self._save(plan, name)
-            p.snapshot, self._comparison = name, plan
+            p.snapshot, self._comparison = self._save(plan, name), plan
         if self.teaching.is_waiting:
             # a name of its own: where the Trainer begins a run again, steps count from 0, and a later snapshot may have this one's
-            self._save(plan, f"teacher-{name}")
-            self.teaching.copy_model(f"teacher-{name}")
+            self.teaching.copy_model(self._save(plan, f"teacher-{name}"))
 
-    def _save(self, plan: PruningPlan, name: str) -> None:
+    def _save(self, plan: PruningPlan, name: str) -> str:
         led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
-        work = partial(save_snapshot, self._output, name, self.model, self._optimizer, plan.to_dict(), led)
+        free = agree(partial(free_name, self._output, name))
+        work = partial(save_snapshot, self._output, free, self.model, self._optimizer, plan.to_dict(), led)
         gather(work if self._args.should_save else lambda: None)
+        return free
 
     def accept(self) -> None:
         """Make the model as it is now the one to go back to."""
@@ -253,6 +255,19 @@ class Operations:
         """Delete the snapshots that no checkpoint needs."""
         if self._args.should_save:
             drop_unused(self._output, self._progress.snapshot, self._progress.teacher)
+
+    def end(self, keep: bool) -> None:
+        """Leave the model as the training made it, without anything that only a training needs.
+
+        Args:
+            keep: whether the snapshots stay that a checkpoint needs.
+        """
+        self._progress.snapshot = self._progress.teacher = None
+        self.forget_held()
+        self.teaching.forget()
+        let_frozen_statistics_go(self.model)
+        if self._args.should_save:
+            drop_unused(self._output, ended=not keep)
 
     def _compared(self) -> PruningPlan:
         if self._comparison is None:

@@ -26,9 +26,9 @@ from ..schedule import (
 )
 from .calibration import Calibration
 from .companions import companions_on
-from .gate import check_gate, forget_best, metric_of, steps_per_epoch
+from .gate import check_gate, direction_is_doubtful, forget_best, metric_of, pruned_untrained, steps_per_epoch
 from .journal import Journal
-from .learning_rate import is_trainers_own, resume_rewound, rewind
+from .learning_rate import LearningRate
 from .operations import Operations
 from .stages import Stages
 
@@ -52,7 +52,6 @@ class PruningRun:
         self.config = config
         self.args = args
         self.model: nn.Module = event["model"]
-        self.scheduler = event.get("lr_scheduler")
         self.progress = progress
         self.metric, self.greater_is_better = metric_of(config, args)
         self.steps_per_epoch = steps_per_epoch(event.get("train_dataloader"), args)
@@ -66,7 +65,7 @@ class PruningRun:
         self._forced = -1  # step at which an evaluation was asked for before the end of its epoch
         self._over = False  # the training is over, but the Trainer makes one more step
         self._step_began = 0.0
-        self._own_schedule = False  # whether the Trainer has made the learning-rate schedule
+        self._rate = LearningRate(config, event.get("lr_scheduler"), args, progress, self.journal.say)
 
     # ---- beginning ----
 
@@ -78,7 +77,7 @@ class PruningRun:
         """
         check_epochs(self.config, state.max_steps, self.steps_per_epoch, by_steps=self.args.max_steps > 0)
         check_gate(self.config, self.args)
-        self._own_schedule = is_trainers_own(self.scheduler, self.args, state.max_steps)
+        self._rate.begin(state.max_steps)
         p = self.progress
         p.steps_per_epoch = self.steps_per_epoch
         if before is not None:
@@ -92,7 +91,7 @@ class PruningRun:
         self.operations.begin()
         self.journal.open(state)
         self.journal.report()  # a folder that cannot be written to is told now
-        self.journal.outline(self._length(state))
+        self.journal.outline(self._length(state), direction_is_doubtful(self.config, self.args), pruned_untrained(self.config, self.model))
 
     def resume(self, state: TrainerState, control: TrainerControl, began_with: Mapping[str, Any]) -> None:
         """Go on from a checkpoint.
@@ -109,16 +108,16 @@ class PruningRun:
             rule = "this run is finished, so they count no more" if p.phase == FINISHED else "they count from here on; what was done stays"
             shown = ", ".join(f"{name} {change}" for name, change in changed.items())
             self.journal.warn(f"The run is resumed with other settings than it began with ({shown}): {rule}.")
-        self._own_schedule = is_trainers_own(self.scheduler, self.args, state.max_steps)
-        self.operations.resume(self.journal.read_plan())
+        self._rate.begin(state.max_steps)
+        over = p.stopped or state.global_step >= state.max_steps
+        self.operations.resume(self.journal.read_plan(), over)
         if self._last and p.phase == RETRAINING:  # it lasts as long as the training, which may be longer now
             p.boundary = state.max_steps
-            p.rewound = p.rewound and [p.rewound[0], state.max_steps - p.rewound[0]]
-        if p.rewound is not None:
-            resume_rewound(self.scheduler, self.args, p.rewound[1], state.global_step - p.rewound[0], own=self._own_schedule)
+            p.rewound = p.rewound and [p.rewound[0], state.max_steps - p.rewound[0], state.max_steps]
+        self._rate.resume(state.global_step, state.max_steps)
         where = f"{p.phase}, {p.accepted} of {self.config.iterations} prunings accepted"
         self.journal.say(f"Resumed at step {state.global_step}: {where}.")
-        if p.stopped or state.global_step >= state.max_steps:
+        if over:
             self._stop_after_a_step(control)
 
     def _length(self, state: TrainerState) -> str:
@@ -147,7 +146,7 @@ class PruningRun:
         if p.phase == FINISHED:
             if p.decision is not None and not p.stopped:  # the training goes on for another callback
                 self._carry_out(state, control)
-                self._rewind(state.global_step, state.max_steps - state.global_step, state)
+                self._rate.rewind(state.global_step, state.max_steps - state.global_step, state.max_steps)
             return
         if self.config.gated and p.measured_at is None and self.journal.has_evaluation:
             raise self.journal.no_metric()
@@ -255,14 +254,10 @@ class PruningRun:
                 self.journal.warn("The training ended before its first pruning.")
             p.phase = FINISHED
         self.ended = True
-        self.operations.forget_held()
-        self.journal.close()
         if len(p.attempts) > 1:
-            at = f"step {state.global_step}" if state.epoch is None else f"epoch {state.epoch:g} of {state.num_train_epochs}"
-            self.journal.conclude(at)
-        p.snapshot = p.teacher = None
-        self.operations.teaching.forget()
-        self.operations.clean_up()
+            self.journal.conclude(state)
+        self.journal.close()
+        self.operations.end(keep=self.config.keep_snapshots or state.is_hyper_param_search)
 
     # ---- decisions ----
 
@@ -350,14 +345,7 @@ class PruningRun:
         p = self.progress
         steps = state.max_steps - step if self._last else self._retraining
         p.boundary = step + steps
-        self._rewind(step, steps, state)
-
-    def _rewind(self, step: int, steps: int, state: TrainerState) -> None:
-        """Give the steps that follow a learning rate that begins anew, unless they are the whole training."""
-        p = self.progress
-        whole = step == 0 and steps == state.max_steps
-        rewound = self.config.rewind_lr and not whole and rewind(self.scheduler, self.args, steps, own=self._own_schedule)
-        p.rewound = [step, steps] if rewound else None
+        self._rate.rewind(step, steps, state.max_steps)
 
     def _carry_out(self, state: TrainerState, control: TrainerControl) -> None:
         """Accept the pruning at hand, or take it back."""

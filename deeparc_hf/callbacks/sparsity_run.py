@@ -25,6 +25,7 @@ from ..sparsity_report import SparsityReport
 from ..zeros import Zeros
 from .calibration import Calibration
 from .companions import meet_companions
+from .ending import NEXT, last_evaluation, metrics_of, value_text
 from .gate import steps_per_epoch
 from .run_facts import RunFacts
 from .sparsity_journal import SPARSITY_REPORT, run_markdown
@@ -215,6 +216,18 @@ class SparsityRun:
         if self.progress.phase != WAITING:
             kept = f"kept in {len(self._zeros)} matrices" if self._keeping else "not kept (keep_zeros=False)"
             self._say(f"Zeros are {kept}. Report: {Path(self.args.output_dir, SPARSITY_REPORT)}.md")
+            self._tell_end(state.best_global_step if self.args.load_best_model_at_end else None)
+
+    def _tell_end(self, best: int | None) -> None:
+        """Tell what the zeros cost, and what to do next. The model is that of the best step, where the Trainer has loaded it."""
+        evaluations = self.progress.evaluations
+        dense = last_evaluation([e for e in evaluations if not e["sparse"]])
+        sparse = last_evaluation([e for e in evaluations if e["sparse"]], best)
+        if dense is not None and sparse is not None and dense["blocks"] == sparse["blocks"]:
+            for name, found in metrics_of(dense, sparse, self.args.metric_for_best_model).items():
+                self._say(f"  {name}: {value_text(found['before'])} before the zeroing, {value_text(found['after'])} now")
+        if not self._companions.prunes:
+            self._say(NEXT)
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps. Blocks may have been removed since the weights were zeroed."""
