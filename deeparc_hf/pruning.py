@@ -13,6 +13,7 @@ from torch import nn
 from .architectures import Stack, describe
 from .config import MPruneConfig
 from .errors import CalibrationError, SurgeryError
+from .expressible import inexpressible
 from .healing import apply_healing, fit_sites
 from .observe import StackObserver, observe
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
@@ -39,7 +40,8 @@ def analyze(
         progress: show a progress bar on a terminal.
 
     Returns:
-        The plan; print it to see a table, `plan.replan(...)` to try other settings at once.
+        The plan; print it to see a table, `plan.replan(...)` to try other settings at once. Blocks whose removal the model's settings
+        cannot express are pinned in it, with the reason.
 
     Raises:
         CalibrationError: if the data is empty or too little, or a block's output is constant, NaN or infinite.
@@ -73,6 +75,8 @@ def compare_blocks(
             f"{type(host.root).__name__} has no weights (meta device), so its blocks cannot be compared. Load its checkpoint."
         )
     metric = metrics.get(config.similarity)
+    blank = _blank_facts(stacks, inexpressible(model), labels)
+    check_possible(blank, config)
     limit = config.calibration_samples if max_samples is None else max_samples
     if issubclass(metric, SkippingMetric):
         skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
@@ -84,20 +88,40 @@ def compare_blocks(
     facts = {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):
         facts[name] = dataclasses.replace(
-            _facts(stack, metric.matrix(observed.sums)), labels=(labels or {}).get(name, ()), frozen=frozen.get(name, ())
+            _facts(stack, metric.matrix(observed.sums)), pinned=blank[name].pinned, labels=blank[name].labels, frozen=frozen.get(name, ())
         )
     return make_plan(facts, config, samples)
 
 
 def check_settings(model: nn.Module, config: MPruneConfig) -> None:
-    """Check names and targets in the settings against a model, before any work is done.
+    """Check settings against a model, which may be on the meta device, before any work is done.
 
     Raises:
         PlanError: if a pattern or a stack name matches nothing, or a target cannot be reached whatever the similarities.
+        SurgeryError: if the model's settings can express no removal at all.
     """
-    stacks = describe(model)[2]
-    facts = {n: StackFacts(((0.0,) * len(s),) * len(s), dict(s.pinned), next_stack=s.next_stack) for n, s in stacks.items()}
-    check_possible(facts, config)
+    stacks, refused = describe(model)[2], inexpressible(model)
+    check_possible(_blank_facts(stacks, refused, None), config)
+    free = [(n, i) for n, s in stacks.items() for i in range(len(s)) if i not in s.pinned and i not in refused.get(n, {}) and len(s) > 1]
+    if refused and not free:
+        name, reasons = next(iter(refused.items()))
+        index, reason = next(iter(reasons.items()))
+        raise SurgeryError(f"No block of {type(model).__name__} can be removed. {name}.{index}: {reason}.")
+
+
+def _blank_facts(
+    stacks: Mapping[str, Stack], refused: Mapping[str, Mapping[int, str]], labels: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, StackFacts]:
+    """What is known of the stacks before their blocks are compared."""
+    return {
+        name: StackFacts(
+            ((0.0,) * len(stack),) * len(stack),
+            {**refused.get(name, {}), **stack.pinned},
+            labels=(labels or {}).get(name, ()),
+            next_stack=stack.next_stack,
+        )
+        for name, stack in stacks.items()
+    }
 
 
 def prune_model(

@@ -27,7 +27,7 @@ from .record import PrunedConfig, current_record
 from .undo import Transaction
 from .verify import expect
 
-__all__ = ["apply_plan", "follow_record", "forget_parameters", "remove_blocks", "shrunk_settings"]
+__all__ = ["apply_plan", "follow_record", "forget_parameters", "remove_blocks", "shrunk_settings", "skeletons"]
 
 
 def remove_blocks(
@@ -210,7 +210,7 @@ def _operate(
     _refuse_wrapped(model)
     lengths = {name: len(stack) for name, stack in stacks.items()}
     kept = {name: [i for i in range(length) if i not in removed.get(name, ())] for name, length in lengths.items()}
-    before, after, updates = _skeletons(host, family, stacks, kept)
+    before, after, updates = skeletons(host, family, stacks, kept)
     entry = {
         **(entry or {}),
         "parameters": _parameters(host.root, [stacks[n].blocks[i] for n, indices in removed.items() for i in indices]),
@@ -247,7 +247,7 @@ def _parameters(root: nn.Module, gone: Sequence[nn.Module]) -> dict[str, int]:
     return {"before": sum(p.numel() for p in root.parameters()), "after": sum(left.values())}
 
 
-def _skeletons(
+def skeletons(
     host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
 ) -> tuple[nn.Module, nn.Module, list[tuple[str, str, Any]]]:
     """Stock builds of the settings before and after the removal, and the attributes in which the second one differs.

@@ -18,7 +18,7 @@ from ..following import guard, guard_successors, record_of, thaw_noted
 from ..plan import PruningPlan
 from ..record import PrunedConfig, same_structure
 from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
-from .calibration import Calibration
+from .calibration import calibration_of
 from .carding import write_card
 from .companions import companions_on, meet_companions
 from .run import PruningRun
@@ -106,7 +106,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self._guard_successors(model, args)
         thaw_noted(model)  # what an earlier training of this model froze: the optimizer is made before this one begins
         if is_sharded(args) and self.calibration is not None:
-            self.plan = prune_before_sharding(model, self.config, self.calibration, args)
+            self.plan = prune_before_sharding(model, self.config, self.calibration, args, kwargs.get("processing_class"))
             self.record = record_of(model)
             record = None if self.record is None else self.record.to_dict()
             self._sharded = Progress(k=self.config.k, phase=FINISHED, accepted=1, record=record)
@@ -132,9 +132,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         companions = meet_companions(kwargs["model"], state)
         if self.config.gated:
             companions.pruning_starts, companions.judged_after = self.config.start_epoch, needed_epochs(self.config)
-        calibration = Calibration(
-            self.calibration, kwargs.get("train_dataloader"), state.train_batch_size or args.train_batch_size, self.config
-        )
+        calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
         before = self._run
         progress = self._progress(kwargs["model"], state)
         self._run = None  # until the new one has begun

@@ -16,7 +16,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..sparsify import matrices_for
 from ..sparsity import methods
 from ..sparsity_report import SparsityReport
-from .calibration import Calibration
+from .calibration import calibration_of
 from .carding import write_card
 from .sharded import is_sharded
 from .sparsity_progress import SparsityProgress
@@ -119,8 +119,7 @@ class WandaCallback(TrainerCallback, ExportableState):
             before, progress = self._run, self._run.progress  # auto_find_batch_size begins the same run again
         calibration = None
         if methods.get(self.config.method).needs_inputs:
-            size = state.train_batch_size or args.train_batch_size
-            calibration = Calibration(self.calibration, kwargs.get("train_dataloader"), size, self.config)
+            calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
         run = SparsityRun(self.config, self.asked, calibration, args, kwargs, progress, state)
         run.begin(state, kwargs.get("optimizer"), began_with)
         if before is not None:
