@@ -5,6 +5,7 @@ Each set-up is trained twice, without a callback and with one that compares bloc
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import multiprocessing
@@ -16,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 from transformers import DataCollatorForLanguageModeling, Trainer, default_data_collator
 
 from deeparc_hf import WandaCallback
+from deeparc_hf.callbacks.calibration import Calibration
 from deeparc_hf.callbacks.untouched import untouched
+from deeparc_hf.config import MPruneConfig
 from deeparc_hf.errors import CalibrationError
 
 from .test_neighbours_trainers import tokenizer
@@ -124,7 +127,8 @@ def last_read(data):
     data.history.append(len(data.history))
     data.seen.setdefault(len(data.seen), data.history[-1])
     data.order.add(len(data.order))
-    return sum(data.seen.values()) + len(data.order)
+    data.places.append(len(data.places))
+    return sum(data.seen.values()) + len(data.order) + data.places[-1]
 
 
 class State:
@@ -166,19 +170,39 @@ def in_a_file(folder):
     return Stream((folder / "rows.txt").open("rb"))
 
 
+# what a data set may draw from, each by itself
+DRAWS = {
+    "numpy generator": lambda: Mapped(lambda s: s.rng.integers(50), rng=np.random.default_rng(0)),
+    "numpy state": lambda: Mapped(lambda s: s.rng.randint(50), rng=np.random.RandomState(0)),
+    "torch generator": lambda: Mapped(lambda s: torch.randint(50, (1,), generator=s.rng), rng=torch.Generator()),
+    "random": lambda: Mapped(lambda s: s.tools["rng"].randrange(50), tools={"rng": random.Random(0)}),
+    "containers": lambda: Mapped(last_read, history=[], seen={}, order=set(), places=collections.deque()),
+    "tensor": lambda: Mapped(lambda s: s.count.add_(1), count=torch.zeros(1)),
+    "array": lambda: Mapped(lambda s: s.count.__iadd__(1)[0], count=np.zeros(1)),
+    "shared memory": lambda: Mapped(lambda s: drawn(s.count), count=multiprocessing.Value("i", 0)),
+    "iterator": lambda: Mapped(lambda s: next(s.count) + next(s.pairs)[1], count=itertools.count(), pairs=enumerate(iter(range(9**6)))),
+    "class": Counting,
+    "slots": Slotted,
+    "globals": lambda: Mapped(global_numbers),
+    "lists of objects": lambda: ConcatDataset([Mapped(lambda s: s.rng.random() * 50, rng=random.Random(i)) for i in range(2)]),
+}
+
+
+class Together(Dataset):
+    """Data sets of all kinds, one row of each in turn."""
+
+    def __init__(self):
+        self.parts = [make() for make in DRAWS.values()]
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, index):
+        return self.parts[index % len(self.parts)][index]
+
+
 DATA = {
-    "numpy generator": lambda f: Mapped(lambda s: s.rng.integers(50), rng=np.random.default_rng(0)),
-    "numpy state": lambda f: Mapped(lambda s: s.rng.randint(50), rng=np.random.RandomState(0)),
-    "torch generator": lambda f: Mapped(lambda s: torch.randint(50, (1,), generator=s.rng), rng=torch.Generator()),
-    "random": lambda f: Mapped(lambda s: s.tools["rng"].randrange(50), tools={"rng": random.Random(0)}),
-    "containers": lambda f: Mapped(last_read, history=[], seen={}, order=set()),
-    "tensor": lambda f: Mapped(lambda s: s.count.add_(1), count=torch.zeros(1)),
-    "array": lambda f: Mapped(lambda s: s.count.__iadd__(1)[0], count=np.zeros(1)),
-    "shared memory": lambda f: Mapped(lambda s: drawn(s.count), count=multiprocessing.Value("i", 0)),
-    "iterator": lambda f: Mapped(lambda s: next(s.count), count=itertools.count()),
-    "class": lambda f: Counting(),
-    "slots": lambda f: Slotted(),
-    "globals": lambda f: Mapped(global_numbers),
+    "all kinds": lambda f: Together(),
     "transform": lambda f: transformed(),
     "stream of a list": lambda f: Stream(iter(rows(400))),
     "stream of a map": lambda f: Stream(map(dict, iter(rows(400)))),
@@ -251,18 +275,43 @@ def taking_apart(batch):
     return {**{key: torch.tensor([item[key] for item in batch]) for key in batch[0]}, "labels": labels}
 
 
-COLLATORS = {
+SHIFTS = {
     "attribute": lambda: Masking(functools.partial(random.Random(0).randrange, 50)),
+    "method": lambda: Masking(functools.partial(np.random.default_rng(0).integers, 50)),
     "module": lambda: Masking(Draw()),
     "closure": in_a_closure,
     "function": lambda: with_an_attribute,
     "global": lambda: with_a_global,
     "default": lambda: with_a_default,
     "partial": lambda: functools.partial(with_numbers, np.random.default_rng(0)),
-    "takes apart": lambda: taking_apart,
-    "language modelling": lambda: DataCollatorForLanguageModeling(tokenizer(), mlm_probability=0.4, seed=3),
     "random states of the process": lambda: Masking(lambda: torch.randint(50, (1,)) + np.random.randint(50) + random.randrange(50)),
 }
+
+
+def all_kinds():
+    """Each kind shifts the tokens once more."""
+    parts = [make() for make in SHIFTS.values()]
+
+    def collate(batch):
+        for part in parts:
+            ids = part(batch)["input_ids"].tolist()
+            batch = [{**item, "input_ids": new} for item, new in zip(batch, ids, strict=True)]
+        return default_data_collator(batch)
+
+    return collate
+
+
+COLLATORS = {
+    "all kinds": all_kinds,
+    "takes apart": lambda: taking_apart,
+    "language modelling": lambda: DataCollatorForLanguageModeling(words(), mlm_probability=0.4, seed=3),
+}
+
+
+def words():
+    found = tokenizer()
+    found.add_special_tokens({"mask_token": "[MASK]"})
+    return found
 
 
 # ---- samplers and loaders ----
@@ -337,7 +386,8 @@ class Noting(Trainer):
     def get_train_dataloader(self):
         if self.loader is None:
             return super().get_train_dataloader()
-        return self.loader if isinstance(self.loader, Listed) else self.accelerator.prepare(self.loader)
+        whole = isinstance(self.loader, Listed) or (self.loader.batch_size is None and self.loader.batch_sampler is None)
+        return self.loader if whole else self.accelerator.prepare(self.loader)
 
     def training_step(self, model, inputs, *args, **kwargs):
         self.seen.append(inputs["input_ids"].tolist())
@@ -354,7 +404,7 @@ def model():
 def language_model():
     torch.manual_seed(0)
     return tf.BertForMaskedLM(
-        tf.BertConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, vocab_size=VOCAB)
+        tf.BertConfig(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, vocab_size=VOCAB + 1)
     )
 
 
@@ -382,20 +432,45 @@ def trained(folder, callbacks, data=None, collator=None, loader=None, make=model
     return trainer
 
 
-def is_untouched(folder, **setting):
-    """Without a callback, with one that compares, and with one that zeroes weights, which only what is trained on must not show."""
+def is_untouched(folder, callback=None, **setting):
+    """Trains without a callback and with one, which removes nothing where it is not given."""
     stream = setting.get("max_steps")
-    when = 0 if stream else 1
-    plain = trained(folder, [], **setting)
-    idle = pruning(threshold=1.0, start_epoch=when, calibration_samples=32)
-    compared = trained(folder, [idle], **setting)
-    zeroed = trained(folder, [WandaCallback(sparsity=0.3, start_epoch=when, calibration_samples=32)], **setting)
-    assert idle.plan.samples == 32 and not idle.plan.removed
-    assert len(plain.seen) == (stream or 2 * ROWS // SIZE)
-    assert plain.seen == compared.seen == zeroed.seen
-    left, right = plain.model.state_dict(), compared.model.state_dict()
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-    return plain
+    idle = callback or pruning(threshold=1.0, start_epoch=0 if stream else 1, calibration_samples=32)
+    plain, beside = trained(folder, [], **setting), trained(folder, [idle], **setting)
+    assert len(plain.seen) == (stream or 2 * ROWS // SIZE) and plain.seen == beside.seen
+    if callback is None:
+        assert idle.plan.samples == 32 and not idle.plan.removed
+        left, right = plain.model.state_dict(), beside.model.state_dict()
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def batches(data, collator):
+    """Three batches, read in order."""
+    return [collator([data[i] for i in range(n * SIZE, (n + 1) * SIZE)])["input_ids"].tolist() for n in range(3)]
+
+
+@pytest.mark.parametrize("name", [*DRAWS, *SHIFTS])
+def test_what_was_read_is_read_again(name):
+    """Each kind of state by itself: after a calibration the same comes as without it, and the same in each pass of it."""
+
+    def made():
+        reset()
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        return (DRAWS[name](), default_data_collator) if name in DRAWS else (table(), SHIFTS[name]())
+
+    expected = batches(*made())
+    data, collator = made()
+    loader = DataLoader(data, SIZE, shuffle=True, collate_fn=collator)
+    calibration = Calibration(None, loader, SIZE, MPruneConfig(threshold=1.0, calibration_samples=24))
+    found = []
+    with calibration.reading():
+        for _ in range(2):
+            found.append([batch["input_ids"].tolist() for batch in itertools.islice(calibration.batches(), 2)])
+    assert batches(data, collator) == expected
+    same = name == "random states of the process"  # those belong to whoever reads
+    assert same or found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -424,6 +499,12 @@ def test_rows_that_a_collator_takes_apart_stay_whole(tmp_path):
         assert all(not item.keys() & {"labels"} for item in trainer.train_dataset) and len(trainer.seen) == ROWS // SIZE
 
 
+@pytest.mark.parametrize("setting", [{"data": DATA["all kinds"]}, {"loader": Listed}, {"data": DATA["stream of a list"], "max_steps": 8}])
+def test_beside_wanda_a_training_sees_the_same(tmp_path, setting):
+    start = 0 if "max_steps" in setting else 1
+    is_untouched(tmp_path, WandaCallback(sparsity=0.3, start_epoch=start, calibration_samples=32), collator=all_kinds, **setting)
+
+
 def test_grouped_by_length(tmp_path):
     is_untouched(tmp_path, train_sampling_strategy="group_by_length", remove_unused_columns=True)
 
@@ -433,11 +514,10 @@ def test_workers(tmp_path, persistent):
     """A worker is made of the objects as they are when an epoch begins, or the training."""
     is_untouched(
         tmp_path,
-        data=DATA["numpy generator"],
-        collator=COLLATORS["attribute"],
+        data=lambda f: DRAWS["numpy generator"](),
+        collator=SHIFTS["attribute"],
         dataloader_num_workers=2,
         dataloader_persistent_workers=persistent,
-        num_train_epochs=2,
     )
 
 

@@ -140,11 +140,11 @@ class _Walk:
         Args:
             own: whether the user's own code holds it, and not something inside a library.
         """
-        if isinstance(value, _NOT_DATA) or type(value).__module__.partition(".")[0] in ("deeparc_hf", "tqdm"):
+        if isinstance(value, _NOT_DATA) or str(type(value).__module__).partition(".")[0] in ("deeparc_hf", "tqdm"):
             return
         if isinstance(value, type):
             self._class(name, value)
-        elif isinstance(value, _CALLABLES):
+        elif isinstance(value, _CALLABLES) or hasattr(type(value), "__self__"):  # methods of compiled classes have types of their own
             self._callable(name, value)
         elif isinstance(value, Tensor):
             self._tensor(name, value)
@@ -340,9 +340,9 @@ def _libraries() -> tuple[Path, ...]:
 
 
 @functools.cache
-def _is_own(module: str | None) -> bool:
+def _is_own(module: Any) -> bool:
     """Whether code is the user's own, whose globals and classes may keep something, and no library's."""
-    if module is None or module.partition(".")[0] in ("builtins", "deeparc_hf"):
+    if not isinstance(module, str) or module.partition(".")[0] in ("builtins", "deeparc_hf"):
         return False
     file = getattr(sys.modules.get(module), "__file__", None)
     if file is None:
