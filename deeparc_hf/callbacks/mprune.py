@@ -32,7 +32,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     After `start_epoch` epochs the blocks are compared on `calibration_samples` samples of the training data, chosen at random with the
     config's seed, and the redundant ones are removed; the training itself is not disturbed (random states, data order and modes are
-    restored), and the optimizer follows. `retrain_epochs` epochs later the pruning is accepted, and the next of `iterations` follows.
+    restored, and so is what the data set, the collator and the sampler keep), and the optimizer follows. `retrain_epochs` epochs later the pruning is accepted, and the next of `iterations` follows.
     With `max_drop` it is judged first: if the metric got worse by more, the weights from before the pruning come back, bit for bit, and
     the next larger stride up to `k_max` is tried (with a threshold it removes less, with a target as many blocks, but others). The
     training ends on the last accepted model.
@@ -46,8 +46,9 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     Args:
         config: the settings.
-        calibration: other data to compare blocks on: a data set (collated as the training data is), or an iterable of batches.
-            Never the data that you evaluate on.
+        calibration: other data to compare blocks on: whatever the Trainer takes as train_dataset (collated as the training data is, without
+            columns that the Trainer would leave out), or an iterable of batches. It is needed where the training data can be read once only,
+            or where its batches are not what the model's forward takes. Never the data that you evaluate on.
         settings: settings by keyword, instead of `config` or on top of it: `MPruneCallback(threshold=0.98)`.
 
     Attributes:
@@ -58,8 +59,12 @@ class MPruneCallback(TrainerCallback, ExportableState):
     Raises:
         UnsupportedModelError: when the Trainer is made, if its model cannot be pruned.
         ConfigError: when training begins, if it is too short for the schedule (the message says how long it must be), or if the gate
-            cannot measure its metric.
-        SurgeryError: when training begins, on a sharded model, and where a checkpoint is resumed that does not fit.
+            cannot measure its metric; at the first evaluation, if the metric is not among what it measures.
+        CalibrationError: when training begins, if the calibration data cannot serve: one batch is tried.
+        PlanError: when training begins, if a name in the settings matches nothing, or a target cannot be reached with the blocks that the
+            model's settings allow to remove.
+        SurgeryError: when training begins, if the settings of the model allow no removal at all, on a sharded model, and where a checkpoint
+            is resumed that does not fit.
     """
 
     def __init__(self, config: MPruneConfig | None = None, *, calibration: Dataset | Iterable[Any] | None = None, **settings: Any) -> None:

@@ -46,8 +46,9 @@ class WandaCallback(TrainerCallback, ExportableState):
 
     Args:
         config: the settings.
-        calibration: other data to measure the inputs on: a data set (collated as the training data is), or an iterable of batches. Never
-            the data that you evaluate on.
+        calibration: other data to measure the inputs on: whatever the Trainer takes as train_dataset (collated as the training data is,
+            without columns that the Trainer would leave out), or an iterable of batches. It is needed where the training data can be read
+            once only, or where its batches are not what the model's forward takes. Never the data that you evaluate on.
         settings: settings by keyword, instead of `config` or on top of it: `WandaCallback(sparsity=0.3)`.
 
     Attributes:
@@ -56,6 +57,7 @@ class WandaCallback(TrainerCallback, ExportableState):
     Raises:
         UnsupportedModelError: when the Trainer is made, if the weights of its model cannot be zeroed one by one.
         ConfigError: when training begins, if it does not reach start_epoch.
+        CalibrationError: when training begins, if the calibration data cannot serve: one batch is tried.
         RecordError: when training begins, if the record lists zeros that the model does not have.
         SparsityError: at the end of an epoch, and at every evaluation, if zeroed weights are not zero any more.
     """
