@@ -243,7 +243,7 @@ def test_a_metric_that_no_evaluation_gives_is_refused_at_the_first_one(tmp_path,
             num_train_epochs=3,
         )
     assert steps.count <= 3
-    assert "the first evaluation shows whether it is measured; eval_on_start=True" in capsys.readouterr().out
+    assert "The first evaluation shows whether f1 is measured; eval_on_start=True" in capsys.readouterr().out
     callback, steps = pruning(num_blocks=3, start_epoch=1, max_drop=0.1, metric="f1", greater_is_better=True), Steps()
     with pytest.raises(ConfigError, match="'f1', which was not among"):
         train(ZOO["bert"].model(), tmp_path, callback, steps, eval_strategy="epoch", eval_on_start=True)

@@ -199,9 +199,10 @@ class Journal:
         retraining = f"{_count(c.retrain_epochs, 'epoch')} of retraining{' each' if c.iterations > 1 else ''}"
         parts += [f"{_count(c.iterations, 'pruning')} with {retraining}"]
         gate = f"; {self._metric} may get worse by {c.max_drop:g}" if c.gated else ""
+        more = ""
         if c.gated and self._metric.removeprefix("eval_") != "loss" and not self._args.eval_on_start:
-            gate += " (the first evaluation shows whether it is measured; eval_on_start=True makes one before the first step)"
-        self.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.")
+            more = f" The first evaluation shows whether {self._metric} is measured; eval_on_start=True makes one before the first step."
+        self.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.{more}")
 
     def tell_stages(self) -> None:
         """Tell what the pruning at hand has done so far."""

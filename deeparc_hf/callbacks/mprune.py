@@ -31,11 +31,11 @@ class MPruneCallback(TrainerCallback, ExportableState):
     """Removes redundant blocks while a Trainer trains: the whole algorithm in one `trainer.train()`.
 
     After `start_epoch` epochs the blocks are compared on `calibration_samples` samples of the training data, chosen at random with the
-    config's seed, and the redundant ones are removed; the training itself is not disturbed (random states, data order and modes are
-    restored, and so is what the data set, the collator and the sampler keep), and the optimizer follows. `retrain_epochs` epochs later the pruning is accepted, and the next of `iterations` follows.
-    With `max_drop` it is judged first: if the metric got worse by more, the weights from before the pruning come back, bit for bit, and
-    the next larger stride up to `k_max` is tried (with a threshold it removes less, with a target as many blocks, but others). The
-    training ends on the last accepted model.
+    config's seed, and the redundant ones are removed; the training itself is not disturbed (random states, data order, modes and what the
+    data set, the collator and the sampler keep are restored), and the optimizer follows. `retrain_epochs` epochs later the pruning is
+    accepted, and the next of `iterations` follows. With `max_drop` it is judged first: if the metric got worse by more, the weights from
+    before the pruning come back, bit for bit, and the next larger stride up to `k_max` is tried (with a threshold it removes less, with a
+    target as many blocks, but others). The training ends on the last accepted model.
 
     Prunings happen when an epoch begins, after the last evaluation and checkpoint of the old structure. `resume_from_checkpoint` works
     from any checkpoint, with the model built as it was when the run began. The output folder gets `pruning_plan.json` (the last plan) and
@@ -47,8 +47,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
     Args:
         config: the settings.
         calibration: other data to compare blocks on: whatever the Trainer takes as train_dataset (collated as the training data is, without
-            columns that the Trainer would leave out), or an iterable of batches. It is needed where the training data can be read once only,
-            or where its batches are not what the model's forward takes. Never the data that you evaluate on.
+            columns that the Trainer would leave out), or an iterable of batches. Needed where the training data can be read once only, or
+            where its batches are not what the model's forward takes. Never the data that you evaluate on.
         settings: settings by keyword, instead of `config` or on top of it: `MPruneCallback(threshold=0.98)`.
 
     Attributes:
