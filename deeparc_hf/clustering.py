@@ -165,5 +165,15 @@ def _reach(
             }
     raise PlanError(
         f"The target keeps {stay} of {length} blocks in {', '.join(facts)}, but with k={config.k}, min_blocks={config.min_blocks} and the "
-        f"pinned and protected blocks at most {most} can go. Keep at least {length - most}, or lower k or min_blocks."
+        f"pinned and protected blocks at most {most} can go. Keep at least {length - most}, or lower k or min_blocks.{_pins(facts)}"
     )
+
+
+def _pins(facts: Mapping[str, StackFacts]) -> str:
+    """Why blocks are pinned: each reason once, with the first block that has it."""
+    reasons: dict[str, list[str]] = {}
+    for name, stack in facts.items():
+        for index, reason in stack.pinned.items():
+            reasons.setdefault(reason, []).append(f"{name}.{index}")
+    shown = [f"{blocks[0]}{f' and {len(blocks) - 1} more' if len(blocks) > 1 else ''}: {reason}" for reason, blocks in reasons.items()]
+    return f" Pinned are {'; '.join(shown[:3])}{'; ...' if len(shown) > 3 else ''}." if shown else ""

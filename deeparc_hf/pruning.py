@@ -14,6 +14,7 @@ from torch import nn
 from .architectures import Stack, describe
 from .config import MPruneConfig
 from .errors import CalibrationError, CalibrationWarning, SurgeryError
+from .expressible import inexpressible
 from .healing import apply_healing, fit_sites
 from .observe import StackObserver, observe
 from .passes import require_weights
@@ -41,7 +42,8 @@ def analyze(
         progress: show a progress bar on a terminal.
 
     Returns:
-        The plan; print it to see a table, `plan.replan(...)` to try other settings at once.
+        The plan; print it to see a table, `plan.replan(...)` to try other settings at once. Blocks whose removal the model's settings
+        cannot express are pinned in it, with the reason.
 
     Raises:
         CalibrationError: if the data is empty or too little, or a block's output is constant, NaN or infinite.
@@ -72,6 +74,8 @@ def compare_blocks(
     host, _, stacks = describe(model)
     require_weights(host)
     metric = metrics.get(config.similarity)
+    blank = _blank_facts(stacks, inexpressible(model), labels)
+    check_possible(blank, config)
     limit = config.calibration_samples if max_samples is None else max_samples
     if issubclass(metric, SkippingMetric):
         skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
@@ -83,8 +87,9 @@ def compare_blocks(
     facts = {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):
         facts[name] = dataclasses.replace(
-            _facts(stack, metric.matrix(observed.sums)) if observed.obstacle is None else _not_compared(stack, observed.obstacle),
-            labels=(labels or {}).get(name, ()),
+            _facts(stack, metric.matrix(observed.sums)) if observed.obstacle is None else _not_compared(stack),
+            pinned=_pinned(blank[name], observed.obstacle),
+            labels=blank[name].labels,
             frozen=frozen.get(name, ()),
         )
     plan = make_plan(facts, config, samples)
@@ -93,14 +98,34 @@ def compare_blocks(
 
 
 def check_settings(model: nn.Module, config: MPruneConfig) -> None:
-    """Check names and targets in the settings against a model, before any work is done.
+    """Check settings against a model, which may be on the meta device, before any work is done.
 
     Raises:
         PlanError: if a pattern or a stack name matches nothing, or a target cannot be reached whatever the similarities.
+        SurgeryError: if the model's settings can express no removal at all.
     """
-    stacks = describe(model)[2]
-    facts = {n: StackFacts(((0.0,) * len(s),) * len(s), dict(s.pinned), next_stack=s.next_stack) for n, s in stacks.items()}
-    check_possible(facts, config)
+    stacks, refused = describe(model)[2], inexpressible(model)
+    check_possible(_blank_facts(stacks, refused, None), config)
+    free = [(n, i) for n, s in stacks.items() for i in range(len(s)) if i not in s.pinned and i not in refused.get(n, {}) and len(s) > 1]
+    if refused and not free:
+        name, reasons = next(iter(refused.items()))
+        index, reason = next(iter(reasons.items()))
+        raise SurgeryError(f"No block of {type(model).__name__} can be removed. {name}.{index}: {reason}.")
+
+
+def _blank_facts(
+    stacks: Mapping[str, Stack], refused: Mapping[str, Mapping[int, str]], labels: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, StackFacts]:
+    """What is known of the stacks before their blocks are compared."""
+    return {
+        name: StackFacts(
+            ((0.0,) * len(stack),) * len(stack),
+            {**refused.get(name, {}), **stack.pinned},
+            labels=(labels or {}).get(name, ()),
+            next_stack=stack.next_stack,
+        )
+        for name, stack in stacks.items()
+    }
 
 
 def prune_model(
@@ -257,11 +282,14 @@ def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:
             )
 
 
-def _not_compared(stack: Stack, obstacle: str) -> StackFacts:
-    """All blocks stay, and none is similar to another."""
-    count = len(stack)
-    facts = _facts(stack, torch.eye(count, dtype=torch.float64))
-    return dataclasses.replace(facts, pinned={**dict.fromkeys(range(count), f"not compared: {obstacle}"), **stack.pinned})
+def _not_compared(stack: Stack) -> StackFacts:
+    """No block is similar to another."""
+    return _facts(stack, torch.eye(len(stack), dtype=torch.float64))
+
+
+def _pinned(facts: StackFacts, obstacle: str | None) -> dict[int, str]:
+    """The blocks that must stay; all of a stack that cannot be compared."""
+    return {**({} if obstacle is None else dict.fromkeys(range(len(facts)), f"not compared: {obstacle}")), **facts.pinned}
 
 
 def _facts(stack: Stack, matrix: torch.Tensor) -> StackFacts:

@@ -42,6 +42,18 @@ def test_errors_are_one_line_with_the_way_out(capsys, checkpoints, data, argumen
     assert message in error_of(capsys, *common, *arguments)
 
 
+def test_settings_are_held_against_the_model_before_data_and_weights_are_read(capsys, checkpoints, tmp_path):
+    for path in (checkpoints / "bert").iterdir():
+        if not path.name.startswith("model"):  # no weights
+            shutil.copy(path, tmp_path)
+    for setting, message in {
+        "--num-blocks=9": "has only",
+        "--protect=nothing.3": "matches no block",
+        "--keep-ratio=0.01": "at most",
+    }.items():
+        assert message in error_of(capsys, "prune", tmp_path, "--data", tmp_path / "missing.csv", "--dry-run", setting)
+
+
 def test_column_that_cannot_be_guessed_is_asked_for(capsys, checkpoints, tmp_path):
     (tmp_path / "d.csv").write_text("premise,context\n" + "w1,w2\n" * 40)
     message = error_of(capsys, "prune", checkpoints / "bert", "--data", tmp_path / "d.csv", "--dry-run")

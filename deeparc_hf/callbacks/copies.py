@@ -1,74 +1,74 @@
-"""Other callbacks in a Trainer that keep a copy of the model in step with it, parameter by parameter: an average, a reference model.
-
-When blocks go the copy has parameters that the model has no more: what goes through both side by side fails, or pairs other blocks.
-"""
+"""Copies that keep calibration and training apart: of rows, and of iterators."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from types import ModuleType
+import io
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+import numpy as np
+from torch import Tensor
 
-from ..architectures import describe
-from ..errors import ConfigError, DeepArcWarning
+__all__ = ["apart", "copied_iterator", "is_bare_iterator", "slots_of"]
 
-__all__ = ["refuse_copies", "warn_of_copies"]
-
-_KNOWN = ("SyncRefModelCallback", "BEMACallback")  # of TRL
-_ADVICE = "Leave it out and begin it in a training of its own after the pruning, or call prune_model before the Trainer is made."
-
-
-def refuse_copies(callbacks: Iterable[Any]) -> None:
-    """Refuse callbacks that are known to go through the model and a copy side by side.
-
-    Raises:
-        ConfigError: if there is one.
-    """
-    for callback in callbacks:
-        names = [kind.__name__ for kind in type(callback).__mro__]
-        known = any(name in _KNOWN for name in names) or any(isinstance(value, AveragedModel) for _, value in _held(callback))
-        if known:
-            option = " (sync_ref_model=False)" if _KNOWN[0] in names else ""
-            raise ConfigError(
-                f"{names[0]} keeps a copy of the model in step with it, parameter by parameter, and MPruneCallback is going to remove "
-                f"blocks from the model alone. {_ADVICE.replace('Leave it out', f'Leave it out{option}')}"
-            )
+_OVER_SEQUENCES = tuple(
+    type(iterator)
+    for iterator in (iter([]), iter(()), iter(range(0)), iter(range(1 << 70)), iter(""), iter(b""), reversed([]), itertools.count())
+)
+_OVER_ITERATORS = (zip, map, enumerate, filter)
 
 
-def warn_of_copies(callbacks: Iterable[Any], model: nn.Module) -> bool:
-    """Warn of callbacks that hold what looks like a copy of the model's weights; whether there is one."""
-    host, _, stacks = describe(model)
-    parameters = dict(host.root.named_parameters())
-    inside = {name for name in parameters if any(name.startswith(f"{stack}.") for stack in stacks)}
-    found = [(callback, name) for callback in callbacks for name, value in _held(callback) if _is_copy(value, parameters, inside)]
-    for callback, name in found:
-        warnings.warn(
-            f"{type(callback).__name__} holds what looks like a copy of the model's weights ({name}). If it goes through both side by side "
-            f"(an average of the weights, say), it will fail or pair other blocks after a pruning. {_ADVICE}",
-            DeepArcWarning,
-            stacklevel=3,
-        )
-    return bool(found)
+def apart(row: Any) -> Any:
+    """A row as a collator may change it: containers, tensors and arrays are copied, and everything else is shared."""
+    kind = type(row)
+    if kind is dict:
+        return {key: apart(value) for key, value in row.items()}
+    if kind in (list, tuple):
+        return kind(apart(value) for value in row)
+    if isinstance(row, Tensor):
+        return row.clone()
+    if isinstance(row, np.ndarray):
+        return row.copy()
+    return row
 
 
-def _held(callback: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, and what the plain objects that it holds do, by name. Trainers hold much that is nobody's copy."""
-    for name, value in getattr(callback, "__dict__", {}).items():
-        yield name, value
-        inner = getattr(value, "__dict__", {})
-        if not isinstance(value, (type, ModuleType, nn.Module, Tensor)) and "callback_handler" not in inner:
-            yield from ((f"{name}.{key}", item) for key, item in inner.items())
-
-
-def _is_copy(value: Any, parameters: Mapping[str, nn.Parameter], inside: set[str]) -> bool:
-    if isinstance(value, Mapping):
-        return any(key in inside and isinstance(item, Tensor) for key, item in value.items())
-    own = list(value.parameters()) if isinstance(value, nn.Module) else value if isinstance(value, (list, tuple)) else []
-    if not own or not all(isinstance(item, Tensor) for item in own) or any(item is p for item in own for p in parameters.values()):
+def is_bare_iterator(value: Any) -> bool:
+    """Whether something is an iterator whose place cannot be read or set from outside: a generator, or what `iter(rows)` gives."""
+    if not hasattr(type(value), "__next__") or isinstance(value, (io.IOBase, Mapping)):
         return False
-    shapes = [item.shape for item in own]
-    return shapes in ([p.shape for p in parameters.values()], [p.shape for p in parameters.values() if p.requires_grad])
+    return not hasattr(value, "__dict__") and not slots_of(value)
+
+
+def slots_of(value: Any) -> dict[Any, Any]:
+    """What an object keeps in `__slots__`, by the descriptors of the slots."""
+    found = {}
+    for cls in type(value).__mro__:
+        if "__slots__" not in vars(cls):
+            continue
+        for name, slot in vars(cls).items():
+            if hasattr(slot, "__set__") and hasattr(slot, "__objclass__") and name not in ("__dict__", "__weakref__"):
+                try:
+                    found[slot] = slot.__get__(value)
+                except AttributeError:  # nothing in it
+                    continue
+    return found
+
+
+def copied_iterator(iterator: Any) -> Any | None:
+    """An iterator that goes on from the same place over the same rows; None where there is no such copy."""
+    if not isinstance(iterator, (*_OVER_SEQUENCES, *_OVER_ITERATORS)):
+        return None
+    try:
+        make, arguments, *state = iterator.__reduce__()
+    except TypeError:  # Python 3.14 copies no itertools
+        return None
+    if isinstance(iterator, _OVER_ITERATORS):
+        pairs = [(part, copied_iterator(part) if is_bare_iterator(part) else part) for part in arguments]
+        if any(part is not None and copy is None for part, copy in pairs):
+            return None
+        arguments = tuple(copy for _, copy in pairs)
+    fresh = make(*arguments)
+    if state and state[0] is not None:
+        fresh.__setstate__(state[0])
+    return fresh

@@ -128,10 +128,19 @@ class Journal:
             p.record["sparsity"] = (host.record() or p.record).get("sparsity")  # weights may have been zeroed since
             host.set_record(p.record)
 
-    @property
-    def has_evaluation(self) -> bool:
-        """Whether the Trainer has evaluated the model as it is now. Other evaluations have another prefix (`metric_key_prefix`)."""
-        return any(key.startswith("eval_") for e in self._progress.attempts[-1]["evaluations"] for key in e["metrics"])
+    def check_metric(self) -> None:
+        """Check, after an evaluation of the model as it is now, that the gate's metric was among its metrics.
+
+        Other evaluations have another prefix (`metric_key_prefix`).
+
+        Raises:
+            ConfigError: if not.
+        """
+        p = self._progress
+        if not self._config.gated or p.phase == FINISHED or p.measured_at is not None:
+            return
+        if any(key.startswith("eval_") for entry in p.attempts[-1]["evaluations"] for key in entry["metrics"]):
+            raise self.no_metric()
 
     def log(self, state: TrainerState, control: TrainerControl, **figures: float | None) -> None:
         """Send the figures of the pruning at hand to the logs, and write the report."""
@@ -192,7 +201,10 @@ class Journal:
         retraining = f"{_count(c.retrain_epochs, 'epoch')} of retraining{' each' if c.iterations > 1 else ''}"
         parts += [f"{_count(c.iterations, 'pruning')} with {retraining}"]
         gate = f"; {self._metric} may get worse by {c.max_drop:g}" if c.gated else ""
-        self.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.")
+        more = ""
+        if c.gated and self._metric.removeprefix("eval_") != "loss" and not self._args.eval_on_start:
+            more = f" The first evaluation shows whether {self._metric} is measured; eval_on_start=True makes one before the first step."
+        self.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.{more}")
         for doubt in doubts:
             if doubt is not None:
                 self.warn(doubt)

@@ -18,11 +18,11 @@ from ..following import guard, guard_successors, record_of, thaw_noted
 from ..plan import PruningPlan
 from ..record import PrunedConfig, same_structure
 from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
-from .calibration import Calibration
+from .calibration import calibration_of
 from .carding import write_card
 from .companions import companions_on, meet_companions
-from .copies import refuse_copies, warn_of_copies
 from .gate import pruned_untrained
+from .model_copies import refuse_copies, warn_of_copies
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
 
@@ -33,11 +33,11 @@ class MPruneCallback(TrainerCallback, ExportableState):
     """Removes redundant blocks while a Trainer trains: the whole algorithm in one `trainer.train()`.
 
     After `start_epoch` epochs the blocks are compared on `calibration_samples` samples of the training data, chosen at random with the
-    config's seed, and the redundant ones are removed; the training itself is not disturbed (random states, data order and modes are
-    restored), and the optimizer follows. `retrain_epochs` epochs later the pruning is accepted, and the next of `iterations` follows.
-    With `max_drop` it is judged first: if the metric got worse by more, the weights from before the pruning come back, bit for bit, and
-    the next larger stride up to `k_max` is tried (with a threshold it removes less, with a target as many blocks, but others). The
-    training ends on the last accepted model, and says what was lost and won.
+    config's seed, and the redundant ones are removed; the training itself is not disturbed (random states, data order, modes and what the
+    data set, the collator and the sampler keep are restored), and the optimizer follows. `retrain_epochs` epochs later the pruning is
+    accepted, and the next of `iterations` follows. With `max_drop` it is judged first: if the metric got worse by more, the weights from
+    before the pruning come back, bit for bit, and the next larger stride up to `k_max` is tried (with a threshold it removes less, with a
+    target as many blocks, but others). The training ends on the last accepted model, and says what was lost and won.
 
     Prunings happen when an epoch begins, after the last evaluation and checkpoint of the old structure. `resume_from_checkpoint` works
     from any checkpoint, with the model built as it was when the run began (with `keep_snapshots` also where the run has ended well and the
@@ -49,8 +49,9 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     Args:
         config: the settings.
-        calibration: other data to compare blocks on: a data set (collated as the training data is), or an iterable of batches.
-            Never the data that you evaluate on.
+        calibration: other data to compare blocks on: whatever the Trainer takes as train_dataset (collated as the training data is, without
+            columns that the Trainer would leave out), or an iterable of batches. Needed where the training data can be read once only, or
+            where its batches are not what the model's forward takes. Never the data that you evaluate on.
         settings: settings by keyword, instead of `config` or on top of it: `MPruneCallback(threshold=0.98)`.
 
     Attributes:
@@ -61,8 +62,13 @@ class MPruneCallback(TrainerCallback, ExportableState):
     Raises:
         UnsupportedModelError: when the Trainer is made, if its model cannot be pruned.
         ConfigError: when training begins, if it is too short for the schedule (the message says how long it must be), if the gate
-            cannot measure its metric, or if another callback keeps a copy of the model in step.
-        SurgeryError: when training begins, on a sharded model, and where a checkpoint is resumed that does not fit.
+            cannot measure its metric, or if another callback keeps a copy of the model in step; at the first evaluation, if the metric is
+            not among what it measures.
+        CalibrationError: when training begins, if the calibration data cannot serve: one batch is tried.
+        PlanError: when training begins, if a name in the settings matches nothing, or a target cannot be reached with the blocks that the
+            model's settings allow to remove.
+        SurgeryError: when training begins, if the settings of the model allow no removal at all, on a sharded model, and where a checkpoint
+            is resumed that does not fit.
     """
 
     def __init__(self, config: MPruneConfig | None = None, *, calibration: Dataset | Iterable[Any] | None = None, **settings: Any) -> None:
@@ -115,7 +121,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
             doubt = pruned_untrained(self.config, model)
             if doubt is not None:
                 warnings.warn(doubt, DeepArcWarning, stacklevel=2)
-            self.plan = prune_before_sharding(model, self.config, self.calibration, args)
+            self.plan = prune_before_sharding(model, self.config, self.calibration, args, kwargs.get("processing_class"))
             self.record = record_of(model)
             record = None if self.record is None else self.record.to_dict()
             self._sharded = Progress(k=self.config.k, phase=FINISHED, accepted=1, record=record)
@@ -147,9 +153,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         companions.prunes = True
         if self.config.gated:
             companions.pruning_starts, companions.judged_after = self.config.start_epoch, needed_epochs(self.config)
-        calibration = Calibration(
-            self.calibration, kwargs.get("train_dataloader"), state.train_batch_size or args.train_batch_size, self.config
-        )
+        calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
         before = self._run
         progress = self._progress(kwargs["model"], state)
         self._run = None  # until the new one has begun

@@ -19,12 +19,13 @@ from ..passes import evaluating
 from ..plan import PruningPlan, warn_if_drastic
 from ..pruning import apply_healed, check_settings, compare_blocks
 from ..record import PrunedConfig
-from ..schedule import RETRAINING, Progress
+from ..schedule import FINISHED, RETRAINING, Progress
 from ..sites import Healing
 from ..snapshots import drop_unused, free_name, read_plans, restore_weights, save_snapshot, set_groups
 from ..undo import Transaction
 from .calibration import Calibration
 from .journal import lists
+from .rehearsal import rehearse
 from .stages import Stages
 from .teaching import Teaching
 
@@ -78,6 +79,7 @@ class Operations:
         p, record = self._progress, record_of(self.model)
         thaw_noted(self.model)  # what an earlier training of this model froze
         check_settings(self.model, self._config.for_iteration(0))
+        self.rehearse()
         p.start = p.base = p.record = None if record is None else record.to_dict()
         if self._config.freeze != "record":
             return
@@ -86,6 +88,14 @@ class Operations:
         p.frozen = p.base_frozen = lists(record.frozen)
         Structure(record, record.frozen).freeze(self.model)
         follow_in_wrapper(self.model)
+
+    def rehearse(self) -> None:
+        """Try the calibration data, where a pruning is to come."""
+        p = self._progress
+        last = p.phase == RETRAINING and not self._config.gated and p.accepted + 1 >= self._config.iterations
+        if p.phase == FINISHED or last:
+            return
+        rehearse(self.model, self._calibration, "MPruneCallback")
 
     def resume(self, plan: PruningPlan | None, over: bool = False) -> None:
         """Follow a checkpoint: its weights are loaded, its structure may be another than the model's.
@@ -102,6 +112,7 @@ class Operations:
         if not over:
             self.teaching.follow()
         follow_in_wrapper(self.model)
+        self.rehearse()
         self.plan = self._accepted_plan = plan
         if not self._config.gated or (p.phase != RETRAINING and p.decision != "reject"):
             return
@@ -136,15 +147,16 @@ class Operations:
 
     def compare(self, iteration: int, k: int) -> PruningPlan:
         """The plan of an iteration, counted from 0, for the model as it is now: the same in every process."""
-        plan = compare_blocks(
-            self.model,
-            self._calibration.batches(),
-            self._config.for_iteration(iteration).replace(k=k),
-            progress=not self._args.disable_tqdm and self._args.process_index == 0,
-            gather=gather,
-            max_samples=self._calibration.samples,
-            labels=self._labels(),
-        )
+        with self._calibration.reading():
+            plan = compare_blocks(
+                self.model,
+                self._calibration.batches(),
+                self._config.for_iteration(iteration).replace(k=k),
+                progress=not self._args.disable_tqdm and self._args.process_index == 0,
+                gather=gather,
+                max_samples=self._calibration.samples,
+                labels=self._labels(),
+            )
         plan = PruningPlan.from_dict(agree(plan.to_dict))
         warn_if_drastic(plan)
         return plan
@@ -171,7 +183,7 @@ class Operations:
         if live is not None:
             p.base = live  # what it says of zeroed weights is part of what comes back
         undo = Transaction()
-        with Transaction() as guard:
+        with Transaction() as guard, self._calibration.reading():
             thaw_noted(self.model, guard)
             trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             record, self.healings = apply_healed(
@@ -289,6 +301,6 @@ class Operations:
     def _example(self) -> Any:
         """A calibration batch to verify a removal on."""
         if self._calibration.example is None:
-            with evaluating(self.model):
-                next(self._calibration.batches(), None)
+            with self._calibration.reading(), evaluating(self.model):
+                self._calibration.first()
         return self._calibration.example

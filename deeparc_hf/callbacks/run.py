@@ -148,8 +148,7 @@ class PruningRun:
                 self._carry_out(state, control)
                 self._rate.rewind(state.global_step, state.max_steps - state.global_step, state.max_steps)
             return
-        if self.config.gated and p.measured_at is None and self.journal.has_evaluation:
-            raise self.journal.no_metric()
+        self.journal.check_metric()
         if state.global_step < p.boundary or (p.phase == RETRAINING and self._last):
             return
         if p.phase == RETRAINING:
@@ -190,6 +189,7 @@ class PruningRun:
             )
 
     def step_begin(self) -> None:
+        self.journal.check_metric()
         self._step_began = time.perf_counter()
 
     def step_end(self, state: TrainerState, control: TrainerControl) -> None:

@@ -16,7 +16,7 @@ from ..distributed import agree, gather
 from ..errors import ConfigError
 from ..plan import PruningPlan
 from ..pruning import apply_healed, compare_blocks
-from .calibration import Calibration
+from .calibration import Calibration, kept_columns
 
 __all__ = ["is_sharded", "prune_before_sharding"]
 
@@ -31,9 +31,16 @@ def is_sharded(args: TrainingArguments) -> bool:
 
 
 def prune_before_sharding(
-    model: nn.Module, config: MPruneConfig, calibration: Dataset | Iterable[Any], args: TrainingArguments
+    model: nn.Module,
+    config: MPruneConfig,
+    calibration: Dataset | Iterable[Any],
+    args: TrainingArguments,
+    processing_class: Any = None,
 ) -> PruningPlan:
     """Prune once, in every process alike, when the Trainer is made.
+
+    Args:
+        processing_class: the Trainer's; of a tokenizer the collator is made, as the Trainer makes it.
 
     Raises:
         ConfigError: if the config asks for more than one pruning at the start.
@@ -48,8 +55,10 @@ def prune_before_sharding(
             "With sharded parameters (FSDP, DeepSpeed) no whole model is left that could teach. Leave distill out, or train in "
             "DistributedDataParallel."
         )
-    source = Calibration(calibration, None, args.train_batch_size, config)
-    plan = compare_blocks(model, source.batches(), config, progress=args.process_index == 0, gather=gather, max_samples=source.samples)
-    plan = PruningPlan.from_dict(agree(plan.to_dict))
-    apply_healed(model, plan, source, example=source.example, gather=gather, max_samples=source.samples)
+    columns = kept_columns(model, args, None)
+    source = Calibration(calibration, None, args.train_batch_size, config, model=model, columns=columns, processing_class=processing_class)
+    with source.reading():
+        plan = compare_blocks(model, source.batches(), config, progress=args.process_index == 0, gather=gather, max_samples=source.samples)
+        plan = PruningPlan.from_dict(agree(plan.to_dict))
+        apply_healed(model, plan, source, example=source.example, gather=gather, max_samples=source.samples)
     return plan

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .calibration import Calibration
 from .companions import meet_companions
 from .ending import NEXT, last_evaluation, metrics_of, value_text
 from .gate import steps_per_epoch
+from .rehearsal import rehearse
 from .run_facts import RunFacts
 from .sparsity_journal import SPARSITY_REPORT, run_markdown
 from .sparsity_progress import KEPT, SPARSE, WAITING, SparsityProgress
@@ -86,7 +88,7 @@ class SparsityRun:
     # ---- events ----
 
     def begin(self, state: TrainerState, optimizer: Any, began_with: Mapping[str, Any] | None = None) -> None:
-        """Check that the training reaches the epoch in which the weights are to be zeroed, and keep what is zero already.
+        """Check that the training reaches the epoch in which the weights are to be zeroed, rehearse it, and keep what is zero already.
 
         Args:
             began_with: the settings that the checkpoint notes, of a run that is resumed.
@@ -96,6 +98,8 @@ class SparsityRun:
         if began_with is not None:
             self._warn_of_changes(began_with)
         self._keep_recorded(resumed=began_with is not None)
+        if self.to_come and self._calibration is not None:
+            rehearse(self.model, self._calibration, "WandaCallback")
 
     def begin_again(self) -> None:
         """The Trainer begins the run anew (auto_find_batch_size), with weights that may be zeroed already."""
@@ -314,14 +318,15 @@ class SparsityRun:
     def _sparsify(self, state: TrainerState, control: TrainerControl) -> None:
         p = self.progress
         calibration = self._calibration
-        self.report, masks = sparsify(
-            self.model,
-            None if calibration is None else calibration.batches(),
-            self.config,
-            progress=not self.args.disable_tqdm and self.args.process_index == 0,
-            gather=gather,
-            max_samples=None if calibration is None else calibration.samples,
-        )
+        with nullcontext() if calibration is None else calibration.reading():
+            self.report, masks = sparsify(
+                self.model,
+                None if calibration is None else calibration.batches(),
+                self.config,
+                progress=not self.args.disable_tqdm and self.args.process_index == 0,
+                gather=gather,
+                max_samples=None if calibration is None else calibration.samples,
+            )
         if self.config.keep_zeros:
             self._keeping = True
             host = describe(self.model)[0]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from ..config import MPruneConfig
 from ..distributed import gather
@@ -69,7 +69,10 @@ class Stages:
     def measure(self, stage: str, step: int) -> None:
         """Measure the model as it is now."""
         source = self._source()
-        found = None if source is None else measure_quality(self._model, source.batches(), source.samples, gather)
+        if source is None:
+            return
+        with source.reading():
+            found = measure_quality(self._model, source.batches(), source.samples, gather)
         if found is not None:
             self._found[stage] = {**found, "data": self._data, "step": step}
 
@@ -90,8 +93,9 @@ class Stages:
 
     def _source(self) -> Calibration | None:
         if self._data == EVALUATION:
-            return None if self.evaluation is None else Calibration(None, self.evaluation, self._size, self._config)
-        rows, used = getattr(self._training, "dataset", None), self._config.calibration_samples
-        if rows is None or isinstance(rows, IterableDataset) or not hasattr(rows, "__len__") or len(rows) - used < _LEAST:
+            return None if self.evaluation is None else Calibration(None, self.evaluation, self._size, self._config, model=self._model)
+        used = self._config.calibration_samples
+        source = None if self._training is None else Calibration(None, self._training, self._size, self._config, used, model=self._model)
+        if source is None or not source.chooses or len(self._training.dataset) - used < _LEAST:
             return None
-        return Calibration(None, self._training, self._size, self._config, skip=used)
+        return source

@@ -16,7 +16,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..sparsify import matrices_for
 from ..sparsity import methods
 from ..sparsity_report import SparsityReport
-from .calibration import Calibration
+from .calibration import calibration_of
 from .carding import write_card
 from .sharded import is_sharded
 from .sparsity_progress import SparsityProgress
@@ -46,8 +46,9 @@ class WandaCallback(TrainerCallback, ExportableState):
 
     Args:
         config: the settings.
-        calibration: other data to measure the inputs on: a data set (collated as the training data is), or an iterable of batches. Never
-            the data that you evaluate on.
+        calibration: other data to measure the inputs on: whatever the Trainer takes as train_dataset (collated as the training data is,
+            without columns that the Trainer would leave out), or an iterable of batches. It is needed where the training data can be read
+            once only, or where its batches are not what the model's forward takes. Never the data that you evaluate on.
         settings: settings by keyword, instead of `config` or on top of it: `WandaCallback(sparsity=0.3)`.
 
     Attributes:
@@ -56,6 +57,7 @@ class WandaCallback(TrainerCallback, ExportableState):
     Raises:
         UnsupportedModelError: when the Trainer is made, if the weights of its model cannot be zeroed one by one.
         ConfigError: when training begins, if it does not reach start_epoch.
+        CalibrationError: when training begins, if the calibration data cannot serve: one batch is tried.
         RecordError: when training begins, if the record lists zeros that the model does not have.
         SparsityError: at the end of an epoch, and at every evaluation, if zeroed weights are not zero any more.
     """
@@ -119,8 +121,7 @@ class WandaCallback(TrainerCallback, ExportableState):
             before, progress = self._run, self._run.progress  # auto_find_batch_size begins the same run again
         calibration = None
         if methods.get(self.config.method).needs_inputs:
-            size = state.train_batch_size or args.train_batch_size
-            calibration = Calibration(self.calibration, kwargs.get("train_dataloader"), size, self.config)
+            calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
         run = SparsityRun(self.config, self.asked, calibration, args, kwargs, progress, state)
         run.begin(state, kwargs.get("optimizer"), began_with)
         if before is not None:

@@ -81,13 +81,14 @@ def _prune(args: argparse.Namespace) -> int:
     config = _config(args)
     out = _out(args)
     from ..inspection import count_parameters
-    from ..pruning import analyze, apply_healed
+    from ..pruning import analyze, apply_healed, check_settings
     from ..sources import find_source, load_model, skeleton
 
     # what can be refused is refused before the weights are read
     source = find_source(args.model)
     frame = skeleton(source, args.auto_class)
     refuse_bad_record(frame)
+    check_settings(frame, config)
     device = device_of(args.device)
     batches, processor = batches_of(args, source, frame, config.calibration_samples, config.seed)
     model = load_model(source, args.auto_class).to(device)

@@ -9,7 +9,7 @@ import pytest
 from torch.optim.swa_utils import AveragedModel
 from transformers import TrainerCallback
 
-from deeparc_hf.callbacks.copies import refuse_copies, warn_of_copies
+from deeparc_hf.callbacks.model_copies import refuse_copies, warn_of_copies
 from deeparc_hf.errors import ConfigError, DeepArcWarning
 
 from .test_resume import blocks
