@@ -149,9 +149,10 @@ def check_told(*, license: str | None = None, language: Any = None, tags: Any = 
         ConfigError: saying which word is wrong.
     """
     check_license(license)
-    check_language(_many(language))
-    check_tags(_many(tags))
-    check_task(_many(tasks))
+    language, tags, tasks = ([value] if isinstance(value, str) else list(value or ()) for value in (language, tags, tasks))
+    check_language(language)
+    check_tags(tags)
+    check_task(tasks)
 
 
 def told_keys(told: Mapping[str, Any]) -> set[str]:
