@@ -65,8 +65,11 @@ class _Scale:
         if not self.logarithmic:
             return
         nearest, farthest = (math.log10(self.place(value)) for value in (self.high, self.low))
-        powers = range(math.ceil(nearest), math.floor(farthest) + 1)
-        bar.set_ticks([10.0**power for power in powers], labels=[f"{1 - 10.0**power:.{max(1, -power)}f}" for power in powers])
+        powers = range(math.floor(nearest), math.ceil(farthest) + 1)
+        steps = (1, 2, 5) if farthest - nearest < 3 else (1,)
+        ticks = [step * 10.0**power for power in powers for step in steps]
+        ticks = [tick for tick in ticks if self.place(self.high) <= tick <= self.place(self.low)]
+        bar.set_ticks(ticks, labels=[f"{1 - tick:.8f}".rstrip("0") for tick in ticks])
         bar.ax.minorticks_off()
         bar.ax.invert_yaxis()
 

@@ -11,6 +11,7 @@ from .metadata import Given
 from .reading import Evaluation, bare
 from .tables import data_text, with_interval
 from .text import md, table
+from .vocabulary import ERRORS
 
 __all__ = ["ENDING", "Headline", "headline", "overview", "state", "trained"]
 
@@ -73,7 +74,8 @@ def overview(facts: CardFacts, given: Given) -> str:
     else:
         evaluation, key = shown.evaluation, shown.key
         n = evaluation.data.get("rows")
-        what = f"{md(bare(key))} ({data_text(facts, given, evaluation, key)}{f'; n = {n:,}' if n else ''})"
+        better = "lower is better; " if bare(key).rpartition("_")[2] in ERRORS else ""
+        what = f"{md(bare(key))} ({better}{data_text(facts, given, evaluation, key)}{f'; n = {n:,}' if n else ''})"
         original = _NOT if shown.before is None else with_interval(*shown.before)
         rows.append([what, original, with_interval(evaluation.metrics[key], evaluation.interval_of(key))])
     s = facts.speed

@@ -55,7 +55,9 @@ def iterations_table(facts: CardFacts) -> str | None:
     if len(attempts) == 1 and not measured and not verdicts:
         return None  # all that it would say stands above
     timed = any(attempt.training_seconds for attempt in attempts)
-    header = ["model", "blocks", "parameters", *([md(metric), "change"] if measured else []), *(["training (s)"] if timed else [])]
+    compared = measured and any(a.k is None and value is not None for a, value in zip(attempts, last, strict=True))
+    titles = [*([md(metric)] if measured else []), *(["change"] if compared else []), *(["training (s)"] if timed else [])]
+    header = ["model", "blocks", "parameters", *titles]
     header += ["verdict"] if verdicts else []
     rows: list[list[str]] = []
     first = None  # the last value before any pruning
@@ -67,7 +69,8 @@ def iterations_table(facts: CardFacts) -> str | None:
                 md(attempt.name),
                 " + ".join(map(str, attempt.blocks.values())) or "-",
                 "-" if attempt.parameters is None else f"{attempt.parameters:,}",
-                *([_number(value), change] if measured else []),
+                *([_number(value)] if measured else []),
+                *([change] if compared else []),
                 *(["-" if not attempt.training_seconds else f"{attempt.training_seconds:,.1f}"] if timed else []),
                 *([md(attempt.decision or "-")] if verdicts else []),
             ]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from ..errors import ConfigError
 from ..plain_text import quoted
 
-__all__ = ["LICENSES", "METRICS", "check_language", "check_license", "check_tags", "check_task"]
+__all__ = ["ERRORS", "LICENSES", "METRICS", "check_language", "check_license", "check_tags", "check_task"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -29,6 +29,7 @@ LICENSES = _words(
     ofl-1.1 open-mdw openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
     """
 )
+ERRORS = _words("brier_score cer character loss mae mape mse perplexity rmse smape ter wer")  # the lower the better
 TASKS = _words(
     """
     any-to-any audio-classification audio-text-to-text audio-to-audio automatic-speech-recognition depth-estimation
