@@ -15,6 +15,7 @@ from ..plain_text import allowed, plain
 from ..similarity import metrics as similarities
 from .facts import CardFacts
 from .reading import bare
+from .text import linked, md
 from .usage import pipeline_tag, task_of
 from .vocabulary import LICENSES, METRICS
 
@@ -69,10 +70,21 @@ class Given:
             return str(data["id"])
         return self.datasets[0] if len(self.datasets) == 1 and self.tells(facts) else None
 
+    def words_of(self, facts: CardFacts, data: Mapping[str, Any]) -> list[str]:
+        """The name of some data for people and its configuration, as Markdown; empty where it has no name."""
+        told = "id" not in data and self.tells(facts)
+        known = self.name_of(facts, data)
+        name = linked(known, "datasets/") if known else md(self.dataset_names[0]) if told and len(self.dataset_names) == 1 else ""
+        config = data.get("config") or (self.dataset_configs[0] if told and name and self.dataset_configs else None)
+        return [part for part in (name, md(config) if config else "") if part]
+
     def tells(self, facts: CardFacts) -> bool:
-        """Whether what was told of the data is of the data that was evaluated on: of several sets it is not known which one is meant."""
-        unnamed = [evaluation.data for evaluation in facts.final if "id" not in evaluation.data]
-        return all(data == unnamed[0] for data in unnamed)
+        """Whether what was told of the data is of the data that was evaluated on: of several sets it is not known which one is meant.
+
+        The splits of one data set (validation and test, say) are not several.
+        """
+        unnamed = [(e.split_of(next(iter(e.metrics), "")), e.data) for e in facts.final if "id" not in e.data]
+        return all(data == other for split, data in unnamed for same, other in unnamed if split == same)
 
 
 def hub_id(name: str | None) -> str | None:

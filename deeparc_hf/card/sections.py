@@ -304,8 +304,8 @@ def made(facts: CardFacts, given: Given) -> str:
             rows = f", {data['rows']:,} rows" if "rows" in data else ""
             commit = f", commit {code(data['revision'])}" if "revision" in data else ""
             known = given.name_of(facts, data)
-            parts = [linked(known, "datasets/") if known else "not named", *(md(data[key]) for key in ("config", "split") if key in data)]
-            told = "" if known is None or "id" in data else " (as told by who published this)"
+            parts = [*(given.words_of(facts, data) or ["not named"]), *([md(data["split"])] if "split" in data else [])]
+            told = "" if parts[0] == "not named" or "id" in data else " (as told by who published this)"
             lines.append(f"{use.capitalize()} data: {', '.join(parts)}{told}{rows}{commit}{_licence(given, f'datasets/{known}')}")
     named = {given.name_of(facts, data) for data in facts.data.values() if data}
     lines += [

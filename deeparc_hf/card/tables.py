@@ -13,7 +13,7 @@ from ..sparsity_report import sparsity_table
 from .facts import CardFacts
 from .metadata import Given
 from .reading import Attempt, Evaluation, bare
-from .text import code, linked, md, table
+from .text import code, md, table
 
 __all__ = [
     "data_text",
@@ -193,9 +193,7 @@ def with_interval(value: float | None, bounds: tuple[float, float] | None) -> st
 
 def data_text(facts: CardFacts, given: Given, evaluation: Evaluation, key: str) -> str:
     """The data of a figure in a few words: its name, its configuration, its split."""
-    name = given.name_of(facts, evaluation.data)
-    parts = [linked(name, "datasets/") if name else "data not named"]
-    parts += [md(evaluation.data["config"])] if "config" in evaluation.data else []
+    parts = given.words_of(facts, evaluation.data) or ["data not named"]
     split = evaluation.split_of(key)
     return ", ".join([*parts, md(split) if split else "split not noted"])
 

@@ -116,6 +116,12 @@ def test_data_has_one_name(run):
     }
 
 
+def test_a_name_for_people_is_the_same_everywhere_too(run):
+    card = create_model_card(run[0], dataset="Moods", dataset_args="six")
+    assert "not named" not in str(card) and "accuracy (Moods, six, validation; n = 64)" in first_screen(card)[1]
+    assert section(card, "Made from, and with").count("Moods, six (as told by who published this)") == 2
+
+
 @pytest.mark.parametrize(
     ("told", "said"),
     [

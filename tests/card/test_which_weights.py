@@ -224,8 +224,9 @@ def test_validation_figures_are_no_results_where_there_are_test_figures(tmp_path
     trainer.evaluate()
     assert metrics_of(create_model_card(trainer)).keys() == {"loss", "accuracy"}
     trainer.evaluate(text_data(rows=24), metric_key_prefix="test")
-    card = create_model_card(trainer, overwrite=True)
+    card = create_model_card(trainer, overwrite=True, dataset_tags="dair-ai/emotion")
     assert metrics_of(card)["accuracy"] != 0 and {split_of(card, name) for name in ("loss", "accuracy")} == {"test"}
     assert len(card.data.eval_results) == 2
     splits = {row[-1] for row in tables_in(section(card, "Evaluation"))[0][1:]}  # there they are told apart
-    assert splits == {"data not named, validation", "data not named, test"}
+    name = "[dair-ai/emotion](https://huggingface.co/datasets/dair-ai/emotion)"
+    assert splits == {f"{name}, validation", f"{name}, test"} and "not named" not in str(card)
