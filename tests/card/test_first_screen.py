@@ -136,3 +136,11 @@ def test_what_the_hub_would_refuse_is_refused(told, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
         create_model_card(ZOO["bert"].model(), tmp_path / "README.md", **told)
     assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize(("told", "said"), [({"license": "foo"}, "knows no licence"), ({"language": "English"}, "two or three letters")])
+def test_a_recipe_refuses_it_before_it_trains(told, said):
+    from deeparc_hf.experiments.arguments import DataArguments
+
+    with pytest.raises(ConfigError, match=said):
+        DataArguments(model="m", **told)
