@@ -15,11 +15,12 @@ from .architectures import Stack, describe
 from .config import MPruneConfig
 from .errors import CalibrationError, CalibrationWarning, SurgeryError
 from .expressible import inexpressible
+from .fingerprint import mark_of_model
 from .healing import apply_healing, fit_sites
 from .observe import StackObserver, observe
 from .passes import require_weights
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
-from .record import PrunedConfig, current_record
+from .record import PrunedConfig, check_record, current_record
 from .similarity import SkippingMetric, metrics
 from .sites import Healing
 from .skipping import StackSkipper, skip_blocks
@@ -73,6 +74,7 @@ def compare_blocks(
     """
     host, _, stacks = describe(model)
     require_weights(host)
+    check_record(model, 0)
     metric = metrics.get(config.similarity)
     blank = _blank_facts(stacks, inexpressible(model), labels)
     check_possible(blank, config)
@@ -157,6 +159,7 @@ def prune_model(
         raise CalibrationError(
             "heal goes through the calibration data again for each site, and an iterator can be used once. Give a list of batches."
         )
+    check_record(model)
     seen: list[Any] = []
     plan = analyze(model, _noting_first(dataloader, seen), config, progress=progress)
     apply_healed(model, plan, dataloader, optimizer=optimizer, example=seen[0], verify=verify)
@@ -258,7 +261,7 @@ def note_healing(model: nn.Module, healings: Sequence[Healing]) -> PrunedConfig:
     host = describe(model)[0]
     record = host.record()
     record["iterations"][-1]["healing"] = [healing.to_dict() for healing in healings]
-    host.set_record(record)
+    host.set_record(PrunedConfig.from_dict(record).with_mark(mark_of_model(host.root)).to_dict())
     return PrunedConfig.from_model(model)
 
 

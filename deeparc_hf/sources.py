@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from torch import nn
 
 from .architectures import describe
 from .errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
+from .plain_text import plain
 
 __all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "skeleton"]
 
+_LONGEST = 1000  # of another library's message
 _TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
 
 
@@ -50,7 +53,25 @@ def loading(what: str) -> Iterator[None]:
     except DeepArcError:
         raise
     except Exception as error:
-        raise LoadingError(f"Cannot load {what}: {error or type(error).__name__}") from error
+        if _is_refused_pickle(error):
+            # torch's own words, and the traceback, advise to run the code in it
+            raise UnsupportedModelError(
+                f"{what} holds its weights as pickles only (pytorch_model.bin), with more in them than tensors. Reading them could run "
+                "code of whoever made them, so they are not read. Use a checkpoint with safetensors weights. If you made this one "
+                "yourself, save it anew from the program that made it: model.save_pretrained(FOLDER) writes safetensors."
+            ) from None
+        raise LoadingError(f"Cannot load {what}: {plain(error, _LONGEST) or type(error).__name__}") from error
+
+
+def _is_refused_pickle(error: BaseException | None) -> bool:
+    """Whether torch refused to unpickle something, anywhere in a chain of errors."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def find_source(model: str) -> ModelSource:

@@ -18,6 +18,7 @@ from torch import nn
 from .architectures import Family, Host, Stack, describe
 from .architectures.generation import follow_generation
 from .errors import ConfigError, PlanError, SurgeryError
+from .fingerprint import mark_of_model
 from .freezing import freeze_blocks
 from .plan import PruningPlan, freezing_set
 from .rebuild import install_configs, require_told, skeletons, tell_unproven
@@ -244,6 +245,9 @@ def _operate(
             lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
             still_used = {id(p) for p in host.root.parameters()}
             forget_parameters(optimizer, [p for p in lost if id(p) not in still_used], changed, transaction)
+        if known is None:
+            record = record.with_mark(mark_of_model(host.root))
+            host.set_record(record.to_dict())
         # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
         torch.compiler.reset()
     return record

@@ -13,13 +13,13 @@ from PIL import Image
 
 from deeparc_hf.config import MPruneConfig
 from deeparc_hf.errors import ConfigError, MissingDependencyError
+from deeparc_hf.heatmap import save_heatmap
 from deeparc_hf.plan import PruningPlan, StackFacts, make_plan
 from deeparc_hf.report import (
     Measurement,
     blocks_strip,
     hardware,
     iteration_table,
-    save_heatmap,
     timed_evaluation,
     wilson_interval,
     write_report,
@@ -213,3 +213,23 @@ def test_hardware_counts_what_can_be_used():
     assert found["device"] == "cpu"
     assert found["cpu_count"] >= 1
     assert found["torch_threads"] >= 1
+
+
+def test_heatmap_of_blocks_that_are_all_but_the_same_shows_how_they_differ():
+    """The distances from 1 decide what goes: where they differ by powers of ten, their logarithm is shown."""
+    from deeparc_hf.heatmap import _Scale
+
+    near = [1 - 10.0**-power for power in range(1, 7)]
+    scale = _Scale.over(near)
+    shades = [float(scale.norm()(scale.place(value))) for value in near]
+    assert scale.logarithmic and np.allclose(np.diff(shades), np.diff(shades)[0]) and abs(np.diff(shades)[0]) > 0.15
+    plain_ = _Scale.over([0.1, 0.5, 0.9])
+    assert not plain_.logarithmic and [float(plain_.norm()(value)) for value in (0.1, 0.5, 0.9)] == pytest.approx([0.0, 0.5, 1.0])
+    assert not _Scale.over([0.9, 0.9]).logarithmic and not _Scale.over([]).logarithmic
+
+
+def test_heatmap_has_the_numbers_that_it_is_given(plan, tmp_path):
+    (name,) = plan.stacks
+    save_heatmap(plan, tmp_path / "places.png")
+    save_heatmap(plan, tmp_path / "numbers.png", {name: range(20, 20 + len(plan.stacks[name]))})
+    assert (tmp_path / "places.png").read_bytes() != (tmp_path / "numbers.png").read_bytes()

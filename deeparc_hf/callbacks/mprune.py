@@ -11,15 +11,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from .._compat import calling_trainer
-from ..architectures import describe
 from ..config import MPruneConfig
 from ..errors import ConfigError, DeepArcWarning, SurgeryError
 from ..following import guard, guard_successors, record_of, thaw_noted
 from ..plan import PruningPlan
-from ..record import PrunedConfig, same_structure
+from ..record import PrunedConfig, check_record, same_structure
 from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
 from .calibration import calibration_of
-from .carding import write_card
+from .carding import tell_to_keep_card, write_card
 from .companions import companions_on, meet_companions
 from .gate import pruned_untrained
 from .model_copies import refuse_copies, warn_of_copies
@@ -110,7 +109,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         model = kwargs.get("model")
         if model is None:
             return
-        describe(model)  # an unsupported model is refused before any work is done
+        check_record(model, self.config.iterations)  # what is not supported is refused before any work is done
         trainer = calling_trainer()
         if trainer is not None:
             guard(model, args.output_dir, kwargs.get("optimizer"), trainer)
@@ -205,12 +204,13 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
-            write_card(args, kwargs.get("model"), kwargs.get("processing_class"))
+            write_card(args, state, control, kwargs.get("model"), kwargs.get("processing_class"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
             self._run.end(state, control)
             self._publish()
+            tell_to_keep_card(args, self._run.model)
 
     def _progress(self, model: Any, state: TrainerState) -> Progress:
         """Where the run stands: at its beginning, where a checkpoint says, or where auto_find_batch_size begins it again."""

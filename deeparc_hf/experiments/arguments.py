@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from ..card.vocabulary import check_language, check_license
 from ..config import MPruneConfig, WandaConfig
 from ..errors import ConfigError, MissingDependencyError
 
@@ -42,6 +43,10 @@ class DataArguments:
     repo_private: bool = field(default=False, metadata={"help": "make that repository private"})
     license: str | None = field(default=None, metadata={"help": "licence of the result, for its card"})
     language: str | None = field(default=None, metadata={"help": "language of the model, for its card"})
+
+    def __post_init__(self) -> None:
+        check_license(self.license)  # what the Hub would refuse at the end is said before any work is done
+        check_language([] if self.language is None else [self.language])
 
 
 @dataclass
