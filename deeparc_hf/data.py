@@ -75,12 +75,9 @@ def load_rows(data: str, split: str | None = None, subset: str | None = None) ->
 
     Raises:
         LoadingError: if it cannot be loaded, or has no such split.
-        MissingDependencyError: if datasets is not installed.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError('Reading calibration data needs datasets: pip install "deeparc_hf[cli]".') from error
+    import datasets  # takes seconds
+
     path = Path(data).expanduser()
     suffix = path.suffix.lower()
     if not path.exists() and (suffix in _FORMATS or data.startswith(("/", ".", "~")) or data.count("/") > 1):
@@ -128,6 +125,7 @@ def make_batches(
     Raises:
         CalibrationError: if the data is empty, or a column is missing or cannot be guessed.
         UnsupportedModelError: if the model takes neither text nor images.
+        MissingDependencyError: if it takes images, and Pillow is not installed.
     """
     if len(rows) == 0:
         raise CalibrationError("The calibration data has no rows. Give another file or split.")
@@ -168,6 +166,10 @@ def _text_columns(rows: Any, columns: Columns, needs_target: bool) -> Columns:
 def _image_column(rows: Any, given: str | None) -> tuple[str, Any]:
     from datasets import Image
 
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError('Reading images needs Pillow: pip install "deeparc_hf[images]".') from error
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     named = [name for name in images if name.lower() in _IMAGE_NAMES]
     name = given or _guess(rows, named or images, "images", "--image-column")
@@ -197,7 +199,7 @@ def _text_collate(source: ModelSource, root: Any, columns: Columns, max_length: 
     from transformers import AutoTokenizer
 
     with loading(f"the tokenizer of {source.given}"):
-        tokenizer = AutoTokenizer.from_pretrained(source.reference, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
     if not max_length:
         positions = getattr(root.config, "max_position_embeddings", None)
         max_length = min(_LONGEST, tokenizer.model_max_length, positions if isinstance(positions, int) and positions > 0 else _LONGEST)
@@ -253,5 +255,5 @@ def _image_collate(source: ModelSource, root: nn.Module, column: str) -> tuple[A
     from transformers import AutoImageProcessor
 
     with loading(f"the image processor of {source.given}"):
-        processor = AutoImageProcessor.from_pretrained(source.reference, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
     return processor, lambda batch: {"pixel_values": processor(images=batch[column], return_tensors="pt")["pixel_values"]}
