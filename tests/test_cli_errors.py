@@ -151,10 +151,39 @@ def test_without_matplotlib_the_heatmap_is_left_out(capsys, checkpoints, data, t
     assert not (tmp_path / "out" / "heatmap.png").exists()
 
 
-def test_without_datasets_the_error_says_what_to_install(capsys, checkpoints, data, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    message = error_of(capsys, "prune", checkpoints / "bert", "--data", data / "d.csv", "--dry-run")
-    assert 'pip install "deeparc_hf[cli]"' in message
+def test_without_pillow_images_are_refused_with_what_to_install(capsys, checkpoints, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    message = error_of(capsys, "prune", checkpoints / "vit", "--data", data / "d.csv", "--dry-run")
+    assert 'pip install "deeparc_hf[images]"' in message
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [(["--num-blocks", "4"], "4"), (["--num-blocks", "bert.encoder.layer=4"], "bert.encoder.layer=4"), (["--keep-ratio", "1"], "1")],
+)
+def test_who_gave_a_target_that_keeps_all_is_not_told_to_give_one(capsys, checkpoints, data, target, found):
+    common = ("prune", checkpoints / "bert", "--data", data / "d.csv", "--text-column", "text", "--dry-run")
+    code, _, err = run(capsys, *common, *target)
+    assert code == 0 and f"{target[0]} {found} keeps all of its 4 blocks: give a smaller number." in err
+    assert "or give --" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["prune", "--threshold", "1.5"], None),
+        (["prune", "--threshold", "1.98"], None),
+        (["prune", "--threshold", "2"], "0.02"),
+        (["prune", "--keep-ratio", "1.5"], None),
+        (["prune", "--keep-ratio", "50"], "0.5"),
+        (["sparsify", "--sparsity", "1.5"], None),
+        (["sparsify", "--sparsity", "30"], "0.3"),
+    ],
+)
+def test_a_percentage_is_suspected_only_where_it_may_be_one(capsys, data, tmp_path, arguments, hint):
+    command, *given = arguments
+    message = error_of(capsys, command, "nowhere", "--data", data / "d.csv", "-o", tmp_path / "out", *given)
+    assert (f"Did you mean {hint}?" in message) if hint else ("Did you mean" not in message)
 
 
 def test_debug_raises(capsys, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DeepArcWarning
+from ..interrupts import work_begins
 
 if TYPE_CHECKING:
     from torch import nn
@@ -137,6 +138,7 @@ def _of_an_earlier_run(out: Path) -> bool:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place when all went well, and is gone otherwise."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    work_begins()
     new, old = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("new", "old"))
     new.mkdir()
     try:
