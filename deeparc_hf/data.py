@@ -57,6 +57,11 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of one pass, for progress bars."""
+        return len(self.rows)
+
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(self.rows), self.size):
             yield self.collate(self.rows[start : start + self.size])

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .architectures import Host, Stack
+from .bars import sample_bar
 from .batches import batch_size, columns, cut, forward_kwargs, padding_mask, without_labels
 from .errors import CalibrationError, CalibrationWarning
 from .observed import Observed, collect
@@ -228,7 +228,7 @@ def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any],
     with (
         evaluating(host.root),
         _hooked(observers),
-        tqdm(total=max_samples, desc="Comparing blocks", unit="sample", disable=None if progress else True, leave=False) as bar,
+        sample_bar("Comparing blocks", progress, dataloader, max_samples) as advance,
     ):
         for inputs in calibration_inputs(host, dataloader, max_samples):
             for observer in observers:
@@ -238,7 +238,7 @@ def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any],
                 observer.flush(seen)
                 observer.unmasked = observer.unmasked and "pixel_values" not in inputs
             seen += batch_size(inputs)
-            bar.update(batch_size(inputs))
+            advance(batch_size(inputs))
     return seen
 
 

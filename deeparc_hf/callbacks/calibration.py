@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from ..bars import samples_in
 from ..config import MPruneConfig, WandaConfig
 from ..distributed import process_count, process_index
 from ..errors import CalibrationError
@@ -55,6 +56,16 @@ class Calibration:
     def samples(self) -> int:
         """The most samples that this process looks at."""
         return math.ceil(self._config.calibration_samples / process_count())
+
+    @property
+    def num_samples(self) -> int | None:
+        """The samples that this process goes through, for progress bars; None where that is not known."""
+        count, index = process_count(), process_index()
+        if not self._is_dataset:
+            return samples_in(self._data) if count == 1 else None
+        if isinstance(self._data, IterableDataset) or not hasattr(self._data, "__len__"):
+            return None
+        return len(range(index, min(max(0, len(self._data) - self._skip), self._config.calibration_samples), count))
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..architectures import describe
+from ..bars import doing, shows_bars
 from ..config import MPruneConfig
 from ..distributed import agree, follow_in_wrapper, gather
 from ..errors import ConfigError, PlanError, SurgeryError
@@ -136,9 +137,9 @@ class Operations:
         """The plan of an iteration, counted from 0, for the model as it is now: the same in every process."""
         plan = compare_blocks(
             self.model,
-            self._calibration.batches(),
+            self._calibration,
             self._config.for_iteration(iteration).replace(k=k),
-            progress=not self._args.disable_tqdm and self._args.process_index == 0,
+            progress=shows_bars(self._args),
             gather=gather,
             max_samples=self._calibration.samples,
             labels=self._labels(),
@@ -179,6 +180,7 @@ class Operations:
                 optimizer=self._optimizer,
                 example=self._example(),
                 transaction=undo,
+                progress=shows_bars(self._args),
                 gather=gather,
                 max_samples=self._calibration.samples,
                 done=lambda stage: self.stages.measure(stage, step),
@@ -206,7 +208,8 @@ class Operations:
     def _save(self, plan: PruningPlan, name: str) -> None:
         led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
         work = partial(save_snapshot, self._output, name, self.model, self._optimizer, plan.to_dict(), led)
-        gather(work if self._args.should_save else lambda: None)
+        with doing("Saving the weights from before the pruning", shows_bars(self._args)):
+            gather(work if self._args.should_save else lambda: None)
 
     def accept(self) -> None:
         """Make the model as it is now the one to go back to."""
@@ -223,7 +226,8 @@ class Operations:
         thaw_noted(self.model)
         self._undo.roll_back()
         torch.compiler.reset()
-        gather(lambda: restore_weights(self._output, str(p.snapshot), self.model))
+        with doing("Bringing back the weights from before the pruning", shows_bars(self._args)):
+            gather(lambda: restore_weights(self._output, str(p.snapshot), self.model))
         if self._optimizer is not None:
             set_groups(self._output, str(p.snapshot), self.model, self._optimizer)
         p.record, p.frozen = p.base, p.base_frozen

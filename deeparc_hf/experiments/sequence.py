@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..bars import shows_bars
 from ..callbacks import MPruneCallback, WandaCallback
 from ..card import create_model_card
 from ..config import MPruneConfig, WandaConfig
@@ -161,7 +162,7 @@ class Experiment:
         """One pruning without a retraining; None where nothing could be removed."""
         trainer = self.trainer(self.load(self._place(before)), self._args(name, 1), [])
         config = self.pruning.pruning(iteration)
-        removal = remove_at_once(trainer.model, self._batches(trainer, config), config)
+        removal = remove_at_once(trainer.model, self._batches(trainer, config), config, shows_bars(trainer.args))
         if not removal.plan.removed:
             return self._nothing(name, "nothing could be removed")
         thresholds = {stack.threshold for stack in removal.plan.stacks.values()}
@@ -180,7 +181,7 @@ class Experiment:
         for config in self.pruning.grid():
             name = f"{row.name}, {config.pattern or f'{100 * config.sparsity:g} %'} zeros"
             trainer = self.trainer(self.load(self._place(row)), self._args(SCRATCH, 1), [])
-            report = sparsify_model(trainer.model, self._batches(trainer, config), config, progress=False)
+            report = sparsify_model(trainer.model, self._batches(trainer, config), config, progress=shows_bars(trainer.args))
             facts = {"frozen": row.frozen, "threshold": row.threshold, "k": row.k}
             yield Row(name, **self._facts_of(trainer), **facts, sparsity=report.measured)
             if config.sparsity in self.pruning.sparsity_retrain:
