@@ -20,7 +20,7 @@ _CHECKPOINT = re.compile(
     r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|([\w.\-]*_)?config\.json|preprocessor\w*\.json|tokenizer[\w.\-]*\.(json|model)"
     r"|(vocab|added_tokens|special_tokens_map|normalizer|chat_template|merges)[\w.\-]*\.(json|txt|bpe|jinja)|[\w\-]*\.(spm|tiktoken|model)"
     r"|chat_template\.jinja|README\.md|LICEN[CS]E[\w.\-]*|NOTICE[\w.\-]*|(pruning_|sparsity_)?report\.(json|md)|pruning_plan\.json|evaluations\.json"
-    r"|results\.(json|md)|scores\.md|(similarity|heatmap)\.png"
+    r"|results\.(json|md)|scores\.md|(similarity|quality|heatmap)\.png"
 )
 _TEMPLATES = "additional_chat_templates"
 _TOKENIZER = re.compile(

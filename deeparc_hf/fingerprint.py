@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-__all__ = ["mark_of_files", "mark_of_model"]
+__all__ = ["SIZES", "dtype_of_files", "mark_of_files", "mark_of_model"]
 
+SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
+_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _VALUES = 16  # of each tensor
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -39,19 +41,37 @@ def mark_of_model(model: nn.Module) -> str | None:
 
 def mark_of_files(folder: Path) -> str | None:
     """The mark of the weights in a folder; None where there are none, or not all. Only a few values of each tensor are read."""
-    files = [folder / _WEIGHTS]
-    if not files[0].is_file():
-        try:
-            names = set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return None
-        if not all(isinstance(name, str) and Path(name).name == name and (folder / name).is_file() for name in names):
-            return None
-        files = [folder / name for name in sorted(names)]
+    files = _files(folder)
     try:
-        return _mark(tensor for file in files for tensor in _beginnings(file))
+        return None if files is None else _mark(tensor for file in files for tensor in _beginnings(file))
     except (SafetensorError, OSError):
         return None
+
+
+def dtype_of_files(folder: Path) -> str | None:
+    """The type of the first floating-point tensor in a folder's weights; None where there is none. Only headers are read."""
+    try:
+        for file in _files(folder) or ():
+            with safe_open(file, "pt") as stored:
+                for key in stored.keys():  # noqa: SIM118  (not a mapping)
+                    kind = _STORED.get(stored.get_slice(key).get_dtype())
+                    if kind is not None:
+                        return kind
+    except (SafetensorError, OSError):
+        pass
+    return None
+
+
+def _files(folder: Path) -> list[Path] | None:
+    """The files of a folder's weights; None where there are none, or not all."""
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    try:
+        names = set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    known = all(isinstance(name, str) and Path(name).name == name and (folder / name).is_file() for name in names)
+    return [folder / name for name in sorted(names)] if known else None
 
 
 def _beginnings(file: Path) -> Iterator[Tensor]:

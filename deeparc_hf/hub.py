@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,23 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
-from .card.model_card import CARD_FILE, PICTURE_FILE, make_card, may_replace
+from .card.merging import bare_metadata, kept_message, may_replace, merged
+from .card.model_card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, check_told, make_card, told_keys
 from .checkpoint_files import checkpoint_files, outdated
 from .distributed import process_index
-from .errors import ConfigError
-from .hub_errors import hub_help
+from .errors import ConfigError, DeepArcWarning
+from .hub_errors import hub_help, upload_help
 from .loading import save_pruned
 
 __all__ = ["push_to_hub"]
 
-_REPORT = re.compile(r"((pruning|sparsity)_)?report\.(json|md)|pruning_plan\.json|evaluations\.json|similarity\.png")
+_REPORT = re.compile(r"((pruning|sparsity)_)?report\.(json|md)|pruning_plan\.json|evaluations\.json|(similarity|quality)\.png")
 
+# what is told for the card, as create_model_card takes it
+_CARD_SETTINGS = {
+    *("model_name", "language", "license", "license_name", "license_link", "tags", "finetuned_from"),
+    *("tasks", "dataset_tags", "dataset", "dataset_args", "command"),
+}
 _TRIES = 5  # where others commit at the same time
 _CONFLICT = 412
 
@@ -42,7 +49,19 @@ def push_to_hub(
     token: str | bool | None = None,
     card: ModelCard | None = None,
     reports: str | os.PathLike[str] | None = None,
-    **card_settings: Any,
+    overwrite: bool = False,
+    model_name: str | None = None,
+    language: str | Sequence[str] | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | Sequence[str] | None = None,
+    dataset_tags: str | Sequence[str] | None = None,
+    dataset: str | Sequence[str] | None = None,
+    dataset_args: str | Sequence[str] | None = None,
+    command: str | None = None,
 ) -> CommitInfo | None:
     """Publish a model on the Hub: weights, config with its record, tokenizer or image processor, reports and card, in one commit.
 
@@ -50,7 +69,8 @@ def push_to_hub(
     does not replace are deleted in the same commit: a loader might prefer them. If others commit at the same time, nothing of theirs is
     lost. If the upload fails or is killed, the repository stays at its last commit, and a further call does it again.
 
-    A README.md that somebody wrote or edited stays: in the folder (it goes along as it is), and on the Hub.
+    A README.md that somebody wrote or edited stays, with a warning: in the folder (it goes along as it is), and on the Hub. One that holds
+    metadata alone (a licence that was set on the Hub's page) is no such card: its metadata is taken over into the new one.
 
     Args:
         trainer_or_model: a Trainer (its hub_* arguments are the defaults here), a model, or the folder of a checkpoint. Of a folder
@@ -62,16 +82,21 @@ def push_to_hub(
         create_pr: open a pull request instead; no right to write is needed.
         commit_message: the title of the commit.
         token: as in `huggingface_hub`: None for that of `hf auth login` or HF_TOKEN.
-        card: a card to publish instead of a new one.
+        card: a card to publish instead of a new one, whatever is there. Pictures and reports go along as with a new one.
         reports: for a model: the folder of its run, whose reports go along.
-        card_settings: as in `create_model_card`: license, language, dataset_tags, command, ...
+        overwrite: replace a README.md that somebody wrote or edited, too.
+        model_name, language, license, license_name, license_link, tags, finetuned_from, tasks, dataset_tags, dataset, dataset_args,
+            command: as in `create_model_card`, for the new card.
 
     Returns:
         What the Hub says of the commit; None in processes other than the first.
 
     Raises:
-        ConfigError: if there is nothing to publish. huggingface_hub's own errors, with a line of help, if the Hub refuses.
+        ConfigError: if there is nothing to publish, or the Hub would refuse the card. RecordError: if the record or a report is
+            malformed. huggingface_hub's own errors, with a line of help, if the Hub refuses or the upload breaks off.
     """
+    told = {name: value for name, value in locals().items() if name in _CARD_SETTINGS}  # as they are named above
+    check_told(**{key: told[key] for key in ("license", "language", "tags", "tasks")})
     args = None if isinstance(trainer_or_model, (str, os.PathLike, nn.Module)) else getattr(trainer_or_model, "args", None)
     if args is not None:
         repo_id = repo_id or args.hub_model_id or Path(args.output_dir).resolve().name
@@ -88,7 +113,7 @@ def push_to_hub(
             return None
         # what is wrong with the checkpoint or its card is said before anything is made on the Hub
         files = checkpoint_files(saved)
-        settings = {"processing_class": processing_class, "reports": reports, "revision": revision, **card_settings}
+        settings = {"processing_class": processing_class, "reports": reports, "revision": revision, "overwrite": overwrite, **told}
         with hub_help(repo_id):
             api = HfApi(token=token)
             if create_pr and "/" not in repo_id:
@@ -96,11 +121,14 @@ def push_to_hub(
             files = _with_card(trainer_or_model, stage, files, card, repo_id, settings)
             whole = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if whole != repo_id and card is None:  # the code in the card names the repository
-                files = _with_card(trainer_or_model, stage, files, card, whole, settings)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeepArcWarning)  # they were given above
+                    files = _with_card(trainer_or_model, stage, files, card, whole, settings)
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(whole, branch=revision, exist_ok=True)
             message = commit_message or f"Upload {_what(trainer_or_model)} with deeparc_hf"
-            return _commit(api, whole, files, revision, create_pr, message, keep_card=card is None)
+            keep = None if overwrite or card is not None else told_keys(told)
+            return _commit(api, whole, files, revision, create_pr, message, keep)
 
 
 def _what(source: Any) -> str:
@@ -137,47 +165,68 @@ def _with_card(
     """The files with the card, its picture, and the reports that are of this model; those of another are left out."""
     folder = Path(source) if isinstance(source, (str, os.PathLike)) else settings["reports"]
     folder = folder or getattr(getattr(source, "args", None), "output_dir", None)
-    target = stage / CARD_FILE
     files = {name: path for name, path in files.items() if not _REPORT.fullmatch(name)}
+    target = stage / CARD_FILE
+    target.unlink(missing_ok=True)
     written = None if folder is None else Path(folder, CARD_FILE)
+    if written is not None and written.is_file() and bare_metadata(written):
+        shutil.copy(written, target)  # its metadata is taken over
+    _, facts = make_card(source, target, repo_id=repo_id, **settings)
     if card is not None:
         target.write_text(str(card), "utf-8")
-        return {**files, CARD_FILE: target}
-    if written is not None and not may_replace(written):
-        _, facts = make_card(source, stage / "unused.md", repo_id=repo_id, **settings)
+    elif written is not None and not settings["overwrite"] and not may_replace(written):
+        warnings.warn(kept_message(written, "push_to_hub(..., overwrite=True) (--overwrite)"), DeepArcWarning, stacklevel=3)
         shutil.copy(written, target)
-    else:
-        _, facts = make_card(source, target, repo_id=repo_id, **settings)
-    found = {name: stage / name for name in (CARD_FILE, PICTURE_FILE) if (stage / name).is_file()}
+    found = {name: stage / name for name in (CARD_FILE, PICTURE_FILE, QUALITY_FILE) if (stage / name).is_file()}
     told = {} if folder is None else {name: Path(folder, name) for name in facts.reports if Path(folder, name).is_file()}
     return {**files, **told, **found}
 
 
 def _commit(
-    api: HfApi, repo_id: str, files: Mapping[str, Path], revision: str | None, create_pr: bool, message: str, *, keep_card: bool
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, Path],
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+    told: Collection[str] | None,
 ) -> CommitInfo:
-    """One commit on the newest one: if another came first, again on that."""
+    """One commit on the newest one: if another came first, again on that.
+
+    Args:
+        told: the metadata that was given for the card; None if the card replaces whatever is there.
+    """
     for attempt in range(_TRIES):
         head = api.repo_info(repo_id, revision=revision).sha
         there = api.list_repo_files(repo_id, revision=head)
-        mine = dict(files)
-        if keep_card and CARD_FILE in there and _edited_there(api, repo_id, head, files[CARD_FILE]):
-            del mine[CARD_FILE]  # somebody wrote on the Hub, and that stays
+        mine: dict[str, Path | bytes] = dict(files)
+        if told is not None and CARD_FILE in there:
+            mine = _beside_theirs(api, repo_id, head, mine, told)
         adds = [CommitOperationAdd(name, path) for name, path in sorted(mine.items())]
         goes = [CommitOperationDelete(name) for name in outdated(there, files)]
         try:
-            return api.create_commit(
-                repo_id, [*adds, *goes], commit_message=message, revision=revision, create_pr=create_pr, parent_commit=head
-            )
+            with upload_help(repo_id):
+                return api.create_commit(
+                    repo_id, [*adds, *goes], commit_message=message, revision=revision, create_pr=create_pr, parent_commit=head
+                )
         except HfHubHTTPError as error:
             if error.response.status_code != _CONFLICT or attempt == _TRIES - 1:
                 raise
     raise AssertionError("unreachable")
 
 
-def _edited_there(api: HfApi, repo_id: str, head: str | None, mine: Path) -> bool:
-    """Whether the card in the repository was written or edited by somebody, and the one at hand is not."""
-    if not may_replace(mine):
-        return False
+def _beside_theirs(
+    api: HfApi, repo_id: str, head: str | None, files: Mapping[str, Path | bytes], told: Collection[str]
+) -> dict[str, Path | bytes]:
+    """The files without our card where somebody wrote one on the Hub, and with the metadata that was set there."""
+    ours = Path(str(files[CARD_FILE]))
     with tempfile.TemporaryDirectory() as scratch:
-        return not may_replace(Path(api.hf_hub_download(repo_id, CARD_FILE, revision=head, local_dir=scratch)))
+        theirs = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=head, local_dir=scratch))
+        if not may_replace(ours):
+            return dict(files)  # the one at hand was written by somebody, too
+        if may_replace(theirs):
+            card = merged(ModelCard(ours.read_text("utf-8")), bare_metadata(theirs), told)
+            return {**files, CARD_FILE: str(card).encode()}
+    where = f"{CARD_FILE} of {repo_id} on the Hub"
+    warnings.warn(kept_message(where, "push_to_hub(..., overwrite=True) (--overwrite)"), DeepArcWarning, stacklevel=4)
+    return {name: path for name, path in files.items() if name != CARD_FILE}

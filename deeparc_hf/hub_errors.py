@@ -16,7 +16,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ["hub_help", "is_connection_error", "no_answer", "notes_of"]
+__all__ = ["hub_help", "is_connection_error", "no_answer", "notes_of", "upload_help"]
+
+
+_BROKE_OFF = (
+    "The upload broke off, and the repository is as its last commit left it. Check the connection and the space on the disk, and do it "
+    "again: files that are there already are not sent again."
+)
 
 
 @contextmanager
@@ -28,6 +34,19 @@ def hub_help(repo_id: object) -> Iterator[None]:
         ours = isinstance(error, (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled))
         if (ours or is_connection_error(error)) and not notes_of(error):
             error.add_note(_help(error, str(repo_id)))
+        raise
+
+
+@contextmanager
+def upload_help(repo_id: object) -> Iterator[None]:
+    """Add a note to an upload that breaks off in the block, for which huggingface_hub and hf_xet raise bare errors of Python."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        cause = error.__cause__
+        if not isinstance(error, HfHubHTTPError) and not is_connection_error(error) and not notes_of(error):
+            refused = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
+            error.add_note(_help(cause, str(repo_id)) if refused else _BROKE_OFF)  # type: ignore[arg-type]
         raise
 
 
@@ -59,9 +78,9 @@ def _help(error: Exception, repo_id: str) -> str:
         return "The Hub cannot be reached: check the connection, and HF_ENDPOINT if it is set."
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, GatedRepoError):
-        return f"{repo_id} is gated: ask for access on its page on the Hub, then log in (hf auth login) or give token=."
+        return f"{repo_id} is gated: ask for access on its page on the Hub, then log in (hf auth login) or set HF_TOKEN."
     if isinstance(error, RepositoryNotFoundError):
-        return f"Check the spelling of {repo_id} (ORG/NAME). If it is private, log in (hf auth login) or give token=."
+        return f"Check the spelling of {repo_id} (ORG/NAME). If it is private, log in (hf auth login) or set HF_TOKEN."
     if isinstance(error, RevisionNotFoundError):
         return f"{repo_id} has no such branch, tag or commit: see its branches on the Hub, or leave revision out."
     if isinstance(error, OfflineModeIsEnabled):
@@ -71,7 +90,7 @@ def _help(error: Exception, repo_id: str) -> str:
     if isinstance(error, EntryNotFoundError):
         return f"{repo_id} lacks that file: it is not a checkpoint of transformers or timm, or not a whole one."
     if status in (401, 403):
-        return f"The token that is used may not do this to {repo_id}: log in (hf auth login) or give token=, with write access to it."
+        return f"The token that is used may not do this to {repo_id}: log in (hf auth login) or set HF_TOKEN, with write access to it."
     if status == 412:
         return f"Others committed to {repo_id} at the same time, several times. Try again."
     return "Nothing was changed on the Hub by the request that failed. Try again, or see https://status.huggingface.co."

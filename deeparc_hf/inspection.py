@@ -9,9 +9,12 @@ from typing import Any
 from torch import nn
 
 from .architectures import describe
+from .plain_text import plain, plain_lines
 from .record import PrunedConfig
 
 __all__ = ["count_parameters", "facts_of", "facts_text", "human_count"]
+
+_LONGEST_LINE = 20_000  # the numbers of the blocks that are left, 4096 at most
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
@@ -53,8 +56,8 @@ def human_count(count: int) -> str:
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:
-    """The facts for people. What a downloaded config says is shown without control characters, which could steer a terminal."""
-    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in _lines(facts))
+    """The facts for people, as visible text: a downloaded config may hold what steers a terminal."""
+    return plain_lines("\n".join(_lines(facts)), _LONGEST_LINE, _LONGEST_LINE**2)
 
 
 def _lines(facts: Mapping[str, Any]) -> list[str]:
@@ -63,7 +66,7 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
     inside = 0
     for name, stack in facts["stacks"].items():
         inside += sum(stack["parameters"])
-        lines.append(f"{name}: {stack['blocks']} blocks, {human_count(sum(stack['parameters']))}")
+        lines.append(f"{plain(name)}: {stack['blocks']} blocks, {human_count(sum(stack['parameters']))}")
         first = 0
         for count, group in itertools.groupby(stack["parameters"]):
             last = first + len(list(group)) - 1
@@ -71,12 +74,12 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
                 f"  block {first}: {human_count(count)}" if first == last else f"  blocks {first}-{last}: {human_count(count)} each"
             )
             first = last + 1
-        lines += [f"  block {index} is pinned: {reason}" for index, reason in stack["pinned"].items()]
+        lines += [f"  block {index} is pinned: {plain(reason)}" for index, reason in stack["pinned"].items()]
     lines += [f"outside the stacks: {human_count(max(0, total - inside))}", ""]
     record = facts["record"]
     if record is None:
         return [*lines, "not pruned before (no pruning record)"]
-    base = record["base_model"] or "a checkpoint that is not on the Hub"
+    base = plain(record["base_model"] or "") or "a checkpoint that is not on the Hub"
     if record["stacks"] or record["iterations"]:
         lines.append(f"pruned {len(record['iterations'])} time(s), loaded from {base} before that:")
     elif record["sparsity"] is None:
@@ -85,7 +88,7 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
         lines.append(f"no blocks were removed; weights were zeroed after loading {base}:")
     for name, stack in record["stacks"].items():
         kept = stack["kept"]
-        lines.append(f"  {name}: {len(kept)} of {stack['length']} blocks are left: {' '.join(map(str, kept))}")
+        lines.append(f"  {plain(name)}: {len(kept)} of {stack['length']} blocks are left: {' '.join(map(str, kept))}")
     matrices = (record["sparsity"] or {}).get("matrices", {})
     if matrices:
         zeros, size = (sum(entry[key] for entry in matrices.values()) for key in ("zeros", "size"))

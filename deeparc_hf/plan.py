@@ -15,6 +15,7 @@ from typing import Any
 from .clustering import StackFacts, cluster_blocks, freezing_set, reach_target, removable
 from .config import MPruneConfig
 from .errors import CalibrationWarning, ConfigError, PlanError
+from .plain_text import is_plain, plain, quoted
 
 __all__ = [
     "PruningPlan",
@@ -133,14 +134,14 @@ class PruningPlan:
         try:
             version = data["format_version"]
             if type(version) is not int or version != FORMAT_VERSION:
-                raise PlanError(f"This plan has format version {version!r}; this version of deeparc_hf reads {FORMAT_VERSION}.")
-            stacks = {str(name): _stack_from_dict(stack) for name, stack in data["stacks"].items()}
+                raise PlanError(f"This plan has format version {quoted(version)}; this version of deeparc_hf reads {FORMAT_VERSION}.")
+            stacks = {_name(name): _stack_from_dict(stack) for name, stack in data["stacks"].items()}
             samples = _index(data["samples"])
             return cls(stacks, MPruneConfig.from_dict(data["config"]), samples)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, PlanError):
                 raise
-            raise PlanError(f"This is not a pruning plan: {type(error).__name__}: {error}. Make one with analyze(...).") from error
+            raise PlanError(f"This is not a pruning plan: {type(error).__name__}: {plain(error)}. Make one with analyze(...).") from error
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text; written to `path` too if one is given."""
@@ -284,7 +285,7 @@ def _matching(facts: Mapping[str, StackFacts], patterns: Sequence[str], setting:
         if not hits and not gone:
             first = next(iter(facts))
             raise PlanError(
-                f"{setting}: {pattern!r} matches no block. Blocks are named like {first}.0; patterns may hold * and ?, for example "
+                f"{setting}: {quoted(pattern)} matches no block. Blocks are named like {first}.0; patterns may hold * and ?, for example "
                 f"{first}.*"
             )
         for name, index in hits:
@@ -310,13 +311,14 @@ def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
     }
 
 
+_LONGEST_NAME = 512
 _LARGEST = 1e6  # debiased estimates may lie a little outside [-1, 1], and nothing lies here
 
 
 def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
     facts = StackFacts(
         similarity=tuple(tuple(map(_number, row)) for row in data["similarity"]),
-        pinned={int(index): str(reason) for index, reason in data["pinned"].items()},
+        pinned={int(index): plain(reason) for index, reason in data["pinned"].items()},
         parameters=tuple(map(_index, _items(data["parameters"]))),
         next_stack=data["next_stack"],
         labels=tuple(map(_index, _items(data.get("labels", [])))),
@@ -328,14 +330,14 @@ def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
         raise PlanError("similarity is not square.")
     if (facts.labels and len(facts.labels) != len(facts)) or not all(index in range(len(facts)) for index in facts.frozen):
         raise PlanError("labels are not one for each block, or frozen_before has an index that no block has.")
-    if not (facts.next_stack is None or isinstance(facts.next_stack, str)):
-        raise PlanError(f"next_stack must be null or a name, found {facts.next_stack!r}.")
+    if facts.next_stack is not None:
+        _name(facts.next_stack)
     if not all(index in range(len(facts)) for index in facts.pinned):
         raise PlanError(f"pinned has an index outside 0..{len(facts) - 1}.")
     blocks = {key: tuple(map(_index, _items(data[key]))) for key in ("removed", "frozen", "protected", "kept")}
     for key, indices in blocks.items():
         if any(not 0 <= index < len(facts) for index in indices) or len(set(indices)) != len(indices):
-            raise PlanError(f"{key} has an index outside 0..{len(facts) - 1}, or one twice: {list(indices)}.")
+            raise PlanError(f"{key} has an index outside 0..{len(facts) - 1}, or one twice: {quoted(list(indices))}.")
     if set(blocks["kept"]) != set(range(len(facts))) - set(blocks["removed"]):
         raise PlanError("kept and removed do not add up to the blocks of the stack.")
     if not set(blocks["frozen"]) <= set(blocks["kept"]):
@@ -363,15 +365,21 @@ def _list(indices: Sequence[int]) -> str:
     return ",".join(map(str, indices)) or "-"
 
 
+def _name(value: Any) -> str:
+    if not is_plain(value, _LONGEST_NAME):
+        raise TypeError(f"expected the name of a stack, found {quoted(value)}")
+    return str(value)
+
+
 def _index(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise TypeError(f"expected a whole number from 0, found {str(value)[:40]!r}")
+        raise TypeError(f"expected a whole number from 0, found {quoted(value, 40)}")
     return value
 
 
 def _number(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
-        raise TypeError(f"expected a finite number, found {str(value)[:40]!r}")
+        raise TypeError(f"expected a finite number, found {quoted(value, 40)}")
     return float(value)
 
 

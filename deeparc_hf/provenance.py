@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-__all__ = ["TIMES", "dataset_facts", "training_facts"]
+__all__ = ["TIMES", "VALIDATION", "dataset_facts", "same_data", "training_facts"]
+
+VALIDATION = "validation"  # the use of data that was evaluated on while the model was trained
 
 # how the Trainer ends the names of metrics that are times, and say nothing of the model
 TIMES = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
@@ -45,6 +47,11 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
         part = whole and facts.get("rows", whole) < whole  # chosen, or held out: not what the split's name promises
         facts["split"] = f"{split}, {facts['rows']:,} of {whole:,} rows" if part else str(split)
     return facts
+
+
+def same_data(dataset: Any) -> Any:
+    """What is equal for the same rows: the Trainer makes a new `datasets.Dataset` without the unused columns for each evaluation."""
+    return getattr(dataset, "_fingerprint", None) or id(dataset)
 
 
 def training_facts(args: TrainingArguments) -> dict[str, Any]:

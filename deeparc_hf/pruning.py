@@ -13,10 +13,11 @@ from .architectures import Stack, describe
 from .bars import doing, samples_in
 from .config import MPruneConfig
 from .errors import CalibrationError, SurgeryError
+from .fingerprint import mark_of_model
 from .healing import apply_healing, fit_sites
 from .observe import StackObserver, observe
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
-from .record import PrunedConfig, current_record
+from .record import PrunedConfig, check_record, current_record
 from .similarity import SkippingMetric, metrics
 from .sites import Healing
 from .skipping import StackSkipper, skip_blocks
@@ -74,6 +75,7 @@ def compare_blocks(
         raise CalibrationError(
             f"{type(host.root).__name__} has no weights (meta device), so its blocks cannot be compared. Load its checkpoint."
         )
+    check_record(model, 0)
     metric = metrics.get(config.similarity)
     limit = config.calibration_samples if max_samples is None else max_samples
     if issubclass(metric, SkippingMetric):
@@ -130,6 +132,7 @@ def prune_model(
         raise CalibrationError(
             "heal goes through the calibration data again for each site, and an iterator can be used once. Give a list of batches."
         )
+    check_record(model)
     batches = _NotingFirst(dataloader)
     plan = analyze(model, batches, config, progress=progress)
     apply_healed(model, plan, dataloader, optimizer=optimizer, example=batches.first, progress=progress)
@@ -237,7 +240,7 @@ def note_healing(model: nn.Module, healings: Sequence[Healing]) -> PrunedConfig:
     host = describe(model)[0]
     record = host.record()
     record["iterations"][-1]["healing"] = [healing.to_dict() for healing in healings]
-    host.set_record(record)
+    host.set_record(PrunedConfig.from_dict(record).with_mark(mark_of_model(host.root)).to_dict())
     return PrunedConfig.from_model(model)
 
 

@@ -6,7 +6,6 @@ A downloaded record is hostile input: everything in it is checked before it is u
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import platform
@@ -26,14 +25,13 @@ from .architectures import Host, Stack, describe
 from .architectures.hosts import RECORD_KEY
 from .errors import DeepArcWarning, RecordError
 from .hub_errors import hub_help
+from .plain_text import is_plain, listed, plain, quoted
+from .record_checks import MAX_ENTRIES, MAX_TEXT, check_iterations, check_name, check_stack, refuse_full
 from .record_sparsity import check_sparsity, rename_matrices, renumber_matrices
 
-__all__ = ["PrunedConfig", "StackRecord", "current_record", "same_structure"]
+__all__ = ["PrunedConfig", "StackRecord", "check_record", "current_record", "same_structure"]
 
 FORMAT_VERSION = 1
-MAX_BLOCKS = 4096
-MAX_ENTRIES = 256
-MAX_TEXT = 512
 _MAX_FILE = 16 * 2**20
 _KEYS = ("format_version", "base_model", "base_revision", "stacks", "iterations", "sparsity", "versions")
 
@@ -110,13 +108,13 @@ class PrunedConfig:
         _expect(_is_int(version) and version >= 1, "format_version", version, f"a whole number up to {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise RecordError(
-                f"This checkpoint's pruning record has format version {_shown(version)}, newer than {FORMAT_VERSION}, which "
+                f"This checkpoint's pruning record has format version {quoted(version)}, newer than {FORMAT_VERSION}, which "
                 "this version of deeparc_hf reads: pip install -U deeparc_hf."
             )
-        unknown = sorted(_shown(key) for key in set(data) - set(_KEYS))
+        unknown = sorted(map(str, set(data) - set(_KEYS)))
         if unknown:
             warnings.warn(
-                f"The pruning record has entries that this version of deeparc_hf does not know and ignores: {', '.join(unknown[:5])}. "
+                f"The pruning record has entries that this version of deeparc_hf does not know and ignores: {listed(unknown)}. "
                 "pip install -U deeparc_hf may help.",
                 DeepArcWarning,
                 stacklevel=2,
@@ -135,21 +133,23 @@ class PrunedConfig:
         for name in ("base_model", "base_revision"):
             value = data.get(name)
             _expect(
-                value is None or (isinstance(value, str) and len(value) <= MAX_TEXT),
+                value is None or is_plain(value, MAX_TEXT),
                 name,
                 value,
-                f"null or a text of at most {MAX_TEXT} characters",
+                f"null or a text of at most {MAX_TEXT} visible characters",
             )
         sparsity, versions = data.get("sparsity"), data.get("versions", {})
         check_sparsity(sparsity, _expect)
         _expect(
-            isinstance(versions, Mapping) and all(isinstance(v, str) and len(v) <= MAX_TEXT for v in versions.values()),
+            isinstance(versions, Mapping) and len(versions) <= MAX_ENTRIES and all(map(is_plain, [*versions, *versions.values()])),
             "versions",
             versions,
             "an object of texts",
         )
+        named = {check_name(name, _expect): StackRecord(*check_stack(name, value, _expect)) for name, value in stacks.items()}
+        check_iterations(iterations, {name: stack.length for name, stack in named.items()}, _expect)
         return cls(
-            stacks={_name(name): _stack(name, value) for name, value in stacks.items()},
+            stacks=named,
             base_model=data.get("base_model"),
             base_revision=data.get("base_revision"),
             iterations=tuple(iterations),
@@ -184,7 +184,7 @@ class PrunedConfig:
         try:
             config = json.loads(path.read_text("utf-8"))
         except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
-            raise RecordError(f"The config.json of {repo_or_path} is not JSON: {error}.") from error
+            raise RecordError(f"The config.json of {repo_or_path} is not JSON: {plain(error)}.") from error
         record = config.get(RECORD_KEY) if isinstance(config, Mapping) else None
         if record is None:
             raise RecordError(f"{repo_or_path} has no pruning record ({RECORD_KEY!r} in its config.json): it was not pruned by deeparc_hf.")
@@ -197,7 +197,7 @@ class PrunedConfig:
         try:
             config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         except (ValueError, RecursionError) as error:
-            raise RecordError(f"The config.json of {folder} is not JSON: {error}. Nothing was written.") from error
+            raise RecordError(f"The config.json of {folder} is not JSON: {plain(error)}. Nothing was written.") from error
         if not isinstance(config, dict):
             raise RecordError(f"The config.json of {folder} is not an object. Nothing was written.")
         config[RECORD_KEY] = self.to_dict()
@@ -229,7 +229,7 @@ class PrunedConfig:
             return by_base.get(old.removeprefix(f"{prefix}."), old)
 
         if len({name(n) for n in self.stacks}) < len(self.stacks):
-            raise RecordError(f"The pruning record names one stack twice: {', '.join(self.stacks)}.")
+            raise RecordError(f"The pruning record names one stack twice: {listed(self.stacks)}.")
         iterations = []
         for entry in self.iterations:
             renamed = {
@@ -253,7 +253,8 @@ class PrunedConfig:
         """
         for name, stack in self.stacks.items():
             if name not in lengths:
-                raise RecordError(f"The pruning record names the stack {name!r}, which this model lacks. Its stacks: {', '.join(lengths)}.")
+                has = listed(lengths)
+                raise RecordError(f"The pruning record names the stack {quoted(name)}, which this model lacks. Its stacks: {has}.")
             if lengths[name] != len(stack.kept):
                 raise RecordError(
                     f"The pruning record says that {len(stack.kept)} of {stack.length} blocks of {name} are left, but the model has "
@@ -268,7 +269,11 @@ class PrunedConfig:
             lengths: number of blocks of each stack of the model now.
             removed: the blocks that go, as indices of the model now.
             iteration: what to note of this pruning; block indices in "removed" and "frozen" are translated to original ones.
+
+        Raises:
+            RecordError: if the record would be too long to be read again.
         """
+        refuse_full(len(self.iterations), 1)
         kept = {name: self.stacks[name].kept if name in self.stacks else tuple(range(length)) for name, length in lengths.items()}
         entry = dict(iteration)
         for key in ("removed", "frozen"):
@@ -284,6 +289,12 @@ class PrunedConfig:
         sparsity = renumber_matrices(self.sparsity, lengths, removed)
         return PrunedConfig(stacks, self.base_model, self.base_revision, (*self.iterations, entry), sparsity, package_versions())
 
+    def with_mark(self, mark: str | None) -> PrunedConfig:
+        """The record with a mark of the weights as its last pruning left them (`fingerprint`): it tells whether they were trained since."""
+        last = {key: value for key, value in self.iterations[-1].items() if key != "left"}
+        marked = last if mark is None else {**last, "left": mark}
+        return dataclasses.replace(self, iterations=(*self.iterations[:-1], marked))
+
 
 def current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
     """The record that a model carries, or an empty one.
@@ -298,6 +309,12 @@ def current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
     record = PrunedConfig.from_dict(stored).renamed(host.base_prefix, stacks)
     record.check_fits({name: len(stack) for name, stack in stacks.items()})
     return record
+
+
+def check_record(model: nn.Module, prunings: int = 1) -> None:
+    """Refuse a record that is malformed, does not fit the model, or has no room for more prunings, before any work is done."""
+    host, _, stacks = describe(model)
+    refuse_full(len(current_record(host, stacks).iterations), prunings)
 
 
 def same_structure(one: PrunedConfig | None, other: PrunedConfig | None) -> bool:
@@ -353,29 +370,6 @@ def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -
     return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
 
 
-def _stack(name: Any, value: Any) -> StackRecord:
-    where = f"stacks.{str(name)[:80]}"
-    _expect(isinstance(value, Mapping), where, value, "an object with length and kept")
-    length, kept = value.get("length"), value.get("kept")
-    _expect(_is_int(length) and 1 <= length <= MAX_BLOCKS, f"{where}.length", length, f"a whole number from 1 to {MAX_BLOCKS}")
-    _expect(
-        isinstance(kept, Sequence) and not isinstance(kept, str) and 1 <= len(kept) <= length and all(map(_is_int, kept)),
-        f"{where}.kept",
-        kept,
-        f"a list of 1 to {length} whole numbers",
-    )
-    rising = all(a < b for a, b in itertools.pairwise(kept))
-    _expect(
-        rising and kept[0] >= 0 and kept[-1] < length, f"{where}.kept", kept, f"rising block indices from 0 to {length - 1}, none twice"
-    )
-    return StackRecord(length, tuple(kept))
-
-
-def _name(name: Any) -> str:
-    _expect(isinstance(name, str) and 0 < len(name) <= MAX_TEXT, "stacks", name, f"names of at most {MAX_TEXT} characters")
-    return name
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -383,16 +377,7 @@ def _is_int(value: Any) -> bool:
 def _expect(condition: bool, where: str, found: Any, expected: str) -> None:
     if condition:
         return
-    shown = _shown(found)
     raise RecordError(
-        f"The pruning record is malformed: {where} must be {expected}, found {shown}. Download the checkpoint again, or delete "
+        f"The pruning record is malformed: {where} must be {expected}, found {quoted(found)}. Download the checkpoint again, or delete "
         f"{RECORD_KEY!r} from its config.json to use it as a plain checkpoint."
     )
-
-
-def _shown(found: Any) -> str:
-    try:
-        shown = repr(found)
-    except ValueError:  # a number of more than sys.get_int_max_str_digits() digits
-        shown = f"a {type(found).__name__} too long to print"
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import RecordError
+from .plain_text import is_plain, plain
 
 __all__ = ["check_sparsity", "rename_matrices", "renumber_matrices"]
 
@@ -27,13 +28,13 @@ def check_sparsity(sparsity: Any, expect: Callable[[bool, str, Any, str], None])
     known = isinstance(matrices, Mapping) and len(matrices) <= MAX_MATRICES
     expect(known, "sparsity.matrices", matrices, f"an object with at most {MAX_MATRICES} matrices")
     for name, entry in matrices.items():
-        good = isinstance(name, str) and 0 < len(name) <= MAX_NAME
-        expect(good, "sparsity.matrices", name, f"named by texts of at most {MAX_NAME} characters")
+        good = is_plain(name, MAX_NAME) and name != ""
+        expect(good, "sparsity.matrices", name, f"named by texts of at most {MAX_NAME} visible characters")
         numbers = [entry.get(key) for key in ("zeros", "size")] if isinstance(entry, Mapping) else []
         whole = bool(numbers) and all(type(number) is int for number in numbers)
         expect(
             whole and 0 <= numbers[0] <= numbers[1] <= _MAX_SIZE,
-            f"sparsity.matrices[{name[:80]!r}]",
+            f"sparsity.matrices[{plain(name, 80)}]",
             entry,
             "an object of whole numbers, zeros and size, with 0 <= zeros <= size",
         )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from .errors import RegistryError
+from .plain_text import quoted
 
 __all__ = ["Registry"]
 
@@ -74,7 +75,7 @@ class Registry(Generic[T]):
         except (KeyError, TypeError):
             near = difflib.get_close_matches(str(name), self._entries, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise RegistryError(f"There is no {self.kind} named {name!r}.{hint} Known: {', '.join(self.names())}.") from None
+            raise RegistryError(f"There is no {self.kind} named {quoted(name)}.{hint} Known: {', '.join(self.names())}.") from None
 
     def names(self) -> list[str]:
         """All names, sorted."""

@@ -1,4 +1,4 @@
-"""Reports: what a pruning removed, what it cost and what it saved, as tables, strips, heatmaps, JSON and Markdown.
+"""Reports: what a pruning removed, what it cost and what it saved, as tables, strips, JSON and Markdown.
 
 Functions over plans and measurements. What was not measured is None, and shows as "-": nothing is estimated here.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConfigError, MissingDependencyError
+from .errors import ConfigError
 from .plan import PruningPlan, StackPlan
 from .record import package_versions
 from .settings import percent_hint
@@ -31,7 +31,7 @@ __all__ = [
     "blocks_strip",
     "hardware",
     "iteration_table",
-    "save_heatmap",
+    "threshold_text",
     "timed_evaluation",
     "wilson_interval",
     "write_report",
@@ -52,10 +52,6 @@ _COLUMNS = {
     "k": "k",
 }
 _MARKS = {"#": "kept", ".": "removed", "*": "kept and frozen", "p": "must stay (pinned or protected)", "P": "must stay, and is frozen"}
-_PER_ROW = 4
-_ANNOTATED = 16
-_ALL_TICKS = 40
-_REMOVED_COLOR = "#c1272d"
 
 
 def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -198,40 +194,9 @@ def blocks_strip(plan: PruningPlan) -> str:
     return "\n".join([*lines, legend])
 
 
-def save_heatmap(plan: PruningPlan, path: str | Path) -> None:
-    """Write a PNG with the similarity matrix of every stack; all stacks share one colour scale.
-
-    Frames on the diagonal are clusters; red cells on it (hatched, or filled in long stacks) and red labels mark the blocks that
-    go. The values are printed in
-    stacks of up to 16 blocks.
-
-    Raises:
-        MissingDependencyError: if matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('A heatmap needs matplotlib: pip install "deeparc_hf[plots]".') from error
-    stacks = list(plan.stacks.items())
-    columns = min(_PER_ROW, len(stacks))
-    rows = math.ceil(len(stacks) / columns)
-    side = 4.2 if columns > 1 else 5.6
-    figure = Figure(figsize=(side * columns + 1.0, (side + 0.45) * rows + 0.7), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    values = [v for _, stack in stacks for i, row in enumerate(stack.similarity) for j, v in enumerate(row) if i != j]
-    low = min(0.95, math.floor(min(values, default=0.0) * 20) / 20)
-    for axis, (name, stack) in zip(axes.flat, stacks, strict=False):
-        image = _draw_stack(axis, name, stack, low, side)
-    for axis in list(axes.flat)[len(stacks) :]:
-        axis.set_axis_off()
-    figure.colorbar(image, ax=axes, label="similarity", shrink=0.8, aspect=30, pad=0.02)
-    samples = f"{plan.samples:,} samples" if plan.samples else "number of samples not known"
-    figure.suptitle(f"Similarity of blocks: {plan.config.similarity}, rows={plan.config.effective_rows}, {samples}", fontsize=12)
-    gone = "red: removed" if plan.removed else "nothing is removed"
-    figure.supxlabel(f"block (frames: clusters; {gone})", fontsize=9)
-    figure.savefig(path, format="png")
+def threshold_text(value: float) -> str:
+    """A threshold in four decimals, or in as many as tell it from 1."""
+    return f"{value:.4f}" if value < 0.9995 else f"{value:.8f}".rstrip("0")
 
 
 def hardware(device: torch.device | str | None = None) -> dict[str, Any]:
@@ -330,49 +295,6 @@ def _mark(stack: StackPlan, index: int) -> str:
     if index in stack.pinned or index in stack.protected:
         return "P" if index in stack.frozen else "p"
     return "*" if index in stack.frozen else "#"
-
-
-def _draw_stack(axis: Any, name: str, stack: StackPlan, low: float, side: float) -> Any:
-    """One heatmap; returns the image, for the colour bar."""
-    from matplotlib.patches import Rectangle
-
-    length = len(stack)
-    image = axis.imshow(stack.similarity, vmin=low, vmax=1.0, cmap="viridis", interpolation="nearest")
-    shown = name.replace("$", r"\$")  # which would begin a formula
-    axis.set_title(f"{shown}\n{len(stack.kept)} of {length} blocks stay, threshold {stack.threshold:.4f}", fontsize=9)
-    if length <= _ANNOTATED:
-        for i, row in enumerate(stack.similarity):
-            for j, value in enumerate(row):
-                if i == j and i in stack.removed:
-                    continue  # hatched
-                dark = value < low + 0.6 * (1 - low)
-                size = min(9.0, 13.0 * side / length)
-                axis.text(
-                    j, i, "1" if i == j else _short(value), ha="center", va="center", fontsize=size, color="white" if dark else "black"
-                )
-    for cluster in stack.clusters:
-        if len(cluster) > 1:
-            corner = (cluster[0] - 0.5, cluster[0] - 0.5)
-            axis.add_patch(Rectangle(corner, len(cluster), len(cluster), fill=False, edgecolor="white", linewidth=2.2))
-            axis.add_patch(Rectangle(corner, len(cluster), len(cluster), fill=False, edgecolor="black", linewidth=1.0))
-    for index in stack.removed:
-        style = {"fill": False, "hatch": "////"} if length <= _ANNOTATED else {"facecolor": _REMOVED_COLOR}
-        axis.add_patch(Rectangle((index - 0.5, index - 0.5), 1, 1, edgecolor=_REMOVED_COLOR, linewidth=0, **style))
-    ticks = range(length) if length <= _ALL_TICKS else range(0, length, 5)
-    size = max(4.0, min(8.0, 52.0 * side / 4.2 / length))
-    axis.set_xticks(ticks, map(str, ticks), fontsize=size)
-    axis.set_yticks(ticks, map(str, ticks), fontsize=size)
-    for index, *labels in zip(ticks, axis.get_xticklabels(), axis.get_yticklabels(), strict=True):
-        for label in labels:
-            if index in stack.removed:
-                label.set(color=_REMOVED_COLOR, fontweight="bold")
-    axis.tick_params(length=2)
-    return image
-
-
-def _short(value: float) -> str:
-    """Two decimals without the leading zero: .98, -.03; what rounds to 1 is not printed as 1."""
-    return ">.99" if value >= 0.995 else f"{value:.2f}".replace("0.", ".", 1)
 
 
 def _wait_for_device() -> None:

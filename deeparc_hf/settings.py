@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import ConfigError, DeepArcWarning
+from .plain_text import listed, quoted
 
 __all__ = ["Settings", "percent_hint", "setting"]
 
@@ -52,10 +53,10 @@ class Settings:
         if not isinstance(data, Mapping):
             raise ConfigError(f"Settings are an object of names and values, found {type(data).__name__}.")
         known = {spec.name for spec in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(map(str, set(data) - known))
         if unknown:
             warnings.warn(
-                f"Settings that this version of deeparc_hf does not know are ignored: {', '.join(unknown)}. The file may come from a newer "
+                f"Settings that this version of deeparc_hf does not know are ignored: {listed(unknown)}. The file may come from a newer "
                 "version: pip install -U deeparc_hf.",
                 DeepArcWarning,
                 stacklevel=2,
@@ -98,7 +99,7 @@ class Settings:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"{name!r} is not a setting of {cls.__name__}.{hint} Settings: {', '.join(known)}.")
+                raise ConfigError(f"{quoted(name)} is not a setting of {cls.__name__}.{hint} Settings: {', '.join(known)}.")
 
     def _check_types(self) -> None:
         """Check each value against the type of its field."""
@@ -106,7 +107,7 @@ class Settings:
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if not _fits(value, hints[spec.name]):
-                raise ConfigError(f"{spec.name} must be {_words(hints[spec.name])}, found {value!r} ({type(value).__name__}).")
+                raise ConfigError(f"{spec.name} must be {_words(hints[spec.name])}, found {quoted(value)} ({type(value).__name__}).")
 
     def _check_choices(self, more: Mapping[str, str] | None = None) -> None:
         """Check the words of fields with choices; `more` says what else a field takes."""
@@ -116,7 +117,7 @@ class Settings:
                 near = difflib.get_close_matches(str(value), choices, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 words = f"{', '.join(map(repr, choices))}{(more or {}).get(spec.name, '')}"
-                raise ConfigError(f"{spec.name} must be one of {words}, found {value!r}.{hint}")
+                raise ConfigError(f"{spec.name} must be one of {words}, found {quoted(value)}.{hint}")
 
 
 def percent_hint(value: float) -> str:

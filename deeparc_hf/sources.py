@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ from torch import nn
 from .architectures import describe
 from .errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
 from .hub_errors import no_answer
+from .plain_text import plain
 
 __all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "skeleton"]
 
 logger = logging.getLogger(__name__)
 
+_LONGEST = 1000  # of another library's message
 _TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
 
 
@@ -62,7 +65,25 @@ def loading(what: str) -> Iterator[None]:
     except DeepArcError:
         raise
     except Exception as error:
-        raise LoadingError(f"Cannot load {what}: {error or type(error).__name__}") from error
+        if _is_refused_pickle(error):
+            # torch's own words, and the traceback, advise to run the code in it
+            raise UnsupportedModelError(
+                f"{what} holds its weights as pickles only (pytorch_model.bin), with more in them than tensors. Reading them could run "
+                "code of whoever made them, so they are not read. Use a checkpoint with safetensors weights. If you made this one "
+                "yourself, save it anew from the program that made it: model.save_pretrained(FOLDER) writes safetensors."
+            ) from None
+        raise LoadingError(f"Cannot load {what}: {plain(error, _LONGEST) or type(error).__name__}") from error
+
+
+def _is_refused_pickle(error: BaseException | None) -> bool:
+    """Whether torch refused to unpickle something, anywhere in a chain of errors."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def find_source(model: str) -> ModelSource:
@@ -169,7 +190,7 @@ def _hub_config(model: str, revision: str | None) -> tuple[Path, Path | None]:
     if found is None:
         raise LoadingError(
             f"Cannot load {model}: there is no such folder, it is not in the cache, and the Hub ({constants.ENDPOINT}) does not answer "
-            f"({silent}). Check the connection, and HF_ENDPOINT if it is set; or give the folder of a checkpoint."
+            f"({plain(silent, _LONGEST)}). Check the connection, and HF_ENDPOINT if it is set; or give the folder of a checkpoint."
         )
     logger.warning("The Hub (%s) does not answer (%s): %s is taken from the cache.", constants.ENDPOINT, silent, model)
     return Path(found), Path(found).parent

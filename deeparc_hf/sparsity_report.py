@@ -11,6 +11,7 @@ from typing import Any
 
 from .config import WandaConfig
 from .matrices import Matrix
+from .plain_text import plain, quoted
 
 __all__ = ["MatrixSparsity", "SparsityReport", "sparsity_table"]
 
@@ -39,6 +40,14 @@ class MatrixSparsity:
         """Count the zeros of a matrix as it is now."""
         weight = matrix.weight.detach()
         return cls(asked, int((weight == 0).sum()), weight.numel(), matrix.stack.name, matrix.role)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MatrixSparsity:
+        """The inverse of `dataclasses.asdict`. The numbers are checked, and the names made plain text."""
+        counts = [data[key] for key in ("asked", "zeros", "size")]
+        if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or not counts[1] <= counts[2]:
+            raise ValueError(f"expected whole numbers, asked, zeros and size, found {quoted(counts)}")
+        return cls(*counts, plain(data["stack"]), plain(data["role"]))
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class SparsityReport:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparsityReport:
         """The inverse of `to_dict`."""
-        matrices = {name: MatrixSparsity(**entry) for name, entry in data["matrices"].items()}
+        matrices = {name: MatrixSparsity.from_dict(entry) for name, entry in data["matrices"].items()}
         return cls(WandaConfig.from_dict(data["config"]), matrices, data["samples"])
 
     def to_json(self, path: str | Path) -> None:

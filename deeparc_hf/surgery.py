@@ -21,6 +21,7 @@ from .architectures import Family, Host, Stack, describe
 from .architectures.hosts import RECORD_KEY
 from .architectures.skeleton import compare, state_shapes
 from .errors import ConfigError, PlanError, SurgeryError
+from .fingerprint import mark_of_model
 from .freezing import freeze_blocks
 from .plan import PruningPlan, freezing_set
 from .record import PrunedConfig, current_record
@@ -235,6 +236,9 @@ def _operate(
             lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
             still_used = {id(p) for p in host.root.parameters()}
             forget_parameters(optimizer, [p for p in lost if id(p) not in still_used], changed, transaction)
+        if known is None:
+            record = record.with_mark(mark_of_model(host.root))
+            host.set_record(record.to_dict())
         # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
         torch.compiler.reset()
     return record

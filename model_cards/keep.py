@@ -1,6 +1,7 @@
-"""Keep the card of a recipe's model here, with what it is made from:
+"""Keep the card of a recipe's model here, with what it is made from; or make all that are kept anew from that, after a change of the card:
 
 python model_cards/keep.py runs/minilm/iteration-2 minilm-emotion --finetuned_from sentence-transformers/all-MiniLM-L6-v2
+python model_cards/keep.py --again
 """
 
 from __future__ import annotations
@@ -37,14 +38,28 @@ def keep(model: Path, target: Path, **told: str | None) -> None:
         shutil.copytree(folder, target)
 
 
+def make_again(folder: Path) -> None:
+    """Make a kept card and its pictures anew from what lies beside it."""
+    for old in (folder / "README.md", *folder.glob("*.png")):
+        old.unlink(missing_ok=True)
+    create_model_card(folder, **json.loads((folder / "card.json").read_text("utf-8")))
+
+
 def main() -> None:
-    """Keep one."""
+    """Keep one, or make all anew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of the model, as a recipe leaves it")
-    parser.add_argument("name", help="folder to make beside this file")
+    parser.add_argument("model", type=Path, nargs="?", help="folder of the model, as a recipe leaves it")
+    parser.add_argument("name", nargs="?", help="folder to make beside this file")
+    parser.add_argument("--again", action="store_true", help="make all that are kept anew")
     parser.add_argument("--finetuned_from", help="Hub id of the base model, where a local folder stood for it")
     parser.add_argument("--dataset_tags", help="Hub id of the data, where local files stood for it")
     args = parser.parse_args()
+    if args.again:
+        for known in sorted(Path(__file__).parent.glob("*/card.json")):
+            make_again(known.parent)
+        return
+    if args.model is None or args.name is None:
+        parser.error("give the folder of the model and the name to keep it under, or --again")
     keep(args.model, Path(__file__).parent / args.name, finetuned_from=args.finetuned_from, dataset_tags=args.dataset_tags)
 
 

@@ -72,7 +72,7 @@ def main() -> None:
     torch.manual_seed(0)
     trainer, held_out, told = text_classification(args)
     trainer.train()
-    trainer.evaluate(held_out)
+    trainer.evaluate(held_out, metric_key_prefix="test")
     trainer.save_model(args.output)
     told = {"repo_id": f"org/{Path(args.output).name}", "command": "python model_cards/runs.py --data DATA", **told}
     create_model_card(trainer, **told)

@@ -13,13 +13,13 @@ from PIL import Image
 
 from deeparc_hf.config import MPruneConfig
 from deeparc_hf.errors import ConfigError, MissingDependencyError
+from deeparc_hf.heatmap import save_heatmap
 from deeparc_hf.plan import PruningPlan, StackFacts, make_plan
 from deeparc_hf.report import (
     Measurement,
     blocks_strip,
     hardware,
     iteration_table,
-    save_heatmap,
     timed_evaluation,
     wilson_interval,
     write_report,

@@ -23,6 +23,7 @@ class Companions:
         sparsity_to_come: weights are still to be zeroed in this training.
         keeps_zeros: somebody keeps zeroed weights zero.
         sparsified_at: optimizer step at which weights were zeroed last; -1: never.
+        card_told: whether it was told how the card is kept when the model is pushed.
     """
 
     training: weakref.ref[TrainerState]
@@ -33,6 +34,7 @@ class Companions:
     sparsity_to_come: bool = False
     keeps_zeros: bool = False
     sparsified_at: int = -1
+    card_told: bool = False
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, Companions] = weakref.WeakKeyDictionary()

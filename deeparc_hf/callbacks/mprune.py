@@ -11,15 +11,14 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..architectures import describe
 from ..config import MPruneConfig
 from ..errors import ConfigError, SurgeryError
 from ..following import guard, guard_successors, record_of, thaw_noted
 from ..plan import PruningPlan
-from ..record import PrunedConfig, same_structure
+from ..record import PrunedConfig, check_record, same_structure
 from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
 from .calibration import Calibration
-from .carding import write_card
+from .carding import tell_to_keep_card, write_card
 from .companions import companions_on, meet_companions
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
@@ -101,7 +100,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
         model = kwargs.get("model")
         if model is None:
             return
-        describe(model)  # an unsupported model is refused before any work is done
+        check_record(model, self.config.iterations)  # what is not supported is refused before any work is done
         guard(model, args.output_dir, kwargs.get("optimizer"))
         self._guard_successors(model, args)
         thaw_noted(model)  # what an earlier training of this model froze: the optimizer is made before this one begins
@@ -184,12 +183,13 @@ class MPruneCallback(TrainerCallback, ExportableState):
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
-            write_card(args, kwargs.get("model"), kwargs.get("processing_class"))
+            write_card(args, state, control, kwargs.get("model"), kwargs.get("processing_class"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
             self._run.end(state, control)
             self._publish()
+            tell_to_keep_card(args, self._run.model)
             self._guard_successors(kwargs["model"], args)
 
     def _guard_successors(self, model: Any, args: TrainingArguments) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..fingerprint import mark_of_model
-from ..provenance import TIMES, dataset_facts, training_facts
+from ..provenance import TIMES, VALIDATION, dataset_facts, same_data, training_facts
 from ..report import hardware
 
 __all__ = ["RunFacts", "figures_of", "lasting"]
@@ -33,16 +33,23 @@ class RunFacts:
         size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         self._training["training_batch"] = size if isinstance(size, int) else self._training["training_batch"]
         self._hardware = hardware(args.device)
+        self._validation: set[Any] = set()
         self._data = {"training": dataset_facts(getattr(loader, "dataset", None))}
 
     def notice(self, metrics: Mapping[str, Any], loader: Any) -> None:
-        """Take note of the data of the first evaluation. Those with a prefix of their own are of other data (a test set, say)."""
-        if "evaluation" not in self._data and any(key.startswith("eval_") for key in metrics):
-            self._data["evaluation"] = dataset_facts(getattr(loader, "dataset", None))
+        """Take note of the data of an evaluation in the training. Those with a prefix of their own are of other data (a test set, say)."""
+        if not any(key.startswith("eval_") for key in metrics):
+            return
+        dataset = getattr(loader, "dataset", None)
+        self._validation.add(same_data(dataset))
+        self._data.setdefault("evaluation", dataset_facts(dataset))
 
     def evaluation(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any) -> dict[str, Any]:
         """An evaluation: its figures, the data, and a mark of the weights that it is of."""
-        data = dataset_facts(getattr(loader, "dataset", None))
+        dataset = getattr(loader, "dataset", None)
+        data = dataset_facts(dataset)
+        if dataset is not None and same_data(dataset) in self._validation:
+            data["use"] = VALIDATION
         return {"metrics": figures_of(metrics), "data": data, "weights": mark_of_model(model)}
 
     def conclude(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any) -> dict[str, Any]:

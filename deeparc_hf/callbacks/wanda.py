@@ -13,11 +13,12 @@ from ..architectures import describe
 from ..architectures.hosts import is_adapted
 from ..config import WandaConfig
 from ..errors import ConfigError, UnsupportedModelError
+from ..record import check_record
 from ..sparsify import matrices_for
 from ..sparsity import methods
 from ..sparsity_report import SparsityReport
 from .calibration import Calibration
-from .carding import write_card
+from .carding import tell_to_keep_card, write_card
 from .sharded import is_sharded
 from .sparsity_progress import SparsityProgress
 from .sparsity_run import SparsityRun
@@ -101,6 +102,7 @@ class WandaCallback(TrainerCallback, ExportableState):
                 "this callback. Leave it out, and merge the adapters with deeparc_hf.adapters.merge_keeping_zeros(model) afterwards."
             )
         host, _, stacks = describe(model)
+        check_record(model, 0)
         if self.asked or not (host.record() or {}).get("sparsity"):
             matrices_for(host, stacks, self.config)  # what is not supported is refused before any work is done
 
@@ -162,8 +164,9 @@ class WandaCallback(TrainerCallback, ExportableState):
 
     def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
-            write_card(args, kwargs.get("model"), kwargs.get("processing_class"))
+            write_card(args, state, control, kwargs.get("model"), kwargs.get("processing_class"))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._run is not None:
             self._run.end(state)
+            tell_to_keep_card(args, self._run.model)

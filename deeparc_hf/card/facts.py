@@ -16,14 +16,15 @@ from torch import nn
 from ..architectures import describe
 from ..architectures.hosts import RECORD_KEY
 from ..config import MPruneConfig
-from ..errors import PlanError, RecordError
-from ..fingerprint import mark_of_files, mark_of_model
+from ..errors import PlanError
+from ..fingerprint import SIZES, dtype_of_files, mark_of_files, mark_of_model
+from ..plain_text import plain
 from ..plan import PruningPlan
 from ..record import PrunedConfig, current_record
 from ..run_report import RUN_REPORT
 from ..sparsity_report import SparsityReport
+from .blocks import numbers_of_plan
 from .reading import MOST_EVALUATIONS, Attempt, Evaluation, facts_in, number, read_json, texts_in, whole, wrong_in
-from .text import plain
 
 __all__ = ["EVALUATIONS_FILE", "PLAN_FILE", "SPARSITY_FILE", "CardFacts", "facts_of_folder", "facts_of_model", "with_reports"]
 
@@ -54,9 +55,10 @@ class CardFacts:
         attempts: rows of the run: the model before, and each pruning that was tried. From the record where there is no report.
         from_run, from_report, evaluated: whether a run's report, that of a pruning without a Trainer, or an experiment's evaluations
             are of this model.
+        dtype: of the weights, as torch names it.
         summary: metric, baseline, accepted, iterations, max_drop, reason and state of the run.
         config: settings of the last pruning.
-        sparsity: what was zeroed, from the sparsity report; None where there is none.
+        sparsity: what was zeroed, from the sparsity report; None where there is none. zeroed_in_training: whether a callback did it.
         final: evaluations of the model as it is, the last ones.
         data: what is known of the data, by use ("training", "evaluation").
         training, hardware, versions: settings of the training; what it ran on and with.
@@ -75,9 +77,11 @@ class CardFacts:
     attempts: tuple[Attempt, ...] = ()
     from_run: bool = False
     from_report: bool = False
+    dtype: str | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     sparsity: SparsityReport | None = None
+    zeroed_in_training: bool = False
     final: tuple[Evaluation, ...] = ()
     data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     training: Mapping[str, str] = field(default_factory=dict)
@@ -135,7 +139,8 @@ def facts_of_folder(folder: str | os.PathLike[str]) -> CardFacts:
         raise FileNotFoundError(f"{folder} has no config.json. Give the folder that save_pretrained wrote.")
     record = PrunedConfig.from_dict(config[RECORD_KEY]) if config.get(RECORD_KEY) is not None else PrunedConfig({})
     processor = next((kind for kind, files in _PROCESSORS.items() if any((folder / name).is_file() for name in files)), None)
-    return with_reports(_of_config(config, record, processor, mark_of_files(folder)), folder, beside=True)
+    facts = _of_config({**config, "dtype": _dtype(config) or dtype_of_files(folder)}, record, processor, mark_of_files(folder))
+    return with_reports(facts, folder, beside=True)
 
 
 def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
@@ -148,6 +153,7 @@ def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
     if config is None:
         settings = {"architecture": settings.get("architecture") or type(root).__name__, "pretrained_cfg": {}}
         settings["num_classes"] = getattr(root, "num_classes", None)
+    settings["dtype"] = next((str(p.dtype).removeprefix("torch.") for p in root.parameters() if p.is_floating_point()), None)
     kind = None if processing_class is None else "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
     facts = _of_config(settings, current_record(host, stacks), kind, mark_of_model(root))
     now = sum(parameter.numel() for parameter in root.parameters())
@@ -165,10 +171,7 @@ def _of_config(config: Mapping[str, Any], record: PrunedConfig, processor: str |
     names = [plain(label, 60) for label in labels.values()][:1000] if isinstance(labels, Mapping) else []
     if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         names = []  # nobody named them
-    try:
-        attempts, data = _of_record(record)
-    except _WRONG as error:
-        raise RecordError(f"The pruning record in config.json is malformed: {plain(error, 160)}.") from error
+    attempts, data = _of_record(record)
     return CardFacts(
         library="timm" if timm else "transformers",
         architecture=plain(architecture, 100) if isinstance(architecture, str) else None,
@@ -177,6 +180,7 @@ def _of_config(config: Mapping[str, Any], record: PrunedConfig, processor: str |
         headless=timm and config.get("num_classes") == 0,
         processor=processor,
         parameters=_counted(record),
+        dtype=_dtype(config),
         attempts=attempts,
         config=record.iterations[-1].get("settings") if record.iterations else None,
         final=_measured(record, attempts, mark),
@@ -184,6 +188,11 @@ def _of_config(config: Mapping[str, Any], record: PrunedConfig, processor: str |
         data=data,
         versions=record.versions,
     )
+
+
+def _dtype(config: Mapping[str, Any]) -> str | None:
+    found = config.get("dtype") or config.get("torch_dtype")
+    return found if isinstance(found, str) and found in SIZES else None
 
 
 def _place(stack: str) -> tuple[bool, list[Any]]:
@@ -249,6 +258,7 @@ def with_reports(facts: CardFacts, folder: Path, *, own: bool = False, beside: b
         and bool(plan.removed)
         and _left(plan) == {n: len(s.kept) for n, s in facts.record.stacks.items()}
         and last.get("thresholds") == {name: stack.threshold for name, stack in plan.stacks.items()}  # to the last digit
+        and all(len(numbers) == len(plan.stacks[name]) for name, numbers in numbers_of_plan(plan, facts.record).items())
     )
     return dataclasses.replace(facts, plan=plan if fits else None)
 
@@ -332,9 +342,14 @@ def _latest(found: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     """The last evaluation of each metric on each data set."""
     taken: list[Evaluation] = []
     for evaluation in reversed(found):
-        if not any(t.data == evaluation.data and t.metrics.keys() >= evaluation.metrics.keys() for t in taken):
+        if not any(_rows_of(t) == _rows_of(evaluation) and t.metrics.keys() >= evaluation.metrics.keys() for t in taken):
             taken.append(evaluation)
     return tuple(reversed(taken))
+
+
+def _rows_of(evaluation: Evaluation) -> dict[str, Any]:
+    """What is known of the data; that it was used for validation is not always noted."""
+    return {key: value for key, value in evaluation.data.items() if key != "use"}
 
 
 def _with_report(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
@@ -357,10 +372,10 @@ def _with_sparsity(facts: CardFacts, data: Mapping[str, Any]) -> CardFacts:
     report = None if found is None else SparsityReport.from_dict(found)
     if report is not None and abs(report.measured - facts.zeros[0] / max(1, facts.zeros[1])) > _SAME_SHARE:
         return facts  # more was zeroed since, or it is of another model
-    facts = dataclasses.replace(facts, sparsity=report)
+    facts = dataclasses.replace(facts, sparsity=report, zeroed_in_training="matrices" not in data)
     if "evaluations" not in data:
         return facts
-    inside = tuple(Evaluation.read(entry) for entry in data["evaluations"][:MOST_EVALUATIONS] if entry["sparse"])
+    inside = tuple(Evaluation.read(entry).in_training() for entry in data["evaluations"][:MOST_EVALUATIONS] if entry["sparse"])
     final = tuple(map(Evaluation.read, data["final"][:256]))
     marks = {data.get("weights"), *(evaluation.mark for evaluation in (*inside, *final))}
     if facts.mark is not None and not facts.from_run and facts.mark not in marks:

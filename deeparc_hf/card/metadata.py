@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +11,17 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..plain_text import allowed, plain
+from ..similarity import metrics as similarities
 from .facts import CardFacts
-from .text import plain
+from .reading import bare
 from .usage import pipeline_tag, task_of
+from .vocabulary import LICENSES, METRICS
 
 __all__ = ["Given", "hub_id", "metadata"]
 
 UNKNOWN = "unknown"
+_WORD = re.compile(r"[\w.,:%+/ \[\]-]{1,100}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,17 @@ class Given:
         known = [*self.datasets, *(found["id"] for found in facts.data.values() if "id" in found)]
         return [name for name in dict.fromkeys(map(hub_id, known)) if name is not None]
 
+    def name_of(self, facts: CardFacts, data: Mapping[str, Any]) -> str | None:
+        """The Hub id of some data: as the data set itself knows it, else as it was told, where it is clear which data is meant."""
+        if "id" in data:
+            return str(data["id"])
+        return self.datasets[0] if len(self.datasets) == 1 and self.tells(facts) else None
+
+    def tells(self, facts: CardFacts) -> bool:
+        """Whether what was told of the data is of the data that was evaluated on: of several sets it is not known which one is meant."""
+        unnamed = [evaluation.data for evaluation in facts.final if "id" not in evaluation.data]
+        return all(data == unnamed[0] for data in unnamed)
+
 
 def hub_id(name: str | None) -> str | None:
     """The name without a revision, if it can be a Hub id."""
@@ -78,7 +94,7 @@ def metadata(facts: CardFacts, given: Given) -> ModelCardData:
     kinds = list(dict.fromkeys(result.metric_type for result in results if not result.metric_type.endswith("loss")))
     known: dict[str, Any] = {
         "language": list(given.language) or None,
-        "license": given.license or (given.licences.get(base) if base else None),
+        "license": given.license or allowed(given.licences.get(base or ""), LICENSES),
         "license_name": given.license_name,
         "license_link": given.license_link,
         "library_name": facts.library,
@@ -98,8 +114,8 @@ def metadata(facts: CardFacts, given: Given) -> ModelCardData:
 def _tags(facts: CardFacts, given: Given) -> list[str]:
     tags = ["deeparc"]
     if facts.removed:
-        metric = (facts.config or {}).get("similarity")
-        tags += ["pruned", "depth-pruning", *([plain(metric, 40)] if isinstance(metric, str) else [])]
+        metric = allowed((facts.config or {}).get("similarity"), list(similarities.names()))  # a public word: of those that are known
+        tags += ["pruned", "depth-pruning", *([metric] if metric else [])]
     if facts.zeros is not None:
         tags += ["sparse", *([plain(facts.sparsity.config.method, 40)] if facts.sparsity is not None else [])]
     return list(dict.fromkeys([*tags, *(plain(tag, 80) for tag in given.tags)]))
@@ -110,28 +126,39 @@ def _results(facts: CardFacts, given: Given) -> list[EvalResult]:
     task = given.tasks[0] if given.tasks else task_of(facts)[0] or "other"
     results = []
     keys = {key for evaluation in facts.final for key in evaluation.metrics}
-    unnamed = [evaluation for evaluation in facts.final if "id" not in evaluation.data]
     for evaluation in facts.final:
         data = evaluation.data
-        given_here = evaluation in unnamed and len(unnamed) == 1  # of several it is not known which one is meant
-        known = hub_id(data.get("id")) or next((name for name in map(hub_id, given.datasets) if name and given_here), None)
+        given_here = "id" not in data and given.tells(facts)
+        known = hub_id(given.name_of(facts, data))
         name = given.dataset_names[0] if given.dataset_names and given_here else known or UNKNOWN
-        config = data.get("config") or (given.dataset_configs[0] if given.dataset_configs and given_here else None)
+        config = _word(data.get("config")) or (given.dataset_configs[0] if given.dataset_configs and given_here else None)
         for key, value in evaluation.metrics.items():
             if key.startswith("eval_") and f"test_{key.removeprefix('eval_')}" in keys:
                 continue
-            metric = plain(key.removeprefix("eval_"), 80)
+            kind, called = metric_words(key)
             results.append(
                 EvalResult(
                     task_type=task,
                     dataset_type=known or UNKNOWN,
                     dataset_name=plain(name, 96),
                     dataset_config=config,
-                    dataset_split=data.get("split"),
-                    dataset_revision=data.get("revision"),
-                    metric_type=metric,
-                    metric_name=metric,
+                    dataset_split=_word(evaluation.split_of(key)),
+                    dataset_revision=_word(data.get("revision")),
+                    metric_type=kind,
+                    metric_name=called,
                     metric_value=value,
                 )
             )
     return results
+
+
+def _word(value: str | None) -> str | None:
+    """The name of a configuration, a split or a commit, if it can be one."""
+    return value if value is not None and _WORD.fullmatch(value) else None
+
+
+def metric_words(key: str) -> tuple[str, str]:
+    """Type and name of a metric for the Hub. The type is one that it knows, where the name ends in one: a set's name may stand before."""
+    name = plain(bare(key), 80)
+    known = [metric for metric in METRICS if name == metric or name.endswith(f"_{metric}")]
+    return max(known, key=len, default=name), name

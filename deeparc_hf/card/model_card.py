@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,34 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from ..errors import ConfigError, DeepArcWarning, MissingDependencyError
-from ..report import save_heatmap
-from ..run_report import STAGES_TEXT, write_whole
-from . import sections, tables
+from ..heatmap import save_heatmap
+from ..run_report import write_whole
+from . import blocks, sections, tables
 from .facts import CardFacts, facts_of_folder, facts_of_model, with_reports
 from .lookup import licences
+from .merging import bare_metadata, kept_message, made_by_us, marked, may_replace, merged
 from .metadata import Given, hub_id, metadata
-from .text import md, plain
+from .overview import overview, state
+from .pictures import quality_alt, quality_series, save_quality
+from .text import folded, md, plain
 from .usage import usage
+from .vocabulary import check_language, check_license, check_tags, check_task
 
-__all__ = ["CARD_FILE", "PICTURE_FILE", "create_model_card", "made_by_us", "make_card", "may_replace", "render"]
+__all__ = [
+    "CARD_FILE",
+    "PICTURE_FILE",
+    "QUALITY_FILE",
+    "check_told",
+    "create_model_card",
+    "made_by_us",
+    "make_card",
+    "may_replace",
+    "render",
+    "told_keys",
+]
 
-CARD_FILE, PICTURE_FILE = "README.md", "similarity.png"
+CARD_FILE, PICTURE_FILE, QUALITY_FILE = "README.md", "similarity.png", "quality.png"
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"
-_MARK = re.compile(r"\n<!-- deeparc_hf ([0-9a-f]{64}) -->\n*\Z")
-_STOCK_DRAFT = "This model card has been generated automatically according to the information the Trainer had access to"
-_TO_FILL_IN = "More information needed"  # in each of the draft's sections; somebody who edits it writes there
 _LABELS = 50
 
 
@@ -83,6 +95,7 @@ def create_model_card(
 
     Raises:
         RecordError: if the record or a report is malformed. UnsupportedModelError: if the model is of an unknown kind.
+        ConfigError: if the Hub would refuse what is given (a licence that it does not know, say).
     """
     settings = dict(locals())  # what was given, as it is named above
     return make_card(settings.pop("trainer_or_model"), settings.pop("path"), **settings)[0]
@@ -99,6 +112,7 @@ def make_card(
     revision: str | None = None,
     overwrite: bool = False,
     own: bool = False,
+    phase: str | None = None,
     **told: Any,
 ) -> tuple[ModelCard, CardFacts]:
     """`create_model_card`, with the facts that the card tells.
@@ -106,24 +120,44 @@ def make_card(
     Args:
         revision: the branch that the code in the card loads; None for the main one.
         own: as in `with_reports`.
+        phase: of the run, where it is known better than its report says.
     """
+    check_told(**{key: told.get(key) for key in ("license", "language", "tags", "tasks")})
     facts, folder, default_name = _gather(source, processing_class, reports, own)
+    if phase is not None and facts.summary:
+        facts = dataclasses.replace(facts, summary={**facts.summary, "phase": phase})
     asked = model_name or repo_id or default_name
     given = _given(facts, None if asked is None else asked.rpartition("/")[2], **told)
     target = Path(path) if path is not None else None if folder is None else folder / CARD_FILE
-    picture = None if target is None else _draw(facts, target.parent)
-    card = render(facts, given, repo_id or default_name or given.name or "org/model", picture, revision)
+    pictures = () if target is None else _draw(facts, target.parent)
+    card = render(facts, given, repo_id or default_name or given.name or "org/model", pictures, revision)
+    if target is not None:
+        card = merged(card, bare_metadata(target), told_keys(told))
     if target is not None and _is_main(source):
         if may_replace(target) or overwrite:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, str(card))
         else:
-            warnings.warn(
-                f"{target} was written or edited by somebody, so it stays as it is. To replace it: create_model_card(..., overwrite=True).",
-                DeepArcWarning,
-                stacklevel=3,
-            )
+            warnings.warn(kept_message(target, "overwrite=True (--overwrite)"), DeepArcWarning, stacklevel=3)
     return card, facts
+
+
+def check_told(*, license: str | None = None, language: Any = None, tags: Any = None, tasks: Any = None) -> None:
+    """Refuse what the Hub would refuse, before anything is made there.
+
+    Raises:
+        ConfigError: saying which word is wrong.
+    """
+    check_license(license)
+    check_language(_many(language))
+    check_tags(_many(tags))
+    check_task(_many(tasks))
+
+
+def told_keys(told: Mapping[str, Any]) -> set[str]:
+    """The keys of the metadata that were given."""
+    names = {"finetuned_from": "base_model", "tasks": "pipeline_tag"}
+    return {names.get(key, key) for key, value in told.items() if value is not None}
 
 
 def _given(
@@ -161,39 +195,48 @@ def _given(
     return dataclasses.replace(given, licences=licences([one for one in names if one]))
 
 
-def render(facts: CardFacts, given: Given, repo_id: str, picture: str | None = None, revision: str | None = None) -> ModelCard:
+def render(facts: CardFacts, given: Given, repo_id: str, pictures: Collection[str] = (), revision: str | None = None) -> ModelCard:
     """The page.
 
     Args:
         repo_id, revision: for the code in it.
-        picture: name of the file with the heatmap, beside the card.
+        pictures: names of the pictures beside the card.
     """
     base = given.base_of(facts)
     title = given.name or (f"{base.rpartition('/')[2]}-pruned" if base else "Pruned model")
     labels = ", ".join(md(label, 60) for label in facts.labels[:_LABELS]) + (", ..." if len(facts.labels) > _LABELS else "")
     plan = facts.plan
-    attempts = [attempt for attempt in facts.attempts if attempt.decision != "rolled back"]
+    numbers = {} if plan is None else blocks.numbers_of_plan(plan, facts.record)
+    shares, loss = tables.steps_table(facts)
+    metric, series = quality_series(facts)
+    more = [part for part in (tables.epochs_table(facts), tables.settings_table(facts)) if part]
     try:
         card = ModelCard.from_template(
             metadata(facts, given),
             template_path=str(TEMPLATE),
             title=md(title),
             summary=sections.summary(facts, given),
-            stock=sections.state(facts),
+            overview=overview(facts, given),
+            state=state(facts, given),
             usage=sections.fenced(usage(facts, repo_id, revision), "python"),
             labels=labels,
-            strip=tables.strip(facts.record) if facts.removed else None,
-            healing="\n".join(f"- {line}" for attempt in attempts for line in attempt.healing),
-            steps=tables.steps_table(facts),
-            steps_note=STAGES_TEXT,
+            removed=blocks.removed_text(facts.record),
+            strip=blocks.strip(facts.record) if facts.removed else None,
+            repairs="\n".join(f"- {line}" for line in blocks.repairs(facts.record)),
+            quality_picture=QUALITY_FILE if QUALITY_FILE in pictures else None,
+            quality_alt=md(quality_alt(metric, series), 1000),
+            steps=shares or loss,
+            steps_note=sections.steps_note(facts),
+            steps_folded=folded("The loss", loss) if shares and loss else None,
             iterations=tables.iterations_table(facts),
             iterations_note=sections.iterations_note(facts),
-            evaluation=tables.evaluation_table(facts.final),
+            iterations_folded=folded("Epochs, settings and times", "\n\n".join([*more, sections.times_note(facts)])) if more else None,
+            evaluation=tables.evaluation_table(facts, given),
             evaluation_note=sections.evaluation_note(facts),
-            similarities=None if plan is None else tables.similarity_tables(plan),
+            similarities=None if plan is None else folded("The numbers", blocks.similarity_tables(plan, numbers)),
             similarity_note=None if plan is None else sections.similarity_note(plan),
-            alt=None if plan is None else sections.alt_text(plan),
-            picture=picture,
+            alt=None if plan is None else blocks.alt_text(plan, numbers),
+            picture=PICTURE_FILE if PICTURE_FILE in pictures else None,
             sparsity=tables.sparsity_section(facts),
             reproduce=sections.reproduce(facts, given, repo_id),
             limits=sections.limits(facts, given),
@@ -203,25 +246,7 @@ def render(facts: CardFacts, given: Given, repo_id: str, picture: str | None = N
     except ImportError as error:  # huggingface_hub asks for jinja2 when a card is made
         raise MissingDependencyError("A model card needs jinja2: pip install jinja2.") from error
     body = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
-    return ModelCard(f"{body}\n<!-- deeparc_hf {_digest(body)} -->\n")
-
-
-def made_by_us(text: str) -> bool:
-    """Whether a card is one of `create_model_card`, and as it wrote it: nobody has edited it since."""
-    found = _MARK.search(text)
-    return found is not None and _digest(text[: found.start()]) == found.group(1)
-
-
-def may_replace(file: Path) -> bool:
-    """Whether a README.md may be replaced: it is a card as this package wrote it, or the Trainer's draft, or not there."""
-    if not file.is_file():
-        return True
-    text = file.read_text("utf-8", errors="replace")
-    return made_by_us(text) or (_STOCK_DRAFT in text and text.count(_TO_FILL_IN) >= 3)
-
-
-def _digest(body: str) -> str:
-    return hashlib.sha256(body.strip().encode()).hexdigest()
+    return marked(body)
 
 
 def _gather(source: Any, processing_class: Any, reports: Any, own: bool = False) -> tuple[CardFacts, Path | None, str | None]:
@@ -249,20 +274,27 @@ def _is_main(source: Any) -> bool:
     return getattr(getattr(source, "args", None), "process_index", 0) == 0
 
 
-def _draw(facts: CardFacts, folder: Path) -> str | None:
-    """The heatmap of the last plan, beside the card; its name, or None where there is none."""
-    if facts.plan is None:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{PICTURE_FILE}.{os.getpid()}"
-    try:
-        save_heatmap(facts.plan, draft)
-        draft.replace(folder / PICTURE_FILE)
-    except MissingDependencyError:
-        return None
-    finally:
-        draft.unlink(missing_ok=True)
-    return PICTURE_FILE
+def _draw(facts: CardFacts, folder: Path) -> tuple[str, ...]:
+    """The pictures of a card, beside it; the names of those that there are."""
+    metric, series = quality_series(facts)
+    wanted: list[tuple[str, Callable[[Path], None]]] = []
+    if facts.plan is not None:
+        wanted.append((PICTURE_FILE, partial(save_heatmap, facts.plan, numbers=blocks.numbers_of_plan(facts.plan, facts.record))))
+    if series:
+        wanted.append((QUALITY_FILE, partial(save_quality, metric, series)))
+    drawn = []
+    for name, save in wanted:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f".{name}.{os.getpid()}"
+        try:
+            save(draft)
+            draft.replace(folder / name)
+            drawn.append(name)
+        except MissingDependencyError:
+            continue
+        finally:
+            draft.unlink(missing_ok=True)
+    return tuple(drawn)
 
 
 def _many(value: str | Sequence[str] | None) -> list[str]:

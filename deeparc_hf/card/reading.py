@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecordError
-from ..provenance import TIMES
+from ..plain_text import allowed, plain, quoted
+from ..provenance import TIMES, VALIDATION
+from ..report import wilson_interval
 from ..run_report import STAGES
-from .text import md, plain
+from .text import md
 
-__all__ = ["Attempt", "Evaluation", "facts_in", "number", "read_json", "stages_in", "texts_in", "whole", "wrong_in"]
+__all__ = ["Attempt", "Evaluation", "bare", "facts_in", "number", "read_json", "stages_in", "texts_in", "whole", "wrong_in"]
 
+USES = (VALIDATION,)
 MOST = 256  # attempts, metrics
 MOST_EVALUATIONS = 2**20
 MOST_BLOCKS = 4096
@@ -52,14 +55,14 @@ def read_json(path: Path) -> Mapping[str, Any] | None:
 def number(value: Any) -> float:
     """A finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"expected a number, found {plain(repr(value)[:80], 80)}")
+        raise ValueError(f"expected a number, found {quoted(value)}")
     return float(value)
 
 
 def whole(value: Any) -> int:
     """A whole number that is not negative."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"expected a whole number, found {plain(repr(value)[:80], 80)}")
+        raise ValueError(f"expected a whole number, found {quoted(value)}")
     return value
 
 
@@ -73,18 +76,20 @@ def facts_in(data: Any) -> dict[str, Any]:
     """What is known of a data set (`provenance.dataset_facts`)."""
     found = _mapping(data or {})
     known = {key: plain(found[key]) for key in ("id", "revision", "config", "split") if isinstance(found.get(key), str)}
+    if allowed(found.get("use"), USES):
+        known["use"] = found["use"]
     return {**known, **({"rows": whole(found["rows"])} if found.get("rows") is not None else {})}
 
 
 def _mapping(data: Any) -> Mapping[str, Any]:
     if not isinstance(data, Mapping):
-        raise ValueError(f"expected an object, found {plain(repr(data)[:80], 80)}")
+        raise ValueError(f"expected an object, found {quoted(data)}")
     return data
 
 
 def _list(data: Any, most: int = MOST) -> Sequence[Any]:
     if isinstance(data, (str, bytes)) or not isinstance(data, Sequence) or len(data) > most:
-        raise ValueError(f"expected a list of at most {most}, found {plain(repr(data)[:80], 80)}")
+        raise ValueError(f"expected a list of at most {most}, found {quoted(data)}")
     return data
 
 
@@ -163,6 +168,38 @@ class Evaluation:
             entry.get("judged") is True,
         )
 
+    def in_training(self) -> Evaluation:
+        """One that the Trainer made while it trained: of validation data, unless its prefix says otherwise."""
+        if not any(key.startswith("eval_") for key in self.metrics):
+            return self
+        return replace(self, data={**self.data, "use": VALIDATION})
+
+    def split_of(self, key: str) -> str | None:
+        """The split that a metric was measured on: as the data set calls it, else by how it was used; None where that is not known."""
+        if self.data.get("split"):
+            return str(self.data["split"])
+        if self.judged or self.data.get("use") == VALIDATION:
+            return VALIDATION
+        return "test" if key.startswith("test_") else None
+
+    def interval_of(self, key: str) -> tuple[float, float] | None:
+        """The 95 % interval of a metric: the one that came with it, or Wilson's of an accuracy where the number of samples is known."""
+        return self.intervals.get(key) or _wilson(key, self.metrics.get(key), self.data.get("rows"))
+
+    def interval_before(self, key: str) -> tuple[float, float] | None:
+        """The same of the model that the experiment began with."""
+        return self.before_intervals.get(key) or _wilson(key, self.before.get(key), self.data.get("rows"))
+
+
+def _wilson(key: str, value: float | None, rows: int | None) -> tuple[float, float] | None:
+    share = bare(key) == "accuracy" and value is not None and 0 <= value <= 1  # others may be no shares of the rows
+    return wilson_interval(round(value * rows), rows) if share and rows else None  # type: ignore[operator]
+
+
+def bare(key: str) -> str:
+    """The name of a metric without what the Trainer puts before it."""
+    return key.removeprefix("eval_").removeprefix("test_")
+
 
 def _intervals_in(data: Any) -> dict[str, tuple[float, float]]:
     """Intervals by the name of the metric; one without a finite end is left out."""
@@ -189,14 +226,13 @@ class Attempt:
     decision: str | None
     reason: str | None
     stages: dict[str, dict[str, Any]]
-    healing: tuple[str, ...]
 
     @classmethod
     def read(cls, data: Any) -> Attempt:
         """Read an entry of the report's attempts."""
         found = _mapping(data)
         entries = _list(found["evaluations"], MOST_EVALUATIONS)
-        evaluations = [(number(e["epoch"]), Evaluation.read(e)) for e in map(_mapping, entries)]
+        evaluations = [(number(e["epoch"]), Evaluation.read(e).in_training()) for e in map(_mapping, entries)]
         k = found.get("k")
         return cls(
             name=plain(found["name"], 60),
@@ -212,7 +248,6 @@ class Attempt:
             decision=plain(found["decision"], 40) if found.get("decision") else None,
             reason=plain(found["reason"]) if found.get("reason") else None,
             stages=stages_in(found.get("stages")),
-            healing=healing_in(found.get("healing")),
         )
 
     @classmethod
@@ -241,7 +276,6 @@ class Attempt:
             decision=None,
             reason=None,
             stages=stages_in(entry.get("stages")),
-            healing=healing_in(entry.get("healing")),
         )
 
 
@@ -251,18 +285,3 @@ def _thresholds(found: Mapping[str, Any]) -> tuple[float, ...]:
 
 def _blocks(data: Any) -> dict[str, tuple[int, ...]]:
     return {plain(name): tuple(whole(i) for i in _list(blocks, MOST_BLOCKS)) for name, blocks in _mapping(data or {}).items() if blocks}
-
-
-def healing_in(data: Any) -> tuple[str, ...]:
-    """What became of each removal site, as text."""
-    lines = []
-    for entry in map(_mapping, _list(data or (), MOST_BLOCKS)):
-        removed = ", ".join(str(whole(i)) for i in _list(entry["removed"], MOST_BLOCKS))
-        where = f"{md(entry['stack'])}: {removed} removed"
-        if entry.get("healed"):
-            held = entry.get("held_out")
-            left = "" if held is None else f"; {100 * number(held):.1f} % of the squared error is left on held-out samples"
-            lines.append(f"{where}, block {whole(entry['kept'])} refitted{left}")
-        else:
-            lines.append(f"{where}, left as it is: {md(entry.get('reason') or 'no reason noted')}")
-    return tuple(lines)

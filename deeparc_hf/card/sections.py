@@ -8,26 +8,28 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import MPruneConfig
+from ..config import MPruneConfig, WandaConfig
 from ..plan import PruningPlan
-from ..schedule import FINISHED
+from ..settings import Settings
 from .facts import CardFacts
 from .metadata import Given
-from .tables import data_text
-from .text import code, fenced, json_block, linked, md, plain, shared
+from .reading import bare
+from .tables import steps_data
+from .text import code, fenced, folded, json_block, linked, md, plain, shared
 from .usage import task_of
 
 __all__ = [
-    "alt_text",
     "citations",
+    "compared",
     "evaluation_note",
     "iterations_note",
     "limits",
     "made",
     "reproduce",
     "similarity_note",
-    "state",
+    "steps_note",
     "summary",
+    "times_note",
 ]
 
 _METRICS = {"cka": "debiased CKA", "cka_biased": "biased CKA", "cosine": "cosine similarity", "effect": "the effect of skipping them"}
@@ -35,6 +37,7 @@ _EFFECT = (
     "Row i, column j: what is left of the outputs, exp(-change), when block i stays and the blocks from its neighbour to j go; the changes "
     "of a run are summed. Blocks that must stay were not skipped, and change nothing here."
 )
+_ALL = "All settings"
 _DEVICES = {"cpu": "CPU", "cuda": "GPU", "mps": "GPU"}
 _CITED = {
     "mpruner": "MPruner, which clusters blocks by CKA and prunes in iterations: [arXiv 2408.13482](https://arxiv.org/abs/2408.13482)",
@@ -57,8 +60,9 @@ def summary(facts: CardFacts, given: Given) -> str:
     if facts.removed:
         total = facts.blocks[0]
         metrics = {(entry.get("settings") or {}).get("similarity") for entry in facts.record.iterations}
-        metric = metrics.pop() if len(metrics) == 1 else None  # of all prunings, or of none
-        found = f" (found by {_METRICS.get(metric, md(metric))})" if isinstance(metric, str) else ""
+        metric = metrics.pop() if len(metrics) == 1 else ""  # of all prunings, or of none
+        how = "chosen by hand" if metric is None else _METRICS.get(metric, md(metric)) if isinstance(metric, str) and metric else ""
+        found = f" ({'' if metric is None else 'found by '}{how})" if how else ""
         done.append(f"{facts.removed} of its {total} blocks (layers) removed{found}")
     if facts.zeros is not None:
         zeros, size, matrices = facts.zeros
@@ -72,19 +76,22 @@ def summary(facts: CardFacts, given: Given) -> str:
     return f"{what} with {' and '.join(done) or 'nothing removed or zeroed'}{counts}."
 
 
-def state(facts: CardFacts) -> str:
-    """What it needs, and whether the training goes on."""
-    needs = f"It loads with plain {facts.library}: nothing of what made it is needed."
-    phase = facts.summary.get("phase")
-    return needs if phase in (None, FINISHED) else f"{needs} It is from the middle of a training that goes on (state: {md(phase)})."
+def steps_note(facts: CardFacts) -> str:
+    """What the steps were measured on, and how."""
+    return (
+        f"Measured by the callback in eval mode on {steps_data(facts)}; within a row all columns are of the same samples, which "
+        "need not be all that the Trainer evaluates on. 95 % intervals: Wilson's for shares, normal for the loss, from the spread of "
+        "the batches."
+    )
 
 
 def iterations_note(facts: CardFacts) -> str:
     """What the columns are, and the hardware and batch of the times."""
-    notes = ["Blocks: by stack. Freeze: blocks that were not trained."]
+    notes = ["Blocks: by stack." if len(facts.record.stacks) > 1 else ""]
     if facts.from_run:
-        epochs = "Each value is that at the end of a training" if facts.continued else "Epochs are counted from each pruning on"
-        notes.append(f"{epochs}; the pruned models were trained for longer than the one before pruning.")
+        inside = {e.split_of(key) for a in facts.attempts for _, e in a.evaluations for key in e.metrics} - {None}
+        where = f" on {md(' and '.join(sorted(map(str, inside))))} data" if inside else ""
+        notes.append(f"The last figure of each training{where}; the pruned models were trained for longer than the one before pruning.")
         s = facts.summary
         if s.get("max_drop") is not None and s.get("baseline") is not None:
             notes.append(
@@ -92,12 +99,18 @@ def iterations_note(facts: CardFacts) -> str:
             )
         if s.get("zeroed_at") is not None:
             notes.append(f"Weights were zeroed at optimizer step {s['zeroed_at']:,}: figures from there on are of the sparse model.")
-        evaluated = _batch(facts, "evaluation_batch")
-        notes.append(
-            f"Times: {_hardware(facts)}. Evaluation: one evaluation in the middle of the training, as the Trainer measured it{evaluated}. "
-            f"Training: of the training steps alone{_batch(facts, 'training_batch')}."
-        )
-    return " ".join(notes)
+    return " ".join(note for note in notes if note)
+
+
+def times_note(facts: CardFacts) -> str:
+    """Hardware and batch of the times in the tables of iterations."""
+    frozen = "Frozen blocks were not trained."
+    if not facts.from_run:
+        return frozen
+    return (
+        f"{frozen} Times: {_hardware(facts)}. Evaluation: one evaluation in the middle of the training, as the Trainer measured it"
+        f"{_batch(facts, 'evaluation_batch')}. Training: of the training steps alone{_batch(facts, 'training_batch')}."
+    )
 
 
 def evaluation_note(facts: CardFacts) -> str:
@@ -107,19 +120,19 @@ def evaluation_note(facts: CardFacts) -> str:
     if began is not None:
         total = facts.blocks[0]
         what = "the model before any pruning" if began == total else f"the model that this began with, {began} of {total} blocks"
-        notes.append(f"Before: {what}, measured in the same way.")
+        notes.append(f"Original: {what}, measured in the same way.")
     if any(evaluation.judged for evaluation in facts.final):
         notes.append("There was no test data: prunings were judged on the same rows, so the figures are optimistic.")
     if facts.hardware:
         notes.append(f"Evaluated {_hardware(facts)}{_batch(facts, 'evaluation_batch')}.")
-    if any(name.removeprefix("eval_") in ("accuracy", "test_accuracy") and e.data.get("rows") for e in facts.final for name in e.metrics):
+    if any(bare(name) == "accuracy" and e.data.get("rows") for e in facts.final for name in e.metrics):
         notes.append("Intervals of accuracies: Wilson's, over the samples.")
     if any(not name.endswith("accuracy") for e in facts.final for name in e.intervals):
         notes.append("Other intervals: of 95 %, from the spread over the samples.")
     if facts.speed:
         s = facts.speed
         notes.append(
-            f"One evaluation of the test data takes {s['ratio']:.3f} of the time of the model before ({s['low']:.3f} .. {s['high']:.3f}, "
+            f"One evaluation of the test data takes {s['ratio']:.3f} of the time of the original ({s['low']:.3f} .. {s['high']:.3f}, "
             f"{s['turns']:g} turns, both models warm in one process); {s['blocks']:.3f} of the blocks are left."
         )
     return " ".join(notes)
@@ -145,41 +158,30 @@ def _count(number: str | None, one: str, many: str) -> str:
     return "" if number is None else f", {md(number)} {one if number == '1' else many}"
 
 
-def alt_text(plan: PruningPlan) -> str:
-    """What the heatmap shows, for those who do not see it."""
-    parts = []
-    for name, stack in plan.stacks.items():
-        values = [value for i, row in enumerate(stack.similarity) for j, value in enumerate(row) if i != j]
-        span = f", similarities from {min(values):.2f} to {max(values):.2f}" if values else ""
-        gone = f"blocks {', '.join(map(str, stack.removed))} removed" if stack.removed else "none removed"
-        parts.append(f"{md(name)}: {len(stack)} blocks{span}, {gone}")
-    return f"Heatmap of the similarity of every two blocks. {'; '.join(parts)}."
-
-
 def similarity_note(plan: PruningPlan) -> str:
     """How the blocks were compared."""
     c = plan.config
     samples = f"{plan.samples:,} calibration samples" if plan.samples else "calibration samples whose number is not known"
     rows = "" if c.similarity == "effect" else f" (rows: {md(c.effective_rows)})"
     metric = _METRICS.get(c.similarity, md(c.similarity))
-    note = f"By {metric}{rows} on {samples}, before the last pruning; blocks are numbered as they were then."
+    note = f"By {metric}{rows} on {samples}, before the last pruning, of the blocks that were left then."
     return f"{note} {_EFFECT}" if c.similarity == "effect" else note
 
 
 def reproduce(facts: CardFacts, given: Given, repo_id: str) -> str:
-    """The exact settings, and the ways to make the model, or its structure, again."""
+    """The settings, and the ways to make the model, or its structure, again."""
     parts = []
     if given.command:
         parts += ["Made by:", fenced(given.command, "bash")]
-    if facts.config is not None:
-        config = _known_settings(facts.config)
-        parts += ["Settings of the pruning:", json_block(config)]
-        if facts.from_run:
-            parts += ["In a Trainer:", fenced(_callback(config), "python")]
-        elif command := _command(facts, given.base_of(facts)):
-            parts += ["Without a Trainer:", fenced(command, "bash")]
+    if facts.removed and not compared(facts):
+        chosen = {name: list(blocks) for name, blocks in facts.record.removed.items() if blocks}
+        code_ = f"from deeparc_hf import remove_blocks\n\nremove_blocks(model, {_python(chosen)})"
+        parts += ["The blocks were chosen by hand, not found by comparing them. On the original model:", fenced(code_, "python")]
+    elif facts.config is not None:
+        parts += _settings(facts, given)
     if facts.sparsity is not None:
-        parts += ["Settings of the zeroing:", json_block(facts.sparsity.config.to_dict())]
+        zeroing = _of_use(WandaConfig, facts.sparsity.config.to_dict(), facts.zeroed_in_training)
+        parts += ["Settings of the zeroing:", json_block(_given(WandaConfig, zeroing) or {}), folded(_ALL, json_block(zeroing))]
     if facts.training:
         parts.append(f"The training: {shared({key.replace('_', ' '): value for key, value in facts.training.items()})}.")
     base, auto_class = given.base_of(facts), task_of(facts)[1]
@@ -191,49 +193,73 @@ def reproduce(facts: CardFacts, given: Given, repo_id: str) -> str:
     return "\n\n".join(parts) or "How the model was made was not noted."
 
 
-def _known_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings as this package knows them; a record of another kind as it is."""
+def compared(facts: CardFacts) -> bool:
+    """Whether the last pruning was found by comparing blocks, and not chosen by hand."""
+    return bool((facts.config or {}).get("similarity"))
+
+
+def _settings(facts: CardFacts, given: Given) -> list[str]:
+    """The settings of the last pruning, and the lines that give them; what only a training uses is left out where there was none."""
+    in_training = facts.from_run or bool({"stages", "metrics"} & set(facts.record.iterations[-1] if facts.record.iterations else ()))
+    config = _known_settings(facts.config or {}, in_training)
+    shown = _given(MPruneConfig, config)
+    parts = ["Settings of the pruning that are not the defaults:", json_block(shown)] if shown else ["All settings are the defaults."]
+    parts.append(folded(_ALL, json_block(config)))
+    if facts.from_run:
+        return [*parts, "In a Trainer:", fenced(_callback(config), "python")]
+    several = len(facts.record.iterations) > 1
+    command = None if in_training else _command(facts, None if several else given.base_of(facts))
+    title = "The last pruning, of the model that the one before it left:" if several else "Without a Trainer:"
+    return [*parts, title, fenced(command, "bash")] if command else parts
+
+
+def _known_settings(config: Mapping[str, Any], in_training: bool) -> dict[str, Any]:
+    """The settings that this package knows; those of a record of another kind as far as their names are known."""
     try:
-        return MPruneConfig.from_dict(config).to_dict()
+        found = MPruneConfig.from_dict(config).to_dict()
     except (TypeError, ValueError):
-        return dict(config)
+        names = [spec.name for spec in dataclasses.fields(MPruneConfig)]
+        found = {name: config[name] for name in names if name in config}
+    return _of_use(MPruneConfig, found, in_training)
 
 
-def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+def _of_use(settings: type[Settings], config: Mapping[str, Any], in_training: bool) -> dict[str, Any]:
+    for_trainers = {spec.name for spec in dataclasses.fields(settings) if spec.metadata.get("trainer")}
+    return {key: value for key, value in config.items() if in_training or key not in for_trainers}
+
+
+def _given(settings: type[Settings], config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that are not the defaults."""
-    defaults = {spec.name: spec.default for spec in dataclasses.fields(MPruneConfig)}
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(settings)}
     return {key: value for key, value in config.items() if value not in (defaults.get(key), None, [], ())}
 
 
 def _callback(config: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key}={_python(value)}" for key, value in _given(config).items())
+    settings = ", ".join(f"{key}={_python(value)}" for key, value in _given(MPruneConfig, config).items())
     return f"from deeparc_hf import MPruneCallback\n\ncallback = MPruneCallback({settings})"
 
 
 def _python(value: Any) -> str:
-    """A value of JSON types as Python writes it."""
+    """A value of JSON types as Python writes it; texts are shortened."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_python(key)}: {_python(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_python, value)) + "]"
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    return json.dumps(plain(value)) if isinstance(value, str) else repr(value)
 
 
 def _command(facts: CardFacts, base: str | None) -> str | None:
-    """The command line that removes these blocks; None where a Trainer removed them, or the settings are not this package's."""
+    """The command line that removes these blocks; None where the settings are not this package's."""
     last = facts.record.iterations[-1] if facts.record.iterations else {}
-    if not {"similarity", "calibration_samples"} <= set(last.get("settings") or {}) or {"stages", "metrics"} & set(last):
+    if not {"similarity", "calibration_samples"} <= set(last.get("settings") or {}):
         return None
     try:
-        config = _given(MPruneConfig.from_dict(last["settings"]).to_dict())
+        config = _given(MPruneConfig, _of_use(MPruneConfig, MPruneConfig.from_dict(last["settings"]).to_dict(), in_training=False))
     except (TypeError, ValueError):
         return None
-    for_trainers = {spec.name for spec in dataclasses.fields(MPruneConfig) if spec.metadata.get("trainer")}
     words = ["deeparc", "prune", base or "MODEL", "--data", "TRAINING_DATA"]
     for key, value in config.items():
         option = f"--{key.replace('_', '-')}"
-        if key in for_trainers:
-            continue
         if isinstance(value, Mapping):
             words += [word for name, count in value.items() for word in (option, f"{name}={count}")]
         elif isinstance(value, (list, tuple)):
@@ -277,9 +303,11 @@ def made(facts: CardFacts, given: Given) -> str:
         if data:
             rows = f", {data['rows']:,} rows" if "rows" in data else ""
             commit = f", commit {code(data['revision'])}" if "revision" in data else ""
-            name = data_text(data) if "id" in data else "not named"
-            lines.append(f"{use.capitalize()} data: {name}{rows}{commit}{_licence(given, 'datasets/' + str(data.get('id')))}")
-    named = {data.get("id") for data in facts.data.values()}
+            known = given.name_of(facts, data)
+            parts = [linked(known, "datasets/") if known else "not named", *(md(data[key]) for key in ("config", "split") if key in data)]
+            told = "" if known is None or "id" in data else " (as told by who published this)"
+            lines.append(f"{use.capitalize()} data: {', '.join(parts)}{told}{rows}{commit}{_licence(given, f'datasets/{known}')}")
+    named = {given.name_of(facts, data) for data in facts.data.values() if data}
     lines += [
         f"Data: {linked(name, 'datasets/')}{_licence(given, f'datasets/{name}')}" for name in given.datasets_of(facts) if name not in named
     ]
@@ -300,7 +328,7 @@ def citations(facts: CardFacts) -> str:
     """The papers behind what was done."""
     config = facts.config or {}
     keys = []
-    if facts.removed:
+    if facts.removed and compared(facts):
         keys.append("mpruner")
         metric = str(config.get("similarity", ""))
         keys.append("cka" if metric.startswith("cka") else metric)
@@ -308,4 +336,4 @@ def citations(facts: CardFacts) -> str:
     if facts.sparsity is not None:
         keys.append(facts.sparsity.config.method)
     lines = [f"- {_CITED[key]}" for key in keys if key in _CITED]
-    return "\n".join(lines) or "None: nothing was removed or zeroed."
+    return "\n".join(lines) or "None: no published method was used."

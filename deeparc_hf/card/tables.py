@@ -1,89 +1,119 @@
-"""The tables and drawings of a card, as Markdown. What was not measured is "-"; a table of nothing is None."""
+"""The tables of a card, as Markdown. What was not measured is "-"; a table of nothing is None."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from ..plan import PruningPlan, StackPlan
-from ..record import PrunedConfig
-from ..report import wilson_interval
-from ..run_report import stages_table
+from ..report import threshold_text
+from ..run_report import STAGES
 from ..sparsity_report import sparsity_table
 from .facts import CardFacts
-from .reading import Attempt, Evaluation
-from .text import code, fenced, linked, md, plain, table
+from .metadata import Given
+from .reading import Attempt, Evaluation, bare
+from .text import code, linked, md, table
 
-__all__ = ["evaluation_table", "iterations_table", "main_metric", "similarity_tables", "sparsity_section", "steps_table", "strip"]
+__all__ = [
+    "data_text",
+    "epochs_table",
+    "evaluation_table",
+    "iteration_rows",
+    "iterations_table",
+    "main_metric",
+    "settings_table",
+    "sparsity_section",
+    "steps_data",
+    "steps_table",
+    "with_interval",
+]
 
-_EPOCHS, _FIRST = 6, 3  # columns at most; of longer runs the first ones, and the last value
-_WHOLE = 20  # longest stack whose matrix is shown whole
-_PER_GROUP = 10
+_EPOCHS, _FIRST = 6, 4  # columns at most; of longer runs the first ones, and the last value
 
 
 def main_metric(facts: CardFacts) -> str:
     """The metric of the run's gate, else an accuracy, else the first one that is no loss, else the loss."""
-    asked = (facts.summary.get("metric") or "").removeprefix("eval_")
+    asked = bare(facts.summary.get("metric") or "")
     if asked:
         return asked
     inside = [e.metrics for a in facts.attempts for _, e in a.evaluations]
     evaluations = inside or [e.metrics for e in facts.final]  # the table is of those in the training
-    names = list(dict.fromkeys(key.removeprefix("eval_") for metrics in evaluations for key in metrics))
+    names = list(dict.fromkeys(bare(key) for metrics in evaluations for key in metrics))
     return next((n for n in names if n.endswith("accuracy")), next((n for n in names if not n.endswith("loss")), "loss"))
 
 
 def iterations_table(facts: CardFacts) -> str | None:
-    """A row for the model before, and for each pruning: the metric at the end of each epoch, blocks, parameters, times, frozen blocks."""
+    """A row for the model before, and for each pruning that was tried: what it left, and what it cost. Seven columns at most."""
     metric = main_metric(facts)
-    one = not facts.continued  # of several trainings the last value of each is shown
-    attempts = [row for attempt in facts.attempts for row in _by_weights(attempt) if one or row.k is not None or row.evaluations]
+    attempts = iteration_rows(facts)
     if not attempts:
         return None
-    by_epoch = [_by_epoch(attempt, metric) for attempt in attempts]
-    epochs = sorted({epoch for values in by_epoch for epoch in values}) if facts.from_run and one else []
-    long = len(epochs) > _EPOCHS
-    epochs = epochs[:_FIRST] if long else epochs
-    measured = any(by_epoch)
-    titles = [f"{md(metric)}, epoch {epoch}" for epoch in epochs] if epochs else [md(metric)]
-    titles += [f"{md(metric)}, last epoch"] if long else []
-    header = [
-        "model",
-        *([*titles, "change"] if measured else []),
-        "blocks",
-        "parameters",
-        "evaluation time (s)",
-        "training time (s)",
-        "freeze",
-        "k",
-        "threshold",
-        "verdict",
-    ]
+    last = [next(reversed(_by_epoch(attempt, metric).values()), None) for attempt in attempts]
+    measured = any(value is not None for value in last)
+    verdicts = any(attempt.decision for attempt in attempts)
+    if len(attempts) == 1 and not measured and not verdicts:
+        return None  # all that it would say stands above
+    timed = any(attempt.training_seconds for attempt in attempts)
+    header = ["model", "blocks", "parameters", *([md(metric), "change"] if measured else []), *(["training (s)"] if timed else [])]
+    header += ["verdict"] if verdicts else []
     rows: list[list[str]] = []
     first = None  # the last value before any pruning
-    for attempt, values in zip(attempts, by_epoch, strict=True):
-        seconds = next((e.seconds for _, e in reversed(attempt.evaluations) if e.seconds is not None), None)
-        last = next(reversed(values.values()), None)
-        first = last if first is None and attempt.k is None else first  # of the model before any pruning, as it was
-        shown = [values.get(epoch) for epoch in epochs] if epochs else [last]
-        shown += [last] if long else []
-        change = "-" if None in (first, last) or attempt.k is None else f"{last - first:+.4f}"
+    for attempt, value in zip(attempts, last, strict=True):
+        first = value if first is None and attempt.k is None else first
+        change = "-" if None in (first, value) or attempt.k is None else f"{value - first:+.4f}"  # type: ignore[operator]
         rows.append(
             [
                 md(attempt.name),
-                *([*map(_number, shown), change] if measured else []),
                 " + ".join(map(str, attempt.blocks.values())) or "-",
                 "-" if attempt.parameters is None else f"{attempt.parameters:,}",
-                "-" if seconds is None else f"{seconds:,.2f}",
-                "-" if not attempt.training_seconds else f"{attempt.training_seconds:,.1f}",
-                str(attempt.frozen),
-                "-" if attempt.k is None else str(attempt.k),
-                " ".join(f"{value:.4f}" for value in attempt.thresholds) or "-",
-                md(attempt.decision or "-"),
+                *([_number(value), change] if measured else []),
+                *(["-" if not attempt.training_seconds else f"{attempt.training_seconds:,.1f}"] if timed else []),
+                *([md(attempt.decision or "-")] if verdicts else []),
             ]
         )
-    return table(header, rows, left=(0, len(header) - 1))
+    return table(header, rows, left=(0, len(header) - 1) if verdicts else (0,))
+
+
+def iteration_rows(facts: CardFacts) -> list[Attempt]:
+    """The rows of the table of iterations. Of several trainings, those in which something was measured or removed."""
+    one = not facts.continued
+    return [row for attempt in facts.attempts for row in _by_weights(attempt) if one or row.k is not None or row.evaluations]
+
+
+def epochs_table(facts: CardFacts) -> str | None:
+    """The main metric after each epoch of a training; of long trainings after the first ones, and the last."""
+    metric, attempts = main_metric(facts), iteration_rows(facts)
+    by_epoch = [_by_epoch(attempt, metric) for attempt in attempts]
+    epochs = sorted({epoch for values in by_epoch for epoch in values})
+    if not facts.from_run or facts.continued or len(epochs) < 2:
+        return None
+    long = len(epochs) > _EPOCHS
+    epochs = epochs[:_FIRST] if long else epochs
+    header = ["model", *(f"epoch {epoch}" for epoch in epochs), *(["last epoch"] if long else [])]
+    rows = []
+    for attempt, values in zip(attempts, by_epoch, strict=True):
+        last = [next(reversed(values.values()), None)] if long else []
+        rows.append([md(attempt.name), *map(_number, [values.get(epoch) for epoch in epochs] + last)])
+    return f"{md(metric)} after each epoch, counted from each pruning on:\n\n{table(header, rows)}"
+
+
+def settings_table(facts: CardFacts) -> str | None:
+    """Stride, threshold, frozen blocks and time of an evaluation, for each row of the table of iterations."""
+    attempts = iteration_rows(facts)
+    rows = []
+    for attempt in attempts:
+        seconds = next((e.seconds for _, e in reversed(attempt.evaluations) if e.seconds is not None), None)
+        thresholds = " ".join(map(threshold_text, attempt.thresholds)) or "-"
+        cells = [
+            "-" if attempt.k is None else str(attempt.k),
+            thresholds,
+            str(attempt.frozen),
+            "-" if seconds is None else f"{seconds:,.2f}",
+        ]
+        rows.append([md(attempt.name), *cells])
+    header = ["model", "k", "threshold", "frozen blocks", "evaluation (s)"]
+    return table(header, rows) if any(set(row[1:]) - {"-", "0"} for row in rows) else None
 
 
 def _by_weights(attempt: Attempt) -> list[Attempt]:
@@ -108,94 +138,71 @@ def _by_epoch(attempt: Attempt, metric: str) -> dict[int, float]:
     return found
 
 
-def steps_table(facts: CardFacts) -> str | None:
-    """The loss and the share of right answers before, right after the removal, after healing and after the retraining."""
-    rows = [{"name": md(a.name), "k": a.k, "stages": a.stages} for a in facts.attempts if a.k is not None and a.stages]
-    return stages_table(rows)
+def steps_table(facts: CardFacts) -> tuple[str | None, str | None]:
+    """What each step of each pruning did: the share of right answers, where answers are classes; and the loss."""
+    rows = [attempt for attempt in facts.attempts if attempt.k is not None and attempt.stages]
+    if not rows:
+        return None, None
+    right = any(found["accuracy"] is not None for attempt in rows for found in attempt.stages.values())
+    steps = [stage for stage in STAGES if any(stage in attempt.stages for attempt in rows)]
+    header = ["model", *(STAGES[stage] for stage in steps)]
+    shares = table(header, [[md(a.name), *(_share(a.stages.get(stage)) for stage in steps)] for a in rows]) if right else None
+    return shares, table(header, [[md(a.name), *(_loss(a.stages.get(stage)) for stage in steps)] for a in rows])
 
 
-def evaluation_table(final: Sequence[Evaluation]) -> str | None:
-    """Every metric of the model as it is, and of the one before where it is known; accuracies have a Wilson interval where n is known."""
+def steps_data(facts: CardFacts) -> str:
+    """What the steps were measured on: the same samples within a row."""
+    found = {(a.stages[stage]["samples"], a.stages[stage]["data"]) for a in facts.attempts if a.k is not None for stage in a.stages}
+    return "; ".join(f"{samples:,} samples of {data}" for samples, data in sorted(found))
+
+
+def _share(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["accuracy"] is None:
+        return "-"
+    low, high = (100 * bound for bound in found["accuracy_interval"])
+    return f"{100 * found['accuracy']:.1f} % ({low:.1f} .. {high:.1f})"
+
+
+def _loss(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    return f"{found['loss']:.4f}" + ("" if found["loss_interval"] is None else " ({:.4f} .. {:.4f})".format(*found["loss_interval"]))
+
+
+def evaluation_table(facts: CardFacts, given: Given) -> str | None:
+    """Every metric of the model as it is, and of the original where it is known."""
     rows = []
-    compared = any(evaluation.before for evaluation in final)
-    keys = {key for evaluation in final for key in evaluation.metrics}
-    for evaluation in final:
+    compared = any(evaluation.before for evaluation in facts.final)
+    for evaluation in facts.final:
         n = evaluation.data.get("rows")
         for key, value in evaluation.metrics.items():
-            name = key.removeprefix("eval_")
-            interval = _interval(evaluation.intervals.get(key))
-            if interval == "-" and name in ("accuracy", "test_accuracy") and n and 0 <= value <= 1:  # others may be no shares of the rows
-                low, high = wilson_interval(round(value * n), n)
-                interval = _interval((low, high))
-            before = [_number(evaluation.before.get(key)), _interval(evaluation.before_intervals.get(key))] if compared else []
-            validation = evaluation.judged or (key != name and f"test_{name}" in keys)
-            shown = f"{md(name)} (validation data)" if validation else md(name)
-            rows.append([shown, *before, _number(value), interval, f"{n:,}" if n else "-", data_text(evaluation.data)])
-    titles = ["before", "95 % interval", "this model"] if compared else ["value"]
-    header = ["metric", *titles, "95 % interval", "n", "data"]
+            original = [with_interval(evaluation.before.get(key), evaluation.interval_before(key))] if compared else []
+            data = data_text(facts, given, evaluation, key)
+            rows.append([md(bare(key)), *original, with_interval(value, evaluation.interval_of(key)), f"{n:,}" if n else "-", data])
+    header = ["metric", *(["original"] if compared else []), "this model", "n", "data"]
     return table(header, rows, left=(0, len(header) - 1)) if rows else None
 
 
-def _interval(bounds: tuple[float, float] | None) -> str:
-    return "-" if bounds is None else f"{_number(bounds[0])} .. {_number(bounds[1])}"
+def with_interval(value: float | None, bounds: tuple[float, float] | None) -> str:
+    """A figure with its interval."""
+    return _number(value) + ("" if bounds is None or value is None else f" ({_number(bounds[0])} .. {_number(bounds[1])})")
 
 
-def data_text(data: Mapping[str, Any]) -> str:
-    """A data set in a few words."""
-    if "id" not in data:
-        return "not named"
-    more = [f"{key} {md(data[key])}" for key in ("config", "split") if key in data]
-    return ", ".join([linked(data["id"], "datasets/"), *more])
+def data_text(facts: CardFacts, given: Given, evaluation: Evaluation, key: str) -> str:
+    """The data of a figure in a few words: its name, its configuration, its split."""
+    name = given.name_of(facts, evaluation.data)
+    parts = [linked(name, "datasets/") if name else "data not named"]
+    parts += [md(evaluation.data["config"])] if "config" in evaluation.data else []
+    split = evaluation.split_of(key)
+    return ", ".join([*parts, md(split) if split else "split not noted"])
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.4f}" if abs(value) < 1e6 else f"{value:.4g}"
-
-
-def strip(record: PrunedConfig) -> str:
-    """A line for each stack with a mark for each original block, in groups of ten, and what the marks mean."""
-    gone: dict[str, dict[int, int]] = {}
-    for number, entry in enumerate(record.iterations, 1):
-        for name, blocks in (entry.get("removed") or {}).items():
-            gone.setdefault(name, {}).update(dict.fromkeys(blocks, number))
-    names = {name: plain(name, 60) for name in record.stacks}
-    width = max(map(len, names.values()), default=0)
-    several = len(record.iterations) > 1
-    lines, stay = [], False
-    for name, stack in record.stacks.items():
-        kept, frozen = set(stack.kept), {stack.kept[i] for i in record.frozen.get(name, ())}
-        marks = ["*" if i in frozen else "#" if i in kept else _gone_mark(gone.get(name, {}).get(i), several) for i in range(stack.length)]
-        stay = stay or bool(frozen)
-        groups = " ".join("".join(marks[i : i + _PER_GROUP]) for i in range(0, len(marks), _PER_GROUP))
-        lines.append(f"{names[name].ljust(width)}  {groups}  {len(kept)} of {stack.length} stay")
-    legend = ["# kept", *(["* kept, and frozen in the last retraining"] if stay else [])]
-    legend.append("1 to 9 removed, in which pruning (+: a later one)" if several else ". removed")
-    return fenced("\n".join([*lines, "", ", ".join(legend)]), "text")
-
-
-def _gone_mark(iteration: int | None, several: bool) -> str:
-    if not several or iteration is None:
-        return "."
-    return str(iteration) if iteration < 10 else "+"
-
-
-def similarity_tables(plan: PruningPlan) -> str:
-    """The similarities of the last pruning as numbers: whole matrices of short stacks, neighbours of long ones."""
-    return "\n\n".join(_similarity(name, stack) for name, stack in plan.stacks.items() if len(stack) > 1)
-
-
-def _similarity(name: str, stack: StackPlan) -> str:
-    labels = [f"{index} (removed)" if index in stack.removed else str(index) for index in range(len(stack))]
-    title = f"{code(name)} (threshold {stack.threshold:.4f})"
-    if len(stack) > _WHOLE:
-        rows = [[labels[i], labels[i + 1], _similar(stack.similarity[i][i + 1])] for i in range(len(stack) - 1)]
-        return f"{title}, of neighbours:\n\n{table(['block', 'next block', 'similarity'], rows, left=(0, 1))}"
-    rows = [[labels[i], *map(_similar, row)] for i, row in enumerate(stack.similarity)]
-    return f"{title}:\n\n{table(['block', *map(str, range(len(stack)))], rows)}"
-
-
-def _similar(value: float) -> str:
-    return f"{value:.3f}"
+    """A figure in as many digits as one reads."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    return f"{value:.4g}" if size >= 1e6 else f"{value:,.4f}" if size < 10 else f"{value:,.2f}" if size < 1000 else f"{value:,.1f}"
 
 
 def sparsity_section(facts: CardFacts) -> str | None:

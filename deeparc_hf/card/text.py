@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["code", "fenced", "json_block", "linked", "md", "plain", "table"]
+from ..plain_text import LIMIT, plain
 
-LIMIT = 200
-# control, format (bidirectional overrides too), surrogate, line and paragraph separators
-_INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+__all__ = ["code", "fenced", "folded", "json_block", "linked", "md", "plain", "shared", "table"]
+
+_ENTRIES, _DEPTH = 64, 6  # of data that is shown as JSON
+
 # an underscore within a word is no markup
 _PUNCTUATION = re.compile(r"([\\`*{}\[\]()#+!|<>~&$:@^=-]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 _ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
-
-
-def plain(value: Any, limit: int = LIMIT) -> str:
-    """One line of visible text, of limited length."""
-    shown = "".join(" " if unicodedata.category(sign) in _INVISIBLE else sign for sign in str(value)[: 4 * limit])
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
 
 
 def md(value: Any, limit: int = LIMIT) -> str:
@@ -60,8 +53,21 @@ def fenced(text: str, language: str = "") -> str:
 
 
 def json_block(data: Any) -> str:
-    """Data as a block of JSON, ASCII only."""
-    return fenced(json.dumps(data, indent=2), "json")
+    """Data as a block of JSON, ASCII only; what is long in it is shortened."""
+    return fenced(json.dumps(_short(data, _DEPTH), indent=2), "json")
+
+
+def _short(data: Any, depth: int) -> Any:
+    if isinstance(data, Mapping) and depth:
+        return {plain(key, 60): _short(value, depth - 1) for key, value in list(data.items())[:_ENTRIES]}
+    if isinstance(data, (list, tuple)) and depth:
+        return [_short(value, depth - 1) for value in data[:_ENTRIES]]
+    return data if data is None or isinstance(data, (bool, float)) or (isinstance(data, int) and abs(data) < 2**63) else plain(data)
+
+
+def folded(title: str, text: str) -> str:
+    """A part that opens at a click; its title is ours."""
+    return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DeepArcWarning
 from ..interrupts import work_begins
+from ..plain_text import plain_lines
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +37,7 @@ __all__ = [
     "whole_folder",
 ]
 
+_LONGEST_LINE = 4000
 PLAN_FILE = "pruning_plan.json"
 SPARSITY_FILE = "sparsity_report.json"
 # what --overwrite may replace: a checkpoint's files and the findings, never a folder of a training run
@@ -45,17 +47,15 @@ _OWN_FILE = re.compile(
 
 
 def say(message: str) -> None:
-    """A line on stderr."""
-    print(message, file=sys.stderr)
+    """A line on stderr, as visible text: a message may quote what was downloaded."""
+    print(plain_lines(message, _LONGEST_LINE), file=sys.stderr)
 
 
-def refuse_bad_record(frame: nn.Module) -> None:
-    """Refuse a malformed record before the weights are read."""
-    from ..architectures import describe
-    from ..record import PrunedConfig
+def refuse_bad_record(frame: nn.Module, prunings: int = 0) -> None:
+    """Refuse a malformed record, or one without room for more prunings, before the weights are read."""
+    from ..record import check_record
 
-    if describe(frame)[0].record() is not None:
-        PrunedConfig.from_model(frame)
+    check_record(frame, prunings)
 
 
 def batches_of(args: argparse.Namespace, source: ModelSource, frame: nn.Module, samples: int, seed: int) -> tuple[Any, Any]:

@@ -87,7 +87,7 @@ def _prune(args: argparse.Namespace) -> int:
     # what can be refused is refused before the weights are read
     source = find_source(args.model)
     frame = skeleton(source, args.auto_class)
-    refuse_bad_record(frame)
+    refuse_bad_record(frame, 1)
     device = device_of(args.device)
     batches, processor = batches_of(args, source, frame, config.calibration_samples, config.seed)
     model = load_model(source, args.auto_class).to(device)
@@ -138,7 +138,8 @@ def _write_findings(
     folder: Path, plan: PruningPlan, args: argparse.Namespace, before: int, after: int, device: Any, healings: Sequence[Healing]
 ) -> None:
     """The plan, the report, and the heatmap where matplotlib is installed."""
-    from ..report import Measurement, save_heatmap, write_report
+    from ..heatmap import save_heatmap
+    from ..report import Measurement, write_report
 
     thresholds = {stack.threshold for stack in plan.stacks.values()}
     rows = [

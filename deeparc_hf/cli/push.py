@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DeepArcError
 from .options import card_options, given_card
 
 __all__ = ["add"]
@@ -18,7 +18,8 @@ def add(commands: Any, argv: Sequence[str]) -> None:
         "push",
         help="publish a checkpoint on the Hub, with its card",
         description="Publish the checkpoint in a folder on the Hub: weights, config, tokenizer, reports and a model card made of them, in "
-        "one commit. A README.md that somebody wrote or edited goes along as it is. Log in first: hf auth login.",
+        "one commit. A README.md that somebody wrote or edited stays, unless --overwrite is given. Log in first: hf auth login, or set "
+        "HF_TOKEN.",
     )
     parser.set_defaults(run=_push)
     parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
@@ -26,6 +27,7 @@ def add(commands: Any, argv: Sequence[str]) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private, if it is made")
     parser.add_argument("--revision", help="branch to commit to, made if there is none; default: main")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that somebody wrote or edited, here or on the Hub")
     parser.add_argument("--message", help="title of the commit")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     card_options(parser)
@@ -33,19 +35,21 @@ def add(commands: Any, argv: Sequence[str]) -> None:
 
 def _push(args: argparse.Namespace) -> int:
     from ..hub import push_to_hub
-    from ..hub_errors import is_connection_error
+    from ..hub_errors import notes_of
 
     settings = {"private": args.private, "revision": args.revision, "create_pr": args.create_pr, "commit_message": args.message}
+    settings["overwrite"] = args.overwrite
     try:
         done = push_to_hub(args.path, args.repo_id, **settings, **given_card(args))
+    except DeepArcError:
+        raise
     except ValueError as error:  # a name or metadata that the Hub would not take
         raise ConfigError(str(error)) from error
     except Exception as error:
-        if not is_connection_error(error):
+        if isinstance(error, (DeepArcError, OSError)) or not notes_of(error):
             raise
-        raise ConnectionError(
-            f"{error}. {' '.join(getattr(error, '__notes__', ()))} Nothing was committed; the local files are as they were."
-        ) from error
+        said = str(error).rstrip(".") or type(error).__name__
+        raise ConnectionError(f"{said}. {notes_of(error)} Nothing was committed; the local files are as they were.") from error
     if done is not None:
         print(done.pr_url or done.commit_url)
     return 0

@@ -40,7 +40,8 @@ def test_a_card_is_what_is_made_of_its_sources(name, tmp_path):
     assert made_by_us(kept)
     assert judge(kept).errors == [] and judge(kept).warnings == []
     check_harmless(kept)
-    assert (folder / "similarity.png").is_file() and (CARDS / name / "similarity.png").is_file()
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {path.name for path in (CARDS / name).glob("*.png")} == {"similarity.png", "quality.png"}
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -62,13 +63,13 @@ def test_what_is_kept_is_of_the_weights_that_are_there(tmp_path):
     entry = {"metrics": {"test_bleu": 0.25}, "data": {"rows": 30}, "weights": mark_of_model(model)}
     (tmp_path / "run" / "model" / "evaluations.json").write_text(json.dumps({"evaluations": [entry], "speed": None}))
     keep(tmp_path / "run" / "model", tmp_path / "kept", dataset_tags="org/data")
-    assert "test_bleu" in (tmp_path / "kept" / "README.md").read_text("utf-8")
+    assert "| bleu |" in (tmp_path / "kept" / "README.md").read_text("utf-8")
     assert not list((tmp_path / "kept").glob("*.safetensors"))
     with torch.no_grad():
         model.classifier.weight.add_(1.0)
     save_pruned(model, tmp_path / "run" / "model")
     keep(tmp_path / "run" / "model", tmp_path / "other")
-    assert "test_bleu" not in (tmp_path / "other" / "README.md").read_text("utf-8")
+    assert "| bleu |" not in (tmp_path / "other" / "README.md").read_text("utf-8")
     assert not (tmp_path / "other" / "evaluations.json").exists()
     with pytest.raises(FileExistsError, match="is there already"):
         keep(tmp_path / "run" / "model", tmp_path / "other")

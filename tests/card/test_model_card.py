@@ -26,12 +26,28 @@ from ..publishing import image_of, tiny_tokenizer, trained
 from ..zoo import ZOO
 
 RENDERER = MarkdownIt("commonmark").enable("table")
-OUR_HTML = re.compile(r"<summary>The numbers</summary>|</?details>|<!-- deeparc_hf [0-9a-f]{64} -->|\s")
+OUR_HTML = re.compile(
+    r"<summary>(The numbers|The loss|Epochs, settings and times|All settings)</summary>|</?details>|<!-- deeparc_hf [0-9a-f]{64} -->|\s"
+)
 
 
 def section(card, title):
     found = re.search(rf"\n## {title}\n(.*?)(?=\n## |\n<!-- )", str(card), re.DOTALL)
     return None if found is None else found.group(1).strip()
+
+
+def tables_in(text):
+    """The cells of each Markdown table, without the line of dashes."""
+    found = re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)
+    rows = [[[cell.strip() for cell in line.strip("|").split("|")] for line in part.strip().splitlines()] for part in found]
+    return [[head, *body] for head, _, *body in rows]
+
+
+def first_screen(card):
+    """What stands before "Use it": the table by its first column, and the rest."""
+    top = str(card).split("\n# ", 1)[1].split("\n## ", 1)[0]
+    (cells,) = tables_in(top)
+    return {row[0].split(" (")[0]: row[1:] for row in cells[1:]}, top
 
 
 def copied(folder, target, *left_out):
@@ -48,7 +64,7 @@ def check_harmless(card):
             if part.type == "link_open":
                 assert part.attrs["href"].startswith(("https://huggingface.co/", "https://arxiv.org/abs/"))
             if part.type == "image":
-                assert part.attrs["src"] == "similarity.png"
+                assert part.attrs["src"] in ("similarity.png", "quality.png")
 
 
 # ---- what a card tells ----
@@ -70,19 +86,22 @@ def test_the_card_of_a_trainer_tells_the_whole_run(run, tmp_path):
             assert f"{found['loss']:.4f} ({found['loss_interval'][0]:.4f} .. {found['loss_interval'][1]:.4f})" in section(
                 card, "What each step did"
             )
-    rows = [line for line in section(card, "Iterations").splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["before pruning", "pruning 1", "pruning 2", "pruning 2, weights zeroed"]
-    assert all(column in rows[0] for column in ("epoch 1", "epoch 2", "blocks", "parameters", "evaluation time (s)", "freeze", "change"))
+    first, *tables = tables_in(section(card, "Iterations"))
+    assert [row[0] for row in first[1:]] == ["before pruning", "pruning 1", "pruning 2", "pruning 2, weights zeroed"]
+    assert first[0] == ["model", "blocks", "parameters", "accuracy", "change", "training (s)", "verdict"]
+    assert ["model", "epoch 1", "epoch 2"] in [rows[0] for rows in tables]
+    assert ["model", "k", "threshold", "frozen blocks", "evaluation (s)"] in [rows[0] for rows in tables]
     assert "CPU" in section(card, "Iterations") and "8 samples a batch" in section(card, "Iterations")
     final = report["final"][0]["metrics"]
-    assert f"| accuracy | {final['eval_accuracy']:.4f} |" in section(card, "Evaluation") and "| 64 |" in section(card, "Evaluation")
-    picture = re.search(r"!\[(.+?)\]\(similarity.png\)", text)
-    assert picture is not None and "similarities from" in picture.group(1)
+    assert f"| accuracy | {final['eval_accuracy']:.4f} (" in section(card, "Evaluation") and "| 64 | data not named, validation |" in text
+    pictures = dict(re.findall(r"!\[(.+?)\]\((\w+).png\)", text))
+    assert {"similarity", "quality"} == set(pictures.values()) and (tmp_path / "quality.png").read_bytes()[:4] == b"\x89PNG"
+    assert "similarities from" in next(iter(pictures)) or "similarities from" in list(pictures)[1]
     assert "% of the" in section(card, "Zeroed weights")
-    settings = json.loads(re.search(r"```json\n(.*?)```", section(card, "How to reproduce it"), re.DOTALL).group(1))
-    assert MPruneConfig.from_dict(settings) == MPruneConfig(
-        num_blocks=[3, 2], start_epoch=1, retrain_epochs=1, heal="lstsq", calibration_samples=32
-    )
+    given, whole = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", section(card, "How to reproduce it"), re.DOTALL)[:2])
+    asked = {"num_blocks": [3, 2], "start_epoch": 1, "retrain_epochs": 1, "heal": "lstsq", "calibration_samples": 32}
+    assert given == {**asked, "iterations": 2} or given == asked
+    assert MPruneConfig.from_dict(whole) == MPruneConfig(**asked)
     check_harmless(card)
 
 
@@ -148,9 +167,10 @@ def test_a_second_training_tells_of_the_first_ones_prunings_too(tmp_path):
     second = trained(
         tmp_path / "b", [MPruneCallback(num_blocks=2, retrain_epochs=1, calibration_samples=32)], model=model, num_train_epochs=1
     )
-    rows = [line.split("|")[1].strip() for line in section(create_model_card(second), "Iterations").splitlines() if line.startswith("| ")]
-    assert rows[2:] == ["pruning 1", "pruning 2"] and "epoch" not in section(create_model_card(second), "Iterations").splitlines()[0]
-    assert section(create_model_card(second), "What each step did").count("| pruning") == 2
+    card = create_model_card(second)
+    iterations, *more = tables_in(section(card, "Iterations"))
+    assert [row[0] for row in iterations[1:]] == ["pruning 1", "pruning 2"] and not any("epoch 1" in rows[0] for rows in more)
+    assert [[row[0] for row in rows[1:]] for rows in tables_in(section(card, "What each step did"))] == [["pruning 1", "pruning 2"]] * 2
 
 
 def test_without_a_trainer(tmp_path):
@@ -216,6 +236,7 @@ def test_code_with_a_tokenizer_or_image_processor_runs(name, tmp_path, monkeypat
 # ---- hostile names and files ----
 
 EVIL = "x](javascript:alert(1)) <script>alert(1)</script> | `code` \n# heading\n--- {{ 7 * 7 }} ![i](http://evil.example/i.png)"
+SEEN = EVIL.replace("\n", " ")  # a record with signs that cannot be seen is refused
 
 
 def test_names_with_markup_in_them_do_no_harm(run, tmp_path):
@@ -223,30 +244,30 @@ def test_names_with_markup_in_them_do_no_harm(run, tmp_path):
     evil = copied(folder, tmp_path / "evil")
     path = evil / "config.json"
     config = json.loads(path.read_text())
-    config["id2label"] = {"0": EVIL, "1": "fine"}
-    config["architectures"] = [EVIL]
+    config["id2label"] = {"0": SEEN, "1": "fine"}
+    config["architectures"] = [SEEN]
     record = config["pruning_config"]
-    record["base_model"] = EVIL[:100]
-    record["base_revision"] = EVIL[:100]
-    record["versions"] = {EVIL[:50]: EVIL[:100]}
+    record["base_model"] = SEEN[:100]
+    record["base_revision"] = SEEN[:100]
+    record["versions"] = {SEEN[:50]: SEEN[:100]}
     for key in ("stacks",):
-        record[key] = {EVIL[:100]: record[key].pop("bert.encoder.layer")}
+        record[key] = {SEEN[:100]: record[key].pop("bert.encoder.layer")}
     for entry in record["iterations"]:
-        entry["removed"] = {EVIL[:100]: entry["removed"].pop("bert.encoder.layer")}
+        entry["removed"] = {SEEN[:100]: entry["removed"].pop("bert.encoder.layer")}
         entry["frozen"] = {}
-        entry["settings"]["similarity"] = EVIL[:60]
-        entry["settings"]["protect"] = [EVIL]
-        entry["metrics"] = {EVIL: 0.5, "eval_accuracy": 0.25}
-        entry["data"] = {"evaluation": {"id": EVIL[:80], "rows": 8, "split": EVIL}}
+        entry["settings"]["similarity"] = SEEN[:60]
+        entry["settings"]["protect"] = [SEEN]
+        entry["metrics"] = {SEEN: 0.5, "eval_accuracy": 0.25}
+        entry["data"] = {"evaluation": {"id": SEEN[:80], "rows": 8, "split": SEEN}}
     record["sparsity"] = None
     path.write_text(json.dumps(config))
     for name in ("pruning_report.json", "sparsity_report.json", "pruning_plan.json"):
         (evil / name).unlink()
-    card = create_model_card(evil, model_name=EVIL, tags=[EVIL], language="en", command=f"```\n{EVIL}\n```", dataset=EVIL)
+    card = create_model_card(evil, model_name=EVIL, language="en", command=f"```\n{EVIL}\n```", dataset=EVIL)
     check_harmless(card)
     assert "49" not in str(card).split("---")[2][:200]  # templates in names are text
     metadata = yaml.safe_load(str(card).split("---\n")[1])
-    assert "base_model" not in metadata and "datasets" not in metadata
+    assert "base_model" not in metadata and "datasets" not in metadata and metadata["tags"] == ["deeparc", "pruned", "depth-pruning"]
     headings = [token for token in RENDERER.parse(card.text) if token.type == "heading_open"]
     assert [token.tag for token in headings][:1] == ["h1"] and [token.tag for token in headings].count("h1") == 1
 
@@ -297,7 +318,6 @@ def test_files_that_are_no_reports_are_refused_by_name(run, tmp_path, file, cont
         (("attempts", 1, "evaluations"), {"a": 1}),
         (("attempts", 1, "stages", "before", "loss"), None),
         (("attempts", 1, "stages", "before", "loss_interval"), [1]),
-        (("attempts", 1, "healing"), [{"stack": "a"}]),
         (("attempts", 1, "epoch"), True),
         (("attempts", 1, "blocks"), {"a": 1.5}),
         (("final",), [3]),
@@ -346,7 +366,8 @@ def test_it_takes_what_the_trainers_own_takes(run, tmp_path):
     assert set(theirs.parameters) - {"self"} <= set(ours.parameters)
     make = partial(create_model_card, trainer, tmp_path / "README.md")
     card = make(model_name="n", language="en", license="mit", tags="t", tasks="text-classification", dataset="D", dataset_args="c")
-    assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"] == {"name": "D", "type": "unknown", "config": "c"}
+    told = {"name": "D", "type": "unknown", "config": "c", "split": "validation"}
+    assert card.data.to_dict()["model-index"][0]["results"][0]["dataset"] == told
     assert card.data.license == "mit" and "t" in card.data.tags
 
 

@@ -17,13 +17,17 @@ from deeparc_hf.fingerprint import mark_of_files, mark_of_model
 from ..publishing import let_go, trained
 from ..trainers import text_data, train
 from ..zoo import ZOO
-from .test_model_card import section
+from .test_model_card import section, tables_in
 
 NONE = "No evaluation that was noted is of the model as it is."
 
 
 def pruning(**settings):
     return MPruneCallback(**{"num_blocks": 3, "retrain_epochs": 1, "calibration_samples": 32, **settings})
+
+
+def split_of(card, metric):
+    return next(result.dataset_split for result in card.data.eval_results if result.metric_type == metric)
 
 
 def metrics_of(card):
@@ -119,8 +123,8 @@ def test_the_best_checkpoint_of_a_sparse_run(tmp_path):
 def test_what_zeroing_did_is_not_put_down_to_the_pruning(tmp_path):
     callbacks = [pruning(start_epoch=1), WandaCallback(sparsity=0.9, start_epoch=2, calibration_samples=32)]
     trainer = trained(tmp_path, callbacks, num_train_epochs=2, save_strategy="no")
-    rows = [line.split("|")[1].strip() for line in section(create_model_card(trainer), "Iterations").splitlines() if line.startswith("| ")]
-    assert rows[2:] == ["before pruning", "pruning 1", "pruning 1, weights zeroed"]
+    rows = tables_in(section(create_model_card(trainer), "Iterations"))[0]
+    assert [row[0] for row in rows[1:]] == ["before pruning", "pruning 1", "pruning 1, weights zeroed"]
 
 
 def test_several_data_sets_keep_their_rows_and_names(tmp_path):
@@ -129,10 +133,9 @@ def test_several_data_sets_keep_their_rows_and_names(tmp_path):
     trainer.evaluate()
     trainer.evaluate(text_data(rows=24), metric_key_prefix="test")
     card = create_model_card(trainer, dataset_tags="dair-ai/emotion")
-    counted = {
-        line.split("|")[1].strip(): line.split("|")[4].strip() for line in section(card, "Evaluation").splitlines() if line[:2] == "| "
-    }
-    assert counted["a_accuracy"] == "64" and counted["b_accuracy"] == "40" and counted["test_accuracy"] == "24"
+    counted = {row[0]: row[-2] for row in tables_in(section(card, "Evaluation"))[0]}
+    assert counted["a_accuracy"] == "64" and counted["b_accuracy"] == "40" and counted["accuracy"] == "24"
+    assert {"accuracy", "loss"} == {result.metric_type for result in card.data.eval_results}  # words that the Hub knows
     assert {result.dataset_type for result in card.data.eval_results} == {"unknown"}  # one name for three sets is none
 
 
@@ -188,25 +191,25 @@ def test_figures_of_an_experiment_are_told_of_its_weights_alone(done, tmp_path):
     file = folder / "evaluations.json"
     file.write_text(json.dumps({"evaluations": [entry], "speed": speed}))
     card = create_model_card(folder)
-    assert metrics_of(card)["test_bleu"] == 0.25 and "test_loss" not in metrics_of(card)
+    assert metrics_of(card)["bleu"] == 0.25 and split_of(card, "bleu") == "test"
     shown = section(card, "Evaluation")
-    assert "| test_bleu | 0.5000 | 0.4000 .. 0.6000 | 0.2500 | 0.2000 .. 0.3000 | 30 |" in shown
-    assert "Before: the model before any pruning" in shown and "optimistic" not in shown
-    assert "0.700 of the time of the model before (0.600 .. 0.800, 5 turns, both models warm in one process); 0.750 of the blocks" in shown
+    assert "| bleu | 0.5000 (0.4000 .. 0.6000) | 0.2500 (0.2000 .. 0.3000) | 30 |" in shown
+    assert "Original: the model before any pruning" in shown and "optimistic" not in shown
+    assert "0.700 of the time of the original (0.600 .. 0.800, 5 turns, both models warm in one process); 0.750 of the blocks" in shown
     file.write_text(json.dumps({"evaluations": [{**entry, "weights": "0" * 32}], "speed": speed}))
     card = create_model_card(folder, overwrite=True)
-    assert "test_bleu" not in metrics_of(card) and "of the time of the model" not in str(card)
+    assert "bleu" not in metrics_of(card) and "of the time of the original" not in str(card)
     file.write_text(json.dumps({"evaluations": [{**entry, "before_blocks": 3, "judged": True}], "speed": None}))
     shown = section(create_model_card(folder, overwrite=True), "Evaluation")
-    assert "Before: the model that this began with, 3 of 4 blocks" in shown and "the figures are optimistic" in shown
-    assert "| test_bleu (validation data) |" in shown
+    assert "Original: the model that this began with, 3 of 4 blocks" in shown and "the figures are optimistic" in shown
+    assert "data not named, validation |" in shown
     live = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder)).to("meta")
     file.write_text(json.dumps({"evaluations": [entry], "speed": speed}))
-    assert "test_bleu" not in metrics_of(create_model_card(live, reports=folder))  # no weights there to know it by
+    assert "bleu" not in metrics_of(create_model_card(live, reports=folder))  # no weights there to know it by
     bare = Path(shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors")))
-    assert metrics_of(create_model_card(bare, overwrite=True))["test_bleu"] == 0.25
+    assert metrics_of(create_model_card(bare, overwrite=True))["bleu"] == 0.25
     (bare / "evaluations.json").write_text(json.dumps({"evaluations": [{**entry, "stacks": {"bert.encoder.layer": 2}}], "speed": speed}))
-    assert "test_bleu" not in metrics_of(create_model_card(bare, overwrite=True))
+    assert "bleu" not in metrics_of(create_model_card(bare, overwrite=True))
     for wrong in (3, [3], [{"metrics": 1}], [{**entry, "intervals": {"a": [1]}}], [{**entry, "intervals": {"a": "12"}}]):
         file.write_text(json.dumps({"evaluations": wrong, "speed": None}))
         with pytest.raises(RecordError, match=r"evaluations\.json"):
@@ -222,5 +225,7 @@ def test_validation_figures_are_no_results_where_there_are_test_figures(tmp_path
     assert metrics_of(create_model_card(trainer)).keys() == {"loss", "accuracy"}
     trainer.evaluate(text_data(rows=24), metric_key_prefix="test")
     card = create_model_card(trainer, overwrite=True)
-    assert metrics_of(card).keys() == {"test_loss", "test_accuracy"}
-    assert "accuracy (validation data)" in section(card, "Evaluation")  # there they are told apart
+    assert metrics_of(card)["accuracy"] != 0 and {split_of(card, name) for name in ("loss", "accuracy")} == {"test"}
+    assert len(card.data.eval_results) == 2
+    splits = {row[-1] for row in tables_in(section(card, "Evaluation"))[0][1:]}  # there they are told apart
+    assert splits == {"data not named, validation", "data not named, test"}
