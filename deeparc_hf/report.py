@@ -31,7 +31,6 @@ __all__ = [
     "blocks_strip",
     "hardware",
     "iteration_table",
-    "threshold_text",
     "timed_evaluation",
     "wilson_interval",
     "write_report",
@@ -192,11 +191,6 @@ def blocks_strip(plan: PruningPlan) -> str:
         lines.append(f"{name.ljust(width)}  {groups}  {len(stack.kept)} of {len(stack)} stay")
     legend = ", ".join(f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in used)
     return "\n".join([*lines, legend])
-
-
-def threshold_text(value: float) -> str:
-    """A threshold in four decimals, or in as many as tell it from 1."""
-    return f"{value:.4f}" if value < 0.9995 else f"{value:.8f}".rstrip("0")
 
 
 def hardware(device: torch.device | str | None = None) -> dict[str, Any]:
