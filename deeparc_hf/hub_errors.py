@@ -55,14 +55,14 @@ def is_connection_error(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
 
 
-def no_answer(repo_id: str, file: str, revision: str | None = None) -> Exception | None:
+def no_answer(repo_id: str, file: str, revision: str | None = None, repo_type: str | None = None) -> Exception | None:
     """Ask the Hub for a file's metadata once, without the libraries' retries, which last for minutes.
 
     Returns:
         What went wrong where no answer came in time (HF_HUB_ETAG_TIMEOUT, 10 s if it is not set); None where one came, whatever it says.
     """
     try:
-        get_hf_file_metadata(hf_hub_url(repo_id, file, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        get_hf_file_metadata(hf_hub_url(repo_id, file, revision=revision, repo_type=repo_type), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
         return error if is_connection_error(error) else None
     return None

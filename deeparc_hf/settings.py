@@ -106,6 +106,8 @@ class Settings:
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{spec.name} must be a finite number, found {value}.")
             if not _fits(value, hints[spec.name]):
                 raise ConfigError(f"{spec.name} must be {_words(hints[spec.name])}, found {quoted(value)} ({type(value).__name__}).")
 

@@ -21,7 +21,7 @@ from .errors import CalibrationError, ConfigError, DeepArcError, MissingDependen
 from .hub_errors import no_answer
 from .plain_text import plain
 
-__all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "skeleton"]
+__all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "silence", "skeleton"]
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,8 @@ def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
 def _config(model: str, revision: str | None = None) -> tuple[dict[str, Any], Path | None]:
     """The config.json, and the folder in the Hub's cache that it lies in, where the Hub does not answer."""
     path, cached = Path(model).expanduser(), None
+    if not model.strip():
+        raise LoadingError("The name of the model is empty. Give a folder, or a Hub id.")
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise UnsupportedModelError(
@@ -179,6 +181,15 @@ def _config(model: str, revision: str | None = None) -> tuple[dict[str, Any], Pa
     return config, cached
 
 
+def silence(error: Exception) -> str:
+    """What to say of something that is not at hand, where the Hub does not answer."""
+    told = plain(error, _LONGEST)
+    return (
+        f"it is not in the cache, and the Hub ({constants.ENDPOINT}) does not answer ({told}). Check the connection, and HF_ENDPOINT if it "
+        "is set"
+    )
+
+
 def _hub_config(model: str, revision: str | None) -> tuple[Path, Path | None]:
     from transformers.utils import cached_file
 
@@ -188,10 +199,7 @@ def _hub_config(model: str, revision: str | None) -> tuple[Path, Path | None]:
             return Path(cached_file(model, "config.json", revision=revision)), None
         found = cached_file(model, "config.json", revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False)
     if found is None:
-        raise LoadingError(
-            f"Cannot load {model}: there is no such folder, it is not in the cache, and the Hub ({constants.ENDPOINT}) does not answer "
-            f"({plain(silent, _LONGEST)}). Check the connection, and HF_ENDPOINT if it is set; or give the folder of a checkpoint."
-        )
+        raise LoadingError(f"Cannot load {model}: there is no such folder, {silence(silent)}; or give the folder of a checkpoint.")
     logger.warning("The Hub (%s) does not answer (%s): %s is taken from the cache.", constants.ENDPOINT, silent, model)
     return Path(found), Path(found).parent
 

@@ -120,6 +120,10 @@ def output_folder(args: argparse.Namespace) -> Path:
                 f"{args.out} holds files but neither {PLAN_FILE} nor {SPARSITY_FILE} as this command writes them: no earlier run wrote it, "
                 "so it is not replaced. Give another folder."
             )
+    parent = next(path for path in out.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        reason = "not to be written to" if parent.is_dir() else "a file"
+        raise ConfigError(f"{args.out} cannot be made: {parent} is {reason}. Give another folder with -o.")
     return out
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from ..run_report import structure_facts, write_whole
 from ..sparsify import sparsify_model
 from .arguments import DataArguments, PruningArguments
 from .at_once import calibration_batches, remove_at_once
-from .results import RESULTS, Measured, Row, Speed, write_evaluations, write_results
+from .results import RESULTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results
 
 __all__ = ["Experiment"]
 
@@ -78,7 +79,7 @@ class Experiment:
     finish: Callable[[list[Row]], None] = lambda rows: None
 
     def run(self) -> list[Row]:
-        """Run it all. The output folder gets results.md and .json, the models, and the card of the last one beside it."""
+        """Run it all. The output folder gets results.md and .json, the models, and the last one's card; its end says where they are."""
         rows = [self._original()]
         for iteration in range(self.pruning.iterations):
             row = self._iteration(iteration, rows[-1], rows[0])
@@ -100,6 +101,7 @@ class Experiment:
             self._publish(last)
             self.finish(rows)
             write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, self.notes)
+            sys.stdout.write(f"\n{whereabouts(self._out, rows, self.data.repo_id if last.folder is not None else None)}\n")
         return rows
 
     def __post_init__(self) -> None:
