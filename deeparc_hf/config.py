@@ -101,6 +101,8 @@ class MPruneConfig(Settings):
         "'partial' trains the kept blocks beside each removal site and freezes the others, and embeddings and stem (a tied head too). "
         "'record' freezes at once what the checkpoint's record says was frozen. Or the blocks to freeze: patterns, as for protect.",
         choices=("none", "partial", "record"),
+        cli="What the checkpoint's record notes as not to be retrained: 'none'; 'partial', all kept blocks but those beside a removal "
+        "site, and embeddings and stem; 'record', what it notes already.",
     )
     similarity: str = setting(
         "cka", "Similarity metric, by its registered name. 'effect' skips each block and compares what the model puts out."
@@ -132,11 +134,15 @@ class MPruneConfig(Settings):
     )
     calibration_samples: int = setting(512, "Number of calibration samples to compare blocks on.")
     protect: tuple[str, ...] = setting(
-        (), "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11', named as when the training begins."
+        (),
+        "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11', named as when the training begins.",
+        cli="Pattern (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11'.",
     )
     min_blocks: int = setting(1, "Fewest blocks that stay in each stack.")
     num_blocks: int | dict[str, int] | tuple[int | dict[str, int], ...] | None = setting(
-        None, "Target: how many blocks stay, over all stacks, or by stack name; a list has one for each iteration. The threshold is found."
+        None,
+        "Target: how many blocks stay, over all stacks, or by stack name; a list has one for each iteration. The threshold is found.",
+        cli="Target: how many blocks stay, over all stacks (N) or in one of them (STACK=N). The threshold is found.",
     )
     keep_ratio: float | None = setting(None, "Target: the share of all blocks that stays, in (0, 1]; the threshold is then found.")
     seed: int = setting(0, "Seed of the choice of calibration samples from a data set.")
@@ -250,14 +256,19 @@ class WandaConfig(Settings):
 
     sparsity: float = setting(0.5, "Share of the inputs of each output row that is zeroed, in [0, 1): int(inputs * sparsity) of them.")
     pattern: str | None = setting(
-        None, "N:M pattern: of each M consecutive inputs N stay; it stands for sparsity, which is one half then.", choices=("2:4", "4:8")
+        None,
+        "N:M pattern: of each M consecutive inputs N stay; it stands for sparsity, which is one half then.",
+        choices=("2:4", "4:8"),
+        cli="N:M pattern: of each M consecutive inputs N stay, half of them; in the place of --sparsity.",
     )
     method: str = setting("wanda", "Sparsity method, by its registered name.")
     sequential: bool = setting(
         True, "Choose the zeros of each block on what the sparsified blocks before it put out; otherwise one pass of the dense model."
     )
     targets: tuple[str, ...] | None = setting(
-        None, "Patterns (fnmatch) of module paths of the linear maps to sparsify, e.g. '*.attention.*'; default: all of every block."
+        None,
+        "Patterns (fnmatch) of module paths of the linear maps to sparsify, e.g. '*.attention.*'; default: all of every block.",
+        cli="Pattern (fnmatch) of module paths of the linear maps to sparsify, e.g. '*.attention.*'; default: all of every block.",
     )
     calibration_samples: int = setting(128, "Number of calibration samples to measure the inputs on.")
     start_epoch: int = setting(0, "Epochs of training before the weights are zeroed; 0 zeroes them at once.", trainer=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import torch
 from torch import nn
 
 from .architectures import describe
-from .errors import CalibrationError, MissingDependencyError, UnsupportedModelError
-from .sources import LoadingError, ModelSource, loading
+from .errors import CalibrationError, CalibrationWarning, MissingDependencyError, UnsupportedModelError
+from .hub_errors import no_answer
+from .plain_text import plain
+from .sources import LoadingError, ModelSource, loading, silence
 
 __all__ = ["Batches", "Columns", "load_rows", "make_batches"]
 
@@ -57,6 +61,11 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.rows) // self.size)
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of one pass, for progress bars."""
+        return len(self.rows)
+
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(self.rows), self.size):
             yield self.collate(self.rows[start : start + self.size])
@@ -75,19 +84,23 @@ def load_rows(data: str, split: str | None = None, subset: str | None = None) ->
 
     Raises:
         LoadingError: if it cannot be loaded, or has no such split.
-        MissingDependencyError: if datasets is not installed.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError('Reading calibration data needs datasets: pip install "deeparc_hf[cli]".') from error
+    import datasets  # takes seconds
+
     path = Path(data).expanduser()
     suffix = path.suffix.lower()
     if not path.exists() and (suffix in _FORMATS or data.startswith(("/", ".", "~")) or data.count("/") > 1):
         raise LoadingError(f"There is no file or folder {data}.")
+    if not data.strip():
+        raise LoadingError("The name of the data is empty.")
     if path.is_file() and suffix not in _FORMATS:
         raise LoadingError(f"Cannot read {data}: files of type {suffix or '(none)'} are not known. Known: {', '.join(_FORMATS)}.")
-    with loading(f"the data {data}"):
+    if path.is_file() and subset is not None:
+        raise LoadingError(f"The configuration {subset!r} is for a data set on the Hub, and {data} is a file. Leave --subset out.")
+    on_hub = not path.exists()
+    if on_hub:
+        _refuse_silence(data)
+    with loading(f"the data {data}{' (no such file or folder; looked for it on the Hub)' if on_hub else ''}"), _with_cause(data):
         if path.is_file():
             options = {"sep": "\t"} if suffix == ".tsv" else {}
             found = datasets.load_dataset(_FORMATS[suffix], data_files=str(path), **options)
@@ -102,6 +115,26 @@ def load_rows(data: str, split: str | None = None, subset: str | None = None) ->
         asked = f"has no split {split!r}" if split else "has several splits"
         raise LoadingError(f"The data {data} {asked}. Its splits: {', '.join(found)}. Give one of them with --split.")
     return found[name]
+
+
+def _refuse_silence(data: str) -> None:
+    """Refuse a data set that would have to come from a Hub that does not answer; the library would try again for minutes."""
+    import datasets
+
+    silent = no_answer(data, "README.md", repo_type="dataset")
+    if silent is not None and not Path(datasets.config.HF_DATASETS_CACHE, data.replace("/", "___")).is_dir():
+        raise LoadingError(f"Cannot load the data {data}: there is no such file or folder, {silence(silent)}.")
+
+
+@contextmanager
+def _with_cause(data: str) -> Iterator[None]:
+    """Let an error tell what is wrong with a file, which the datasets library leaves to its cause."""
+    import datasets
+
+    try:
+        yield
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise LoadingError(f"Cannot read the data {data}: {plain(error.__cause__ or error, 400)}") from error
 
 
 def make_batches(
@@ -128,6 +161,7 @@ def make_batches(
     Raises:
         CalibrationError: if the data is empty, or a column is missing or cannot be guessed.
         UnsupportedModelError: if the model takes neither text nor images.
+        MissingDependencyError: if it takes images, and Pillow is not installed.
     """
     if len(rows) == 0:
         raise CalibrationError("The calibration data has no rows. Give another file or split.")
@@ -135,10 +169,16 @@ def make_batches(
     root = describe(model)[0].root
     main = "pixel_values" if source.library == "timm" else root.main_input_name
     if main == "pixel_values":
+        _warn_unused(root, "images", text=columns.text, text_pair=columns.text_pair, target=columns.target)
         column, rows = _image_column(rows, columns.image)
         processor, collate = _image_collate(source, root, column)
     elif main == "input_ids":
-        text = _text_columns(rows, columns, root.config.is_encoder_decoder)
+        writes = root.config.is_encoder_decoder
+        _warn_unused(
+            root, "texts, and writes none" * (not writes) or "texts", image=columns.image, target=None if writes else columns.target
+        )
+        text = _text_columns(rows, columns, writes)
+        chosen = _with_text(rows, chosen, str(text.text))
         processor, collate = _text_collate(source, root, text, max_length)
     else:
         raise UnsupportedModelError(
@@ -146,6 +186,25 @@ def make_batches(
             "own batches."
         )
     return Batches(rows.select(chosen), batch_size, collate), processor
+
+
+def _warn_unused(root: nn.Module, takes: str, **given: str | None) -> None:
+    for name, column in given.items():
+        if column is not None:
+            option = f"--{name.replace('_', '-')}-column"
+            message = f"{option} {plain(column)!r} is not used: {type(root).__name__} takes {takes}. Leave it out."
+            warnings.warn(message, CalibrationWarning, stacklevel=3)
+
+
+def _with_text(rows: Any, chosen: list[int], column: str) -> list[int]:
+    """The chosen rows that have a text: nothing can be compared on others."""
+    full = [index for index, text in zip(chosen, rows.select(chosen)[column], strict=True) if text and text.strip()]
+    if not full:
+        raise CalibrationError(f"None of the rows has a text in the column {column!r}. Give other data, or another column.")
+    if len(full) < len(chosen):
+        message = f"{len(chosen) - len(full)} of the {len(chosen)} chosen rows have no text in the column {column!r}, and are left out."
+        warnings.warn(message, CalibrationWarning, stacklevel=3)
+    return full
 
 
 def _text_columns(rows: Any, columns: Columns, needs_target: bool) -> Columns:
@@ -168,6 +227,10 @@ def _text_columns(rows: Any, columns: Columns, needs_target: bool) -> Columns:
 def _image_column(rows: Any, given: str | None) -> tuple[str, Any]:
     from datasets import Image
 
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError('Reading images needs Pillow: pip install "deeparc_hf[images]".') from error
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     named = [name for name in images if name.lower() in _IMAGE_NAMES]
     name = given or _guess(rows, named or images, "images", "--image-column")
@@ -197,7 +260,7 @@ def _text_collate(source: ModelSource, root: Any, columns: Columns, max_length: 
     from transformers import AutoTokenizer
 
     with loading(f"the tokenizer of {source.given}"):
-        tokenizer = AutoTokenizer.from_pretrained(source.reference, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
     if not max_length:
         positions = getattr(root.config, "max_position_embeddings", None)
         max_length = min(_LONGEST, tokenizer.model_max_length, positions if isinstance(positions, int) and positions > 0 else _LONGEST)
@@ -253,5 +316,5 @@ def _image_collate(source: ModelSource, root: nn.Module, column: str) -> tuple[A
     from transformers import AutoImageProcessor
 
     with loading(f"the image processor of {source.given}"):
-        processor = AutoImageProcessor.from_pretrained(source.reference, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
     return processor, lambda batch: {"pixel_values": processor(images=batch[column], return_tensors="pt")["pixel_values"]}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import Host, Stack
+from .bars import sample_bar
 from .batches import batch_size, cut
 from .endings import Ending, find_ending
 from .errors import CalibrationError
@@ -40,6 +41,7 @@ def fit_sites(
     dataloader: Iterable[Any],
     max_samples: int,
     *,
+    progress: bool = True,
     gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
 ) -> list[Healing]:
     """Fit the changes of all sites, one site after another in forward order. Changes nothing.
@@ -53,6 +55,7 @@ def fit_sites(
         removed: the blocks that go, by stack.
         dataloader: calibration batches.
         max_samples: samples of this process.
+        progress: show a progress bar for each site, in samples.
         gather: runs a function in every process and returns all results.
 
     Raises:
@@ -66,12 +69,14 @@ def fit_sites(
             "a list of batches."
         )
     healings: list[Healing] = []
-    for watch in watched:
+    for number, watch in enumerate(watched, 1):
         before = [
             (stacks[name], index) for name in in_order for index in sorted(in_order[name]) if _is_before(in_order, name, index, watch)
         ]
-        work = partial(_look, host, watched, watch, before, list(zip(watched, healings, strict=False)), dataloader, max_samples)
-        healings.append(watch.finish([work()] if gather is None else gather(work)))
+        healed = list(zip(watched, healings, strict=False))
+        with sample_bar(f"Healing site {number} of {len(watched)}", progress, dataloader, max_samples) as advance:
+            work = partial(_look, host, watched, watch, before, healed, dataloader, max_samples, advance)
+            healings.append(watch.finish([work()] if gather is None else gather(work)))
     return healings
 
 
@@ -142,6 +147,7 @@ def _look(
     healed: Sequence[tuple[SiteFit, Healing]],
     dataloader: Iterable[Any],
     max_samples: int,
+    advance: Callable[[int], None],
 ) -> Any:
     """Watch one site over this process's data."""
     seen = 0
@@ -155,6 +161,7 @@ def _look(
                 _pass(host, watch, before, healed, inputs)
                 watch.take(inputs, seen)
             seen += batch_size(inputs)
+            advance(batch_size(inputs))
     return watch.reason, watch.sums, watch.held, watch.endings, watch.plain
 
 

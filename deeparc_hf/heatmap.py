@@ -1,4 +1,4 @@
-"""Heatmaps of the similarity of blocks, as pictures."""
+"""Heatmaps of the similarity of blocks, as pictures: of plans (`plan.PruningPlan`), which are imported by nobody here."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import MissingDependencyError
-from .plain_text import plain
-from .plan import PruningPlan, StackPlan
-from .report import threshold_text
+from .errors import ConfigError, MissingDependencyError
+from .plain_text import listed, plain, quoted
+from .tables import threshold_text
 
-__all__ = ["save_heatmap"]
+__all__ = ["plot_plan", "save_heatmap"]
 
 _PER_ROW = 4
 _ANNOTATED = 16
 _ALL_TICKS = 40
 _REMOVED_COLOR = "#c1272d"
 _MUCH_ALIKE = 30.0  # ratio of the distances, beyond which the nearest ones would all have one colour
+_BAR = "similarity of different blocks"
 _NEAREST = 1e-8  # distance from 1 that is still told apart
 
 
@@ -74,13 +74,15 @@ class _Scale:
         bar.ax.invert_yaxis()
 
 
-def save_heatmap(plan: PruningPlan, path: str | Path, numbers: Mapping[str, Sequence[int]] | None = None) -> None:
+def save_heatmap(plan: Any, path: str | Path, numbers: Mapping[str, Sequence[int]] | None = None) -> None:
     """Write a PNG with the similarity matrix of every stack; all stacks share one colour scale, which spans the values of different blocks.
 
     Frames on the diagonal are clusters; red cells on it (hatched, or filled in long stacks) and red labels mark the blocks that
     go. The values are printed in stacks of up to 16 blocks.
 
     Args:
+        plan: a `PruningPlan`.
+        path: of the file.
         numbers: what to call the blocks of each stack; default: their places in it.
 
     Raises:
@@ -91,28 +93,75 @@ def save_heatmap(plan: PruningPlan, path: str | Path, numbers: Mapping[str, Sequ
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError('A heatmap needs matplotlib: pip install "deeparc_hf[plots]".') from error
-    stacks = list(plan.stacks.items())
-    columns = min(_PER_ROW, len(stacks))
-    rows = math.ceil(len(stacks) / columns)
-    side = 4.2 if columns > 1 else 5.6
-    figure = Figure(figsize=(side * columns + 1.0, (side + 0.45) * rows + 0.7), dpi=150, layout="constrained")
+    figure = Figure(figsize=_size(len(plan.stacks)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    scale = _Scale.over([v for _, stack in stacks for i, row in enumerate(stack.similarity) for j, v in enumerate(row) if i != j])
-    for axis, (name, stack) in zip(axes.flat, stacks, strict=False):
-        image = _draw_stack(axis, name, stack, scale, side, (numbers or {}).get(name) or range(len(stack)))
-    for axis in list(axes.flat)[len(stacks) :]:
-        axis.set_axis_off()
-    bar = figure.colorbar(image, ax=axes, label="similarity of different blocks", shrink=0.8, aspect=30, pad=0.02)
-    scale.label(bar)
-    samples = f"{plan.samples:,} samples" if plan.samples else "number of samples not known"
-    figure.suptitle(f"Similarity of blocks: {plan.config.similarity}, rows={plan.config.effective_rows}, {samples}", fontsize=12)
-    gone = "red: removed" if plan.removed else "nothing is removed"
-    figure.supxlabel(f"block (frames: clusters; {gone})", fontsize=9)
+    _draw(plan, plan.stacks, figure, numbers or {})
     figure.savefig(path, format="png")
 
 
-def _draw_stack(axis: Any, name: str, stack: StackPlan, scale: _Scale, side: float, numbers: Sequence[int]) -> Any:
+def plot_plan(plan: Any, stack: str | None = None, ax: Any = None) -> Any:
+    """As `PruningPlan.plot`."""
+    if stack is not None and stack not in plan.stacks:
+        raise ConfigError(f"The plan has no stack {quoted(stack)}. Its stacks: {listed(plan.stacks)}.")
+    chosen = dict(plan.stacks) if stack is None else {stack: plan.stacks[stack]}
+    if ax is not None and len(chosen) != 1:
+        raise ConfigError(f"ax is a place for one stack, and the plan has {len(chosen)}: {listed(chosen)}. Give stack=, or leave ax out.")
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MissingDependencyError('A heatmap needs matplotlib: pip install "deeparc_hf[plots]".') from error
+    if ax is None:
+        axes = _draw(plan, chosen, pyplot.figure(figsize=_size(len(chosen)), layout="constrained"), {})
+        return axes[0] if len(axes) == 1 else axes
+    ((name, only),) = chosen.items()
+    scale = _Scale.over(_values(chosen))
+    place = ax.get_position()
+    width, height = ax.figure.get_size_inches()
+    image = _draw_stack(ax, name, only, scale, min(place.width * width, place.height * height), range(len(only)))
+    scale.label(ax.figure.colorbar(image, ax=ax, label=_BAR))
+    ax.set_xlabel(_below(chosen), fontsize=9)
+    return ax
+
+
+def _size(stacks: int) -> tuple[float, float]:
+    """Of a figure, in inches."""
+    columns = min(_PER_ROW, stacks)
+    side = _side(stacks)
+    return side * columns + 1.0, (side + 0.45) * math.ceil(stacks / columns) + 0.7
+
+
+def _side(stacks: int) -> float:
+    return 4.2 if stacks > 1 else 5.6
+
+
+def _draw(plan: Any, stacks: Mapping[str, Any], figure: Any, numbers: Mapping[str, Sequence[int]]) -> Any:
+    """Draw stacks into a figure, on one scale; returns an array of their axes."""
+    columns = min(_PER_ROW, len(stacks))
+    axes = figure.subplots(math.ceil(len(stacks) / columns), columns, squeeze=False)
+    scale = _Scale.over(_values(stacks))
+    for axis, (name, stack) in zip(axes.flat, stacks.items(), strict=False):
+        image = _draw_stack(axis, name, stack, scale, _side(len(stacks)), numbers.get(name) or range(len(stack)))
+    for axis in list(axes.flat)[len(stacks) :]:
+        axis.set_axis_off()
+    bar = figure.colorbar(image, ax=axes, label=_BAR, shrink=0.8, aspect=30, pad=0.02)
+    scale.label(bar)
+    samples = f"{plan.samples:,} samples" if plan.samples else "number of samples not known"
+    figure.suptitle(f"Similarity of blocks: {plan.config.similarity}, rows={plan.config.effective_rows}, {samples}", fontsize=12)
+    figure.supxlabel(_below(stacks), fontsize=9)
+    return axes.ravel()[: len(stacks)]
+
+
+def _values(stacks: Mapping[str, Any]) -> list[float]:
+    """The similarities of different blocks."""
+    return [value for stack in stacks.values() for i, row in enumerate(stack.similarity) for j, value in enumerate(row) if i != j]
+
+
+def _below(stacks: Mapping[str, Any]) -> str:
+    gone = "red: removed" if any(stack.removed for stack in stacks.values()) else "nothing is removed"
+    return f"block (frames: clusters; {gone})"
+
+
+def _draw_stack(axis: Any, name: str, stack: Any, scale: _Scale, side: float, numbers: Sequence[int]) -> Any:
     """One heatmap; returns the image, for the colour bar."""
     from matplotlib.patches import Rectangle
 

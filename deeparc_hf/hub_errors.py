@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -15,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ["hub_help", "is_connection_error", "notes_of", "upload_help"]
+__all__ = ["hub_help", "is_connection_error", "no_answer", "notes_of", "upload_help"]
 
 
 _BROKE_OFF = (
@@ -52,6 +53,19 @@ def upload_help(repo_id: object) -> Iterator[None]:
 def is_connection_error(error: BaseException) -> bool:
     """Whether an error is one of the HTTP library beneath huggingface_hub (httpx, or its successor): no answer came."""
     return type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
+
+
+def no_answer(repo_id: str, file: str, revision: str | None = None, repo_type: str | None = None) -> Exception | None:
+    """Ask the Hub for a file's metadata once, without the libraries' retries, which last for minutes.
+
+    Returns:
+        What went wrong where no answer came in time (HF_HUB_ETAG_TIMEOUT, 10 s if it is not set); None where one came, whatever it says.
+    """
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, file, revision=revision, repo_type=repo_type), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:
+        return error if is_connection_error(error) else None
+    return None
 
 
 def notes_of(error: BaseException) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .architectures import Host, Stack
 from .axes import Axes, Padding, find_axes
+from .bars import sample_bar
 from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable
 from .errors import CalibrationError, CalibrationWarning
 from .observed import Observed, collect
@@ -206,7 +206,7 @@ def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any],
     seen = 0
     with (
         evaluating(host.root),
-        tqdm(total=max_samples, desc="Comparing blocks", unit="sample", disable=None if progress else True, leave=False) as bar,
+        sample_bar("Comparing blocks", progress, dataloader, max_samples) as advance,
     ):
         batches, axes = with_axes(host, [observer.stack for observer in observers], calibration_inputs(host, dataloader, max_samples))
         for observer in observers:
@@ -219,7 +219,7 @@ def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any],
                 for observer in observers:
                     observer.flush()
                 seen += batch_size(inputs)
-                bar.update(batch_size(inputs))
+                advance(batch_size(inputs))
     return seen
 
 

@@ -15,7 +15,9 @@ from typing import Any
 from .clustering import StackFacts, cluster_blocks, freezing_set, reach_target, removable
 from .config import MPruneConfig
 from .errors import CalibrationWarning, ConfigError, PlanError
-from .plain_text import is_plain, plain, quoted
+from .plain_text import plain, quoted
+from .plan_checks import items, number, stack_name, whole_number
+from .tables import html_table, text_table
 
 __all__ = [
     "PruningPlan",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+_COLUMNS = ["stack", "blocks", "kept", "threshold", "clusters", "removed", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,8 @@ class PruningPlan:
             version = data["format_version"]
             if type(version) is not int or version != FORMAT_VERSION:
                 raise PlanError(f"This plan has format version {quoted(version)}; this version of deeparc_hf reads {FORMAT_VERSION}.")
-            stacks = {_name(name): _stack_from_dict(stack) for name, stack in data["stacks"].items()}
-            samples = _index(data["samples"])
+            stacks = {stack_name(name): _stack_from_dict(stack) for name, stack in data["stacks"].items()}
+            samples = whole_number(data["samples"])
             return cls(stacks, MPruneConfig.from_dict(data["config"]), samples)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, PlanError):
@@ -163,14 +166,36 @@ class PruningPlan:
         return cls.from_dict(data)
 
     def __str__(self) -> str:
-        lines = [_table([["stack", "blocks", "kept", "threshold", "clusters", "removed", "frozen"], *self._rows()])]
-        for name, stack in self.stacks.items():
-            for index, reason in stack.pinned.items():
-                lines.append(f"{name}.{index} is pinned: {reason}")
+        return "\n".join([text_table([_COLUMNS, *self._rows()]), *self._pins(), self._summary()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._summary(), _COLUMNS, self._rows(), self._pins())
+
+    def plot(self, stack: str | None = None, ax: Any = None) -> Any:
+        """Draw the similarities of the blocks as heatmaps: frames are clusters, red labels mark the blocks that go. Needs matplotlib.
+
+        Args:
+            stack: name of the stack to draw; default: all of them, side by side.
+            ax: matplotlib Axes to draw one stack into; default: those of a new figure.
+
+        Returns:
+            The Axes; for several stacks an array of them.
+
+        Raises:
+            ConfigError: if there is no such stack, or one place for several.
+            MissingDependencyError: if matplotlib is not installed.
+        """
+        from .heatmap import plot_plan
+
+        return plot_plan(self, stack, ax)
+
+    def _summary(self) -> str:
         verb = "remove" if self.removed else "nothing to remove:"
         summary = f"{verb} {self.num_blocks - self.num_kept} of {self.num_blocks} blocks"
-        lines.append(f"{summary} ({self.config.similarity}, rows={self.config.effective_rows}, {self.samples} samples)")
-        return "\n".join(lines)
+        return f"{summary} ({self.config.similarity}, rows={self.config.effective_rows}, {self.samples} samples)"
+
+    def _pins(self) -> list[str]:
+        return [f"{name}.{i} is pinned: {reason}" for name, stack in self.stacks.items() for i, reason in stack.pinned.items()]
 
     def _rows(self) -> list[list[str]]:
         return [
@@ -311,18 +336,17 @@ def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
     }
 
 
-_LONGEST_NAME = 512
 _LARGEST = 1e6  # debiased estimates may lie a little outside [-1, 1], and nothing lies here
 
 
 def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
     facts = StackFacts(
-        similarity=tuple(tuple(map(_number, row)) for row in data["similarity"]),
+        similarity=tuple(tuple(map(number, row)) for row in data["similarity"]),
         pinned={int(index): plain(reason) for index, reason in data["pinned"].items()},
-        parameters=tuple(map(_index, _items(data["parameters"]))),
+        parameters=tuple(map(whole_number, items(data["parameters"]))),
         next_stack=data["next_stack"],
-        labels=tuple(map(_index, _items(data.get("labels", [])))),
-        frozen=tuple(map(_index, _items(data.get("frozen_before", [])))),
+        labels=tuple(map(whole_number, items(data.get("labels", [])))),
+        frozen=tuple(map(whole_number, items(data.get("frozen_before", [])))),
     )
     if any(abs(value) > _LARGEST for row in facts.similarity for value in row):
         raise PlanError(f"similarity has a value beyond {_LARGEST:g}.")
@@ -331,10 +355,10 @@ def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
     if (facts.labels and len(facts.labels) != len(facts)) or not all(index in range(len(facts)) for index in facts.frozen):
         raise PlanError("labels are not one for each block, or frozen_before has an index that no block has.")
     if facts.next_stack is not None:
-        _name(facts.next_stack)
+        stack_name(facts.next_stack)
     if not all(index in range(len(facts)) for index in facts.pinned):
         raise PlanError(f"pinned has an index outside 0..{len(facts) - 1}.")
-    blocks = {key: tuple(map(_index, _items(data[key]))) for key in ("removed", "frozen", "protected", "kept")}
+    blocks = {key: tuple(map(whole_number, items(data[key]))) for key in ("removed", "frozen", "protected", "kept")}
     for key, indices in blocks.items():
         if any(not 0 <= index < len(facts) for index in indices) or len(set(indices)) != len(indices):
             raise PlanError(f"{key} has an index outside 0..{len(facts) - 1}, or one twice: {quoted(list(indices))}.")
@@ -342,19 +366,13 @@ def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
         raise PlanError("kept and removed do not add up to the blocks of the stack.")
     if not set(blocks["frozen"]) <= set(blocks["kept"]):
         raise PlanError("a frozen block is not among those that are kept.")
-    clusters = tuple(tuple(map(_index, _items(cluster))) for cluster in data["clusters"])
+    clusters = tuple(tuple(map(whole_number, items(cluster))) for cluster in data["clusters"])
     if [index for cluster in clusters for index in cluster] != list(range(len(facts))):
         raise PlanError("the clusters are not runs that cover the stack.")
-    threshold = _number(data["threshold"])
+    threshold = number(data["threshold"])
     if threshold > 1 + 1e-6:
         raise PlanError(f"threshold is {threshold:g}, above 1.")
     return StackPlan(facts, threshold, clusters, blocks["removed"], blocks["frozen"], blocks["protected"])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
 def _span(cluster: Sequence[int]) -> str:
@@ -363,27 +381,3 @@ def _span(cluster: Sequence[int]) -> str:
 
 def _list(indices: Sequence[int]) -> str:
     return ",".join(map(str, indices)) or "-"
-
-
-def _name(value: Any) -> str:
-    if not is_plain(value, _LONGEST_NAME):
-        raise TypeError(f"expected the name of a stack, found {quoted(value)}")
-    return str(value)
-
-
-def _index(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"expected a whole number from 0, found {quoted(value, 40)}")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise TypeError(f"expected a finite number, found {quoted(value, 40)}")
-    return float(value)
-
-
-def _items(value: Any) -> list[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"expected a list, found {type(value).__name__}")
-    return list(value)

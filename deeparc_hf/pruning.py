@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from .architectures import Stack, describe
+from .bars import doing, samples_in
 from .config import MPruneConfig
 from .errors import CalibrationError, CalibrationWarning, SurgeryError
 from .expressible import inexpressible
@@ -28,6 +28,8 @@ from .surgery import apply_plan
 from .undo import Transaction
 
 __all__ = ["analyze", "apply_healed", "check_settings", "compare_blocks", "heal_model", "prune_model"]
+
+_REMOVING = "Removing blocks and verifying the result"
 
 
 def analyze(
@@ -160,9 +162,9 @@ def prune_model(
             "heal goes through the calibration data again for each site, and an iterator can be used once. Give a list of batches."
         )
     check_record(model)
-    seen: list[Any] = []
-    plan = analyze(model, _noting_first(dataloader, seen), config, progress=progress)
-    apply_healed(model, plan, dataloader, optimizer=optimizer, example=seen[0], verify=verify)
+    batches = _NotingFirst(dataloader)
+    plan = analyze(model, batches, config, progress=progress)
+    apply_healed(model, plan, dataloader, optimizer=optimizer, example=batches.first, verify=verify, progress=progress)
     return plan
 
 
@@ -175,6 +177,7 @@ def apply_healed(
     example: Any = None,
     verify: bool = True,
     transaction: Transaction | None = None,
+    progress: bool = True,
     gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
     max_samples: int | None = None,
     done: Callable[[str], None] = lambda stage: None,
@@ -184,6 +187,7 @@ def apply_healed(
     Args:
         model, plan, optimizer, example, verify, transaction: as in `apply_plan`.
         dataloader: calibration batches for the fit.
+        progress: show progress on a terminal.
         gather, max_samples: as in `compare_blocks`.
         done: called right after the removal ("removed"), and after the healing ("healed").
 
@@ -192,15 +196,17 @@ def apply_healed(
     """
     if plan.config.heal is None or not plan.removed:
         with transaction or Transaction() as undo:
-            record = apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
+            with doing(_REMOVING, progress and bool(plan.removed)):
+                record = apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
             done("removed")
         return record, []
     host, _, stacks = describe(model)
     limit = plan.config.calibration_samples if max_samples is None else max_samples
-    healings = fit_sites(host, stacks, plan.removed, dataloader, limit, gather=gather)
+    healings = fit_sites(host, stacks, plan.removed, dataloader, limit, progress=progress, gather=gather)
     blocks = {healing.site: stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
     with transaction or Transaction() as undo:
-        apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
+        with doing(_REMOVING, progress):
+            apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
         done("removed")
         for healing in healings:
             apply_healing(healing, blocks[healing.site], undo)
@@ -208,7 +214,9 @@ def apply_healed(
         return note_healing(model, healings), healings
 
 
-def heal_model(model: nn.Module, original: nn.Module, dataloader: Iterable[Any], *, samples: int = 512) -> list[Healing]:
+def heal_model(
+    model: nn.Module, original: nn.Module, dataloader: Iterable[Any], *, samples: int = 512, progress: bool = True
+) -> list[Healing]:
     """Heal a model right after blocks were removed from it: refit the kept block before each removal site, in closed form, in place.
 
     Args:
@@ -216,6 +224,7 @@ def heal_model(model: nn.Module, original: nn.Module, dataloader: Iterable[Any],
         original: the model that it was pruned from.
         dataloader: calibration batches. Use training data, never the data you evaluate on.
         samples: the most samples to use; each fifth is held out, to choose the ridge's strength and to see whether a site gains.
+        progress: show a progress bar on a terminal.
 
     Returns:
         The outcome at each site; a site that does not gain is left as it is, with the reason.
@@ -248,7 +257,7 @@ def heal_model(model: nn.Module, original: nn.Module, dataloader: Iterable[Any],
                     f"{odd[0]} of block {index} of {name} is not the same in both models: the pruned one was trained after the removal, "
                     "and its sites are fitted on the original's activations. Heal right after the removal (heal='lstsq' of prune_model)."
                 )
-    healings = fit_sites(host, stacks, removed, dataloader, samples)
+    healings = fit_sites(host, stacks, removed, dataloader, samples, progress=progress)
     with Transaction() as undo:
         for healing in healings:
             apply_healing(healing, own[healing.site.stack].blocks[places[healing.site.stack].index(healing.site.kept)], undo)
@@ -265,11 +274,19 @@ def note_healing(model: nn.Module, healings: Sequence[Healing]) -> PrunedConfig:
     return PrunedConfig.from_model(model)
 
 
-def _noting_first(batches: Iterable[Any], seen: list[Any]) -> Iterator[Any]:
-    iterator = iter(batches)
-    for first in iterator:
-        seen.append(first)
-        yield from chain([first], iterator)
+class _NotingFirst:
+    """Batches as they are, of which the first is kept."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.num_samples = samples_in(batches)
+        self.first: Any = None
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self._batches):
+            if number == 0:
+                self.first = batch
+            yield batch
 
 
 def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import describe
+from .bars import sample_bar
 from .batches import batch_size
 from .errors import CalibrationError, DeepArcError
 from .observe import calibration_inputs
@@ -25,7 +26,11 @@ _Z = 1.959964  # of the normal distribution, for an interval of 95 %
 
 
 def measure_quality(
-    model: nn.Module, batches: Iterable[Any], max_samples: int, gather: Callable[[Callable[[], Any]], list[Any]] | None = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_samples: int,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    bar: str | None = None,
 ) -> dict[str, Any] | None:
     """Measure a model in eval mode. It is left as it was, and so are the random states.
 
@@ -34,6 +39,7 @@ def measure_quality(
         batches: in the forms that `analyze` takes, with labels.
         max_samples: samples of this process.
         gather: as in `observe`.
+        bar: title of a progress bar; None for no bar.
 
     Returns:
         `loss`, the mean over the samples of the batches' losses, with `loss_interval` (95 %, normal, from the spread of the batches; None
@@ -43,7 +49,8 @@ def measure_quality(
 
     def look() -> list[tuple[float, int, int | None]] | None:
         try:
-            return _look(model, batches, max_samples)
+            with sample_bar(bar or "", bar is not None, batches, max_samples) as advance:
+                return _look(model, batches, max_samples, advance)
         except torch.OutOfMemoryError:  # the Trainer may try a smaller batch
             raise
         except (DeepArcError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -68,7 +75,9 @@ def measure_quality(
     }
 
 
-def _look(model: nn.Module, batches: Iterable[Any], max_samples: int) -> list[tuple[float, int, int | None]]:
+def _look(
+    model: nn.Module, batches: Iterable[Any], max_samples: int, advance: Callable[[int], None]
+) -> list[tuple[float, int, int | None]]:
     """Loss, size and number of right answers of each batch."""
     host = describe(model)[0]
     takes_cache = host.library == "transformers" and "use_cache" in inspect.signature(type(model).forward).parameters
@@ -83,6 +92,7 @@ def _look(model: nn.Module, batches: Iterable[Any], max_samples: int) -> list[tu
             if loss is None:
                 raise CalibrationError("The model puts out no loss.")
             found.append((float(loss), batch_size(inputs), _correct(output, inputs)))
+            advance(batch_size(inputs))
     return found
 
 

@@ -28,6 +28,7 @@ from .hub_errors import hub_help
 from .plain_text import is_plain, listed, plain, quoted
 from .record_checks import MAX_ENTRIES, MAX_TEXT, check_iterations, check_name, check_stack, refuse_full
 from .record_sparsity import check_sparsity, rename_matrices, renumber_matrices
+from .record_view import record_html
 
 __all__ = ["PrunedConfig", "StackRecord", "check_record", "current_record", "same_structure"]
 
@@ -83,6 +84,9 @@ class PrunedConfig:
         last = last if isinstance(last, Mapping) else {}
         lists = {n: last[n] for n in self.stacks if isinstance(last.get(n), (list, tuple)) and last[n]}
         return {n: tuple(self.stacks[n].kept.index(i) for i in blocks if i in self.stacks[n].kept) for n, blocks in lists.items()}
+
+    def _repr_html_(self) -> str:
+        return record_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

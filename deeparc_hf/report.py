@@ -22,6 +22,7 @@ import torch
 from .errors import ConfigError
 from .plan import PruningPlan, StackPlan
 from .record import package_versions
+from .settings import percent_hint
 from .sites import Healing, healing_text
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "blocks_strip",
     "hardware",
     "iteration_table",
-    "threshold_text",
     "timed_evaluation",
     "wilson_interval",
     "write_report",
@@ -72,7 +72,7 @@ def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> tup
     if n < 1 or not 0 <= correct <= n:
         raise ConfigError(f"An interval needs 0 <= correct <= n and n >= 1, found correct={correct}, n={n}.")
     if not 0 < confidence < 1:
-        raise ConfigError(f"confidence must be between 0 and 1, found {confidence}.{' Did you mean 0.95?' if confidence == 95 else ''}")
+        raise ConfigError(f"confidence must be between 0 and 1, found {confidence}.{percent_hint(confidence)}")
     z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     share, weight = correct / n, z * z / n
     center = (share + weight / 2) / (1 + weight)
@@ -115,8 +115,7 @@ class Measurement:
 
     def __post_init__(self) -> None:
         if self.accuracy is not None and not 0 <= self.accuracy <= 1:
-            hint = f" Did you mean {self.accuracy / 100:g}?" if 1 < self.accuracy <= 100 else ""
-            raise ConfigError(f"accuracy must be in [0, 1], found {self.accuracy}.{hint}")
+            raise ConfigError(f"accuracy must be in [0, 1], found {self.accuracy}.{percent_hint(self.accuracy)}")
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -192,11 +191,6 @@ def blocks_strip(plan: PruningPlan) -> str:
         lines.append(f"{name.ljust(width)}  {groups}  {len(stack.kept)} of {len(stack)} stay")
     legend = ", ".join(f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in used)
     return "\n".join([*lines, legend])
-
-
-def threshold_text(value: float) -> str:
-    """A threshold in four decimals, or in as many as tell it from 1."""
-    return f"{value:.4f}" if value < 0.9995 else f"{value:.8f}".rstrip("0")
 
 
 def hardware(device: torch.device | str | None = None) -> dict[str, Any]:

@@ -21,7 +21,9 @@ __all__ = ["Settings", "percent_hint", "setting"]
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
-    """A field with its help. `trainer` marks what only a training can use; `choices` are the words that are allowed."""
+    """A field with its help. `trainer` marks what only a training can use; `choices` are the words that are allowed; `cli` is the help on
+    the command line, where that takes less than Python does.
+    """
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -104,6 +106,8 @@ class Settings:
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{spec.name} must be a finite number, found {value}.")
             if not _fits(value, hints[spec.name]):
                 raise ConfigError(f"{spec.name} must be {_words(hints[spec.name])}, found {quoted(value)} ({type(value).__name__}).")
 
@@ -119,8 +123,8 @@ class Settings:
 
 
 def percent_hint(value: float) -> str:
-    """What to add to a message where a percentage may have been meant for a share."""
-    return f" Did you mean {value / 100:g}?" if 1 < value <= 100 else ""
+    """What to add to a message where a percentage may have been meant for a share; nobody means 1.5 %."""
+    return f" Did you mean {value / 100:g}?" if 2 <= value <= 100 else ""
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .endings import Ending
+from .tables import html_table, spans
 
 __all__ = ["Healing", "Site", "healing_text", "sites_of"]
 
@@ -51,6 +52,12 @@ class Healing:
 
     def __str__(self) -> str:
         return healing_text(self.to_dict())
+
+    def _repr_html_(self) -> str:
+        left = "-" if self.held_out is None else f"{100 * self.held_out:.1f}"
+        strength = "-" if self.strength is None else f"{self.strength:g}"
+        row = [self.site.stack, spans(self.site.removed), self.site.kept, self.reason or "healed", left, strength]
+        return html_table("Healing", ["stack", "removed", "kept block before", "outcome", "squared error left (%)", "ridge"], [row])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without tensors."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .architectures import Host, Stack
+from .bars import sample_bar
 from .batches import batch_size
 from .errors import CalibrationError
 from .heads import Head
@@ -114,7 +114,7 @@ def _look(host: Host, skippers: list[StackSkipper], dataloader: Iterable[Any], m
     seen = 0
     with (
         evaluating(host.root),
-        tqdm(total=max_samples, desc="Skipping blocks", unit="sample", disable=None if progress else True, leave=False) as bar,
+        sample_bar("Skipping blocks", progress, dataloader, max_samples) as advance,
     ):
         for inputs in calibration_inputs(host, dataloader, max_samples):
             full = heads_of(host, forward(host, inputs, without_cache=True), inputs)
@@ -122,7 +122,7 @@ def _look(host: Host, skippers: list[StackSkipper], dataloader: Iterable[Any], m
             for skipper in skippers:
                 skipper.take(inputs, full)
             seen += batch_size(inputs)
-            bar.update(batch_size(inputs))
+            advance(batch_size(inputs))
     return seen
 
 

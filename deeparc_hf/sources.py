@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from torch import nn
 
 from .architectures import describe
 from .errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
+from .hub_errors import no_answer
 from .plain_text import plain
 
-__all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "skeleton"]
+__all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "silence", "skeleton"]
+
+logger = logging.getLogger(__name__)
 
 _LONGEST = 1000  # of another library's message
 _TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
@@ -37,12 +42,19 @@ class ModelSource:
         library: "transformers" or "timm".
         reference: what the library's own loader takes.
         config: the checkpoint's config.json; empty for a timm architecture without a checkpoint.
+        cached: the folder in the Hub's cache, where the Hub does not answer and nothing but the cache is to be read; else None.
     """
 
     given: str
     library: str
     reference: str
     config: dict[str, Any]
+    cached: Path | None = None
+
+    @property
+    def loading(self) -> dict[str, bool]:
+        """What the loaders of transformers are to be told."""
+        return {"local_files_only": True} if self.cached is not None else {}
 
 
 @contextmanager
@@ -90,11 +102,11 @@ def find_source(model: str) -> ModelSource:
         return ModelSource(model, "timm", _architecture(rest), {})
     if scheme in _TIMM_SCHEMES:
         name, _, revision = rest.partition("@") if scheme != "local-dir" else (rest, "", "")
-        return ModelSource(model, "timm", model, _config(name, revision or None))
-    config = _config(model)
+        return ModelSource(model, "timm", model, *_config(name, revision or None))
+    config, cached = _config(model)
     if "model_type" in config or not {"architecture", "pretrained_cfg"} <= config.keys():
-        return ModelSource(model, "transformers", model, config)
-    return ModelSource(model, "timm", f"{'local-dir' if Path(model).is_dir() else 'hf-hub'}:{model}", config)
+        return ModelSource(model, "transformers", model, config, cached)
+    return ModelSource(model, "timm", f"{'local-dir' if Path(model).is_dir() else 'hf-hub'}:{model}", config, cached)
 
 
 def skeleton(source: ModelSource, auto_class: str | None = None) -> nn.Module:
@@ -104,7 +116,7 @@ def skeleton(source: ModelSource, auto_class: str | None = None) -> nn.Module:
             return _timm_model(source, pretrained=False)
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
         cls = _model_class(config, auto_class)
         model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
         model.tie_weights()  # transformers 5.0 leaves this out on the meta device, and tied weights would count twice
@@ -124,9 +136,9 @@ def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
     with loading(source.given):
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
         cls = _model_class(config, auto_class)
-        model, info = cls.from_pretrained(source.reference, config=config, output_loading_info=True)
+        model, info = cls.from_pretrained(source.reference, config=config, output_loading_info=True, **source.loading)
     for name in describe(model)[2]:
         missing = sorted(key for key in info["missing_keys"] if key.startswith(f"{name}."))
         if missing:
@@ -143,8 +155,11 @@ def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
     return model.eval()
 
 
-def _config(model: str, revision: str | None = None) -> dict[str, Any]:
-    path = Path(model).expanduser()
+def _config(model: str, revision: str | None = None) -> tuple[dict[str, Any], Path | None]:
+    """The config.json, and the folder in the Hub's cache that it lies in, where the Hub does not answer."""
+    path, cached = Path(model).expanduser(), None
+    if not model.strip():
+        raise LoadingError("The name of the model is empty. Give a folder, or a Hub id.")
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise UnsupportedModelError(
@@ -158,15 +173,35 @@ def _config(model: str, revision: str | None = None) -> dict[str, Any]:
     elif model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise LoadingError(f"There is no folder {model}.")
     else:
-        from transformers.utils import cached_file
-
-        with loading(f"{model} (no such folder; looked for it on the Hub)"):
-            file = Path(cached_file(model, "config.json", revision=revision))
+        file, cached = _hub_config(model, revision)
     with loading(f"{model}: its config.json is not valid"):
         config = json.loads(file.read_text("utf-8"))
     if not isinstance(config, dict):
         raise LoadingError(f"Cannot load {model}: its config.json holds a {type(config).__name__}, not an object.")
-    return config
+    return config, cached
+
+
+def silence(error: Exception) -> str:
+    """What to say of something that is not at hand, where the Hub does not answer."""
+    told = plain(error, _LONGEST)
+    return (
+        f"it is not in the cache, and the Hub ({constants.ENDPOINT}) does not answer ({told}). Check the connection, and HF_ENDPOINT if it "
+        "is set"
+    )
+
+
+def _hub_config(model: str, revision: str | None) -> tuple[Path, Path | None]:
+    from transformers.utils import cached_file
+
+    with loading(f"{model} (no such folder; looked for it on the Hub)"):
+        silent = no_answer(model, "config.json", revision)
+        if silent is None:
+            return Path(cached_file(model, "config.json", revision=revision)), None
+        found = cached_file(model, "config.json", revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        raise LoadingError(f"Cannot load {model}: there is no such folder, {silence(silent)}; or give the folder of a checkpoint.")
+    logger.warning("The Hub (%s) does not answer (%s): %s is taken from the cache.", constants.ENDPOINT, silent, model)
+    return Path(found), Path(found).parent
 
 
 def _model_class(config: Any, auto_class: str | None) -> Any:
@@ -203,4 +238,6 @@ def _architecture(name: str) -> str:
 
 
 def _timm_model(source: ModelSource, pretrained: bool) -> nn.Module:
-    return _timm().create_model(source.reference, pretrained=pretrained)
+    # timm's own loader has no way to be told to stay with the cache; the layout there is that of a local folder
+    reference = source.reference if source.cached is None or pretrained else f"local-dir:{source.cached}"
+    return _timm().create_model(reference, pretrained=pretrained)

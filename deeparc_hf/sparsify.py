@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .architectures import Host, Stack, describe
 from .architectures.hosts import is_adapted
 from .axes import Axes
+from .bars import bar, sample_bar
 from .batches import batch_size
 from .block_by_block import block_by_block
 from .config import WandaConfig
@@ -30,6 +30,8 @@ from .undo import Transaction
 __all__ = ["matrices_for", "recorded_mask", "recorded_matrices", "sparsify", "sparsify_model"]
 
 Gather = Callable[[Callable[[], Any]], list[Any]]
+
+_MEASURING = "Measuring inputs"
 
 
 def sparsify_model(
@@ -214,12 +216,12 @@ class _Work:
             stacks = {matrix.stack.name: matrix.stack for matrix in matrices}
             batches, axes = with_axes(self._host, stacks.values(), calibration_inputs(self._host, dataloader, limit))
             norms = InputNorms(matrices, axes)
-            with norms.observing(), self._bar(limit, "sample") as bar:
+            with norms.observing(), sample_bar(_MEASURING, self._progress, dataloader, limit) as advance:
                 for inputs in batches:
                     norms.batch(inputs)
                     forward(self._host, inputs)
                     seen += batch_size(inputs)
-                    bar.update(batch_size(inputs))
+                    advance(batch_size(inputs))
             self._unmasked |= norms.unmasked
             return seen, norms.sums()
 
@@ -239,17 +241,17 @@ class _Work:
         samples = _require_samples(sum(self._gather(collect)))
         device = next(self._host.root.parameters()).device
         _, self._axes = with_axes(self._host, stacks.values(), (_to(device, inputs) for inputs in batches[:1]))
-        with self._bar(len({(m.stack.name, m.block) for m in matrices}), "block") as bar:
+        with bar(_MEASURING, self._progress, len({(m.stack.name, m.block) for m in matrices}), "block") as shown:
             for stack in stacks.values():
                 own = [matrix for matrix in matrices if matrix.stack.name == stack.name]
                 if own:
-                    visit = partial(self._visit, own, bar)
+                    visit = partial(self._visit, own, shown)
                     last = max(matrix.block for matrix in own)
                     block_by_block(self._host, stack, batches, partial(_to, device), visit, last, self._gather)
         return samples
 
     def _visit(
-        self, own: Sequence[Matrix], bar: Any, index: int, passes: Callable[[], Iterator[tuple[Mapping[str, Any], Callable[[], Any]]]]
+        self, own: Sequence[Matrix], shown: Any, index: int, passes: Callable[[], Iterator[tuple[Mapping[str, Any], Callable[[], Any]]]]
     ) -> None:
         here = [matrix for matrix in own if matrix.block == index]
         if not here:
@@ -266,10 +268,7 @@ class _Work:
         parts = self._gather(look)
         self._unmasked |= norms.unmasked
         self.choose(here, finished_norms(here, parts))
-        bar.update()
-
-    def _bar(self, total: int, unit: str) -> tqdm:
-        return tqdm(total=total, desc="Measuring inputs", unit=unit, disable=None if self._progress else True, leave=False)
+        shown.update()
 
 
 def _alone(work: Callable[[], Any]) -> list[Any]:

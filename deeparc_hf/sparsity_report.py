@@ -12,9 +12,11 @@ from typing import Any
 from .config import WandaConfig
 from .matrices import Matrix
 from .plain_text import plain, quoted
+from .tables import html_table
 
 __all__ = ["MatrixSparsity", "SparsityReport", "sparsity_table"]
 
+_COLUMNS = ["stack", "map", "matrices", "weights", "asked (%)", "measured (%)"]
 NOTE = "Zeros are stored and multiplied like any other number: a checkpoint of this kind is neither smaller nor faster by them."
 
 
@@ -109,20 +111,28 @@ class SparsityReport:
             f"{len(self.matrices)} matrices.{more}"
         )
 
+    def _repr_html_(self) -> str:
+        return html_table(self._summary(), _COLUMNS, _rows(list(self.matrices.values())))
+
     def __str__(self) -> str:
         return f"{self._summary()}\n{sparsity_table(list(self.matrices.values()))}"
 
 
 def sparsity_table(matrices: Sequence[MatrixSparsity]) -> str:
     """The Markdown table: a row for each kind of map of each stack."""
+    lines = [f"| {' | '.join(row)} |" for row in [_COLUMNS, ["---", "---", *["---:"] * 4], *_rows(matrices)]]
+    return "\n".join(lines)
+
+
+def _rows(matrices: Sequence[MatrixSparsity]) -> list[list[str]]:
     groups: dict[tuple[str, str], list[MatrixSparsity]] = {}
     for matrix in matrices:
         groups.setdefault((matrix.stack, matrix.role), []).append(matrix)
-    lines = ["| stack | map | matrices | weights | asked (%) | measured (%) |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    rows = []
     for (stack, role), members in groups.items():
         size, asked = sum(m.size for m in members), sum(m.asked for m in members)
         shares = sorted(100 * m.zeros / m.size for m in members)
         low, high = f"{shares[0]:.2f}", f"{shares[-1]:.2f}"
         measured = low if low == high else f"{low} to {high}"
-        lines.append(f"| {stack} | {role} | {len(members)} | {size:,} | {100 * asked / size:.2f} | {measured} |")
-    return "\n".join(lines)
+        rows.append([stack, role, str(len(members)), f"{size:,}", f"{100 * asked / size:.2f}", measured])
+    return rows

@@ -24,9 +24,9 @@ from pathlib import Path
 
 def main(argv: list[str] | None = None) -> int:
     """Run the sweep."""
-    from deeparc_hf.errors import DeepArcError
     from deeparc_hf.experiments.sweep_file import SweepFile
-    from deeparc_hf.experiments.sweeping import SWEEP, Sweep, shown
+    from deeparc_hf.experiments.sweeping import Sweep, shown
+    from deeparc_hf.interrupts import work_begins
 
     argv = sys.argv[1:] if argv is None else argv
     own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -35,22 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the cells and the table; default: runs/sweep_NAME")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(own)
-    try:
-        sweep = Sweep(SweepFile.read(args.config), args.output or Path("runs", f"sweep_{args.config.stem}"), extra, say=_say)
-        if args.dry_run:
-            for name, command in sweep.commands():
-                print(f"# {name}\n{shown(command)}")
-            return 0
-        signal.signal(signal.SIGTERM, _stop)
-        code = sweep.run()
-        print(sweep.write())
-        return code
-    except DeepArcError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"Stopped. The same command goes on from here; what is done stands in {SWEEP} in the output folder.", file=sys.stderr)
-        return 130
+    sweep = Sweep(SweepFile.read(args.config), args.output or Path("runs", f"sweep_{args.config.stem}"), extra, say=_say)
+    if args.dry_run:
+        for name, command in sweep.commands():
+            print(f"# {name}\n{shown(command)}")
+        return 0
+    work_begins()
+    signal.signal(signal.SIGTERM, _stop)
+    code = sweep.run()
+    print(f"{sweep.write()}\nThis table: {sweep.table}. The models and their cards: {sweep.output / 'cells'}")
+    return code
 
 
 def _say(text: str) -> None:
@@ -62,4 +56,6 @@ def _stop(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from deeparc_hf.experiments.command import run
+
+    run(main, "Stopped. The same command goes on from here; what is done stands in sweep.md in the output folder.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 
 import pytest
 import timm
@@ -11,7 +13,8 @@ import transformers as tf
 from PIL import Image
 
 from deeparc_hf import PrunedConfig, PruningPlan, find_stacks
-from deeparc_hf.cli import main
+from deeparc_hf.cli import _parser, main
+from deeparc_hf.config import MPruneConfig, WandaConfig
 from deeparc_hf.sites import healing_text
 from deeparc_hf.sources import find_source, skeleton
 
@@ -32,6 +35,30 @@ def test_help_renders(capsys, arguments):
     if arguments == ["prune"]:  # choices come from the registry, help texts from the settings
         assert "{cka,cka_biased,cosine,effect}" in text
         assert "Stride of removal" in text
+
+
+def test_without_arguments_the_help_is_printed(capsys):
+    code, out, err = run(capsys)
+    assert code == 0 and err == ""
+    assert "usage: deeparc" in out and all(command in out for command in ("inspect", "prune", "sparsify", "card", "push", "env"))
+
+
+TRAINING_ONLY = {spec.name for config in (MPruneConfig, WandaConfig) for spec in dataclasses.fields(config) if spec.metadata.get("trainer")}
+ELSEWHERE = r"callback|Trainer|\bdict\b|\blists?\b|Config\b|\biterations?\b|baseline|distill|training begins|\w\(\.\.\.\)"
+
+
+@pytest.mark.parametrize("command", ["inspect", "prune", "sparsify", "card", "push", "env"])
+def test_help_speaks_of_nothing_that_the_command_does_not_take(command):
+    parsers = _parser([command])._subparsers._group_actions[0].choices
+    actions = parsers[command]._actions
+    options = {option for action in actions for option in action.option_strings}
+    assert not {f"--{name.replace('_', '-')}" for name in TRAINING_ONLY} & options
+    for action in actions:
+        text = action.help or ""
+        assert not re.search(ELSEWHERE, text), text
+        mentioned = {found.rstrip(".,:;") for found in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)}
+        assert mentioned <= options, text
+        assert not re.search(r"\b[a-z]+_[a-z_]+\b", text.replace("cka_biased", "")), text  # names of Python's settings
 
 
 def test_inspect_shows_stacks_pins_and_parameters(capsys, checkpoints):

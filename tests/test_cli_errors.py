@@ -12,6 +12,9 @@ from deeparc_hf import PruningPlan
 from deeparc_hf import loading as loading_module
 from deeparc_hf.cli import main
 from deeparc_hf.cli.common import whole_folder
+from deeparc_hf.data import Columns, load_rows, make_batches
+from deeparc_hf.errors import CalibrationWarning
+from deeparc_hf.sources import find_source, skeleton
 
 from . import cli_tools
 from .cli_tools import error_of, run
@@ -59,6 +62,62 @@ def test_column_that_cannot_be_guessed_is_asked_for(capsys, checkpoints, tmp_pat
     message = error_of(capsys, "prune", checkpoints / "bert", "--data", tmp_path / "d.csv", "--dry-run")
     assert "--text-column" in message
     assert "Columns: premise, context" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.txt", "\n\n\n", "None of the rows has a text in the column 'text'"),
+        ("d.csv", 'text,label\n"unclosed,1\n', "Cannot read the data {file}: Error tokenizing data. C error: EOF inside string"),
+        ("d.json", "{", "Cannot read the data {file}: JSON parse error"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_told_with_what_is_wrong_in_it(capsys, checkpoints, tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_text(content)
+    assert message.format(file=file) in error_of(capsys, "prune", checkpoints / "bert", "--data", file, "--dry-run")
+
+
+def test_rows_without_a_text_are_left_out_and_told(checkpoints, tmp_path):
+    file = tmp_path / "d.csv"
+    file.write_text("text,label\n" + "w1 w2 w3,1\n,0\n" * 20)
+    source = find_source(str(checkpoints / "bert"))
+    with pytest.warns(CalibrationWarning, match="20 of the 40 chosen rows have no text in the column 'text'"):
+        batches, _ = make_batches(source, skeleton(source), load_rows(str(file)), Columns("text"), samples=512, seed=0)
+    assert len(batches.rows) == 20
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "takes"),
+    [
+        ("bert", "image", "takes texts"),
+        ("bert", "target", "writes none"),
+        ("vit", "text", "takes images"),
+        ("vit", "target", "takes images"),
+    ],
+)
+def test_a_column_that_the_model_does_not_take_is_told(checkpoints, data, model, option, takes):
+    source = find_source(str(checkpoints / model))
+    rows = load_rows(str(data / ("images" if model == "vit" else "d.csv")))
+    columns = Columns(**({} if model == "vit" else {"text": "text"}), **{option: "answer"})
+    with pytest.warns(CalibrationWarning, match=f"--{option}-column 'answer' is not used: .* {takes}"):
+        make_batches(source, skeleton(source), rows, columns, samples=8, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", ""], "The name of the model is empty."),
+        (["prune", "{model}", "--data", " ", "--dry-run"], "The name of the data is empty."),
+        (["prune", "{model}", "--data", "{file}", "--subset", "plain", "--dry-run"], "{file} is a file. Leave --subset out."),
+        (["prune", "{model}", "--data", "no-such-data", "--dry-run"], "(no such file or folder; looked for it on the Hub)"),
+        (["prune", "{model}", "--data", "{file}", "--threshold", "nan", "--dry-run"], "threshold must be a finite number, found nan."),
+        (["prune", "nowhere", "--data", "{file}", "-o", "{file}/out"], "{file} is a file. Give another folder with -o."),
+    ],
+)
+def test_slips_are_told_before_any_work(capsys, checkpoints, data, arguments, message):
+    names = {"model": checkpoints / "bert", "file": data / "d.csv"}
+    assert message.format(**names) in error_of(capsys, *(argument.format(**names) for argument in arguments))
 
 
 @pytest.mark.parametrize("content", ["", "text\n"])
@@ -163,10 +222,39 @@ def test_without_matplotlib_the_heatmap_is_left_out(capsys, checkpoints, data, t
     assert not (tmp_path / "out" / "heatmap.png").exists()
 
 
-def test_without_datasets_the_error_says_what_to_install(capsys, checkpoints, data, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    message = error_of(capsys, "prune", checkpoints / "bert", "--data", data / "d.csv", "--dry-run")
-    assert 'pip install "deeparc_hf[cli]"' in message
+def test_without_pillow_images_are_refused_with_what_to_install(capsys, checkpoints, data, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    message = error_of(capsys, "prune", checkpoints / "vit", "--data", data / "d.csv", "--dry-run")
+    assert 'pip install "deeparc_hf[images]"' in message
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [(["--num-blocks", "4"], "4"), (["--num-blocks", "bert.encoder.layer=4"], "bert.encoder.layer=4"), (["--keep-ratio", "1"], "1")],
+)
+def test_who_gave_a_target_that_keeps_all_is_not_told_to_give_one(capsys, checkpoints, data, target, found):
+    common = ("prune", checkpoints / "bert", "--data", data / "d.csv", "--text-column", "text", "--dry-run")
+    code, _, err = run(capsys, *common, *target)
+    assert code == 0 and f"{target[0]} {found} keeps all of its 4 blocks: give a smaller number." in err
+    assert "or give --" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["prune", "--threshold", "1.5"], None),
+        (["prune", "--threshold", "1.98"], None),
+        (["prune", "--threshold", "2"], "0.02"),
+        (["prune", "--keep-ratio", "1.5"], None),
+        (["prune", "--keep-ratio", "50"], "0.5"),
+        (["sparsify", "--sparsity", "1.5"], None),
+        (["sparsify", "--sparsity", "30"], "0.3"),
+    ],
+)
+def test_a_percentage_is_suspected_only_where_it_may_be_one(capsys, data, tmp_path, arguments, hint):
+    command, *given = arguments
+    message = error_of(capsys, command, "nowhere", "--data", data / "d.csv", "-o", tmp_path / "out", *given)
+    assert (f"Did you mean {hint}?" in message) if hint else ("Did you mean" not in message)
 
 
 def test_debug_raises(capsys, tmp_path):

@@ -266,12 +266,20 @@ def test_totals():
 # --- purity --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["plan", "clustering"])
+@pytest.mark.parametrize("module", ["plan", "clustering", "heatmap", "plan_checks", "tables"])
 def test_module_imports_no_model_code(module):
     tree = ast.parse(Path(deeparc_hf.plan.__file__).with_name(f"{module}.py").read_text("utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {f"{'.' * node.level}{node.module or ''}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name for name in imported if name.startswith(".")} <= {".clustering", ".config", ".errors", ".plain_text"}
+    assert {name for name in imported if name.startswith(".")} <= {
+        ".clustering",
+        ".config",
+        ".errors",
+        ".heatmap",
+        ".plain_text",
+        ".plan_checks",
+        ".tables",
+    }
     assert not {name.split(".")[0] for name in imported if not name.startswith(".")} & {
         "torch",
         "transformers",

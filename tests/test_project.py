@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -167,6 +168,62 @@ def test_ci_runs_make_test_and_nothing_else():
     lines = [line for line in script.read_text("utf-8").splitlines() if line and not line.startswith("#")]
     assert lines[0] == "set -euo pipefail" and lines[-1] == "exec make test" and len(lines) == 3
     assert script.stat().st_mode & 0o111
+
+
+def required(extra: str | None = None) -> set[str]:
+    """What `pip install .` installs by setup.py, or what an extra adds, as names of modules."""
+    source = ast.parse(SETUP.read_text("utf-8"))
+    call = next(node for node in ast.walk(source) if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "setup")
+    lists = {node.targets[0].id: node.value for node in source.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)}
+    settings = {keyword.arg: keyword.value for keyword in call.keywords}
+
+    def names(value: ast.expr) -> set[str]:
+        if isinstance(value, ast.Name):
+            return names(lists[value.id])
+        if isinstance(value, ast.List):
+            return set().union(*map(names, value.elts))
+        return names(value.value) if isinstance(value, ast.Starred) else {re.split(r"[^\w-]", value.value)[0].replace("-", "_")}
+
+    if extra is None:
+        return names(settings["install_requires"])
+    extras = settings["extras_require"]
+    return names(dict(zip([key.value for key in extras.keys], extras.values, strict=True))[extra])
+
+
+def imported(code: str) -> set[str]:
+    """The packages that a piece of code imports, but for the standard library and this one."""
+    nodes = list(ast.walk(ast.parse(code)))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names) - {"deeparc_hf"}
+
+
+def test_what_the_readme_shows_first_runs_after_the_first_command():
+    text = README.read_text("utf-8")
+    install, _, rest = text.partition("## In a Trainer")
+    assert re.findall(r"^    (pip install .*?)(?:  .*)?$", install, re.MULTILINE)[0] == "pip install ."
+    first, *others = _SNIPPET.findall(rest)
+    assert {"datasets", "transformers"} <= imported(first) <= required()
+    assert {"datasets", "evaluate"} <= required()
+    needs = [imported(snippet) - required() for snippet in others]
+    assert [more for more in needs if more] == [{"timm"}] and "timm" in required("timm") & required("all")
+
+
+def test_extras_that_are_named_exist_and_add_something():
+    files = [README, *(ROOT / "deeparc_hf").rglob("*.py"), *(ROOT / "recipes").rglob("*.*"), *(ROOT / "examples").rglob("*.py")]
+    named = set(re.findall(r"(?:deeparc_hf|\.)\[(\w+)\]\"", "".join(path.read_text("utf-8") for path in files if path.is_file())))
+    assert {"all", "demo", "images", "plots", "recipes", "timm"} <= named
+    for extra in named:
+        assert required(extra) - required()
+    assert required("all") >= required("recipes") | required("plots") | required("images") | required("timm")
+
+
+def test_the_package_imports_nothing_that_the_first_command_does_not_install():
+    """Above the level of functions: what an extra brings is imported where it is used."""
+    for path in (ROOT / "deeparc_hf").rglob("*.py"):
+        tree = ast.parse(path.read_text("utf-8"))
+        top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert imported("\n".join(map(ast.unparse, top))) <= required(), path
 
 
 def tiny_checkpoint(folder: Path, texts: list[str]) -> None:

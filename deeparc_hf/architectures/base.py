@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import SurgeryError
 from ..registry import Registry
+from ..tables import html_table, spans
 from .hosts import Host
 
 __all__ = ["BlockEntry", "CountKey", "Family", "Stack", "families", "register", "set_count", "signature_pins"]
@@ -87,6 +88,18 @@ class Stack:
 
     def __len__(self) -> int:
         return len(self.container)
+
+    def _repr_html_(self) -> str:
+        """A table of the blocks; runs of blocks that are alike stand in one row."""
+        rows: list[list[Any]] = []
+        for index, block in enumerate(self.blocks):
+            facts = [type(block).__name__, sum(p.numel() for p in block.parameters()), self.pinned.get(index, "")]
+            if rows and rows[-1][1:] == facts:
+                rows[-1][0].append(index)
+            else:
+                rows.append([[index], *facts])
+        shown = [[spans(indices), kind, f"{count:,}", pinned] for indices, kind, count, pinned in rows]
+        return html_table(f"{self.name}: {len(self)} blocks", ["block", "class", "parameters of each", "pinned"], shown)
 
     def __repr__(self) -> str:
         return f"Stack({self.name!r}, {len(self)} blocks, pinned={dict(self.pinned)})"

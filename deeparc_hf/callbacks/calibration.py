@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainerState, TrainingArguments, default_data_collator
 from transformers.utils import find_labels
 
+from ..bars import samples_in
 from ..config import MPruneConfig, WandaConfig
 from ..distributed import process_count, process_index
 from ..errors import CalibrationError
@@ -101,6 +102,14 @@ class Calibration:
     def chooses(self) -> bool:
         """Whether rows are chosen one by one, so that others than those of a calibration can be had."""
         return self._rows and not isinstance(self._data, IterableDataset) and hasattr(self._data, "__len__")
+
+    @property
+    def num_samples(self) -> int | None:
+        """The samples that this process goes through, for progress bars; None where that is not known."""
+        count, index = process_count(), process_index()
+        if self.chooses:
+            return len(range(index, min(max(0, len(self._data) - self._skip), self._config.calibration_samples), count))
+        return None if self._rows or self._sampler is not None or count > 1 else samples_in(self._data)
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()

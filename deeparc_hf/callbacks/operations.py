@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..architectures import describe
+from ..bars import doing, shows_bars
 from ..config import MPruneConfig
 from ..distributed import agree, follow_in_wrapper, gather
 from ..errors import ConfigError, PlanError, SurgeryError
@@ -150,9 +151,9 @@ class Operations:
         with self._calibration.reading():
             plan = compare_blocks(
                 self.model,
-                self._calibration.batches(),
+                self._calibration,
                 self._config.for_iteration(iteration).replace(k=k),
-                progress=not self._args.disable_tqdm and self._args.process_index == 0,
+                progress=shows_bars(self._args),
                 gather=gather,
                 max_samples=self._calibration.samples,
                 labels=self._labels(),
@@ -193,6 +194,7 @@ class Operations:
                 optimizer=self._optimizer,
                 example=self._example(),
                 transaction=undo,
+                progress=shows_bars(self._args),
                 gather=gather,
                 max_samples=self._calibration.samples,
                 done=lambda stage: self.stages.measure(stage, step),
@@ -219,7 +221,8 @@ class Operations:
         led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
         free = agree(partial(free_name, self._output, name))
         work = partial(save_snapshot, self._output, free, self.model, self._optimizer, plan.to_dict(), led)
-        gather(work if self._args.should_save else lambda: None)
+        with doing("Saving the weights from before the pruning", shows_bars(self._args)):
+            gather(work if self._args.should_save else lambda: None)
         return free
 
     def accept(self) -> None:
@@ -237,7 +240,8 @@ class Operations:
         thaw_noted(self.model)
         self._undo.roll_back()
         torch.compiler.reset()
-        gather(lambda: restore_weights(self._output, str(p.snapshot), self.model))
+        with doing("Bringing back the weights from before the pruning", shows_bars(self._args)):
+            gather(lambda: restore_weights(self._output, str(p.snapshot), self.model))
         if self._optimizer is not None:
             set_groups(self._output, str(p.snapshot), self.model, self._optimizer)
         p.record, p.frozen = p.base, p.base_frozen

@@ -56,7 +56,7 @@ class PruningRun:
         self.metric, self.greater_is_better = metric_of(config, args)
         self.steps_per_epoch = steps_per_epoch(event.get("train_dataloader"), args)
         self._retraining = config.retrain_epochs * (self.steps_per_epoch or 0)  # optimizer steps
-        self.stages = Stages(config, self.model, event.get("train_dataloader"), args.eval_batch_size, progress)
+        self.stages = Stages(config, self.model, event.get("train_dataloader"), args, progress)
         self.operations = Operations(config, calibration, args, self.model, event.get("optimizer"), progress, self.stages)
         self.journal = Journal(config, args, self.model, progress, self.metric, event.get("train_dataloader"))
         self.ended = False

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from ..bars import shows_bars
 from ..config import MPruneConfig
 from ..distributed import agree, gather
 from ..errors import ConfigError
@@ -57,8 +58,9 @@ def prune_before_sharding(
         )
     columns = kept_columns(model, args, None)
     source = Calibration(calibration, None, args.train_batch_size, config, model=model, columns=columns, processing_class=processing_class)
+    bars, most = shows_bars(args), source.samples
     with source.reading():
-        plan = compare_blocks(model, source.batches(), config, progress=args.process_index == 0, gather=gather, max_samples=source.samples)
+        plan = compare_blocks(model, source, config, progress=bars, gather=gather, max_samples=most)
         plan = PruningPlan.from_dict(agree(plan.to_dict))
-        apply_healed(model, plan, source, example=source.example, gather=gather, max_samples=source.samples)
+        apply_healed(model, plan, source, example=source.example, progress=bars, gather=gather, max_samples=most)
     return plan

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..architectures import describe
+from ..bars import shows_bars
 from ..config import WandaConfig
 from ..distributed import gather
 from ..errors import ConfigError, DeepArcWarning, RecordError, SparsityError
@@ -321,9 +322,9 @@ class SparsityRun:
         with nullcontext() if calibration is None else calibration.reading():
             self.report, masks = sparsify(
                 self.model,
-                None if calibration is None else calibration.batches(),
+                calibration,
                 self.config,
-                progress=not self.args.disable_tqdm and self.args.process_index == 0,
+                progress=shows_bars(self.args),
                 gather=gather,
                 max_samples=None if calibration is None else calibration.samples,
             )

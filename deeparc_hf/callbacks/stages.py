@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
+from ..bars import shows_bars
 from ..config import MPruneConfig
 from ..distributed import gather
 from ..quality import measure_quality
@@ -22,6 +24,12 @@ from .companions import companions_on
 __all__ = ["Stages"]
 
 EVALUATION, TRAINING = "evaluation data", "training data outside the calibration samples"
+_BARS = {
+    "before": "Measuring before the removal",
+    "removed": "Measuring after the removal",
+    "healed": "Measuring after the healing",
+    "retrained": "Measuring after the training",
+}
 _LEAST = 32  # fewer samples tell nothing
 
 
@@ -32,20 +40,23 @@ class Stages:
         config: the settings; as many samples are taken as for a calibration.
         model: the model.
         training: the training's data loader.
-        size: samples of a batch.
+        args: the Trainer's arguments.
         progress: where the run stands.
 
     Attributes:
         evaluation: the Trainer's data loader of its first evaluation in this run; None before.
     """
 
-    def __init__(self, config: MPruneConfig, model: nn.Module, training: DataLoader | None, size: int, progress: Progress) -> None:
+    def __init__(
+        self, config: MPruneConfig, model: nn.Module, training: DataLoader | None, args: TrainingArguments, progress: Progress
+    ) -> None:
         self.evaluation: DataLoader | None = None
         self._config = config
         self._model = model
         self._training = training
-        self._size = size
+        self._size = args.eval_batch_size
         self._progress = progress
+        self._bars = shows_bars(args)
         self._data = TRAINING  # which data the entries of the pruning at hand are of
         self._found: dict[str, Any] = {}
 
@@ -71,8 +82,9 @@ class Stages:
         source = self._source()
         if source is None:
             return
+        bar = _BARS[stage] if self._bars else None
         with source.reading():
-            found = measure_quality(self._model, source.batches(), source.samples, gather)
+            found = measure_quality(self._model, source, source.samples, gather, bar)
         if found is not None:
             self._found[stage] = {**found, "data": self._data, "step": step}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..plain_text import plain
 from ..plan import PruningPlan, StackPlan
 from ..record import PrunedConfig
-from ..report import threshold_text
+from ..tables import threshold_text
 from .text import code, fenced, md, table
 
 __all__ = ["alt_text", "numbers_of_plan", "removed_text", "repairs", "similarity_tables", "strip"]

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..report import threshold_text
 from ..run_report import STAGES
 from ..sparsity_report import sparsity_table
+from ..tables import threshold_text
 from .facts import CardFacts
 from .metadata import Given
 from .reading import Attempt, Evaluation, bare

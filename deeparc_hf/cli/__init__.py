@@ -29,8 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = _parser(argv).parse_args(argv)
+    args = None
     try:
+        parser = _parser(argv)
+        if not argv:
+            parser.print_help()
+            return 0
+        args = parser.parse_args(argv)
         with plain_warnings():
             return args.run(args)
     except KeyboardInterrupt:
@@ -40,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except (DeepArcError, OSError) as error:
-        if args.debug:
+        if args is None or args.debug:
             raise
         notes = getattr(error, "__notes__", ())  # help on errors of the Hub
         say(f"error: {' '.join(' '.join([str(error), *notes]).split())}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DeepArcWarning
+from ..interrupts import work_begins
 from ..plain_text import plain_lines
 
 if TYPE_CHECKING:
@@ -119,6 +120,10 @@ def output_folder(args: argparse.Namespace) -> Path:
                 f"{args.out} holds files but neither {PLAN_FILE} nor {SPARSITY_FILE} as this command writes them: no earlier run wrote it, "
                 "so it is not replaced. Give another folder."
             )
+    parent = next(path for path in out.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        reason = "not to be written to" if parent.is_dir() else "a file"
+        raise ConfigError(f"{args.out} cannot be made: {parent} is {reason}. Give another folder with -o.")
     return out
 
 
@@ -137,6 +142,7 @@ def _of_an_earlier_run(out: Path) -> bool:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place when all went well, and is gone otherwise."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    work_begins()
     new, old = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("new", "old"))
     new.mkdir()
     try:

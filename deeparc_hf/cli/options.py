@@ -104,7 +104,7 @@ def setting_options(group: Any, settings: type[Settings], names: Mapping[str, Se
             continue
         option = f"--{spec.name.replace('_', '-')}"
         extra, more = _taken(hints[spec.name], names.get(spec.name) or spec.metadata.get("choices"))
-        text = f"{spec.metadata['help']}{more}{_default(option, spec.default)}"
+        text = f"{spec.metadata.get('cli', spec.metadata['help'])}{more}{_default(option, spec.default)}"
         group.add_argument(option, dest=f"{_PREFIX}{spec.name}", default=None, help=text.replace("%", "%%"), **extra)
 
 

@@ -169,4 +169,12 @@ def _nothing_to_remove(plan: PruningPlan) -> str:
     first = first_threshold(plan)
     if first is None:
         return f"{message} Its pinned and protected blocks allow no removal."
+    if plan.config.target != "threshold":
+        target = plan.config.target.replace("_", "-")
+        return f"{message} --{target} {_given(plan.config)} keeps all of its {plan.num_blocks} blocks: give a smaller number."
     return f"{message} The first block would go at threshold {first:.4f}: lower --threshold, or give --num-blocks or --keep-ratio."
+
+
+def _given(config: MPruneConfig) -> str:
+    target = getattr(config, config.target)
+    return " ".join(f"{name}={count}" for name, count in target.items()) if isinstance(target, dict) else f"{target:g}"

@@ -127,8 +127,11 @@ def _processor(source: ModelSource, frame: nn.Module) -> Any:
     loader = loaders.get(describe(frame)[0].root.main_input_name, transformers.AutoProcessor)
     try:
         with loading(f"the tokenizer or processor of {source.given}"):
-            if any(cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False) for name in _PROCESSOR_FILES):
-                return loader.from_pretrained(source.reference, trust_remote_code=False)
+            if any(
+                cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False, **source.loading)
+                for name in _PROCESSOR_FILES
+            ):
+                return loader.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
             say(f"info: {source.given} has no files of a tokenizer or processor, so none are saved.")
     except LoadingError as error:
         say(f"info: {' '.join(str(error).split())} The checkpoint is saved without it.")

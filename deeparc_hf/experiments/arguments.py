@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from ..card.vocabulary import check_language, check_license
 from ..config import MPruneConfig, WandaConfig
 from ..errors import ConfigError, MissingDependencyError
+from ..interrupts import work_begins
 
 __all__ = ["DataArguments", "PruningArguments", "parse", "read_config"]
 
@@ -176,6 +177,7 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None, description:
     if unknown:
         known = [option for option in parser._option_string_actions if option.startswith("--")]
         raise ConfigError(f"There is no argument {unknown[0]!r}.{_hint(unknown[0].partition('=')[0], known)}")
+    work_begins()  # a recipe has imported its libraries before it parses
     return tuple(parsed[: len(types)])  # behind them comes --config
 
 

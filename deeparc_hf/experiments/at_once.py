@@ -56,12 +56,12 @@ def calibration_batches(trainer: Trainer, samples: int, seed: int, given: Any = 
     return DataLoader(Subset(data, chosen), batch_size=trainer.args.train_batch_size, collate_fn=loader.collate_fn)
 
 
-def remove_at_once(model: nn.Module, batches: Iterable[Any], config: MPruneConfig) -> Removal:
+def remove_at_once(model: nn.Module, batches: Iterable[Any], config: MPruneConfig, progress: bool = True) -> Removal:
     """`prune_model`, with what became of each removal site."""
-    plan = analyze(model, batches, config, progress=False)
+    plan = analyze(model, batches, config, progress=progress)
     if not plan.removed:
         return Removal(plan, ())
-    _, healings = apply_healed(model, plan, batches, example=next(iter(batches)))
+    _, healings = apply_healed(model, plan, batches, example=next(iter(batches)), progress=progress)
     return Removal(plan, tuple(healings))
 
 

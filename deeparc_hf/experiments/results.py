@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..card import CARD_FILE
 from ..card.facts import EVALUATIONS_FILE
 from ..fingerprint import mark_of_files
 from ..provenance import TIMES
@@ -16,7 +18,18 @@ from ..record import package_versions
 from ..report import hardware, wilson_interval
 from ..run_report import finite, write_whole
 
-__all__ = ["RESULTS", "Measured", "Row", "Speed", "against_original", "read_rows", "results_table", "write_evaluations", "write_results"]
+__all__ = [
+    "RESULTS",
+    "Measured",
+    "Row",
+    "Speed",
+    "against_original",
+    "read_rows",
+    "results_table",
+    "whereabouts",
+    "write_evaluations",
+    "write_results",
+]
 
 RESULTS = "results"
 _EPOCHS, _FIRST = 6, 3
@@ -237,6 +250,28 @@ def write_evaluations(
     }
     report = {"evaluations": [entry], "speed": None if speed is None else dataclasses.asdict(speed)}
     write_whole(folder / EVALUATIONS_FILE, json.dumps(finite(json.loads(json.dumps(report))), indent=1, allow_nan=False) + "\n")
+
+
+def whereabouts(folder: Path, rows: Sequence[Row], published: str | None = None) -> str:
+    """Where what an experiment made lies, for its end.
+
+    Args:
+        folder: the output folder.
+        published: the repository that the last model was published in.
+    """
+    others = sorted(path.name for path in folder.glob("*.md") if path.stem != RESULTS)
+    lines = [f"Results: {folder / RESULTS}.md, the same in {RESULTS}.json{''.join(f', and {name}' for name in others)}"]
+    models = [folder / row.folder for row in rows if row.folder is not None]
+    if models:
+        lines.append(f"Models: {', '.join(map(str, models))}")
+    cards = [path / CARD_FILE for path in models if (path / CARD_FILE).is_file()]
+    if cards:
+        lines.append(f"Card: {', '.join(map(str, cards))}")
+    if published is not None:
+        lines.append(f"Published: {published}")
+    elif cards:
+        lines.append(f"To publish it: deeparc push {shlex.quote(str(cards[-1].parent))} ORG/NAME")
+    return "\n".join(lines)
 
 
 def _test(figures: Mapping[str, Any]) -> dict[str, Any]:

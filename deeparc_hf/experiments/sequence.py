@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..bars import shows_bars
 from ..callbacks import MPruneCallback, WandaCallback
 from ..card import create_model_card
 from ..config import MPruneConfig, WandaConfig
@@ -29,7 +31,7 @@ from ..run_report import structure_facts, write_whole
 from ..sparsify import sparsify_model
 from .arguments import DataArguments, PruningArguments
 from .at_once import calibration_batches, remove_at_once
-from .results import RESULTS, Measured, Row, Speed, write_evaluations, write_results
+from .results import RESULTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results
 
 __all__ = ["Experiment"]
 
@@ -77,7 +79,7 @@ class Experiment:
     finish: Callable[[list[Row]], None] = lambda rows: None
 
     def run(self) -> list[Row]:
-        """Run it all. The output folder gets results.md and .json, the models, and the card of the last one beside it."""
+        """Run it all. The output folder gets results.md and .json, the models, and the last one's card; its end says where they are."""
         rows = [self._original()]
         for iteration in range(self.pruning.iterations):
             row = self._iteration(iteration, rows[-1], rows[0])
@@ -99,6 +101,7 @@ class Experiment:
             self._publish(last)
             self.finish(rows)
             write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, self.notes)
+            sys.stdout.write(f"\n{whereabouts(self._out, rows, self.data.repo_id if last.folder is not None else None)}\n")
         return rows
 
     def __post_init__(self) -> None:
@@ -161,7 +164,7 @@ class Experiment:
         """One pruning without a retraining; None where nothing could be removed."""
         trainer = self.trainer(self.load(self._place(before)), self._args(name, 1), [])
         config = self.pruning.pruning(iteration)
-        removal = remove_at_once(trainer.model, self._batches(trainer, config), config)
+        removal = remove_at_once(trainer.model, self._batches(trainer, config), config, shows_bars(trainer.args))
         if not removal.plan.removed:
             return self._nothing(name, "nothing could be removed")
         thresholds = {stack.threshold for stack in removal.plan.stacks.values()}
@@ -180,7 +183,7 @@ class Experiment:
         for config in self.pruning.grid():
             name = f"{row.name}, {config.pattern or f'{100 * config.sparsity:g} %'} zeros"
             trainer = self.trainer(self.load(self._place(row)), self._args(SCRATCH, 1), [])
-            report = sparsify_model(trainer.model, self._batches(trainer, config), config, progress=False)
+            report = sparsify_model(trainer.model, self._batches(trainer, config), config, progress=shows_bars(trainer.args))
             facts = {"frozen": row.frozen, "threshold": row.threshold, "k": row.k}
             yield Row(name, **self._facts_of(trainer), **facts, sparsity=report.measured)
             if config.sparsity in self.pruning.sparsity_retrain:

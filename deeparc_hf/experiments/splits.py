@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, MissingDependencyError
+from ..errors import ConfigError
 from ..provenance import dataset_facts
 from .arguments import DataArguments
 
@@ -91,10 +91,8 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
     Raises:
         ConfigError: if there is no data, or a split is not there.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError('Recipes need the datasets library: pip install "deeparc_hf[recipes]".') from error
+    import datasets  # takes seconds
+
     files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
     names = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
     if data.train_file is not None:

@@ -53,6 +53,11 @@ class Sweep:
                 name, number = f"{slug(cell.name)}.{number}", number + 1
             self._folders[cell.name] = name
 
+    @property
+    def table(self) -> Path:
+        """File of the table."""
+        return self.output / SWEEP
+
     def commands(self) -> list[tuple[str, list[str]]]:
         """The name and the command of each cell; the original comes first."""
         shared = self._place(ORIGINAL) / ORIGINAL if self.file.setting("finetune_epochs", self.extra) != 0 else None
@@ -81,7 +86,7 @@ class Sweep:
         """Write the table of what is done, and return it."""
         done = {cell.name: self._place(cell.name) for cell in self.file.cells if self._finished(cell.name)}
         text = sweep_report(self.file, {name: read_rows(folder) for name, folder in done.items()}, self.failed)
-        write_whole(self.output / SWEEP, text)
+        write_whole(self.table, text)
         return text
 
     # ---- one cell ----

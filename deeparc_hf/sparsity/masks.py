@@ -33,7 +33,7 @@ def choose_lowest(score: Tensor, sparsity: float) -> Tensor:
         ConfigError: if the sparsity is not such a share.
     """
     if not 0 <= sparsity < 1:
-        hint = f" Did you mean {sparsity / 100:g}?" if 1 < sparsity < 100 else ""
+        hint = f" Did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
         raise ConfigError(f"sparsity must be in [0, 1), found {sparsity}.{hint}")
     return _mark_lowest(score, int(score.shape[1] * sparsity), score.shape[1])
 

@@ -22,7 +22,8 @@ def raises(error):
 
 
 def test_exit_codes(capsys):
-    assert ends(lambda: ["rows"]) == 0
+    assert ends(lambda: ["rows"]) == ends(lambda: 0) == 0
+    assert ends(lambda: 1) == 1  # a sweep with a failed cell
     assert ends(raises(ConfigError("threshold must be a share."))) == 2
     assert ends(raises(OSError("modle is not a local folder"))) == 2
     assert ends(raises(KeyboardInterrupt())) == 130

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from deeparc_hf.experiments.results import Measured, Row, Speed, against_original, read_rows, results_table, write_results
+from deeparc_hf.experiments.results import Measured, Row, Speed, against_original, read_rows, results_table, whereabouts, write_results
 from deeparc_hf.report import wilson_interval
 
 SHOWN = ["evaluation time (s)", "training time (s)", "freeze", "threshold", "K", "zeros (%)"]
@@ -55,6 +55,22 @@ def test_metrics_of_an_evaluation():
     assert got.metrics == {"loss": 0.5, "accuracy": 0.75} and got.samples == 20 and got.seconds is None
     assert got.intervals == {"accuracy": wilson_interval(15, 20)}
     assert Measured.of_metrics({"test_accuracy": 75.0}, 20).intervals == {}
+
+
+def test_where_the_results_lie(tmp_path):
+    place = tmp_path / "a run"
+    (place / "iteration-1").mkdir(parents=True)
+    for file in ("results.md", "scores.md", "iteration-1/README.md"):
+        (place / file).touch()
+    said = whereabouts(place, [ORIGINAL, SMALLER, SPARSE]).splitlines()
+    assert said == [
+        f"Results: {place}/results.md, the same in results.json, and scores.md",
+        f"Models: {place}/iteration-1",
+        f"Card: {place}/iteration-1/README.md",
+        f"To publish it: deeparc push '{place}/iteration-1' ORG/NAME",
+    ]
+    assert whereabouts(place, [SMALLER], "me/small").splitlines()[-1] == "Published: me/small"
+    assert whereabouts(place, [ORIGINAL]).count("\n") == 0
 
 
 def test_the_table_has_the_columns_of_the_first_experiments():

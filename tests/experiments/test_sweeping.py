@@ -18,6 +18,7 @@ import yaml
 
 from deeparc_hf.errors import ConfigError
 from deeparc_hf.experiments.arguments import PruningArguments
+from deeparc_hf.experiments.command import run
 from deeparc_hf.experiments.sweep_file import SweepFile
 from deeparc_hf.experiments.sweeping import Sweep, slug
 
@@ -254,7 +255,9 @@ def test_dry_run_prints_the_commands(place, main, capsys):
 
 def test_a_bad_file_ends_with_2(place, main, capsys):
     write(place, gird={})
-    assert main([str(place / "sweep.yaml"), "--output", str(place / "out")]) == 2
+    with pytest.raises(SystemExit) as end:
+        run(lambda: main([str(place / "sweep.yaml"), "--output", str(place / "out")]))
+    assert end.value.code == 2
     assert capsys.readouterr().err.strip().endswith("there is no 'gird'. Did you mean 'grid'?")
 
 

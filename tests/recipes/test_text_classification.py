@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import random
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,9 +68,19 @@ def run(data, tmp_path_factory):
         "sparsity_pattern": "2:4",
         "sparsity_retrain": [0.25],
     }
-    with watched(tf.BertForSequenceClassification) as seen:
+    with watched(tf.BertForSequenceClassification) as seen, redirect_stdout(io.StringIO()) as said:
         rows = main(words(**data, output_dir=str(folder), **pruning))
-    return SimpleNamespace(rows={row.name: row for row in rows}, folder=folder, seen=seen, data=data)
+    return SimpleNamespace(rows={row.name: row for row in rows}, folder=folder, seen=seen, data=data, said=said.getvalue())
+
+
+def test_the_end_tells_where_the_results_lie(run):
+    end = run.said.rstrip().splitlines()[-4:]
+    assert [line.partition(":")[0] for line in end] == ["Results", "Models", "Card", "To publish it"]
+    places = [Path(word) for line in end for word in re.findall(rf"{re.escape(str(run.folder))}[^\s,]*", line)]
+    assert all(place.exists() for place in places)
+    folders = {run.folder / row.folder for row in run.rows.values() if row.folder is not None}
+    assert {*folders, run.folder / "results.md", run.folder / "iteration-2" / "README.md"} <= set(places)
+    assert f"deeparc push {run.folder / 'iteration-2'} " in end[-1]
 
 
 def test_every_model_has_a_row_and_its_files(run):
