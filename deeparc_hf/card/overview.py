@@ -9,7 +9,7 @@ from ..schedule import FINISHED
 from .facts import CardFacts
 from .metadata import Given
 from .reading import Evaluation, bare
-from .tables import data_text, with_interval
+from .tables import against_original, data_text, with_interval
 from .text import md, table
 from .vocabulary import ERRORS
 
@@ -41,7 +41,7 @@ def headline(facts: CardFacts) -> Headline | None:
         return None
     evaluation, key = min(found, key=lambda pair: (_kind(bare(pair[1]), asked), _split(*pair)))
     before = evaluation.before.get(key)
-    if before is not None:
+    if before is not None and against_original(facts):
         return Headline(evaluation, key, (before, evaluation.interval_before(key)))
     return Headline(evaluation, key, _before_in_run(facts, evaluation, key))
 
@@ -79,7 +79,8 @@ def overview(facts: CardFacts, given: Given) -> str:
         original = _NOT if shown.before is None else with_interval(*shown.before)
         rows.append([what, original, with_interval(evaluation.metrics[key], evaluation.interval_of(key))])
     s = facts.speed
-    times = ["1", f"{s['ratio']:.3f} ({s['low']:.3f} .. {s['high']:.3f})"] if s else [_NOT, _NOT]
+    known = s and against_original(facts)
+    times = ["1", f"{s['ratio']:.3f} ({s['low']:.3f} .. {s['high']:.3f})"] if known else [_NOT, _NOT]
     rows.append(["time of one evaluation (measured in turns)", *times])
     before, now = facts.parameters
     before = before or (now if not facts.removed else None)

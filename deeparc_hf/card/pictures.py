@@ -44,7 +44,7 @@ def quality_series(facts: CardFacts) -> tuple[str, list[Series]]:
     inside = [point for attempt in facts.attempts if (point := _inside(attempt.name, attempt.parameters, attempt.evaluations, name))]
     found.append(Series("validation data, in the training", tuple(inside)))
     before, now = facts.parameters
-    if shown.evaluation.before and shown.before is not None and before and now:
+    if shown.evaluation.before and shown.before is not None and before and now:  # of the original
         original, this = Point("original", before, *shown.before), Point("this model", now, *_figure(shown.evaluation, shown.key))
         split = shown.evaluation.split_of(shown.key)
         found.append(Series(f"{split or 'evaluation'} data, at the end", (original, this)))

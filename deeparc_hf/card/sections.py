@@ -14,7 +14,7 @@ from ..settings import Settings
 from .facts import CardFacts
 from .metadata import Given
 from .reading import bare
-from .tables import steps_data
+from .tables import against_original, steps_data
 from .text import code, fenced, folded, json_block, linked, md, plain, shared
 from .usage import task_of
 
@@ -119,8 +119,12 @@ def evaluation_note(facts: CardFacts) -> str:
     notes = ["Measured on these weights." if facts.mark is not None else "Measured at the end."]
     if began is not None:
         total = facts.blocks[0]
-        what = "the model before any pruning" if began == total else f"the model that this began with, {began} of {total} blocks"
-        notes.append(f"Original: {what}, measured in the same way.")
+        what = (
+            "Original: the model before any pruning"
+            if against_original(facts)
+            else f"Before: the model that this began with, {began} of {total} blocks"
+        )
+        notes.append(f"{what}, measured in the same way.")
     if any(evaluation.judged for evaluation in facts.final):
         notes.append("There was no test data: prunings were judged on the same rows, so the figures are optimistic.")
     if facts.hardware:
@@ -130,9 +134,9 @@ def evaluation_note(facts: CardFacts) -> str:
     if any(not name.endswith("accuracy") for e in facts.final for name in e.intervals):
         notes.append("Other intervals: of 95 %, from the spread over the samples.")
     if facts.speed:
-        s = facts.speed
+        s, reference = facts.speed, "original" if against_original(facts) else "model before"
         notes.append(
-            f"One evaluation of the test data takes {s['ratio']:.3f} of the time of the original ({s['low']:.3f} .. {s['high']:.3f}, "
+            f"One evaluation of the test data takes {s['ratio']:.3f} of the time of the {reference} ({s['low']:.3f} .. {s['high']:.3f}, "
             f"{s['turns']:g} turns, both models warm in one process); {s['blocks']:.3f} of the blocks are left."
         )
     return " ".join(notes)

@@ -16,6 +16,7 @@ from .reading import Attempt, Evaluation, bare
 from .text import code, md, table
 
 __all__ = [
+    "against_original",
     "data_text",
     "epochs_table",
     "evaluation_table",
@@ -172,6 +173,12 @@ def _loss(found: Mapping[str, Any] | None) -> str:
     return f"{found['loss']:.4f}" + ("" if found["loss_interval"] is None else " ({:.4f} .. {:.4f})".format(*found["loss_interval"]))
 
 
+def against_original(facts: CardFacts) -> bool:
+    """Whether figures "before" are of the original, and not of a model that had lost blocks already."""
+    began = {evaluation.before_blocks for evaluation in facts.final if evaluation.before} - {None}
+    return not facts.removed or began <= {facts.blocks[0]}
+
+
 def evaluation_table(facts: CardFacts, given: Given) -> str | None:
     """Every metric of the model as it is, and of the original where it is known."""
     rows = []
@@ -182,7 +189,8 @@ def evaluation_table(facts: CardFacts, given: Given) -> str | None:
             original = [with_interval(evaluation.before.get(key), evaluation.interval_before(key))] if compared else []
             data = data_text(facts, given, evaluation, key)
             rows.append([md(bare(key)), *original, with_interval(value, evaluation.interval_of(key)), f"{n:,}" if n else "-", data])
-    header = ["metric", *(["original"] if compared else []), "this model", "n", "data"]
+    before = "original" if against_original(facts) else "before"
+    header = ["metric", *([before] if compared else []), "this model", "n", "data"]
     return table(header, rows, left=(0, len(header) - 1)) if rows else None
 
 

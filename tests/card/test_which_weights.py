@@ -201,7 +201,11 @@ def test_figures_of_an_experiment_are_told_of_its_weights_alone(done, tmp_path):
     assert "bleu" not in metrics_of(card) and "of the time of the original" not in str(card)
     file.write_text(json.dumps({"evaluations": [{**entry, "before_blocks": 3, "judged": True}], "speed": None}))
     shown = section(create_model_card(folder, overwrite=True), "Evaluation")
-    assert "Original: the model that this began with, 3 of 4 blocks" in shown and "the figures are optimistic" in shown
+    assert (
+        "Before: the model that this began with, 3 of 4 blocks" in shown
+        and "| metric | before |" in shown
+        and "the figures are optimistic" in shown
+    )
     assert "data not named, validation |" in shown
     live = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder)).to("meta")
     file.write_text(json.dumps({"evaluations": [entry], "speed": speed}))

@@ -87,6 +87,11 @@ def without_times(rows: list[Row]) -> list[Row]:
     return [replace(row, training_seconds=None, measured=replace(row.measured, seconds=None)) for row in rows]
 
 
+def figure(value: float) -> str:
+    """As a card shows it."""
+    return f"{value:,.4f}" if abs(value) < 10 else f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.1f}"
+
+
 def check_files(folder: Path, rows: list[Row], retrained: bool = True) -> None:
     """The files that every experiment leaves: results, models, reports and the card."""
     assert [row.to_dict() for row in read_rows(folder)] == [row.to_dict() for row in rows]
@@ -105,12 +110,12 @@ def check_files(folder: Path, rows: list[Row], retrained: bool = True) -> None:
     last = [row for row in rows if row.name.startswith("iteration") and row.sparsity is None][-1]
     assert set(results["speeds"]) == {last.name} and 0 < results["speeds"][last.name]["blocks"] < 1
     card = (folder / last.folder / "README.md").read_text("utf-8")
-    figures = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
-    assert {name: figures[f"test_{name}"] for name in last.measured.metrics} == pytest.approx(last.measured.metrics)
+    figures = {result.metric_name: result.metric_value for result in ModelCard(card).data.eval_results if result.dataset_split == "test"}
+    assert {name: figures[name] for name in last.measured.metrics} == pytest.approx(last.measured.metrics)
     shown = card.partition("## Evaluation")[2].partition("\n## ")[0]
-    assert "| metric | before | 95 % interval | this model |" in shown and "of the time of the model before" in shown
+    assert "| metric | original | this model |" in shown and "of the time of the original" in shown
     for name, (low, high) in {**rows[0].measured.intervals, **last.measured.intervals}.items():
-        assert f"{low:,.4f} .. {high:,.4f}" in shown, name
+        assert f"{figure(low)} .. {figure(high)}" in shown, name
     assert "python recipes/" in card and str(folder) not in card
     for row in rows:
         if row.folder is not None:

@@ -223,6 +223,8 @@ def test_a_model_that_was_pruned_before_is_not_called_the_original(run, tmp_path
     assert [row.blocks[STACK] for row in rows] == [3, 2]
     card = (tmp_path / "out" / "iteration-1" / "README.md").read_text("utf-8")
     assert "Before: the model that this began with, 3 of 4 blocks" in card and "with 2 of its 4 blocks" in card
+    top = card.partition("## Use it")[0]
+    assert "| not measured | not measured |" in top and "No original was measured beside it." in top and "| metric | before |" in card
     for path in (tmp_path / "out").rglob("*.json"):
         assert str(tmp_path) not in path.read_text("utf-8") and str(run.folder) not in path.read_text("utf-8"), path
 
