@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import find_labels
 
-from .architectures import Host, Stack
+from .architectures import Host
 from .errors import CalibrationError
 
-__all__ = ["batch_size", "columns", "cut", "forward_kwargs", "padding_mask", "padding_masks", "without_labels"]
+__all__ = ["batch_size", "columns", "cut", "forward_kwargs", "is_cuttable", "padding_masks", "without_labels"]
+
+# of these the first dimension is that of the samples, whatever else stands in a batch
+_PER_SAMPLE = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids")
 
 
 def columns(host: Host, batch: Any) -> list[Any]:
@@ -29,9 +34,9 @@ def columns(host: Host, batch: Any) -> list[Any]:
 def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
     """Keyword arguments for `host.root`, on its device; of a batch with several columns of texts those of the first.
 
-    Mappings (dict, BatchEncoding, ModelOutput) are passed on, their tensors only. Of a tuple, a list or a lone tensor the
-    first entry is the model's main input; a second one that is 1 just where the first is not padding is the attention mask;
-    the others (labels) are left out.
+    Of mappings (dict, BatchEncoding, ModelOutput) all tensors are passed on, and what else the forward has an argument for
+    (`interpolate_pos_encoding=True`, lists of tensors). Of a tuple, a list or a lone tensor the first entry is the model's main input; a
+    second one that is 1 just where the first is not padding is the attention mask; the others (labels) are left out.
 
     Raises:
         CalibrationError: if the batch has no input for the model.
@@ -39,10 +44,11 @@ def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
     main = _main_input(host)
     batch = columns(host, batch)[0]
     if isinstance(batch, Mapping):
-        inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        known = _parameters(host)
+        inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor) or (key in known and value is not None)}
         if host.library == "timm":
             inputs = _timm_input(inputs)
-        elif main not in inputs and "inputs_embeds" not in inputs:
+        elif main not in inputs and "inputs_embeds" not in inputs and not known.keys() & inputs.keys() - set(_labels(host)):
             raise CalibrationError(
                 f"A calibration batch has no {main!r} for {type(host.root).__name__}; found {_describe(batch)}. Tokenize or process the "
                 "samples first, and collate them into tensors (DataCollatorWithPadding, an image processor)."
@@ -54,33 +60,60 @@ def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int:
-    """Number of samples: the length of the first tensor that has one."""
-    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim), 0)
+    """Number of samples: the length of the texts, else of the first tensor that has one."""
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    first = next((tensors[key] for key in _PER_SAMPLE if key in tensors), next(iter(tensors.values()), None))
+    return 0 if first is None else len(first)
 
 
-def cut(inputs: dict[str, Any], size: int) -> dict[str, Any]:
-    """The first `size` samples of a batch."""
+def is_cuttable(inputs: Mapping[str, Any]) -> bool:
+    """Whether samples can be taken out of a batch: all its tensors have one entry a sample, or one for all of them.
+
+    Where the patches of all images stand in one tensor (Qwen2-VL) nothing says which of them belong to a sample.
+    """
     whole = batch_size(inputs)
-    return {k: v[:size] if isinstance(v, Tensor) and v.ndim and len(v) == whole else v for k, v in inputs.items()}
+    return all(len(value) in (1, whole) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+
+
+def cut(inputs: Mapping[str, Any], size: int | Sequence[int]) -> dict[str, Any]:
+    """The first `size` samples of a batch, or those of these indices; the whole batch where samples cannot be taken out of it."""
+    whole = batch_size(inputs)
+    indices = list(range(min(size, whole))) if isinstance(size, int) else list(size)
+    if not is_cuttable(inputs) or indices == list(range(whole)):
+        return dict(inputs)
+
+    def chosen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == whole:
+            return value[indices]
+        return [value[index] for index in indices] if isinstance(value, (list, tuple)) and len(value) == whole else value
+
+    return {key: chosen(value) for key, value in inputs.items()}
 
 
 def without_labels(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the forward pass needs: labels only where a decoder's inputs are made from them.
+    """What the forward pass needs: labels only where it cannot do without, or where a decoder's inputs are made from them.
 
     A loss is not asked for, and some models note in their config which kind of loss the labels call for.
     """
+    if host.needs_labels:
+        return dict(inputs)
     makes_decoder_inputs = host.library == "transformers" and host.root.config.is_encoder_decoder and "decoder_input_ids" not in inputs
-    return {key: value for key, value in inputs.items() if makes_decoder_inputs or key != "labels"}
+    known = _parameters(host)
+    dropped = {name for name in _labels(host) if name not in known or known[name].default is not inspect.Parameter.empty}
+    if makes_decoder_inputs:
+        dropped.discard("labels")
+    return {key: value for key, value in inputs.items() if key not in dropped}
 
 
 def padding_masks(inputs: Mapping[str, Any]) -> dict[str | None, Tensor | None]:
-    """Unpadded positions by side ("encoder", "decoder", None for models of one side), shape (B, T) bool; None: unknown.
+    """Unpadded positions by side ("encoder", "decoder", None for models of one side), bool; None: unknown.
 
-    The decoder's follow from `decoder_attention_mask`, else from the labels that are not -100: position t of the decoder's
-    input predicts label t.
+    Their shape is (B, T), or that of the ids where these have more dimensions: (B, choices, T) in multiple choice. The decoder's follow
+    from `decoder_attention_mask`, else from the labels that are not -100: position t of the decoder's input predicts label t.
     """
-    mask = inputs.get("attention_mask")
-    mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    known = isinstance(mask, Tensor) and (mask.ndim == 2 or (isinstance(ids, Tensor) and mask.shape == ids.shape))
+    mask = mask.bool() if known else None
     decoder = inputs.get("decoder_attention_mask")
     labels = inputs.get("labels")
     if isinstance(decoder, Tensor) and decoder.ndim == 2:
@@ -92,21 +125,6 @@ def padding_masks(inputs: Mapping[str, Any]) -> dict[str | None, Tensor | None]:
     return {None: mask, "encoder": mask, "decoder": decoder}
 
 
-def padding_mask(host: Host, stack: Stack, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Unpadded positions of a stack, shape (B, T) bool; None: unknown, or it reads images, of which a text's mask says nothing."""
-    return None if reads_images(host, stack) else padding_masks(inputs)[stack.side]
-
-
-def reads_images(host: Host, stack: Stack) -> bool:
-    """Whether a stack belongs to the part of a model of texts and images that reads images."""
-    vision = getattr(host.root.config, "vision_config", None) if host.library == "transformers" else None
-    if vision is None:
-        return False
-    parts = stack.name.split(".")
-    holders = (host.root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
-    return any(type(getattr(holder, "config", None)) is type(vision) for holder in holders)
-
-
 def _goes_with(labels: Tensor, decoder_ids: Any) -> bool:
     """Whether labels stand for decoder inputs position by position: DataCollatorForSeq2Seq(model=...) puts both into a batch."""
     return decoder_ids is None or (isinstance(decoder_ids, Tensor) and decoder_ids.shape == labels.shape)
@@ -114,6 +132,15 @@ def _goes_with(labels: Tensor, decoder_ids: Any) -> bool:
 
 def _main_input(host: Host) -> str:
     return "x" if host.library == "timm" else host.root.main_input_name
+
+
+def _parameters(host: Host) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(host.root.forward).parameters
+
+
+def _labels(host: Host) -> Iterable[str]:
+    """Names of the arguments that hold labels."""
+    return {"labels", *(find_labels(type(host.root)) if host.library == "transformers" else ())}
 
 
 def _timm_input(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,7 +180,13 @@ def _positional(host: Host, main: str, batch: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def _place(value: Tensor, parameter: Tensor) -> Tensor:
+def _place(value: Any, parameter: Tensor) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_place(item, parameter) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _place(item, parameter) for key, item in value.items()}
+    if not isinstance(value, Tensor):
+        return value
     # images meet a half-precision model in its own precision, as autocast would have it
     dtype = parameter.dtype if value.is_floating_point() and parameter.is_floating_point() else None
     return value.to(device=parameter.device, dtype=dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Host, Stack
-from .observe import forward, hidden_states
+from .passes import forward, hidden_states
 
 __all__ = ["block_by_block"]
 

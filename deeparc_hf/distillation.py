@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .architectures import describe
-from .batches import padding_mask, without_labels
+from .axes import Axes, find_axes
+from .batches import without_labels
 from .config import DistillConfig
 from .errors import ConfigError, SurgeryError
 from .heads import divergence
-from .observe import hidden_states
 from .outputs import heads_of, is_logits, label_mask
+from .passes import hidden_states
 from .sites import Site
 
 __all__ = ["Distillation", "make_teacher"]
@@ -75,6 +76,7 @@ class Distillation:
         self._sites = list(sites) if config.hidden else []
         self._seen: dict[tuple[str, int], Tensor] = {}
         self._listening = False
+        self._axes: Mapping[str, Axes | str] = {}
         self._follows_items: bool | None = None  # whether the model's loss is divided by num_items_in_batch
         self._checked = False
         own = describe(model)[2]
@@ -199,14 +201,25 @@ class Distillation:
                     f"No gradient flows through what block {site.kept} of {site.stack} puts out. Set use_reentrant=False for activation "
                     "checkpointing, or leave hidden out of DistillConfig."
                 )
-            ours, theirs = (_positions(value) for value in (ours, theirs))
+            axes, shape = self._axes_of(site.stack, inputs), theirs.shape
+            ours, theirs = (axes.rows(value).float() for value in (ours, theirs))
             far = (ours - theirs).square().sum(dim=-1) / theirs.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-            mask = padding_mask(self._host, self._stacks[site.stack], inputs)
-            if mask is not None and mask.shape == far.shape:
-                mask = mask.to(far.device)
-                far = far[mask]
+            mask = axes.padding(inputs, shape).mask
+            if mask is not None:
+                far = far[mask.to(far.device)]
             distances.append(_mean(far))
         return torch.stack(distances).mean()
+
+    def _axes_of(self, stack: str, inputs: Mapping[str, Any]) -> Axes:
+        """What the dimensions of hidden states mean, found on the first batch."""
+        if not self._axes:
+            listening, self._listening = self._listening, False
+            self._axes = find_axes(self._host, [self._stacks[site.stack] for site, _ in self._sites], inputs)
+            self._listening = listening
+        axes = self._axes.get(stack)
+        if not isinstance(axes, Axes):
+            raise ConfigError(f"The hidden states of {stack} cannot be compared: {axes}. Leave hidden out of DistillConfig.")
+        return axes
 
     def _arrived(self, gradient: Tensor) -> None:
         self.reached = True
@@ -268,8 +281,3 @@ def _named(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str,
     """All arguments by name."""
     names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _positions(hidden: Tensor) -> Tensor:
-    """Shape (B, T, D) in float32, of (B, T, D) or (B, C, H, W)."""
-    return (hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden).float()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
-from .observe import hidden_states
+from .passes import hidden_states
 
 __all__ = ["Ending", "at_home", "find_ending", "rows"]
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from .architectures import Host, Stack
-from .observe import evaluating
+from .passes import evaluating
 from .undo import Transaction
 
 __all__ = ["freeze_blocks", "thaw"]

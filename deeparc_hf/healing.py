@@ -22,13 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import Host, Stack
 from .bars import sample_bar
-from .batches import batch_size, cut, padding_mask
+from .batches import batch_size, cut
 from .endings import Ending, find_ending
 from .errors import CalibrationError
-from .observe import calibration_inputs, evaluating, forward
+from .observe import calibration_inputs, with_axes
+from .passes import evaluating, forward, skipped
 from .site_fit import SiteFit
 from .sites import Healing, sites_of
-from .skipping import skipped
 from .undo import Transaction
 
 __all__ = ["apply_healing", "fit_sites"]
@@ -152,12 +152,14 @@ def _look(
     """Watch one site over this process's data."""
     seen = 0
     with evaluating(host.root):
-        for inputs in calibration_inputs(host, dataloader, max_samples):
+        batches, axes = with_axes(host, [watch.stack], calibration_inputs(host, dataloader, max_samples))
+        watch.orient(axes.get(watch.stack.name))
+        for inputs in batches:
             if seen == 0 and watch is watched[0]:
-                _find_endings(host, watched, cut(dict(inputs), 2))
+                _find_endings(host, watched, cut(inputs, 2))
             if watch.reason is None:
                 _pass(host, watch, before, healed, inputs)
-                watch.take(padding_mask(host, watch.stack, inputs), seen)
+                watch.take(inputs, seen)
             seen += batch_size(inputs)
             advance(batch_size(inputs))
     return watch.reason, watch.sums, watch.held, watch.endings, watch.plain

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .architectures import Host
-from .batches import padding_mask, padding_masks
+from .axes import Axes
+from .batches import padding_masks
 from .errors import CalibrationError, CalibrationWarning
 from .matrices import Matrix
+from .passes import given_hidden_states
 
 __all__ = ["InputNorms", "finished_norms", "warn_unmasked"]
 
@@ -30,31 +31,31 @@ class InputNorms:
     """Observes the inputs of matrices during forward passes.
 
     Args:
-        host: the model.
         matrices: the maps to observe.
+        axes: what the dimensions of the blocks' outputs mean, by stack (`find_axes`).
     """
 
-    def __init__(self, host: Host, matrices: Sequence[Matrix]) -> None:
-        self._host = host
+    def __init__(self, matrices: Sequence[Matrix], axes: Mapping[str, Axes | str]) -> None:
         self._matrices = list(matrices)
+        self._axes = axes
+        self._inputs: Mapping[str, Any] = {}
         self._sums: dict[str, Tensor] = {}
-        self._masks: Mapping[str, Tensor | None] = {}  # by stack
+        self._masks: dict[str, Tensor | None] = {}  # by stack, in the order of its blocks' outputs
+        self._lost: set[str] = set()  # stacks of which it is not known which positions of the batch are padding
         self._encoder_mask: Tensor | None = None
         self._foreign: set[int] = set()  # storage of the encoder's output, as decoder blocks are handed it
         self.unmasked: set[str] = set()  # maps whose inputs include padding
 
     def batch(self, inputs: Mapping[str, Any]) -> None:
         """Say which batch comes next."""
-        masks = padding_masks(inputs)
-        stacks = {matrix.stack.name: matrix.stack for matrix in self._matrices}
-        self._masks = {name: padding_mask(self._host, stack, inputs) for name, stack in stacks.items()}
-        self._encoder_mask = masks["encoder"]
+        self._inputs, self._masks, self._lost = inputs, {}, set()
+        self._encoder_mask = padding_masks(inputs)["encoder"]
 
     @contextmanager
     def observing(self) -> Iterator[None]:
         """Hooks on the maps and on their blocks; gone afterwards."""
-        blocks = {id(block): block for block in (matrix.stack.blocks[matrix.block] for matrix in self._matrices)}
-        handles = [block.register_forward_pre_hook(self._enter, with_kwargs=True) for block in blocks.values()]
+        blocks = {(matrix.stack.name, matrix.block): matrix.stack.blocks[matrix.block] for matrix in self._matrices}
+        handles = [block.register_forward_pre_hook(self._entering(name), with_kwargs=True) for (name, _), block in blocks.items()]
         try:
             for matrix in self._matrices:
                 handles.append(matrix.module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True))
@@ -67,9 +68,17 @@ class InputNorms:
         """Sums of squares by matrix, on the CPU: shape (groups, inputs). Those of several processes are added up."""
         return {name: value.cpu() for name, value in self._sums.items()}
 
-    def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        values = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
-        self._foreign = {v.data_ptr() for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()}
+    def _entering(self, stack: str) -> Any:
+        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
+            values = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
+            self._foreign = {v.data_ptr() for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()}
+            hidden, axes = given_hidden_states(args, kwargs), self._axes.get(stack)
+            if isinstance(hidden, Tensor) and isinstance(axes, Axes):
+                self._masks[stack], unknown = axes.mask_of(self._inputs, hidden.shape)
+                if unknown:
+                    self._lost.add(stack)
+
+        return enter
 
     def _hook(self, matrix: Matrix) -> Any:
         def take(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -86,6 +95,8 @@ class InputNorms:
     def _rows(self, matrix: Matrix, x: Tensor) -> Tensor:
         """The unpadded positions of a map's input, (..., d_in) -> (N, d_in)."""
         mask = self._masks.get(matrix.stack.name)
+        if matrix.stack.name in self._lost:
+            self.unmasked.add(matrix.name)
         if matrix.stack.side == "decoder" and x.data_ptr() in self._foreign:
             mask = self._encoder_mask  # keys and values of the cross-attention
         rows = x.reshape(-1, x.shape[-1])

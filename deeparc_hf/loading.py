@@ -18,12 +18,14 @@ from transformers.utils import cached_file
 
 from ._compat import checkpoint_key_namer
 from .architectures import Stack, describe
-from .architectures.hosts import RECORD_KEY, Host, TransformersHost
+from .architectures.generation import follow_generation
+from .architectures.hosts import RECORD_KEY, Host, TransformersHost, copy_attention
 from .architectures.skeleton import compare
 from .errors import RecordError, UnsupportedModelError
+from .rebuild import shrunk_settings
 from .record import PrunedConfig, base_reference, current_record
 from .record_sparsity import renumber_matrices
-from .surgery import shrunk_settings
+from .undo import Transaction
 
 __all__ = ["load_pruned", "save_pruned"]
 
@@ -76,7 +78,7 @@ def load_pruned(
     _require_expressible(host, full, settings, kept)
     base, commit = base_reference(full, hub.get("cache_dir"))
     pruned = type(config).from_dict(settings)
-    pruned._attn_implementation = config._attn_implementation  # the one setting that is not part of a config's dict
+    copy_attention(config, pruned)  # the one setting that is not part of a config's dict
     setattr(
         pruned, RECORD_KEY, {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit}
     )
@@ -87,6 +89,7 @@ def load_pruned(
     model.config._name_or_path = str(base_repo_or_path)
     if model.can_generate():
         _adopt_generation_config(model, str(base_repo_or_path), hub)
+        follow_generation(model, stacks, kept, Transaction())
     return (model, info) if wants_info else model
 
 

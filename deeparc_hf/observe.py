@@ -6,35 +6,28 @@ as it was: hooks removed, train/eval mode and the random states of torch, numpy 
 
 from __future__ import annotations
 
-import inspect
-import random
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .architectures import Host, Stack
+from .axes import Axes, Padding, find_axes
 from .bars import sample_bar
-from .batches import batch_size, columns, cut, forward_kwargs, padding_mask, without_labels
+from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable
 from .errors import CalibrationError, CalibrationWarning
 from .observed import Observed, collect
+from .passes import did_not_run, evaluating, forward, hidden_states
 from .similarity import SimilarityMetric
 
-__all__ = [
-    "StackObserver",
-    "calibration_inputs",
-    "did_not_run",
-    "evaluating",
-    "forward",
-    "hidden_states",
-    "observe",
-    "with_hidden_states",
-]
+__all__ = ["StackObserver", "calibration_inputs", "observe", "with_axes"]
+
+logger = logging.getLogger(__name__)
 
 
 class StackObserver:
@@ -51,36 +44,53 @@ class StackObserver:
         self.metric = metric
         self.rows = rows
         self.count = 0
-        self.mask: Tensor | None = None
-        self.unmasked = False  # whether padding was compared, because the mask has another length than the outputs
+        self.obstacle: str | None = None  # why the stack cannot be compared
+        self._axes: Axes | None = None
+        self._inputs: Mapping[str, Any] = {}
+        self._unmasked = False  # whether padding was compared, because it is not known where it is
+        self._samples = 0
         self._batch: dict[int, Tensor] = {}
         self._first: dict[int, Tensor] = {}
         self._constant = set(range(len(stack)))
-        # positions chosen for the batch at hand, where rows are tokens: the same for all its blocks
+        # what is the same for all blocks in the batch at hand: the padding, and where rows are tokens the positions
         self._shape: tuple[int, ...] = ()
+        self._padding = Padding(None)
         self._chosen = torch.empty(0, dtype=torch.long)
         self._per_sample: list[int] = []
+
+    def settle(self, axes: Axes | str | None) -> None:
+        """Take note of what the dimensions of the blocks' outputs mean, or why that is not known."""
+        if isinstance(axes, Axes) and axes.samples is None and self.rows != "tokens":
+            self.obstacle = (
+                "the positions of all samples stand side by side in what its blocks put out, and which of them belong to a sample cannot "
+                "be told (rows='tokens' compares them all)"
+            )
+        elif isinstance(axes, str):
+            self.obstacle = axes
+        elif axes is not None:
+            self._axes = axes
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Say which batch comes next."""
+        self._inputs, self._shape = inputs, ()
 
     def hook(self, index: int) -> Any:
         """A forward hook for the block of that index."""
 
         def take(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = hidden_states(output)
-            if not isinstance(hidden, Tensor):
-                raise CalibrationError(
-                    f"Block {index} of {self.stack.name} puts out a {type(hidden).__name__} where hidden states were expected, so it "
-                    "cannot be compared. Name the blocks to remove yourself, with remove_blocks."
-                )
-            self._batch[index] = self._select(index, hidden.detach())
+            if self._axes is not None:
+                self._batch[index] = self._select(self._axes, hidden_states(output).detach())
 
         return take
 
-    def flush(self, seen: int) -> None:
-        """Hand the batch's rows to the metric. `seen` samples came before this batch.
+    def flush(self) -> None:
+        """Hand the batch's rows to the metric.
 
         Raises:
             CalibrationError: if a block's rows hold NaN or infinity, or a block did not run.
         """
+        if self.obstacle is not None:
+            return
         missing = [i for i in range(len(self.stack)) if i not in self._batch]
         if missing:
             raise did_not_run(self.stack, missing[0])
@@ -91,7 +101,8 @@ class StackObserver:
         samples = torch.arange(len(rows[0]), device=rows[0].device)
         if self.rows == "tokens":
             samples = torch.repeat_interleave(torch.arange(len(self._per_sample)), torch.tensor(self._per_sample))
-        self.metric.update(rows, samples + seen)
+        self.metric.update(rows, samples + self._samples)
+        self._samples += len(self._per_sample) if self.rows == "tokens" else len(rows[0])
         self.count += len(rows[0])
 
     def label(self, key: int | str) -> str:
@@ -101,7 +112,7 @@ class StackObserver:
         """What was seen so far. No `flush` may follow."""
         sums = {key: value.detach().cpu() for key, value in self.metric.finish().items()}
         constant: dict[int | str, Tensor] = {index: self._first[index].cpu() for index in sorted(self._constant) if index in self._first}
-        return Observed(sums, self.count, constant, self.unmasked)
+        return Observed(sums, self.count, constant, self._unmasked, self.obstacle)
 
     def _check(self, index: int, rows: Tensor) -> None:
         if not bool(torch.isfinite(rows).all()):
@@ -115,76 +126,44 @@ class StackObserver:
             if bool((rows != first).any()):
                 self._constant.discard(index)
 
-    def _select(self, index: int, hidden: Tensor) -> Tensor:
-        """Rows (N, D) in float32 of a block's output (B, T, D) or (B, C, H, W)."""
-        if hidden.ndim == 4:
-            hidden = hidden.flatten(2).transpose(1, 2)
-        if hidden.ndim != 3:
-            raise CalibrationError(
-                f"Block {index} of {self.stack.name} puts out a tensor of shape {tuple(hidden.shape)}; expected (batch, positions, "
-                "features) or (batch, channels, height, width)."
-            )
-        mask = self.mask
-        if mask is not None and mask.shape != hidden.shape[:2]:
-            self.unmasked = self.unmasked or not bool(mask.all())
-            mask = None
+    def _select(self, axes: Axes, hidden: Tensor) -> Tensor:
+        """Rows (N, D) in float32 of a block's output."""
+        if not self._batch or self._shape != tuple(hidden.shape):
+            self._shape = tuple(hidden.shape)
+            self._padding = axes.padding(self._inputs, self._shape)
+            self._unmasked = self._unmasked or self._padding.unknown
+        states, mask = axes.rows(hidden), self._padding.mask
+        mask = None if mask is None else mask.to(states.device)
         if self.rows == "mean":
             if mask is None:
-                return hidden.float().mean(dim=1)
+                return states.float().mean(dim=1)
             weight = mask.to(torch.float32)
-            total = torch.einsum("bt,btd->bd", weight, hidden.float())
+            total = torch.einsum("bt,btd->bd", weight, states.float())
             return (total / weight.sum(dim=1, keepdim=True).clamp(min=1))[mask.any(dim=1)]
         if self.rows == "first":
             if mask is None:
-                return hidden[:, 0].float()
+                return states[:, 0].float()
             first = mask.int().argmax(dim=1)
-            return hidden[torch.arange(len(hidden), device=hidden.device), first].float()[mask.any(dim=1)]
-        return hidden.reshape(-1, hidden.shape[2])[self._positions(mask, hidden)].float()
+            return states[torch.arange(len(states), device=states.device), first].float()[mask.any(dim=1)]
+        return states.reshape(-1, states.shape[2])[self._positions(mask, states)].float()
 
-    def _positions(self, mask: Tensor | None, hidden: Tensor) -> Tensor:
+    def _positions(self, mask: Tensor | None, states: Tensor) -> Tensor:
         """Flat indices of the positions to compare, evenly spaced within each sample; the same for all blocks of a batch."""
-        batch, length = hidden.shape[:2]
-        if self._batch and self._shape == (batch, length):
+        if self._batch:
             return self._chosen
-        self._shape = (batch, length)
+        count, length = states.shape[:2]
         limit = self.metric.tokens_per_sample or length
         chosen: list[Tensor] = []
         self._per_sample = []
-        for sample in range(batch):
+        for sample in range(count):
             positions = torch.arange(length) if mask is None else mask[sample].nonzero().flatten().cpu()
             if len(positions) > limit:
-                positions = positions[torch.linspace(0, len(positions) - 1, limit).round().long()]
+                # in float64, whatever torch's default is
+                positions = positions[torch.linspace(0, len(positions) - 1, limit, dtype=torch.float64).round().long()]
             chosen.append(positions + sample * length)
             self._per_sample.append(len(positions))
-        self._chosen = torch.cat(chosen).to(hidden.device)
+        self._chosen = torch.cat(chosen).to(states.device)
         return self._chosen
-
-
-def did_not_run(stack: Stack, index: int) -> CalibrationError:
-    """What to raise where a block was not reached."""
-    return CalibrationError(
-        f"Block {index} of {stack.name} did not run in the forward pass over a calibration batch. Give batches that reach every part of "
-        "the model (text and images for a model of both), and switch layer skipping (LayerDrop) off."
-    )
-
-
-def hidden_states(output: Any) -> Tensor:
-    """The hidden states in what a block puts out: the output itself, or the first entry of a tuple or ModelOutput."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = next(iter(output.values()))
-        return output
-    return output[0]
-
-
-def with_hidden_states(output: Any, hidden: Tensor) -> Any:
-    """What a block puts out, with other hidden states in it."""
-    if isinstance(output, Tensor):
-        return hidden
-    if isinstance(output, (tuple, list)):
-        return type(output)((hidden, *output[1:]))
-    return type(output)(**{key: hidden if i == 0 else value for i, (key, value) in enumerate(output.items())})
 
 
 def observe(
@@ -227,27 +206,43 @@ def _look(host: Host, observers: list[StackObserver], dataloader: Iterable[Any],
     seen = 0
     with (
         evaluating(host.root),
-        _hooked(observers),
         sample_bar("Comparing blocks", progress, dataloader, max_samples) as advance,
     ):
-        for inputs in calibration_inputs(host, dataloader, max_samples):
-            for observer in observers:
-                observer.mask = padding_mask(host, observer.stack, inputs)
-            forward(host, inputs)
-            for observer in observers:
-                observer.flush(seen)
-                observer.unmasked = observer.unmasked and "pixel_values" not in inputs
-            seen += batch_size(inputs)
-            advance(batch_size(inputs))
+        batches, axes = with_axes(host, [observer.stack for observer in observers], calibration_inputs(host, dataloader, max_samples))
+        for observer in observers:
+            observer.settle(axes.get(observer.stack.name))
+        with _hooked(observers):
+            for inputs in batches:
+                for observer in observers:
+                    observer.begin(inputs)
+                forward(host, inputs)
+                for observer in observers:
+                    observer.flush()
+                seen += batch_size(inputs)
+                advance(batch_size(inputs))
     return seen
 
 
+def with_axes(
+    host: Host, stacks: Iterable[Stack], batches: Iterator[dict[str, Any]]
+) -> tuple[Iterator[dict[str, Any]], Mapping[str, Axes | str]]:
+    """The same batches, and what the dimensions of the stacks' outputs mean, tried on the first of them (nothing without any)."""
+    for first in batches:
+        return chain([first], batches), find_axes(host, stacks, first)
+    return iter(()), {}
+
+
 def calibration_inputs(host: Host, dataloader: Iterable[Any], max_samples: int) -> Iterator[dict[str, Any]]:
-    """What the model takes of each batch, labels included, on its device; the last one cut so that no more than `max_samples` come."""
+    """What the model takes of each batch, labels included, on its device; the last one cut so that no more than `max_samples` come.
+
+    A batch that cannot be cut (patches of several images in one tensor) is left out instead, unless it is the first.
+    """
     seen = 0
     for batch in chain.from_iterable(columns(host, batch) for batch in dataloader):
         inputs = forward_kwargs(host, batch)
-        inputs = cut(inputs, min(batch_size(inputs), max_samples - seen))
+        if batch_size(inputs) > max_samples - seen and not is_cuttable(inputs) and seen:
+            break
+        inputs = cut(inputs, max_samples - seen)
         size = batch_size(inputs)
         if size == 0:
             continue
@@ -256,23 +251,6 @@ def calibration_inputs(host: Host, dataloader: Iterable[Any], max_samples: int) 
         yield inputs
         if seen >= max_samples:
             break
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module's mode and all random states are what they were."""
-    modes = {module: module.training for module in model.modules()}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
@@ -286,32 +264,6 @@ def _hooked(observers: list[StackObserver]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) -> Any:
-    """Run the model on calibration inputs, without labels where it can do without; gives its output.
-
-    Args:
-        without_cache: make no cache of keys and values, which would hold on to them, and take them again when a block is run again.
-
-    Raises:
-        CalibrationError: if it cannot.
-    """
-    inputs = without_labels(host, inputs)
-    try:
-        return host.root(**inputs, **({"use_cache": False} if without_cache and _takes_cache(host) else {}))
-    except (CalibrationError, torch.OutOfMemoryError):  # the Trainer may try a smaller batch
-        raise
-    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        shapes = ", ".join(f"{key}: {tuple(value.shape)}" for key, value in inputs.items())
-        raise CalibrationError(
-            f"{type(host.root).__name__} cannot run on a calibration batch ({shapes}): {type(error).__name__}: {error}. Give batches "
-            "as your training loop gives them to the model."
-        ) from error
-
-
-def _takes_cache(host: Host) -> bool:
-    return host.library == "transformers" and "use_cache" in inspect.signature(host.root.forward).parameters
 
 
 def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:

@@ -28,16 +28,21 @@ class Observed:
         count: number of rows.
         constant: blocks (by index) or outputs of the model (by name) whose rows were all equal, with that row (shape (D,)).
         unmasked: whether padding was compared.
+        obstacle: why the stack could not be compared; None if it could.
     """
 
     sums: Mapping[str, Tensor]
     count: int
     constant: Mapping[int | str, Tensor]
     unmasked: bool = False
+    obstacle: str | None = None
 
     @staticmethod
     def merged(parts: Sequence[Observed]) -> Observed:
         """The sum of several; what is constant put out one and the same row in all of them."""
+        obstacle = next((part.obstacle for part in parts if part.obstacle is not None), None)
+        if obstacle is not None:
+            return Observed({}, 0, {}, obstacle=obstacle)
         parts = [part for part in parts if part.count] or list(parts[:1])
         sums: dict[str, Tensor] = {}
         for part in parts:
@@ -97,7 +102,14 @@ def _require_enough(observers: Sequence[Observer], found: list[Observed], rows: 
         raise CalibrationError(
             "There is only 1 calibration sample, and what is alike on one need not be alike on others. Give some hundreds of samples."
         )
+    if all(observed.obstacle is not None for observed in found):
+        raise CalibrationError(
+            f"The blocks of {observers[0].stack.name} cannot be compared: {found[0].obstacle}. Name the blocks to remove yourself, with "
+            "remove_blocks, or take similarity='effect', which looks at what the model puts out."
+        )
     for observer, observed, count in zip(observers, found, rows, strict=True):
+        if observed.obstacle is not None:
+            continue
         constant, stack, least = sorted(observed.constant), observer.stack.name, observer.metric.min_rows
         if count < least:
             raise CalibrationError(
@@ -111,8 +123,8 @@ def _require_enough(observers: Sequence[Observer], found: list[Observed], rows: 
             )
         if observed.unmasked:
             warnings.warn(
-                f"{stack} puts out another number of positions than the attention_mask has, so padding was compared like the rest. Give "
-                "calibration samples of equal length.",
+                f"Which positions of {stack} are padding cannot be told from the attention_mask, so padding was compared like the rest. "
+                "Give calibration samples of equal length.",
                 CalibrationWarning,
                 stacklevel=5,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import nn
 from .architectures import Stack, describe
 from .bars import doing, samples_in
 from .config import MPruneConfig
-from .errors import CalibrationError, SurgeryError
+from .errors import CalibrationError, CalibrationWarning, SurgeryError
 from .fingerprint import mark_of_model
 from .healing import apply_healing, fit_sites
 from .observe import StackObserver, observe
+from .passes import require_weights
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
 from .record import PrunedConfig, check_record, current_record
 from .similarity import SkippingMetric, metrics
@@ -71,10 +73,7 @@ def compare_blocks(
         labels: by stack, what patterns call each block (`StackFacts.labels`).
     """
     host, _, stacks = describe(model)
-    if any(p.device.type == "meta" for p in host.root.parameters()):
-        raise CalibrationError(
-            f"{type(host.root).__name__} has no weights (meta device), so its blocks cannot be compared. Load its checkpoint."
-        )
+    require_weights(host)
     check_record(model, 0)
     metric = metrics.get(config.similarity)
     limit = config.calibration_samples if max_samples is None else max_samples
@@ -88,9 +87,13 @@ def compare_blocks(
     facts = {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):
         facts[name] = dataclasses.replace(
-            _facts(stack, metric.matrix(observed.sums)), labels=(labels or {}).get(name, ()), frozen=frozen.get(name, ())
+            _facts(stack, metric.matrix(observed.sums)) if observed.obstacle is None else _not_compared(stack, observed.obstacle),
+            labels=(labels or {}).get(name, ()),
+            frozen=frozen.get(name, ()),
         )
-    return make_plan(facts, config, samples)
+    plan = make_plan(facts, config, samples)
+    _tell_obstacles(plan, {name: observed.obstacle for name, observed in zip(stacks, found, strict=True) if observed.obstacle is not None})
+    return plan
 
 
 def check_settings(model: nn.Module, config: MPruneConfig) -> None:
@@ -110,6 +113,7 @@ def prune_model(
     config: MPruneConfig | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
+    verify: bool = True,
     progress: bool = True,
     **settings: Any,
 ) -> PruningPlan:
@@ -119,7 +123,7 @@ def prune_model(
 
     Args:
         model, dataloader, config, progress, settings: as in `analyze`.
-        optimizer: as in `remove_blocks`.
+        optimizer, verify: as in `remove_blocks`; the first batch is the example.
 
     Returns:
         The plan that was carried out; the model carries the record.
@@ -135,7 +139,7 @@ def prune_model(
     check_record(model)
     batches = _NotingFirst(dataloader)
     plan = analyze(model, batches, config, progress=progress)
-    apply_healed(model, plan, dataloader, optimizer=optimizer, example=batches.first, progress=progress)
+    apply_healed(model, plan, dataloader, optimizer=optimizer, example=batches.first, verify=verify, progress=progress)
     return plan
 
 
@@ -146,6 +150,7 @@ def apply_healed(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     example: Any = None,
+    verify: bool = True,
     transaction: Transaction | None = None,
     progress: bool = True,
     gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
@@ -155,7 +160,7 @@ def apply_healed(
     """Carry a plan out, and heal its removal sites where its settings say so. All or nothing.
 
     Args:
-        model, plan, optimizer, example, transaction: as in `apply_plan`.
+        model, plan, optimizer, example, verify, transaction: as in `apply_plan`.
         dataloader: calibration batches for the fit.
         progress: show progress on a terminal.
         gather, max_samples: as in `compare_blocks`.
@@ -167,7 +172,7 @@ def apply_healed(
     if plan.config.heal is None or not plan.removed:
         with transaction or Transaction() as undo:
             with doing(_REMOVING, progress and bool(plan.removed)):
-                record = apply_plan(model, plan, optimizer=optimizer, example=example, transaction=undo)
+                record = apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
             done("removed")
         return record, []
     host, _, stacks = describe(model)
@@ -176,7 +181,7 @@ def apply_healed(
     blocks = {healing.site: stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
     with transaction or Transaction() as undo:
         with doing(_REMOVING, progress):
-            apply_plan(model, plan, optimizer=optimizer, example=example, transaction=undo)
+            apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
         done("removed")
         for healing in healings:
             apply_healing(healing, blocks[healing.site], undo)
@@ -257,6 +262,26 @@ class _NotingFirst:
             if number == 0:
                 self.first = batch
             yield batch
+
+
+def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:
+    """Warn of stacks of which blocks could go, if they could be compared."""
+    named = plan.config.num_blocks if isinstance(plan.config.num_blocks, Mapping) else None
+    for name, obstacle in obstacles.items():
+        if len(plan.stacks[name].protected) < len(plan.stacks[name]) and (named is None or name in named):
+            warnings.warn(
+                f"The blocks of {name} cannot be compared, so all of them stay: {obstacle}. To remove some, name them yourself, with "
+                f"remove_blocks, or take similarity='effect'. protect='{name}.*' says that they are to stay.",
+                CalibrationWarning,
+                stacklevel=4,
+            )
+
+
+def _not_compared(stack: Stack, obstacle: str) -> StackFacts:
+    """All blocks stay, and none is similar to another."""
+    count = len(stack)
+    facts = _facts(stack, torch.eye(count, dtype=torch.float64))
+    return dataclasses.replace(facts, pinned={**dict.fromkeys(range(count), f"not compared: {obstacle}"), **stack.pinned})
 
 
 def _facts(stack: Stack, matrix: torch.Tensor) -> StackFacts:

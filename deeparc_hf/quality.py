@@ -6,7 +6,6 @@ import inspect
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from .architectures import describe
 from .bars import sample_bar
 from .batches import batch_size
 from .errors import CalibrationError, DeepArcError
-from .observe import calibration_inputs, evaluating
+from .observe import calibration_inputs
+from .passes import evaluating
 from .report import wilson_interval
 
 __all__ = ["measure_quality"]
@@ -82,11 +82,7 @@ def _look(
     host = describe(model)[0]
     takes_cache = host.library == "transformers" and "use_cache" in inspect.signature(type(model).forward).parameters
     found = []
-    config = getattr(host.root, "config", None)
-    noted = getattr(config, "problem_type", None)
-    with evaluating(model), ExitStack() as after:
-        if hasattr(config, "problem_type"):
-            after.callback(setattr, config, "problem_type", noted)  # some models note there what kind of labels they were given
+    with evaluating(model):
         torch.manual_seed(0)  # a collator that masks tokens at random masks the same each time
         np.random.seed(0)
         random.seed(0)

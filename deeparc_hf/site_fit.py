@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .architectures import Host, Stack
+from .axes import Axes
+from .batches import batch_size
 from .endings import Ending, at_home, rows
 from .errors import CalibrationError
-from .observe import hidden_states
+from .passes import hidden_states
 from .ridge import RidgeSums, Solution, solve
 from .sites import Healing, Site
 
@@ -33,6 +36,7 @@ class SiteFit:
         self.site = site
         self.kept, self.last = stack.blocks[site.kept], stack.blocks[site.removed[-1]]
         self.reason: str | None = None
+        self.axes: Axes | None = None
         self.endings: list[Ending] = []
         self.sums: dict[bool, RidgeSums | None] = {False: None, True: None}  # by whether the samples are held out
         self.held: list[tuple[Tensor, ...]] = []
@@ -64,6 +68,15 @@ class SiteFit:
             return
         self.endings = [kept, last]
         self.reason = self._obstacle(kept)
+
+    def orient(self, axes: Axes | str | None) -> None:
+        """Take note of what the dimensions of the blocks' outputs mean."""
+        if isinstance(axes, str):
+            self.reason = axes
+        elif axes is not None and axes.samples is None:
+            self.reason = "which positions belong to a sample cannot be told, so none can be held out"
+        else:
+            self.axes = axes
 
     def _obstacle(self, ending: Ending) -> str | None:
         """Why a map cannot be changed although its block ends as it should."""
@@ -105,23 +118,28 @@ class SiteFit:
             handles.append(block.get_submodule(ending.final).register_forward_pre_hook(note(f"{which} sum"), with_kwargs=True))
         return [*handles, block.register_forward_hook(output(f"{which} output"))]
 
-    def take(self, mask: Tensor | None, first: int) -> None:
+    def take(self, inputs: Mapping[str, Any], first: int) -> None:
         """Add what a batch showed to the sums; `first` samples came before it."""
         module, scale = self.module, self.endings[0].scale
-        held = (torch.arange(first, first + len(self.seen["x"]), device=self.seen["x"].device) % _EACH) == _EACH - 1
-        shape = self.seen["x"].shape
+        assert self.axes is not None
+        shape = self.seen["kept output"].shape
+        mask, unknown = self.axes.mask_of(inputs, shape)
+        if unknown:
+            self.reason = "its positions are not those of the attention mask, so padding cannot be left out"
+            return
+        count, size = shape[self.axes.samples], batch_size(inputs)
+        numbers = first + torch.arange(count, device=self.seen["x"].device) // max(count // size, 1)
+        chosen = self.axes.as_put_out((numbers % _EACH == _EACH - 1)[:, None].expand(count, _positions(shape, self.axes)), shape).flatten()
+        layout = [size for dimension, size in enumerate(shape) if dimension != self.axes.features]
+        own = list(self.seen["x"].movedim(1, -1).shape[:-1] if isinstance(module, nn.Conv2d) else self.seen["x"].shape[:-1])
+        if own not in (layout, [math.prod(layout)]):
+            self.reason = "its last map works on positions in another order than the block puts them out"
+            return
         x = rows(self.seen["x"], module)
         outputs = [rows(self.seen[f"{which} output"], module) for which in ("kept", "last")]
         sums = [rows(self.seen.get(f"{which} sum", self.seen[f"{which} output"]), module) for which in ("kept", "last")]
         self.seen = {}
-        per_sample = len(x) // len(held)
-        chosen = held.repeat_interleave(per_sample)
-        valid = torch.ones_like(chosen)
-        if mask is not None and not bool(mask.all()):
-            if shape[:-1] != mask.shape and shape[0] != mask.numel():
-                self.reason = "its positions are not those of the attention mask, so padding cannot be left out"
-                return
-            valid = mask.flatten().to(x.device)
+        valid = torch.ones_like(chosen) if mask is None else mask.flatten().to(x.device)
         usable = scale.abs() > 1e-6 * scale.abs().max()
         inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
         missing = (sums[1].double() - sums[0].double()) * inverse
@@ -200,6 +218,12 @@ class SiteFit:
         mean = sums.inputs[-1, :width] / total
         covariance = sums.inputs[:width, :width] / total - torch.outer(mean, mean)
         return weight @ mean, ((weight @ covariance) * weight).sum(dim=1)
+
+
+def _positions(shape: Sequence[int], axes: Axes) -> int:
+    """Number of positions of a sample."""
+    assert axes.samples is not None
+    return math.prod(shape) // (shape[axes.features] * shape[axes.samples])
 
 
 def _weights(missing: Tensor, valid: Tensor) -> Tensor | None:

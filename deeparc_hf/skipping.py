@@ -6,24 +6,24 @@ forward pass, and one more for each block that can go. Memory does not grow with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .architectures import Host, Stack
 from .bars import sample_bar
 from .batches import batch_size
 from .errors import CalibrationError
 from .heads import Head
-from .observe import calibration_inputs, did_not_run, evaluating, forward, hidden_states, with_hidden_states
+from .observe import calibration_inputs
 from .observed import Observed, collect
 from .outputs import heads_of
+from .passes import evaluating, forward, skipped
 from .similarity import SkippingMetric
 
-__all__ = ["StackSkipper", "skip_blocks", "skipped"]
+__all__ = ["StackSkipper", "skip_blocks"]
 
 
 class StackSkipper:
@@ -126,42 +126,6 @@ def _look(host: Host, skippers: list[StackSkipper], dataloader: Iterable[Any], m
     return seen
 
 
-@contextmanager
-def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[None]:
-    """Within, a block gives out the hidden states that it is given; what else it puts out (T5's position bias) stays.
-
-    Raises:
-        CalibrationError: in the forward pass, if the block changes the shape of its input; at the end, if it did not run and must.
-    """
-    block = stack.blocks[index]
-    given: list[Tensor] = []
-    ran = False
-
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        given[:] = [hidden.clone()] if isinstance(hidden, Tensor) else []  # the block may work on it in place
-
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal ran
-        ran = True
-        hidden = hidden_states(output)
-        if not given or not isinstance(hidden, Tensor) or hidden.shape != given[0].shape:
-            raise CalibrationError(
-                f"Block {index} of {stack.name} cannot be skipped: it is given {_form(*given)} and puts out {_form(hidden)}. Take another "
-                "metric, or name the blocks to remove yourself, with remove_blocks."
-            )
-        return with_hidden_states(output, given.pop())
-
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    if must_run and not ran:
-        raise did_not_run(stack, index)
-
-
 def check_finite(host: Host, heads: Iterable[Head], where: str = "") -> None:
     """Refuse NaN and infinity.
 
@@ -175,13 +139,3 @@ def check_finite(host: Host, heads: Iterable[Head], where: str = "") -> None:
                 f"{type(host.root).__name__}{where} puts out NaN or infinity on the calibration data ({head.name}, {head.values.dtype}). "
                 f"{hint}"
             )
-
-
-def _form(hidden: Any = None) -> str:
-    return (
-        f"a tensor of shape {tuple(hidden.shape)}"
-        if isinstance(hidden, Tensor)
-        else "no tensor"
-        if hidden is None
-        else f"a {type(hidden).__name__}"
-    )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .architectures import Host, Stack, describe
 from .architectures.hosts import is_adapted
+from .axes import Axes
 from .bars import bar, sample_bar
 from .batches import batch_size
 from .block_by_block import block_by_block
@@ -19,7 +20,8 @@ from .config import WandaConfig
 from .errors import CalibrationError, ConfigError, RecordError, UnsupportedModelError
 from .input_norms import InputNorms, finished_norms, warn_unmasked
 from .matrices import Matrix, find_matrices, matrices_named
-from .observe import calibration_inputs, evaluating, forward
+from .observe import calibration_inputs, with_axes
+from .passes import evaluating, forward, require_weights
 from .record import PrunedConfig, current_record, package_versions
 from .sparsity import SparsityMethod, choose_lowest, choose_pattern, methods, zero_chosen
 from .sparsity_report import MatrixSparsity, SparsityReport
@@ -92,18 +94,17 @@ def sparsify(
     host, _, stacks = describe(model)
     record = current_record(host, stacks)  # a record that does not fit is refused before any work is done
     matrices = matrices_for(host, stacks, config)
-    for matrix in matrices:
-        if matrix.weight.device.type == "meta":
-            raise UnsupportedModelError(f"{matrix.name} of {host.label} has no weights (meta device). Load the model's checkpoint.")
+    require_weights(host, UnsupportedModelError)
     earlier = (record.sparsity or {}).get("matrices", {})
     work = _Work(host, config, gather, progress, earlier)
-    with Transaction() as transaction, evaluating(host.root):
+    with Transaction() as transaction:
         work.transaction = transaction
         samples = 0
-        if not work.method.needs_inputs:
-            work.choose(matrices, None)
-        else:
-            samples = work.with_inputs(stacks, matrices, dataloader, config.calibration_samples if max_samples is None else max_samples)
+        with evaluating(host.root):
+            if not work.method.needs_inputs:
+                work.choose(matrices, None)
+            else:
+                samples = work.with_inputs(stacks, matrices, dataloader, config.calibration_samples if max_samples is None else max_samples)
         measured = {m.name: MatrixSparsity.measured(m, work.asked[m.name]) for m in matrices}
         entry = {name: {"zeros": int(mask.sum()), "size": mask.numel()} for name, mask in work.masks.items()}
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
@@ -179,6 +180,7 @@ class _Work:
         self._gather = gather
         self._progress = progress
         self._unmasked: set[str] = set()
+        self._axes: Mapping[str, Axes | str] = {}
 
     def with_inputs(self, stacks: Mapping[str, Stack], matrices: Sequence[Matrix], dataloader: Any, limit: int) -> int:
         """Choose by the inputs that the calibration data brings; returns the number of samples over all processes."""
@@ -209,21 +211,22 @@ class _Work:
             self.masks[matrix.name], self.asked[matrix.name] = mask | known if known is not None else mask, int(mask.sum())
 
     def _at_once(self, matrices: Sequence[Matrix], dataloader: Iterable[Any], limit: int) -> int:
-        norms = InputNorms(self._host, matrices)
-
         def look() -> tuple[int, dict[str, Tensor]]:
             seen = 0
+            stacks = {matrix.stack.name: matrix.stack for matrix in matrices}
+            batches, axes = with_axes(self._host, stacks.values(), calibration_inputs(self._host, dataloader, limit))
+            norms = InputNorms(matrices, axes)
             with norms.observing(), sample_bar(_MEASURING, self._progress, dataloader, limit) as advance:
-                for inputs in calibration_inputs(self._host, dataloader, limit):
+                for inputs in batches:
                     norms.batch(inputs)
                     forward(self._host, inputs)
                     seen += batch_size(inputs)
                     advance(batch_size(inputs))
+            self._unmasked |= norms.unmasked
             return seen, norms.sums()
 
         parts = self._gather(look)
         samples = _require_samples(sum(part[0] for part in parts))
-        self._unmasked |= norms.unmasked
         self.choose(matrices, finished_norms(matrices, [part[1] for part in parts]))
         return samples
 
@@ -237,6 +240,7 @@ class _Work:
 
         samples = _require_samples(sum(self._gather(collect)))
         device = next(self._host.root.parameters()).device
+        _, self._axes = with_axes(self._host, stacks.values(), (_to(device, inputs) for inputs in batches[:1]))
         with bar(_MEASURING, self._progress, len({(m.stack.name, m.block) for m in matrices}), "block") as shown:
             for stack in stacks.values():
                 own = [matrix for matrix in matrices if matrix.stack.name == stack.name]
@@ -252,7 +256,7 @@ class _Work:
         here = [matrix for matrix in own if matrix.block == index]
         if not here:
             return
-        norms = InputNorms(self._host, here)
+        norms = InputNorms(here, self._axes)
 
         def look() -> dict[str, Tensor]:
             with norms.observing():

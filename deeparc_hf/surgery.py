@@ -7,7 +7,6 @@ config (a copy: it may be shared) follows, and a forward pass verifies the resul
 
 from __future__ import annotations
 
-import copy
 import difflib
 import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,20 +14,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from .architectures import Family, Host, Stack, describe
-from .architectures.hosts import RECORD_KEY
-from .architectures.skeleton import compare, state_shapes
+from .architectures.generation import follow_generation
 from .errors import ConfigError, PlanError, SurgeryError
 from .fingerprint import mark_of_model
 from .freezing import freeze_blocks
 from .plan import PruningPlan, freezing_set
+from .rebuild import install_configs, require_told, skeletons, tell_unproven
 from .record import PrunedConfig, current_record
 from .undo import Transaction
 from .verify import expect
 
-__all__ = ["apply_plan", "follow_record", "forget_parameters", "remove_blocks", "shrunk_settings"]
+__all__ = ["apply_plan", "follow_record", "forget_parameters", "remove_blocks"]
 
 
 def remove_blocks(
@@ -38,6 +36,7 @@ def remove_blocks(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     example: Any = None,
+    verify: bool = True,
 ) -> PrunedConfig:
     """Remove blocks from a live model, in place, all or nothing.
 
@@ -47,14 +46,17 @@ def remove_blocks(
         freeze: "partial" freezes all kept blocks but those beside a removal site, and what runs before the first stack.
         optimizer: an optimizer over the model's parameters that is to follow: the removed ones leave it, and the state of
             frozen ones is freed.
-        example: a batch to verify the result on; made-up inputs otherwise.
+        example: a batch to verify the result on; made-up inputs otherwise. It must reach every part of the model that the blocks may be fed
+            by (images, for a model of texts and images).
+        verify: whether a forward pass must show that the pruned model computes what the original computes with these blocks skipped. What
+            cannot be verified is refused. Without, the settings alone are checked.
 
     Returns:
         The record, which the model carries in its config from now on.
 
     Raises:
         SurgeryError: if a stack or block does not exist, a block is pinned, nothing would be left, the model's settings cannot express
-            the removal, or the result does not compute what it should. Nothing is changed then.
+            the removal, the result does not compute what it should, or that cannot be verified. Nothing is changed then.
         UnsupportedModelError: if the model cannot be pruned at all.
     """
     if freeze not in ("none", "partial"):
@@ -65,7 +67,7 @@ def remove_blocks(
     if freeze == "partial":
         frozen = freezing_set(removed, {n: len(s) for n, s in stacks.items()}, {n: s.next_stack for n, s in stacks.items()})
     entry = {"settings": {"freeze": freeze}, "removed": removed, "frozen": frozen}
-    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example)
+    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify)
 
 
 def apply_plan(
@@ -74,6 +76,7 @@ def apply_plan(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     example: Any = None,
+    verify: bool = True,
     transaction: Transaction | None = None,
 ) -> PrunedConfig:
     """Carry a plan out on a live model, in place, all or nothing.
@@ -81,8 +84,7 @@ def apply_plan(
     Args:
         model: the model that the plan was made for, or one with the same stacks.
         plan: from `analyze`.
-        optimizer: as in `remove_blocks`.
-        example: a batch to verify the result on; made-up inputs otherwise.
+        optimizer, example, verify: as in `remove_blocks`.
         transaction: notes how to take the removal back later; it holds on to the removed blocks.
 
     Returns:
@@ -111,7 +113,19 @@ def apply_plan(
         "removed": removed,
         "frozen": frozen,
     }
-    return _operate(model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example, transaction=transaction)
+    return _operate(
+        model,
+        host,
+        family,
+        stacks,
+        removed,
+        frozen,
+        entry,
+        optimizer=optimizer,
+        example=example,
+        verify=verify,
+        transaction=transaction,
+    )
 
 
 def follow_record(
@@ -147,16 +161,6 @@ def follow_record(
         return []
     host, _, stacks = describe(model)
     return freeze_blocks(host, stacks, frozen, transaction)
-
-
-def shrunk_settings(
-    host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's settings, and those of the model with only the kept blocks."""
-    before = host.settings()
-    after = copy.deepcopy(before)
-    family.shrink(after, list(stacks.values()), kept)
-    return before, after
 
 
 def forget_parameters(
@@ -204,6 +208,7 @@ def _operate(
     *,
     optimizer: torch.optim.Optimizer | None,
     example: Any = None,
+    verify: bool = True,
     transaction: Transaction | None = None,
     known: PrunedConfig | None = None,
 ) -> PrunedConfig:
@@ -211,23 +216,27 @@ def _operate(
     _refuse_wrapped(model)
     lengths = {name: len(stack) for name, stack in stacks.items()}
     kept = {name: [i for i in range(length) if i not in removed.get(name, ())] for name, length in lengths.items()}
-    before, after, updates = _skeletons(host, family, stacks, kept)
+    builds = skeletons(host, family, stacks, kept)
     entry = {
         **(entry or {}),
-        "parameters": _parameters(host.root, [stacks[n].blocks[i] for n, indices in removed.items() for i in indices]),
+        "parameters": _parameters(host.root, removed),
     }
     record = known or current_record(host, stacks).compose(lengths, removed, entry)
-    expectation = None if known else expect(host, stacks, removed, example)
+    if known is None:
+        tell_unproven(stacks, removed)
+    expectation = expect(host, stacks, removed, example) if verify and known is None else None
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
-        _install_configs(host, before, after, kept, record, transaction)
-        for path, attribute, value in updates:
+        install_configs(host, builds.before, builds.after, kept, record, transaction)
+        follow_generation(host.root, stacks, kept, transaction)
+        for path, attribute, value in builds.updates:
             transaction.set(host.root.get_submodule(path), attribute, value)
         for name, stack in stacks.items():
             if name in removed:
                 transaction.keep_children(stack.container, [modules[name][i] for i in kept[name]])
         if expectation is not None:
             expectation.check()
+            require_told(host, stacks, builds, expectation)
         changed = []
         if any(frozen.values()):
             now = {name: [kept[name].index(i) for i in indices] for name, indices in frozen.items()}
@@ -244,93 +253,11 @@ def _operate(
     return record
 
 
-def _parameters(root: nn.Module, gone: Sequence[nn.Module]) -> dict[str, int]:
-    """Number of parameters before and after these blocks go."""
-    inside = {id(module) for block in gone for module in block.modules()}
-    left = {id(p): p.numel() for m in root.modules() if id(m) not in inside for p in m.parameters(recurse=False)}
+def _parameters(root: nn.Module, removed: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Number of parameters before and after these blocks go; what they share with others stays."""
+    gone = tuple(f"{name}.{index}." for name, indices in removed.items() for index in indices)
+    left = {id(p): p.numel() for path, p in root.named_parameters(remove_duplicate=False) if not path.startswith(gone)}
     return {"before": sum(p.numel() for p in root.parameters()), "after": sum(left.values())}
-
-
-def _skeletons(
-    host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
-) -> tuple[nn.Module, nn.Module, list[tuple[str, str, Any]]]:
-    """Stock builds of the settings before and after the removal, and the attributes in which the second one differs.
-
-    Raises:
-        SurgeryError: if the settings do not describe the model, or cannot describe it without these blocks.
-    """
-    settings, shrunk = shrunk_settings(host, family, stacks, kept)
-    name = type(host.root).__name__
-    try:
-        before = host.build(settings)
-    except Exception as error:
-        raise SurgeryError(
-            f"{name} cannot be rebuilt from its own settings, so a pruned one could not be loaded: {type(error).__name__}: {error}"
-        ) from error
-    live, stock = state_shapes(host.root), state_shapes(before)
-    for stack in stacks:
-        odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
-        if odd:
-            raise SurgeryError(
-                f"{name} is not what its settings describe: {odd[0]} has shape {live.get(odd[0])}, a stock build would give it "
-                f"{stock.get(odd[0])}. A checkpoint of it could not be loaded. {host.rebuild_hint}"
-            )
-    try:
-        after = host.build(shrunk)
-    except Exception as error:
-        raise SurgeryError(
-            f"The settings of {name} (type {host.kind!r}) cannot express the removal: {type(error).__name__}: {error}. Nothing was changed."
-        ) from error
-    differences = compare(before, after, kept)
-    if differences.problems:
-        raise SurgeryError(
-            f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. Nothing was changed. "
-            "Remove other blocks, or protect these."
-        )
-    return before, after, differences.updates
-
-
-def _install_configs(
-    host: Host,
-    before: nn.Module,
-    after: nn.Module,
-    kept: Mapping[str, Sequence[int]],
-    record: PrunedConfig,
-    transaction: Transaction,
-) -> None:
-    """Give the model copies of its configs, changed as the stock build's configs changed, and the record.
-
-    T5 and others hold several configs; each follows its own counterpart. Settings made at run time stay.
-    """
-    if host.library == "timm":
-        arguments = {**getattr(host.root, "_model_args", {}), **_changed(before, after)}
-        transaction.set(host.root, "_model_args", arguments)
-        transaction.set(host.root, RECORD_KEY, record.to_dict())
-        return
-    host.own_configs(transaction)
-    patched: set[int] = set()
-    stacks = tuple(f"{name}." for name in kept)
-    for path, module in host.root.named_modules():
-        for attribute, config in list(vars(module).items()):
-            if isinstance(config, PreTrainedConfig) and not path.startswith(stacks) and id(config) not in patched:
-                patched.add(id(config))
-                _patch(config, getattr(before.get_submodule(path), attribute), getattr(after.get_submodule(path), attribute))
-    host.set_record(record.to_dict())  # into the copy
-
-
-def _changed(before: nn.Module, after: nn.Module) -> dict[str, Any]:
-    old, new = getattr(before, "_model_args", {}), getattr(after, "_model_args", {})
-    return {key: value for key, value in new.items() if old.get(key) != value}
-
-
-def _patch(config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
-    """Change in `config` what differs between two others."""
-    for key, value in vars(after).items():
-        old = vars(before).get(key)
-        if isinstance(value, PreTrainedConfig) and isinstance(old, PreTrainedConfig):
-            _patch(getattr(config, key), old, value)
-        elif old != value:
-            setattr(config, key, copy.deepcopy(value))
 
 
 def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

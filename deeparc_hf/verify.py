@@ -2,41 +2,50 @@
 
 The original is run first with hooks that replace each removed block's output by its input. Where the two differ, something
 in the model depends on a block's place (GPT-2's scale_attn_by_inverse_layer_idx, a convolution after the first layer), and
-the removal is refused.
+the removal is refused. So it is where nothing can be run, or where the inputs do not reach what the blocks are fed with.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from .architectures import Host, Stack
-from .batches import cut, forward_kwargs, without_labels
-from .errors import DeepArcWarning, SurgeryError
-from .observe import evaluating, hidden_states, with_hidden_states
+from .batches import cut, forward_kwargs
+from .errors import CalibrationError, DeepArcWarning, SurgeryError
+from .passes import evaluating, forward, require_weights, skipped
 
 __all__ = ["Expectation", "expect"]
 
-# "hidden_states" and "attentions" of any part, XLNet's mems, RWKV's state, caches; not "last_hidden_state"
-_PER_BLOCK = re.compile(r"hidden_states$|attentions$|^mems$|^state$|past_|cache")
-
-logger = logging.getLogger(__name__)
+# "hidden_states" and "attentions" of any part, XLNet's mems, RWKV's state, caches, the routers of experts; not "last_hidden_state"
+_PER_BLOCK = re.compile(r"hidden_states$|attentions$|^mems$|^state$|past_|cache|^router_(logits|probs)$|loss$")
+_SENSES = re.compile(r"vision|visual|image|video|audio|speech")
+_WAYS = "Give a batch that shows it: example=batch. Or say verify=False, and answer for it yourself. Nothing was changed."
 
 
 class Expectation:
-    """Outputs of the original with blocks skipped, to hold the pruned model against."""
+    """What the original puts out with blocks skipped, to hold the pruned model against.
 
-    def __init__(self, host: Host, inputs: dict[str, Any], outputs: list[Tensor]) -> None:
+    Args:
+        host: the model.
+        inputs: what it was run on.
+        output: what it put out.
+        gone: how many blocks go, of any stack: outputs with one entry a block are shorter by so many.
+    """
+
+    def __init__(self, host: Host, inputs: dict[str, Any], output: Any, gone: set[int]) -> None:
         self.host = host
         self.inputs = inputs
-        self.outputs = outputs
+        self.output = output
+        self.gone = gone
         self.generated = _generation_error(host, inputs) is None
 
     def check(self) -> None:
@@ -47,9 +56,10 @@ class Expectation:
         """
         try:
             with evaluating(self.host.root):
-                outputs = _tensors(self.host.root(**self.inputs))
-        except Exception as error:
-            raise SurgeryError(f"The pruned model cannot run: {type(error).__name__}: {error}. The model is as it was before.") from error
+                output = forward(self.host, self.inputs)
+        except CalibrationError as error:
+            cause = error.__cause__
+            raise SurgeryError(f"The pruned model cannot run: {type(cause).__name__}: {cause}. The model is as it was before.") from error
         error = _generation_error(self.host, self.inputs) if self.generated else None
         if error is not None:
             warnings.warn(
@@ -59,71 +69,101 @@ class Expectation:
                 DeepArcWarning,
                 stacklevel=5,
             )
-        if [o.shape for o in outputs] != [o.shape for o in self.outputs]:
-            raise SurgeryError("The pruned model puts out other shapes than the original. The model is as it was before.")
-        for found, expected in zip(outputs, self.outputs, strict=True):
-            scale = expected.float().abs().max().item() + 1e-6
-            difference = (found.float() - expected.float()).abs().max().item()
-            # both runs do the same operations; the bounds leave room for kernels that choose their order by memory layout
-            bound = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 1e-2
-            if not difference <= bound * scale:
-                raise SurgeryError(
-                    "The pruned model does not compute what the original computes with these blocks skipped (largest difference "
-                    f"{difference:.3g}, outputs up to {scale:.3g}): something in {type(self.host.root).__name__} depends on a block's "
-                    "place. It cannot be pruned so; the model is as it was before."
-                )
+        compared = 0
+        for expected, found in _pairs(self.output, output, self.gone):
+            compared += 1
+            self._compare(expected, found)
+        if not compared:
+            raise SurgeryError(
+                f"The removal cannot be verified: {type(self.host.root).__name__} puts out no tensor to compare. {_WAYS} "
+                "The model is as it was before."
+            )
+
+    def _compare(self, expected: Tensor, found: Tensor) -> None:
+        scale = expected.float().abs().max().item() + 1e-6 if expected.numel() else 1.0
+        difference = (found.float() - expected.float()).abs().max().item() if expected.numel() else 0.0
+        # both runs do the same operations; the bounds leave room for kernels that choose their order by memory layout
+        bound = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 1e-2
+        if not difference <= bound * scale:
+            raise SurgeryError(
+                "The pruned model does not compute what the original computes with these blocks skipped (largest difference "
+                f"{difference:.3g}, outputs up to {scale:.3g}): something in {type(self.host.root).__name__} depends on a block's "
+                "place. It cannot be pruned so; the model is as it was before."
+            )
 
 
 def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]], batch: Any = None) -> Expectation | None:
     """Run the original with blocks skipped, on a sample of `batch` or on small made-up inputs.
 
     Returns:
-        None where there is nothing to run on: a model on the meta device, or one whose inputs cannot be made up.
+        None for a model without any weights (meta device): it computes nothing, and the settings are all that there is to it.
+
+    Raises:
+        SurgeryError: if there is nothing to run on, the model cannot run on it, a block is no residual block, or the inputs do not reach a
+            block that goes, or a part of the model that sees or hears.
     """
     if batch is None and host.merges_inputs:
         raise SurgeryError(
             f"{type(host.root).__name__} merges images into its text, and which of its blocks do so may be told by their place; that shows "
             "only on a batch with images. Give one: example=batch. Nothing was changed."
         )
-    if any(p.device.type == "meta" for p in host.root.parameters()):
+    if all(p.device.type == "meta" for p in host.root.parameters()):
         return None
-    inputs = host.example_inputs() if batch is None else without_labels(host, cut(forward_kwargs(host, batch), 2))
+    require_weights(host, SurgeryError)
+    inputs = host.example_inputs() if batch is None else cut(forward_kwargs(host, batch), 2)
     if inputs is None:
-        warnings.warn(
-            f"The removal is not verified by a forward pass: no inputs can be made up for {type(host.root).__name__}. Give a batch: "
-            "example=batch.",
-            DeepArcWarning,
-            stacklevel=4,
-        )
-        return None
-    blocks = {f"{name}.{index}": stacks[name].blocks[index] for name, indices in removed.items() for index in indices}
-    ran: set[nn.Module] = set()
-
-    def skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        ran.add(module)
-        return _skip(module, args, kwargs, output)
-
-    handles = [block.register_forward_hook(skip, with_kwargs=True) for block in blocks.values()]
-    try:
-        with evaluating(host.root):
-            outputs = _tensors(host.root(**inputs))
-    except Exception as error:
-        if batch is not None:
+        raise SurgeryError(f"The removal cannot be verified: no inputs can be made up for {type(host.root).__name__}. {_WAYS}")
+    ran: set[str] = set()
+    with ExitStack() as hooks:
+        for name, stack in stacks.items():
+            for index, block in enumerate(stack.blocks):
+                handle = block.register_forward_pre_hook(_noting(ran, f"{name}.{index}"))
+                hooks.callback(handle.remove)
+        for name, indices in removed.items():
+            for index in indices:
+                hooks.enter_context(skipped(stacks[name], index, must_run=False))
+        try:
+            with evaluating(host.root):
+                output = forward(host, inputs)
+        except CalibrationError as error:
+            where = "the batch" if batch is not None else "inputs that were made up for it"
+            problem = error if error.__cause__ is None else f"{type(error.__cause__).__name__}: {error.__cause__}."
             raise SurgeryError(
-                f"{type(host.root).__name__} cannot run on the batch: {type(error).__name__}: {error}. Nothing was changed."
+                f"The removal cannot be verified: {type(host.root).__name__} cannot run on {where} with these blocks skipped. {problem} "
+                + ("Nothing was changed." if batch is not None else _WAYS)
             ) from error
-        logger.info("The removal is not verified by a forward pass: %s: %s", type(error).__name__, error)
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    idle = [path for path, block in blocks.items() if block not in ran]
+    _require_reached(host, stacks, removed, inputs, ran)
+    return Expectation(host, inputs, output, {len(indices) for indices in removed.values()})
+
+
+def _noting(ran: set[str], path: str) -> Any:
+    def note(module: nn.Module, args: Any) -> None:
+        ran.add(path)
+
+    return note
+
+
+def _require_reached(
+    host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]], inputs: Mapping[str, Any], ran: set[str]
+) -> None:
+    """Refuse inputs that do not show what a removal does: what sees or hears may feed any block, by its place."""
+    idle = [path for path in (f"{name}.{index}" for name, indices in removed.items() for index in indices) if path not in ran]
+    idle += [name for name, stack in stacks.items() if f"{name}.0" not in ran and _senses(host, stack)]
     if idle:
         raise SurgeryError(
             f"The removal cannot be verified: the inputs ({', '.join(inputs)}) do not reach {idle[0]}. Give a batch that does: "
-            "example=batch. Nothing was changed."
+            "example=batch. Or say verify=False, and answer for it yourself. Nothing was changed."
         )
-    return Expectation(host, inputs, outputs)
+
+
+def _senses(host: Host, stack: Stack) -> bool:
+    """Whether a stack belongs to the part of a model that reads images or sound."""
+    config = getattr(host.root, "config", None)
+    named = {} if config is None else vars(config)
+    kinds = {type(part) for name, part in named.items() if isinstance(part, PreTrainedConfig) and _SENSES.search(name)}
+    parts = stack.name.split(".")
+    holders = (host.root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
+    return any(type(getattr(holder, "config", None)) in kinds for holder in holders)
 
 
 def _generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None:
@@ -145,21 +185,23 @@ def _generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None
     return None
 
 
-def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook: the block's output becomes its input."""
-    before = args[0] if args else kwargs["hidden_states"]
-    if hidden_states(output).shape != before.shape:
-        raise ValueError(f"{type(module).__name__} changes the shape of its input")
-    return with_hidden_states(output, before)
+def _pairs(expected: Any, found: Any, gone: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The floating tensors of two outputs, side by side; caches, and what has one entry a block, are passed over.
 
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The floating tensors of a model's output, in order; caches are passed over."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        # one entry a block, by nature another number of them afterwards
-        output = [value for key, value in output.items() if not _PER_BLOCK.search(key)]
-    if isinstance(output, (tuple, list)) or (isinstance(output, Iterable) and not hasattr(output, "get_seq_length")):
-        return [tensor for item in output for tensor in _tensors(item)]
-    return []
+    Raises:
+        SurgeryError: if they are not of the same form.
+    """
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            raise SurgeryError("The pruned model puts out other shapes than the original. The model is as it was before.")
+        if expected.is_floating_point():
+            yield expected, found
+    elif isinstance(expected, Mapping):
+        for key, value in expected.items():
+            if not _PER_BLOCK.search(key):
+                yield from _pairs(value, found.get(key), gone)
+    elif isinstance(expected, (tuple, list)):
+        if not isinstance(found, (tuple, list)) or len(expected) - len(found) not in {0, *gone}:
+            raise SurgeryError("The pruned model puts out something else than the original. The model is as it was before.")
+        for one, other in zip(expected, found, strict=True) if len(expected) == len(found) else ():
+            yield from _pairs(one, other, gone)

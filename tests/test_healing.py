@@ -259,12 +259,12 @@ def test_a_norm_with_statistics_at_the_end_is_left_alone():
     assert "whose statistics are those of its own inputs" in left_alone(model.eval())
 
 
-def test_positions_in_another_order_than_the_masks_are_left_alone():
+def test_positions_in_another_order_than_the_blocks_are_left_alone():
     model = ZOO["bert"].model()
     for layer in model.bert.encoder.layer[1:3]:
         layer.output.dense.register_forward_pre_hook(lambda module, args: (args[0].transpose(0, 1), *args[1:]))
         layer.output.dense.register_forward_hook(lambda module, args, output: output.transpose(0, 1))
-    assert "not those of the attention mask" in left_alone(model)
+    assert "positions in another order than the block puts them out" in left_alone(model)
 
 
 # ---- in a Trainer ----

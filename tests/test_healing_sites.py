@@ -10,6 +10,7 @@ import transformers as tf
 
 from deeparc_hf import find_stacks, heal_model, remove_blocks
 from deeparc_hf.architectures import describe
+from deeparc_hf.axes import Axes
 from deeparc_hf.endings import Ending
 from deeparc_hf.errors import CalibrationError
 from deeparc_hf.healing import fit_sites
@@ -149,6 +150,7 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
     site = SiteFit(host, stacks[LAYERS], Site(LAYERS, 2, (3,)))
     width, size = model.config.hidden_size, model.config.intermediate_size
     site.endings = [Ending("mlp.down_proj", None, None, torch.ones(width))] * 2
+    site.orient(Axes(features=2, samples=0))
     generator = torch.Generator().manual_seed(0)
     planted = torch.randn(width, size, generator=generator, dtype=torch.float64)
     xs, kepts, targets = [], [], []
@@ -157,7 +159,7 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
         missing = x @ planted.T + noise
         missing[:, 0] = 1e4
         site.seen = {"x": x, "kept output": kept.float(), "last output": (kept + missing).float()}
-        site.take(None, 8 * batch)
+        site.take({"input_ids": torch.zeros(8, 20)}, 8 * batch)
         xs, kepts, targets = [*xs, x.flatten(0, 1)], [*kepts, kept.flatten(0, 1)], [*targets, missing.flatten(0, 1)]
     healing = site.finish([(None, site.sums, site.held, site.endings, site.plain)])
     weight = torch.cat([(100 * m.square().sum(1).median() / m.square().sum(1)).clamp(max=1) for m in targets])[:, None]

@@ -16,7 +16,7 @@ from deeparc_hf.errors import CalibrationError, CalibrationWarning
 from deeparc_hf.observe import StackObserver, observe
 from deeparc_hf.similarity import SimilarityMetric, metrics
 
-from .zoo import VOCAB, ZOO, spread
+from .zoo import TEXT, VOCAB, ZOO, spread
 
 
 class Keeper(SimilarityMetric):
@@ -118,8 +118,8 @@ def test_image_rows_are_positions_or_their_mean():
     taken, _ = keep(model, [batch], "mean")[0].metric.taken[0]
     tokens, _ = keep(model, [batch], "tokens")[0].metric.taken[0]
     handle.remove()
-    torch.testing.assert_close(taken[1], hooked[0].mean((2, 3)))
-    torch.testing.assert_close(tokens[1], hooked[0].permute(0, 2, 3, 1).flatten(0, 2))
+    torch.testing.assert_close(taken[1], hooked[-1].mean((2, 3)))
+    torch.testing.assert_close(tokens[1], hooked[-1].permute(0, 2, 3, 1).flatten(0, 2))
 
 
 def as_tuple(batch):
@@ -315,24 +315,26 @@ def test_labels_mask_the_decoder_also_beside_decoder_inputs():
 
 
 def test_padding_that_cannot_be_masked_warns():
-    """BigBird pads to its block size inside, so that its outputs have more positions than the mask."""
-    config = tf.BigBirdConfig(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        vocab_size=VOCAB,
-        block_size=16,
-        num_random_blocks=1,
-        max_position_embeddings=256,
-    )
-    model = spread(tf.BigBirdForSequenceClassification(config)).eval()
-    ids = torch.randint(5, VOCAB, (32, 129))
+    """Funnel pools its positions, so that later stages have fewer of them than the mask."""
+    sizes = {"block_sizes": [2, 2], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48, "vocab_size": VOCAB}
+    model = spread(tf.FunnelForSequenceClassification(tf.FunnelConfig(**sizes, num_decoder_layers=1))).eval()
+    ids = torch.randint(5, VOCAB, (32, 21))
     mask = torch.ones_like(ids)
     analyze(model, [{"input_ids": ids, "attention_mask": mask}])
-    mask[:, 100:] = 0
-    with pytest.warns(CalibrationWarning, match="another number of positions than the attention_mask.*equal length"):
+    mask[:, 12:] = 0
+    with pytest.warns(CalibrationWarning, match=r"Which positions of funnel\.encoder\.blocks\.1 are padding cannot be told.*equal length"):
         analyze(model, [{"input_ids": ids, "attention_mask": mask}])
+
+
+def test_padding_up_to_a_multiple_of_a_block_is_padding():
+    """BigBird pads to its block size inside, so that its outputs have more positions than the mask."""
+    sizes = {"num_hidden_layers": 3, "block_size": 16, "num_random_blocks": 1, "max_position_embeddings": 256}
+    model = spread(tf.BigBirdForSequenceClassification(tf.BigBirdConfig(**{**TEXT, **sizes}))).eval()
+    ids = torch.randint(5, VOCAB, (32, 129))
+    mask = torch.ones_like(ids)
+    mask[:, 100:] = 0
+    (observer,) = keep(model, [{"input_ids": ids, "attention_mask": mask}], "tokens")
+    assert len(observer.metric.taken[0][0][0]) == 32 * 100
 
 
 @pytest.mark.parametrize("second", ["types", "labels"])

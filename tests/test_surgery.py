@@ -73,7 +73,7 @@ def test_impossible_removals_are_refused_and_change_nothing(name, blocks, messag
     assert_unchanged(model, before)
 
 
-STEPS = ["expect", "_install_configs", "check", "keep_children", "compose", "freeze_blocks", "forget_parameters", "reset"]
+STEPS = ["expect", "install_configs", "check", "keep_children", "compose", "freeze_blocks", "forget_parameters", "reset"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -88,7 +88,7 @@ def test_a_failure_halfway_leaves_everything_untouched(monkeypatch, name, step, 
     before = snapshot(model)
     owner = {
         "expect": "deeparc_hf.surgery",
-        "_install_configs": "deeparc_hf.surgery",
+        "install_configs": "deeparc_hf.surgery",
         "check": "deeparc_hf.verify.Expectation",
         "keep_children": "deeparc_hf.undo.Transaction",
         "compose": "deeparc_hf.record.PrunedConfig",
@@ -350,7 +350,10 @@ def test_blocks_that_the_example_does_not_reach_are_not_removed():
     with pytest.raises(SurgeryError, match=r"inputs \(input_ids\) do not reach .*vision.*\.1\. Give a batch that does"):
         remove_blocks(model, {of_images: [1]}, example=example)
     assert_unchanged(model, before)
-    remove_blocks(model, {of_text: [1]}, example=example)
+    with pytest.raises(SurgeryError, match=r"do not reach .*vision"):  # whose features may reach a block by its place
+        remove_blocks(model, {of_text: [1]}, example=example)
+    seen = {"input_ids": torch.tensor([[5, *[119] * 16, 6]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    remove_blocks(model, {of_text: [1]}, example=seen)
     assert model.config.text_config.num_hidden_layers == 2
 
 

@@ -2,8 +2,9 @@
 
 A candidate is an `nn.ModuleList` whose members are all `GradientCheckpointingLayer`s (every current transformers model) or
 all of one class named ...Layer or ...Block (older ones, such as MPNet). It is a stack if lowering one setting by one
-makes a stock build of the model lose exactly one of its blocks and change nothing else. So no table of families or of
-config keys is needed, and a list that the config cannot shorten is never taken for a stack.
+makes a stock build of the model lose exactly one of its blocks and change nothing else, where the lists with a value per block lose
+one with it (`entries`). So no table of families or of config keys is needed, and a list that the config cannot shorten is never taken
+for a stack.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError
-from .base import CountKey, Family, Stack, register, set_count, signature_pins
+from .base import BlockEntry, CountKey, Family, Stack, register, set_count, signature_pins
+from .entries import classified, entries_of, follow, usual
 from .hosts import Host, TransformersHost
-from .skeleton import state_shapes
+from .skeleton import renamed_path, state_shapes
 
 _COUNT_NAME = re.compile(r"layer|depth|block")
-_LIST_NAME = re.compile(r"layer|block|types")
 
 
 @register("auto")
@@ -41,23 +42,26 @@ class Auto(Family):
             raise UnsupportedModelError(_nothing_found(host, "no list of residual layers"))
         settings = host.settings()
         try:
-            skeleton = state_shapes(host.build(settings))
+            skeleton = host.build(settings)
         except Exception as error:
             raise UnsupportedModelError(
                 f"{host.label} cannot be rebuilt from its own config, so a pruned one could not be "
                 f"loaded either: {type(error).__name__}: {error}. Give the class an __init__(config) that needs nothing else."
             ) from error
+        search = _Search(host, settings, skeleton)
         stacks = []
         for name, container in candidates:
-            count = _find_count(host, settings, skeleton, name, len(container))
-            if count is None:
+            found = search.count(name, len(container))
+            if found is None:
                 continue
-            blocks = list(container)
-            pinned = {} if _per_layer_lists(_holder(settings, count), len(blocks)) else signature_pins(blocks)
-            stacks.append(Stack(name, container, pinned, _side(host.root, name), count))
+            count, entries = found
+            pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(container))
+            stacks.append(Stack(name, container, pinned, _side(host.root, name), count, entries=entries))
         if not stacks:
             lists = ", ".join(f"{name} ({len(container)} x {type(container[0]).__name__})" for name, container in candidates)
-            raise UnsupportedModelError(_nothing_found(host, f"{lists}, but no entry of its config counts these blocks"))
+            why = "; ".join(f"{name}: {reason}" for name, reason in search.near.items())
+            what = f"{lists}, but no entry of its config counts these blocks" + (f" alone ({why})" if why else "")
+            raise UnsupportedModelError(_nothing_found(host, what))
         return [
             dataclasses.replace(stack, next_stack=follower.name) if _same_list(stack.count, follower.count) else stack
             for stack, follower in itertools.pairwise(stacks)
@@ -66,10 +70,10 @@ class Auto(Family):
     def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
         for stack in stacks:
             indices = list(kept[stack.name])
-            holder = _holder(settings, stack.count)
-            for key in _per_layer_lists(holder, len(stack)):
-                holder[key] = [holder[key][i] for i in indices]
-            _shrink_stages(holder, len(stack), indices)
+            for entry in stack.entries:
+                if entry.proof != "none":
+                    follow(settings, entry, len(stack), indices)
+            _shrink_stages(_holder(settings, stack.count), len(stack), indices)
         super().shrink(settings, stacks, kept)
 
 
@@ -86,25 +90,112 @@ def _candidates(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield name, module
 
 
-def _find_count(host: Host, settings: dict[str, Any], shapes: dict[str, tuple[int, ...]], name: str, length: int) -> CountKey | None:
-    """The setting whose change by one changes the length of this stack by one, and nothing else."""
-    step = -1 if length > 1 else 1
-    for count in _count_candidates(settings, length):
-        trial = copy.deepcopy(settings)
-        holder = _holder(trial, count)
-        for key in _per_layer_lists(holder, length):
-            holder[key] = holder[key][:-1] if step < 0 else [*holder[key], holder[key][-1]]
-        _shrink_stages(holder, length, list(range(length + step)))
-        set_count(holder, count, length + step)
-        try:
-            built = state_shapes(host.build(trial))
-        except Exception:  # noqa: S112 - a setting that cannot be changed alone is not the one that counts
-            continue
-        fewer, more, last = (built, shapes, length - 1) if step < 0 else (shapes, built, length)
-        rest = {key: shape for key, shape in more.items() if not key.startswith(f"{name}.{last}.")}
-        if rest == fewer and len(rest) < len(more):
-            return count
-    return None
+class _Search:
+    """The search for what counts the stacks of a model, and for what else names their blocks.
+
+    Args:
+        host: the model.
+        settings, skeleton: its settings, and what a stock loader builds of them.
+
+    Attributes:
+        near: by stack, why an entry that changes the number of its blocks does not count them.
+    """
+
+    def __init__(self, host: Host, settings: dict[str, Any], skeleton: nn.Module) -> None:
+        self.host, self.settings, self.skeleton = host, settings, skeleton
+        self.near: dict[str, str] = {}
+        self._shapes = state_shapes(skeleton)
+        self._built: dict[Any, dict[str, tuple[int, ...]] | None] = {}
+
+    def count(self, name: str, length: int) -> tuple[CountKey, tuple[BlockEntry, ...]] | None:
+        """The setting whose change by one changes the length of this stack by one, and nothing else; and the stack's entries."""
+        for count in _count_candidates(self.settings, length):
+            entries = entries_of(self.settings, count, length)
+            for following in _choices(entries, count):
+                verdict = self._try(name, length, count, following)
+                if verdict == "other":
+                    break  # a list more or less would not make it count these blocks
+                proven = self._proven(name, length, count, entries, following) if verdict == "counts" else None
+                if proven is not None:
+                    return count, tuple(proven)
+        return None
+
+    def _try(self, name: str, length: int, count: CountKey, following: Sequence[BlockEntry]) -> Literal["counts", "other", "unclear"]:
+        """Whether the count changes this stack and nothing else, where these entries follow; "other" if it does not change this stack."""
+        if length == 1:
+            removals: list[tuple[int, ...]] = [(0, 0)]  # one more
+        else:
+            # a list may not end as it likes (Gemma 4's last layer attends to everything)
+            removals = [tuple(range(length - 1)), *([tuple(range(1, length))] if following else [])]
+        for kept in removals:
+            built = self._build(count, following, length, kept)
+            if built is None:
+                continue
+            expected = self._shapes if length > 1 else built
+            found = built if length > 1 else self._shapes
+            gone = {name: list(kept) if length > 1 else [0]}
+            renamed = {new: shape for key, shape in expected.items() if (new := renamed_path(key, gone)) is not None}
+            if renamed == found and len(found) < len(expected):
+                return "counts"
+            blocks = {key[len(name) + 1 :].partition(".")[0] for key in built if key.startswith(f"{name}.")}
+            if len(blocks) != len(kept):
+                return "other"
+            odd = sorted(key for key in renamed.keys() | found.keys() if renamed.get(key) != found.get(key))
+            self.near.setdefault(name, f"{count} counts them, but {odd[0] if odd else 'nothing'} changes with it")
+        return "unclear"
+
+    def _build(
+        self, count: CountKey, following: Sequence[BlockEntry], length: int, kept: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of a stock build with these blocks; None if there is none."""
+        case = (count, tuple(following), length, kept)
+        if case not in self._built:
+            trial = copy.deepcopy(self.settings)
+            for entry in following:
+                follow(trial, entry, length, kept)
+            holder = _holder(trial, count)
+            _shrink_stages(holder, length, kept)
+            set_count(holder, count, len(kept))
+            try:
+                self._built[case] = state_shapes(self.host.build(trial))
+            except Exception:
+                self._built[case] = None  # a setting that cannot be changed so is not the one that counts
+        return self._built[case]
+
+    def _proven(
+        self, name: str, length: int, count: CountKey, entries: Sequence[BlockEntry], following: Sequence[BlockEntry]
+    ) -> list[BlockEntry] | None:
+        """The entries that name blocks of the stack, with what shows it; None if one that has to follow is not read block by block."""
+        known = usual(entries, count)
+        proven = []
+        for entry in entries:
+            if entry in known and entry in following and entry.form != "indices":
+                proven.append(entry.proven("build"))
+                continue
+            found = classified(self.host.build, self.settings, self.skeleton, name, length, entry, count)
+            rest = [other for other in following if other is not entry]
+            if entry in following and (found is None or found.proof == "none"):
+                if self._try(name, length, count, rest) != "counts":
+                    # there is no shorter model without it, but neighbours read it too: a chain of sizes, no residual blocks
+                    return None
+            elif found is not None and found.proof == "build" and self._try(name, length, count, [*rest, entry]) != "counts":
+                proven.append(entry.proven("none"))
+            elif found is not None:
+                proven.append(found)
+        return proven
+
+
+def _choices(entries: Sequence[BlockEntry], count: CountKey) -> Iterator[list[BlockEntry]]:
+    """Which entries to try to have follow: the usual ones; all lists of values too; the usual ones and one more, or one less."""
+    known = usual(entries, count)
+    others = [entry for entry in entries if entry.form == "values" and entry not in known]
+    yield known
+    if len(others) > 1:
+        yield known + others
+    for other in others:
+        yield [*known, other]
+    for entry in known:
+        yield [other for other in known if other is not entry]
 
 
 def _count_candidates(settings: dict[str, Any], length: int, path: tuple[str, ...] = ()) -> Iterator[CountKey]:
@@ -123,11 +214,6 @@ def _holder(settings: dict[str, Any], count: CountKey | None) -> dict[str, Any]:
     for part in count.path if count else ():
         holder = holder[part]
     return holder
-
-
-def _per_layer_lists(holder: dict[str, Any], length: int) -> list[str]:
-    """Entries with one value per layer, such as `layer_types`; they lose the same indices as the stack."""
-    return [k for k, v in holder.items() if isinstance(v, (list, tuple)) and len(v) == length and _LIST_NAME.search(k)]
 
 
 def _shrink_stages(holder: dict[str, Any], length: int, kept: Sequence[int]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from ..registry import Registry
 from ..tables import html_table, spans
 from .hosts import Host
 
-__all__ = ["CountKey", "Family", "Stack", "families", "register", "set_count", "signature_pins"]
+__all__ = ["BlockEntry", "CountKey", "Family", "Stack", "families", "register", "set_count", "signature_pins"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,29 @@ class CountKey:
         return where if self.index is None else f"{where}[{self.index}]"
 
 
+@dataclass(frozen=True)
+class BlockEntry:
+    """An entry of the settings that names blocks of a stack other than by their number.
+
+    Attributes:
+        path: keys that lead to it, its own last.
+        form: "values": a list with one value per block. "indices": a list of block indices. "keys": a dict with block indices for keys.
+            "runs": patterns with the number of their repetitions, such as GPT-Neo's [[["global", "local"], 12]].
+        proof: "build": stock builds show that it is read block by block, and it follows a removal. "run": only a forward pass can show
+            it; it follows, and the pass has to tell the difference. "none": it may name blocks, nothing shows it, and it stays.
+    """
+
+    path: tuple[str, ...]
+    form: Literal["values", "indices", "keys", "runs"]
+    proof: Literal["build", "run", "none"] = "none"
+
+    def proven(self, proof: Literal["build", "run", "none"]) -> BlockEntry:
+        return replace(self, proof=proof)
+
+    def __str__(self) -> str:
+        return ".".join(self.path)
+
+
 @dataclass(frozen=True, eq=False)
 class Stack:
     """A run of residual blocks of one model in which a block can be removed and shapes still fit.
@@ -47,6 +70,7 @@ class Stack:
         side: "encoder" or "decoder" in an encoder-decoder model, else None; decides which padding mask counts.
         count: where the settings count this stack's blocks.
         next_stack: name of the stack that takes this one's output directly (the next stage of a CNN), else None.
+        entries: what else in the settings names its blocks.
     """
 
     name: str
@@ -55,6 +79,7 @@ class Stack:
     side: str | None = None
     count: CountKey | None = None
     next_stack: str | None = None
+    entries: tuple[BlockEntry, ...] = ()
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,17 @@ from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging as hf_logging
 
 from ..errors import UnsupportedModelError
 from ..undo import Transaction
+from .inputs import example_inputs, merges_inputs
 
 __all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted"]
 
 RECORD_KEY = "pruning_config"
+
+logger = logging.getLogger(__name__)
 
 
 class Host(ABC):
@@ -38,6 +42,7 @@ class Host(ABC):
     """
 
     library: str
+    needs_labels = False  # whether the forward pass was found to need labels
     rebuild_hint = "Load it with the settings that it was built with."
 
     def __init__(self, root: nn.Module) -> None:
@@ -89,7 +94,7 @@ class Host(ABC):
 
     @abstractmethod
     def example_inputs(self) -> dict[str, torch.Tensor] | None:
-        """Small valid inputs on the model's device, or None where they cannot be known."""
+        """Small valid inputs on the model's device, or None where they cannot be known; it raises nothing."""
 
 
 class TransformersHost(Host):
@@ -120,7 +125,7 @@ class TransformersHost(Host):
     def build(self, settings: dict[str, Any]) -> nn.Module:
         with _quiet(), torch.device("meta"):
             config = type(self.root.config).from_dict(copy.deepcopy(settings))
-            config._attn_implementation = self.root.config._attn_implementation
+            copy_attention(self.root.config, config)
             return type(self.root)(config)
 
     def record(self) -> Any:
@@ -137,53 +142,40 @@ class TransformersHost(Host):
                     transaction.set(module, attribute, copy.deepcopy(config, copies))
 
     def example_inputs(self) -> dict[str, torch.Tensor] | None:
-        config, device = self.root.config, self.root.device
-        dtype = self.root.dtype
-        if self.root.main_input_name == "input_ids":
-            # plain ids, away from the special tokens at the start of most vocabularies
-            vocabulary = config.get_text_config().vocab_size
-            ids = (torch.arange(12, device=device) * 7 + vocabulary // 2).remainder(vocabulary).view(1, 12)
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            if config.is_encoder_decoder:
-                inputs["decoder_input_ids"] = ids[:, :8]
-            if hasattr(config, "vision_config"):
-                if self.merges_inputs:
-                    return None  # where the image goes into the text differs from family to family
-                inputs["pixel_values"] = self._pixels(config.vision_config, device, dtype)  # CLIP and its like
-            return inputs
-        generator = torch.Generator().manual_seed(0)
-        if self.root.main_input_name == "pixel_values":
-            return {"pixel_values": self._pixels(getattr(config, "vision_config", config), device, dtype)}
-        if self.root.main_input_name == "input_features" and hasattr(config, "max_source_positions"):
-            features = torch.randn(1, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
-            inputs = {"input_features": features.to(device, dtype)}
-            if config.is_encoder_decoder:
-                inputs["decoder_input_ids"] = torch.full((1, 4), 5, device=device)
-            return inputs
-        return None
+        try:
+            if self.kind == "timm_wrapper":
+                return {"pixel_values": TimmHost(self.root.timm_model).example_inputs()["x"]}
+            return example_inputs(self.root)
+        except Exception as error:  # a config may lack or hold anything
+            logger.info("No inputs can be made up for %s: %s: %s", self.label, type(error).__name__, error)
+            return None
 
     @property
     def merges_inputs(self) -> bool:
-        config = self.root.config
-        return hasattr(config, "vision_config") and any(hasattr(config, f"image_token_{end}") for end in ("id", "index"))
+        return merges_inputs(self.root.config)
 
-    @staticmethod
-    def _pixels(vision: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        channels = getattr(vision, "num_channels", 3)
-        size = getattr(vision, "image_size", None) or (getattr(vision, "pretrained_cfg", None) or {}).get("input_size", (3, 64, 64))[1:]
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        return torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+def copy_attention(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    """Have each part of a config compute attention as its counterpart does: a config's dict does not tell, and some parts know but one way.
+
+    For every part by itself: the public setter would have all parts of a model do alike (DETR's backbone knows no sdpa).
+    """
+    target._attn_implementation_internal = source._attn_implementation_internal
+    for name, part in vars(source).items():
+        other = vars(target).get(name)
+        if isinstance(part, PreTrainedConfig) and isinstance(other, PreTrainedConfig):
+            copy_attention(part, other)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from announcing every skeleton's config at log level info."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(max(level, logging.WARNING))
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(max(level, hf_logging.WARNING))
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        hf_logging.set_verbosity(level)
 
 
 class TimmHost(Host):
@@ -224,10 +216,12 @@ class TimmHost(Host):
     def own_configs(self, transaction: Transaction) -> None:
         pass  # there are none: each model has its arguments
 
-    def example_inputs(self) -> dict[str, torch.Tensor] | None:
+    def example_inputs(self) -> dict[str, torch.Tensor]:
         parameter = next(self.root.parameters())
         channels = timm_model_args(self.root).get("in_chans", 3)
-        size = timm_model_args(self.root).get("img_size") or self._pretrained_cfg().get("input_size", (3, 64, 64))[1:]
+        size, cfg = timm_model_args(self.root).get("img_size"), self._pretrained_cfg()
+        if size is None:  # most CNNs take images of any size
+            size = cfg["input_size"][1:] if cfg.get("fixed_input_size") and "input_size" in cfg else 64
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         pixels = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
         return {"x": pixels.to(parameter.device, parameter.dtype)}

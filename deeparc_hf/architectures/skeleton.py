@@ -7,14 +7,14 @@ that depend on a block's place, and settings that do not say what they should.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Differences", "compare", "state_shapes"]
+__all__ = ["Differences", "compare", "differing", "renamed_path", "state_shapes"]
 
 # Attributes that hold a block's own index: they follow the skeleton.
 _INDEX_NAMES = frozenset({"block_id", "block_idx", "block_index", "layer_id", "layer_idx", "layer_index", "layer_num", "layer_number"})
@@ -49,9 +49,9 @@ def compare(before: nn.Module, after: nn.Module, kept: Mapping[str, Sequence[int
         kept: per stack (module path) the indices that stay, rising.
     """
     found = Differences()
-    names = {name: _rename(name, kept) for name, _ in before.named_modules()}
+    names = {name: renamed_path(name, kept) for name in _modules(before, kept)}
     new_names = {new for new in names.values() if new is not None}
-    after_modules = dict(after.named_modules())
+    after_modules = _modules(after, kept)
     extra = sorted(name for name in after_modules if name not in new_names and not _neutral(after_modules[name]))
     if extra:
         found.problems.append(f"a reload would build modules that the pruned model does not have: {_some(extra)}")
@@ -68,8 +68,39 @@ def compare(before: nn.Module, after: nn.Module, kept: Mapping[str, Sequence[int
             )
         else:
             _compare_tensors(old, module, counterpart, found)
-            _compare_attributes(old, module, counterpart, any(old.startswith(f"{s}.") for s in kept), found)
+            _compare_attributes(old, module, counterpart, _stack_of(old, kept, before), found)
     return found
+
+
+def differing(one: nn.Module, other: nn.Module, ignored: Callable[[Any, Any], bool] = lambda one, other: False) -> set[str]:
+    """Paths of the modules that only one of two skeletons has, or that differ in class, shapes or attributes.
+
+    Args:
+        one, other: the skeletons.
+        ignored: told the values of an attribute in both; whether the difference tells nothing.
+    """
+    first, second = _modules(one), _modules(other)
+    paths = set(first.keys() ^ second.keys())
+    for path in first.keys() & second.keys():
+        found = Differences()
+        _compare_tensors(path, first[path], second[path], found)
+        own, new = _plain_attributes(first[path]), _plain_attributes(second[path])
+        changed = [key for key in own.keys() | new.keys() if own.get(key) != new.get(key) and not ignored(own.get(key), new.get(key))]
+        if _class(first[path]) != _class(second[path]) or found.problems or changed:
+            paths.add(path)
+    return paths
+
+
+def _modules(root: nn.Module, stacks: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """Modules by path. One that all blocks share stands under each of them, and not where else it may be known."""
+    containers = {name: root.get_submodule(name) for name in stacks}
+    inside = {id(module) for container in containers.values() for module in container.modules()}
+    prefixes = tuple(f"{name}." for name in containers)
+    return {
+        path: module
+        for path, module in root.named_modules(remove_duplicate=False)
+        if path in containers or path.startswith(prefixes) or id(module) not in inside
+    }
 
 
 def _compare_tensors(name: str, module: nn.Module, counterpart: nn.Module, found: Differences) -> None:
@@ -85,18 +116,26 @@ def _compare_tensors(name: str, module: nn.Module, counterpart: nn.Module, found
             found.problems.append(f"{label} has shape {own.get(key)}, but a reload would give it {new.get(key)}")
 
 
-def _compare_attributes(name: str, module: nn.Module, counterpart: nn.Module, in_block: bool, found: Differences) -> None:
+def _compare_attributes(
+    name: str, module: nn.Module, counterpart: nn.Module, stack: tuple[int, Sequence[int]] | None, found: Differences
+) -> None:
     own, new = _plain_attributes(module), _plain_attributes(counterpart)
     for key in sorted(own.keys() | new.keys()):
         old_value, new_value = own.get(key), new.get(key)
         if old_value == new_value or key in _TRAINING_ONLY:
             continue
-        if not in_block or key in _INDEX_NAMES:
+        if stack is None or key in _INDEX_NAMES or _follows(old_value, new_value, *stack):
             found.updates.append((name, key, new_value))
         else:
             found.problems.append(
                 f"{name}.{key} depends on the block's place: it is {old_value!r}, but a reload would make it {new_value!r}"
             )
+
+
+def _follows(old: Any, new: Any, length: int, kept: Sequence[int]) -> bool:
+    """Whether a block holds the whole list of the stack's values (GPT-Neo's attention_layers), which lost those of the removed blocks."""
+    whole = isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == length
+    return whole and list(new) == [old[i] for i in kept]
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:
@@ -121,7 +160,7 @@ def _neutral(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or "DropPath" in type(module).__name__
 
 
-def _rename(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
+def renamed_path(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
     """The path that a module has after the removal; None if it goes."""
     for stack, indices in kept.items():
         if not name.startswith(f"{stack}."):
@@ -133,6 +172,14 @@ def _rename(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
             return None
         return f"{stack}.{list(indices).index(int(index))}{dot}{rest}"
     return name
+
+
+def _stack_of(name: str, kept: Mapping[str, Sequence[int]], before: nn.Module) -> tuple[int, Sequence[int]] | None:
+    """Length and kept blocks of the stack that a module is part of; None outside of all stacks."""
+    for stack, indices in kept.items():
+        if name.startswith(f"{stack}."):
+            return len(list(before.get_submodule(stack).children())), indices
+    return None
 
 
 def _some(names: list[str], limit: int = 3) -> str:

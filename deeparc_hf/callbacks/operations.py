@@ -16,7 +16,7 @@ from ..config import MPruneConfig
 from ..distributed import agree, follow_in_wrapper, gather
 from ..errors import ConfigError, PlanError, SurgeryError
 from ..following import Structure, note_frozen, record_of, settle, thaw_noted
-from ..observe import evaluating
+from ..passes import evaluating
 from ..plan import PruningPlan, warn_if_drastic
 from ..pruning import apply_healed, check_settings, compare_blocks
 from ..record import PrunedConfig

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deeparc_hf import find_stacks, remove_blocks
-from deeparc_hf.errors import DeepArcError, SurgeryError, UnsupportedModelError
+from deeparc_hf.errors import SurgeryError, UnsupportedModelError
 
 from ..zoo import TEXT, ZOO
 
@@ -296,15 +296,3 @@ def test_deberta_whose_first_layer_has_a_convolution_keeps_its_first_layer():
     model = make()
     remove_blocks(model, {"deberta.encoder.layer": [2]})
     assert model.config.num_hidden_layers == 3
-
-
-def test_gpt_neo_with_alternating_attention_is_refused_and_untouched():
-    config = tf.GPTNeoConfig(
-        vocab_size=120, hidden_size=32, num_layers=4, num_heads=4, window_size=4, attention_types=[[["global", "local"], 2]]
-    )
-    model = tf.GPTNeoForCausalLM(config).eval()
-    kinds = [block.attn.attention_type for block in model.transformer.h]
-    assert kinds == ["global", "local"] * 2
-    # early versions 5 of transformers do not even build the shorter config
-    assert_refused_and_untouched(model, {"transformer.h": [1]}, "GPTNeoForCausalLM", DeepArcError)
-    assert [block.attn.attention_type for block in model.transformer.h] == kinds

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from deeparc_hf import MPruneConfig, find_stacks, remove_blocks
 from deeparc_hf.architectures import Stack, describe
-from deeparc_hf.observe import StackObserver, hidden_states, observe
+from deeparc_hf.observe import StackObserver, observe
+from deeparc_hf.passes import hidden_states
 from deeparc_hf.plan import StackFacts, make_plan
 from deeparc_hf.similarity import ROW_KINDS, metrics
 

@@ -1,0 +1,250 @@
+"""Entries of a model's settings that name blocks: by their place in a list, by their index, or by their index as a key.
+
+`layer_types` has one value a layer, `mlp_only_layers` lists indices, `per_layer_config` has indices for keys, GPT-Neo's `attention_types`
+repeats a pattern. They are found by value and length, not by name, and tried: a stock build with the entry changed shows which blocks
+read it. What no build shows (`fullatt_block_indexes`, which the forward pass asks) is left to a forward pass to decide.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+
+from .base import BlockEntry, CountKey
+from .skeleton import differing
+
+__all__ = ["classified", "entries_of", "follow", "stale", "usual"]
+
+_VALUES_NAME = re.compile(r"layer|block|types")
+_INDICES_NAME = re.compile(r"layer|block|ind(ex|ic)|idx")
+# counts, and lists of tokens, labels and stages, whatever their length
+_OTHER_NAME = re.compile(r"^(num|n)_|token|label|^(stage_names|out_features|architectures)$|suppress")
+
+Builder = Callable[[dict[str, Any]], nn.Module]
+Readers = Literal["own", "others", "outside", "repeated", "nobody", "unknown"]
+
+
+def entries_of(settings: dict[str, Any], count: CountKey, length: int) -> list[BlockEntry]:
+    """All entries that may name blocks of a stack by their form; nothing is proven of them.
+
+    They stand where the stack is counted, or in the settings of which those are a part; other parts have stacks of their own.
+    """
+    own = (*count.path, count.key)
+    skipped = {(*count.path, "out_indices")} if _names_stages(_at(settings, count.path), length) else set()
+    levels = [count.path[:depth] for depth in range(len(count.path) + 1)]
+    found = [entry for path in levels for entry in _walk(_at(settings, path), length, path)]
+    return [entry for entry in found if entry.path != own and entry.path not in skipped]
+
+
+def usual(entries: Sequence[BlockEntry], count: CountKey) -> list[BlockEntry]:
+    """Those that tell by their name and place that they follow the stack."""
+    return [entry for entry in entries if entry.path[:-1] == count.path and _named(entry)]
+
+
+def follow(settings: dict[str, Any], entry: BlockEntry, length: int, kept: Sequence[int]) -> None:
+    """Have an entry name the kept blocks only, under their new numbers; one that no longer has the form is left alone.
+
+    A block that is kept twice stands for one more like it; indices stay the same then.
+    """
+    holder, key = _at(settings, entry.path[:-1]), entry.path[-1]
+    value = holder.get(key)
+    if _form(value, length, entry.form):
+        new = {old: place for place, old in enumerate(kept)}
+        if entry.form == "values":
+            holder[key] = [value[i] for i in kept]
+        elif entry.form == "runs":
+            kinds = _repeated(value) or []
+            holder[key] = [[[kinds[i] for i in kept], 1]]
+        elif len(kept) > length:
+            return  # a block more, alike to the last
+        elif entry.form == "indices":
+            holder[key] = [new[i] for i in value if i in new]
+        else:
+            holder[key] = {type(k)(new[int(k)]): v for k, v in value.items() if int(k) in new}
+
+
+def stale(before: dict[str, Any], after: dict[str, Any], entry: BlockEntry) -> dict[str, Any] | None:
+    """The settings after a removal with this entry as it was before; None if the entry is the same."""
+    old, new = _at(before, entry.path[:-1]).get(entry.path[-1]), _at(after, entry.path[:-1]).get(entry.path[-1])
+    if old == new:
+        return None
+    trial = copy.deepcopy(after)
+    _at(trial, entry.path[:-1])[entry.path[-1]] = copy.deepcopy(old)
+    return trial
+
+
+def classified(
+    build: Builder, settings: dict[str, Any], whole: nn.Module, name: str, length: int, entry: BlockEntry, count: CountKey
+) -> BlockEntry | None:
+    """What a stock build with the entry changed tells of it.
+
+    Args:
+        build: builds a skeleton from settings.
+        settings, whole: the settings of the model, and their skeleton.
+        name, length: of the stack.
+        entry: whose proof is found out.
+        count: what counts the stack.
+
+    Returns:
+        The entry with its proof; None if it is none that names blocks of this stack.
+    """
+    readers: Readers = "unknown"
+    for value, blocks in _trials(settings, entry, length):
+        readers = _readers(build, settings, whole, name, entry, value, blocks)
+        if readers != "unknown":
+            break
+    known = bool(usual([entry], count))
+    if readers == "own" or (readers == "others" and known):
+        # where blocks next to it read it too (a cache that is shared), the comparison of skeletons judges the removal
+        return entry.proven("build")
+    if readers in ("others", "outside"):
+        return None
+    asked = readers == "repeated" or _asked_for(whole, entry.path[-1])
+    if entry.form == "values":
+        # all alike, it does not matter which of them go
+        values = _at(settings, entry.path[:-1])[entry.path[-1]]
+        return entry.proven("none") if asked and entry.path[:-1] == count.path and any(v != values[0] for v in values) else None
+    if known:
+        return entry.proven("run" if asked else "build")
+    return entry.proven("none") if asked and _named(entry) else None
+
+
+def _readers(
+    build: Builder, settings: dict[str, Any], whole: nn.Module, name: str, entry: BlockEntry, value: Any, blocks: set[int]
+) -> Readers:
+    """Where a stock build differs when the entry has another value.
+
+    "own": in these blocks alone. "others": in other blocks too. "outside": outside of the stack. "repeated": only in attributes that hold
+    the whole entry, which a forward pass may ask. "nobody": nowhere. "unknown": there is no such build.
+    """
+    trial = copy.deepcopy(settings)
+    old = _at(trial, entry.path[:-1])[entry.path[-1]]
+    _at(trial, entry.path[:-1])[entry.path[-1]] = value
+    try:
+        built = build(trial)
+    except Exception:
+        return "unknown"
+    found = differing(whole, built, lambda a, b: _same(a, old) and _same(b, value))
+    inside = [path[len(name) + 1 :].partition(".")[0] for path in found if path.startswith(f"{name}.")]
+    if inside:
+        return "own" if all(index.isdigit() and int(index) in blocks for index in inside) else "others"
+    if found:
+        return "outside"
+    return "repeated" if differing(whole, built) else "nobody"
+
+
+def _asked_for(whole: nn.Module, key: str) -> bool:
+    """Whether code of the model's classes, or of their modules, names the entry anywhere but where modules are built."""
+    classes = {cls for module in whole.modules() for cls in type(module).__mro__}
+    classes = {cls for cls in classes if not cls.__module__.startswith(("torch.", "builtins"))}
+    functions = [f for cls in classes for n, f in vars(cls).items() if n != "__init__"]
+    sources = {cls.__module__ for cls in classes} & sys.modules.keys()
+    functions += [f for source in sources for f in vars(sys.modules[source]).values() if isinstance(f, types.FunctionType)]
+    return any(_names(code, key) for function in functions for code in _codes(function))
+
+
+def _codes(function: Any) -> Iterator[types.CodeType]:
+    function = getattr(function, "fget", None) or getattr(function, "__func__", None) or function
+    while function is not None:
+        if isinstance(function, types.FunctionType):
+            yield function.__code__
+        function = getattr(function, "__wrapped__", None)
+
+
+def _names(code: types.CodeType, key: str) -> bool:
+    return key in code.co_names or any(c == key or (isinstance(c, types.CodeType) and _names(c, key)) for c in code.co_consts)
+
+
+def _trials(settings: dict[str, Any], entry: BlockEntry, length: int) -> Iterator[tuple[Any, set[int]]]:
+    """Other values for an entry, of the same form, with the blocks that they concern."""
+    value = _at(settings, entry.path[:-1])[entry.path[-1]]
+    if entry.form == "values":
+        yield from _changed_values(list(value))
+    elif entry.form == "indices":
+        free = [i for i in range(length) if i not in value]
+        for index in free[-1:]:
+            yield sorted([*value[:-1], index]), {value[-1], index}
+        yield list(value[:-1]), {value[-1]}
+    elif entry.form == "keys":
+        last = list(value)[-1]
+        yield {k: v for k, v in value.items() if k != last}, {int(last)}
+
+
+def _changed_values(values: list[Any]) -> Iterator[tuple[list[Any], set[int]]]:
+    for i, other in enumerate(values):
+        if other != values[0]:
+            swapped = list(values)
+            swapped[0], swapped[i] = values[i], values[0]
+            yield swapped, {0, i}
+            return
+    # all alike: which of them goes makes no difference, but whether the blocks read them tells whether they follow
+    first = values[0]
+    if isinstance(first, bool):
+        yield [not first, *values[1:]], {0}
+    elif isinstance(first, (int, float)):
+        yield [first * 2 if first else type(first)(1), *values[1:]], {0}
+
+
+def _walk(settings: Mapping[str, Any], length: int, path: tuple[str, ...]) -> Iterator[BlockEntry]:
+    for key, value in settings.items():
+        if not isinstance(key, str) or _OTHER_NAME.search(key):
+            continue
+        forms = [form for form in ("values", "keys", "runs", "indices") if _form(value, length, form)]
+        for form in forms:
+            # all of 0, 1, 2, ... in a list that is named so are indices, not values
+            if form != "values" or not ("indices" in forms and _INDICES_NAME.search(key)):
+                yield BlockEntry((*path, key), form)
+        if isinstance(value, Mapping) and "keys" not in forms and "model_type" not in value:
+            yield from _walk(value, length, (*path, key))
+
+
+def _form(value: Any, length: int, form: str) -> bool:
+    if form == "keys":
+        whole = isinstance(value, Mapping) and value and all(str(k).isdigit() and int(k) < length for k in value)
+        return bool(whole) and all(isinstance(v, Mapping) for v in value.values())
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    if form == "values":
+        return len(value) == length
+    if form == "indices":
+        return all(type(v) is int and 0 <= v < length for v in value) and list(value) == sorted(set(value))
+    return _repeated(value) is not None and len(_repeated(value) or ()) == length
+
+
+def _repeated(value: Sequence[Any]) -> list[Any] | None:
+    """[[["global", "local"], 2]] written out; None if it has another form."""
+    kinds: list[Any] = []
+    for item in value:
+        if not (isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], (list, tuple)) and type(item[1]) is int):
+            return None
+        kinds += list(item[0]) * item[1]
+    return kinds
+
+
+def _named(entry: BlockEntry) -> bool:
+    if entry.form in ("keys", "runs"):
+        return True
+    return bool((_INDICES_NAME if entry.form == "indices" else _VALUES_NAME).search(entry.path[-1]))
+
+
+def _names_stages(holder: Mapping[str, Any], length: int) -> bool:
+    names = holder.get("stage_names")
+    return isinstance(names, (list, tuple)) and len(names) == length + 1
+
+
+def _same(attribute: Any, value: Any) -> bool:
+    return isinstance(attribute, (list, tuple, dict)) and (list(attribute) if isinstance(attribute, tuple) else attribute) == (
+        list(value) if isinstance(value, tuple) else value
+    )
+
+
+def _at(settings: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    for part in path:
+        settings = settings[part]
+    return settings

@@ -1,0 +1,96 @@
+"""Generation settings that name blocks: Whisper's alignment_heads, from which word timestamps are made.
+
+No forward pass tells whether they are right, so they follow by what they are defined to be: pairs of a decoder layer and a head of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig
+
+from ..errors import DeepArcWarning
+from ..undo import Transaction
+from .base import Stack
+
+__all__ = ["follow_generation"]
+
+_OTHERS = re.compile(r"layer|exit|head")
+
+logger = logging.getLogger(__name__)
+
+
+def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]], transaction: Transaction) -> None:
+    """Have the generation configs of a model name the kept blocks, under their new numbers. Each becomes the model's own copy.
+
+    Args:
+        root: the model; its stacks as they were before the removal are `stacks`.
+        kept: by stack the indices that stay, rising.
+        transaction: notes how to take it back.
+    """
+    changed = [name for name, stack in stacks.items() if len(kept[name]) < len(stack)]
+    for path, module in root.named_modules():
+        config = vars(module).get("generation_config")
+        inside = [name for name in changed if name.startswith(f"{path}." if path else "")]
+        if not isinstance(config, GenerationConfig) or not inside:
+            continue
+        own = copy.deepcopy(config)
+        decoder = _decoder(stacks, path)
+        for key, value in config.to_diff_dict().items():
+            if decoder is not None and _pairs(key, value, len(stacks[decoder])):
+                _follow(own, key, value, kept[decoder], decoder)
+            elif _OTHERS.search(key) and _whole(value):
+                warnings.warn(
+                    f"generation_config.{key} = {value} may name blocks by their number. No forward pass shows it, so it stays as it is. "
+                    f"If it does, set it anew for {', '.join(f'the {len(kept[n])} blocks of {n}' for n in inside)}, or to None.",
+                    DeepArcWarning,
+                    stacklevel=4,
+                )
+        transaction.set(module, "generation_config", own)
+
+
+def _follow(config: GenerationConfig, key: str, pairs: Sequence[Sequence[int]], kept: Sequence[int], stack: str) -> None:
+    new = {old: place for place, old in enumerate(kept)}
+    left = [[new[layer], head] for layer, head in pairs if layer in new]
+    if left:
+        setattr(config, key, left)
+        if len(left) < len(pairs):
+            logger.info("generation_config.%s: %d of %d heads are left.", key, len(left), len(pairs))
+        return
+    delattr(config, key)
+    warnings.warn(
+        f"The blocks of {stack} that generation_config.{key} names are removed, and it goes with them: word timestamps "
+        "(return_token_timestamps=True) are no longer possible. Keep one of the blocks "
+        f"{sorted({layer for layer, _ in pairs})}, or choose other heads and set generation_config.{key} = [[layer, head], ...].",
+        DeepArcWarning,
+        stacklevel=5,
+    )
+
+
+def _decoder(stacks: Mapping[str, Stack], path: str) -> str | None:
+    """The stack that generates, of the part of the model at this path."""
+    inside = [name for name in stacks if name.startswith(f"{path}." if path else "")]
+    decoders = [name for name in inside if stacks[name].side == "decoder"] or inside
+    return decoders[0] if len(decoders) == 1 else None
+
+
+def _pairs(key: str, value: Any, length: int) -> bool:
+    return (
+        "head" in key
+        and isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(p, (list, tuple)) and len(p) == 2 and all(type(i) is int for i in p) and 0 <= p[0] < length for p in value)
+    )
+
+
+def _whole(value: Any) -> bool:
+    """Whether there are whole numbers in it that may be indices."""
+    if isinstance(value, (list, tuple)):
+        return any(_whole(item) for item in value)
+    return type(value) is int
