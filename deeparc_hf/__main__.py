@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .interrupts import EXIT_CODE, exit_while_importing
+from .interrupts import EXIT_CODE, exit_while_importing, work_begins
 
 __all__ = ["main"]
 
@@ -25,6 +25,8 @@ def main() -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"{INTERRUPTED}\n")
         return EXIT_CODE
+    finally:
+        work_begins()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from deeparc_hf.experiments.command import run
 from deeparc_hf.interrupts import exit_while_importing, work_begins
 
 from .hub import Client
@@ -36,6 +37,14 @@ COMMANDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def usual_ctrl_c():
+    """As in a shell, also where the tests run in the background, with Ctrl-C ignored, which processes inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("then", ["pass", "raise RecursionError", "raise"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path, command, then):
@@ -57,10 +66,9 @@ def test_the_script_of_setup_py_is_the_one_that_takes_care():
 def test_once_work_begins_ctrl_c_is_an_exception_in_imports_too(tmp_path, monkeypatch):
     (tmp_path / "interrupted_library.py").write_text(INTERRUPTED.format(then="raise"))
     monkeypatch.syspath_prepend(tmp_path)
-    before = signal.getsignal(signal.SIGINT)
     try:
         exit_while_importing("stopped")
-        assert signal.getsignal(signal.SIGINT) is not before
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
         with pytest.raises(KeyboardInterrupt):  # no import is under way
             signal.raise_signal(signal.SIGINT)
         work_begins()
@@ -71,7 +79,13 @@ def test_once_work_begins_ctrl_c_is_an_exception_in_imports_too(tmp_path, monkey
         exit_while_importing("stopped")  # as under nohup
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_nothing_stays_of_it_when_a_command_has_ended():
+    with pytest.raises(SystemExit):
+        run(lambda: 0)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 SAY = """

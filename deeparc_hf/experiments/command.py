@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ..errors import DeepArcError
-from ..interrupts import EXIT_CODE, exit_while_importing
+from ..interrupts import EXIT_CODE, exit_while_importing, work_begins
 
 __all__ = ["run"]
 
@@ -34,4 +34,6 @@ def run(main: Callable[[], Any], stopped: str = STOPPED) -> NoReturn:
     except (DeepArcError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    finally:
+        work_begins()
     sys.exit(code if isinstance(code, int) else 0)
