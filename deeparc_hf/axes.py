@@ -24,13 +24,13 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import Host, Stack
-from .batches import batch_size, cut, is_cuttable, padding_masks
+from .batches import batch_size, padding_masks
 from .errors import CalibrationError
 from .passes import evaluating, forward, given_hidden_states, hidden_states
+from .trials import Changed, changed, trials
 
 __all__ = ["Axes", "Padding", "find_axes"]
 
-_EXTRA = 2  # positions of padding that a text without any is given
 _MAPS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 logger = logging.getLogger(__name__)
@@ -126,14 +126,14 @@ def find_axes(host: Host, stacks: Iterable[Stack], inputs: Mapping[str, Any]) ->
     """
     stacks = list({stack.name: stack for stack in stacks}.values())
     with evaluating(host.root):
-        trial, plain = _first_that_runs(host, stacks, _trials(host, inputs))
-        changed = _changed(host, trial)
+        trial, plain = _first_that_runs(host, stacks, trials(host, inputs))
+        other = changed(host, trial)
         try:
-            again = _outputs(host, stacks, changed.inputs)
+            again = _outputs(host, stacks, other.inputs)
         except CalibrationError as error:
             logger.info("The axes of %s follow from shapes alone: %s", type(host.root).__name__, error)
             again = {}
-    return {name: _axes_of(seen, again.get(name), trial, changed) for name, seen in plain.items()}
+    return {name: _axes_of(seen, again.get(name), trial, other) for name, seen in plain.items()}
 
 
 @dataclass(frozen=True)
@@ -146,108 +146,13 @@ class _Seen:
     reshapes: bool = False  # whether the block is given another shape than it puts out
 
 
-@dataclass(frozen=True)
-class _Changed:
-    """A batch whose first sample is another, and whose last sample has other padding, where that could be done."""
-
-    inputs: dict[str, Any]
-    first: bool
-    padding: bool
-
-
-def _trials(host: Host, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Small batches to try, the best first: three samples, the last with padding."""
-    size = batch_size(inputs)
-    if not is_cuttable(inputs):
-        yield from (grown for grown in [_padded(host, inputs)] if grown is not None)
-        yield dict(inputs)
-        return
-    mask = padding_masks(inputs)["encoder"]
-    most = 0 if mask is None or len(mask) != size else int((~mask).reshape(size, -1).sum(dim=1).argmax())
-    others = [index for index in range(size) if index != most] or [most]
-    small = cut(inputs, [others[0], others[1 % len(others)], most])
-    if batch_size(small) != 3:  # one sample, which `cut` gives as it is
-        small = {k: torch.cat([v] * 3) if isinstance(v, Tensor) and v.ndim and len(v) == size else v for k, v in small.items()}
-    grown = _padded(host, small)
-    if grown is not None:
-        yield grown
-    yield small
-    yield dict(inputs)
-
-
-def _padded(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The same texts with some more padding; None if the last one has enough, or there is no mask."""
-    mask = padding_masks(inputs)["encoder"]
-    if mask is None or not bool(mask[-1].reshape(-1, mask.shape[-1]).all(dim=1).any()):
-        return None
-    left = not bool(mask.reshape(-1, mask.shape[-1])[:, 0].all())
-    pad = getattr(getattr(host.root, "config", None), "pad_token_id", None)
-
-    def longer(key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.shape[: mask.ndim] != mask.shape:
-            return value
-        fill = -100 if "label" in key else pad or 0 if key.endswith("input_ids") else 0
-        sides = [0, 0] * (value.ndim - mask.ndim) + ([_EXTRA, 0] if left else [0, _EXTRA])
-        return functional.pad(value, sides, value=fill)
-
-    return {key: longer(key, value) for key, value in inputs.items()}
-
-
-def _first_that_runs(host: Host, stacks: Sequence[Stack], trials: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, _Seen]]:
-    for trial in trials:
+def _first_that_runs(host: Host, stacks: Sequence[Stack], batches: Iterator[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, _Seen]]:
+    for trial in batches:
         try:
             return trial, _outputs(host, stacks, trial, ask=True)
         except CalibrationError as error:
             problem = error
     raise problem
-
-
-def _changed(host: Host, inputs: Mapping[str, Any]) -> _Changed:
-    """The first sample another one, the last one's padding other padding."""
-    size, mask = batch_size(inputs), padding_masks(inputs)["encoder"]
-    padded = None if mask is None or size < 3 or bool(mask[-1].all()) else ~mask[-1]
-    result, first, padding = dict(inputs), False, False
-    for key, value in inputs.items():
-        if not isinstance(value, Tensor) or not value.ndim or len(value) != size or "mask" in key:
-            continue
-        if key == "input_ids" and not value.is_floating_point():
-            changed = _other_tokens(host, value, mask, padded)
-        elif value.ndim > 1 and value.is_floating_point():
-            changed = value.clone()
-            changed[0] = 0.4 - value[0].flip(-1)
-            if padded is not None and value.shape[1 : 1 + padded.ndim] == padded.shape:
-                changed[-1][padded] += 1.0
-        else:
-            continue
-        result[key] = changed
-        first = first or bool((changed[0] != value[0]).any())
-        padding = padding or (size > 2 and bool((changed[-1] != value[-1]).any()))
-    return _Changed(result, first, padding)
-
-
-def _other_tokens(host: Host, ids: Tensor, mask: Tensor | None, padded: Tensor | None) -> Tensor:
-    """Ids of which the first sample has other tokens, and the last one's padding is tokens too."""
-    usual = ~_special(host, ids)
-    tokens = ids[usual & mask if mask is not None and mask.shape == ids.shape else usual].unique()
-    if not len(tokens):
-        return ids
-    one, other = tokens[0], tokens[-1] if len(tokens) > 1 else (tokens[0] - 1).abs()
-    ids = ids.clone()
-    ids[0] = torch.where(usual[0], torch.where(ids[0] == one, other, one), ids[0])
-    if padded is not None and padded.shape == ids.shape[1:]:
-        ids[-1] = torch.where(padded, one, ids[-1])
-    return ids
-
-
-def _special(host: Host, ids: Tensor) -> Tensor:
-    """Which ids are special tokens, by the config: those that stand for images must stay where they are, and so must ends of texts."""
-    config = getattr(host.root, "config", None)
-    known: set[int] = set()
-    for part in (config, getattr(config, "text_config", None)):
-        for key, value in vars(part).items() if part is not None else ():
-            if key.endswith(("token_id", "token_index")):
-                known |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int)}
-    return torch.isin(ids, torch.tensor(sorted(known), dtype=ids.dtype, device=ids.device))
 
 
 def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask: bool = False) -> dict[str, _Seen]:
@@ -273,8 +178,8 @@ def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask
             features, reshapes = None, False
             if ask and isinstance(hidden, Tensor):
                 call = given.pop(stack.name)
-                before = given_hidden_states(*call)
-                reshapes = isinstance(before, Tensor) and before.shape != hidden.shape and len(stack) // 2 not in stack.pinned
+                read = given_hidden_states(*call)
+                reshapes = isinstance(read, Tensor) and read.shape != hidden.shape and len(stack) // 2 not in stack.pinned
                 busy = True
                 try:
                     features = _features(module, *call, hidden)
@@ -347,7 +252,7 @@ def _features_by_size(block: nn.Module, output: Tensor) -> int | None:
     return output.ndim - 1 if output.ndim < 4 and output.ndim - 1 in fitting else None
 
 
-def _axes_of(seen: _Seen, again: _Seen | None, trial: Mapping[str, Any], changed: _Changed) -> Axes | str:
+def _axes_of(seen: _Seen, again: _Seen | None, trial: Mapping[str, Any], changed: Changed) -> Axes | str:
     """Put together what the two runs showed of a stack."""
     output, size = seen.output, batch_size(trial)
     if not isinstance(output, Tensor):
@@ -368,7 +273,7 @@ def _axes_of(seen: _Seen, again: _Seen | None, trial: Mapping[str, Any], changed
     return _with_padding(axes, seen.stack, shape, trial, far, changed)
 
 
-def _samples(shape: Sequence[int], features: int, size: int, far: Tensor | None, changed: _Changed) -> int | None:
+def _samples(shape: Sequence[int], features: int, size: int, far: Tensor | None, changed: Changed) -> int | None:
     """The dimension of which the first sample's share changes with it, and the next one's does not."""
     if far is not None and changed.first and bool(far.any()) and size > 1:
         for d in (d for d in range(len(shape)) if d != features and shape[d] % size == 0):
@@ -380,7 +285,7 @@ def _samples(shape: Sequence[int], features: int, size: int, far: Tensor | None,
     return 0 if features != 0 and shape[0] == size and len(shape) > 2 else None
 
 
-def _with_padding(axes: Axes, stack: Stack, shape: Sequence[int], trial: Mapping[str, Any], far: Tensor | None, changed: _Changed) -> Axes:
+def _with_padding(axes: Axes, stack: Stack, shape: Sequence[int], trial: Mapping[str, Any], far: Tensor | None, changed: Changed) -> Axes:
     masks = padding_masks(trial)
     if stack.side == "decoder" and masks["decoder"] is not None:
         return replace(axes, mask="decoder")
