@@ -30,10 +30,9 @@ def example_inputs(root: PreTrainedModel) -> dict[str, Tensor] | None:
     taken = inspect.signature(root.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
     main = root.main_input_name
-    named = [name for name, p in taken.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if main not in taken and named and (main == "input_ids" or not open_ended):
+    if main not in taken:
         # a vision tower that is a model of its own may still have the name of the base class
-        main = next((name for name in ("pixel_values", "input_features") if name in taken), None)
+        main = next((name for name in ("pixel_values", "input_features") if name in taken), main if open_ended else None)
     makers = {
         "input_ids": _text,
         "pixel_values": _images,
