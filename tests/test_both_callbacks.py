@@ -16,17 +16,18 @@ from .trainers import pruning, train, without_stages
 from .zoo import ZOO
 
 # name: (settings of pruning, accuracy by number of blocks, settings of zeroing, epochs)
+GATE = {"max_drop": 0.1, "keep_snapshots": True}
 RUNS = {
     "seed's sequence": ({"num_blocks": 3, "start_epoch": 1}, None, {"start_epoch": 2}, 4),
     "zeroed first": ({"num_blocks": 3, "start_epoch": 2, "freeze": "partial"}, None, {"start_epoch": 1}, 3),
     "at once": ({"num_blocks": 3, "start_epoch": 0}, None, {"start_epoch": 0}, 2),
     "in one epoch": ({"num_blocks": 3, "start_epoch": 1}, None, {"start_epoch": 1}, 3),
     "between two": ({"num_blocks": [3, 2], "start_epoch": 0}, None, {"start_epoch": 1, "sparsity": 0.3}, 3),
-    "gate, accepted": ({"num_blocks": 3, "start_epoch": 1, "max_drop": 0.1}, {4: 0.9, 3: 0.85}, {"start_epoch": 0}, 4),
-    "gate, zeroed last": ({"num_blocks": 3, "start_epoch": 1, "max_drop": 0.1}, {4: 0.9, 3: 0.85}, {"start_epoch": 2}, 5),
-    "gate, taken back": ({"num_blocks": 2, "start_epoch": 1, "max_drop": 0.1, "k_max": 1}, {4: 0.9, 2: 0.1}, {"start_epoch": 1}, 5),
+    "gate, accepted": ({"num_blocks": 3, "start_epoch": 1, **GATE}, {4: 0.9, 3: 0.85}, {"start_epoch": 0}, 4),
+    "gate, zeroed last": ({"num_blocks": 3, "start_epoch": 1, **GATE}, {4: 0.9, 3: 0.85}, {"start_epoch": 2}, 5),
+    "gate, taken back": ({"num_blocks": 2, "start_epoch": 1, **GATE, "k_max": 1}, {4: 0.9, 2: 0.1}, {"start_epoch": 1}, 5),
     "gate, taken back, zeroed last": (
-        {"num_blocks": 2, "start_epoch": 1, "max_drop": 0.1, "k_max": 1},
+        {"num_blocks": 2, "start_epoch": 1, **GATE, "k_max": 1},
         {4: 0.9, 2: 0.1},
         {"start_epoch": 2},
         5,

@@ -25,6 +25,7 @@ def gated(folder, *callbacks, compute=None, settings=None, **kwargs):
     return model, callback
 
 
+@pytest.mark.filterwarnings("ignore:max_drop bounds 'acuracy', whose name does not say")
 def test_a_misspelt_metric_beside_a_given_baseline_accepts_nothing(tmp_path):
     with pytest.raises(ConfigError, match="Did you mean 'accuracy'"):
         gated(tmp_path, settings={"start_epoch": 0, "baseline": 0.9, "metric": "acuracy"}, compute=lambda _: {"accuracy": 0.1})

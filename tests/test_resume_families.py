@@ -36,7 +36,8 @@ def run(name, folder, rejected, resume=None):
     model = ZOO[name].model()
     blocks = total(model)
     accuracy = {blocks: 0.9, blocks - 1: 0.9, blocks - 2: 0.1 if rejected else 0.9}
-    callback = pruning(num_blocks=[blocks - 1, blocks - 2], start_epoch=1, freeze="partial", max_drop=0.05, metric="accuracy", k_max=1)
+    gate = {"max_drop": 0.05, "metric": "accuracy", "k_max": 1, "keep_snapshots": True}
+    callback = pruning(num_blocks=[blocks - 1, blocks - 2], start_epoch=1, freeze="partial", **gate)
     arguments = {"num_train_epochs": 3, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-3}
     train(
         model,

@@ -177,7 +177,7 @@ def test_the_best_model_is_delivered_from_the_last_checkpoint_too(tmp_path):
         torch.manual_seed(0)
         model = ZOO["bert"].model()
         values = {8: 0.9, 16: 0.95, 24: 0.9}
-        callback = pruning(num_blocks=3, start_epoch=1, retrain_epochs=2, max_drop=0.1, metric="accuracy")
+        callback = pruning(num_blocks=3, start_epoch=1, retrain_epochs=2, max_drop=0.1, metric="accuracy", keep_snapshots=True)
         holder = {}
 
         class Step(tf.TrainerCallback):

@@ -121,6 +121,7 @@ def test_evaluations_are_without_the_teacher_and_nothing_stays_on_the_model(tmp_
     assert not (tmp_path / "_pruning_snapshots").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Before holds what looks like a copy")  # it does, and changes nothing
 def test_the_teacher_is_the_model_from_before_the_first_pruning(tmp_path):
     """In the second retraining too: what it teaches with is what the run fine-tuned, bit for bit."""
     kept = {}

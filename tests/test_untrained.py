@@ -57,10 +57,26 @@ def test_models_that_are_made_without_a_checkpoint():
     assert untrained_weights(ZOO["bert"].model()) == []
     assert untrained_weights(copy.deepcopy(ZOO["bert"].model())) == []
     bare = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=3)
+    assert len(untrained_weights(bare)) == len(list(bare.parameters()))
+    with torch.no_grad():
+        bare.norm.weight[0] = 0.5
     assert untrained_weights(bare) == ["head.bias", "head.weight"]
     with torch.no_grad():
         bare.head.bias[0] = 0.5
     assert untrained_weights(bare) == []
+
+
+def test_a_head_whose_biases_are_drawn_too(tmp_path):
+    model = ZOO["resnet"].model()
+    model.resnet.save_pretrained(tmp_path)
+    assert untrained_weights(model) == []
+    fresh = tf.ResNetForImageClassification(model.config)
+    assert len(untrained_weights(fresh)) == len(list(fresh.parameters()))
+    loaded = tf.ResNetForImageClassification.from_pretrained(tmp_path)
+    assert untrained_weights(loaded) == ["classifier.1.bias", "classifier.1.weight"]
+    with torch.no_grad():
+        loaded.classifier[1].weight.data += 0.05
+    assert untrained_weights(loaded) == []
 
 
 def test_pruned_at_once_it_is_told_of(saved, tmp_path):

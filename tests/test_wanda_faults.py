@@ -20,7 +20,7 @@ from .test_wanda_callback import zeroing, zeros
 from .trainers import pruning, train
 from .zoo import ZOO
 
-GATE = {"num_blocks": 2, "start_epoch": 2, "max_drop": 0.1, "metric": "accuracy"}
+GATE = {"num_blocks": 2, "start_epoch": 2, "max_drop": 0.1, "metric": "accuracy", "keep_snapshots": True}
 STEPWISE = {"eval_strategy": "epoch", "save_strategy": "epoch", "learning_rate": 1e-3}
 
 

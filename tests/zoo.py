@@ -98,10 +98,11 @@ def spread(model: nn.Module) -> nn.Module:
 
 
 def as_trained(model: nn.Module) -> nn.Module:
-    """Nudge one norm or bias, none of which are constant in a model that has been trained: it counts as one."""
-    flat = [parameter for parameter in model.parameters() if parameter.ndim == 1 and len(parameter) > 1]
+    """Nudge a norm and the last bias: where a model has been trained they are not constant."""
+    norms = [module.weight for module in model.modules() if "norm" in type(module).__name__.lower() and hasattr(module, "weight")]
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias") and parameter.ndim == 1]
     with torch.no_grad():
-        for parameter in flat[-1:]:
+        for parameter in (*norms[-1:], *biases[-1:]):
             parameter[0] += 1e-6
     return model
 

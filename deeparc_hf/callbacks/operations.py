@@ -109,9 +109,10 @@ class Operations:
         start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
         thaw_noted(self.model)  # of the same training, before it was interrupted in this process
         structures = Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen)
-        self._undo, _ = settle(self.model, *structures, at_start=None if over else self.teaching.wake)
-        if not over:
-            self.teaching.follow()
+        if over:
+            self.teaching.retire()
+        self._undo, _ = settle(self.model, *structures, at_start=self.teaching.wake)
+        self.teaching.follow()
         follow_in_wrapper(self.model)
         self.rehearse()
         self.plan = self._accepted_plan = plan

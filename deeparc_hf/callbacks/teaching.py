@@ -59,6 +59,11 @@ class Teaching:
         if self._config is not None:
             self._teacher, self._progress.teacher = make_teacher(self._model, self._config.dtype), snapshot
 
+    def retire(self) -> None:
+        """Teach no more: a resumed run has nothing left to train, and its teacher may be deleted."""
+        self.forget()
+        self._config = None
+
     def wake(self) -> None:
         """Make the teacher again, for a resumed run. The model has the structure that the run began with."""
         if self._config is None or self._progress.teacher is None:
