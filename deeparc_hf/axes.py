@@ -179,7 +179,9 @@ def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask
             if ask and isinstance(hidden, Tensor):
                 call = given.pop(stack.name)
                 read = given_hidden_states(*call)
-                reshapes = isinstance(read, Tensor) and read.shape != hidden.shape and len(stack) > 1 and len(stack) // 2 not in stack.pinned
+                reshapes = (
+                    isinstance(read, Tensor) and read.shape != hidden.shape and len(stack) > 1 and len(stack) // 2 not in stack.pinned
+                )
                 busy = True
                 try:
                     features = _features(module, *call, hidden)

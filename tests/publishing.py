@@ -70,13 +70,6 @@ def card_of(hub, repo_id, revision="main"):
     return ModelCard(hub.files(repo_id, revision)["README.md"].decode())
 
 
-def let_go(trainer):
-    """Have a Trainer that is kept no longer follow the models that are made after it."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, MPruneCallback):
-            callback._let_successors_go()
-
-
 def image_of(folder):
     """An image file."""
     from PIL import Image

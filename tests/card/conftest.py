@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..publishing import let_go, trained
+from ..publishing import trained
 
 
 @pytest.fixture(scope="module")
@@ -13,4 +13,3 @@ def run(tmp_path_factory):
     trainer.evaluate()
     trainer.save_model(str(folder))
     yield trainer, folder
-    let_go(trainer)

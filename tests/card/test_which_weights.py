@@ -14,7 +14,7 @@ from deeparc_hf import MPruneCallback, WandaCallback, create_model_card, prune_m
 from deeparc_hf.errors import RecordError
 from deeparc_hf.fingerprint import mark_of_files, mark_of_model
 
-from ..publishing import let_go, trained
+from ..publishing import trained
 from ..trainers import text_data, train
 from ..zoo import ZOO
 from .test_model_card import section, tables_in
@@ -62,7 +62,6 @@ def done(tmp_path_factory):
     found = trainer.evaluate()
     trainer.save_model(str(folder))
     yield trainer, folder, found
-    let_go(trainer)
 
 
 def test_the_evaluation_of_these_weights_is_told(done):
