@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .architectures import Host, Stack
 from .axes import Axes, Padding, find_axes
 from .bars import sample_bar
-from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable
+from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable, padding_masks
 from .errors import CalibrationError, CalibrationWarning
 from .observed import Observed, collect
 from .passes import did_not_run, evaluating, forward, hidden_states
@@ -267,13 +267,31 @@ def _hooked(observers: list[StackObserver]) -> Iterator[None]:
 
 
 def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
-    ids = inputs.get("input_ids")
+    """Warn of padding that no mask tells of."""
     pad = getattr(getattr(host.root, "config", None), "pad_token_id", None)
-    if ids is None or pad is None or "attention_mask" in inputs or not bool((ids == pad).any()):
-        return
-    warnings.warn(
-        f"A calibration batch has padding (token {pad}) but no attention_mask: the padding is compared like text, and the model attends to "
-        "it. Put the tokenizer's attention_mask into the batches.",
-        CalibrationWarning,
-        stacklevel=5,
-    )
+    masks = padding_masks(inputs)
+    ids, decoded = inputs.get("input_ids"), inputs.get("decoder_input_ids")
+    problem = None
+    if _holds(ids, pad) and masks["encoder"] is None:
+        found = inputs.get("attention_mask")
+        if found is None:
+            problem = (
+                f"padding (token {pad}) but no attention_mask: the padding is compared like text, and the model attends to it. Put the "
+                "tokenizer's attention_mask into the batches"
+            )
+        else:
+            problem = (
+                f"padding (token {pad}) and an attention_mask of shape {tuple(found.shape)}, which does not say where it is: the padding "
+                f"is compared like text. Give the tokenizer's own, of shape {tuple(ids.shape)}"
+            )
+    elif isinstance(decoded, Tensor) and _holds(decoded[..., 1:], pad) and masks["decoder"] is None:  # many begin with that token
+        problem = (
+            f"padding (token {pad}) in decoder_input_ids but no decoder_attention_mask: the decoder's padding is compared like text. Put "
+            "it into the batches, or give labels with -100 where there is padding"
+        )
+    if problem is not None:
+        warnings.warn(f"A calibration batch has {problem}.", CalibrationWarning, stacklevel=5)
+
+
+def _holds(ids: Any, token: Any) -> bool:
+    return isinstance(ids, Tensor) and isinstance(token, int) and bool((ids == token).any())

@@ -107,7 +107,7 @@ def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) 
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         shapes = ", ".join(f"{key}: {tuple(value.shape) if isinstance(value, Tensor) else value!r:.40}" for key, value in inputs.items())
         raise CalibrationError(
-            f"{type(host.root).__name__} cannot run on a calibration batch ({shapes}): {type(error).__name__}: {error}. Give batches "
+            f"{type(host.root).__name__} cannot run on a calibration batch ({shapes}): {_told(error)}. Give batches "
             "as your training loop gives them to the model."
         ) from error
 
@@ -201,6 +201,10 @@ def _is_own(key: str) -> bool:
 
 def _takes_cache(host: Host) -> bool:
     return host.library == "transformers" and "use_cache" in inspect.signature(host.root.forward).parameters
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(". ")
 
 
 def _form(hidden: Any = None) -> str:

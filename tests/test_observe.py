@@ -271,6 +271,19 @@ def test_few_samples_warn():
         analyze(specimen.model(), specimen.batches(1, 8))
 
 
+def test_padding_that_its_mask_does_not_tell_warns():
+    specimen = ZOO["bert"]
+    model, (batch,) = specimen.model(), specimen.batches(1, 40)
+    square = batch["attention_mask"][:, None, None, :].expand(-1, 1, 10, -1).bool()  # who may look where
+    with pytest.warns(CalibrationWarning, match=r"an attention_mask of shape \(40, 1, 10, 10\), which does not say where it is"):
+        analyze(model, [{**batch, "attention_mask": square}])
+    model, (batch,) = ZOO["t5"].model(), ZOO["t5"].batches(1, 40)
+    decoded = batch.pop("labels").masked_fill(torch.arange(7) > 4, 0)
+    with pytest.warns(CalibrationWarning, match=r"in decoder_input_ids but no decoder_attention_mask"):
+        analyze(model, [{**batch, "decoder_input_ids": decoded}])
+    analyze(model, [{**batch, "decoder_input_ids": decoded, "decoder_attention_mask": (torch.arange(7) <= 4).long().expand(40, -1)}])
+
+
 def test_padding_without_a_mask_warns_and_no_padding_does_not():
     specimen = ZOO["bert"]
     model, batches = specimen.model(), specimen.batches()
