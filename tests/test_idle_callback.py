@@ -39,7 +39,7 @@ from .stateful import (
     taking_apart,
 )
 from .trainers import arguments, pruning
-from .zoo import VOCAB
+from .zoo import VOCAB, as_trained
 
 
 class Noting(Trainer):
@@ -75,7 +75,7 @@ def language_model():
 def trained(folder, callbacks, data=None, collator=None, loader=None, make=model, **settings):
     reset()
     trainer = Noting(
-        make(),
+        as_trained(make()),
         arguments(folder, **{"num_train_epochs": 2, "learning_rate": 1e-3, "remove_unused_columns": False, **settings}),
         train_dataset=table() if data is None else data(folder),
         data_collator=collator() if collator else default_data_collator,

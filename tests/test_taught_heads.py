@@ -13,12 +13,13 @@ from deeparc_hf.outputs import heads_of
 from deeparc_hf.quality import measure_quality
 
 from .trainers import pruning, text_data, train
-from .zoo import TEXT, ZOO, spread
+from .zoo import TEXT, ZOO, as_trained, spread
 
 
 def bert(kind, **settings):
     torch.manual_seed(0)
-    return spread(getattr(tf, kind)(tf.BertConfig(**TEXT, **settings, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)))
+    config = tf.BertConfig(**TEXT, **settings, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return as_trained(spread(getattr(tf, kind)(config)))
 
 
 def llama():

@@ -154,7 +154,8 @@ def test_what_was_frozen_stays_frozen_while_zeros_are_retrained(data, tmp_path):
 
 def test_calibration_and_training_see_training_rows_only(run):
     train = tiny_tokenizer().convert_tokens_to_ids(MARKS["train"])
-    calibration = [seen for seen in run.seen if not seen.labelled]
+    # of three samples one is changed, to try what a dimension means
+    calibration = [seen for seen in run.seen if not seen.labelled and len(seen.inputs) != 3]
     training = [seen for seen in run.seen if seen.training]
     assert calibration and training
     assert all((seen.inputs[:, 0] == train).all() for seen in [*calibration, *training])
