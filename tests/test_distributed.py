@@ -114,6 +114,7 @@ def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
     assert all(same(one["weights"], other["weights"]) for one, other in zip(whole, resumed, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [[list(range(20)), [20, 21]], [list(range(24))]], ids=["few", "none"])
 def test_a_process_with_few_rows_or_none_follows_the_others(tmp_path, batches):
     settings = {"num_blocks": 3, "retrain_epochs": 1}
@@ -142,6 +143,7 @@ def test_healing_is_the_same_in_every_process(tmp_path, batches):
     assert attempts[0][1]["healing"] == attempts[1][1]["healing"] and len(attempts[0][1]["healing"]) == 1
 
 
+@pytest.mark.slow
 def test_effects_are_measured_on_the_samples_of_all_processes(tmp_path):
     batches = [list(range(start, start + 8)) for start in range(0, 48, 8)]
     settings = {"similarity": "effect", "num_blocks": 3}

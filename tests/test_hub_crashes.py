@@ -55,6 +55,7 @@ def whole(hub, repo_id, revision="main"):
     return layers
 
 
+@pytest.mark.slow
 def test_three_at_once_lose_nothing(hub, clients):
     processes = [clients() for _ in range(3)]
     processes[0].run('push_to_hub(pruned(), "owner/busy")')

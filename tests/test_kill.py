@@ -116,6 +116,7 @@ def whole(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 def test_four_kills(tmp_path, whole):
     kills(tmp_path, whole("second taken back"), "second taken back", 4)
 

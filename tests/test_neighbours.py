@@ -123,7 +123,7 @@ def test_checkpointed_activations_lead_to_the_same_weights(tmp_path, name):
     torch.testing.assert_close(runs[1][0], runs[0][0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_a_compiled_model_follows_prunings_and_freezing_in_mid_run(tmp_path, environment, backend):
     runs = []
     for compiled in (False, True):

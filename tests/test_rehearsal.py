@@ -277,6 +277,7 @@ def test_data_sets_with_different_columns_are_taken_in_the_trainings_batches(tmp
     assert len(model[0].auto_model.encoder.layer) == 3 and callback.plan.samples > 64
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_rehearsed_where_a_pruning_is_to_come(tmp_path):
     train(ZOO["bert"].model(), tmp_path, pruning(num_blocks=3, start_epoch=1), save_strategy="epoch")
     broken = {"calibration": [{"tokens": torch.ones(8, 4)}], "num_blocks": 3, "start_epoch": 1}

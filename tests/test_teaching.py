@@ -266,6 +266,7 @@ def test_autocast(tmp_path, environment):
     assert next(model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_two_processes_are_taught_as_one(tmp_path):
     settings = {**TWICE, "retrain_epochs": 1, "calibration_samples": 48, "distill": TAUGHT, "freeze": "partial"}
     arguments = {"optim": "sgd", "learning_rate": 4e-2}

@@ -54,6 +54,7 @@ def test_zeros_stay_in_both_processes_with_prunings_before_and_after(tmp_path, a
     assert first["sparsity"] == second["sparsity"]
 
 
+@pytest.mark.slow
 def test_a_process_without_calibration_data_follows_the_other(tmp_path):
     job = {"zeroing": {}, "calibration": BATCHES[:1], "arguments": ONE_EPOCH}
     (first, second), _ = launch(tmp_path, job)

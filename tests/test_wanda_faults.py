@@ -48,6 +48,7 @@ def judged():
     return accuracy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_zeros_of_blocks_that_come_back_in_a_resumed_run_are_kept(tmp_path, order, sparse):
