@@ -67,12 +67,13 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
 
 
 def is_cuttable(inputs: Mapping[str, Any]) -> bool:
-    """Whether samples can be taken out of a batch: all its tensors have one entry a sample, or one for all of them.
+    """Whether samples can be taken out of a batch: all its tensors have one entry a sample; positions may be the same for all of them.
 
     Where the patches of all images stand in one tensor (Qwen2-VL) nothing says which of them belong to a sample.
     """
     whole = batch_size(inputs)
-    return all(len(value) in (1, whole) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    return all(len(value) == whole or (len(value) == 1 and "position" in key) for key, value in tensors.items())
 
 
 def cut(inputs: Mapping[str, Any], size: int | Sequence[int]) -> dict[str, Any]:

@@ -266,3 +266,11 @@ def test_plain_values_of_a_batch_reach_the_model():
     model = built(lambda: tf.ViTForImageClassification(tf.ViTConfig(**{**TEXT, "image_size": 32, "patch_size": 8})))
     data = [{"pixel_values": torch.randn(12, 3, 48, 48), "interpolate_pos_encoding": True, "note": "not an argument"} for _ in range(4)]
     assert prune_model(model, data, num_blocks=3).samples == 48
+
+
+def test_a_vision_tower_of_its_own_is_verified_on_packed_patches():
+    vision = {"depth": 4, "hidden_size": 64, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "fullatt_block_indexes": []}
+    model = built(lambda: tf.AutoModel.from_config(tf.Qwen2_5_VLConfig(vision_config=vision).vision_config))
+    example = {"hidden_states": torch.randn(64, 1176), "grid_thw": torch.tensor([[1, 8, 8]])}
+    refused(model, {"blocks": [2]}, "no inputs can be made up")
+    assert remove_blocks(model, {"blocks": [2]}, example=example).kept == {"blocks": (0, 1, 3)}

@@ -91,6 +91,8 @@ def _length(config: PreTrainedConfig) -> int:
     limits = [v for part in (config, text) for k, v in _entries(part) if _LIMIT.search(k) and type(v) is int and v > 0]
     if hasattr(text, "axial_pos_shape"):  # Reformer
         limits.append(math.prod(text.axial_pos_shape) + 2)
+    if type(getattr(text, "num_hash_buckets", None)) is int:  # CANINE has as many positions of characters
+        limits.append(text.num_hash_buckets)
     length = _LENGTH
     if type(getattr(text, "index_topk", None)) is int:  # an indexer chooses nothing in a text that is shorter than its choice
         length = max(length, text.index_topk + _FRAMES)

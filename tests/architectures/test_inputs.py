@@ -39,6 +39,11 @@ def vision_tower() -> nn.Module:
 # the model, and the input that counts with its shape
 VALID: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
     "canine": (lambda: tf.CanineForSequenceClassification(tf.CanineConfig(**PLAIN)), "input_ids", (1, 128)),
+    "canine of few positions": (
+        lambda: tf.CanineForSequenceClassification(tf.CanineConfig(**PLAIN, num_hash_buckets=64)),
+        "input_ids",
+        (1, 64),
+    ),
     "speech_to_text": (lambda: tf.Speech2TextForConditionalGeneration(tf.Speech2TextConfig(**SPEECH)), "input_features", (1, 64, 8)),
     "wav2vec2-bert": (lambda: tf.Wav2Vec2BertForCTC(tf.Wav2Vec2BertConfig(**TEXT)), "input_features", (1, 64, 160)),
     "wav2vec2": (
