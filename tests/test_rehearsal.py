@@ -245,8 +245,16 @@ def test_a_metric_that_no_evaluation_gives_is_refused_at_the_first_one(tmp_path,
     assert steps.count <= 3
     assert "The first evaluation shows whether f1 is measured; eval_on_start=True" in capsys.readouterr().out
     callback, steps = pruning(num_blocks=3, start_epoch=1, max_drop=0.1, metric="f1", greater_is_better=True), Steps()
+    measured = {"compute_metrics": lambda _: {"accuracy": 0.5}, "eval_strategy": "epoch"}
     with pytest.raises(ConfigError, match="'f1', which was not among"):
-        train(ZOO["bert"].model(), tmp_path, callback, steps, eval_strategy="epoch", eval_on_start=True)
+        train(ZOO["bert"].model(), tmp_path, callback, steps, eval_on_start=True, **measured)
+    assert steps.count == 0
+
+
+def test_a_metric_that_nothing_computes_is_refused_before_any_step(tmp_path):
+    callback, steps = pruning(num_blocks=3, start_epoch=1, max_drop=0.1, metric="f1", greater_is_better=True), Steps()
+    with pytest.raises(ConfigError, match=r"'f1', and the Trainer has no compute_metrics that could give it.*metric='loss'"):
+        train(ZOO["bert"].model(), tmp_path, callback, steps, eval_strategy="epoch", num_train_epochs=3)
     assert steps.count == 0
 
 

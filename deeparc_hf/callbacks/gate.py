@@ -14,7 +14,7 @@ from ..metric_names import larger_is_better
 from ..schedule import same_metric
 from ..untrained import untrained_weights
 
-__all__ = ["check_gate", "direction_is_doubtful", "forget_best", "metric_of", "pruned_untrained", "steps_per_epoch"]
+__all__ = ["check_gate", "check_measured", "direction_is_doubtful", "forget_best", "metric_of", "pruned_untrained", "steps_per_epoch"]
 
 
 def metric_of(config: MPruneConfig, args: TrainingArguments) -> tuple[str, bool]:
@@ -94,6 +94,21 @@ def check_gate(config: MPruneConfig, args: TrainingArguments) -> None:
             f"({'larger' if args.greater_is_better else 'smaller'} is better), which the gate may not accept. Set "
             f"metric_for_best_model={metric!r} and greater_is_better={greater_is_better} in TrainingArguments, or give the "
             "callback the same metric."
+        )
+
+
+def check_measured(config: MPruneConfig, args: TrainingArguments, trainer: Any) -> None:
+    """Refuse a gate on a metric that a stock Trainer cannot give; a Trainer of another class may have metrics of its own.
+
+    Raises:
+        ConfigError: if the metric is none of those that every evaluation has, and there is nothing to compute it.
+    """
+    name = metric_of(config, args)[0]
+    is_stock = type(trainer).__module__.partition(".")[0] == "transformers"
+    if config.gated and is_stock and trainer.compute_metrics is None and not name.endswith(("loss", "runtime", "per_second")):
+        raise ConfigError(
+            f"max_drop bounds {name!r}, and the Trainer has no compute_metrics that could give it: it measures the loss alone. Give the "
+            "Trainer compute_metrics, or set metric='loss'."
         )
 
 

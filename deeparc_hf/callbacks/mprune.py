@@ -20,7 +20,7 @@ from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
 from .calibration import calibration_of
 from .carding import tell_to_keep_card, write_card
 from .companions import companions_on, meet_companions
-from .gate import pruned_untrained
+from .gate import check_measured, pruned_untrained
 from .model_copies import refuse_copies, warn_of_copies
 from .run import PruningRun
 from .sharded import is_sharded, prune_before_sharding
@@ -148,6 +148,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
             guard(kwargs["model"], args.output_dir, kwargs.get("optimizer"), trainer)
             self._others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
             refuse_copies(self._others)
+            check_measured(self.config, args, trainer)
         companions = meet_companions(kwargs["model"], state)
         companions.prunes = True
         if self.config.gated:
