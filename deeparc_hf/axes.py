@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,11 +27,12 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import Host, Stack
 from .batches import batch_size, padding_masks
 from .errors import CalibrationError
-from .passes import evaluating, forward, given_hidden_states, hidden_states
+from .passes import evaluating, forward, given_hidden_states, hidden_states, senses
 from .trials import Changed, changed, trials
 
 __all__ = ["Axes", "Padding", "find_axes"]
 
+_OTHER_MASK = re.compile(r"(pixel|feature|frame|image|audio|patch)\w*_mask$")
 _MAPS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class Axes:
         before: number of positions that stand before those of the mask (prefixes, patches before a text).
         others_count: whether positions beyond those of the mask count (patches), or are padding as well (up to a multiple of a window).
         unknown: whether padding changes the positions of this stack in a way that follows no mask.
+        asked: whether there was a mask to find this out with.
     """
 
     features: int
@@ -68,6 +71,7 @@ class Axes:
     before: int = 0
     others_count: bool = True
     unknown: bool = False
+    asked: bool = False
 
     def rows(self, hidden: Tensor) -> Tensor:
         """A block's output as (samples, positions, features). Where samples cannot be told apart, each position is one."""
@@ -79,17 +83,21 @@ class Axes:
 
     def padding(self, inputs: Mapping[str, Any], shape: Sequence[int]) -> Padding:
         """Which positions of a batch count, for a block's output of this shape."""
-        mask = None if self.mask is None else padding_masks(inputs)[self.mask]
-        text = padding_masks(inputs)["encoder"]
+        masks = padding_masks(inputs)
+        # where the first batch had no mask, those of later ones are taken for the positions' own if they are as many
+        mask = masks[self.mask] if self.mask is not None else None if self.asked else masks["encoder"]
+        text = masks["encoder"]
         if mask is None or self.samples is None:
-            return Padding(None, self.unknown and text is not None and not bool(text.all()))
+            padded = text is not None and not bool(text.all())
+            return Padding(None, (padded and self.unknown) or _images_are_padded(inputs))
         mask = mask.reshape(-1, mask.shape[-1])
         count = shape[self.samples]
         positions = math.prod(shape) // (count * shape[self.features])
-        if len(mask) != count or self.before + mask.shape[1] > positions:
-            return Padding(None, not bool(mask.all()))
         behind = positions - self.before - mask.shape[1]
-        return Padding(functional.pad(mask, (self.before, behind), value=self.others_count))
+        if len(mask) != count or behind < 0 or (self.mask is None and behind > 0):
+            return Padding(None, not bool(mask.all()))
+        full = functional.pad(mask, (self.before, behind), value=self.others_count)
+        return Padding(full, behind + self.before > 0 and self.others_count and _images_are_padded(inputs))
 
     def as_put_out(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """Values by sample and position, shape (samples, positions), in the order in which a block's output of that shape has them."""
@@ -133,7 +141,7 @@ def find_axes(host: Host, stacks: Iterable[Stack], inputs: Mapping[str, Any]) ->
         except CalibrationError as error:
             logger.info("The axes of %s follow from shapes alone: %s", type(host.root).__name__, error)
             again = {}
-    return {name: _axes_of(seen, again.get(name), trial, other) for name, seen in plain.items()}
+    return {name: _axes_of(host, seen, again.get(name), trial, other) for name, seen in plain.items()}
 
 
 @dataclass(frozen=True)
@@ -157,48 +165,44 @@ def _first_that_runs(host: Host, stacks: Sequence[Stack], batches: Iterator[dict
 
 def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask: bool = False) -> dict[str, _Seen]:
     """What a block of each stack puts out; with `ask`, the dimension of its features is looked for."""
-    seen: dict[str, _Seen] = {}
-    given: dict[str, tuple[Any, Any]] = {}
-    busy = False
+    outputs: dict[str, Any] = {}
+    calls: dict[str, tuple[Any, Any]] = {}
 
     def before(stack: Stack) -> Callable[..., None]:
         def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not busy and ask:
-                given[stack.name] = _copied(args), _copied(kwargs)
+            if ask:
+                calls[stack.name] = _copied(args), _copied(kwargs)
 
         return take
 
     def after(stack: Stack) -> Callable[..., None]:
         def take(module: nn.Module, args: Any, output: Any) -> None:
-            nonlocal busy
-            if busy:
-                return
             hidden = hidden_states(output)
-            hidden = hidden.detach().clone() if isinstance(hidden, Tensor) else hidden
-            features, reshapes = None, False
-            if ask and isinstance(hidden, Tensor):
-                call = given.pop(stack.name)
-                read = given_hidden_states(*call)
-                reshapes = (
-                    isinstance(read, Tensor) and read.shape != hidden.shape and len(stack) > 1 and len(stack) // 2 not in stack.pinned
-                )
-                busy = True
-                try:
-                    features = _features(module, *call, hidden)
-                finally:
-                    busy = False
-            seen[stack.name] = _Seen(stack, hidden, features, reshapes)
+            outputs[stack.name] = hidden.detach().clone() if isinstance(hidden, Tensor) else hidden
 
         return take
 
     handles = []
     for stack in stacks:
-        block = stack.blocks[len(stack) // 2]
+        block = _middle(stack)
         handles += [block.register_forward_pre_hook(before(stack), with_kwargs=True), block.register_forward_hook(after(stack))]
     with _removed(handles):
         torch.manual_seed(0)  # ViLT takes its patches in a random order
         forward(host, inputs, without_cache=True)
-    return {stack.name: seen[stack.name] for stack in stacks if stack.name in seen}
+    # after the pass: within it, what transformers collects of each block would be collected again
+    return {stack.name: _seen(stack, outputs[stack.name], calls.get(stack.name)) for stack in stacks if stack.name in outputs}
+
+
+def _middle(stack: Stack) -> nn.Module:
+    return stack.blocks[len(stack) // 2]
+
+
+def _seen(stack: Stack, output: Any, call: tuple[Any, Any] | None) -> _Seen:
+    if call is None or not isinstance(output, Tensor):
+        return _Seen(stack, output)
+    read, free = given_hidden_states(*call), len(stack) > 1 and len(stack) // 2 not in stack.pinned
+    reshapes = isinstance(read, Tensor) and read.shape != output.shape and free
+    return _Seen(stack, output, _features(_middle(stack), *call, output), reshapes)
 
 
 def _features(block: nn.Module, args: Any, kwargs: Any, output: Tensor) -> int | None:
@@ -254,7 +258,7 @@ def _features_by_size(block: nn.Module, output: Tensor) -> int | None:
     return output.ndim - 1 if output.ndim < 4 and output.ndim - 1 in fitting else None
 
 
-def _axes_of(seen: _Seen, again: _Seen | None, trial: Mapping[str, Any], changed: Changed) -> Axes | str:
+def _axes_of(host: Host, seen: _Seen, again: _Seen | None, trial: Mapping[str, Any], changed: Changed) -> Axes | str:
     """Put together what the two runs showed of a stack."""
     output, size = seen.output, batch_size(trial)
     if not isinstance(output, Tensor):
@@ -267,12 +271,14 @@ def _axes_of(seen: _Seen, again: _Seen | None, trial: Mapping[str, Any], changed
     far = None
     if again is not None and isinstance(again.output, Tensor) and again.output.shape == output.shape:
         bound = 1e-4 if output.dtype in (torch.float32, torch.float64) else 1e-2
-        far = (again.output.float() - output.float()).abs() > bound * output.float().abs().max()
+        # by position: a few may be larger than the others by orders of magnitude
+        size_there = output.float().abs().amax(dim=seen.features, keepdim=True)
+        far = (again.output.float() - output.float()).abs() > bound * size_there
     samples = _samples(shape, seen.features, size, far, changed)
     axes = Axes(seen.features, samples)
     if samples is None:
         return axes
-    return _with_padding(axes, seen.stack, shape, trial, far, changed)
+    return _with_padding(host, axes, seen.stack, shape, trial, far, changed)
 
 
 def _samples(shape: Sequence[int], features: int, size: int, far: Tensor | None, changed: Changed) -> int | None:
@@ -287,15 +293,21 @@ def _samples(shape: Sequence[int], features: int, size: int, far: Tensor | None,
     return 0 if features != 0 and shape[0] == size and len(shape) > 2 else None
 
 
-def _with_padding(axes: Axes, stack: Stack, shape: Sequence[int], trial: Mapping[str, Any], far: Tensor | None, changed: Changed) -> Axes:
+def _with_padding(
+    host: Host, axes: Axes, stack: Stack, shape: Sequence[int], trial: Mapping[str, Any], far: Tensor | None, changed: Changed
+) -> Axes:
+    """Axes that know which mask the positions of a stack follow, and where they stand."""
     masks = padding_masks(trial)
-    if stack.side == "decoder" and masks["decoder"] is not None:
-        return replace(axes, mask="decoder")
+    assert axes.samples is not None
+    count = shape[axes.samples]
+    positions = math.prod(shape) // (count * shape[axes.features])
+    # labels may be classes instead of tokens
+    if stack.side == "decoder" and masks["decoder"] is not None and masks["decoder"].shape[1] == positions:
+        return replace(axes, mask="decoder", asked=True)
     text = masks["encoder"]
     if text is None:
         return axes
-    count = shape[axes.samples]
-    positions = math.prod(shape) // (count * shape[axes.features])
+    axes = replace(axes, asked=True)
     text = text.reshape(-1, text.shape[-1])
     length = text.shape[1]
     reads_more = "input_ids" in trial and any(
@@ -303,22 +315,30 @@ def _with_padding(axes: Axes, stack: Stack, shape: Sequence[int], trial: Mapping
     )  # images beside the text
     fits = len(text) == count and positions >= length
     if far is None or not changed.padding:  # nothing is known but sizes
-        return replace(axes, mask="encoder") if fits and positions == length and not reads_more else replace(axes, unknown=not reads_more)
+        if fits and positions == length:
+            return replace(axes, mask="encoder")
+        return axes if reads_more and senses(host, stack) else replace(axes, unknown=True)
     share = count // batch_size(trial)
     moved = axes.rows(far.float())[-share:].any(dim=2)  # the last sample's positions that its padding changes
     if not bool(moved.any()):
         # some embeddings are zero where the text is padded; what reads something else does not change either
-        plain = fits and positions == length and stack.side != "decoder" and not reads_more
-        return replace(axes, mask="encoder") if plain else axes
+        if fits and positions == length and stack.side != "decoder" and not reads_more:
+            return replace(axes, mask="encoder")
+        return axes if fits or "input_ids" in trial else replace(axes, unknown=True)  # sound, in fewer frames than samples
     if not fits:
         return replace(axes, unknown=True)
     padded = ~text[-share:]
     for before in range(positions - length + 1):
         if not bool((moved & ~functional.pad(padded, (before, positions - before - length))).any()):
             return replace(axes, mask="encoder", before=before, others_count=reads_more)
-    if positions == length:  # the model attends to its padding
-        return replace(axes, mask="encoder")
-    return replace(axes, unknown=True)
+    # where as many positions are changed the model attends to its padding
+    return replace(axes, mask="encoder") if positions == length else replace(axes, unknown=True)
+
+
+def _images_are_padded(inputs: Mapping[str, Any]) -> bool:
+    """Whether a mask of pixels, frames or features says that some are padding: which positions these become is not known."""
+    found = (value for key, value in inputs.items() if _OTHER_MASK.search(key) and isinstance(value, Tensor))
+    return any(not bool(mask.bool().all()) for mask in found)
 
 
 def _along(far: Tensor, dimension: int) -> Tensor:

@@ -48,7 +48,9 @@ def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
         inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor) or (key in known and value is not None)}
         if host.library == "timm":
             inputs = _timm_input(inputs)
-        elif main not in inputs and "inputs_embeds" not in inputs and not known.keys() & inputs.keys() - set(_labels(host)):
+        elif (main in inputs and not isinstance(inputs[main], Tensor)) or (
+            main not in inputs and "inputs_embeds" not in inputs and not known.keys() & inputs.keys() - set(_labels(host))
+        ):
             raise CalibrationError(
                 f"A calibration batch has no {main!r} for {type(host.root).__name__}; found {_describe(batch)}. Tokenize or process the "
                 "samples first, and collate them into tensors (DataCollatorWithPadding, an image processor)."

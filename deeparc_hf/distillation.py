@@ -205,9 +205,14 @@ class Distillation:
             axes, shape = self._axes_of(site.stack, inputs), theirs.shape
             ours, theirs = (axes.rows(value).float() for value in (ours, theirs))
             far = (ours - theirs).square().sum(dim=-1) / theirs.square().sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-            mask = axes.padding(inputs, shape).mask
-            if mask is not None:
-                far = far[mask.to(far.device)]
+            padding = axes.padding(inputs, shape)
+            if padding.unknown:
+                raise ConfigError(
+                    f"Which positions of {site.stack} are padding cannot be told, and they would be learnt from. Give batches of texts of "
+                    "one length, or leave hidden out of DistillConfig."
+                )
+            if padding.mask is not None:
+                far = far[padding.mask.to(far.device)]
             distances.append(_mean(far))
         return torch.stack(distances).mean()
 
@@ -215,7 +220,8 @@ class Distillation:
         """What the dimensions of hidden states mean, found on the first batch."""
         if not self._axes:
             listening, self._listening = self._listening, False
-            self._axes = find_axes(self._host, [self._stacks[site.stack] for site, _ in self._sites], inputs)
+            given = {key: self._cast(value) for key, value in inputs.items() if key != "num_items_in_batch"}
+            self._axes = find_axes(self._host, [self._stacks[site.stack] for site, _ in self._sites], given)
             self._listening = listening
         axes = self._axes.get(stack)
         if not isinstance(axes, Axes):

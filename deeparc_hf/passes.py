@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .architectures import Host, Stack
 from .batches import without_labels
@@ -23,11 +25,13 @@ __all__ = [
     "given_hidden_states",
     "hidden_states",
     "require_weights",
+    "senses",
     "skipped",
     "with_hidden_states",
 ]
 
 _REGISTERED = ("_modules", "_buffers")
+_SENSES = re.compile(r"vision|visual|image|video|audio|speech")
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -95,11 +99,11 @@ def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) 
     bare = without_labels(host, inputs)
     try:
         try:
-            return host.root(**bare, **more)
+            return host.root(**{**bare, **more})
         except (AttributeError, TypeError, ValueError):
             if bare.keys() == inputs.keys():
                 raise
-            output = host.root(**inputs, **more)  # a forward that always makes a loss
+            output = host.root(**{**inputs, **more})  # a forward that always makes a loss
             host.needs_labels = True
             return output
     except (CalibrationError, torch.OutOfMemoryError):  # the Trainer may try a smaller batch
@@ -175,6 +179,16 @@ def require_weights(host: Host, error: type[DeepArcError] = CalibrationError) ->
             "the model without offloading: leave device_map out, or give one without 'disk' and 'cpu'."
         )
     raise error(f"{bare} of {host.label} has no weights (meta device). Load the model's checkpoint with from_pretrained.")
+
+
+def senses(host: Host, stack: Stack) -> bool:
+    """Whether a stack belongs to the part of a model that reads images or sound."""
+    config = getattr(host.root, "config", None)
+    named = {} if config is None else vars(config)
+    kinds = {type(part) for name, part in named.items() if isinstance(part, PreTrainedConfig) and _SENSES.search(name)}
+    parts = stack.name.split(".")
+    holders = (host.root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
+    return any(type(getattr(holder, "config", None)) in kinds for holder in holders)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class SiteFit:
 
     def settle(self, endings: Sequence[Ending | str]) -> None:
         """Take note of how the kept and the last removed block end, or why the site is left alone."""
+        if self.reason is not None:
+            return
         for index, ending in zip((self.site.kept, self.site.removed[-1]), endings, strict=True):
             if isinstance(ending, str):
                 self.reason = f"block {index}: {ending}"

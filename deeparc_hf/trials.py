@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .architectures import Host
+from .architectures.inputs import most_positions
 from .batches import batch_size, cut, is_cuttable, padding_masks
 
 __all__ = ["Changed", "changed", "trials"]
@@ -48,12 +49,19 @@ def trials(host: Host, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _padded(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The same texts with some more padding; None if the last one has enough, or there is no mask."""
+    """The same texts with some more padding; None if the last one has some, there is no mask, or no room for it.
+
+    Positions that a model does not have would be an error that a GPU does not recover from. Where there is no room the last text loses
+    some of its tokens instead.
+    """
     mask = padding_masks(inputs)["encoder"]
     if mask is None or not bool(mask[-1].reshape(-1, mask.shape[-1]).all(dim=1).any()):
         return None
     left = not bool(mask.reshape(-1, mask.shape[-1])[:, 0].all())
-    pad = getattr(getattr(host.root, "config", None), "pad_token_id", None)
+    config = getattr(host.root, "config", None)
+    pad, most = getattr(config, "pad_token_id", None), None if config is None else most_positions(config)
+    if most is not None and mask.shape[-1] + _EXTRA > most:
+        return _shortened(inputs, mask, left, pad) if mask.shape[-1] > 2 * _EXTRA else None
 
     def longer(key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.shape[: mask.ndim] != mask.shape:
@@ -63,6 +71,18 @@ def _padded(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         return functional.pad(value, sides, value=fill)
 
     return {key: longer(key, value) for key, value in inputs.items()}
+
+
+def _shortened(inputs: Mapping[str, Any], mask: Tensor, left: bool, pad: int | None) -> dict[str, Any]:
+    """The same texts, of which the last one has padding where it began or ended."""
+    gone = slice(None, _EXTRA) if left else slice(-_EXTRA, None)
+    result = dict(inputs)
+    for key, fill in (("attention_mask", 0), ("input_ids", pad or 0)):
+        value = inputs.get(key)
+        if isinstance(value, Tensor) and value.shape == mask.shape:
+            result[key] = value.clone()
+            result[key][-1][..., gone] = fill
+    return result
 
 
 def changed(host: Host, inputs: Mapping[str, Any]) -> Changed:

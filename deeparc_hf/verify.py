@@ -15,19 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from .architectures import Host, Stack
 from .batches import cut, forward_kwargs
 from .errors import CalibrationError, DeepArcWarning, SurgeryError
-from .passes import evaluating, forward, require_weights, skipped
+from .passes import evaluating, forward, require_weights, senses, skipped
 
 __all__ = ["Expectation", "expect"]
 
 # "hidden_states" and "attentions" of any part, XLNet's mems, RWKV's state, caches, the routers of experts; not "last_hidden_state"
 _PER_BLOCK = re.compile(r"hidden_states$|attentions$|^mems$|^state$|past_|cache|^router_(logits|probs)$|loss$")
-_SENSES = re.compile(r"vision|visual|image|video|audio|speech")
 _WAYS = "Give a batch that shows it: example=batch. Or say verify=False, and answer for it yourself. Nothing was changed."
 
 
@@ -80,11 +78,16 @@ class Expectation:
             )
 
     def _compare(self, expected: Tensor, found: Tensor) -> None:
-        scale = expected.float().abs().max().item() + 1e-6 if expected.numel() else 1.0
-        difference = (found.float() - expected.float()).abs().max().item() if expected.numel() else 0.0
+        expected, found, dtype = expected.float(), found.float(), expected.dtype
+        # minus infinity, or nearly, stands where nothing is to be chosen: it must stand there in both, and says nothing of the scale
+        huge = ~(expected.abs() < 0.1 * torch.finfo(dtype).max)
+        same = torch.equal(huge, ~(found.abs() < 0.1 * torch.finfo(dtype).max))
+        far = (found - expected).abs()[~huge]
+        scale = expected[~huge].abs().max().item() + 1e-6 if far.numel() else 1.0
+        difference = far.max().item() if far.numel() else 0.0
         # both runs do the same operations; the bounds leave room for kernels that choose their order by memory layout
-        bound = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 1e-2
-        if not difference <= bound * scale:
+        bound = 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
+        if not same or not difference <= bound * scale:
             raise SurgeryError(
                 "The pruned model does not compute what the original computes with these blocks skipped (largest difference "
                 f"{difference:.3g}, outputs up to {scale:.3g}): something in {type(self.host.root).__name__} depends on a block's "
@@ -148,22 +151,12 @@ def _require_reached(
 ) -> None:
     """Refuse inputs that do not show what a removal does: what sees or hears may feed any block, by its place."""
     idle = [path for path in (f"{name}.{index}" for name, indices in removed.items() for index in indices) if path not in ran]
-    idle += [name for name, stack in stacks.items() if f"{name}.0" not in ran and _senses(host, stack)]
+    idle += [name for name, stack in stacks.items() if f"{name}.0" not in ran and senses(host, stack)]
     if idle:
         raise SurgeryError(
             f"The removal cannot be verified: the inputs ({', '.join(inputs)}) do not reach {idle[0]}. Give a batch that does: "
             "example=batch. Or say verify=False, and answer for it yourself. Nothing was changed."
         )
-
-
-def _senses(host: Host, stack: Stack) -> bool:
-    """Whether a stack belongs to the part of a model that reads images or sound."""
-    config = getattr(host.root, "config", None)
-    named = {} if config is None else vars(config)
-    kinds = {type(part) for name, part in named.items() if isinstance(part, PreTrainedConfig) and _SENSES.search(name)}
-    parts = stack.name.split(".")
-    holders = (host.root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
-    return any(type(getattr(holder, "config", None)) in kinds for holder in holders)
 
 
 def _generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None:

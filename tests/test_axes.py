@@ -204,3 +204,82 @@ def test_torchs_default_dtype_makes_no_difference(length):
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found.float(), expected.to(torch.bfloat16).float()) or torch.allclose(found.float(), expected, atol=1e-2)
+
+
+# ---- found by reading ----
+
+
+def llava() -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+    text = {**sizes, "model_type": "llama", "vocab_size": 120, "num_key_value_heads": 4, "pad_token_id": 0}
+    vision = {**sizes, "model_type": "clip_vision_model", "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    config = tf.LlavaConfig(text_config=text, vision_config=vision, image_token_index=119)
+    return spread(tf.LlavaForConditionalGeneration(config)).eval()
+
+
+def seen(size: int, padding: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(5, 110, (size, 6), generator=generator)
+    ids = functional.pad(torch.cat([torch.full((size, 16), 119), words], dim=1), (0, padding))
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "pixel_values": torch.randn(size, 3, 32, 32, generator=generator)}
+
+
+def test_a_model_that_collects_hidden_states_while_it_runs_is_compared():
+    """LLaVA takes its image features from hidden states that are collected by hooks: no block may be run again within the pass."""
+    plans = [analyze(llava(), [seen(33, padding)], keep_ratio=0.8, similarity="cosine") for padding in (0, 20)]
+    for name, stack in plans[0].stacks.items():
+        other = plans[1].stacks[name].similarity
+        torch.testing.assert_close(torch.tensor(stack.similarity), torch.tensor(other), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "roberta"])
+def test_a_text_of_full_length_is_not_made_longer(name):
+    """A position that a model does not have is an error that a GPU does not recover from."""
+    limit = {"gpt2": {"n_positions": 16}, "roberta": {"max_position_embeddings": 18}}[name]
+    specimen = ZOO[name]
+    config = type(specimen.model().config).from_dict({**specimen.model().config.to_dict(), **limit})
+    model = spread(type(specimen.model())(config)).eval()
+    longest: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: longest.append(args[0].shape[1]))
+    host, _, stacks = describe(model)
+    ids = torch.randint(5, 110, (4, 16))
+    (axes,) = find_axes(host, stacks.values(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).values()
+    assert isinstance(axes, Axes) and axes.mask == "encoder" and max(longest) == 16
+
+
+def test_labels_of_several_classes_are_no_positions():
+    item = ODD["bart_classifier"]
+    (batch,) = item.batches(9)
+    several = {**batch, "labels": torch.zeros(9, 3)}
+    axes = axes_of(item, "model.decoder.layers", several)
+    padding = axes.padding(several, (9, 10, 32))
+    assert padding.mask is not None and torch.equal(padding.mask, batch["attention_mask"].bool())
+
+
+def test_a_mask_that_comes_later_counts():
+    specimen = ZOO["bert"]
+    model, (batch,) = specimen.model(), specimen.batches(1, 40)
+    whole = {"input_ids": torch.randint(5, 110, (8, 10), generator=torch.Generator().manual_seed(3))}
+    first = similarities(model, [whole, batch], "tokens")
+    torch.testing.assert_close(first, similarities(model, [batch, whole], "tokens"), atol=1e-6, rtol=0)
+
+
+def test_padding_of_sound_and_of_images_is_told():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "conv_dim": (16, 16)}
+    convolutions = {"conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2, "feat_extract_norm": "layer"}
+    model = spread(tf.Wav2Vec2Model(tf.Wav2Vec2Config(**sizes, **convolutions, num_conv_pos_embeddings=4))).eval()
+    sound = {"input_values": torch.randn(33, 400), "attention_mask": torch.ones(33, 400, dtype=torch.long)}
+    sound["attention_mask"][:, 300:] = 0
+    with pytest.warns(CalibrationWarning, match="Which positions of encoder.layers are padding cannot be told"):
+        analyze(model, [sound], keep_ratio=0.9)
+    axes = axes_of(ZOO["vit"])
+    masks = torch.ones(3, 32, 32, dtype=torch.long)
+    assert not axes.padding({"pixel_mask": masks}, (3, 17, 32)).unknown
+    masks[0, 20:] = 0
+    assert axes.padding({"pixel_mask": masks}, (3, 17, 32)).unknown
+
+
+def test_a_batch_of_plain_lists_is_told_to_be_no_tensors():
+    with pytest.raises(CalibrationError, match=r"found \{input_ids: list.*collate them into tensors"):
+        analyze(ZOO["bert"].model(), [{"input_ids": [[5, 6, 7]] * 40, "attention_mask": [[1, 1, 1]] * 40}])

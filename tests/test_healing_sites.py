@@ -172,3 +172,12 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
     assert int((weight < 1).sum()) == 80
     plain = ridge(x[fit], missing[fit], healing.strength)
     assert (expected - planted).square().sum() < 0.1 * (plain - planted).square().sum()
+
+
+def test_a_site_whose_samples_cannot_be_told_apart_is_left_alone():
+    """Its reason stays, whatever is found out about its blocks."""
+    host, _, stacks = describe(ZOO["llama"].model())
+    site = SiteFit(host, stacks[LAYERS], Site(LAYERS, 2, (3,)))
+    site.orient(Axes(features=1, samples=None))
+    site.settle([Ending("mlp.down_proj", None, None, torch.ones(32))] * 2)
+    assert site.reason == "which positions belong to a sample cannot be told, so none can be held out"

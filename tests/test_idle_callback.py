@@ -5,18 +5,21 @@ Each set-up is trained twice, without a callback and with one that compares bloc
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
+from collections import OrderedDict, UserDict
 
 import numpy as np
 import pytest
 import torch
 import transformers as tf
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, default_data_collator
+from transformers import BatchEncoding, Trainer, default_data_collator
 
 from deeparc_hf import WandaCallback
 from deeparc_hf.callbacks.calibration import Calibration
+from deeparc_hf.callbacks.copies import apart
 from deeparc_hf.callbacks.untouched import untouched
 from deeparc_hf.config import MPruneConfig
 from deeparc_hf.errors import CalibrationError
@@ -220,3 +223,21 @@ def test_what_is_shared_stays_shared_and_the_model_is_left_alone():
         holder.new = 1
     assert holder.first is rng and holder.second == [rng] and rng.getstate() == state and not hasattr(holder, "new")
     assert net.note == "kept" and holder.iterators[0] is source and next(source) == 1
+
+
+@dataclasses.dataclass
+class Row:
+    ids: list
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"ids": [5, 6]}, BatchEncoding({"ids": [5, 6]}), OrderedDict(ids=[5, 6]), UserDict(ids=[5, 6]), Row([5, 6]), ([5, 6],)],
+    ids=lambda row: type(row).__name__,
+)
+def test_a_collator_that_edits_rows_edits_copies(row):
+    copied = apart(row)
+    ids = copied.ids if isinstance(copied, Row) else copied[0] if isinstance(copied, tuple) else copied["ids"]
+    ids.append(7)
+    kept = row.ids if isinstance(row, Row) else row[0] if isinstance(row, tuple) else row["ids"]
+    assert type(copied) is type(row) and kept == [5, 6] and ids == [5, 6, 7]

@@ -12,8 +12,10 @@ import transformers as tf
 from torch import nn
 
 from deeparc_hf import PrunedConfig, analyze, find_stacks, prune_model, remove_blocks, sparsify_model
+from deeparc_hf.architectures import find_host
 from deeparc_hf.errors import CalibrationError, SurgeryError, UnsupportedModelError
 from deeparc_hf.passes import evaluating
+from deeparc_hf.verify import Expectation
 
 from .odd_models import ODD
 from .zoo import CAUSAL, TEXT, VOCAB, ZOO, spread
@@ -274,3 +276,15 @@ def test_a_vision_tower_of_its_own_is_verified_on_packed_patches():
     example = {"hidden_states": torch.randn(64, 1176), "grid_thw": torch.tensor([[1, 8, 8]])}
     refused(model, {"blocks": [2]}, "no inputs can be made up")
     assert remove_blocks(model, {"blocks": [2]}, example=example).kept == {"blocks": (0, 1, 3)}
+
+
+def test_masked_logits_neither_hide_a_difference_nor_make_one():
+    """Chameleon's logits of image tokens are as low as can be: they say nothing of the scale of the others."""
+    host = find_host(ZOO["vit"].model())
+    for low in (torch.finfo(torch.float32).min, float("-inf")):
+        expected = torch.tensor([[0.5, low, 1.0]])
+        expectation = Expectation(host, {}, {"logits": expected}, set())
+        expectation._compare(expected, expected.clone())
+        for other in ([[0.6, low, 1.0]], [[0.5, 0.0, 1.0]], [[0.5, low, low]]):
+            with pytest.raises(SurgeryError, match="does not compute"):
+                expectation._compare(expected, torch.tensor(other))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["example_inputs", "merges_inputs", "pixels"]
+__all__ = ["example_inputs", "merges_inputs", "most_positions", "pixels"]
 
 # positions that a model has: its inputs may not be longer
 _LIMIT = re.compile(r"^(max_position_embeddings|max_(encoder|decoder|text|target)_position(s|_embeddings)|n_positions|n_ctx|max_seq_len)$")
@@ -85,21 +85,27 @@ def _ids(config: PreTrainedConfig, length: int) -> Tensor:
     return (torch.arange(length) * 7 + vocabulary // 2).remainder(vocabulary).view(1, length)
 
 
-def _length(config: PreTrainedConfig) -> int:
-    """How long a text may be for all parts of the model, up to `_LENGTH`, or as long as its attention by blocks takes."""
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """How long a text may be for all parts of the model; None if the config names no limit."""
     text = config.get_text_config()
     limits = [v for part in (config, text) for k, v in _entries(part) if _LIMIT.search(k) and type(v) is int and v > 0]
     if hasattr(text, "axial_pos_shape"):  # Reformer
         limits.append(math.prod(text.axial_pos_shape) + 2)
     if type(getattr(text, "num_hash_buckets", None)) is int:  # CANINE has as many positions of characters
         limits.append(text.num_hash_buckets)
+    # RoBERTa numbers positions from behind its padding token, so two of them are no places
+    return min((max(1, limit - 2) if limit > 4 else limit for limit in limits), default=None)
+
+
+def _length(config: PreTrainedConfig) -> int:
+    """How long a made-up text is: up to `_LENGTH`, or as long as its attention by blocks takes, where there are as many positions."""
+    text = config.get_text_config()
     length = _LENGTH
     if type(getattr(text, "index_topk", None)) is int:  # an indexer chooses nothing in a text that is shorter than its choice
         length = max(length, text.index_topk + _FRAMES)
     if getattr(text, "attention_type", None) == "block_sparse":  # BigBird attends to everything in shorter texts
         length = (6 + 2 * text.num_random_blocks) * text.block_size
-    # RoBERTa numbers positions from behind its padding token, so two of them are no places
-    return max(1, min([length, *(limit - 2 if limit > 4 else limit for limit in limits)]))
+    return min(length, most_positions(config) or length)
 
 
 def _entries(config: PreTrainedConfig) -> list[tuple[str, Any]]:

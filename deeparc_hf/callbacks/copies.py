@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import io
 import itertools
+from collections import UserDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +27,12 @@ def apart(row: Any) -> Any:
     kind = type(row)
     if kind is dict:
         return {key: apart(value) for key, value in row.items()}
+    if isinstance(row, UserDict):  # what a tokenizer gives
+        copied = copy.copy(row)
+        copied.data = apart(dict(row.data))
+        return copied
+    if isinstance(row, dict) or dataclasses.is_dataclass(row):
+        return copy.deepcopy(row)
     if kind in (list, tuple):
         return kind(apart(value) for value in row)
     if isinstance(row, Tensor):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..architectures import Host, Stack, describe
+from ..axes import find_axes
 from ..batches import batch_size, forward_kwargs
 from ..distributed import gather
 from ..errors import CalibrationError
@@ -70,6 +71,7 @@ def _run(host: Host, stacks: dict[str, Stack], batch: Any) -> int:
     for stack, index, _ in blocks:
         if (stack.name, index) not in ran:
             raise did_not_run(stack, index)
+    find_axes(host, stacks.values(), inputs)  # raises where the model cannot run on samples of the batch
     return batch_size(inputs)
 
 

@@ -23,6 +23,7 @@ from deeparc_hf import MPruneCallback, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.freezing import freeze_blocks
 
+from ..zoo import as_trained
 from .measuring import THREADS, interval
 
 BATCH_SIZE, LENGTH, WIDTH, SEED = 16, 64, 256, 0
@@ -35,7 +36,7 @@ def small_bert(layers: int) -> tf.BertForSequenceClassification:
     config = tf.BertConfig(
         hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=4 * WIDTH, vocab_size=8000, num_labels=4
     )
-    return tf.BertForSequenceClassification(config)
+    return as_trained(tf.BertForSequenceClassification(config))
 
 
 def texts(rows: int) -> datasets.Dataset:
