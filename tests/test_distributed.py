@@ -91,6 +91,7 @@ def test_the_result_is_that_of_one_process_with_the_same_batches(tmp_path):
             torch.testing.assert_close(two[0]["weights"][name], value, atol=2e-4, rtol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 def test_a_pruning_is_taken_back_in_every_process(tmp_path):
     gate = {"settings": {**TWICE, "max_drop": 0.05, "metric": "accuracy"}, "accuracy": {4: 0.9, 3: 0.88, 2: 0.5}}
     results, _ = launch(tmp_path, {**gate, "arguments": {"num_train_epochs": 4, "eval_strategy": "epoch", "save_strategy": "epoch"}})
@@ -102,6 +103,7 @@ def test_a_pruning_is_taken_back_in_every_process(tmp_path):
     assert verdicts[0][:3] == [("before pruning", None), ("pruning 1", "accepted"), ("pruning 2", "rolled back")]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_the_whole_one(tmp_path):
     job = {"settings": TWICE, "arguments": {"save_strategy": "steps", "save_steps": 5}}
     whole, _ = launch(tmp_path, job)

@@ -69,6 +69,7 @@ def test_three_at_once_lose_nothing(hub, clients):
     assert [4 - whole(hub, "owner/busy", commit.id) for commit in made] == [int(commit.title[-1]) for commit in made]
 
 
+@pytest.mark.slow
 def test_a_client_that_is_killed_in_mid_upload_leaves_the_last_commit(hub, clients):
     victim, other = clients(), clients()
     other.run('push_to_hub(pruned(1), "owner/upload")')

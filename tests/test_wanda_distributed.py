@@ -41,6 +41,7 @@ def test_both_processes_zero_what_one_would_on_all_the_data(tmp_path, sequential
     assert json.loads(first["sparsity"])["samples"] == report.samples == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_zeros_stay_in_both_processes_with_prunings_before_and_after(tmp_path, accumulation):
     job = {
