@@ -15,7 +15,6 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import Host, Stack
 from .batches import batch_size, padding_masks
 from .errors import CalibrationError
-from .passes import evaluating, forward, given_hidden_states, hidden_states, senses
+from .passes import evaluating, forward, given_hidden_states, hidden_states, removed, senses
 from .trials import Changed, changed, trials
 
 __all__ = ["Axes", "Padding", "find_axes"]
@@ -186,7 +185,7 @@ def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask
     for stack in stacks:
         block = _middle(stack)
         handles += [block.register_forward_pre_hook(before(stack), with_kwargs=True), block.register_forward_hook(after(stack))]
-    with _removed(handles):
+    with removed(handles):
         torch.manual_seed(0)  # ViLT takes its patches in a random order
         forward(host, inputs, without_cache=True)
     # after the pass: within it, what transformers collects of each block would be collected again
@@ -214,7 +213,7 @@ def _features(block: nn.Module, args: Any, kwargs: Any, output: Tensor) -> int |
             ran.append(module)
 
     def run(handles: Sequence[Any]) -> Tensor | None:
-        with _removed(handles):
+        with removed(handles):
             try:
                 found = hidden_states(block(*_copied(args), **_copied(kwargs)))
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -353,12 +352,3 @@ def _copied(value: Any) -> Any:
     if type(value) in (tuple, list):
         return type(value)(_copied(item) for item in value)
     return {key: _copied(item) for key, item in value.items()} if type(value) is dict else value
-
-
-@contextmanager
-def _removed(handles: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,7 +9,7 @@ the square of the number of blocks. Both give the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import Host, Stack
-from .passes import forward, hidden_states
+from .passes import forward, hidden_states, removed
 
 __all__ = ["block_by_block"]
 
@@ -182,17 +182,8 @@ def _run_through(host: Host, stack: Stack, inputs: Inputs, index: int) -> None:
 
 def _forward_until(host: Host, inputs: Inputs, handles: Sequence[Any]) -> None:
     """A forward pass, as far as the hooks let it go; the hooks are removed."""
-    with _removed(handles), suppress(_ReachedError):
+    with removed(handles), suppress(_ReachedError):
         forward(host, inputs, without_cache=True)
-
-
-@contextmanager
-def _removed(handles: Sequence[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _plain(value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "forward",
     "given_hidden_states",
     "hidden_states",
+    "removed",
     "require_weights",
     "senses",
     "skipped",
@@ -154,6 +155,16 @@ def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[None]:
             handle.remove()
     if must_run and not ran:
         raise did_not_run(stack, index)
+
+
+@contextmanager
+def removed(handles: Sequence[Any]) -> Iterator[None]:
+    """Within, hooks are at work; afterwards they are removed, whatever happened."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def did_not_run(stack: Stack, index: int) -> CalibrationError:
