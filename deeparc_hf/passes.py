@@ -175,8 +175,13 @@ def did_not_run(stack: Stack, index: int) -> CalibrationError:
     )
 
 
-def require_weights(host: Host, error: type[DeepArcError] = CalibrationError) -> None:
+def require_weights(host: Host, error: type[DeepArcError] = CalibrationError, otherwise: str = "") -> None:
     """Refuse a model that has no weights in memory.
+
+    Args:
+        host: the model.
+        error: what is raised.
+        otherwise: what else can be done about weights that were never loaded; ends the message.
 
     Raises:
         DeepArcError: of the given kind, saying whether they lie on the disk (accelerate's offloading) or were never loaded.
@@ -189,7 +194,7 @@ def require_weights(host: Host, error: type[DeepArcError] = CalibrationError) ->
             f"{bare} of {host.label} is kept outside of the model by accelerate: on the disk, or on the CPU beside an accelerator. Load "
             "the model without offloading: leave device_map out, or give one without 'disk' and 'cpu'."
         )
-    raise error(f"{bare} of {host.label} has no weights (meta device). Load the model's checkpoint with from_pretrained.")
+    raise error(f"{bare} of {host.label} has no weights (meta device). Load the model's checkpoint with from_pretrained.{otherwise}")
 
 
 def senses(host: Host, stack: Stack) -> bool:

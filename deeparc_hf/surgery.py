@@ -49,8 +49,7 @@ def remove_blocks(
         example: a batch to verify the result on; made-up inputs otherwise. It must reach every part of the model that the blocks may be fed
             by (images, for a model of texts and images).
         verify: whether a forward pass must show that the pruned model computes what the original computes with these blocks skipped. What
-            cannot be verified is refused. Without, and for a model on the meta device, which computes nothing, the settings alone are
-            checked.
+            cannot be verified is refused, a model on the meta device too. Without, the settings alone are checked.
 
     Returns:
         The record, which the model carries in its config from now on.

@@ -95,24 +95,19 @@ class Expectation:
             )
 
 
-def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]], batch: Any = None) -> Expectation | None:
+def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]], batch: Any = None) -> Expectation:
     """Run the original with blocks skipped, on a sample of `batch` or on small made-up inputs.
 
-    Returns:
-        None for a model without any weights (meta device): it computes nothing, and the settings are all that there is to it.
-
     Raises:
-        SurgeryError: if there is nothing to run on, the model cannot run on it, a block is no residual block, or the inputs do not reach a
-            block that goes, or a part of the model that sees or hears.
+        SurgeryError: if the model has no weights, there is nothing to run on or the model cannot run on it, a block is no residual block, or
+            the inputs do not reach a block that goes, or a part of the model that sees or hears.
     """
     if batch is None and host.merges_inputs:
         raise SurgeryError(
             f"{type(host.root).__name__} merges images into its text, and which of its blocks do so may be told by their place; that shows "
             "only on a batch with images. Give one: example=batch. Nothing was changed."
         )
-    if all(p.device.type == "meta" for p in host.root.parameters()):
-        return None
-    require_weights(host, SurgeryError)
+    require_weights(host, SurgeryError, otherwise=" Or say verify=False: then its settings alone are checked.")
     inputs = host.example_inputs() if batch is None else cut(forward_kwargs(host, batch), 2)
     if inputs is None:
         raise SurgeryError(f"The removal cannot be verified: no inputs can be made up for {type(host.root).__name__}. {_WAYS}")

@@ -182,10 +182,11 @@ def test_a_batch_that_the_model_cannot_run_on_is_no_verification():
     refused(model, {"bert.encoder.layer": [1]}, "cannot run on the batch with these blocks skipped. IndexError", example=wrong)
 
 
-def test_a_model_part_of_whose_weights_are_missing_is_not_verified():
+@pytest.mark.parametrize("part", ["bert.encoder.layer.3", ""])
+def test_a_model_without_weights_is_not_verified(part):
     model = ZOO["bert"].model()
-    model.bert.encoder.layer[3].to("meta")
-    with pytest.raises(SurgeryError, match=r"bert\.encoder\.layer\.3.* has no weights \(meta device\)"):
+    model.get_submodule(part).to("meta")
+    with pytest.raises(SurgeryError, match=rf"{part}.* has no weights \(meta device\).* Or say verify=False"):
         remove_blocks(model, {"bert.encoder.layer": [1]})
     assert isinstance(remove_blocks(model, {"bert.encoder.layer": [1]}, verify=False), PrunedConfig)
 
