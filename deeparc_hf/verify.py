@@ -99,8 +99,8 @@ def expect(host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequen
     """Run the original with blocks skipped, on a sample of `batch` or on small made-up inputs.
 
     Raises:
-        SurgeryError: if the model has no weights, there is nothing to run on or the model cannot run on it, a block is no residual block, or
-            the inputs do not reach a block that goes, or a part of the model that sees or hears.
+        SurgeryError: if the model has no weights, there is nothing to run on or the model cannot run on it, a block is no residual
+            block, or the inputs do not reach a block that goes, or a part of the model that sees or hears.
     """
     if batch is None and host.merges_inputs:
         raise SurgeryError(
