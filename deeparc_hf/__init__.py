@@ -18,31 +18,34 @@ if TYPE_CHECKING:
     from .architectures import Stack, find_stacks
     from .callbacks import MPruneCallback, WandaCallback
     from .card import create_model_card
-    from .config import DistillConfig, MPruneConfig, WandaConfig
+    from .config import MPruneConfig
+    from .distill_config import DistillConfig
+    from .healing import heal_model
     from .hub import push_to_hub
     from .loading import load_pruned, save_pruned
     from .plan import PruningPlan
-    from .pruning import analyze, heal_model, prune_model
+    from .pruning import analyze, prune_model
     from .record import PrunedConfig
     from .sparsify import sparsify_model
     from .surgery import apply_plan, remove_blocks
+    from .wanda_config import WandaConfig
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "DistillConfig": "config",
+    "DistillConfig": "distill_config",
     "MPruneCallback": "callbacks",
     "MPruneConfig": "config",
     "PrunedConfig": "record",
     "PruningPlan": "plan",
     "Stack": "architectures",
     "WandaCallback": "callbacks",
-    "WandaConfig": "config",
+    "WandaConfig": "wanda_config",
     "analyze": "pruning",
     "apply_plan": "surgery",
     "create_model_card": "card",
     "find_stacks": "architectures",
-    "heal_model": "pruning",
+    "heal_model": "healing",
     "load_pruned": "loading",
     "prune_model": "pruning",
     "push_to_hub": "hub",

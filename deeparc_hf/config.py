@@ -1,4 +1,4 @@
-"""What is asked for: the settings of a pruning and of a sparsification, validated, with help for each, JSON in and out."""
+"""The settings of similarity pruning."""
 
 from __future__ import annotations
 
@@ -6,46 +6,14 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+from .distill_config import DistillConfig
 from .errors import ConfigError, RegistryError
-from .settings import Settings, percent_hint, setting
+from .settings import Settings, percent_hint, setting, shown
 from .similarity import ROW_KINDS, SkippingMetric, metrics
-from .sparsity import methods
 
-__all__ = ["DistillConfig", "MPruneConfig", "WandaConfig"]
+__all__ = ["DEFAULT_THRESHOLD", "MPruneConfig"]
 
 DEFAULT_THRESHOLD = 0.98
-
-
-@dataclass(frozen=True)
-class DistillConfig(Settings):
-    """Settings of distillation: the unpruned model teaches while the pruned one is retrained.
-
-    Raises:
-        ConfigError: if a value makes no sense; the message says which values do.
-    """
-
-    alpha: float = setting(0.5, "Weight of the divergence from the teacher's outputs, in [0, 1]; the loss on the labels keeps 1 - alpha.")
-    temperature: float = setting(2.0, "Both outputs are softened by it before they are compared, above 0; 1 leaves them as they are.")
-    hidden: float = setting(
-        0.0, "Weight of the distance between the hidden states of both models where blocks were removed; 0 leaves it out."
-    )
-    dtype: str | None = setting(
-        None,
-        "Precision of the teacher; default: that of the model. A half precision halves its memory.",
-        choices=("float32", "bfloat16", "float16"),
-    )
-
-    def __post_init__(self) -> None:
-        self._check_types()
-        self._check_choices()
-        if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha must be in [0, 1], found {_short(self.alpha)}.{percent_hint(self.alpha)}")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature must be above 0, found {self.temperature:g}. 2 to 4 are usual.")
-        if self.hidden < 0:
-            raise ConfigError(f"hidden must be 0 or more, found {self.hidden:g}.")
-        if self.alpha == 0 and self.hidden == 0:
-            raise ConfigError("alpha and hidden are both 0, so the teacher would have no say. Raise one of them, or leave distill out.")
 
 
 @dataclass(frozen=True)
@@ -241,68 +209,4 @@ class MPruneConfig(Settings):
 
     def _check_threshold(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ConfigError(f"threshold must be in (0, 1], found {_short(self.threshold)}.{percent_hint(self.threshold)}")
-
-
-@dataclass(frozen=True)
-class WandaConfig(Settings):
-    """Settings of weight sparsity (Wanda: Sun et al. 2023, arXiv 2306.11695).
-
-    `start_epoch` and `keep_zeros` are of use to `WandaCallback` only.
-
-    Raises:
-        ConfigError: if a value makes no sense; the message says which values do.
-    """
-
-    sparsity: float = setting(0.5, "Share of the inputs of each output row that is zeroed, in [0, 1): int(inputs * sparsity) of them.")
-    pattern: str | None = setting(
-        None,
-        "N:M pattern: of each M consecutive inputs N stay; it stands for sparsity, which is one half then.",
-        choices=("2:4", "4:8"),
-        cli="N:M pattern: of each M consecutive inputs N stay, half of them; in the place of --sparsity.",
-    )
-    method: str = setting("wanda", "Sparsity method, by its registered name.")
-    sequential: bool = setting(
-        True, "Choose the zeros of each block on what the sparsified blocks before it put out; otherwise one pass of the dense model."
-    )
-    targets: tuple[str, ...] | None = setting(
-        None,
-        "Patterns (fnmatch) of module paths of the linear maps to sparsify, e.g. '*.attention.*'; default: all of every block.",
-        cli="Pattern (fnmatch) of module paths of the linear maps to sparsify, e.g. '*.attention.*'; default: all of every block.",
-    )
-    calibration_samples: int = setting(128, "Number of calibration samples to measure the inputs on.")
-    start_epoch: int = setting(0, "Epochs of training before the weights are zeroed; 0 zeroes them at once.", trainer=True)
-    keep_zeros: bool = setting(True, "Keep the zeros while training goes on, and check them at the end of every epoch.", trainer=True)
-    seed: int = setting(0, "Seed of the choice of calibration samples from a data set.")
-
-    def __post_init__(self) -> None:
-        if isinstance(self.targets, str):
-            object.__setattr__(self, "targets", (self.targets,))
-        self._to_tuples("targets")
-        self._check_types()
-        self._check_choices()
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"sparsity must be in [0, 1), found {_short(self.sparsity)}.{percent_hint(self.sparsity)}")
-        if self.pattern is not None and self.sparsity != 0.5:
-            raise ConfigError(f"The pattern {self.pattern} zeroes one half, found sparsity {self.sparsity:g} beside it. Give one of them.")
-        if self.targets is not None and not self.targets:
-            raise ConfigError("targets is an empty list, so nothing would be zeroed. Leave it out for all linear maps.")
-        for name, least in (("calibration_samples", 1), ("start_epoch", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, found {getattr(self, name)}.")
-        try:
-            methods.get(self.method)
-        except RegistryError as error:
-            raise ConfigError(f"method: {error}") from None
-
-    @property
-    def group(self) -> tuple[int, int] | None:
-        """N and M of the pattern."""
-        if self.pattern is None:
-            return None
-        keep, _, size = self.pattern.partition(":")
-        return int(keep), int(size)
-
-
-def _short(value: float) -> str:
-    return f"{value:g}" if abs(value) < 1e300 else "a huge number"
+            raise ConfigError(f"threshold must be in (0, 1], found {shown(self.threshold)}.{percent_hint(self.threshold)}")

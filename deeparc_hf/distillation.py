@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from .architectures import describe
 from .axes import Axes, find_axes
 from .batches import without_labels
-from .config import DistillConfig
+from .distill_config import DistillConfig
 from .errors import ConfigError, SurgeryError
 from .heads import divergence
 from .hooks import LocalHook

@@ -20,18 +20,20 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .architectures import Host, Stack
+from .architectures import Host, Stack, describe
 from .bars import sample_bar
 from .batches import batch_size, cut
 from .endings import Ending, find_ending
-from .errors import CalibrationError
+from .errors import CalibrationError, SurgeryError
+from .fingerprint import mark_of_model
 from .observe import calibration_inputs, with_axes
 from .passes import evaluating, forward, skipped
+from .record import PrunedConfig, current_record
 from .site_fit import SiteFit
 from .sites import Healing, sites_of
 from .undo import Transaction
 
-__all__ = ["apply_healing", "fit_sites"]
+__all__ = ["apply_healing", "fit_sites", "heal_model", "note_healing"]
 
 
 def fit_sites(
@@ -220,3 +222,63 @@ def _restore(state: Sequence[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for tensor, old in state:
             tensor.copy_(old)
+
+
+def heal_model(
+    model: nn.Module, original: nn.Module, dataloader: Iterable[Any], *, samples: int = 512, progress: bool = True
+) -> list[Healing]:
+    """Heal a model right after blocks were removed from it: refit the kept block before each removal site, in closed form, in place.
+
+    Args:
+        model: the pruned model, not trained since the removal.
+        original: the model that it was pruned from.
+        dataloader: calibration batches. Use training data, never the data you evaluate on.
+        samples: the most samples to use; each fifth is held out, to choose the ridge's strength and to see whether a site gains.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The outcome at each site; a site that does not gain is left as it is, with the reason.
+
+    Raises:
+        SurgeryError: if nothing was removed, or the kept blocks' weights are not those of the original.
+    """
+    host, _, stacks = describe(original)
+    record, own = PrunedConfig.from_model(model), describe(model)[2]
+    before = current_record(host, stacks).kept
+    removed: dict[str, list[int]] = {}
+    places: dict[str, list[int]] = {}
+    for name, stack in stacks.items():
+        originals = before.get(name, tuple(range(len(stack))))
+        kept = record.kept.get(name, originals)
+        if name not in own or not set(kept) <= set(originals):
+            raise SurgeryError(f"The two models do not belong together: {name!r} of the pruned one does not come from the original.")
+        places[name] = [originals.index(block) for block in kept]
+        removed[name] = [index for index in range(len(stack)) if index not in places[name]]
+    if not any(removed.values()):
+        raise SurgeryError(
+            "No block was removed from the model, so there is nothing to heal. Give the pruned model first, then the original."
+        )
+    for name, indices in places.items():
+        for block, index in zip(own[name].blocks, indices, strict=True):
+            ours, theirs = block.state_dict(), stacks[name].blocks[index].state_dict()
+            odd = [key for key in ours if key not in theirs or not torch.equal(ours[key].to(theirs[key]), theirs[key])]
+            if odd:
+                raise SurgeryError(
+                    f"{odd[0]} of block {index} of {name} is not the same in both models: the pruned one was trained after the removal, "
+                    "and its sites are fitted on the original's activations. Heal right after the removal (heal='lstsq' of prune_model)."
+                )
+    healings = fit_sites(host, stacks, removed, dataloader, samples, progress=progress)
+    with Transaction() as undo:
+        for healing in healings:
+            apply_healing(healing, own[healing.site.stack].blocks[places[healing.site.stack].index(healing.site.kept)], undo)
+        note_healing(model, healings)
+    return healings
+
+
+def note_healing(model: nn.Module, healings: Sequence[Healing]) -> PrunedConfig:
+    """Have the model's record say what was healed, in the entry of the last pruning."""
+    host = describe(model)[0]
+    record = host.record()
+    record["iterations"][-1]["healing"] = [healing.to_dict() for healing in healings]
+    host.set_record(PrunedConfig.from_dict(record).with_mark(mark_of_model(host.root)).to_dict())
+    return PrunedConfig.from_model(model)

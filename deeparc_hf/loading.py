@@ -18,11 +18,11 @@ from transformers.utils import cached_file
 
 from ._compat import checkpoint_key_namer
 from .architectures import Stack, describe
+from .architectures.base import shrunk_settings
 from .architectures.generation import follow_generation
 from .architectures.hosts import RECORD_KEY, Host, TransformersHost, copy_attention
 from .architectures.skeleton import compare
 from .errors import RecordError, UnsupportedModelError
-from .rebuild import shrunk_settings
 from .record import PrunedConfig, base_reference, current_record
 from .record_sparsity import renumber_matrices
 from .undo import Transaction

@@ -15,6 +15,7 @@ from typing import Any
 from .clustering import StackFacts, cluster_blocks, freezing_set, reach_target, removable
 from .config import MPruneConfig
 from .errors import CalibrationWarning, ConfigError, PlanError
+from .heatmap import plot_plan
 from .plain_text import plain, quoted
 from .plan_checks import items, number, stack_name, whole_number
 from .tables import html_table, text_table
@@ -185,8 +186,6 @@ class PruningPlan:
             ConfigError: if there is no such stack, or one place for several.
             MissingDependencyError: if matplotlib is not installed.
         """
-        from .heatmap import plot_plan
-
         return plot_plan(self, stack, ax)
 
     def _summary(self) -> str:

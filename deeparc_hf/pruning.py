@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,19 +15,18 @@ from .bars import doing, samples_in
 from .config import MPruneConfig
 from .errors import CalibrationError, CalibrationWarning, SurgeryError
 from .expressible import inexpressible
-from .fingerprint import mark_of_model
-from .healing import apply_healing, fit_sites
+from .healing import apply_healing, fit_sites, note_healing
 from .observe import StackObserver, observe
 from .passes import require_weights
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
-from .record import PrunedConfig, check_record, current_record
+from .record import PrunedConfig, check_record
 from .similarity import SkippingMetric, metrics
 from .sites import Healing
 from .skipping import StackSkipper, skip_blocks
 from .surgery import apply_plan
 from .undo import Transaction
 
-__all__ = ["analyze", "apply_healed", "check_settings", "compare_blocks", "heal_model", "prune_model"]
+__all__ = ["analyze", "apply_healed", "check_settings", "compare_blocks", "prune_model"]
 
 _REMOVING = "Removing blocks and verifying the result"
 
@@ -212,66 +211,6 @@ def apply_healed(
             apply_healing(healing, blocks[healing.site], undo)
         done("healed")
         return note_healing(model, healings), healings
-
-
-def heal_model(
-    model: nn.Module, original: nn.Module, dataloader: Iterable[Any], *, samples: int = 512, progress: bool = True
-) -> list[Healing]:
-    """Heal a model right after blocks were removed from it: refit the kept block before each removal site, in closed form, in place.
-
-    Args:
-        model: the pruned model, not trained since the removal.
-        original: the model that it was pruned from.
-        dataloader: calibration batches. Use training data, never the data you evaluate on.
-        samples: the most samples to use; each fifth is held out, to choose the ridge's strength and to see whether a site gains.
-        progress: show a progress bar on a terminal.
-
-    Returns:
-        The outcome at each site; a site that does not gain is left as it is, with the reason.
-
-    Raises:
-        SurgeryError: if nothing was removed, or the kept blocks' weights are not those of the original.
-    """
-    host, _, stacks = describe(original)
-    record, own = PrunedConfig.from_model(model), describe(model)[2]
-    before = current_record(host, stacks).kept
-    removed: dict[str, list[int]] = {}
-    places: dict[str, list[int]] = {}
-    for name, stack in stacks.items():
-        originals = before.get(name, tuple(range(len(stack))))
-        kept = record.kept.get(name, originals)
-        if name not in own or not set(kept) <= set(originals):
-            raise SurgeryError(f"The two models do not belong together: {name!r} of the pruned one does not come from the original.")
-        places[name] = [originals.index(block) for block in kept]
-        removed[name] = [index for index in range(len(stack)) if index not in places[name]]
-    if not any(removed.values()):
-        raise SurgeryError(
-            "No block was removed from the model, so there is nothing to heal. Give the pruned model first, then the original."
-        )
-    for name, indices in places.items():
-        for block, index in zip(own[name].blocks, indices, strict=True):
-            ours, theirs = block.state_dict(), stacks[name].blocks[index].state_dict()
-            odd = [key for key in ours if key not in theirs or not torch.equal(ours[key].to(theirs[key]), theirs[key])]
-            if odd:
-                raise SurgeryError(
-                    f"{odd[0]} of block {index} of {name} is not the same in both models: the pruned one was trained after the removal, "
-                    "and its sites are fitted on the original's activations. Heal right after the removal (heal='lstsq' of prune_model)."
-                )
-    healings = fit_sites(host, stacks, removed, dataloader, samples, progress=progress)
-    with Transaction() as undo:
-        for healing in healings:
-            apply_healing(healing, own[healing.site.stack].blocks[places[healing.site.stack].index(healing.site.kept)], undo)
-        note_healing(model, healings)
-    return healings
-
-
-def note_healing(model: nn.Module, healings: Sequence[Healing]) -> PrunedConfig:
-    """Have the model's record say what was healed, in the entry of the last pruning."""
-    host = describe(model)[0]
-    record = host.record()
-    record["iterations"][-1]["healing"] = [healing.to_dict() for healing in healings]
-    host.set_record(PrunedConfig.from_dict(record).with_mark(mark_of_model(host.root)).to_dict())
-    return PrunedConfig.from_model(model)
 
 
 class _NotingFirst:

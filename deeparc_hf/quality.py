@@ -18,7 +18,7 @@ from .batches import batch_size
 from .errors import CalibrationError, DeepArcError
 from .observe import calibration_inputs
 from .passes import evaluating
-from .report import wilson_interval
+from .statistics import wilson_interval
 
 __all__ = ["measure_quality"]
 

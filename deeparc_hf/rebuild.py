@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .architectures import Family, Host, Stack
+from .architectures.base import shrunk_settings
 from .architectures.entries import stale
 from .architectures.hosts import RECORD_KEY
 from .architectures.skeleton import compare, state_shapes
@@ -20,19 +21,9 @@ from .record import PrunedConfig
 from .undo import Transaction
 from .verify import Expectation
 
-__all__ = ["Builds", "install_configs", "require_told", "shrunk_settings", "skeletons", "tell_unproven"]
+__all__ = ["Builds", "install_configs", "require_told", "skeletons", "tell_unproven"]
 
 _MAY = {"values": "has as many values as there are blocks", "indices": "lists numbers of blocks", "keys": "has numbers of blocks for keys"}
-
-
-def shrunk_settings(
-    host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's settings, and those of the model with only the kept blocks."""
-    before = host.settings()
-    after = copy.deepcopy(before)
-    family.shrink(after, list(stacks.values()), kept)
-    return before, after
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import nn
 
 from .architectures import Host, Stack, describe
 from .architectures.hosts import RECORD_KEY
+from .environment import package_versions
 from .errors import DeepArcWarning, RecordError
 from .hub_errors import hub_help
 from .plain_text import is_plain, listed, plain, quoted
@@ -330,17 +329,6 @@ def _structure(record: PrunedConfig | None) -> dict[str, Any] | None:
     if record is None or not (record.stacks or record.iterations):
         return None
     return dataclasses.replace(record, sparsity=None, versions={}).to_dict()
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that a pruning depends on, and of Python."""
-    versions = {"python": platform.python_version()}
-    for name in ("deeparc_hf", "transformers", "torch", "accelerate", "timm"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,25 +16,23 @@ from typing import Any
 
 import torch
 
+from .environment import hardware, package_versions
 from .errors import ConfigError
 from .plan import PruningPlan, StackPlan
-from .record import package_versions
 from .settings import percent_hint
 from .sites import Healing, healing_text
+from .statistics import wilson_interval
 
 __all__ = [
     "Measurement",
     "Timing",
     "blocks_strip",
-    "hardware",
     "iteration_table",
     "timed_evaluation",
-    "wilson_interval",
     "write_report",
 ]
 
 FORMAT_VERSION = 1
-CONFIDENCE = 0.95
 _COLUMNS = {
     "blocks": "blocks",
     "parameters": "parameters",
@@ -51,34 +46,6 @@ _COLUMNS = {
     "k": "k",
 }
 _MARKS = {"#": "kept", ".": "removed", "*": "kept and frozen", "p": "must stay (pinned or protected)", "P": "must stay, and is frozen"}
-
-
-def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The score interval of a proportion (E. B. Wilson, Probable inference, the law of succession, and statistical inference, 1927).
-
-    Unlike the textbook interval it stays within [0, 1] and is right near 0 and 1 and for small n.
-
-    Args:
-        correct: number of samples that were right.
-        n: number of samples.
-        confidence: in (0, 1).
-
-    Returns:
-        Lower and upper bound of the share that is right.
-
-    Raises:
-        ConfigError: if the numbers cannot be a share.
-    """
-    if n < 1 or not 0 <= correct <= n:
-        raise ConfigError(f"An interval needs 0 <= correct <= n and n >= 1, found correct={correct}, n={n}.")
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence must be between 0 and 1, found {confidence}.{percent_hint(confidence)}")
-    z = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    share, weight = correct / n, z * z / n
-    center = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
-    # at the ends the bound is 0 or 1 exactly; rounding must not say otherwise
-    return (0.0 if correct == 0 else center - half), (1.0 if correct == n else center + half)
 
 
 @dataclass(frozen=True)
@@ -191,20 +158,6 @@ def blocks_strip(plan: PruningPlan) -> str:
         lines.append(f"{name.ljust(width)}  {groups}  {len(stack.kept)} of {len(stack)} stay")
     legend = ", ".join(f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in used)
     return "\n".join([*lines, legend])
-
-
-def hardware(device: torch.device | str | None = None) -> dict[str, Any]:
-    """The hardware that figures depend on.
-
-    Args:
-        device: where the model ran; None: the accelerator if there is one, else the CPU.
-    """
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device = torch.device(device)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() if device.type == "cpu" else device.type
-    return {"device": device.type, "device_name": name, "cpu_count": usable, "torch_threads": torch.get_num_threads()}
 
 
 def write_report(

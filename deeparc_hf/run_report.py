@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +11,19 @@ from torch import nn
 
 from .architectures import describe
 from .config import MPruneConfig
-from .record import package_versions
-from .report import hardware
-from .schedule import Progress
+from .environment import hardware, package_versions
+from .files import finite, write_whole
 from .sites import healing_text
 
 __all__ = [
     "RUN_REPORT",
     "STAGES",
     "STAGES_TEXT",
-    "finite",
     "quality_text",
     "run_table",
     "stages_table",
     "structure_facts",
     "write_run_report",
-    "write_whole",
 ]
 
 RUN_REPORT = "pruning_report"
@@ -114,7 +109,7 @@ def _with_interval(found: Mapping[str, Any] | None) -> str:
 def write_run_report(
     folder: Path,
     config: MPruneConfig,
-    progress: Progress,
+    progress: Mapping[str, Any],
     metric: str | None,
     zeroed_at: int | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -122,17 +117,18 @@ def write_run_report(
     """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all.
 
     Args:
+        progress: where the training stands: baseline, phase, reason, accepted, and its attempts.
         facts: settings and data of the training, the figures of its end, and the evaluations after it.
     """
     data = {
         "format_version": FORMAT_VERSION,
         "config": config.to_dict(),
         "metric": metric,
-        "baseline": progress.baseline,
-        "phase": progress.phase,
-        "reason": progress.reason,
-        "accepted": progress.accepted,
-        "attempts": progress.attempts,
+        "baseline": progress["baseline"],
+        "phase": progress["phase"],
+        "reason": progress["reason"],
+        "accepted": progress["accepted"],
+        "attempts": progress["attempts"],
         "zeroed_at": zeroed_at,
         "versions": package_versions(),
         **(facts or {"training": {}, "data": {}, "final": [], "weights": None, "end": None, "hardware": hardware()}),
@@ -184,19 +180,3 @@ def _markdown(data: Mapping[str, Any]) -> str:
     facts = {**{key.replace("_", " "): value for key, value in data["training"].items()}, **data["hardware"], **data["versions"]}
     parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
     return "\n\n".join(parts) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null stands for them."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file: it is there whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, "utf-8")
-    draft.replace(path)

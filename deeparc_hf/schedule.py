@@ -14,12 +14,10 @@ from typing import Any
 
 from .config import MPruneConfig
 from .errors import ConfigError, RecordError
+from .phases import BEFORE, FINISHED, RETRAINING
 from .saved import Saved
 
 __all__ = [
-    "BEFORE",
-    "FINISHED",
-    "RETRAINING",
     "Progress",
     "Verdict",
     "check_epochs",
@@ -32,7 +30,6 @@ __all__ = [
 
 _FOLDERS, _NAME = ("snapshot", "teacher"), re.compile(r"[\w-]+")
 _FIXED = ("start_epoch", "k", "metric", "greater_is_better", "baseline")
-BEFORE, RETRAINING, FINISHED = "before the first pruning", "retraining", "finished"
 
 
 @dataclass

@@ -17,7 +17,7 @@ from typing import Any, Self
 from .errors import ConfigError, DeepArcWarning
 from .plain_text import listed, quoted
 
-__all__ = ["Settings", "percent_hint", "setting"]
+__all__ = ["Settings", "percent_hint", "setting", "shown"]
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
@@ -120,6 +120,11 @@ class Settings:
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 words = f"{', '.join(map(repr, choices))}{(more or {}).get(spec.name, '')}"
                 raise ConfigError(f"{spec.name} must be one of {words}, found {quoted(value)}.{hint}")
+
+
+def shown(value: float) -> str:
+    """A number in a message, short whatever it is."""
+    return f"{value:g}" if abs(value) < 1e300 else "a huge number"
 
 
 def percent_hint(value: float) -> str:

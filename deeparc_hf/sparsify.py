@@ -16,16 +16,17 @@ from .axes import Axes
 from .bars import bar, sample_bar
 from .batches import batch_size
 from .block_by_block import block_by_block
-from .config import WandaConfig
+from .environment import package_versions
 from .errors import CalibrationError, ConfigError, RecordError, UnsupportedModelError
 from .input_norms import InputNorms, finished_norms, warn_unmasked
 from .matrices import Matrix, find_matrices, matrices_named
 from .observe import calibration_inputs, with_axes
 from .passes import evaluating, forward, require_weights
-from .record import PrunedConfig, current_record, package_versions
+from .record import PrunedConfig, current_record
 from .sparsity import SparsityMethod, choose_lowest, choose_pattern, methods, zero_chosen
 from .sparsity_report import MatrixSparsity, SparsityReport
 from .undo import Transaction
+from .wanda_config import WandaConfig
 
 __all__ = ["matrices_for", "recorded_mask", "recorded_matrices", "sparsify", "sparsify_model"]
 

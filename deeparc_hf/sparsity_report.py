@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import WandaConfig
 from .matrices import Matrix
 from .plain_text import plain, quoted
 from .tables import html_table
+from .wanda_config import WandaConfig
 
 __all__ = ["MatrixSparsity", "SparsityReport", "sparsity_table"]
 

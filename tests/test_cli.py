@@ -14,9 +14,10 @@ from PIL import Image
 
 from deeparc_hf import PrunedConfig, PruningPlan, find_stacks
 from deeparc_hf.cli import _parser, main
-from deeparc_hf.config import MPruneConfig, WandaConfig
+from deeparc_hf.config import MPruneConfig
 from deeparc_hf.sites import healing_text
 from deeparc_hf.sources import find_source, skeleton
+from deeparc_hf.wanda_config import WandaConfig
 
 from . import cli_tools
 from .cli_tools import error_of, run

@@ -24,23 +24,7 @@ from deeparc_hf.callbacks.untouched import untouched
 from deeparc_hf.config import MPruneConfig
 from deeparc_hf.errors import CalibrationError
 
-from .stateful import (
-    COLLATORS,
-    DATA,
-    DRAWS,
-    LOADERS,
-    ONCE,
-    ROWS,
-    SHIFTS,
-    SIZE,
-    Listed,
-    Mapped,
-    all_kinds,
-    reset,
-    rows,
-    table,
-    taking_apart,
-)
+from .stateful import COLLATORS, DATA, DRAWS, LOADERS, ONCE, ROWS, SHIFTS, SIZE, Listed, Mapped, all_kinds, reset, rows, table, taking_apart
 from .trainers import arguments, pruning
 from .zoo import VOCAB, as_trained
 

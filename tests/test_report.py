@@ -12,18 +12,12 @@ import pytest
 from PIL import Image
 
 from deeparc_hf.config import MPruneConfig
+from deeparc_hf.environment import hardware
 from deeparc_hf.errors import ConfigError, MissingDependencyError
 from deeparc_hf.heatmap import save_heatmap
 from deeparc_hf.plan import PruningPlan, StackFacts, make_plan
-from deeparc_hf.report import (
-    Measurement,
-    blocks_strip,
-    hardware,
-    iteration_table,
-    timed_evaluation,
-    wilson_interval,
-    write_report,
-)
+from deeparc_hf.report import Measurement, blocks_strip, iteration_table, timed_evaluation, write_report
+from deeparc_hf.statistics import wilson_interval
 
 Z95 = 1.959963984540054
 

@@ -12,8 +12,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from deeparc_hf import MPruneConfig, remove_blocks
 from deeparc_hf.callbacks.trackers import Trackers
+from deeparc_hf.phases import FINISHED
 from deeparc_hf.run_report import RUN_REPORT, run_table, structure_facts, write_run_report
-from deeparc_hf.schedule import FINISHED, Progress
+from deeparc_hf.schedule import Progress
 
 from .zoo import ZOO
 
@@ -100,7 +101,7 @@ def test_fractional_epochs_and_zero_values_are_shown():
 
 
 def progress(attempts, **fields):
-    return Progress(k=1, phase=FINISHED, attempts=attempts, **fields)
+    return Progress(k=1, phase=FINISHED, attempts=attempts, **fields).to_dict()
 
 
 def written(folder, *args):

@@ -11,7 +11,8 @@ import pytest
 
 from deeparc_hf import MPruneConfig
 from deeparc_hf.errors import ConfigError, RecordError
-from deeparc_hf.schedule import BEFORE, FINISHED, RETRAINING, Progress, check_epochs, find_metric, judge, needed_epochs, refuse_changes
+from deeparc_hf.phases import BEFORE, FINISHED, RETRAINING
+from deeparc_hf.schedule import Progress, check_epochs, find_metric, judge, needed_epochs, refuse_changes
 
 GATE = {"max_drop": 0.1}
 PER_EPOCH = 8

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from deeparc_hf import PrunedConfig, WandaCallback, heal_model, remove_blocks
 from deeparc_hf.callbacks.stages import EVALUATION, TRAINING, Stages
 from deeparc_hf.quality import measure_quality
-from deeparc_hf.report import wilson_interval
+from deeparc_hf.statistics import wilson_interval
 
 from .test_neighbours import Planted
 from .trainers import arguments, pruning, text_data, train

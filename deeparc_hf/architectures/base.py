@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from ..registry import Registry
 from ..tables import html_table, spans
 from .hosts import Host
 
-__all__ = ["BlockEntry", "CountKey", "Family", "Stack", "families", "register", "set_count", "signature_pins"]
+__all__ = ["BlockEntry", "CountKey", "Family", "Stack", "families", "register", "set_count", "shrunk_settings", "signature_pins"]
 
 
 @dataclass(frozen=True)
@@ -184,3 +185,13 @@ def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
 
 def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def shrunk_settings(
+    host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's settings, and those of the model with only the kept blocks."""
+    before = host.settings()
+    after = copy.deepcopy(before)
+    family.shrink(after, list(stacks.values()), kept)
+    return before, after

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,17 +20,26 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, Train
 from transformers.utils import find_labels
 
 from ..bars import samples_in
-from ..config import MPruneConfig, WandaConfig
 from ..distributed import process_count, process_index
 from ..errors import CalibrationError
 from .copies import apart
 from .untouched import ReadOnceError, untouched
 
-__all__ = ["Calibration", "calibration_of", "kept_columns"]
+__all__ = ["Calibration", "Sampling", "calibration_of", "kept_columns"]
 
 # dimensions of what a model reads, in a batch; a row has one less
 _DIMENSIONS = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4, "input_features": 3, "input_values": 2}
 _LABELS = ("labels", "label", "label_ids")
+
+
+class Sampling(Protocol):
+    """What a config says of calibration: how many samples, and the seed of their choice."""
+
+    @property
+    def calibration_samples(self) -> int: ...
+
+    @property
+    def seed(self) -> int: ...
 
 
 class Calibration:
@@ -59,7 +68,7 @@ class Calibration:
         given: Dataset | Iterable[Any] | None,
         loader: DataLoader | Iterable[Any] | None,
         batch_size: int,
-        config: MPruneConfig | WandaConfig,
+        config: Sampling,
         skip: int = 0,
         *,
         model: nn.Module | None = None,
@@ -243,7 +252,7 @@ class Calibration:
 
 def calibration_of(
     given: Dataset | Iterable[Any] | None,
-    config: MPruneConfig | WandaConfig,
+    config: Sampling,
     args: TrainingArguments,
     state: TrainerState,
     event: Mapping[str, Any],

@@ -17,10 +17,11 @@ from ..architectures import describe
 from ..config import MPruneConfig
 from ..errors import ConfigError, DeepArcWarning, PlanError
 from ..fingerprint import mark_of_model
+from ..phases import FINISHED, RETRAINING
 from ..plan import PruningPlan
 from ..record import PrunedConfig
 from ..run_report import RUN_REPORT, quality_text, structure_facts, write_run_report
-from ..schedule import FINISHED, RETRAINING, Progress
+from ..schedule import Progress
 from .companions import companions_on
 from .ending import advice, end_facts, end_lines
 from .run_facts import RunFacts, lasting
@@ -173,7 +174,7 @@ class Journal:
             metric = self._metric if self._config.gated or self._config.metric else None
             weights = mark_of_model(self._model) if self._progress.phase == FINISHED else None
             facts = {**self.facts.to_dict(), "weights": weights, "end": self._end}
-            write_run_report(folder, self._config, self._progress, metric, zeroed if zeroed >= 0 else None, facts)
+            write_run_report(folder, self._config, self._progress.to_dict(), metric, zeroed if zeroed >= 0 else None, facts)
 
     def write_plan(self, plan: PruningPlan | None) -> None:
         """Write the plan that is carried out; None: it was taken back, and none is left."""

@@ -14,9 +14,10 @@ from .._compat import calling_trainer
 from ..config import MPruneConfig
 from ..errors import ConfigError, DeepArcWarning, SurgeryError
 from ..following import guard, guard_successors, record_of, thaw_noted
+from ..phases import FINISHED, RETRAINING
 from ..plan import PruningPlan
 from ..record import PrunedConfig, check_record, same_structure
-from ..schedule import FINISHED, RETRAINING, Progress, needed_epochs
+from ..schedule import Progress, needed_epochs
 from .calibration import calibration_of
 from .carding import tell_to_keep_card, write_card
 from .companions import companions_on, meet_companions

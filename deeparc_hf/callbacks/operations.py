@@ -17,10 +17,11 @@ from ..distributed import agree, follow_in_wrapper, gather
 from ..errors import ConfigError, PlanError, SurgeryError
 from ..following import Structure, let_frozen_statistics_go, note_frozen, record_of, settle, thaw_noted
 from ..passes import evaluating
+from ..phases import FINISHED, RETRAINING
 from ..plan import PruningPlan, warn_if_drastic
 from ..pruning import apply_healed, check_settings, compare_blocks
 from ..record import PrunedConfig
-from ..schedule import FINISHED, RETRAINING, Progress
+from ..schedule import Progress
 from ..sites import Healing
 from ..snapshots import drop_unused, free_name, read_plans, restore_weights, save_snapshot, set_groups
 from ..undo import Transaction

@@ -11,19 +11,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..config import MPruneConfig
 from ..distributed import agree
+from ..phases import BEFORE, FINISHED, RETRAINING
 from ..plan import PruningPlan, first_threshold
-from ..schedule import (
-    BEFORE,
-    FINISHED,
-    RETRAINING,
-    Progress,
-    Verdict,
-    check_epochs,
-    find_metric,
-    judge,
-    needed_epochs,
-    refuse_changes,
-)
+from ..schedule import Progress, Verdict, check_epochs, find_metric, judge, needed_epochs, refuse_changes
 from .calibration import Calibration
 from .companions import companions_on
 from .gate import check_gate, direction_is_doubtful, forget_best, metric_of, pruned_untrained, steps_per_epoch

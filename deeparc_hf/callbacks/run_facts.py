@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
+from ..environment import hardware
 from ..fingerprint import mark_of_model
 from ..provenance import TIMES, VALIDATION, dataset_facts, same_data, training_facts
-from ..report import hardware
 
 __all__ = ["RunFacts", "figures_of", "lasting"]
 

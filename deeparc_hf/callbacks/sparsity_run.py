@@ -16,14 +16,15 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..architectures import describe
 from ..bars import shows_bars
-from ..config import WandaConfig
 from ..distributed import gather
+from ..environment import package_versions
 from ..errors import ConfigError, DeepArcWarning, RecordError, SparsityError
+from ..files import finite, write_whole
 from ..fingerprint import mark_of_model
-from ..record import PrunedConfig, current_record, package_versions
-from ..run_report import finite, write_whole
+from ..record import PrunedConfig, current_record
 from ..sparsify import recorded_mask, recorded_matrices, sparsify
 from ..sparsity_report import SparsityReport
+from ..wanda_config import WandaConfig
 from ..zeros import Zeros
 from .calibration import Calibration
 from .companions import meet_companions

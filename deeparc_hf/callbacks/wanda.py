@@ -11,12 +11,12 @@ from transformers.trainer_callback import ExportableState
 
 from ..architectures import describe
 from ..architectures.hosts import is_adapted
-from ..config import WandaConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..record import check_record
 from ..sparsify import matrices_for
 from ..sparsity import methods
 from ..sparsity_report import SparsityReport
+from ..wanda_config import WandaConfig
 from .calibration import calibration_of
 from .carding import tell_to_keep_card, write_card
 from .sharded import is_sharded

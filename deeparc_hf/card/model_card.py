@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from ..errors import ConfigError, DeepArcWarning, MissingDependencyError
+from ..files import write_whole
 from ..heatmap import save_heatmap
-from ..run_report import write_whole
 from . import blocks, sections, tables
 from .facts import CardFacts, facts_of_folder, facts_of_model, with_reports
 from .lookup import licences

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..fingerprint import SIZES
-from ..schedule import FINISHED
+from ..phases import FINISHED
 from .facts import CardFacts
 from .metadata import Given
 from .reading import Evaluation, bare

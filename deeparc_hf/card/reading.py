@@ -12,8 +12,8 @@ from typing import Any
 from ..errors import RecordError
 from ..plain_text import allowed, plain, quoted
 from ..provenance import TIMES, VALIDATION
-from ..report import wilson_interval
 from ..run_report import STAGES
+from ..statistics import wilson_interval
 from .text import md
 
 __all__ = ["Attempt", "Evaluation", "bare", "facts_in", "number", "read_json", "stages_in", "texts_in", "whole", "wrong_in"]

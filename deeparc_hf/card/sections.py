@@ -8,9 +8,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import MPruneConfig, WandaConfig
+from ..config import MPruneConfig
 from ..plan import PruningPlan
 from ..settings import Settings
+from ..wanda_config import WandaConfig
 from .facts import CardFacts
 from .metadata import Given
 from .reading import bare

@@ -15,9 +15,9 @@ from .options import common_options, data_options, given_settings, output_option
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..config import WandaConfig
     from ..sources import ModelSource
     from ..sparsity_report import SparsityReport
+    from ..wanda_config import WandaConfig
 
 __all__ = ["add"]
 
@@ -51,8 +51,8 @@ def add(commands: Any, argv: Sequence[str]) -> None:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    from ..config import WandaConfig
     from ..sparsity import methods
+    from ..wanda_config import WandaConfig
 
     no_data = [method.name for method in methods if not method.needs_inputs]
     data_options(parser, required=False, note=f"; not needed with --method {' or '.join(no_data)}" if no_data else "")
@@ -61,7 +61,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sparsify(args: argparse.Namespace) -> int:
-    from ..config import WandaConfig
+    from ..wanda_config import WandaConfig
 
     config = WandaConfig(**given_settings(args))
     _settle_data(args, config)
@@ -140,8 +140,7 @@ def _processor(source: ModelSource, frame: nn.Module) -> Any:
 
 def _write_report(folder: Path, report: SparsityReport, args: argparse.Namespace, device: Any) -> None:
     """The report, as JSON and as Markdown, with what it was made from and with."""
-    from ..record import package_versions
-    from ..report import hardware
+    from ..environment import hardware, package_versions
 
     names, machine, versions = public_names(args), hardware(device), package_versions()
     data = {"format_version": FORMAT_VERSION, **report.to_dict(), "versions": versions, "hardware": machine, "extra": names}

@@ -13,9 +13,10 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from ..card.vocabulary import check_language, check_license
-from ..config import MPruneConfig, WandaConfig
+from ..config import MPruneConfig
 from ..errors import ConfigError, MissingDependencyError
 from ..interrupts import work_begins
+from ..wanda_config import WandaConfig
 
 __all__ = ["DataArguments", "PruningArguments", "parse", "read_config"]
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..errors import ConfigError
-from ..run_report import write_whole
+from ..files import write_whole
 from .generation import TITLES, GenerationScores, bootstrap_intervals, generation_metrics, scores_table
 from .results import Measured, Row
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from ..card import CARD_FILE
 from ..card.facts import EVALUATIONS_FILE
+from ..environment import hardware, package_versions
+from ..files import finite, write_whole
 from ..fingerprint import mark_of_files
 from ..provenance import TIMES
-from ..record import package_versions
-from ..report import hardware, wilson_interval
-from ..run_report import finite, write_whole
+from ..statistics import wilson_interval
 
 __all__ = [
     "RESULTS",

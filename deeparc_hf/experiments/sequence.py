@@ -21,14 +21,16 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..bars import shows_bars
 from ..callbacks import MPruneCallback, WandaCallback
 from ..card import create_model_card
-from ..config import MPruneConfig, WandaConfig
+from ..config import MPruneConfig
 from ..errors import ConfigError
+from ..files import write_whole
 from ..following import Structure, record_of
 from ..hub import push_to_hub
 from ..provenance import TIMES, dataset_facts, training_facts
 from ..report import timed_evaluation
-from ..run_report import structure_facts, write_whole
+from ..run_report import structure_facts
 from ..sparsify import sparsify_model
+from ..wanda_config import WandaConfig
 from .arguments import DataArguments, PruningArguments
 from .at_once import calibration_batches, remove_at_once
 from .results import RESULTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..run_report import write_whole
+from ..files import write_whole
 from .results import RESULTS, read_rows
 from .sweep_file import Cell, SweepFile
 from .sweep_table import sweep_report

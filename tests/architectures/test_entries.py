@@ -17,8 +17,7 @@ from deeparc_hf import find_stacks, load_pruned, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import DeepArcWarning, SurgeryError, UnsupportedModelError
 from deeparc_hf.undo import Transaction
-
-from ..zoo import CAUSAL, SEQ2SEQ, TEXT, spread
+from tests.zoo import CAUSAL, SEQ2SEQ, TEXT, spread
 
 needs_gemma4 = pytest.mark.skipif(not hasattr(tf, "Gemma4TextConfig"), reason="this transformers has no settings by layer index")
 

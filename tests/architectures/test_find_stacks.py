@@ -15,8 +15,7 @@ from deeparc_hf import Stack, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe, families
 from deeparc_hf.architectures.base import signature_pins
 from deeparc_hf.architectures.refused import Refused
-
-from ..zoo import CAUSAL, IMAGE, T5, TEXT, VIT_STACK, ZOO, Specimen
+from tests.zoo import CAUSAL, IMAGE, T5, TEXT, VIT_STACK, ZOO, Specimen
 
 STAGE = "first block of the stage: changes shape"
 T5_LIKE = ("t5", "mt5", "longt5")

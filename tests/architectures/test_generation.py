@@ -15,8 +15,7 @@ from deeparc_hf.architectures import describe
 from deeparc_hf.architectures.generation import follow_generation
 from deeparc_hf.errors import DeepArcWarning, SurgeryError
 from deeparc_hf.undo import Transaction
-
-from ..zoo import WHISPER, ZOO, spread
+from tests.zoo import WHISPER, ZOO, spread
 
 DECODER, ENCODER = "model.decoder.layers", "model.encoder.layers"
 HEADS = [[0, 1], [1, 2], [2, 0], [2, 3], [4, 1]]

@@ -11,8 +11,7 @@ from torch import nn
 
 from deeparc_hf import remove_blocks
 from deeparc_hf.architectures import describe, find_host
-
-from ..zoo import IMAGE, SEQ2SEQ, TEXT, ZOO
+from tests.zoo import IMAGE, SEQ2SEQ, TEXT, ZOO
 
 PLAIN = {key: value for key, value in TEXT.items() if key != "vocab_size"}
 SPEECH = {**SEQ2SEQ, "conv_channels": 16, "input_feat_per_channel": 8, "max_source_positions": 64, "max_target_positions": 24}

@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deeparc_hf import Stack, analyze, find_stacks, prune_model, remove_blocks
 from deeparc_hf.similarity import metrics
-
-from ..zoo import ZOO, Specimen
+from tests.zoo import ZOO, Specimen
 
 # identities score 1 up to rounding; no other block of these models comes near (see zoo.spread)
 THRESHOLD = 0.9995

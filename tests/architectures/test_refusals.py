@@ -15,8 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deeparc_hf import find_stacks, remove_blocks
 from deeparc_hf.errors import SurgeryError, UnsupportedModelError
-
-from ..zoo import TEXT, ZOO
+from tests.zoo import TEXT, ZOO
 
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
 GPT2 = {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 120}

@@ -13,8 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deeparc_hf import find_stacks, remove_blocks
 from deeparc_hf.architectures.skeleton import compare
-
-from ..zoo import spread
+from tests.zoo import spread
 
 DETR = {
     "d_model": 32,

@@ -22,8 +22,7 @@ import torch
 from torch import nn
 
 from deeparc_hf import PruningPlan, analyze, find_stacks, heal_model, remove_blocks
-from deeparc_hf.record import package_versions
-from deeparc_hf.report import hardware
+from deeparc_hf.environment import hardware, package_versions
 
 from .healing_grid import Measured, Removal, Subject, image_subject, language_subject, shown
 

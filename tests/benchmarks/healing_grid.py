@@ -34,9 +34,9 @@ import transformers as tf
 from torch import nn
 
 from deeparc_hf import analyze, find_stacks, heal_model, remove_blocks
+from deeparc_hf.environment import hardware, package_versions
 from deeparc_hf.healing import Healing
-from deeparc_hf.record import package_versions
-from deeparc_hf.report import hardware, wilson_interval
+from deeparc_hf.statistics import wilson_interval
 
 from .images import model_input, read_images
 

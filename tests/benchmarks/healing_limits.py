@@ -35,8 +35,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from deeparc_hf import find_stacks
-from deeparc_hf.record import package_versions
-from deeparc_hf.report import hardware
+from deeparc_hf.environment import hardware, package_versions
 from deeparc_hf.ridge import RidgeSums, solve
 
 from .healing_grid import Removal, parsed

@@ -27,8 +27,8 @@ import transformers as tf
 from torch import nn
 
 from deeparc_hf import MPruneCallback, find_stacks, heal_model, remove_blocks
-from deeparc_hf.record import package_versions
-from deeparc_hf.report import hardware, wilson_interval
+from deeparc_hf.environment import hardware, package_versions
+from deeparc_hf.statistics import wilson_interval
 
 from .wanda_grid import paired, read
 

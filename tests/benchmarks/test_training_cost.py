@@ -22,8 +22,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from deeparc_hf import MPruneCallback, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.freezing import freeze_blocks
+from tests.zoo import as_trained
 
-from ..zoo import as_trained
 from .measuring import THREADS, interval
 
 BATCH_SIZE, LENGTH, WIDTH, SEED = 16, 64, 256, 0

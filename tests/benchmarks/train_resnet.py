@@ -21,8 +21,8 @@ import transformers as tf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deeparc_hf.record import package_versions
-from deeparc_hf.report import hardware, wilson_interval
+from deeparc_hf.environment import hardware, package_versions
+from deeparc_hf.statistics import wilson_interval
 
 from .images import model_input, read_images
 

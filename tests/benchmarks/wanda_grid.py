@@ -26,8 +26,8 @@ import transformers as tf
 from torch import nn
 
 from deeparc_hf import WandaConfig, sparsify_model
-from deeparc_hf.record import package_versions
-from deeparc_hf.report import hardware, wilson_interval
+from deeparc_hf.environment import hardware, package_versions
+from deeparc_hf.statistics import wilson_interval
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 WAYS = {"wanda": {"method": "wanda"}, "wanda, one pass": {"method": "wanda", "sequential": False}, "magnitude": {"method": "magnitude"}}

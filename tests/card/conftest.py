@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..publishing import trained
+from tests.publishing import trained
 
 
 @pytest.fixture(scope="module")

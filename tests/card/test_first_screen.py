@@ -10,8 +10,8 @@ import torch
 
 from deeparc_hf import PrunedConfig, create_model_card, prune_model, remove_blocks, save_pruned
 from deeparc_hf.errors import ConfigError
+from tests.zoo import ZOO
 
-from ..zoo import ZOO
 from .test_model_card import first_screen, section, tables_in
 
 STACK = "bert.encoder.layer"

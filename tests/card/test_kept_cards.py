@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 from deeparc_hf import create_model_card, save_pruned
 from deeparc_hf.card import made_by_us
 from deeparc_hf.fingerprint import mark_of_model
+from tests.hub.cards import judge
+from tests.zoo import ZOO
 
-from ..hub.cards import judge
-from ..zoo import ZOO
 from .test_model_card import check_harmless
 
 CARDS = Path(__file__).parents[2] / "model_cards"

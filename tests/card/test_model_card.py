@@ -20,10 +20,9 @@ from deeparc_hf.card.facts import facts_of_folder, facts_of_model
 from deeparc_hf.card.model_card import may_replace
 from deeparc_hf.card.usage import usage
 from deeparc_hf.errors import ConfigError, RecordError
-
-from ..hub.cards import judge
-from ..publishing import image_of, tiny_tokenizer, trained
-from ..zoo import ZOO
+from tests.hub.cards import judge
+from tests.publishing import image_of, tiny_tokenizer, trained
+from tests.zoo import ZOO
 
 RENDERER = MarkdownIt("commonmark").enable("table")
 OUR_HTML = re.compile(

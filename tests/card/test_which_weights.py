@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from deeparc_hf import MPruneCallback, WandaCallback, create_model_card, prune_model, save_pruned, sparsify_model
 from deeparc_hf.errors import RecordError
 from deeparc_hf.fingerprint import mark_of_files, mark_of_model
+from tests.publishing import trained
+from tests.trainers import text_data, train
+from tests.zoo import ZOO
 
-from ..publishing import trained
-from ..trainers import text_data, train
-from ..zoo import ZOO
 from .test_model_card import section, tables_in
 
 NONE = "No evaluation that was noted is of the model as it is."

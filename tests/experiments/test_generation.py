@@ -21,12 +21,7 @@ sacrebleu = pytest.importorskip("sacrebleu")
 pytest.importorskip("rouge_score")
 
 from deeparc_hf.errors import ConfigError, MissingDependencyError  # noqa: E402
-from deeparc_hf.experiments.generation import (  # noqa: E402
-    TITLES,
-    GenerationScores,
-    bootstrap_intervals,
-    generation_metrics,
-)
+from deeparc_hf.experiments.generation import TITLES, GenerationScores, bootstrap_intervals, generation_metrics  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PREDICTIONS = ["what is the the capital?", "who wrote this book?"]

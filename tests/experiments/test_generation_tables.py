@@ -10,13 +10,7 @@ pytest.importorskip("sacrebleu")
 pytest.importorskip("rouge_score")
 
 from deeparc_hf.errors import ConfigError
-from deeparc_hf.experiments.generation import (
-    TITLES,
-    GenerationScores,
-    bootstrap_intervals,
-    generation_metrics,
-    scores_table,
-)
+from deeparc_hf.experiments.generation import TITLES, GenerationScores, bootstrap_intervals, generation_metrics, scores_table
 from tests.experiments.test_generation import random_pairs
 
 

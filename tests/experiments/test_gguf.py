@@ -7,8 +7,7 @@ import transformers as tf
 
 from deeparc_hf import find_stacks
 from deeparc_hf.experiments.models import load_model
-
-from ..zoo import ZOO
+from tests.zoo import ZOO
 
 
 class FromGguf:

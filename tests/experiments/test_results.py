@@ -8,7 +8,7 @@ import math
 import pytest
 
 from deeparc_hf.experiments.results import Measured, Row, Speed, against_original, read_rows, results_table, whereabouts, write_results
-from deeparc_hf.report import wilson_interval
+from deeparc_hf.statistics import wilson_interval
 
 SHOWN = ["evaluation time (s)", "training time (s)", "freeze", "threshold", "K", "zeros (%)"]
 

@@ -17,9 +17,9 @@ from deeparc_hf.errors import ConfigError
 from deeparc_hf.experiments.generation import generation_metrics
 from deeparc_hf.experiments.questions import first_answers
 from deeparc_hf.experiments.results import read_rows
+from tests.publishing import tiny_tokenizer
+from tests.zoo import ZOO
 
-from ..publishing import tiny_tokenizer
-from ..zoo import ZOO
 from .running import recipe
 
 ROOT = Path(__file__).parents[2]
