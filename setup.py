@@ -20,13 +20,14 @@ LINT = ["ruff>=0.14", "import-linter>=2.3"]
 setup(
     name="deeparc_hf",
     version=VERSION,
-    description="Make trained models smaller inside ordinary training: layer-similarity pruning for the Hugging Face Trainer",
+    description="Make trained models smaller inside ordinary training: layer-similarity pruning for the Hugging Face "
+    "Trainer",
     long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["deeparc_hf", "deeparc_hf.*"]),
-    package_data={"deeparc_hf": ["py.typed", "card/templates/*.md"]},
+    package_data={"deeparc_hf": ["py.typed", "publish/templates/*.md"]},
     install_requires=[
         "accelerate>=1.12",
         "datasets>=4.7",

@@ -16,42 +16,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .architectures import Stack, find_stacks
-    from .callbacks import MPruneCallback, WandaCallback
-    from .card import create_model_card
-    from .config import MPruneConfig
-    from .distill_config import DistillConfig
-    from .healing import heal_model
-    from .hub import push_to_hub
-    from .loading import load_pruned, save_pruned
-    from .plan import PruningPlan
-    from .pruning import analyze, prune_model
-    from .record import PrunedConfig
-    from .sparsify import sparsify_model
-    from .surgery import apply_plan, remove_blocks
-    from .wanda_config import WandaConfig
+    from .checkpoint.loading import load_pruned, save_pruned
+    from .checkpoint.record import PrunedConfig
+    from .distillation.config import DistillConfig
+    from .healing.heal import heal_model
+    from .pruning.config import MPruneConfig
+    from .pruning.plan import PruningPlan
+    from .pruning.prune import analyze, prune_model
+    from .pruning.surgery import apply_plan, remove_blocks
+    from .publish import create_model_card
+    from .publish.push import push_to_hub
+    from .sparsity.config import WandaConfig
+    from .sparsity.sparsify import sparsify_model
+    from .trainer import MPruneCallback, WandaCallback
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "DistillConfig": "distill_config",
-    "MPruneCallback": "callbacks",
-    "MPruneConfig": "config",
-    "PrunedConfig": "record",
-    "PruningPlan": "plan",
+    "DistillConfig": "distillation.config",
+    "MPruneCallback": "trainer",
+    "MPruneConfig": "pruning.config",
+    "PrunedConfig": "checkpoint.record",
+    "PruningPlan": "pruning.plan",
     "Stack": "architectures",
-    "WandaCallback": "callbacks",
-    "WandaConfig": "wanda_config",
-    "analyze": "pruning",
-    "apply_plan": "surgery",
-    "create_model_card": "card",
+    "WandaCallback": "trainer",
+    "WandaConfig": "sparsity.config",
+    "analyze": "pruning.prune",
+    "apply_plan": "pruning.surgery",
+    "create_model_card": "publish",
     "find_stacks": "architectures",
-    "heal_model": "healing",
-    "load_pruned": "loading",
-    "prune_model": "pruning",
-    "push_to_hub": "hub",
-    "remove_blocks": "surgery",
-    "save_pruned": "loading",
-    "sparsify_model": "sparsify",
+    "heal_model": "healing.heal",
+    "load_pruned": "checkpoint.loading",
+    "prune_model": "pruning.prune",
+    "push_to_hub": "publish.push",
+    "remove_blocks": "pruning.surgery",
+    "save_pruned": "checkpoint.loading",
+    "sparsify_model": "sparsity.sparsify",
 }
 
 __all__ = [

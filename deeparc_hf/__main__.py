@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .interrupts import EXIT_CODE, exit_while_importing, work_begins
+from .core.interrupts import EXIT_CODE, exit_while_importing, work_begins
 
 __all__ = ["main"]
 

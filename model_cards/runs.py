@@ -29,7 +29,13 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 def settings(output: str, **more: Any) -> TrainingArguments:
     """Arguments of the training."""
-    shared = {"eval_strategy": "epoch", "save_strategy": "no", "seed": 0, "report_to": "none", "logging_strategy": "epoch"}
+    shared = {
+        "eval_strategy": "epoch",
+        "save_strategy": "no",
+        "seed": 0,
+        "report_to": "none",
+        "logging_strategy": "epoch",
+    }
     return TrainingArguments(output, **shared, per_device_eval_batch_size=64, **more)
 
 
@@ -53,7 +59,9 @@ def text_classification(args: argparse.Namespace) -> tuple[Trainer, Any, dict[st
         processing_class=tokenizer,
         compute_metrics=accuracy,
         callbacks=[
-            MPruneCallback(num_blocks=[5, 4], start_epoch=2, retrain_epochs=1, heal="lstsq", metric="accuracy", max_drop=0.02),
+            MPruneCallback(
+                num_blocks=[5, 4], start_epoch=2, retrain_epochs=1, heal="lstsq", metric="accuracy", max_drop=0.02
+            ),
             WandaCallback(sparsity=0.3, start_epoch=4),
         ],
     )

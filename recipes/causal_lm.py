@@ -2,21 +2,25 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes]"]
 # ///
-"""Causal language models: remove blocks of a Llama-like model in iterations, heal or retrain, zero weights, and measure perplexity.
+"""Causal language models: remove blocks of a Llama-like model in iterations, heal or retrain, zero weights, and measure
+perplexity.
 
     python recipes/causal_lm.py --config recipes/configs/smollm2_bbc.yaml
-    accelerate launch recipes/causal_lm.py --config recipes/configs/smollm2_bbc.yaml --similarity cosine --output_dir runs/cosine
+    accelerate launch recipes/causal_lm.py --config recipes/configs/smollm2_bbc.yaml --similarity cosine --output_dir
+    runs/cosine
 
-Every setting of the config file may be given on the command line, which wins. Criteria are compared by runs with --similarity cka
-(debiased), cosine (block influence) and effect. Any text data set or local .csv, .jsonl, .txt or .parquet file will do; each row (of a
-.txt file each line) is a document. Documents are joined with end tokens and cut into blocks. Nothing is trained, before or after the
-removal, with
+Every setting of the config file may be given on the command line, which wins. Criteria are compared by runs with
+--similarity cka (debiased), cosine (block influence) and effect. Any text data set or local .csv, .jsonl, .txt or
+.parquet file will do; each row (of a .txt file each line) is a document. Documents are joined with end tokens and cut
+into blocks. Nothing is trained, before or after the removal, with
 
-    python recipes/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 \
+    python recipes/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext --dataset_config
+    wikitext-2-raw-v1 \
         --finetune_epochs 0 --retrain_epochs 0 --num_blocks 27 --heal lstsq --output_dir runs/smollm2
 
-A GGUF file is given by --gguf_file NAME, beside the Hub id or folder that holds it. A folder with a config.json and a tokenizer but no
-weights is trained from scratch. A gate (--max_drop) is on the loss, whose exponential the perplexity is.
+A GGUF file is given by --gguf_file NAME, beside the Hub id or folder that holds it. A folder with a config.json and a
+tokenizer but no weights is trained from scratch. A gate (--max_drop) is on the loss, whose exponential the perplexity
+is.
 """
 
 from __future__ import annotations
@@ -31,7 +35,9 @@ class LanguageArguments:
 
     text_column: str = field(default="text", metadata={"help": "column of the texts"})
     block_size: int = field(default=512, metadata={"help": "tokens of a block"})
-    gguf_file: str | None = field(default=None, metadata={"help": "name of the model's GGUF file; its weights are turned into float32"})
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "name of the model's GGUF file; its weights are turned into float32"}
+    )
 
 
 def main(argv: list[str] | None = None) -> list[Any]:
@@ -39,16 +45,21 @@ def main(argv: list[str] | None = None) -> list[Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
     from deeparc_hf.errors import ConfigError
-    from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
-    from deeparc_hf.experiments.asked import asked_for
-    from deeparc_hf.experiments.models import load_model
-    from deeparc_hf.experiments.perplexity import PerplexityMeasure, block_losses, collate_blocks, token_blocks
-    from deeparc_hf.experiments.sequence import Experiment
-    from deeparc_hf.experiments.splits import load_splits
+    from experiment.arguments import DataArguments, PruningArguments, parse
+    from experiment.asked import asked_for
+    from experiment.models import load_model
+    from experiment.perplexity import PerplexityMeasure, block_losses, collate_blocks, token_blocks
+    from experiment.sequence import Experiment
+    from experiment.splits import load_splits
 
-    data, text, pruning, training = parse((DataArguments, LanguageArguments, PruningArguments, TrainingArguments), argv, __doc__)
+    data, text, pruning, training = parse(
+        (DataArguments, LanguageArguments, PruningArguments, TrainingArguments), argv, __doc__
+    )
     if pruning.metric not in (None, "loss", "eval_loss"):
-        raise ConfigError(f"The gate of this recipe is on the loss (a larger metric counts as better otherwise), found {pruning.metric!r}.")
+        raise ConfigError(
+            f"The gate of this recipe is on the loss (a larger metric counts as better otherwise), found "
+            f"{pruning.metric!r}."
+        )
     set_seed(training.seed)
     source = {"revision": data.model_revision, **({"gguf_file": text.gguf_file} if text.gguf_file else {})}
     tokenizer = AutoTokenizer.from_pretrained(data.model, **source)
@@ -56,7 +67,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     measure = PerplexityMeasure(splits.test)
 
     def load(name: str) -> Any:
-        model = load_model(AutoModelForCausalLM, name, whole=pruning.finetune_epochs == 0, **(source if name == data.model else {}))
+        model = load_model(
+            AutoModelForCausalLM, name, whole=pruning.finetune_epochs == 0, **(source if name == data.model else {})
+        )
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and text.block_size > longest:
             raise ConfigError(f"block_size is {text.block_size}, and the model takes {longest} tokens at most.")
@@ -76,13 +89,18 @@ def main(argv: list[str] | None = None) -> list[Any]:
         )
 
     asked = asked_for(__file__, argv, data, text, training, splits)
-    samples = f"A sample is a block of {text.block_size} tokens. Perplexity is exp(mean loss of a token); its interval is over the blocks."
+    samples = (
+        f"A sample is a block of {text.block_size} tokens. Perplexity is exp(mean loss of a token); its "
+        f"interval is over the blocks."
+    )
     notes = [*splits.notes, samples]
     # average_tokens: this loss follows the number of tokens of all processes
-    return Experiment(data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=notes, average_tokens=True).run()
+    return Experiment(
+        data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=notes, average_tokens=True
+    ).run()
 
 
 if __name__ == "__main__":
-    from deeparc_hf.experiments.command import run
+    from experiment.command import run
 
     run(main)

@@ -2,16 +2,19 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes]"]
 # ///
-"""Image classification: fine-tune a ResNet or another classifier, remove blocks in iterations, retrain, zero weights, and measure it all.
+"""Image classification: fine-tune a ResNet or another classifier, remove blocks in iterations, retrain, zero weights,
+and measure it all.
 
     python recipes/image_classification.py --config recipes/configs/resnet152_imagenet.yaml
     accelerate launch recipes/image_classification.py --config recipes/configs/resnet152_imagenet.yaml --threshold 0.98
 
-Every setting of the config file may be given on the command line, which wins. Any image classifier of transformers will do, and one of timm
-by its Hub id (timm/resnet50.a1_in1k), which loads through transformers' TimmWrapper. A folder with a config.json and no weights is trained
-from scratch. Data: any data set with a column of images and one of labels, a local file of these, or a folder of images by class.
+Every setting of the config file may be given on the command line, which wins. Any image classifier of transformers will
+do, and one of timm by its Hub id (timm/resnet50.a1_in1k), which loads through transformers' TimmWrapper. A folder with
+a config.json and no weights is trained from scratch. Data: any data set with a column of images and one of labels, a
+local file of these, or a folder of images by class.
 
-    python recipes/image_classification.py --model timm/resnet50.a1_in1k --dataset uoft-cs/cifar10 --image_column img --keep_ratio 0.8 \
+    python recipes/image_classification.py --model timm/resnet50.a1_in1k --dataset uoft-cs/cifar10 --image_column img
+    --keep_ratio 0.8 \
         --output_dir runs/cifar10
 """
 
@@ -28,29 +31,47 @@ class ImageArguments:
     image_column: str = field(default="image", metadata={"help": "column of the images, or of paths to image files"})
     label_column: str = field(default="label", metadata={"help": "column of the labels, numbers or names"})
     image_size: int | None = field(
-        default=None, metadata={"help": "scale images to this size and to [-1, 1]; default: the checkpoint's own image processor"}
+        default=None,
+        metadata={"help": "scale images to this size and to [-1, 1]; default: the checkpoint's own image processor"},
     )
     mirror: bool = field(default=True, metadata={"help": "mirror training images by chance"})
-    shift: float = field(default=0.125, metadata={"help": "shift training images by up to this share of their sides; 0: not"})
+    shift: float = field(
+        default=0.125, metadata={"help": "shift training images by up to this share of their sides; 0: not"}
+    )
 
 
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
-    from transformers import AutoConfig, AutoModelForImageClassification, DefaultDataCollator, Trainer, TrainingArguments, set_seed
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageClassification,
+        DefaultDataCollator,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
 
-    from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
-    from deeparc_hf.experiments.asked import asked_for
-    from deeparc_hf.experiments.images import ImageEncoder, image_processor, with_images
-    from deeparc_hf.experiments.labels import classes_of, encode_labels
-    from deeparc_hf.experiments.models import has_weights, load_model
-    from deeparc_hf.experiments.sequence import Experiment
-    from deeparc_hf.experiments.splits import load_splits
+    from experiment.arguments import DataArguments, PruningArguments, parse
+    from experiment.asked import asked_for
+    from experiment.images import ImageEncoder, image_processor, with_images
+    from experiment.labels import classes_of, encode_labels
+    from experiment.models import has_weights, load_model
+    from experiment.sequence import Experiment
+    from experiment.splits import load_splits
 
-    data, image, pruning, training = parse((DataArguments, ImageArguments, PruningArguments, TrainingArguments), argv, __doc__)
+    data, image, pruning, training = parse(
+        (DataArguments, ImageArguments, PruningArguments, TrainingArguments), argv, __doc__
+    )
     training.remove_unused_columns = False  # the images' column is not one of the model's
     set_seed(training.seed)
-    order = None if pruning.finetune_epochs > 0 else classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
-    splits, names = encode_labels(with_images(load_splits(data, training.seed), image.image_column), image.label_column, order)
+    order = (
+        None
+        if pruning.finetune_epochs > 0
+        else classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
+    )
+    splits, names = encode_labels(
+        with_images(load_splits(data, training.seed), image.image_column), image.label_column, order
+    )
     processor = image_processor(data.model, data.model_revision, image.image_size)
     plain = ImageEncoder(processor, image.image_column)
     changed = ImageEncoder(processor, image.image_column, mirror=image.mirror, shift=image.shift)
@@ -63,7 +84,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
         if has_weights(name):  # a head of another task is replaced by a new one, if it is going to be trained
             labels["ignore_mismatched_sizes"] = pruning.finetune_epochs > 0
         labels["whole"] = pruning.finetune_epochs == 0
-        return load_model(AutoModelForImageClassification, name, revision=data.model_revision, num_labels=len(names), **labels)
+        return load_model(
+            AutoModelForImageClassification, name, revision=data.model_revision, num_labels=len(names), **labels
+        )
 
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:
         return Trainer(
@@ -80,7 +103,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     asked = asked_for(__file__, argv, data, image, training, splits)
     notes = list(splits.notes)
     # blocks are compared on the training images as they are
-    return Experiment(data, pruning, training, load, trainer, seen.test, calibration=seen.train, asked=asked, notes=notes).run()
+    return Experiment(
+        data, pruning, training, load, trainer, seen.test, calibration=seen.train, asked=asked, notes=notes
+    ).run()
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -89,6 +114,6 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    from deeparc_hf.experiments.command import run
+    from experiment.command import run
 
     run(main)

@@ -2,14 +2,15 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes]"]
 # ///
-"""Question generation: fine-tune a T5, prune encoder and decoder as stacks of their own, retrain, and score generated questions.
+"""Question generation: fine-tune a T5, prune encoder and decoder as stacks of their own, retrain, and score generated
+questions.
 
     accelerate launch recipes/t5_qg.py --config recipes/configs/t5_base_squad.yaml
     torchrun --nproc_per_node 2 recipes/t5_qg.py --config recipes/configs/t5_base_squad.yaml
 
-Given are a passage and an answer in it, asked for is the question. Every setting of the config file may be given on the command line, which
-wins. Any data set with a passage, a question and an answer (a text, or SQuAD's list of texts) will do. A folder with a config.json and a
-tokenizer but no weights is trained from scratch.
+Given are a passage and an answer in it, asked for is the question. Every setting of the config file may be given on the
+command line, which wins. Any data set with a passage, a question and an answer (a text, or SQuAD's list of texts) will
+do. A folder with a config.json and a tokenizer but no weights is trained from scratch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class QuestionArguments:
 
     context_column: str = field(default="context", metadata={"help": "column of the passages"})
     question_column: str = field(default="question", metadata={"help": "column of the questions"})
-    answer_column: str = field(default="answers", metadata={"help": "column of the answers: texts, or SQuAD's {text: [...]}"})
+    answer_column: str = field(
+        default="answers", metadata={"help": "column of the answers: texts, or SQuAD's {text: [...]}"}
+    )
     prefix: str = field(default="generate question: ", metadata={"help": "what each input begins with"})
     max_source_length: int = field(default=512, metadata={"help": "longest input in tokens"})
     max_target_length: int = field(default=64, metadata={"help": "longest question in tokens"})
@@ -43,12 +46,12 @@ def main(argv: list[str] | None = None) -> list[Any]:
         set_seed,
     )
 
-    from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
-    from deeparc_hf.experiments.asked import asked_for
-    from deeparc_hf.experiments.models import load_model
-    from deeparc_hf.experiments.questions import QuestionMeasure, first_answers, scores_report
-    from deeparc_hf.experiments.sequence import Experiment
-    from deeparc_hf.experiments.splits import load_splits
+    from experiment.arguments import DataArguments, PruningArguments, parse
+    from experiment.asked import asked_for
+    from experiment.models import load_model
+    from experiment.questions import QuestionMeasure, first_answers, scores_report
+    from experiment.sequence import Experiment
+    from experiment.splits import load_splits
 
     types = (DataArguments, QuestionArguments, PruningArguments, Seq2SeqTrainingArguments)
     data, text, pruning, training = parse(types, argv, __doc__)
@@ -61,9 +64,15 @@ def main(argv: list[str] | None = None) -> list[Any]:
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         answers = first_answers(rows[text.answer_column], text.answer_column)
         passages = rows[text.context_column]
-        sources = [f"{text.prefix}answer: {answer} context: {passage}" for answer, passage in zip(answers, passages, strict=True)]
+        sources = [
+            f"{text.prefix}answer: {answer} context: {passage}"
+            for answer, passage in zip(answers, passages, strict=True)
+        ]
         targets = tokenizer(text_target=rows[text.question_column], truncation=True, max_length=text.max_target_length)
-        return {**tokenizer(sources, truncation=True, max_length=text.max_source_length), "labels": targets["input_ids"]}
+        return {
+            **tokenizer(sources, truncation=True, max_length=text.max_source_length),
+            "labels": targets["input_ids"],
+        }
 
     references = list(splits.test[text.question_column])
     splits = splits.map(encode)
@@ -83,14 +92,18 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    measure = QuestionMeasure(splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=text.max_target_length)
+    measure = QuestionMeasure(
+        splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=text.max_target_length
+    )
     asked = asked_for(__file__, argv, data, text, training, splits)
-    experiment = Experiment(data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=list(splits.notes))
+    experiment = Experiment(
+        data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=list(splits.notes)
+    )
     experiment.finish = lambda rows: scores_report(Path(training.output_dir), rows, measure)
     return experiment.run()
 
 
 if __name__ == "__main__":
-    from deeparc_hf.experiments.command import run
+    from experiment.command import run
 
     run(main)

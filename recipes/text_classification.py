@@ -2,14 +2,17 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes]"]
 # ///
-"""Text classification: fine-tune a BERT-like model, remove layers in iterations, retrain, zero weights, and measure every model.
+"""Text classification: fine-tune a BERT-like model, remove layers in iterations, retrain, zero weights, and measure
+every model.
 
     python recipes/text_classification.py --config recipes/configs/bert_base_emotion.yaml
     accelerate launch recipes/text_classification.py --config recipes/configs/bert_base_emotion.yaml --threshold 0.98
 
-Every setting of the config file may be given on the command line, which wins. Any data set with a text column and a label column will do:
+Every setting of the config file may be given on the command line, which wins. Any data set with a text column and a
+label column will do:
 
-    python recipes/text_classification.py --model distilbert-base-uncased --dataset stanfordnlp/imdb --num_blocks 4 --output_dir runs/imdb
+    python recipes/text_classification.py --model distilbert-base-uncased --dataset stanfordnlp/imdb --num_blocks 4
+    --output_dir runs/imdb
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ class TextArguments:
     """Columns and lengths."""
 
     text_column: str = field(default="text", metadata={"help": "column of the texts"})
-    text_pair_column: str | None = field(default=None, metadata={"help": "column of second texts, where the task has pairs"})
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "column of second texts, where the task has pairs"}
+    )
     label_column: str = field(default="label", metadata={"help": "column of the labels, numbers or names"})
     max_length: int = field(default=128, metadata={"help": "longest text in tokens"})
 
@@ -40,18 +45,24 @@ def main(argv: list[str] | None = None) -> list[Any]:
         set_seed,
     )
 
-    from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
-    from deeparc_hf.experiments.asked import asked_for
-    from deeparc_hf.experiments.labels import classes_of, encode_labels
-    from deeparc_hf.experiments.models import load_model
-    from deeparc_hf.experiments.sequence import Experiment
-    from deeparc_hf.experiments.splits import load_splits
+    from experiment.arguments import DataArguments, PruningArguments, parse
+    from experiment.asked import asked_for
+    from experiment.labels import classes_of, encode_labels
+    from experiment.models import load_model
+    from experiment.sequence import Experiment
+    from experiment.splits import load_splits
 
-    data, text, pruning, training = parse((DataArguments, TextArguments, PruningArguments, TrainingArguments), argv, __doc__)
+    data, text, pruning, training = parse(
+        (DataArguments, TextArguments, PruningArguments, TrainingArguments), argv, __doc__
+    )
     set_seed(training.seed)
     splits = load_splits(data, training.seed)
     splits.need_texts(text_column=text.text_column, text_pair_column=text.text_pair_column)
-    order = None if pruning.finetune_epochs > 0 else classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
+    order = (
+        None
+        if pruning.finetune_epochs > 0
+        else classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
+    )
     splits, names = encode_labels(splits, text.label_column, order)
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
 
@@ -66,7 +77,14 @@ def main(argv: list[str] | None = None) -> list[Any]:
         labels = {"id2label": dict(enumerate(names)), "label2id": {label: index for index, label in enumerate(names)}}
         fresh = name == data.model and pruning.finetune_epochs > 0  # a head of another task is replaced by a new one
         labels["ignore_mismatched_sizes"] = fresh
-        return load_model(AutoModelForSequenceClassification, name, revision=revision, whole=not fresh, num_labels=len(names), **labels)
+        return load_model(
+            AutoModelForSequenceClassification,
+            name,
+            revision=revision,
+            whole=not fresh,
+            num_labels=len(names),
+            **labels,
+        )
 
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:
         return Trainer(
@@ -90,6 +108,6 @@ def accuracy(prediction: Any) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    from deeparc_hf.experiments.command import run
+    from experiment.command import run
 
     run(main)

@@ -1,33 +1,14 @@
-"""Settings and fixtures of all tests: few threads, no Hub, no telemetry."""
+"""Fixtures of the tests: a Hub on this machine, and its clients."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 
-for name, value in {
-    # idle threads must not spin: on a busy machine torch is several times slower if they do
-    "OMP_WAIT_POLICY": "passive",
-    "HF_HUB_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}.items():
-    os.environ.setdefault(name, value)
-
 import pytest
-import torch
 
-from .hub import Client, HubServer
-
-torch.set_num_threads(1)  # models are tiny: more threads only get into each other's way
-
-
-@pytest.fixture(autouse=True)
-def _seeded():
-    torch.manual_seed(0)
+from local_hub import Client, HubServer
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +21,9 @@ def hub(tmp_path_factory) -> Iterator[HubServer]:
 
 @pytest.fixture(scope="module")
 def hub_client(hub) -> Iterator[Callable[..., Client]]:
-    """`hub_client("hf_owner")` is the process that has this token, `hub_client()` the one that has none; one each for a module."""
+    """`hub_client("hf_owner")` is the process that has this token, `hub_client()` the one that has none; one each for a
+    module.
+    """
     with ExitStack() as stack:
 
         @cache

@@ -1,4 +1,5 @@
-"""Print pip constraints that hold the package's dependencies at the lowest versions that setup.py admits; tools stay at their newest.
+"""Print pip constraints that hold the package's dependencies at the lowest versions that setup.py admits; tools stay at
+their newest.
 
 python tests/lowest.py > lowest.txt && PIP_CONSTRAINT=lowest.txt make test
 """
@@ -15,7 +16,9 @@ _LOWER_BOUND = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)>=([0-9][0-9.]*)")
 
 
 def lowest(source: str) -> list[str]:
-    """Constraints "name==version", sorted, for every "name>=version" among the strings of a setup.py, but for the tools."""
+    """Constraints "name==version", sorted, for every "name>=version" among the strings of a setup.py, but for the
+    tools.
+    """
     statements = [node for node in ast.parse(source).body if not _assigns_tools(node)]
     nodes = [node for statement in statements for node in ast.walk(statement) if isinstance(node, ast.Constant)]
     matches = [_LOWER_BOUND.fullmatch(node.value) for node in nodes if isinstance(node.value, str)]
@@ -23,7 +26,9 @@ def lowest(source: str) -> list[str]:
 
 
 def _assigns_tools(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Assign) and any(isinstance(target, ast.Name) and target.id in TOOLS for target in statement.targets)
+    return isinstance(statement, ast.Assign) and any(
+        isinstance(target, ast.Name) and target.id in TOOLS for target in statement.targets
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Tiny models whose blocks put out other dimensions than (samples, positions, features), or whose texts stand beside something else."""
+"""Tiny models whose blocks put out other dimensions than (samples, positions, features), or whose texts stand beside
+something else.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ SAM_VISION = {
     "global_attn_indexes": [],
     "num_pos_feats": 8,
 }
-SAM_MASKS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 32, "iou_head_hidden_dim": 16}
+SAM_MASKS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "mlp_dim": 32,
+    "iou_head_hidden_dim": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,9 @@ class Odd:
         return [{key: value[number] for key, value in parts.items()} for number in range(len(sizes))]
 
 
-def texts(size: int, generator: torch.Generator, padding: int, *more: int, end: int | None = None) -> dict[str, torch.Tensor]:
+def texts(
+    size: int, generator: torch.Generator, padding: int, *more: int, end: int | None = None
+) -> dict[str, torch.Tensor]:
     """Texts of 4 to 10 tokens, shape (size, *more, 10 + padding)."""
     ids = torch.randint(5, VOCAB - 5, (size, *more, 10), generator=generator)
     lengths = torch.randint(4, 11, (size, *more, 1), generator=generator)
@@ -71,7 +81,11 @@ def texts(size: int, generator: torch.Generator, padding: int, *more: int, end: 
 def _documents(size: int, generator: torch.Generator, padding: int) -> dict[str, torch.Tensor]:
     found = texts(size, generator, padding)
     boxes = torch.randint(0, 20, (size, 10, 4), generator=generator).sort(dim=-1).values
-    return {**found, "bbox": functional.pad(boxes, (0, 0, 0, padding)), "pixel_values": torch.randn(size, 3, 32, 32, generator=generator)}
+    return {
+        **found,
+        "bbox": functional.pad(boxes, (0, 0, 0, padding)),
+        "pixel_values": torch.randn(size, 3, 32, 32, generator=generator),
+    }
 
 
 def _with_labels(size: int, generator: torch.Generator, padding: int) -> dict[str, torch.Tensor]:
@@ -105,11 +119,15 @@ def _patch_tst() -> nn.Module:
 
 def _sam() -> nn.Module:
     prompt = {"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 4}
-    return tf.SamModel(tf.SamConfig(vision_config=SAM_VISION, prompt_encoder_config=prompt, mask_decoder_config=SAM_MASKS))
+    return tf.SamModel(
+        tf.SamConfig(vision_config=SAM_VISION, prompt_encoder_config=prompt, mask_decoder_config=SAM_MASKS)
+    )
 
 
 def _layout_lm() -> nn.Module:
-    config = tf.LayoutLMv3Config(**TEXT, input_size=32, patch_size=8, coordinate_size=5, shape_size=6, max_2d_position_embeddings=64)
+    config = tf.LayoutLMv3Config(
+        **TEXT, input_size=32, patch_size=8, coordinate_size=5, shape_size=6, max_2d_position_embeddings=64
+    )
     return tf.LayoutLMv3ForSequenceClassification(config)
 
 
@@ -119,17 +137,25 @@ def _vilt() -> nn.Module:
 
 ODD: dict[str, Odd] = {
     "multiple_choice": Odd(
-        lambda: tf.BertForMultipleChoice(tf.BertConfig(**TEXT)), lambda size, g, padding: texts(size, g, padding, 3), "bert.encoder.layer"
+        lambda: tf.BertForMultipleChoice(tf.BertConfig(**TEXT)),
+        lambda size, g, padding: texts(size, g, padding, 3),
+        "bert.encoder.layer",
     ),
     "bart_classifier": Odd(
-        lambda: tf.BartForSequenceClassification(tf.BartConfig(**{**SEQ2SEQ, **ENDED})), _with_labels, "model.decoder.layers"
+        lambda: tf.BartForSequenceClassification(tf.BartConfig(**{**SEQ2SEQ, **ENDED})),
+        _with_labels,
+        "model.decoder.layers",
     ),
     "t5_classifier": Odd(
-        lambda: tf.T5ForSequenceClassification(tf.T5Config(**{**T5, "eos_token_id": 2})), _with_labels, "transformer.decoder.block"
+        lambda: tf.T5ForSequenceClassification(tf.T5Config(**{**T5, "eos_token_id": 2})),
+        _with_labels,
+        "transformer.decoder.block",
     ),
     "xlnet": Odd(
         lambda: tf.XLNetForSequenceClassification(
-            tf.XLNetConfig(d_model=32, n_layer=4, n_head=4, d_inner=48, vocab_size=VOCAB, pad_token_id=0, summary_type="mean")
+            tf.XLNetConfig(
+                d_model=32, n_layer=4, n_head=4, d_inner=48, vocab_size=VOCAB, pad_token_id=0, summary_type="mean"
+            )
         ),
         texts,
         "transformer.layer",

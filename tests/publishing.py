@@ -30,7 +30,9 @@ def tiny_tokenizer():
     words = {word: index for index, word in enumerate([*WORDS, *(f"w{i}" for i in range(VOCAB - len(WORDS)))])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", mask_token="<mask>"
+    )
 
 
 def accuracy(prediction):
@@ -45,7 +47,12 @@ def trained(folder, callbacks=None, model=None, **settings):
             MPruneCallback(num_blocks=[3, 2], start_epoch=1, retrain_epochs=1, heal="lstsq", calibration_samples=32),
             WandaCallback(sparsity=0.3, start_epoch=3, calibration_samples=32),
         ]
-    defaults = {"num_train_epochs": 4, "eval_strategy": "epoch", "save_strategy": "epoch", "processing_class": tiny_tokenizer()}
+    defaults = {
+        "num_train_epochs": 4,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "processing_class": tiny_tokenizer(),
+    }
     return train(
         ZOO["bert"].model() if model is None else model,
         folder,

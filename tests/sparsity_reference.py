@@ -1,6 +1,8 @@
-"""Wanda (Sun et al. 2023) once more, by the paper and in float64, to hold deeparc_hf against. It shares no code with it.
+"""Wanda (Sun et al. 2023) once more, by the paper and in float64, to hold deeparc_hf against. It shares no code with
+it.
 
-It is slow and plain: hooks on the whole model, whole forward passes, whole sorts. Blocks, linear maps and padding are told by name.
+It is slow and plain: hooks on the whole model, whole forward passes, whole sorts. Blocks, linear maps and padding are
+told by name.
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 BLOCK = re.compile(r"^((?:.*?\.)?(?:layers|layer[1-4]?|blocks|block|h)\.\d+)\.")
 # keys and values made from the encoder's output
-CROSS = re.compile(r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj|crossattention\.self\.(key|value)|crossattention\.c_attn)$")
-NO_TEXT = re.compile(r"pos_(key|query)_proj$|^vision_model\.")  # DeBERTa's tables of distances, CLIP's patches of images
+CROSS = re.compile(
+    r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj|crossattention\.self\.(key|value)|crossattention\.c_attn)$"
+)
+NO_TEXT = re.compile(
+    r"pos_(key|query)_proj$|^vision_model\."
+)  # DeBERTa's tables of distances, CLIP's patches of images
 LINEAR = (nn.Linear, nn.Conv2d, nn.Conv1d, Conv1D)
 
 Batch = Mapping[str, Tensor]

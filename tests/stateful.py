@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 from transformers import DataCollatorForLanguageModeling, default_data_collator
 
-from .test_neighbours_trainers import tokenizer
+from .trainer.test_neighbours_trainers import tokenizer
 from .zoo import VOCAB
 
 ROWS, SIZE = 40, 8
@@ -168,11 +168,15 @@ DRAWS = {
     "tensor": lambda: Mapped(lambda s: s.count.add_(1), count=torch.zeros(1)),
     "array": lambda: Mapped(lambda s: s.count.__iadd__(1)[0], count=np.zeros(1)),
     "shared memory": lambda: Mapped(lambda s: drawn(s.count), count=multiprocessing.Value("i", 0)),
-    "iterator": lambda: Mapped(lambda s: next(s.count) + next(s.pairs)[1], count=itertools.count(), pairs=enumerate(iter(range(9**6)))),
+    "iterator": lambda: Mapped(
+        lambda s: next(s.count) + next(s.pairs)[1], count=itertools.count(), pairs=enumerate(iter(range(9**6)))
+    ),
     "class": Counting,
     "slots": Slotted,
     "globals": lambda: Mapped(global_numbers),
-    "lists of objects": lambda: ConcatDataset([Mapped(lambda s: s.rng.random() * 50, rng=random.Random(i)) for i in range(2)]),
+    "lists of objects": lambda: ConcatDataset(
+        [Mapped(lambda s: s.rng.random() * 50, rng=random.Random(i)) for i in range(2)]
+    ),
 }
 
 
@@ -272,7 +276,9 @@ SHIFTS = {
     "global": lambda: with_a_global,
     "default": lambda: with_a_default,
     "partial": lambda: functools.partial(with_numbers, np.random.default_rng(0)),
-    "random states of the process": lambda: Masking(lambda: torch.randint(50, (1,)) + np.random.randint(50) + random.randrange(50)),
+    "random states of the process": lambda: Masking(
+        lambda: torch.randint(50, (1,)) + np.random.randint(50) + random.randrange(50)
+    ),
 }
 
 
@@ -357,10 +363,14 @@ class Listed:
 
 LOADERS = {
     "sampler": lambda: DataLoader(table(), sampler=Own(), batch_size=SIZE, collate_fn=default_data_collator),
-    "generator": lambda: DataLoader(table(), SIZE, shuffle=True, generator=torch.Generator(), collate_fn=default_data_collator),
+    "generator": lambda: DataLoader(
+        table(), SIZE, shuffle=True, generator=torch.Generator(), collate_fn=default_data_collator
+    ),
     "batch sampler": lambda: DataLoader(table(), batch_sampler=InBatches(), collate_fn=default_data_collator),
     "no batch size": lambda: DataLoader(
-        Whole(), batch_size=None, sampler=BatchSampler(RandomSampler(range(ROWS), generator=torch.Generator()), SIZE, False)
+        Whole(),
+        batch_size=None,
+        sampler=BatchSampler(RandomSampler(range(ROWS), generator=torch.Generator()), SIZE, False),
     ),
     "any iterable": Listed,
 }

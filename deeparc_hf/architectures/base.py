@@ -10,12 +10,22 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from ..core.registry import Registry
+from ..core.tables import html_table, spans
 from ..errors import SurgeryError
-from ..registry import Registry
-from ..tables import html_table, spans
 from .hosts import Host
 
-__all__ = ["BlockEntry", "CountKey", "Family", "Stack", "families", "register", "set_count", "shrunk_settings", "signature_pins"]
+__all__ = [
+    "BlockEntry",
+    "CountKey",
+    "Family",
+    "Stack",
+    "families",
+    "register",
+    "set_count",
+    "shrunk_settings",
+    "signature_pins",
+]
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,12 @@ class BlockEntry:
 
     Attributes:
         path: keys that lead to it, its own last.
-        form: "values": a list with one value per block. "indices": a list of block indices. "keys": a dict with block indices for keys.
-            "runs": patterns with the number of their repetitions, such as GPT-Neo's [[["global", "local"], 12]].
-        proof: "build": stock builds show that it is read block by block, and it follows a removal. "run": only a forward pass can show
-            it; it follows, and the pass has to tell the difference. "none": it may name blocks, nothing shows it, and it stays.
+        form: "values": a list with one value per block. "indices": a list of block indices. "keys": a dict with block
+            indices for keys. "runs": patterns with the number of their repetitions, such as GPT-Neo's [[["global",
+            "local"], 12]].
+        proof: "build": stock builds show that it is read block by block, and it follows a removal. "run": only a
+            forward pass can show it; it follows, and the pass has to tell the difference. "none": it may name blocks,
+            nothing shows it, and it stays.
     """
 
     path: tuple[str, ...]

@@ -1,8 +1,9 @@
 """Entries of a model's settings that name blocks: by their place in a list, by their index, or by their index as a key.
 
-`layer_types` has one value a layer, `mlp_only_layers` lists indices, `per_layer_config` has indices for keys, GPT-Neo's `attention_types`
-repeats a pattern. They are found by value and length, not by name, and tried: a stock build with the entry changed shows which blocks
-read it. What no build shows (`fullatt_block_indexes`, which the forward pass asks) is left to a forward pass to decide.
+`layer_types` has one value a layer, `mlp_only_layers` lists indices, `per_layer_config` has indices for keys, GPT-Neo's
+`attention_types` repeats a pattern. They are found by value and length, not by name, and tried: a stock build with the
+entry changed shows which blocks read it. What no build shows (`fullatt_block_indexes`, which the forward pass asks) is
+left to a forward pass to decide.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Readers = Literal["own", "others", "outside", "repeated", "nobody", "unknown"]
 def entries_of(settings: dict[str, Any], count: CountKey, length: int) -> list[BlockEntry]:
     """All entries that may name blocks of a stack by their form; nothing is proven of them.
 
-    They stand where the stack is counted, or in the settings of which those are a part; other parts have stacks of their own.
+    They stand where the stack is counted, or in the settings of which those are a part; other parts have stacks of
+    their own.
     """
     own = (*count.path, count.key)
     skipped = {(*count.path, "out_indices")} if _names_stages(_at(settings, count.path), length) else set()
@@ -80,7 +82,13 @@ def stale(before: dict[str, Any], after: dict[str, Any], entry: BlockEntry) -> d
 
 
 def classified(
-    build: Builder, settings: dict[str, Any], whole: nn.Module, name: str, length: int, entry: BlockEntry, count: CountKey
+    build: Builder,
+    settings: dict[str, Any],
+    whole: nn.Module,
+    name: str,
+    length: int,
+    entry: BlockEntry,
+    count: CountKey,
 ) -> BlockEntry | None:
     """What a stock build with the entry changed tells of it.
 
@@ -109,19 +117,30 @@ def classified(
     if entry.form == "values":
         # all alike, it does not matter which of them go
         values = _at(settings, entry.path[:-1])[entry.path[-1]]
-        return entry.proven("none") if asked and entry.path[:-1] == count.path and any(v != values[0] for v in values) else None
+        return (
+            entry.proven("none")
+            if asked and entry.path[:-1] == count.path and any(v != values[0] for v in values)
+            else None
+        )
     if known:
         return entry.proven("run" if asked else "build")
     return entry.proven("none") if asked and _named(entry) else None
 
 
 def _readers(
-    build: Builder, settings: dict[str, Any], whole: nn.Module, name: str, entry: BlockEntry, value: Any, blocks: set[int]
+    build: Builder,
+    settings: dict[str, Any],
+    whole: nn.Module,
+    name: str,
+    entry: BlockEntry,
+    value: Any,
+    blocks: set[int],
 ) -> Readers:
     """Where a stock build differs when the entry has another value.
 
-    "own": in these blocks alone. "others": in other blocks too. "outside": outside of the stack. "repeated": only in attributes that hold
-    the whole entry, which a forward pass may ask. "nobody": nowhere. "unknown": there is no such build.
+    "own": in these blocks alone. "others": in other blocks too. "outside": outside of the stack. "repeated": only in
+    attributes that hold the whole entry, which a forward pass may ask. "nobody": nowhere. "unknown": there is no such
+    build.
     """
     trial = copy.deepcopy(settings)
     old = _at(trial, entry.path[:-1])[entry.path[-1]]
@@ -140,12 +159,16 @@ def _readers(
 
 
 def _asked_for(whole: nn.Module, key: str) -> bool:
-    """Whether code of the model's classes, or of their modules, names the entry anywhere but where modules are built."""
+    """Whether code of the model's classes, or of their modules,
+    names the entry anywhere but where modules are built.
+    """
     classes = {cls for module in whole.modules() for cls in type(module).__mro__}
     classes = {cls for cls in classes if not cls.__module__.startswith(("torch.", "builtins"))}
     functions = [f for cls in classes for n, f in vars(cls).items() if n != "__init__"]
     sources = {cls.__module__ for cls in classes} & sys.modules.keys()
-    functions += [f for source in sources for f in vars(sys.modules[source]).values() if isinstance(f, types.FunctionType)]
+    functions += [
+        f for source in sources for f in vars(sys.modules[source]).values() if isinstance(f, types.FunctionType)
+    ]
     return any(_names(code, key) for function in functions for code in _codes(function))
 
 
@@ -158,7 +181,9 @@ def _codes(function: Any) -> Iterator[types.CodeType]:
 
 
 def _names(code: types.CodeType, key: str) -> bool:
-    return key in code.co_names or any(c == key or (isinstance(c, types.CodeType) and _names(c, key)) for c in code.co_consts)
+    return key in code.co_names or any(
+        c == key or (isinstance(c, types.CodeType) and _names(c, key)) for c in code.co_consts
+    )
 
 
 def _trials(settings: dict[str, Any], entry: BlockEntry, length: int) -> Iterator[tuple[Any, set[int]]]:
@@ -221,7 +246,12 @@ def _repeated(value: Sequence[Any]) -> list[Any] | None:
     """[[["global", "local"], 2]] written out; None if it has another form."""
     kinds: list[Any] = []
     for item in value:
-        if not (isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], (list, tuple)) and type(item[1]) is int):
+        if not (
+            isinstance(item, (list, tuple))
+            and len(item) == 2
+            and isinstance(item[0], (list, tuple))
+            and type(item[1]) is int
+        ):
             return None
         kinds += list(item[0]) * item[1]
     return kinds
@@ -239,9 +269,9 @@ def _names_stages(holder: Mapping[str, Any], length: int) -> bool:
 
 
 def _same(attribute: Any, value: Any) -> bool:
-    return isinstance(attribute, (list, tuple, dict)) and (list(attribute) if isinstance(attribute, tuple) else attribute) == (
-        list(value) if isinstance(value, tuple) else value
-    )
+    return isinstance(attribute, (list, tuple, dict)) and (
+        list(attribute) if isinstance(attribute, tuple) else attribute
+    ) == (list(value) if isinstance(value, tuple) else value)
 
 
 def _at(settings: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:

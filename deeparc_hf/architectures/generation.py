@@ -1,6 +1,7 @@
 """Generation settings that name blocks: Whisper's alignment_heads, from which word timestamps are made.
 
-No forward pass tells whether they are right, so they follow by what they are defined to be: pairs of a decoder layer and a head of it.
+No forward pass tells whether they are right, so they follow by what they are defined to be: pairs of a decoder layer
+and a head of it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig
 
+from ..core.transaction import Transaction
 from ..errors import DeepArcWarning
-from ..undo import Transaction
 from .base import Stack
 
 __all__ = ["follow_generation"]
@@ -26,8 +27,11 @@ _OTHERS = re.compile(r"layer|exit|head")
 logger = logging.getLogger(__name__)
 
 
-def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]], transaction: Transaction) -> None:
-    """Have the generation configs of a model name the kept blocks, under their new numbers. Each becomes the model's own copy.
+def follow_generation(
+    root: nn.Module, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]], transaction: Transaction
+) -> None:
+    """Have the generation configs of a model name the kept blocks, under their new numbers. Each becomes the model's
+    own copy.
 
     Args:
         root: the model; its stacks as they were before the removal are `stacks`.
@@ -47,15 +51,18 @@ def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], kept: Mappin
                 _follow(own, key, value, kept[decoder], decoder)
             elif _OTHERS.search(key) and _whole(value):
                 warnings.warn(
-                    f"generation_config.{key} = {value} may name blocks by their number. No forward pass shows it, so it stays as it is. "
-                    f"If it does, set it anew for {', '.join(f'the {len(kept[n])} blocks of {n}' for n in inside)}, or to None.",
+                    f"generation_config.{key} = {value} may name blocks by their number. No forward pass shows it, so "
+                    f"it stays as it is. If it does, set it anew for "
+                    f"{', '.join(f'the {len(kept[n])} blocks of {n}' for n in inside)}, or to None.",
                     DeepArcWarning,
                     stacklevel=4,
                 )
         transaction.set(module, "generation_config", own)
 
 
-def _follow(config: GenerationConfig, key: str, pairs: Sequence[Sequence[int]], kept: Sequence[int], stack: str) -> None:
+def _follow(
+    config: GenerationConfig, key: str, pairs: Sequence[Sequence[int]], kept: Sequence[int], stack: str
+) -> None:
     new = {old: place for place, old in enumerate(kept)}
     left = [[new[layer], head] for layer, head in pairs if layer in new]
     if left:
@@ -67,7 +74,8 @@ def _follow(config: GenerationConfig, key: str, pairs: Sequence[Sequence[int]], 
     warnings.warn(
         f"The blocks of {stack} that generation_config.{key} names are removed, and it goes with them: word timestamps "
         "(return_token_timestamps=True) are no longer possible. Keep one of the blocks "
-        f"{sorted({layer for layer, _ in pairs})}, or choose other heads and set generation_config.{key} = [[layer, head], ...].",
+        f"{sorted({layer for layer, _ in pairs})}, or choose other heads and set generation_config.{key} = [[layer, "
+        f"head], ...].",
         DeepArcWarning,
         stacklevel=5,
     )
@@ -85,7 +93,10 @@ def _pairs(key: str, value: Any, length: int) -> bool:
         "head" in key
         and isinstance(value, (list, tuple))
         and bool(value)
-        and all(isinstance(p, (list, tuple)) and len(p) == 2 and all(type(i) is int for i in p) and 0 <= p[0] < length for p in value)
+        and all(
+            isinstance(p, (list, tuple)) and len(p) == 2 and all(type(i) is int for i in p) and 0 <= p[0] < length
+            for p in value
+        )
     )
 
 

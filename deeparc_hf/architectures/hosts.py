@@ -22,8 +22,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
-from ..undo import Transaction
 from .inputs import example_inputs, merges_inputs
 
 __all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted"]
@@ -85,7 +85,9 @@ class Host(ABC):
 
     @abstractmethod
     def own_configs(self, transaction: Transaction) -> None:
-        """Give the model config objects of its own, in case others share them: what is noted in them is true of this model only."""
+        """Give the model config objects of its own, in case others share them: what is noted in them is true of this
+        model only.
+        """
 
     @property
     def merges_inputs(self) -> bool:
@@ -156,9 +158,11 @@ class TransformersHost(Host):
 
 
 def copy_attention(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
-    """Have each part of a config compute attention as its counterpart does: a config's dict does not tell, and some parts know but one way.
+    """Have each part of a config compute attention as its counterpart does: a config's dict does not tell, and some
+    parts know but one way.
 
-    For every part by itself: the public setter would have all parts of a model do alike (DETR's backbone knows no sdpa).
+    For every part by itself: the public setter would have all parts of a model do alike (DETR's backbone knows no
+    sdpa).
     """
     target._attn_implementation_internal = source._attn_implementation_internal
     for name, part in vars(source).items():
@@ -182,7 +186,10 @@ class TimmHost(Host):
     """A model that `timm.create_model` made, described by its architecture name and model_args."""
 
     library = "timm"
-    rebuild_hint = "timm before 1.0.31 does not record the arguments of create_model: pip install -U timm, and build the model again."
+    rebuild_hint = (
+        "timm before 1.0.31 does not record the arguments of create_model: pip install -U timm, and build "
+        "the model again."
+    )
 
     @property
     def base_prefix(self) -> str:
@@ -281,11 +288,12 @@ def find_host(model: nn.Module) -> Host:
         return host
     if found:
         raise UnsupportedModelError(
-            f"{type(model).__name__} holds {len(found)} models side by side ({', '.join(found)}). Prune each of them by itself."
+            f"{type(model).__name__} holds {len(found)} models side by side ({', '.join(found)}). Prune each of them "
+            f"by itself."
         )
     raise UnsupportedModelError(
-        f"{type(model).__name__} is neither a transformers model nor a timm model, and holds none. deeparc_hf prunes models "
-        "whose own library can rebuild them smaller; see 'add a family' in CONTRIBUTING.md."
+        f"{type(model).__name__} is neither a transformers model nor a timm model, and holds none. deeparc_hf prunes "
+        f"models whose own library can rebuild them smaller; see 'add a family' in CONTRIBUTING.md."
     )
 
 
@@ -295,26 +303,36 @@ def _is_timm(module: nn.Module) -> bool:
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether a model carries PEFT adapters."""
-    return type(model).__module__.startswith("peft.") or any(type(m).__module__.startswith("peft.tuners.") for m in model.modules())
+    return type(model).__module__.startswith("peft.") or any(
+        type(m).__module__.startswith("peft.tuners.") for m in model.modules()
+    )
 
 
 def _refuse_adapted(model: nn.Module) -> None:
     if is_adapted(model):
         raise UnsupportedModelError(
-            f"{type(model).__name__} carries PEFT adapters, and removing blocks would leave adapters behind that do not fit. "
-            "Call model.merge_and_unload() and prune the merged model (its weights are still frozen: .requires_grad_(True) to train them), "
-            "or prune first and add the adapters afterwards."
+            f"{type(model).__name__} carries PEFT adapters, and removing blocks would leave adapters behind that do "
+            f"not fit. Call model.merge_and_unload() and prune the merged model (its weights are still frozen: "
+            f".requires_grad_(True) to train them), or prune first and add the adapters afterwards."
         )
 
 
 def _refuse_quantized(root: nn.Module) -> None:
     config = getattr(root, "config", None)
     quantization = getattr(config, "quantization_config", None) if isinstance(config, PreTrainedConfig) else None
-    if getattr(root, "hf_quantizer", None) is None and not getattr(root, "is_quantized", False) and quantization is None:
+    if (
+        getattr(root, "hf_quantizer", None) is None
+        and not getattr(root, "is_quantized", False)
+        and quantization is None
+    ):
         return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else getattr(quantization, "quant_method", "")
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, dict)
+        else getattr(quantization, "quant_method", "")
+    )
     method = getattr(method, "value", method)  # an enum member, whose str() is not the name that users know
     raise UnsupportedModelError(
-        f"{type(root).__name__} is quantized{f' ({method})' if method else ''}. Load it without quantization_config (in bfloat16, "
-        "say), prune it, save it, and quantize the pruned checkpoint."
+        f"{type(root).__name__} is quantized{f' ({method})' if method else ''}. Load it without quantization_config "
+        f"(in bfloat16, say), prune it, save it, and quantize the pruned checkpoint."
     )

@@ -1,4 +1,6 @@
-"""Made-up inputs for a transformers model: plain, valid, and long enough that windows and switches by length show where they can."""
+"""Made-up inputs for a transformers model: plain, valid, and long enough that windows and switches by length show where
+they can.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 __all__ = ["example_inputs", "merges_inputs", "most_positions", "pixels"]
 
 # positions that a model has: its inputs may not be longer
-_LIMIT = re.compile(r"^(max_position_embeddings|max_(encoder|decoder|text|target)_position(s|_embeddings)|n_positions|n_ctx|max_seq_len)$")
+_LIMIT = re.compile(
+    r"^(max_position_embeddings|max_(encoder|decoder|text|target)_position(s|_embeddings)|n_positions|n_ctx|max_seq_len)$"
+)
 _LENGTH, _DECODED = 128, 16
 _FRAMES = 64
 
@@ -32,7 +36,9 @@ def example_inputs(root: PreTrainedModel) -> dict[str, Tensor] | None:
     main = root.main_input_name
     if main not in taken:
         # a vision tower that is a model of its own may still have the name of the base class
-        main = next((name for name in ("pixel_values", "input_features") if name in taken), main if open_ended else None)
+        main = next(
+            (name for name in ("pixel_values", "input_features") if name in taken), main if open_ended else None
+        )
     makers = {
         "input_ids": _text,
         "pixel_values": _images,
@@ -46,7 +52,11 @@ def example_inputs(root: PreTrainedModel) -> dict[str, Tensor] | None:
         return None
     if "decoder_input_ids" in taken and root.config.is_encoder_decoder and maker is not _text:
         inputs["decoder_input_ids"] = _ids(root.config, min(_DECODED, _length(root.config)))
-    needed = {name for name, p in taken.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    needed = {
+        name
+        for name, p in taken.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
     if needed - inputs.keys():
         return None
     return {
@@ -98,10 +108,14 @@ def most_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _length(config: PreTrainedConfig) -> int:
-    """How long a made-up text is: up to `_LENGTH`, or as long as its attention by blocks takes, where there are as many positions."""
+    """How long a made-up text is: up to `_LENGTH`, or as long as its attention by blocks takes, where there are as many
+    positions.
+    """
     text = config.get_text_config()
     length = _LENGTH
-    if type(getattr(text, "index_topk", None)) is int:  # an indexer chooses nothing in a text that is shorter than its choice
+    if (
+        type(getattr(text, "index_topk", None)) is int
+    ):  # an indexer chooses nothing in a text that is shorter than its choice
         length = max(length, text.index_topk + _FRAMES)
     if getattr(text, "attention_type", None) == "block_sparse":  # BigBird attends to everything in shorter texts
         length = (6 + 2 * text.num_random_blocks) * text.block_size
@@ -115,7 +129,10 @@ def _entries(config: PreTrainedConfig) -> list[tuple[str, Any]]:
 
 def pixels(vision: PreTrainedConfig) -> Tensor | None:
     """One image of the size that a config names; None if it names none."""
-    size = getattr(vision, "image_size", None) or (getattr(vision, "pretrained_cfg", None) or {}).get("input_size", (3, 64, 64))[1:]
+    size = (
+        getattr(vision, "image_size", None)
+        or (getattr(vision, "pretrained_cfg", None) or {}).get("input_size", (3, 64, 64))[1:]
+    )
     if isinstance(size, Mapping):
         size = (size.get("height"), size.get("width"))
     sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -129,7 +146,11 @@ def _images(config: PreTrainedConfig) -> dict[str, Tensor] | None:
     vision = getattr(config, "vision_config", config)
     images = pixels(vision)
     frames = getattr(vision, "num_frames", None)
-    if images is not None and type(frames) is int and any(hasattr(vision, name) for name in ("tubelet_size", "attention_type")):
+    if (
+        images is not None
+        and type(frames) is int
+        and any(hasattr(vision, name) for name in ("tubelet_size", "attention_type"))
+    ):
         images = images.unsqueeze(1) * _random(1, frames, 1, 1, 1)  # VideoMAE, ViViT, TimeSformer
     return None if images is None else {"pixel_values": images}
 
@@ -148,7 +169,9 @@ def _features(config: PreTrainedConfig) -> dict[str, Tensor] | None:
         return {"input_features": _random(1, mels, 2 * positions)}
     if hasattr(config, "input_feat_per_channel"):  # Speech2Text, which shortens them fourfold
         frames = min(_FRAMES, positions) if positions else _FRAMES
-        return {"input_features": _random(1, frames, config.input_feat_per_channel * getattr(config, "input_channels", 1))}
+        return {
+            "input_features": _random(1, frames, config.input_feat_per_channel * getattr(config, "input_channels", 1))
+        }
     if hasattr(config, "feature_projection_input_dim"):  # Wav2Vec2-BERT
         return {"input_features": _random(1, _FRAMES, config.feature_projection_input_dim)}
     return None
@@ -159,7 +182,11 @@ def _sound(config: PreTrainedConfig) -> dict[str, Tensor] | None:
     strides, kernels = getattr(config, "conv_stride", None), getattr(config, "conv_kernel", None)
     if isinstance(strides, (list, tuple)) and isinstance(kernels, (list, tuple)):
         return {"input_values": _random(1, math.prod(strides) * _FRAMES // 2 + max(kernels))}
-    if hasattr(config, "num_mel_bins") and type(getattr(config, "max_length", None)) is int and hasattr(config, "frequency_stride"):
+    if (
+        hasattr(config, "num_mel_bins")
+        and type(getattr(config, "max_length", None)) is int
+        and hasattr(config, "frequency_stride")
+    ):
         return {"input_values": _random(1, config.max_length, config.num_mel_bins)}
     return None
 

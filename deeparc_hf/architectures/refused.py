@@ -49,8 +49,8 @@ class Swin(Refused):
     kinds = ("swin", "donut-swin", "maskformer-swin")
     found = "stages of window-attention blocks"
     reason = (
-        "every second block shifts its windows, and its config has no way to say which: a reload would shift the windows of "
-        "the blocks behind a removed one the wrong way"
+        "every second block shifts its windows, and its config has no way to say which: a reload would shift the "
+        "windows of the blocks behind a removed one the wrong way"
     )
 
 
@@ -59,4 +59,7 @@ class EfficientNet(Refused):
     summary = "refused: repeats are scaled and rounded from fixed block strings"
     kinds = ("efficientnet", "tf_efficientnet", "mobilenetv", "mobilenet_v")
     found = "stages of inverted-residual blocks"
-    reason = "the number of blocks follows from a fixed table and a depth multiplier, which cannot express the loss of a single block"
+    reason = (
+        "the number of blocks follows from a fixed table and a depth multiplier, which cannot express the loss "
+        "of a single block"
+    )

@@ -17,7 +17,9 @@ from torch import nn
 __all__ = ["Differences", "compare", "differing", "renamed_path", "state_shapes"]
 
 # Attributes that hold a block's own index: they follow the skeleton.
-_INDEX_NAMES = frozenset({"block_id", "block_idx", "block_index", "layer_id", "layer_idx", "layer_index", "layer_num", "layer_number"})
+_INDEX_NAMES = frozenset(
+    {"block_id", "block_idx", "block_index", "layer_id", "layer_idx", "layer_index", "layer_num", "layer_number"}
+)
 # Stochastic depth grows along a stack and acts in training only: a kept block keeps the rate that it was trained with.
 _TRAINING_ONLY = frozenset({"drop_path", "drop_path_rate", "drop_prob"})
 
@@ -64,7 +66,8 @@ def compare(before: nn.Module, after: nn.Module, kept: Mapping[str, Sequence[int
             found.problems.append(f"a reload would lack {new}, which is {old} of this model")
         elif _class(counterpart) != _class(module):
             found.problems.append(
-                f"{old} is a {type(module).__name__}, but a reload would build a {type(counterpart).__name__} in its place"
+                f"{old} is a {type(module).__name__}, but a reload would build a {type(counterpart).__name__} in its "
+                f"place"
             )
         else:
             _compare_tensors(old, module, counterpart, found)
@@ -72,7 +75,9 @@ def compare(before: nn.Module, after: nn.Module, kept: Mapping[str, Sequence[int
     return found
 
 
-def differing(one: nn.Module, other: nn.Module, ignored: Callable[[Any, Any], bool] = lambda one, other: False) -> set[str]:
+def differing(
+    one: nn.Module, other: nn.Module, ignored: Callable[[Any, Any], bool] = lambda one, other: False
+) -> set[str]:
     """Paths of the modules that only one of two skeletons has, or that differ in class, shapes or attributes.
 
     Args:
@@ -85,7 +90,11 @@ def differing(one: nn.Module, other: nn.Module, ignored: Callable[[Any, Any], bo
         found = Differences()
         _compare_tensors(path, first[path], second[path], found)
         own, new = _plain_attributes(first[path]), _plain_attributes(second[path])
-        changed = [key for key in own.keys() | new.keys() if own.get(key) != new.get(key) and not ignored(own.get(key), new.get(key))]
+        changed = [
+            key
+            for key in own.keys() | new.keys()
+            if own.get(key) != new.get(key) and not ignored(own.get(key), new.get(key))
+        ]
         if _class(first[path]) != _class(second[path]) or found.problems or changed:
             paths.add(path)
     return paths
@@ -128,12 +137,15 @@ def _compare_attributes(
             found.updates.append((name, key, new_value))
         else:
             found.problems.append(
-                f"{name}.{key} depends on the block's place: it is {old_value!r}, but a reload would make it {new_value!r}"
+                f"{name}.{key} depends on the block's place: it is {old_value!r}, but a reload would make it "
+                f"{new_value!r}"
             )
 
 
 def _follows(old: Any, new: Any, length: int, kept: Sequence[int]) -> bool:
-    """Whether a block holds the whole list of the stack's values (GPT-Neo's attention_layers), which lost those of the removed blocks."""
+    """Whether a block holds the whole list of the stack's values (GPT-Neo's attention_layers), which lost those of the
+    removed blocks.
+    """
     whole = isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == length
     return whole and list(new) == [old[i] for i in kept]
 

@@ -77,9 +77,9 @@ class TimmFamily(Family):
             host.build(settings)
         except TypeError as error:
             raise UnsupportedModelError(
-                f"{host.label} cannot be pruned by layers: found {sum(counts)} blocks, but timm's own entry point does not let "
-                f"{self.argument!r} be given ({error}), so a pruned checkpoint could not be rebuilt by stock timm. A newer timm may allow "
-                "it: pip install -U timm."
+                f"{host.label} cannot be pruned by layers: found {sum(counts)} blocks, but timm's own entry point does "
+                f"not let {self.argument!r} be given ({error}), so a pruned checkpoint could not be rebuilt by stock "
+                f"timm. A newer timm may allow it: pip install -U timm."
             ) from error
 
 

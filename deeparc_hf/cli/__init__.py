@@ -1,7 +1,7 @@
 """The command `deeparc`: inspect, prune, sparsify or publish a model. Results go to stdout, everything else to stderr.
 
-Exit codes: 0 done, 2 an error (one line on stderr; --debug shows where it came from), 130 interrupted. Output folders appear whole or
-not at all. What takes seconds to import is imported by the command that needs it, when it needs it.
+Exit codes: 0 done, 2 an error (one line on stderr; --debug shows where it came from), 130 interrupted. Output folders
+appear whole or not at all. What takes seconds to import is imported by the command that needs it, when it needs it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="deeparc", description="Make trained models smaller by layer similarity, or zero their weights.")
+    parser = argparse.ArgumentParser(
+        prog="deeparc", description="Make trained models smaller by layer similarity, or zero their weights."
+    )
     parser.add_argument("--version", action="version", version=f"deeparc_hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (inspect, prune, sparsify, card, push, env):

@@ -19,29 +19,36 @@ def add(commands: Any, argv: Sequence[str]) -> None:
     parser = commands.add_parser(
         "card",
         help="make the model card of a checkpoint from its record and reports",
-        description="Make the model card of a checkpoint from the record in its config.json and the reports beside it. Reads no weights.",
+        description="Make the model card of a checkpoint from the record in its config.json and the reports beside it. "
+        "Reads no weights.",
     )
     parser.set_defaults(run=_card)
     parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
     parser.add_argument("-o", "--out", help="file to write; default: README.md in the folder; - for stdout")
-    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that somebody wrote or edited, too")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a README.md that somebody wrote or edited, too"
+    )
     parser.add_argument("--repo-id", help="where the model will be on the Hub, for the code in the card")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     card_options(parser)
 
 
 def _card(args: argparse.Namespace) -> int:
-    from ..card.model_card import CARD_FILE, create_model_card, may_replace
+    from ..publish.card import CARD_FILE, create_model_card, may_replace
 
     folder = Path(args.path).expanduser()
     if not folder.is_dir():
-        hint = f" To make the card of a checkpoint on the Hub, fetch it first: hf download {args.path} --local-dir FOLDER." * (
-            args.path.count("/") == 1
+        hint = (
+            f" To make the card of a checkpoint on the Hub, fetch it first: hf download {args.path} --local-dir FOLDER."
+            * (args.path.count("/") == 1)
         )
         raise ConfigError(f"There is no folder {args.path}.{hint}")
     out = folder / CARD_FILE if args.out in (None, "-") else Path(args.out).expanduser()
     if args.out != "-" and not args.overwrite and not may_replace(out):
-        raise ConfigError(f"{out} was written or edited by somebody, so it is not replaced. Give another file with -o, or --overwrite.")
+        raise ConfigError(
+            f"{out} was written or edited by somebody, so it is not replaced. Give another file with -o, or "
+            f"--overwrite."
+        )
     settings = {"repo_id": args.repo_id, **given_card(args)}
     if args.out == "-":
         import tempfile

@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.interrupts import work_begins
+from ..core.plain_text import plain_lines
 from ..errors import ConfigError, DeepArcWarning
-from ..interrupts import work_begins
-from ..plain_text import plain_lines
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..sources import ModelSource
+    from .sources import ModelSource
 
 __all__ = [
     "PLAN_FILE",
@@ -53,14 +53,16 @@ def say(message: str) -> None:
 
 def refuse_bad_record(frame: nn.Module, prunings: int = 0) -> None:
     """Refuse a malformed record, or one without room for more prunings, before the weights are read."""
-    from ..record import check_record
+    from ..checkpoint.record import check_record
 
     check_record(frame, prunings)
 
 
-def batches_of(args: argparse.Namespace, source: ModelSource, frame: nn.Module, samples: int, seed: int) -> tuple[Any, Any]:
+def batches_of(
+    args: argparse.Namespace, source: ModelSource, frame: nn.Module, samples: int, seed: int
+) -> tuple[Any, Any]:
     """The calibration batches, and the tokenizer or image processor that made them."""
-    from ..data import Columns, load_rows, make_batches
+    from .data import Columns, load_rows, make_batches
 
     return make_batches(
         source,
@@ -88,7 +90,7 @@ def device_of(name: str | None) -> Any:
 
 def save(model: nn.Module, processor: Any, folder: Path) -> None:
     """Save the checkpoint with its record, and its tokenizer or image processor where there is one."""
-    from ..loading import save_pruned
+    from ..checkpoint.loading import save_pruned
 
     save_pruned(model, folder)
     if processor is not None:
@@ -113,12 +115,13 @@ def output_folder(args: argparse.Namespace) -> Path:
         foreign = sorted(path.name for path in out.iterdir() if path.is_dir() or not _OWN_FILE.fullmatch(path.name))
         if foreign:
             raise ConfigError(
-                f"{args.out} holds {foreign[0]!r}, which this command did not write, so it is not replaced. Give another folder."
+                f"{args.out} holds {foreign[0]!r}, which this command did not write, so it is not replaced. Give "
+                f"another folder."
             )
         if not _of_an_earlier_run(out):
             raise ConfigError(
-                f"{args.out} holds files but neither {PLAN_FILE} nor {SPARSITY_FILE} as this command writes them: no earlier run wrote it, "
-                "so it is not replaced. Give another folder."
+                f"{args.out} holds files but neither {PLAN_FILE} nor {SPARSITY_FILE} as this command writes them: no "
+                f"earlier run wrote it, so it is not replaced. Give another folder."
             )
     parent = next(path for path in out.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -128,7 +131,9 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def _of_an_earlier_run(out: Path) -> bool:
-    """Whether `deeparc prune` or `deeparc sparsify` wrote a folder. A training writes a sparsity report too, of another form."""
+    """Whether `deeparc prune` or `deeparc sparsify` wrote a folder. A training writes a sparsity report too, of another
+    form.
+    """
     if (out / PLAN_FILE).is_file():
         return True
     try:

@@ -23,7 +23,7 @@ def add(commands: Any, argv: Sequence[str]) -> None:
 def _env(args: argparse.Namespace) -> int:
     import platform
 
-    from ..environment import hardware, package_versions
+    from ..core.environment import hardware, package_versions
 
     facts = {**package_versions(), "platform": platform.platform(), **hardware()}
     print(json.dumps(facts, indent=1) if args.json else "\n".join(f"{key}: {value}" for key, value in facts.items()))

@@ -17,15 +17,16 @@ def add(commands: Any, argv: Sequence[str]) -> None:
     parser = commands.add_parser(
         "inspect",
         help="show stacks, pinned blocks, parameters and the pruning record of a model",
-        description="Show the stacks of a model, its pinned blocks, its parameters and its pruning record. Reads no weights.",
+        description="Show the stacks of a model, its pinned blocks, its parameters and its pruning record. Reads no "
+        "weights.",
     )
     parser.set_defaults(run=_inspect)
     common_options(parser)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from ..inspection import facts_of, facts_text
-    from ..sources import find_source, skeleton
+    from .inspection import facts_of, facts_text
+    from .sources import find_source, skeleton
 
     facts = facts_of(skeleton(find_source(args.model), args.auto_class))
     print(json.dumps({"model": args.model, **facts}, indent=1) if args.json else facts_text(facts))

@@ -10,9 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..settings import Settings
+    from ..core.settings import Settings
 
-__all__ = ["card_options", "common_options", "data_options", "given_card", "given_settings", "output_options", "setting_options"]
+__all__ = [
+    "card_options",
+    "common_options",
+    "data_options",
+    "given_card",
+    "given_settings",
+    "output_options",
+    "setting_options",
+]
 
 _MODEL_HELP = "a folder, a Hub id, timm:NAME, or timm's hf-hub:ORG/NAME and local-dir:FOLDER"
 _PREFIX = "config_"
@@ -30,7 +38,11 @@ _CARD_HELP = {
 def common_options(parser: argparse.ArgumentParser) -> None:
     """What every command takes."""
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    parser.add_argument("--auto-class", metavar="CLASS", help="class of transformers to load; default: the one that saved the checkpoint")
+    parser.add_argument(
+        "--auto-class",
+        metavar="CLASS",
+        help="class of transformers to load; default: the one that saved the checkpoint",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
@@ -40,7 +52,9 @@ def card_options(parser: argparse.ArgumentParser) -> None:
     card = parser.add_argument_group("card")
     for name, what in _CARD_HELP.items():
         several = name in ("language", "dataset", "tag")
-        card.add_argument(f"--{name}", action="append" if several else "store", help=f"{what}{'; may be repeated' if several else ''}")
+        card.add_argument(
+            f"--{name}", action="append" if several else "store", help=f"{what}{'; may be repeated' if several else ''}"
+        )
 
 
 def given_card(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,8 +83,15 @@ def data_options(parser: argparse.ArgumentParser, *, required: bool, note: str =
         "image": "images, or paths of image files; guessed if one column is obvious",
     }.items():
         data.add_argument(f"--{name}-column", metavar="COLUMN", help=f"column of {what}")
-    data.add_argument("--max-length", type=_positive, metavar="TOKENS", help="longest text; default: what the model allows, at most 512")
-    data.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="samples of a forward pass (default 16)")
+    data.add_argument(
+        "--max-length",
+        type=_positive,
+        metavar="TOKENS",
+        help="longest text; default: what the model allows, at most 512",
+    )
+    data.add_argument(
+        "--batch-size", type=_positive, default=16, metavar="N", help="samples of a forward pass (default 16)"
+    )
 
 
 def output_options(parser: argparse.ArgumentParser, out: str, *, required: bool) -> Any:
@@ -110,7 +131,11 @@ def setting_options(group: Any, settings: type[Settings], names: Mapping[str, Se
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line."""
-    return {name.removeprefix(_PREFIX): value for name, value in vars(args).items() if name.startswith(_PREFIX) and value is not None}
+    return {
+        name.removeprefix(_PREFIX): value
+        for name, value in vars(args).items()
+        if name.startswith(_PREFIX) and value is not None
+    }
 
 
 def _taken(hint: Any, choices: Sequence[str] | None) -> tuple[dict[str, Any], str]:

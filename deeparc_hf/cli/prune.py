@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, MissingDependencyError
-from .common import PLAN_FILE, batches_of, device_of, output_folder, public_names, refuse_bad_record, save, say, whole_folder
+from .common import (
+    PLAN_FILE,
+    batches_of,
+    device_of,
+    output_folder,
+    public_names,
+    refuse_bad_record,
+    save,
+    say,
+    whole_folder,
+)
 from .options import common_options, data_options, given_settings, output_options, setting_options
 
 if TYPE_CHECKING:
-    from ..config import MPruneConfig
-    from ..plan import PruningPlan
-    from ..sites import Healing
+    from ..healing.sites import Healing
+    from ..pruning.config import MPruneConfig
+    from ..pruning.plan import PruningPlan
 
 __all__ = ["add"]
 
@@ -27,8 +37,8 @@ def add(commands: Any, argv: Sequence[str]) -> None:
     parser = commands.add_parser(
         "prune",
         help="remove redundant blocks of a model and save the smaller checkpoint",
-        description="Compare the blocks of a model on data, remove redundant ones, and save a checkpoint that stock libraries load. Use "
-        "training data, never the data that you evaluate on.",
+        description="Compare the blocks of a model on data, remove redundant ones, and save a checkpoint that stock "
+        "libraries load. Use training data, never the data that you evaluate on.",
     )
     parser.set_defaults(run=_prune)
     common_options(parser)
@@ -37,17 +47,21 @@ def add(commands: Any, argv: Sequence[str]) -> None:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    from ..config import MPruneConfig
+    from ..pruning.config import MPruneConfig
     from ..similarity import metrics
 
     data_options(parser, required=True)
     setting_options(parser.add_argument_group("pruning"), MPruneConfig, {"similarity": metrics.names()})
-    output = output_options(parser, "folder for checkpoint, plan, report and heatmap; required without --dry-run", required=False)
-    output.add_argument("--dry-run", action="store_true", help="write no checkpoint; with -o the plan, the report and the heatmap only")
+    output = output_options(
+        parser, "folder for checkpoint, plan, report and heatmap; required without --dry-run", required=False
+    )
+    output.add_argument(
+        "--dry-run", action="store_true", help="write no checkpoint; with -o the plan, the report and the heatmap only"
+    )
 
 
 def _config(args: argparse.Namespace) -> MPruneConfig:
-    from ..config import MPruneConfig
+    from ..pruning.config import MPruneConfig
 
     given = given_settings(args)
     if "num_blocks" in given:
@@ -62,7 +76,9 @@ def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
     for entry in given:
         name, sign, number = entry.rpartition("=")
         if not sign or not name or not number.strip().isdigit():
-            raise ConfigError(f"--num-blocks takes a whole number, or STACK=N once for each stack, found {' '.join(given)!r}.")
+            raise ConfigError(
+                f"--num-blocks takes a whole number, or STACK=N once for each stack, found {' '.join(given)!r}."
+            )
         if name in counts:
             raise ConfigError(f"--num-blocks names the stack {name!r} twice.")
         counts[name] = int(number)
@@ -80,9 +96,9 @@ def _out(args: argparse.Namespace) -> Path | None:
 def _prune(args: argparse.Namespace) -> int:
     config = _config(args)
     out = _out(args)
-    from ..inspection import count_parameters
-    from ..pruning import analyze, apply_healed, check_settings
-    from ..sources import find_source, load_model, skeleton
+    from ..pruning.prune import analyze, apply_healed, check_settings
+    from .inspection import count_parameters
+    from .sources import find_source, load_model, skeleton
 
     # what can be refused is refused before the weights are read
     source = find_source(args.model)
@@ -117,7 +133,9 @@ def _prune(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show(args: argparse.Namespace, plan: PruningPlan, before: int, after: int, files: list[str], healings: Sequence[Healing]) -> None:
+def _show(
+    args: argparse.Namespace, plan: PruningPlan, before: int, after: int, files: list[str], healings: Sequence[Healing]
+) -> None:
     if args.json:
         result = {
             "model": args.model,
@@ -136,11 +154,17 @@ def _show(args: argparse.Namespace, plan: PruningPlan, before: int, after: int, 
 
 
 def _write_findings(
-    folder: Path, plan: PruningPlan, args: argparse.Namespace, before: int, after: int, device: Any, healings: Sequence[Healing]
+    folder: Path,
+    plan: PruningPlan,
+    args: argparse.Namespace,
+    before: int,
+    after: int,
+    device: Any,
+    healings: Sequence[Healing],
 ) -> None:
     """The plan, the report, and the heatmap where matplotlib is installed."""
-    from ..heatmap import save_heatmap
-    from ..report import Measurement, write_report
+    from ..pruning.heatmap import save_heatmap
+    from ..reports.plan_report import Measurement, write_report
 
     thresholds = {stack.threshold for stack in plan.stacks.values()}
     rows = [
@@ -163,7 +187,7 @@ def _write_findings(
 
 
 def _nothing_to_remove(plan: PruningPlan) -> str:
-    from ..plan import first_threshold
+    from ..pruning.plan import first_threshold
 
     message = "info: nothing to remove, the model stays as it is."
     first = first_threshold(plan)
@@ -171,8 +195,14 @@ def _nothing_to_remove(plan: PruningPlan) -> str:
         return f"{message} Its pinned and protected blocks allow no removal."
     if plan.config.target != "threshold":
         target = plan.config.target.replace("_", "-")
-        return f"{message} --{target} {_given(plan.config)} keeps all of its {plan.num_blocks} blocks: give a smaller number."
-    return f"{message} The first block would go at threshold {first:.4f}: lower --threshold, or give --num-blocks or --keep-ratio."
+        return (
+            f"{message} --{target} {_given(plan.config)} keeps all of its {plan.num_blocks} blocks: give a smaller "
+            f"number."
+        )
+    return (
+        f"{message} The first block would go at threshold {first:.4f}: lower --threshold, or give --num-blocks or "
+        f"--keep-ratio."
+    )
 
 
 def _given(config: MPruneConfig) -> str:

@@ -17,27 +17,36 @@ def add(commands: Any, argv: Sequence[str]) -> None:
     parser = commands.add_parser(
         "push",
         help="publish a checkpoint on the Hub, with its card",
-        description="Publish the checkpoint in a folder on the Hub: weights, config, tokenizer, reports and a model card made of them, in "
-        "one commit. A README.md that somebody wrote or edited stays, unless --overwrite is given. Log in first: hf auth login, or set "
-        "HF_TOKEN.",
+        description="Publish the checkpoint in a folder on the Hub: weights, config, tokenizer, reports and a model "
+        "card made of them, in one commit. A README.md that somebody wrote or edited stays, unless --overwrite is "
+        "given. Log in first: hf auth login, or set HF_TOKEN.",
     )
     parser.set_defaults(run=_push)
     parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
     parser.add_argument("repo_id", metavar="REPO", help="ORG/NAME, or NAME in your own namespace")
-    parser.add_argument("--private", action="store_true", default=None, help="make the repository private, if it is made")
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="make the repository private, if it is made"
+    )
     parser.add_argument("--revision", help="branch to commit to, made if there is none; default: main")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    parser.add_argument("--overwrite", action="store_true", help="replace a README.md that somebody wrote or edited, here or on the Hub")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a README.md that somebody wrote or edited, here or on the Hub"
+    )
     parser.add_argument("--message", help="title of the commit")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     card_options(parser)
 
 
 def _push(args: argparse.Namespace) -> int:
-    from ..hub import push_to_hub
-    from ..hub_errors import notes_of
+    from ..core.hub_help import notes_of
+    from ..publish.push import push_to_hub
 
-    settings = {"private": args.private, "revision": args.revision, "create_pr": args.create_pr, "commit_message": args.message}
+    settings = {
+        "private": args.private,
+        "revision": args.revision,
+        "create_pr": args.create_pr,
+        "commit_message": args.message,
+    }
     settings["overwrite"] = args.overwrite
     try:
         done = push_to_hub(args.path, args.repo_id, **settings, **given_card(args))
@@ -49,7 +58,9 @@ def _push(args: argparse.Namespace) -> int:
         if isinstance(error, (DeepArcError, OSError)) or not notes_of(error):
             raise
         said = str(error).rstrip(".") or type(error).__name__
-        raise ConnectionError(f"{said}. {notes_of(error)} Nothing was committed; the local files are as they were.") from error
+        raise ConnectionError(
+            f"{said}. {notes_of(error)} Nothing was committed; the local files are as they were."
+        ) from error
     if done is not None:
         print(done.pr_url or done.commit_url)
     return 0

@@ -9,15 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .common import SPARSITY_FILE, batches_of, device_of, output_folder, public_names, refuse_bad_record, save, say, whole_folder
+from .common import (
+    SPARSITY_FILE,
+    batches_of,
+    device_of,
+    output_folder,
+    public_names,
+    refuse_bad_record,
+    save,
+    say,
+    whole_folder,
+)
 from .options import common_options, data_options, given_settings, output_options, setting_options
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..sources import ModelSource
-    from ..sparsity_report import SparsityReport
-    from ..wanda_config import WandaConfig
+    from ..sparsity.config import WandaConfig
+    from ..sparsity.report import SparsityReport
+    from .sources import ModelSource
 
 __all__ = ["add"]
 
@@ -40,9 +50,9 @@ def add(commands: Any, argv: Sequence[str]) -> None:
     parser = commands.add_parser(
         "sparsify",
         help="zero the weights of a model that matter least and save the checkpoint",
-        description="Zero the weights that matter least in the linear maps of all blocks, and save a checkpoint that stock libraries load. "
-        "Zeros are stored and multiplied like other numbers: the checkpoint is neither smaller nor faster by them. Use training data, "
-        "never the data that you evaluate on.",
+        description="Zero the weights that matter least in the linear maps of all blocks, and save a checkpoint that "
+        "stock libraries load. Zeros are stored and multiplied like other numbers: the checkpoint is neither smaller "
+        "nor faster by them. Use training data, never the data that you evaluate on.",
     )
     parser.set_defaults(run=_sparsify)
     common_options(parser)
@@ -51,8 +61,8 @@ def add(commands: Any, argv: Sequence[str]) -> None:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    from ..sparsity import methods
-    from ..wanda_config import WandaConfig
+    from ..sparsity.config import WandaConfig
+    from ..sparsity.methods import methods
 
     no_data = [method.name for method in methods if not method.needs_inputs]
     data_options(parser, required=False, note=f"; not needed with --method {' or '.join(no_data)}" if no_data else "")
@@ -61,14 +71,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sparsify(args: argparse.Namespace) -> int:
-    from ..wanda_config import WandaConfig
+    from ..sparsity.config import WandaConfig
 
     config = WandaConfig(**given_settings(args))
     _settle_data(args, config)
     out = output_folder(args)
     from ..architectures import describe
-    from ..sources import find_source, load_model, skeleton
-    from ..sparsify import matrices_for, sparsify_model
+    from ..sparsity.sparsify import matrices_for, sparsify_model
+    from .sources import find_source, load_model, skeleton
 
     # what can be refused is refused before the weights are read
     source = find_source(args.model)
@@ -101,27 +111,31 @@ def _sparsify(args: argparse.Namespace) -> int:
 
 def _settle_data(args: argparse.Namespace, config: WandaConfig) -> None:
     """Refuse data that is missing, and leave data alone that is not needed."""
-    from ..sparsity import methods
+    from ..sparsity.methods import methods
 
     if methods.get(config.method).needs_inputs:
         if args.data is None:
             without = [f"--method {method.name}" for method in methods if not method.needs_inputs]
             other = f", or a method that needs none: {', '.join(without)}" if without else ""
-            raise ConfigError(f"The method {config.method!r} needs calibration data. Give training data with --data{other}.")
+            raise ConfigError(
+                f"The method {config.method!r} needs calibration data. Give training data with --data{other}."
+            )
     elif args.data is not None:
         say(f"info: the method {config.method!r} needs no data, so --data is not read.")
         args.data = None
 
 
 def _processor(source: ModelSource, frame: nn.Module) -> Any:
-    """The tokenizer or image processor to save with the checkpoint where no data has needed it; None where there is none."""
+    """The tokenizer or image processor to save with the checkpoint where no data has needed it; None where there is
+    none.
+    """
     if source.library == "timm":
         return None
     import transformers
     from transformers.utils import cached_file
 
     from ..architectures import describe
-    from ..sources import LoadingError, loading
+    from .sources import LoadingError, loading
 
     loaders = {"input_ids": transformers.AutoTokenizer, "pixel_values": transformers.AutoImageProcessor}
     loader = loaders.get(describe(frame)[0].root.main_input_name, transformers.AutoProcessor)
@@ -140,10 +154,18 @@ def _processor(source: ModelSource, frame: nn.Module) -> Any:
 
 def _write_report(folder: Path, report: SparsityReport, args: argparse.Namespace, device: Any) -> None:
     """The report, as JSON and as Markdown, with what it was made from and with."""
-    from ..environment import hardware, package_versions
+    from ..core.environment import hardware, package_versions
 
     names, machine, versions = public_names(args), hardware(device), package_versions()
-    data = {"format_version": FORMAT_VERSION, **report.to_dict(), "versions": versions, "hardware": machine, "extra": names}
+    data = {
+        "format_version": FORMAT_VERSION,
+        **report.to_dict(),
+        "versions": versions,
+        "hardware": machine,
+        "extra": names,
+    }
     (folder / SPARSITY_FILE).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     facts = "\n".join(f"- {key}: {value}" for key, value in {**names, **machine, **versions}.items())
-    (folder / SPARSITY_FILE).with_suffix(".md").write_text(f"{report.to_markdown()}\n## Made with\n\n{facts}\n", "utf-8")
+    (folder / SPARSITY_FILE).with_suffix(".md").write_text(
+        f"{report.to_markdown()}\n## Made with\n\n{facts}\n", "utf-8"
+    )

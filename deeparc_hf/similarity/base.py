@@ -9,16 +9,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..heads import Head
-from ..registry import Registry
+from ..core.registry import Registry
+from .divergence import Head
 
-__all__ = ["ROW_KINDS", "BlockMetric", "RowBuffer", "SimilarityMetric", "SkippingMetric", "centered_grams", "metrics", "register"]
+__all__ = [
+    "ROW_KINDS",
+    "BlockMetric",
+    "RowBuffer",
+    "SimilarityMetric",
+    "SkippingMetric",
+    "centered_grams",
+    "metrics",
+    "register",
+]
 
 ROW_KINDS = ("tokens", "mean", "first")
 
 
 class BlockMetric(ABC):
-    """Compares the blocks of one stack on calibration data. There are two kinds, by what they look at: see the subclasses.
+    """Compares the blocks of one stack on calibration data. There are two kinds, by what they look at: see the
+    subclasses.
 
     An instance holds one stack's sums. All of them are sums over rows (or groups of rows), so those of several
     processes add up: `matrix` is a pure function of the sums.
@@ -65,13 +75,15 @@ class SimilarityMetric(BlockMetric):
         """Take the next rows.
 
         Args:
-            rows: one tensor of shape (N, D) a block, in float32 or float64; row i of all of them is the same place of the same sample.
+            rows: one tensor of shape (N, D) a block, in float32 or float64; row i of all of them is the same place of
+                the same sample.
             samples: shape (N,); rows of one sample share a number, and stand together.
         """
 
 
 class SkippingMetric(BlockMetric):
-    """Compares what the model puts out with what it puts out while one block is skipped; each block costs a forward pass.
+    """Compares what the model puts out with what it puts out while one block is skipped; each block costs a forward
+    pass.
 
     Args:
         blocks: number of blocks of the stack, L.
@@ -89,8 +101,8 @@ class SkippingMetric(BlockMetric):
 
         Args:
             block: index of the block that was skipped.
-            full, skipped: the outputs of the whole model and of the model without that block; the same heads in the same order, row i of
-                both is the same place of the same sample.
+            full, skipped: the outputs of the whole model and of the model without that block; the same heads in the
+                same order, row i of both is the same place of the same sample.
         """
 
 

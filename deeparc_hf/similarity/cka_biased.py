@@ -1,8 +1,8 @@
 """The biased linear CKA of the method's first experiments: the mean over sentences of each sentence's own CKA.
 
 Rows are the tokens of one sentence, where there are tokens; otherwise 64 samples (a batch of those experiments). The
-estimator is biased towards 1 when a group has fewer rows than features (independent noise in 768 dimensions scores 0.97 with
-20 rows): offered to reproduce published figures, not to find redundant layers. Use "cka" for that.
+estimator is biased towards 1 when a group has fewer rows than features (independent noise in 768 dimensions scores 0.97
+with 20 rows): offered to reproduce published figures, not to find redundant layers. Use "cka" for that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class BiasedCKA(SimilarityMetric):
 
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
         _, counts = torch.unique_consecutive(samples, return_counts=True)
-        # rows that are alone in their sample are pooled, whatever else is in the batch: results must not depend on its size
+        # rows that are alone in their sample are pooled, whatever else is in the batch: results must not depend on its
+        # size
         alone = torch.repeat_interleave(counts == 1, counts).to(rows[0].device)
         for group in self._buffer.add([block[alone] for block in rows]):
             self._take(group)

@@ -1,4 +1,5 @@
-"""Mean cosine of the outputs of two blocks, over tokens: 1 - block influence (ShortGPT, Men et al. 2024, arXiv 2403.03853).
+"""Mean cosine of the outputs of two blocks, over tokens: 1 - block influence (ShortGPT, Men et al. 2024, arXiv
+2403.03853).
 
 For neighbours, 1 - cosine(i - 1, i) is the block influence of block i. Unlike CKA it sees the residual stream's common
 offset, so its values lie close to 1 in pre-norm models: compare blocks, not models, and prefer a target to a threshold.
@@ -30,7 +31,9 @@ class Cosine(SimilarityMetric):
             return
         # a zero row has no direction; NaN says so, and a block that is always zero is reported by name
         directions = stacked / stacked.norm(dim=2, keepdim=True)
-        cosines = (directions @ directions.transpose(1, 2)).to("cpu" if stacked.device.type == "mps" else stacked.device)
+        cosines = (directions @ directions.transpose(1, 2)).to(
+            "cpu" if stacked.device.type == "mps" else stacked.device
+        )
         total = cosines.sum(dim=0, dtype=torch.float64)
         self._sum = total if self._sum is None else self._sum + total
         self._rows += len(stacked)

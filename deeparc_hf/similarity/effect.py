@@ -1,22 +1,24 @@
 """The effect of a block: how much what the model puts out changes when the block is skipped.
 
-That two blocks put out nearly the same does not say what the removal of one does to the task; this asks for it. Prior art: Shortened
-LLaMA (Kim et al. 2024, arXiv 2402.02834) takes the perplexity of the model without one block, SLEB (Song et al. 2024, arXiv
-2402.09025) the same again after each removal. Here no labels are needed: the model is compared with itself.
+That two blocks put out nearly the same does not say what the removal of one does to the task; this asks for it. Prior
+art: Shortened LLaMA (Kim et al. 2024, arXiv 2402.02834) takes the perplexity of the model without one block, SLEB (Song
+et al. 2024, arXiv 2402.09025) the same again after each removal. Here no labels are needed: the model is compared with
+itself.
 
 The effect d of a block, on the calibration rows:
 
-- outputs that are distributions (logits of classes, of tokens): the mean Kullback-Leibler divergence of the model without the block from
-  the whole model, in nats, summed over the outputs of the model;
-- other outputs (hidden states of an embedding model, a regression): the squared error over the square of the whole model's, so that 1
-  is as far away as zeros are.
+- outputs that are distributions (logits of classes, of tokens): the mean Kullback-Leibler divergence of the model
+  without the block from the whole model, in nats, summed over the outputs of the model;
+- other outputs (hidden states of an embedding model, a regression): the squared error over the square of the whole
+  model's, so that 1 is as far away as zeros are.
 
-A run of blocks counts the sum of its members' effects; to measure every run would take L^2 / 2 forward passes. So the sum is an estimate:
-blocks that do the same work each have a small effect, and none may be left once both are gone. exp(-sum) is the similarity: a threshold
-of 0.98 lets each cluster lose about 0.02 (-ln 0.98) by the sum of its single effects. Pinned blocks are not skipped, stay, and add nothing.
+A run of blocks counts the sum of its members' effects; to measure every run would take L^2 / 2 forward passes. So the
+sum is an estimate: blocks that do the same work each have a small effect, and none may be left once both are gone.
+exp(-sum) is the similarity: a threshold of 0.98 lets each cluster lose about 0.02 (-ln 0.98) by the sum of its single
+effects. Pinned blocks are not skipped, stay, and add nothing.
 
-With linkage "adjacent" and a target the blocks of least effect go, whatever stands beside them, as in Shortened LLaMA (but not the first,
-or with keep="last" not the last); with linkage "leader" those whose whole run has the least effect.
+With linkage "adjacent" and a target the blocks of least effect go, whatever stands beside them, as in Shortened LLaMA
+(but not the first, or with keep="last" not the last); with linkage "leader" those whose whole run has the least effect.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..heads import Head, divergence, mean_square
 from .base import SkippingMetric, register
+from .divergence import Head, divergence, mean_square
 
 # Rows that are compared at once: a causal model's row holds a float for every word of its vocabulary.
 ROWS = 1024
@@ -37,11 +39,14 @@ MOST = 700.0
 
 @register("effect")
 class Effect(SkippingMetric):
-    summary = "exp(-change of the model's outputs without the block): effect, not likeness; a forward pass for each block"
+    summary = (
+        "exp(-change of the model's outputs without the block): effect, not likeness; a forward pass for each block"
+    )
 
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
-        # the rows that each block was left out for; beside the others, so that a stack without a block that can go has its sums too
+        # the rows that each block was left out for; beside the others, so that a stack without a block that can go has
+        # its sums too
         self._sums = {"rows": torch.zeros(blocks, dtype=torch.float64)}
 
     def update(self, block: int, full: Sequence[Head], skipped: Sequence[Head]) -> None:
@@ -60,7 +65,9 @@ class Effect(SkippingMetric):
 
 
 def effects(sums: Mapping[str, Tensor]) -> Tensor:
-    """The effect of each block, shape (L,), float64: nats, or relative squared errors; 0 for a block that was not skipped."""
+    """The effect of each block, shape (L,), float64: nats, or relative squared errors; 0 for a block that was not
+    skipped.
+    """
     total = torch.zeros_like(sums["rows"])
     for key, change in sums.items():
         if key.startswith("change of "):
@@ -88,5 +95,7 @@ def _totals(found: Head, wanted: Head) -> tuple[float, float]:
         ours, theirs = (Head(head.name, head.kind, head.values[start : start + ROWS]) for head in (found, wanted))
         # on its own device first: mps has no float64
         change += float(divergence(ours, theirs).cpu().sum(dtype=torch.float64))
-        scale += float(mean_square(theirs).cpu().sum(dtype=torch.float64)) if wanted.kind == "values" else len(theirs.values)
+        scale += (
+            float(mean_square(theirs).cpu().sum(dtype=torch.float64)) if wanted.kind == "values" else len(theirs.values)
+        )
     return change, scale

@@ -1,6 +1,7 @@
 """From scores to masks: which weights of a linear map are zeroed.
 
-Every way to choose gives exactly what a stable sort gives. It is chosen for speed: a sort orders all, where only a border is needed.
+Every way to choose gives exactly what a stable sort gives. It is chosen for speed: a sort orders all, where only a
+border is needed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # 
 
 
 def choose_lowest(score: Tensor, sparsity: float) -> Tensor:
-    """The weights to zero: in each output row the int(d_in * sparsity) with the lowest scores; of equals the earlier ones.
+    """The weights to zero: in each output row the int(d_in * sparsity) with the lowest scores; of equals the earlier
+    ones.
 
     Args:
         score: shape (d_out, d_in); at least 0, infinity included, but not NaN.
@@ -39,7 +41,8 @@ def choose_lowest(score: Tensor, sparsity: float) -> Tensor:
 
 
 def choose_pattern(score: Tensor, keep: int, group: int) -> Tensor:
-    """The weights to zero for an N:M pattern: of each `group` consecutive inputs of a row, `keep` stay (2:4 is keep=2, group=4).
+    """The weights to zero for an N:M pattern: of each `group` consecutive inputs of a row, `keep` stay (2:4 is keep=2,
+    group=4).
 
     Args:
         score: shape (d_out, d_in), d_in a multiple of `group`; at least 0, infinity included, but not NaN.
@@ -53,7 +56,9 @@ def choose_pattern(score: Tensor, keep: int, group: int) -> Tensor:
     if not 0 < keep < group:
         raise ConfigError(f"A pattern N:M keeps N of M weights with 0 < N < M, found {keep}:{group}.")
     if score.shape[1] % group:
-        raise ConfigError(f"The pattern {keep}:{group} needs a number of inputs divisible by {group}, found {score.shape[1]}.")
+        raise ConfigError(
+            f"The pattern {keep}:{group} needs a number of inputs divisible by {group}, found {score.shape[1]}."
+        )
     return _mark_lowest(score, group - keep, group)
 
 
@@ -63,16 +68,19 @@ def zero_chosen(weight: Tensor, mask: Tensor) -> None:
 
 
 def zero_others(weight: Tensor, kept: Tensor) -> None:
-    """Zero the weights that `kept` does not mark, in place: what `weight.masked_fill_(~kept, 0)` does, in a fraction of the time on a CPU.
+    """Zero the weights that `kept` does not mark, in place: what `weight.masked_fill_(~kept, 0)` does, in a fraction of
+    the time on a CPU.
 
-    The fill branches at every weight, and no processor predicts such a mask. Here the bits of a weight, as an integer, are
-    multiplied by 0 or 1 instead. A zeroed weight becomes +0, also where it was negative or not finite.
+    The fill branches at every weight, and no processor predicts such a mask. Here the bits of a weight, as an integer,
+    are multiplied by 0 or 1 instead. A zeroed weight becomes +0, also where it was negative or not finite.
     """
     weight.detach().view(_INTEGERS[weight.element_size()]).mul_(kept)
 
 
 def _mark_lowest(score: Tensor, count: int, group: int) -> Tensor:
-    """The `count` lowest of each `group` consecutive scores, the earlier ones of equals. A few rows at a time, for the memory."""
+    """The `count` lowest of each `group` consecutive scores, the earlier ones of equals. A few rows at a time, for the
+    memory.
+    """
     mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
     if count == 0 or score.numel() == 0:
         return mask
@@ -89,7 +97,9 @@ def _sort(score: Tensor, count: int, chosen: Tensor) -> None:
 
 
 def _select(score: Tensor, count: int, chosen: Tensor) -> None:
-    """By the lowest score that stays. NumPy's partition finds it several times faster than PyTorch's kthvalue or topk."""
+    """By the lowest score that stays. NumPy's partition finds it several times faster than PyTorch's kthvalue or
+    topk.
+    """
     values, marked = _array(score), chosen.numpy()
     parted = np.partition(values, count, axis=1)
     stays = parted[:, count, None]
@@ -102,7 +112,8 @@ def _select(score: Tensor, count: int, chosen: Tensor) -> None:
 
 
 def _compare(score: Tensor, count: int, chosen: Tensor) -> None:
-    """By rank, from comparing all pairs within a group: a group is too short for sorting or selecting to be worth a call.
+    """By rank, from comparing all pairs within a group: a group is too short for sorting or selecting to be worth a
+    call.
 
     The groups lie end to end, so that one comparison of the flat scores with themselves, shifted, serves all of them.
     """

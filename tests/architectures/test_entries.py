@@ -1,4 +1,6 @@
-"""Entries of a config that name blocks by value, index or key follow a removal, as stock classes reload it; what nothing shows is told."""
+"""Entries of a config that name blocks by value, index or key follow a removal, as stock classes reload it; what
+nothing shows is told.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deeparc_hf import find_stacks, load_pruned, remove_blocks
 from deeparc_hf.architectures import describe
+from deeparc_hf.core.transaction import Transaction
 from deeparc_hf.errors import DeepArcWarning, SurgeryError, UnsupportedModelError
-from deeparc_hf.undo import Transaction
 from tests.zoo import CAUSAL, SEQ2SEQ, TEXT, spread
 
-needs_gemma4 = pytest.mark.skipif(not hasattr(tf, "Gemma4TextConfig"), reason="this transformers has no settings by layer index")
+needs_gemma4 = pytest.mark.skipif(
+    not hasattr(tf, "Gemma4TextConfig"), reason="this transformers has no settings by layer index"
+)
 
 SIX = {**TEXT, "num_hidden_layers": 6}
 SIX_CAUSAL = {**CAUSAL, "num_hidden_layers": 6}
@@ -57,7 +61,14 @@ QWEN_TEXT = {
     "vocab_size": 160,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
 }
-QWEN_VISION = {"depth": 6, "hidden_size": 64, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "patch_size": 14}
+QWEN_VISION = {
+    "depth": 6,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+}
 DPT = {
     **{key: value for key, value in SIX.items() if key != "vocab_size"},
     "image_size": 32,
@@ -101,7 +112,9 @@ def funnel(sizes: list[int]) -> nn.Module:
 def qwen_vl() -> nn.Module:
     ids = {"image_token_id": 150, "video_token_id": 151, "vision_start_token_id": 152, "vision_end_token_id": 153}
     vision = {**QWEN_VISION, "fullatt_block_indexes": [2, 5], "window_size": 112}
-    return tf.Qwen2_5_VLForConditionalGeneration(tf.Qwen2_5_VLConfig(text_config=QWEN_TEXT, vision_config=vision, **ids))
+    return tf.Qwen2_5_VLForConditionalGeneration(
+        tf.Qwen2_5_VLConfig(text_config=QWEN_TEXT, vision_config=vision, **ids)
+    )
 
 
 def dpt() -> nn.Module:
@@ -147,7 +160,12 @@ def without(model: nn.Module, stack: str, gone: list[int], inputs: dict[str, tor
 
 # the model, its stack, the blocks that go, and the entries afterwards
 FOLLOW: dict[str, tuple[Callable[[], nn.Module], str, list[int], dict[str, Any]]] = {
-    "a window a layer": (lambda: longformer([4, 8, 16, 8, 4, 8]), "longformer.encoder.layer", [2, 3], {"attention_window": [4, 8, 4, 8]}),
+    "a window a layer": (
+        lambda: longformer([4, 8, 16, 8, 4, 8]),
+        "longformer.encoder.layer",
+        [2, 3],
+        {"attention_window": [4, 8, 4, 8]},
+    ),
     "of the encoder alone": (led, "led.encoder.layers", [1], {"attention_window": [4, 4, 8, 4, 8]}),
     "not of the decoder": (led, "led.decoder.layers", [1], {"attention_window": [4, 8, 4, 8, 4, 8]}),
     "a pattern that repeats": (
@@ -216,16 +234,19 @@ def test_a_load_by_record_follows_as_the_removal_did(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "stack"), [(gpt_neo, "transformer.h"), pytest.param(gemma4, "model.layers", marks=needs_gemma4), (qwen2_moe, "model.layers")]
+    ("make", "stack"),
+    [(gpt_neo, "transformer.h"), pytest.param(gemma4, "model.layers", marks=needs_gemma4), (qwen2_moe, "model.layers")],
 )
 def test_a_removal_that_is_taken_back_leaves_the_entries_as_they_were(make, stack):
-    from deeparc_hf import surgery
+    from deeparc_hf.pruning.prune import surgery
 
     model = made(make)
     before, logits = copy.deepcopy(model.config.to_dict()), outputs(model, text())
     host, family, stacks = describe(model)
     undo = Transaction()
-    surgery._operate(model, host, family, stacks, {stack: [0, 3]}, {}, {"removed": {stack: [0, 3]}}, optimizer=None, transaction=undo)
+    surgery._operate(
+        model, host, family, stacks, {stack: [0, 3]}, {}, {"removed": {stack: [0, 3]}}, optimizer=None, transaction=undo
+    )
     assert model.config.to_dict() != before
     undo.roll_back()
     assert model.config.to_dict() == before
@@ -233,7 +254,8 @@ def test_a_removal_that_is_taken_back_leaves_the_entries_as_they_were(make, stac
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"), [([4, 4, 4], [4, 4, 4]), ([3, 4, 5], [3, 4, 5]), ([3, 3, 3], [3, 3, 3]), ([1, 2, 3], [1, 2, 3])]
+    ("sizes", "expected"),
+    [([4, 4, 4], [4, 4, 4]), ([3, 4, 5], [3, 4, 5]), ([3, 3, 3], [3, 3, 3]), ([1, 2, 3], [1, 2, 3])],
 )
 def test_a_list_of_counts_is_no_list_of_values(sizes, expected):
     with torch.device("meta"):
@@ -251,7 +273,9 @@ def test_lists_of_sizes_of_a_chain_make_no_stack_of_its_layers():
 def test_a_refusal_names_what_else_changes_with_the_count():
     with torch.device("meta"):
         model = tf.Gemma3nForCausalLM(tf.Gemma3nTextConfig(**GEMMA3N))
-    with pytest.raises(UnsupportedModelError, match=r"num_hidden_layers counts them, but model\.embed_tokens_per_layer\.weight changes"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"num_hidden_layers counts them, but model\.embed_tokens_per_layer\.weight changes"
+    ):
         find_stacks(model)
 
 
@@ -259,7 +283,9 @@ def test_windows_that_only_a_forward_pass_shows_need_an_example_that_shows_them(
     model = made(qwen_vl)
     stack = "model.visual.blocks"
     before = copy.deepcopy(model.config.to_dict())
-    with pytest.raises(SurgeryError, match=r"fullatt_block_indexes .* by number .*example=batch\. The model is as it was"):
+    with pytest.raises(
+        SurgeryError, match=r"fullatt_block_indexes .* by number .*example=batch\. The model is as it was"
+    ):
         remove_blocks(model, {stack: [1]}, example=image(8))
     assert model.config.to_dict() == before
     assert model.model.visual.fullatt_block_indexes == [2, 5]
@@ -287,7 +313,9 @@ class ScaledConfig(tf.PreTrainedConfig):
 
     model_type = "scaled"
 
-    def __init__(self, num_hidden_layers: int = 4, strengths: tuple[float, ...] = (1.0, 0.5, 2.0, 1.0), **kwargs: Any) -> None:
+    def __init__(
+        self, num_hidden_layers: int = 4, strengths: tuple[float, ...] = (1.0, 0.5, 2.0, 1.0), **kwargs: Any
+    ) -> None:
         self.num_hidden_layers, self.strengths = num_hidden_layers, list(strengths)
         super().__init__(**kwargs)
 

@@ -32,7 +32,12 @@ LENGTHS: dict[str, list[int]] = {
     "wrapped_resnext": [2, 2, 3, 2],
 }
 # stages whose first block is pinned: those with a projection on the shortcut
-PINNED_STAGES = {"resnet": [0, 1, 2, 3], "resnet_basic": [1, 2, 3], "timm_resnet": [1, 2, 3], "wrapped_resnext": [0, 1, 2, 3]}
+PINNED_STAGES = {
+    "resnet": [0, 1, 2, 3],
+    "resnet_basic": [1, 2, 3],
+    "timm_resnet": [1, 2, 3],
+    "wrapped_resnext": [0, 1, 2, 3],
+}
 FULL_SIZE: dict[str, tuple[list[int], list[int]]] = {
     "resnet18": ([2, 2, 2, 2], [1, 2, 3]),
     "resnet50": ([3, 4, 6, 3], [0, 1, 2, 3]),
@@ -162,7 +167,11 @@ def test_a_model_on_the_meta_device_has_the_same_stacks(name):
     real, empty = find_stacks(ZOO[name].model()), find_stacks(meta(ZOO[name].make))
     assert list(real) == list(empty)
     for stack_name, stack in empty.items():
-        assert (len(stack), stack.pinned, stack.side) == (len(real[stack_name]), real[stack_name].pinned, real[stack_name].side)
+        assert (len(stack), stack.pinned, stack.side) == (
+            len(real[stack_name]),
+            real[stack_name].pinned,
+            real[stack_name].side,
+        )
         assert all(p.is_meta for p in stack.container.parameters())
 
 
@@ -193,7 +202,10 @@ def test_each_tower_of_clip_is_counted_by_its_own_config(text, vision):
         "vision_model.encoder.layers": (vision, "vision_config.num_hidden_layers"),
     }
     remove_blocks(model, {"vision_model.encoder.layers": [1]})
-    assert (model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers) == (text, vision - 1)
+    assert (model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers) == (
+        text,
+        vision - 1,
+    )
     assert (config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers) == (text, vision)
 
 
@@ -220,7 +232,9 @@ def test_umt5_has_a_bias_in_every_block_and_so_no_pins():
 
 
 def test_the_pin_of_a_two_layer_t5_is_found():
-    stacks = find_stacks(meta(tf.T5ForConditionalGeneration, tf.T5Config(**{**T5, "num_layers": 2, "num_decoder_layers": 2})))
+    stacks = find_stacks(
+        meta(tf.T5ForConditionalGeneration, tf.T5Config(**{**T5, "num_layers": 2, "num_decoder_layers": 2}))
+    )
     assert [list(stack.pinned) for stack in stacks.values()] == [[0], [0]]
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from deeparc_hf import load_pruned, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.architectures.generation import follow_generation
+from deeparc_hf.core.transaction import Transaction
 from deeparc_hf.errors import DeepArcWarning, SurgeryError
-from deeparc_hf.undo import Transaction
 from tests.zoo import WHISPER, ZOO, spread
 
 DECODER, ENCODER = "model.decoder.layers", "model.encoder.layers"
@@ -53,7 +53,9 @@ def test_heads_of_kept_layers_stay_the_same_heads(gone, tmp_path):
     remove_blocks(again, {DECODER: second})
     lost = kept[second[0]]
     left = [layer for layer in kept if layer != lost]
-    assert [(left[layer], head) for layer, head in again.generation_config.alignment_heads] == [p for p in expected if p[0] != lost]
+    assert [(left[layer], head) for layer, head in again.generation_config.alignment_heads] == [
+        p for p in expected if p[0] != lost
+    ]
 
 
 def test_blocks_of_the_encoder_do_not_count():
@@ -103,7 +105,7 @@ def test_a_refused_removal_leaves_the_heads(monkeypatch):
     def fail(self: object) -> None:
         raise SurgeryError("no")
 
-    monkeypatch.setattr("deeparc_hf.verify.Expectation.check", fail)
+    monkeypatch.setattr("deeparc_hf.pruning.verify.Expectation.check", fail)
     with pytest.raises(SurgeryError):
         remove_blocks(model, {DECODER: [1]})
     assert model.generation_config is shared
@@ -115,13 +117,20 @@ def test_a_load_by_record_renumbers_the_heads_of_the_base(tmp_path):
     model.save_pretrained(tmp_path / "base")
     record = remove_blocks(model, {DECODER: [1]})
     loaded = load_pruned(tf.AutoModelForSpeechSeq2Seq, tmp_path / "base", record)
-    assert loaded.generation_config.alignment_heads == model.generation_config.alignment_heads == [[0, 1], [1, 0], [1, 3], [3, 1]]
+    assert (
+        loaded.generation_config.alignment_heads
+        == model.generation_config.alignment_heads
+        == [[0, 1], [1, 0], [1, 3], [3, 1]]
+    )
 
 
 def test_other_settings_that_may_name_blocks_are_named():
     model = ZOO["gpt2"].model()
     model.generation_config.assistant_early_exit = 3
-    with pytest.warns(DeepArcWarning, match=r"generation_config\.assistant_early_exit = 3 may name blocks.*the 3 blocks of transformer\.h"):
+    with pytest.warns(
+        DeepArcWarning,
+        match=r"generation_config\.assistant_early_exit = 3 may name blocks.*the 3 blocks of transformer\.h",
+    ):
         remove_blocks(model, {"transformer.h": [1]})
     assert model.generation_config.assistant_early_exit == 3
 

@@ -1,4 +1,6 @@
-"""Inputs are made up for most kinds of models, are valid and long enough; where they cannot be, there are none, and nothing is raised."""
+"""Inputs are made up for most kinds of models, are valid and long enough; where they cannot be, there are none, and
+nothing is raised.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from deeparc_hf.architectures import describe, find_host
 from tests.zoo import IMAGE, SEQ2SEQ, TEXT, ZOO
 
 PLAIN = {key: value for key, value in TEXT.items() if key != "vocab_size"}
-SPEECH = {**SEQ2SEQ, "conv_channels": 16, "input_feat_per_channel": 8, "max_source_positions": 64, "max_target_positions": 24}
+SPEECH = {
+    **SEQ2SEQ,
+    "conv_channels": 16,
+    "input_feat_per_channel": 8,
+    "max_source_positions": 64,
+    "max_target_positions": 24,
+}
 BIG = {**TEXT, "block_size": 4, "num_random_blocks": 1}
 VJEPA = {
     "hidden_size": 32,
@@ -31,7 +39,14 @@ VJEPA = {
 
 def vision_tower() -> nn.Module:
     """A tower that is a model of its own, and takes packed patches under names of its own."""
-    vision = {"depth": 3, "hidden_size": 64, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32, "fullatt_block_indexes": []}
+    vision = {
+        "depth": 3,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [],
+    }
     return tf.AutoModel.from_config(tf.Qwen2_5_VLConfig(vision_config=vision).vision_config)
 
 
@@ -43,7 +58,11 @@ VALID: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
         "input_ids",
         (1, 62),
     ),
-    "speech_to_text": (lambda: tf.Speech2TextForConditionalGeneration(tf.Speech2TextConfig(**SPEECH)), "input_features", (1, 64, 8)),
+    "speech_to_text": (
+        lambda: tf.Speech2TextForConditionalGeneration(tf.Speech2TextConfig(**SPEECH)),
+        "input_features",
+        (1, 64, 8),
+    ),
     "wav2vec2-bert": (lambda: tf.Wav2Vec2BertForCTC(tf.Wav2Vec2BertConfig(**TEXT)), "input_features", (1, 64, 160)),
     "wav2vec2": (
         lambda: tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**TEXT, conv_dim=[16] * 7)),
@@ -55,7 +74,11 @@ VALID: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
         "input_values",
         (1, 64, 32),
     ),
-    "videomae": (lambda: tf.VideoMAEForVideoClassification(tf.VideoMAEConfig(**IMAGE, num_frames=4)), "pixel_values", (1, 4, 3, 32, 32)),
+    "videomae": (
+        lambda: tf.VideoMAEForVideoClassification(tf.VideoMAEConfig(**IMAGE, num_frames=4)),
+        "pixel_values",
+        (1, 4, 3, 32, 32),
+    ),
     "timesformer": (
         lambda: tf.TimesformerForVideoClassification(tf.TimesformerConfig(**IMAGE, num_frames=4)),
         "pixel_values",
@@ -67,8 +90,16 @@ VALID: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
         "pixel_values",
         (1, 3, 32, 32),
     ),
-    "bigbird, longer than its blocks": (lambda: tf.BigBirdForSequenceClassification(tf.BigBirdConfig(**BIG)), "input_ids", (1, 32)),
-    "few positions": (lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**TEXT, max_position_embeddings=20)), "input_ids", (1, 18)),
+    "bigbird, longer than its blocks": (
+        lambda: tf.BigBirdForSequenceClassification(tf.BigBirdConfig(**BIG)),
+        "input_ids",
+        (1, 32),
+    ),
+    "few positions": (
+        lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**TEXT, max_position_embeddings=20)),
+        "input_ids",
+        (1, 18),
+    ),
     "wrapped_vit": (ZOO["wrapped_vit"].make, "pixel_values", (1, 3, 32, 32)),
     "bert": (ZOO["bert"].make, "input_ids", (1, 128)),
 }

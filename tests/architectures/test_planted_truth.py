@@ -1,7 +1,7 @@
 """Planted truth: blocks made exact identities at known places are found, removed, and nobody notices.
 
-A block is planted by zeroing what it adds to its input: all its linear maps and convolutions (its residual branch then adds
-nothing; in post-norm models it then normalises twice, which is once), or the last norm of a CNN's block.
+A block is planted by zeroing what it adds to its input: all its linear maps and convolutions (its residual branch then
+adds nothing; in post-norm models it then normalises twice, which is once), or the last norm of a CNN's block.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def test_planted_identities_are_found_and_removed_without_a_trace(name):
     before = logits(model, specimen)
     plan = prune_model(model, specimen.batches(), threshold=THRESHOLD, progress=False)
     assert plan.removed == truth
-    assert plan.num_kept == sum(map(len, find_stacks(model).values())) == plan.num_blocks - sum(map(len, truth.values()))
+    assert (
+        plan.num_kept == sum(map(len, find_stacks(model).values())) == plan.num_blocks - sum(map(len, truth.values()))
+    )
     after = logits(model, specimen)
     assert (after - before).abs().max() <= 1e-5 * before.abs().max().clamp(min=1)
 

@@ -147,7 +147,13 @@ UNSUPPORTED = {
         "does not let 'num_blocks' be given",
         "pip install -U timm",
     ),
-    "timm_vgg": (lambda: timm.create_model("vgg11"), "VGG (type 'vgg11'), of timm", "No family", "Known families: ", ADD_A_FAMILY),
+    "timm_vgg": (
+        lambda: timm.create_model("vgg11"),
+        "VGG (type 'vgg11'), of timm",
+        "No family",
+        "Known families: ",
+        ADD_A_FAMILY,
+    ),
     "torchvision": (
         torchvision.models.resnet18,
         "ResNet",
@@ -260,7 +266,10 @@ def assert_refused_and_untouched(
 ) -> None:
     state = {key: value.clone() for key, value in model.state_dict().items()}
     config, before = model.config, copy.deepcopy(model.config.to_dict())
-    own = {name: copy.copy({k: v for k, v in vars(m).items() if not k.startswith("_")}) for name, m in model.named_modules()}
+    own = {
+        name: copy.copy({k: v for k, v in vars(m).items() if not k.startswith("_")})
+        for name, m in model.named_modules()
+    }
     with pytest.raises(error, match=pattern):
         remove_blocks(model, removal)
     assert model.config is config
@@ -268,7 +277,9 @@ def assert_refused_and_untouched(
     assert not hasattr(model.config, "pruning_config")
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    assert {name: {k: v for k, v in vars(m).items() if not k.startswith("_")} for name, m in model.named_modules()} == own
+    assert {
+        name: {k: v for k, v in vars(m).items() if not k.startswith("_")} for name, m in model.named_modules()
+    } == own
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -288,10 +299,14 @@ def test_gpt2_that_scales_attention_by_layer_loses_its_last_block_only():
 def test_deberta_whose_first_layer_has_a_convolution_keeps_its_first_layer():
     def make() -> nn.Module:
         torch.manual_seed(0)
-        config = tf.DebertaV2Config(**TEXT, conv_kernel_size=3, relative_attention=True, position_biased_input=False, pos_att_type=["c2p"])
+        config = tf.DebertaV2Config(
+            **TEXT, conv_kernel_size=3, relative_attention=True, position_biased_input=False, pos_att_type=["c2p"]
+        )
         return tf.DebertaV2ForSequenceClassification(config).eval()
 
-    assert_refused_and_untouched(make(), {"deberta.encoder.layer": [0]}, "DebertaV2ForSequenceClassification.*as it was")
+    assert_refused_and_untouched(
+        make(), {"deberta.encoder.layer": [0]}, "DebertaV2ForSequenceClassification.*as it was"
+    )
     model = make()
     remove_blocks(model, {"deberta.encoder.layer": [2]})
     assert model.config.num_hidden_layers == 3

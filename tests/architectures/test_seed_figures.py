@@ -64,7 +64,9 @@ def bert_base(labels: int) -> nn.Module:
 
 
 def t5_base() -> nn.Module:
-    model = tf.T5ForConditionalGeneration(tf.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0))
+    model = tf.T5ForConditionalGeneration(
+        tf.T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12, decoder_start_token_id=0)
+    )
     model.tie_weights()  # early versions 5 of transformers leave this out on the meta device
     return model
 
@@ -101,7 +103,12 @@ def test_resnet_totals_and_identity_blocks(depth, make):
     stacks = list(find_stacks(model).values())
     assert tuple(map(len, stacks)) == RESNET_BLOCKS[depth]
     assert parameters(model) == RESNET_TOTALS[depth]
-    assert [sum(p.numel() for p in stack.blocks[1].parameters()) for stack in stacks] == [70_400, 280_064, 1_117_184, 4_462_592]
+    assert [sum(p.numel() for p in stack.blocks[1].parameters()) for stack in stacks] == [
+        70_400,
+        280_064,
+        1_117_184,
+        4_462_592,
+    ]
 
 
 @pytest.mark.parametrize("make", [hf_resnet, timm_resnet])

@@ -1,4 +1,6 @@
-"""The comparison of skeletons, and their build: shared modules, lists that blocks hold whole, parts with an attention of their own."""
+"""The comparison of skeletons, and their build: shared modules, lists that blocks hold whole, parts with an attention
+of their own.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ DETR = {
     "decoder_ffn_dim": 48,
     "num_queries": 5,
 }
-RESNET = {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [2, 2], "layer_type": "basic", "out_features": ["stage2"]}
+RESNET = {
+    "embedding_size": 8,
+    "hidden_sizes": [16, 24],
+    "depths": [2, 2],
+    "layer_type": "basic",
+    "out_features": ["stage2"],
+}
 
 
 class SharingConfig(tf.PreTrainedConfig):

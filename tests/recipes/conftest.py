@@ -1,4 +1,6 @@
-"""Nothing of these tests stays in the cache of the datasets library, and collecting garbage passes over what is loaded already."""
+"""Nothing of these tests stays in the cache of the datasets library, and collecting garbage passes over what is loaded
+already.
+"""
 
 from __future__ import annotations
 

@@ -17,9 +17,18 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from deeparc_hf.experiments.results import Row, read_rows
+from experiment.results import Row, read_rows
 
-PUBLISHED = {"README.md", "card.json", "evaluations.json", "pruning_report.json", "report.json", "results.json", "results.md", "scores.md"}
+PUBLISHED = {
+    "README.md",
+    "card.json",
+    "evaluations.json",
+    "pruning_report.json",
+    "report.json",
+    "results.json",
+    "results.md",
+    "scores.md",
+}
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
@@ -105,12 +114,20 @@ def check_files(folder: Path, rows: list[Row], retrained: bool = True) -> None:
     assert len(written) > 4
     for path in written:  # model and data of the tests lie in the same place as the results
         assert str(folder.parent) not in path.read_text("utf-8"), path
-    assert {use: facts["rows"] > 0 for use, facts in results["data"].items()} == {"train": True, "validation": True, "test": True}
+    assert {use: facts["rows"] > 0 for use, facts in results["data"].items()} == {
+        "train": True,
+        "validation": True,
+        "test": True,
+    }
     assert all(len(facts["sha256"]) == 64 for facts in results["data"].values() if facts["file"] != "a folder")
     last = [row for row in rows if row.name.startswith("iteration") and row.sparsity is None][-1]
     assert set(results["speeds"]) == {last.name} and 0 < results["speeds"][last.name]["blocks"] < 1
     card = (folder / last.folder / "README.md").read_text("utf-8")
-    figures = {result.metric_name: result.metric_value for result in ModelCard(card).data.eval_results if result.dataset_split == "test"}
+    figures = {
+        result.metric_name: result.metric_value
+        for result in ModelCard(card).data.eval_results
+        if result.dataset_split == "test"
+    }
     assert {name: figures[name] for name in last.measured.metrics} == pytest.approx(last.measured.metrics)
     shown = card.partition("## Evaluation")[2].partition("\n## ")[0]
     assert "| metric | original | this model |" in shown and "of the time of the original" in shown

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 
 from deeparc_hf.errors import ConfigError
-from deeparc_hf.experiments.models import load_model
+from experiment.models import load_model
 from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
 
@@ -28,7 +28,10 @@ END = 2
 
 def texts_of(split, count):
     draw = random.Random(split)
-    return [" ".join([MARKS[split], *(f"w{draw.randrange(20, 60)}" for _ in range(draw.randrange(5, 12)))]) for _ in range(count)]
+    return [
+        " ".join([MARKS[split], *(f"w{draw.randrange(20, 60)}" for _ in range(draw.randrange(5, 12)))])
+        for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,11 @@ def data(tmp_path_factory):
     files["validation"].write_text("\n".join(["text", *texts_of("validation", 24)]) + "\n")
     lines = texts_of("test", 24)
     files["test"].write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
-    return {"model": str(folder / "llama"), "block_size": SIZE, **{f"{split}_file": str(file) for split, file in files.items()}}
+    return {
+        "model": str(folder / "llama"),
+        "block_size": SIZE,
+        **{f"{split}_file": str(file) for split, file in files.items()},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +102,10 @@ def losses_of(folder, blocks):
 
 def test_every_model_has_a_row_and_its_files(run):
     models = ["original", "iteration 1", "iteration 2"]
-    assert list(run.rows) == [*models, *(f"{model}, 40 % zeros{more}" for model in models for more in ("", ", retrained"))]
+    assert list(run.rows) == [
+        *models,
+        *(f"{model}, 40 % zeros{more}" for model in models for more in ("", ", retrained")),
+    ]
     check_files(run.folder, list(run.rows.values()))
     assert "A sample is a block of 12 tokens" in (run.folder / "results.md").read_text("utf-8")
 
@@ -112,7 +122,9 @@ def test_rows_tell_structure_and_perplexity(run):
         assert row.measured.samples == len(blocks)
         assert row.measured.metrics["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
         assert row.measured.metrics["loss"] == pytest.approx(mean, rel=1e-4)
-        assert row.measured.intervals["perplexity"] == pytest.approx((math.exp(mean - half), math.exp(mean + half)), rel=1e-4)
+        assert row.measured.intervals["perplexity"] == pytest.approx(
+            (math.exp(mean - half), math.exp(mean + half)), rel=1e-4
+        )
         assert row.measured.seconds > 0
     assert [sum(run.rows[name].blocks.values()) for name in ("original", "iteration 1", "iteration 2")] == [4, 3, 2]
     retrained = run.rows["iteration 2, 40 % zeros, retrained"]
@@ -128,8 +140,17 @@ def test_calibration_and_training_see_training_blocks_only(run):
 
 @pytest.mark.parametrize("similarity", ["cka", "cosine"])
 def test_removal_alone_trains_nothing(data, tmp_path, similarity):
-    """Nothing is trained before or after: blocks are removed and healed, in iterations; the untouched blocks are those of the model."""
-    pruning = {"finetune_epochs": 0, "retrain_epochs": 0, "iterations": 2, "num_blocks": [3, 2], "sparsity": 0.5, "similarity": similarity}
+    """Nothing is trained before or after: blocks are removed and healed, in iterations; the untouched blocks are those
+    of the model.
+    """
+    pruning = {
+        "finetune_epochs": 0,
+        "retrain_epochs": 0,
+        "iterations": 2,
+        "num_blocks": [3, 2],
+        "sparsity": 0.5,
+        "similarity": similarity,
+    }
     with watched(tf.LlamaForCausalLM) as seen:
         rows = main(words(**data, output_dir=str(tmp_path), **pruning))
     assert not any(entry.training for entry in seen)
@@ -137,7 +158,10 @@ def test_removal_alone_trains_nothing(data, tmp_path, similarity):
     assert [sum(row.blocks.values()) for row in rows] == [4, 3, 2, 4, 3, 2]
     assert rows[0].folder is None and rows[0].training_seconds is None and rows[1].training_seconds is None
     check_files(tmp_path, rows, retrained=False)
-    before, after = load_model(tf.AutoModelForCausalLM, data["model"]), load_model(tf.AutoModelForCausalLM, str(tmp_path / "iteration-2"))
+    before, after = (
+        load_model(tf.AutoModelForCausalLM, data["model"]),
+        load_model(tf.AutoModelForCausalLM, str(tmp_path / "iteration-2")),
+    )
     kept = after.config.pruning_config["stacks"][STACK]["kept"]
     for block, original in zip(after.model.layers, kept, strict=True):
         assert torch.equal(block.mlp.up_proj.weight, before.model.layers[original].mlp.up_proj.weight)
@@ -147,7 +171,9 @@ def test_removal_alone_trains_nothing(data, tmp_path, similarity):
 
 def test_healing_alone_changes_the_kept_neighbour_and_is_reported(data, tmp_path):
     pruning = {"finetune_epochs": 0, "retrain_epochs": 0, "num_blocks": 3}
-    (_, plain), (_, healed) = (main(words(**data, output_dir=str(tmp_path / str(heal)), heal=heal, **pruning)) for heal in (None, "lstsq"))
+    (_, plain), (_, healed) = (
+        main(words(**data, output_dir=str(tmp_path / str(heal)), heal=heal, **pruning)) for heal in (None, "lstsq")
+    )
     assert plain.measured.metrics != healed.measured.metrics
     report = json.loads((tmp_path / "lstsq" / healed.folder / "report.json").read_text("utf-8"))
     assert [entry["healed"] for entry in report["healing"]] == [True] and len(report["measurements"]) == 2
@@ -162,7 +188,9 @@ def test_the_same_seed_gives_the_same_table(data, tmp_path):
 def test_a_threshold_that_nothing_reaches_ends_the_table(data, tmp_path):
     rows = main(words(**data, output_dir=str(tmp_path), finetune_epochs=0, retrain_epochs=0, threshold=1.0))
     assert [row.name for row in rows] == ["original"]
-    assert "iteration 1: nothing could be removed; the table ends before it." in (tmp_path / "results.md").read_text("utf-8")
+    assert "iteration 1: nothing could be removed; the table ends before it." in (tmp_path / "results.md").read_text(
+        "utf-8"
+    )
     assert not (tmp_path / "original").exists() and not (tmp_path / "iteration-1").exists()
 
 
@@ -234,4 +262,9 @@ def test_a_model_without_weights_is_not_measured_as_it_is(data, tmp_path):
     tf.AutoConfig.from_pretrained(data["model"]).save_pretrained(tmp_path / "bare")
     tiny_tokenizer().save_pretrained(tmp_path / "bare")
     with pytest.raises(ConfigError, match="There are no weights in"):
-        main(words(**{**data, "model": str(tmp_path / "bare"), "finetune_epochs": 0, "num_blocks": 3}, output_dir=str(tmp_path / "out")))
+        main(
+            words(
+                **{**data, "model": str(tmp_path / "bare"), "finetune_epochs": 0, "num_blocks": 3},
+                output_dir=str(tmp_path / "out"),
+            )
+        )

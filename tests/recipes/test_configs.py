@@ -1,4 +1,6 @@
-"""The files under recipes/: every config parses for its recipe and holds the seed's settings, every grid the seed's figures."""
+"""The files under recipes/: every config parses for its recipe and holds the seed's settings, every grid the seed's
+figures.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from deeparc_hf.errors import ConfigError
-from deeparc_hf.experiments.arguments import DataArguments, PruningArguments, parse
-from deeparc_hf.experiments.sweep_file import SweepFile, recipe_types
-from deeparc_hf.experiments.sweeping import Sweep
+from experiment.arguments import DataArguments, PruningArguments, parse
+from experiment.sweep import Sweep
+from experiment.sweep_file import SweepFile, recipe_types
 
 from .tiny import RECIPES, ROOT
 
@@ -26,10 +28,34 @@ RESNET, BERT = {"size": 64, "rate": 2e-4, "tune": 3}, {"size": 32, "rate": 5e-5,
 WANDA = [0.1, 0.2, 0.3, 0.4, 0.5]
 # settings of the first experiments; thresholds and strides are those that their grid must have
 SEED = {
-    "resnet152_imagenet": {**RESNET, "model": "microsoft/resnet-152", "thresholds": [0.99, 0.98], "ks": [1, 2], "iterations": 2},
-    "resnet50_imagenet": {**RESNET, "model": "microsoft/resnet-50", "thresholds": [0.99, 0.98, 0.95], "ks": [1], "iterations": 2},
-    "bert_base_emotion": {**BERT, "model": "google-bert/bert-base-uncased", "thresholds": [0.99, 0.98], "ks": [1], "iterations": 2},
-    "bert_base_yahoo": {**BERT, "model": "google-bert/bert-base-uncased", "thresholds": [0.99, 0.98], "ks": [1], "iterations": 1},
+    "resnet152_imagenet": {
+        **RESNET,
+        "model": "microsoft/resnet-152",
+        "thresholds": [0.99, 0.98],
+        "ks": [1, 2],
+        "iterations": 2,
+    },
+    "resnet50_imagenet": {
+        **RESNET,
+        "model": "microsoft/resnet-50",
+        "thresholds": [0.99, 0.98, 0.95],
+        "ks": [1],
+        "iterations": 2,
+    },
+    "bert_base_emotion": {
+        **BERT,
+        "model": "google-bert/bert-base-uncased",
+        "thresholds": [0.99, 0.98],
+        "ks": [1],
+        "iterations": 2,
+    },
+    "bert_base_yahoo": {
+        **BERT,
+        "model": "google-bert/bert-base-uncased",
+        "thresholds": [0.99, 0.98],
+        "ks": [1],
+        "iterations": 1,
+    },
 }
 DATA = {
     "resnet152_imagenet": "ILSVRC/imagenet-1k",
@@ -88,10 +114,17 @@ def test_configs_hold_the_seed_s_settings(name):
     assert (data.model, data.dataset) == (told["model"], DATA[name])
     assert (training.per_device_train_batch_size, training.learning_rate) == (told["size"], told["rate"])
     assert (training.optim, training.weight_decay) == ("adamw_torch", 0)
-    assert (pruning.finetune_epochs, pruning.retrain_epochs, pruning.iterations) == (told["tune"], 3, told["iterations"])
+    assert (pruning.finetune_epochs, pruning.retrain_epochs, pruning.iterations) == (
+        told["tune"],
+        3,
+        told["iterations"],
+    )
     assert pruning.similarity == "cka_biased" and pruning.max_drop is None
     assert pruning.threshold in told["thresholds"] and pruning.k in told["ks"]
-    assert (pruning.sparsity, pruning.sparsity_retrain) == (WANDA if "bert" in name else [], [0.5] if "emotion" in name else [])
+    assert (pruning.sparsity, pruning.sparsity_retrain) == (
+        WANDA if "bert" in name else [],
+        [0.5] if "emotion" in name else [],
+    )
     grid = yaml.safe_load((RECIPES / "grids" / f"{name}.yaml").read_text())["grid"]
     assert list(grid["threshold"].values()) == told["thresholds"]
     assert list(grid.get("k", {"": 1}).values()) == told["ks"]
@@ -121,7 +154,13 @@ def test_grids_make_sense(path):
     assert recipe_of(sweep.file.config_path).name == sweep.file.recipe.name
     assert all("--config" in command for _, command in sweep.commands())
     cells = {cell for cell in sweep.file.seed if cell != "original"}
-    expected = {"resnet152_imagenet": 8, "resnet50_imagenet": 5, "bert_base_emotion": 4, "bert_base_yahoo": 4, "t5_base_squad": 1}
+    expected = {
+        "resnet152_imagenet": 8,
+        "resnet50_imagenet": 5,
+        "bert_base_emotion": 4,
+        "bert_base_yahoo": 4,
+        "t5_base_squad": 1,
+    }
     assert len(cells) == expected.get(path.stem, 0)
 
 
@@ -157,7 +196,9 @@ def tables() -> dict[str, list[list[str]]]:
         elif line.startswith("### "):
             heading = line[4:].strip()
         elif line.startswith("|"):
-            found.setdefault(f"{section} / {heading}", []).append([cell.strip() for cell in line.strip()[1:-1].split("|")])
+            found.setdefault(f"{section} / {heading}", []).append(
+                [cell.strip() for cell in line.strip()[1:-1].split("|")]
+            )
     return {name: [rows[0], *rows[2:]] for name, rows in found.items()}
 
 
@@ -228,7 +269,10 @@ def written(grids) -> Counter:
     for name in grids:
         for cell, rows in yaml.safe_load((RECIPES / "grids" / f"{name}.yaml").read_text())["seed"].items():
             for model, row in rows.items():
-                flat = {**row.get("metrics", {}), **{f"epoch {i}": value for i, value in enumerate(row.get("epochs", [])) if value}}
+                flat = {
+                    **row.get("metrics", {}),
+                    **{f"epoch {i}": value for i, value in enumerate(row.get("epochs", [])) if value},
+                }
                 flat |= {key: value for key, value in row.items() if key not in ("metrics", "epochs", "slip", "note")}
                 if set(row) == {"blocks", "note"}:  # "= original"
                     continue
@@ -253,11 +297,16 @@ def test_every_figure_of_the_t5_is_the_seed_s():
     assert len(header) == 4 and len(rows) == 15
     values = {row[0]: row[1:] for row in rows}
     for index, row in enumerate(ours):
-        assert [str(count) for count in row["blocks"]] == [values["Num of encoder"][index], values["Num of decoder"][index]]
+        assert [str(count) for count in row["blocks"]] == [
+            values["Num of encoder"][index],
+            values["Num of decoder"][index],
+        ]
         assert f"({row['parameters']:,})" in values["Num of parameter"][index]
         scores = [float(each[index]) for name, each in values.items() if not name.startswith("Num")]
         assert list(row["metrics"].values()) == scores
-    assert list(yaml.safe_load((RECIPES / "grids" / "t5_base_squad.yaml").read_text())["metrics"]) == list(ours[0]["metrics"])
+    assert list(yaml.safe_load((RECIPES / "grids" / "t5_base_squad.yaml").read_text())["metrics"]) == list(
+        ours[0]["metrics"]
+    )
 
 
 def test_known_slips_are_marked():

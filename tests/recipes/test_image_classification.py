@@ -1,4 +1,6 @@
-"""recipes/image_classification.py, end to end on a tiny ResNet; timm through its wrapper, a model from scratch, a folder of images."""
+"""recipes/image_classification.py, end to end on a tiny ResNet; timm through its wrapper, a model from scratch, a
+folder of images.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ SIZE = 16
 def picture(split, number):
     """An image whose red tells its split, whose green tells its label, and whose blue is noise."""
     noise = np.random.default_rng([MARKS[split], number]).integers(0, 256, (SIZE, SIZE))
-    pixels = np.stack([np.full((SIZE, SIZE), MARKS[split]), np.full((SIZE, SIZE), 220 if number % 2 == 0 else 30), noise], axis=2)
+    pixels = np.stack(
+        [np.full((SIZE, SIZE), MARKS[split]), np.full((SIZE, SIZE), 220 if number % 2 == 0 else 30), noise], axis=2
+    )
     return Image.fromarray(pixels.astype(np.uint8))
 
 
@@ -78,7 +82,10 @@ def plain_pixels(image):
 
 def test_every_model_has_a_row_and_its_files(run):
     models = ["original", "iteration 1", "iteration 2"]
-    assert list(run.rows) == [*models, *(f"{model}, 30 % zeros{more}" for model in models for more in ("", ", retrained"))]
+    assert list(run.rows) == [
+        *models,
+        *(f"{model}, 30 % zeros{more}" for model in models for more in ("", ", retrained")),
+    ]
     check_files(run.folder, list(run.rows.values()))
 
 
@@ -105,8 +112,12 @@ def test_the_saved_image_processor_scales_as_the_recipe_did(run):
 
 
 def calibration_images(run):
-    """Images of 32 pixels without labels: larger ones are made up, and one of three is changed to try what a dimension means."""
-    return [seen.inputs for seen in run.seen if not seen.labelled and seen.inputs.shape[-1] == 32 and len(seen.inputs) != 3]
+    """Images of 32 pixels without labels: larger ones are made up, and one of three is changed to try what a dimension
+    means.
+    """
+    return [
+        seen.inputs for seen in run.seen if not seen.labelled and seen.inputs.shape[-1] == 32 and len(seen.inputs) != 3
+    ]
 
 
 def test_calibration_and_training_see_training_images_only(run):
@@ -137,7 +148,10 @@ def test_training_images_are_changed_at_random_and_calibration_images_are_not(ru
 
 def test_the_same_seed_gives_the_same_table(data, tmp_path):
     given = {**data, "finetune_epochs": 1, "iterations": 0}
-    tables = [without_times(main(words(**given, output_dir=str(tmp_path / name), seed=seed))) for name, seed in ("a3", "b3", "c4")]
+    tables = [
+        without_times(main(words(**given, output_dir=str(tmp_path / name), seed=seed)))
+        for name, seed in ("a3", "b3", "c4")
+    ]
     assert tables[0] == tables[1] != tables[2]
 
 
@@ -152,7 +166,12 @@ def test_a_timm_model_from_a_folder_of_images_with_its_own_processor(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             picture(split, number).save(folder / f"{number}.png")
     vit = ZOO["wrapped_vit"].model()
-    vit.config.pretrained_cfg = {"input_size": [3, 32, 32], "crop_pct": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3}  # as on the Hub
+    vit.config.pretrained_cfg = {
+        "input_size": [3, 32, 32],
+        "crop_pct": 1.0,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }  # as on the Hub
     vit.save_pretrained(tmp_path / "vit")
     given = {"model": str(tmp_path / "vit"), "dataset": str(tmp_path / "images"), "output_dir": str(tmp_path / "run")}
     with watched(tf.TimmWrapperForImageClassification) as seen:
@@ -162,14 +181,27 @@ def test_a_timm_model_from_a_folder_of_images_with_its_own_processor(tmp_path):
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and rows[1].parameters == parameters(model)
     processor = tf.AutoImageProcessor.from_pretrained(tmp_path / "vit")
     wanted = processor(picture("test", 1), return_tensors="pt")["pixel_values"]
-    assert any(torch.equal(wanted[0], pixels) for entry in seen for pixels in entry.inputs if pixels.shape == wanted[0].shape)
+    assert any(
+        torch.equal(wanted[0], pixels) for entry in seen for pixels in entry.inputs if pixels.shape == wanted[0].shape
+    )
 
 
 def test_a_folder_with_a_config_alone_is_trained_from_scratch(data, tmp_path):
     """And nothing is retrained: blocks are removed and healed."""
     ZOO["resnet"].make().config.save_pretrained(tmp_path / "scratch")
     given = {**data, "model": str(tmp_path / "scratch"), "output_dir": str(tmp_path / "run")}
-    rows = main(words(**given, finetune_epochs=1, retrain_epochs=0, iterations=2, num_blocks=[9, 8], heal="lstsq", mirror=False, shift=0))
+    rows = main(
+        words(
+            **given,
+            finetune_epochs=1,
+            retrain_epochs=0,
+            iterations=2,
+            num_blocks=[9, 8],
+            heal="lstsq",
+            mirror=False,
+            shift=0,
+        )
+    )
     assert [sum(row.blocks.values()) for row in rows] == [11, 9, 8]
     assert all(row.training_seconds is None for row in rows[1:])
     check_files(tmp_path / "run", rows, retrained=False)
@@ -203,7 +235,10 @@ def test_a_label_that_training_lacks_is_refused(data, tmp_path):
     """Files without features of the datasets library: bytes and names."""
     files = {}
     for split, names in (("train", "ab"), ("validation", "ab"), ("test", "ac")):
-        rows = {"image": [encoded(picture(split, n)) for n in range(6)], "label": [random.Random(n).choice(names) for n in range(6)]}
+        rows = {
+            "image": [encoded(picture(split, n)) for n in range(6)],
+            "label": [random.Random(n).choice(names) for n in range(6)],
+        }
         files[f"{split}_file"] = str(tmp_path / f"{split}.parquet")
         datasets.Dataset.from_dict(rows).to_parquet(files[f"{split}_file"])
     with pytest.raises(ConfigError, match="'c' is not among those of the training split: a, b"):

@@ -1,4 +1,6 @@
-"""What every recipe is: short, with a PEP 723 header and its command, made of deeparc_hf and public libraries, and runnable anywhere."""
+"""What every recipe is: short, with a PEP 723 header and its command, made of deeparc_hf and public libraries, and
+runnable anywhere.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def test_a_recipe_is_short_and_stands_alone(name):
     assert len(text.splitlines()) < 200
     header = re.match(r"# /// script\n((?:# .*\n)+)# ///\n", text)
     script = tomllib.loads(re.sub(r"^# ", "", header[1], flags=re.MULTILINE))
-    assert script["requires-python"].startswith(">=3.11") and any(need.startswith("deeparc_hf") for need in script["dependencies"])
+    assert script["requires-python"].startswith(">=3.11") and any(
+        need.startswith("deeparc_hf") for need in script["dependencies"]
+    )
     tree = ast.parse(text)
     assert f"recipes/{name}.py" in ast.get_docstring(tree)
     modules = [
@@ -50,7 +54,19 @@ def test_help_tells_every_argument(name, capsys):
 
 def test_a_recipe_runs_where_it_was_copied_to(tmp_path):
     shutil.copy(RECIPES / "causal_lm.py", tmp_path / "mine.py")
-    command = [sys.executable, str(tmp_path / "mine.py"), "--model", "m", "--treshold", "0.9", "--output_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(tmp_path / "mine.py"),
+        "--model",
+        "m",
+        "--treshold",
+        "0.9",
+        "--output_dir",
+        str(tmp_path),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 2 and "error: There is no argument '--treshold'. Did you mean '--threshold'?" in result.stderr
+    assert (
+        result.returncode == 2
+        and "error: There is no argument '--treshold'. Did you mean '--threshold'?" in result.stderr
+    )
     assert "Traceback" not in result.stderr

@@ -1,4 +1,6 @@
-"""A sweep of the recipe of text classification on a tiny model: killed in the middle and started again, its table is the same."""
+"""A sweep of the recipe of text classification on a tiny model: killed in the middle and started again, its table is
+the same.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,13 @@ import time
 
 import pytest
 
-from deeparc_hf.experiments.results import read_rows
+from experiment.results import read_rows
 
 from .tiny import RECIPES, ROOT, make_tiny, write_sweep
 
-GRID = {"num_blocks": {"two": 2}}  # with the original two cells: three would take longer, and tests/experiments has them
+GRID = {
+    "num_blocks": {"two": 2}
+}  # with the original two cells: three would take longer, and tests/experiments has them
 SEED = {
     "original": {"original": {"blocks": 4, "metrics": {"accuracy": 0.9}, "seconds": 10.0}},
     "two": {"iteration 1": {"blocks": 2, "metrics": {"accuracy": 0.8}, "seconds": 5.0, "slip": "of a test"}},
@@ -24,15 +28,33 @@ SEED = {
 
 
 def start(folder, output):
-    command = [sys.executable, str(RECIPES / "sweep.py"), str(folder / "sweep.yaml"), "--output", str(output), "--", "--sparsity", "0.5"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "datasets")}
+    command = [
+        sys.executable,
+        str(RECIPES / "sweep.py"),
+        str(folder / "sweep.yaml"),
+        "--output",
+        str(output),
+        "--",
+        "--sparsity",
+        "0.5",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def without_times(text):
     """The table without the ratios of times, and without times."""
-    rows = [re.split(r" *\| *", line.strip("| ")) for line in text.partition("## Other")[0].splitlines() if line.startswith("|")]
+    rows = [
+        re.split(r" *\| *", line.strip("| "))
+        for line in text.partition("## Other")[0].splitlines()
+        if line.startswith("|")
+    ]
     time_column = rows[0].index("time / original")
     return [row[:time_column] + row[time_column + 1 :] for row in rows]
 
@@ -55,13 +77,20 @@ def test_a_sweep_of_a_real_recipe(undisturbed):
     assert names["original"] == ["original", "original, 50 % zeros"]
     assert names["two"] == ["original", "iteration 1", "iteration 1, 50 % zeros"]  # the original is zeroed once
     first, again = read_rows(cells / "original")[0], read_rows(cells / "two")[0]
-    assert first.measured.metrics["accuracy"] == again.measured.metrics["accuracy"]  # every cell starts from the same original
+    assert (
+        first.measured.metrics["accuracy"] == again.measured.metrics["accuracy"]
+    )  # every cell starts from the same original
     assert first.training_seconds is not None and again.training_seconds is None
     rows = {(row[0], row[1]): row[2:] for row in without_times((undisturbed / "out" / "sweep.md").read_text())}
     ours = read_rows(cells / "two")[1]
     change = ours.measured.metrics["accuracy"] - again.measured.metrics["accuracy"]
     assert rows["two", "iteration 1"][0:2] == ["2", "2 *"]
-    assert rows["two", "iteration 1"][4:8] == [f"{ours.measured.metrics['accuracy']:.4f}", "0.8000", f"{change:+.4f}", "-0.1000"]
+    assert rows["two", "iteration 1"][4:8] == [
+        f"{ours.measured.metrics['accuracy']:.4f}",
+        "0.8000",
+        f"{change:+.4f}",
+        "-0.1000",
+    ]
     assert rows["two", "iteration 1"][8] == "0.500"  # the seed's ratio of times
 
 
@@ -77,7 +106,9 @@ def test_killed_in_the_middle_of_the_second_cell_and_started_again(undisturbed):
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGKILL)
     running.communicate()
-    assert (output / "cells" / "two" / "cell.json").exists() and not (output / "cells" / "two" / "results.json").exists()
+    assert (output / "cells" / "two" / "cell.json").exists() and not (
+        output / "cells" / "two" / "results.json"
+    ).exists()
 
     running = start(undisturbed, output)
     said = running.communicate(timeout=400)[0]

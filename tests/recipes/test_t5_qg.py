@@ -14,9 +14,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from deeparc_hf import PrunedConfig
 from deeparc_hf.errors import ConfigError
-from deeparc_hf.experiments.generation import generation_metrics
-from deeparc_hf.experiments.questions import first_answers
-from deeparc_hf.experiments.results import read_rows
+from experiment.generation import generation_metrics
+from experiment.questions import first_answers
+from experiment.results import read_rows
 from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
 
@@ -46,8 +46,22 @@ def place(tmp_path_factory):
 
 
 def words(place, output):
-    files = [word for name in ("train", "validation", "test") for word in (f"--{name}_file", str(place / f"{name}.jsonl"))]
-    settings = ["--iterations", "2", "--num_blocks", "6", "5", "--retrain_epochs", "1", "--heal", "lstsq", "--calibration_samples", "64"]
+    files = [
+        word for name in ("train", "validation", "test") for word in (f"--{name}_file", str(place / f"{name}.jsonl"))
+    ]
+    settings = [
+        "--iterations",
+        "2",
+        "--num_blocks",
+        "6",
+        "5",
+        "--retrain_epochs",
+        "1",
+        "--heal",
+        "lstsq",
+        "--calibration_samples",
+        "64",
+    ]
     shape = ["--max_source_length", "24", "--max_target_length", "6", "--num_beams", "2", "--repeats", "1"]
     training = [
         "--per_device_train_batch_size",
@@ -60,7 +74,18 @@ def words(place, output):
         "--seed",
         "3",
     ]
-    return ["--model", str(place / "model"), *files, *settings, *shape, *training, "--learning_rate", "0.01", "--output_dir", str(output)]
+    return [
+        "--model",
+        str(place / "model"),
+        *files,
+        *settings,
+        *shape,
+        *training,
+        "--learning_rate",
+        "0.01",
+        "--output_dir",
+        str(output),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +105,15 @@ def test_the_table_tells_of_each_model(alone):
     assert [sum(row.blocks.values()) for row in rows] == [7, 6, 5]
     assert read_rows(folder)[-1] == rows[-1]
     text = (folder / "scores.md").read_text()
-    for line in ("Num of encoder", "Num of decoder", "Num of parameter", "BLEU", "Precision 4-gram", "ROUGE-Lsum F1", "METEOR"):
+    for line in (
+        "Num of encoder",
+        "Num of decoder",
+        "Num of parameter",
+        "BLEU",
+        "Precision 4-gram",
+        "ROUGE-Lsum F1",
+        "METEOR",
+    ):
         assert f"| {line} |" in text
     assert "13 test questions" in text
 
@@ -95,12 +128,19 @@ def test_the_scores_are_those_of_the_saved_model(alone, place):
         source = f"generate question: answer: {row['answers']['text'][0]} context: {row['context']}"
         inputs = tokenizer(source, return_tensors="pt", truncation=True, max_length=24)
         with torch.no_grad():
-            ids = model.generate(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, num_beams=2, max_new_tokens=6, do_sample=False)
+            ids = model.generate(
+                **{k: inputs[k] for k in ("input_ids", "attention_mask")},
+                num_beams=2,
+                max_new_tokens=6,
+                do_sample=False,
+            )
         found.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
     scores = generation_metrics(found, [row["question"] for row in tests])
     measured = rows[-1].measured
     assert measured.samples == 13
-    assert measured.metrics["bleu"] == pytest.approx(scores.bleu) and measured.metrics["rougeL"] == pytest.approx(scores.rougeL)
+    assert measured.metrics["bleu"] == pytest.approx(scores.bleu) and measured.metrics["rougeL"] == pytest.approx(
+        scores.rougeL
+    )
     assert PrunedConfig.from_pretrained(last).kept.keys() == {"encoder.block", "decoder.block"}
 
 
@@ -125,14 +165,23 @@ def test_two_processes_give_every_question_once_and_in_order(place):
         str(ROOT / "recipes" / "t5_qg.py"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *words(place, place / "two")], capture_output=True, text=True, env=environment, timeout=400, cwd=place)
+    done = subprocess.run(
+        [*command, *words(place, place / "two")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=400,
+        cwd=place,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = read_rows(place / "two")
     assert [sum(row.blocks.values()) for row in rows] == [7, 6, 5] and all(row.measured.samples == 13 for row in rows)
     last = place / "two" / rows[-1].folder
     assert (last / "README.md").is_file()
     # the same model in one process; the last batch of several repeats rows, which the loss counts
-    (again,) = recipe("t5_qg").main([*words(place, place / "again"), "--model", str(last), "--finetune_epochs", "0", "--iterations", "0"])
+    (again,) = recipe("t5_qg").main(
+        [*words(place, place / "again"), "--model", str(last), "--finetune_epochs", "0", "--iterations", "0"]
+    )
     assert again.measured.metrics["loss"] == pytest.approx(rows[-1].measured.metrics["loss"], rel=0.1)
     for score in ("bleu", "rouge1", "length_ratio"):
         assert again.measured.metrics[score] == pytest.approx(rows[-1].measured.metrics[score], abs=1e-6)

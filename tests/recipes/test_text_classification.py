@@ -52,7 +52,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """The whole sequence: two iterations with a gate, healing and teaching, and a Wanda grid of which one entry is retrained."""
+    """The whole sequence: two iterations with a gate, healing and teaching, and a Wanda grid of which one entry is
+    retrained.
+    """
     folder = tmp_path_factory.mktemp("run")
     pruning = {
         "finetune_epochs": 2,
@@ -70,7 +72,9 @@ def run(data, tmp_path_factory):
     }
     with watched(tf.BertForSequenceClassification) as seen, redirect_stdout(io.StringIO()) as said:
         rows = main(words(**data, output_dir=str(folder), **pruning))
-    return SimpleNamespace(rows={row.name: row for row in rows}, folder=folder, seen=seen, data=data, said=said.getvalue())
+    return SimpleNamespace(
+        rows={row.name: row for row in rows}, folder=folder, seen=seen, data=data, said=said.getvalue()
+    )
 
 
 def test_the_end_tells_where_the_results_lie(run):
@@ -121,7 +125,9 @@ def test_accuracies_are_those_of_the_saved_models(run):
         for entry in texts:
             label = torch.tensor([NAMES.index(entry["label"])])
             with torch.no_grad():
-                output = model(**tokenizer(entry["text"], truncation=True, max_length=16, return_tensors="pt"), labels=label)
+                output = model(
+                    **tokenizer(entry["text"], truncation=True, max_length=16, return_tensors="pt"), labels=label
+                )
             right += int(output.logits.argmax() == label)
             losses.append(float(output.loss))
         assert row.measured.metrics["accuracy"] == pytest.approx(right / 24)
@@ -140,7 +146,13 @@ def test_zeros_are_in_the_saved_model(run):
 
 
 def test_what_was_frozen_stays_frozen_while_zeros_are_retrained(data, tmp_path):
-    pruning = {"num_blocks": 3, "retrain_epochs": 1, "freeze": "partial", "sparsity": [0.25], "sparsity_retrain": [0.25]}
+    pruning = {
+        "num_blocks": 3,
+        "retrain_epochs": 1,
+        "freeze": "partial",
+        "sparsity": [0.25],
+        "sparsity_retrain": [0.25],
+    }
     rows = {row.name: row for row in main(words(**data, output_dir=str(tmp_path), **pruning))}
     before, after = (rows[name] for name in ("iteration 1", "iteration 1, 25 % zeros, retrained"))
     assert 0 < before.frozen == after.frozen < 3 and rows["original, 25 % zeros, retrained"].frozen == 0
@@ -173,9 +185,16 @@ def test_a_pruning_that_costs_too_much_ends_the_table(data, tmp_path):
     """A gate that no pruning passes: the loss would have to fall."""
     file = tmp_path / "settings.yaml"
     file.write_text(
-        "finetune_epochs: 1\nretrain_epochs: 1\nlearning_rate: 0.00000001\nnum_blocks: [2]\nk_max: 1\nmax_drop: 0.0\niterations: 2\n"
+        "finetune_epochs: 1\nretrain_epochs: 1\nlearning_rate: 0.00000001\nnum_blocks: [2]\nk_max: 1\nmax_drop: "
+        "0.0\niterations: 2\n"
     )
-    rows = main(["--config", str(file), *words(**{**data, "train_file": data["train_file"]}, output_dir=str(tmp_path), learning_rate=None)])
+    rows = main(
+        [
+            "--config",
+            str(file),
+            *words(**{**data, "train_file": data["train_file"]}, output_dir=str(tmp_path), learning_rate=None),
+        ]
+    )
     assert [row.name for row in rows] == ["original"]
     assert "iteration 1: every pruning was taken back" in (tmp_path / "results.md").read_text("utf-8")
 
@@ -219,19 +238,36 @@ def test_an_unknown_key_of_a_config_file_is_refused(data, tmp_path):
 
 
 def test_a_model_that_was_pruned_before_is_not_called_the_original(run, tmp_path):
-    given = {**run.data, "model": str(run.folder / "iteration-1"), "finetune_epochs": 0, "retrain_epochs": 0, "num_blocks": 2}
+    given = {
+        **run.data,
+        "model": str(run.folder / "iteration-1"),
+        "finetune_epochs": 0,
+        "retrain_epochs": 0,
+        "num_blocks": 2,
+    }
     rows = main(words(**given, output_dir=str(tmp_path / "out")))
     assert [row.blocks[STACK] for row in rows] == [3, 2]
     card = (tmp_path / "out" / "iteration-1" / "README.md").read_text("utf-8")
     assert "Before: the model that this began with, 3 of 4 blocks" in card and "with 2 of its 4 blocks" in card
     top = card.partition("## Use it")[0]
-    assert "| not measured | not measured |" in top and "No original was measured beside it." in top and "| metric | before |" in card
+    assert (
+        "| not measured | not measured |" in top
+        and "No original was measured beside it." in top
+        and "| metric | before |" in card
+    )
     for path in (tmp_path / "out").rglob("*.json"):
         assert str(tmp_path) not in path.read_text("utf-8") and str(run.folder) not in path.read_text("utf-8"), path
 
 
 def test_nothing_to_publish_is_said(data, tmp_path, caplog):
-    given = {**data, "finetune_epochs": 0, "retrain_epochs": 0, "threshold": 1.0, "repo_id": "me/x", "output_dir": str(tmp_path)}
+    given = {
+        **data,
+        "finetune_epochs": 0,
+        "retrain_epochs": 0,
+        "threshold": 1.0,
+        "repo_id": "me/x",
+        "output_dir": str(tmp_path),
+    }
     main(words(**given))
     assert "Nothing was published: no model was made." in (tmp_path / "results.md").read_text("utf-8")
     assert "Nothing was published" in caplog.text
@@ -259,7 +295,10 @@ def test_a_fine_tuned_model_keeps_the_order_of_its_classes(data, tmp_path):
     model = ZOO["bert"].model()
     found = []
     for number, names in enumerate((NAMES, NAMES[::-1])):
-        model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
+        model.config.id2label, model.config.label2id = (
+            dict(enumerate(names)),
+            {name: index for index, name in enumerate(names)},
+        )
         model.save_pretrained(tmp_path / f"m{number}")
         tiny_tokenizer().save_pretrained(tmp_path / f"m{number}")
         given = {
@@ -290,6 +329,12 @@ def test_a_model_without_a_head_is_not_taken_as_fine_tuned(data, tmp_path):
     """Its head would be drawn at random, each time it is loaded."""
     ZOO["bert"].model().bert.save_pretrained(tmp_path / "bare")
     tiny_tokenizer().save_pretrained(tmp_path / "bare")
-    given = {**data, "model": str(tmp_path / "bare"), "finetune_epochs": 0, "iterations": 0, "output_dir": tmp_path / "out"}
+    given = {
+        **data,
+        "model": str(tmp_path / "bare"),
+        "finetune_epochs": 0,
+        "iterations": 0,
+        "output_dir": tmp_path / "out",
+    }
     with pytest.raises(ConfigError, match=r"has no weights for classifier\.bias: it is not fine-tuned"):
         main(words(**given))

@@ -1,0 +1,284 @@
+"""Loading and saving: a base checkpoint with only the blocks that stay, and a checkpoint that stock libraries load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from ..architectures import Stack, describe
+from ..architectures.base import shrunk_settings
+from ..architectures.generation import follow_generation
+from ..architectures.hosts import RECORD_KEY, Host, TransformersHost, copy_attention
+from ..architectures.skeleton import compare
+from ..core.compat import checkpoint_key_namer
+from ..core.transaction import Transaction
+from ..errors import RecordError, UnsupportedModelError
+from .record import PrunedConfig, base_reference, current_record
+from .record_sparsity import renumber_matrices
+
+__all__ = ["load_pruned", "save_pruned"]
+
+_HUB_SETTINGS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+_SHARD = re.compile(r"[\w.\-]+\.safetensors")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_pruned(
+    auto_class: Any,
+    base_repo_or_path: str | os.PathLike[str],
+    pruned_config: PrunedConfig | Mapping[str, Any] | str | os.PathLike[str],
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a base checkpoint with only the blocks that a record keeps. The other blocks' tensors are never read.
+
+    The result equals loading everything and removing the blocks afterwards, to the bit. Of a sharded checkpoint on the
+    Hub only those shards are downloaded that hold a tensor which stays.
+
+    Args:
+        auto_class: `AutoModelFor...`, or a model class of transformers.
+        base_repo_or_path: the checkpoint that was pruned first: Hub id or folder, with safetensors weights.
+        pruned_config: the record, its dict, or the folder or Hub id of a pruned checkpoint to take it from.
+        kwargs: passed on to `from_pretrained` (dtype, device_map, revision, token, num_labels, ...).
+
+    Raises:
+        RecordError: if the record is malformed or does not fit the base.
+        UnsupportedModelError: if the base has no safetensors weights, or is of a kind that cannot be pruned.
+    """
+    if kwargs.pop("trust_remote_code", False):
+        raise UnsupportedModelError(
+            "load_pruned runs no code from the Hub (trust_remote_code). Load the model yourself and call remove_blocks."
+        )
+    hub = {key: kwargs[key] for key in _HUB_SETTINGS if key in kwargs}
+    record = _record(pruned_config, {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")})
+    config = kwargs.pop("config", None)
+    # "auto" means the dtype of the checkpoint, which its config and its tensors tell; a config cannot hold the word
+    kwargs = {key: value for key, value in kwargs.items() if not (key in ("dtype", "torch_dtype") and value == "auto")}
+    if config is None:
+        config, kwargs = AutoConfig.from_pretrained(base_repo_or_path, return_unused_kwargs=True, **kwargs)
+    kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_SETTINGS}
+    with torch.device("meta"):
+        build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
+        full = build(config)
+    host, family, stacks = describe(full)
+    record = record.renamed(host.base_prefix, stacks)
+    kept = _kept(record, stacks)
+    record = dataclasses.replace(record, sparsity=_sparsity_of_base(host, stacks, kept))
+    _, settings = shrunk_settings(host, family, stacks, kept)
+    _require_expressible(host, full, settings, kept)
+    base, commit = base_reference(full, hub.get("cache_dir"))
+    pruned = type(config).from_dict(settings)
+    copy_attention(config, pruned)  # the one setting that is not part of a config's dict
+    setattr(
+        pruned,
+        RECORD_KEY,
+        {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit},
+    )
+    state = _read(full, str(base_repo_or_path), stacks, kept, hub)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = type(full).from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
+    _require_blocks(info["missing_keys"], str(base_repo_or_path), kept)
+    model.config._name_or_path = str(base_repo_or_path)
+    if model.can_generate():
+        _adopt_generation_config(model, str(base_repo_or_path), hub)
+        follow_generation(model, stacks, kept, Transaction())
+    return (model, info) if wants_info else model
+
+
+def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save a model so that its own library loads it, record included; safetensors only.
+
+    For a transformers model this is `save_pretrained`. A bare timm model is saved in timm's Hub layout, for
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` or, once uploaded,
+    `timm.create_model("hf-hub:ORG/NAME", pretrained=True)`.
+
+    Args:
+        model: a model that `find_stacks` knows, pruned or not.
+        folder: where to write; made if need be.
+    """
+    host = describe(model)[0]
+    if isinstance(host, TransformersHost):
+        host.root.save_pretrained(folder)
+        return
+    from timm.models import save_for_hf
+
+    extra = {} if host.record() is None else {RECORD_KEY: host.record()}
+    save_for_hf(host.root, str(folder), model_config=extra, model_args=host.settings(), safe_serialization=True)
+    # the layout has a place of its own for the number of classes, and transformers' TimmWrapper cannot hear of it twice
+    path = Path(folder, "config.json")
+    config = json.loads(path.read_text("utf-8"))
+    if config.get("model_args", {}).get("num_classes") == config["num_classes"]:
+        del config["model_args"]["num_classes"]
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _adopt_generation_config(model: PreTrainedModel, base: str, hub: Mapping[str, Any]) -> None:
+    """Take over the base's generation_config.json, as from_pretrained does when it loads a checkpoint by name."""
+    if cached_file(base, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(base, **hub)
+
+
+def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:
+    if isinstance(source, PrunedConfig):
+        return source
+    return (
+        PrunedConfig.from_dict(source) if isinstance(source, Mapping) else PrunedConfig.from_pretrained(source, **hub)
+    )
+
+
+def _sparsity_of_base(
+    host: Host, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
+) -> Mapping[str, Any] | None:
+    """What the base's own record says of zeroed weights: they come with its weights,
+    whatever the other record lists.
+    """
+    lengths = {name: len(stack) for name, stack in stacks.items()}
+    removed = {name: [index for index in range(length) if index not in kept[name]] for name, length in lengths.items()}
+    return renumber_matrices(current_record(host, stacks).sparsity, lengths, removed)
+
+
+def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequence[int]]:
+    for name, stack in record.stacks.items():
+        if name not in stacks:
+            raise RecordError(
+                f"The pruning record names the stack {name!r}, which the base model lacks. Its stacks: "
+                f"{', '.join(stacks)}."
+            )
+        if stack.length != len(stacks[name]):
+            raise RecordError(
+                f"The pruning record is for a base model with {stack.length} blocks in {name}; this one has "
+                f"{len(stacks[name])}. Give the checkpoint that was pruned first."
+            )
+        lost = sorted(set(range(stack.length)) - set(stack.kept))
+        pinned = [index for index in lost if index in stacks[name].pinned]
+        if pinned:
+            raise RecordError(
+                f"The pruning record removes block {pinned[0]} of {name}, which is pinned: "
+                f"{stacks[name].pinned[pinned[0]]}."
+            )
+    return {
+        name: record.stacks[name].kept if name in record.stacks else range(len(stack)) for name, stack in stacks.items()
+    }
+
+
+def _require_expressible(
+    host: Host, full: nn.Module, settings: dict[str, Any], kept: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse a recipe that surgery on the live model would refuse."""
+    if host.merges_inputs:
+        raise UnsupportedModelError(
+            f"{host.label} merges images into its text, and which blocks do so may be told by their place, which only "
+            f"a forward pass shows. Load the whole model and call remove_blocks(model, ..., example=batch), or load a "
+            f"checkpoint that was pruned so."
+        )
+    try:
+        problems = compare(full, host.build(settings), kept).problems
+    except Exception as error:
+        problems = [f"{type(error).__name__}: {error}"]
+    if problems:
+        raise RecordError(f"The settings of {host.label} cannot express what the pruning record keeps: {problems[0]}.")
+
+
+def _require_blocks(missing: Iterable[str], base: str, kept: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a checkpoint that lacks tensors of a block that stays: from_pretrained has made them up."""
+    lacking = sorted(key for key in missing if key.startswith(tuple(f"{name}." for name in kept)))
+    if lacking:
+        raise RecordError(
+            f"{base} has no weights for {lacking[0]} (as the smaller model counts), which the record keeps. Download "
+            f"it again."
+        )
+
+
+def _read(
+    full: PreTrainedModel,
+    base: str,
+    stacks: Mapping[str, Stack],
+    kept: Mapping[str, Sequence[int]],
+    hub: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The tensors that stay, under the keys of the smaller checkpoint."""
+    namer = checkpoint_key_namer(full)
+    state: dict[str, Tensor] = {}
+    for keys, file in _files(base, hub, lambda key: _new_key(key, namer, stacks, kept) is not None):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in keys or handle.keys():
+                    new = _new_key(key, namer, stacks, kept)
+                    if new is not None:
+                        state[new] = handle.get_tensor(key)
+        except SafetensorError as error:
+            raise RecordError(
+                f"{Path(file).name} of {base} cannot be read as safetensors: {error}. Download it again."
+            ) from error
+    return state
+
+
+def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list[str] | None, str]]:
+    """Weight files that hold a tensor which stays, with its keys in each where an index tells them."""
+    index = cached_file(base, _INDEX, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is not None:
+        shards: dict[str, list[str]] = {}
+        for key, shard in _weight_map(base, Path(index)).items():
+            if stays(key):
+                shards.setdefault(shard, []).append(key)
+        for shard, keys in shards.items():
+            yield keys, cached_file(base, shard, **hub)
+        return
+    weights = cached_file(base, _WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
+    if weights is None:
+        raise UnsupportedModelError(
+            f"{base} has neither {_WEIGHTS} nor {_INDEX}. load_pruned reads tensors by key, which pickled weights do "
+            f"not allow. Load the model with from_pretrained, save it again, and use that folder as the base; or call "
+            f"remove_blocks on it."
+        )
+    yield None, weights
+
+
+def _weight_map(base: str, index: Path) -> dict[str, str]:
+    """Which shard holds each key. The index is downloaded: its names are checked before any of them is opened."""
+    try:
+        shards = json.loads(index.read_text("utf-8"))["weight_map"]
+        names = set(shards.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RecordError(
+            f"The index of {base} ({_INDEX}) is malformed: {type(error).__name__}: {error}. Download the checkpoint "
+            f"again."
+        ) from error
+    for name in names:
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise RecordError(f"The index of {base} names a shard outside the checkpoint: {name!r}. It is not read.")
+    return shards
+
+
+def _new_key(key: str, namer: Any, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]) -> str | None:
+    """The key under which a tensor of the base goes into the smaller checkpoint; None if its block does not stay."""
+    target = namer(key)
+    for name in stacks:
+        if not target.startswith(f"{name}."):
+            continue
+        index, _, rest = target[len(name) + 1 :].partition(".")
+        if not index.isdigit():
+            continue
+        if int(index) not in kept[name]:
+            return None
+        moved = str(list(kept[name]).index(int(index)))
+        parts = key.split(".")
+        for place, part in enumerate(parts):
+            candidate = ".".join((*parts[:place], moved, *parts[place + 1 :]))
+            if part == index and namer(candidate) == f"{name}.{moved}.{rest}":
+                return candidate
+        raise RecordError(
+            f"Cannot tell which number in the checkpoint key {key!r} is the block's. Load the model and call "
+            f"remove_blocks."
+        )
+    return key

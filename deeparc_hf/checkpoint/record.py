@@ -1,0 +1,417 @@
+"""The record of what was done to a checkpoint over its life. It lives in config.json under the key `pruning_config`.
+
+A downloaded record is hostile input: everything in it is checked before it is used, and sizes are bounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+
+from ..architectures import Host, Stack, describe
+from ..architectures.hosts import RECORD_KEY
+from ..core.environment import package_versions
+from ..core.hub_help import hub_help
+from ..core.plain_text import is_plain, listed, plain, quoted
+from ..errors import DeepArcWarning, RecordError
+from .record_checks import MAX_ENTRIES, MAX_TEXT, check_iterations, check_name, check_stack, refuse_full
+from .record_sparsity import check_sparsity, rename_matrices, renumber_matrices
+from .record_view import record_html
+
+__all__ = ["PrunedConfig", "StackRecord", "check_record", "current_record", "same_structure"]
+
+FORMAT_VERSION = 1
+_MAX_FILE = 16 * 2**20
+_KEYS = ("format_version", "base_model", "base_revision", "stacks", "iterations", "sparsity", "versions")
+
+
+@dataclass(frozen=True)
+class StackRecord:
+    """One stack: its length in the base model, and the ORIGINAL indices of the blocks that are left."""
+
+    length: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PrunedConfig:
+    """What was done to a checkpoint; also a recipe to do it to the base checkpoint again (`load_pruned`).
+
+    Attributes:
+        stacks: by stack name, composed over all iterations.
+        base_model: Hub id that the model was loaded from before its first pruning; None if it came from a local folder
+            or from scratch. If it was trained in between, without leaving memory, its weights were no longer those of
+            that checkpoint.
+        base_revision: its commit, if known.
+        iterations: one entry a pruning, oldest first: settings, calibration samples, removed and frozen blocks
+            (ORIGINAL indices) and, where measured, metrics.
+        sparsity: zeroed weights, if any: settings, and zeros and size of each matrix by module path
+            (`record_sparsity`).
+        versions: packages that made the last pruning.
+    """
+
+    stacks: Mapping[str, StackRecord]
+    base_model: str | None = None
+    base_revision: str | None = None
+    iterations: tuple[Mapping[str, Any], ...] = ()
+    sparsity: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, tuple[int, ...]]:
+        """Original indices of the blocks that are left, by stack."""
+        return {name: stack.kept for name, stack in self.stacks.items()}
+
+    @property
+    def removed(self) -> dict[str, tuple[int, ...]]:
+        """Original indices of the blocks that are gone, by stack."""
+        return {n: tuple(sorted(set(range(stack.length)) - set(stack.kept))) for n, stack in self.stacks.items()}
+
+    @property
+    def frozen(self) -> dict[str, tuple[int, ...]]:
+        """Blocks that the last pruning froze, as indices of the model as it is now."""
+        last = self.iterations[-1].get("frozen") if self.iterations else None
+        last = last if isinstance(last, Mapping) else {}
+        lists = {n: last[n] for n in self.stacks if isinstance(last.get(n), (list, tuple)) and last[n]}
+        return {
+            n: tuple(self.stacks[n].kept.index(i) for i in blocks if i in self.stacks[n].kept)
+            for n, blocks in lists.items()
+        }
+
+    def _repr_html_(self) -> str:
+        return record_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "base_revision": self.base_revision,
+            "stacks": {name: {"length": stack.length, "kept": list(stack.kept)} for name, stack in self.stacks.items()},
+            "iterations": [json.loads(json.dumps(entry)) for entry in self.iterations],
+            "sparsity": None if self.sparsity is None else json.loads(json.dumps(self.sparsity)),
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> PrunedConfig:
+        """Read a record, checking everything.
+
+        Raises:
+            RecordError: naming the entry that is wrong, what was found and what was expected.
+        """
+        _expect(isinstance(data, Mapping), RECORD_KEY, data, "an object")
+        version = data.get("format_version")
+        _expect(_is_int(version) and version >= 1, "format_version", version, f"a whole number up to {FORMAT_VERSION}")
+        if version > FORMAT_VERSION:
+            raise RecordError(
+                f"This checkpoint's pruning record has format version {quoted(version)}, newer than {FORMAT_VERSION}, "
+                f"which this version of deeparc_hf reads: pip install -U deeparc_hf."
+            )
+        unknown = sorted(map(str, set(data) - set(_KEYS)))
+        if unknown:
+            warnings.warn(
+                f"The pruning record has entries that this version of deeparc_hf does not know and ignores: "
+                f"{listed(unknown)}. pip install -U deeparc_hf may help.",
+                DeepArcWarning,
+                stacklevel=2,
+            )
+        stacks = data.get("stacks")
+        _expect(
+            isinstance(stacks, Mapping) and len(stacks) <= MAX_ENTRIES,
+            "stacks",
+            stacks,
+            f"an object with at most {MAX_ENTRIES} stacks",
+        )
+        iterations = data.get("iterations", [])
+        _expect(
+            isinstance(iterations, (list, tuple))
+            and len(iterations) <= MAX_ENTRIES
+            and all(isinstance(i, Mapping) for i in iterations),
+            "iterations",
+            iterations,
+            f"a list of at most {MAX_ENTRIES} objects",
+        )
+        for name in ("base_model", "base_revision"):
+            value = data.get(name)
+            _expect(
+                value is None or is_plain(value, MAX_TEXT),
+                name,
+                value,
+                f"null or a text of at most {MAX_TEXT} visible characters",
+            )
+        sparsity, versions = data.get("sparsity"), data.get("versions", {})
+        check_sparsity(sparsity, _expect)
+        _expect(
+            isinstance(versions, Mapping)
+            and len(versions) <= MAX_ENTRIES
+            and all(map(is_plain, [*versions, *versions.values()])),
+            "versions",
+            versions,
+            "an object of texts",
+        )
+        named = {
+            check_name(name, _expect): StackRecord(*check_stack(name, value, _expect)) for name, value in stacks.items()
+        }
+        check_iterations(iterations, {name: stack.length for name, stack in named.items()}, _expect)
+        return cls(
+            stacks=named,
+            base_model=data.get("base_model"),
+            base_revision=data.get("base_revision"),
+            iterations=tuple(iterations),
+            sparsity=sparsity,
+            versions=versions,
+        )
+
+    @classmethod
+    def from_pretrained(cls, repo_or_path: str | os.PathLike[str], **hub: Any) -> PrunedConfig:
+        """Read the record of a checkpoint in a folder or on the Hub; only its config.json is read.
+
+        Args:
+            repo_or_path: a folder, or a Hub id.
+            hub: passed on to `huggingface_hub.hf_hub_download` (revision, token, cache_dir, local_files_only, ...).
+
+        Raises:
+            RecordError: if the checkpoint carries no record, or a malformed one.
+            FileNotFoundError: if the folder has no config.json. The Hub's own errors pass through, with a line of help.
+        """
+        path = Path(repo_or_path)
+        if path.is_dir():
+            path = path / "config.json"
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{repo_or_path} has no config.json. Give the folder that save_pretrained wrote."
+                )
+        elif not path.is_file():
+            from huggingface_hub import hf_hub_download
+
+            with hub_help(repo_or_path):
+                path = Path(hf_hub_download(str(repo_or_path), "config.json", **hub))
+        if path.stat().st_size > _MAX_FILE:
+            raise RecordError(f"The config.json of {repo_or_path} is larger than {_MAX_FILE} bytes. It is not read.")
+        try:
+            config = json.loads(path.read_text("utf-8"))
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
+            raise RecordError(f"The config.json of {repo_or_path} is not JSON: {plain(error)}.") from error
+        record = config.get(RECORD_KEY) if isinstance(config, Mapping) else None
+        if record is None:
+            raise RecordError(
+                f"{repo_or_path} has no pruning record ({RECORD_KEY!r} in its config.json): it was not pruned by "
+                f"deeparc_hf."
+            )
+        return cls.from_dict(record)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the record into the folder's config.json, beside what is there;
+        a config.json is made if there is none.
+        """
+        path = Path(folder) / "config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        except (ValueError, RecursionError) as error:
+            raise RecordError(
+                f"The config.json of {folder} is not JSON: {plain(error)}. Nothing was written."
+            ) from error
+        if not isinstance(config, dict):
+            raise RecordError(f"The config.json of {folder} is not an object. Nothing was written.")
+        config[RECORD_KEY] = self.to_dict()
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> PrunedConfig:
+        """The record that a model carries.
+
+        Raises:
+            RecordError: if it carries none, a malformed one, or one that does not fit the model.
+        """
+        host, _, stacks = describe(model)
+        if host.record() is None:
+            raise RecordError(f"{type(host.root).__name__} carries no pruning record: it was not pruned by deeparc_hf.")
+        record = cls.from_dict(host.record()).renamed(host.base_prefix, stacks)
+        record.check_fits({name: len(stack) for name, stack in stacks.items()})
+        return record
+
+    def renamed(self, prefix: str, names: Iterable[str]) -> PrunedConfig:
+        """The record with its stacks named as another head of the same base model names them.
+
+        A classifier calls "bert.encoder.layer" what the bare encoder calls "encoder.layer"; `prefix` ("bert") is what
+        may differ.
+        """
+        names = list(names)
+        by_base = {name.removeprefix(f"{prefix}."): name for name in names}
+
+        def name(old: str) -> str:
+            return by_base.get(old.removeprefix(f"{prefix}."), old)
+
+        if len({name(n) for n in self.stacks}) < len(self.stacks):
+            raise RecordError(f"The pruning record names one stack twice: {listed(self.stacks)}.")
+        iterations = []
+        for entry in self.iterations:
+            renamed = {
+                key: {name(n): v for n, v in entry[key].items()}
+                for key in ("removed", "frozen", "thresholds")
+                if isinstance(entry.get(key), Mapping)
+            }
+            iterations.append({**entry, **renamed})
+        return dataclasses.replace(
+            self,
+            stacks={name(n): s for n, s in self.stacks.items()},
+            iterations=tuple(iterations),
+            sparsity=rename_matrices(self.sparsity, prefix, names),
+        )
+
+    def check_fits(self, lengths: Mapping[str, int]) -> None:
+        """Check the record against the number of blocks that each stack of a model has.
+
+        Raises:
+            RecordError: if a stack is missing or has another number of blocks.
+        """
+        for name, stack in self.stacks.items():
+            if name not in lengths:
+                has = listed(lengths)
+                raise RecordError(
+                    f"The pruning record names the stack {quoted(name)}, which this model lacks. Its stacks: {has}."
+                )
+            if lengths[name] != len(stack.kept):
+                raise RecordError(
+                    f"The pruning record says that {len(stack.kept)} of {stack.length} blocks of {name} are left, but "
+                    f"the model has {lengths[name]}. Its config.json and its weights do not belong together; delete "
+                    f"{RECORD_KEY!r} from config.json if the record is wrong."
+                )
+
+    def compose(
+        self, lengths: Mapping[str, int], removed: Mapping[str, Sequence[int]], iteration: Mapping[str, Any]
+    ) -> PrunedConfig:
+        """The record after one more pruning.
+
+        Args:
+            lengths: number of blocks of each stack of the model now.
+            removed: the blocks that go, as indices of the model now.
+            iteration: what to note of this pruning; block indices in "removed" and "frozen" are translated to original
+                ones.
+
+        Raises:
+            RecordError: if the record would be too long to be read again.
+        """
+        refuse_full(len(self.iterations), 1)
+        kept = {
+            name: self.stacks[name].kept if name in self.stacks else tuple(range(length))
+            for name, length in lengths.items()
+        }
+        entry = dict(iteration)
+        for key in ("removed", "frozen"):
+            blocks = entry.get(key) or {}
+            entry[key] = {name: [kept[name][i] for i in indices] for name, indices in blocks.items() if indices}
+        stacks = {
+            name: StackRecord(
+                length=self.stacks[name].length if name in self.stacks else length,
+                kept=tuple(original for i, original in enumerate(kept[name]) if i not in removed.get(name, ())),
+            )
+            for name, length in lengths.items()
+        }
+        sparsity = renumber_matrices(self.sparsity, lengths, removed)
+        return PrunedConfig(
+            stacks, self.base_model, self.base_revision, (*self.iterations, entry), sparsity, package_versions()
+        )
+
+    def with_mark(self, mark: str | None) -> PrunedConfig:
+        """The record with a mark of the weights as its last pruning left them (`fingerprint`): it tells whether they
+        were trained since.
+        """
+        last = {key: value for key, value in self.iterations[-1].items() if key != "left"}
+        marked = last if mark is None else {**last, "left": mark}
+        return dataclasses.replace(self, iterations=(*self.iterations[:-1], marked))
+
+
+def current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
+    """The record that a model carries, or an empty one.
+
+    Raises:
+        RecordError: if it is malformed, or does not fit the model.
+    """
+    stored = host.record()
+    if stored is None:
+        base, revision = base_reference(host.root)
+        return PrunedConfig({}, base, revision)
+    record = PrunedConfig.from_dict(stored).renamed(host.base_prefix, stacks)
+    record.check_fits({name: len(stack) for name, stack in stacks.items()})
+    return record
+
+
+def check_record(model: nn.Module, prunings: int = 1) -> None:
+    """Refuse a record that is malformed, does not fit the model, or has no room for more prunings, before any work is
+    done.
+    """
+    host, _, stacks = describe(model)
+    refuse_full(len(current_record(host, stacks).iterations), prunings)
+
+
+def same_structure(one: PrunedConfig | None, other: PrunedConfig | None) -> bool:
+    """Whether two records (None: none) tell of the same prunings, whatever they say of zeroed weights."""
+    return _structure(one) == _structure(other)
+
+
+def _structure(record: PrunedConfig | None) -> dict[str, Any] | None:
+    if record is None or not (record.stacks or record.iterations):
+        return None
+    return dataclasses.replace(record, sparsity=None, versions={}).to_dict()
+
+
+def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:
+    """Hub id and commit that a model was loaded from; None for a local folder, whose path is nobody else's business.
+
+    The commit is known where the Hub's cache holds just one of that repository.
+    """
+    config = getattr(root, "config", None)
+    name = getattr(config, "_name_or_path", None) or None
+    if name is None:
+        cfg = getattr(root, "pretrained_cfg", None) or {}
+        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+        # timm names a Hub id for models with random weights too; only one that was asked for by id is known to come
+        # from there
+        name = cfg.get("hf_hub_id") if cfg.get("source") == "hf-hub" else None
+        return (name or None), _cached_commit(name, cache_dir)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None, None
+    if os.path.exists(name):
+        return None, None
+    # early versions 5 of transformers noted the commit; later ones leave it to the cache
+    return name, getattr(config, "_commit_hash", None) or _cached_commit(name, cache_dir)
+
+
+def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
+    found = None if name is None else try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
+    if not isinstance(found, str):
+        return None
+    snapshot = Path(found).parent
+    return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _expect(condition: bool, where: str, found: Any, expected: str) -> None:
+    if condition:
+        return
+    raise RecordError(
+        f"The pruning record is malformed: {where} must be {expected}, found {quoted(found)}. Download the checkpoint "
+        f"again, or delete {RECORD_KEY!r} from its config.json to use it as a plain checkpoint."
+    )

@@ -1,0 +1,110 @@
+"""A mark of a model's weights: which evaluation, and which report, is of the weights at hand. The same of a live model
+and of its files.
+
+A few values of each tensor go into it, so it changes with every training step, removal and zeroing, and costs next to
+nothing. It is no proof against forgery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+__all__ = ["SIZES", "dtype_of_files", "mark_of_files", "mark_of_model"]
+
+SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
+_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_VALUES = 16  # of each tensor
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def mark_of_model(model: nn.Module) -> str | None:
+    """The mark of a model's state; None where its tensors are sharded, or not there (meta device)."""
+    found, seen = [], set()
+    for tensor in model.state_dict(keep_vars=True).values():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_meta or type(tensor.data) is not Tensor or tensor.layout != torch.strided:
+            return None
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if place not in seen:  # tied tensors are one in a file
+            seen.add(place)
+            found.append(tensor.detach())
+    return _mark(found)
+
+
+def mark_of_files(folder: Path) -> str | None:
+    """The mark of the weights in a folder; None where there are none, or not all. Only a few values of each tensor are
+    read.
+    """
+    files = _files(folder)
+    try:
+        return None if files is None else _mark(tensor for file in files for tensor in _beginnings(file))
+    except (SafetensorError, OSError):
+        return None
+
+
+def dtype_of_files(folder: Path) -> str | None:
+    """The type of the first floating-point tensor in a folder's weights; None where there is none. Only headers are
+    read.
+    """
+    try:
+        for file in _files(folder) or ():
+            with safe_open(file, "pt") as stored:
+                for key in stored.keys():  # noqa: SIM118  (not a mapping)
+                    kind = _STORED.get(stored.get_slice(key).get_dtype())
+                    if kind is not None:
+                        return kind
+    except (SafetensorError, OSError):
+        pass
+    return None
+
+
+def _files(folder: Path) -> list[Path] | None:
+    """The files of a folder's weights; None where there are none, or not all."""
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    try:
+        names = set(json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    known = all(isinstance(name, str) and Path(name).name == name and (folder / name).is_file() for name in names)
+    return [folder / name for name in sorted(names)] if known else None
+
+
+def _beginnings(file: Path) -> Iterator[Tensor]:
+    """Of each tensor the first rows, with the whole shape noted."""
+    with safe_open(file, "pt") as stored:
+        for key in stored.keys():  # noqa: SIM118  (not a mapping)
+            part = stored.get_slice(key)
+            shape = part.get_shape()
+            tensor = part[: _rows(shape)] if shape else stored.get_tensor(key)
+            tensor.whole_shape = tuple(shape)  # type: ignore[attr-defined]
+            yield tensor
+
+
+def _rows(shape: Sequence[int]) -> int:
+    """How many rows hold the values that count."""
+    return -(-_VALUES // max(1, math.prod(shape[1:])))
+
+
+def _mark(tensors: Iterable[Tensor]) -> str:
+    shapes, parts = [], []
+    for tensor in tensors:
+        shapes.append(getattr(tensor, "whole_shape", tuple(tensor.shape)))
+        rows = tensor[: _rows(tensor.shape)] if tensor.dim() else tensor
+        parts.append(rows.reshape(-1)[:_VALUES].to(torch.float32))
+    values = torch.cat(parts).cpu() if parts else torch.zeros(0)
+    digests, first = [], 0
+    for shape, part in zip(shapes, parts, strict=True):
+        data = values[first : first + len(part)].numpy().tobytes()
+        digests.append(hashlib.sha256(repr(shape).encode() + data).digest())
+        first += len(part)
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:32]

@@ -1,0 +1,378 @@
+"""Calibration data by name, as the command line takes it: files, folders and Hub data sets, turned into batches for a
+model.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures import describe
+from ..core.hub_help import no_answer
+from ..core.plain_text import plain
+from ..errors import CalibrationError, CalibrationWarning, MissingDependencyError, UnsupportedModelError
+from .sources import LoadingError, ModelSource, loading, silence
+
+__all__ = ["Batches", "Columns", "load_rows", "make_batches"]
+
+_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_TEXT_NAMES = (
+    "text",
+    "texts",
+    "sentence",
+    "content",
+    "question",
+    "context",
+    "document",
+    "article",
+    "review",
+    "premise",
+    "prompt",
+)
+_IMAGE_NAMES = ("image", "img", "picture")
+_LONGEST = 512
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns to use; None: guessed where there is one obvious candidate.
+
+    Attributes:
+        text, text_pair: the text, and the second text of a pair.
+        target: what an encoder-decoder model is to write.
+        image: images, or paths of image files.
+    """
+
+    text: str | None = None
+    text_pair: str | None = None
+    target: str | None = None
+    image: str | None = None
+
+
+class Batches:
+    """Batches over a data set, made while one goes over them; one can do so again and again.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        size: samples of a batch.
+        collate: makes the model's inputs from a slice of the rows (a dict of lists).
+    """
+
+    def __init__(
+        self, rows: Any, size: int, collate: Callable[[dict[str, list[Any]]], dict[str, torch.Tensor]]
+    ) -> None:
+        self.rows = rows
+        self.size = size
+        self.collate = collate
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.size)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one pass, for progress bars."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, len(self.rows), self.size):
+            yield self.collate(self.rows[start : start + self.size])
+
+
+def load_rows(data: str, split: str | None = None, subset: str | None = None) -> Any:
+    """Load a data set.
+
+    Args:
+        data: a .csv, .tsv, .json, .jsonl, .parquet or .txt file, a folder (of images, of such files, or from
+            `save_to_disk`), or a Hub id.
+        split: which split; default: "train", or the only one.
+        subset: which configuration of a Hub data set.
+
+    Returns:
+        A `datasets.Dataset`.
+
+    Raises:
+        LoadingError: if it cannot be loaded, or has no such split.
+    """
+    import datasets  # takes seconds
+
+    path = Path(data).expanduser()
+    suffix = path.suffix.lower()
+    if not path.exists() and (suffix in _FORMATS or data.startswith(("/", ".", "~")) or data.count("/") > 1):
+        raise LoadingError(f"There is no file or folder {data}.")
+    if not data.strip():
+        raise LoadingError("The name of the data is empty.")
+    if path.is_file() and suffix not in _FORMATS:
+        raise LoadingError(
+            f"Cannot read {data}: files of type {suffix or '(none)'} are not known. Known: {', '.join(_FORMATS)}."
+        )
+    if path.is_file() and subset is not None:
+        raise LoadingError(
+            f"The configuration {subset!r} is for a data set on the Hub, and {data} is a file. Leave --subset out."
+        )
+    on_hub = not path.exists()
+    if on_hub:
+        _refuse_silence(data)
+    with (
+        loading(f"the data {data}{' (no such file or folder; looked for it on the Hub)' if on_hub else ''}"),
+        _with_cause(data),
+    ):
+        if path.is_file():
+            options = {"sep": "\t"} if suffix == ".tsv" else {}
+            found = datasets.load_dataset(_FORMATS[suffix], data_files=str(path), **options)
+        elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(str(path) if path.is_dir() else data, subset)
+    if isinstance(found, datasets.Dataset):
+        return found
+    name = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
+    if name not in found:
+        asked = f"has no split {split!r}" if split else "has several splits"
+        raise LoadingError(f"The data {data} {asked}. Its splits: {', '.join(found)}. Give one of them with --split.")
+    return found[name]
+
+
+def _refuse_silence(data: str) -> None:
+    """Refuse a data set that would have to come from a Hub that does not answer; the library would try again for
+    minutes.
+    """
+    import datasets
+
+    silent = no_answer(data, "README.md", repo_type="dataset")
+    if silent is not None and not Path(datasets.config.HF_DATASETS_CACHE, data.replace("/", "___")).is_dir():
+        raise LoadingError(f"Cannot load the data {data}: there is no such file or folder, {silence(silent)}.")
+
+
+@contextmanager
+def _with_cause(data: str) -> Iterator[None]:
+    """Let an error tell what is wrong with a file, which the datasets library leaves to its cause."""
+    import datasets
+
+    try:
+        yield
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise LoadingError(f"Cannot read the data {data}: {plain(error.__cause__ or error, 400)}") from error
+
+
+def make_batches(
+    source: ModelSource,
+    model: nn.Module,
+    rows: Any,
+    columns: Columns,
+    *,
+    samples: int,
+    seed: int,
+    batch_size: int = 16,
+    max_length: int | None = None,
+) -> tuple[Batches, Any]:
+    """Batches of randomly chosen samples for a model, and the tokenizer or image processor that made them (None for
+    timm).
+
+    Args:
+        source: where the model comes from; its tokenizer or image processor is loaded from there.
+        model: the model, on any device.
+        rows: from `load_rows`.
+        columns: the columns to use.
+        samples: number of samples, chosen at random with the seed.
+        max_length: longest text in tokens; default: what tokenizer and model allow, at most 512.
+
+    Raises:
+        CalibrationError: if the data is empty, or a column is missing or cannot be guessed.
+        UnsupportedModelError: if the model takes neither text nor images.
+        MissingDependencyError: if it takes images, and Pillow is not installed.
+    """
+    if len(rows) == 0:
+        raise CalibrationError("The calibration data has no rows. Give another file or split.")
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    root = describe(model)[0].root
+    main = "pixel_values" if source.library == "timm" else root.main_input_name
+    if main == "pixel_values":
+        _warn_unused(root, "images", text=columns.text, text_pair=columns.text_pair, target=columns.target)
+        column, rows = _image_column(rows, columns.image)
+        processor, collate = _image_collate(source, root, column)
+    elif main == "input_ids":
+        writes = root.config.is_encoder_decoder
+        _warn_unused(
+            root,
+            "texts, and writes none" * (not writes) or "texts",
+            image=columns.image,
+            target=None if writes else columns.target,
+        )
+        text = _text_columns(rows, columns, writes)
+        chosen = _with_text(rows, chosen, str(text.text))
+        processor, collate = _text_collate(source, root, text, max_length)
+    else:
+        raise UnsupportedModelError(
+            f"{type(root).__name__} takes {main!r}; the command line prepares text and images only. Call prune_model "
+            f"from Python with your own batches."
+        )
+    return Batches(rows.select(chosen), batch_size, collate), processor
+
+
+def _warn_unused(root: nn.Module, takes: str, **given: str | None) -> None:
+    for name, column in given.items():
+        if column is not None:
+            option = f"--{name.replace('_', '-')}-column"
+            message = f"{option} {plain(column)!r} is not used: {type(root).__name__} takes {takes}. Leave it out."
+            warnings.warn(message, CalibrationWarning, stacklevel=3)
+
+
+def _with_text(rows: Any, chosen: list[int], column: str) -> list[int]:
+    """The chosen rows that have a text: nothing can be compared on others."""
+    full = [index for index, text in zip(chosen, rows.select(chosen)[column], strict=True) if text and text.strip()]
+    if not full:
+        raise CalibrationError(
+            f"None of the rows has a text in the column {column!r}. Give other data, or another column."
+        )
+    if len(full) < len(chosen):
+        message = (
+            f"{len(chosen) - len(full)} of the {len(chosen)} chosen rows have no text in the column {column!r}, "
+            f"and are left out."
+        )
+        warnings.warn(message, CalibrationWarning, stacklevel=3)
+    return full
+
+
+def _text_columns(rows: Any, columns: Columns, needs_target: bool) -> Columns:
+    strings = [
+        name for name, feature in rows.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
+    ]
+    free = [name for name in strings if name not in (columns.text_pair, columns.target)]
+    text = columns.text or _guess(rows, [n for n in free if n.lower() in _TEXT_NAMES] or free, "text", "--text-column")
+    if needs_target and columns.target is None:
+        raise CalibrationError(
+            f"An encoder-decoder model needs what it is to write, to run its decoder on. Give the column with "
+            f"--target-column. Columns: {', '.join(rows.column_names)}."
+        )
+    for option, name in (
+        ("--text-column", text),
+        ("--text-pair-column", columns.text_pair),
+        ("--target-column", columns.target),
+    ):
+        if name is not None:
+            _require(rows, name, option)
+            if name not in strings:
+                raise CalibrationError(
+                    f"{option}: {name!r} holds {_kind(rows, name)}, not text. Columns of text: {', '.join(strings)}."
+                )
+    return Columns(text, columns.text_pair, columns.target if needs_target else None)
+
+
+def _image_column(rows: Any, given: str | None) -> tuple[str, Any]:
+    from datasets import Image
+
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError('Reading images needs Pillow: pip install "deeparc_hf[images]".') from error
+    images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    named = [name for name in images if name.lower() in _IMAGE_NAMES]
+    name = given or _guess(rows, named or images, "images", "--image-column")
+    _require(rows, name, "--image-column")
+    if name not in images and getattr(rows.features[name], "dtype", None) != "string":
+        raise CalibrationError(
+            f"--image-column: {name!r} holds {_kind(rows, name)}, neither images nor paths of image files."
+        )
+    return name, rows.cast_column(name, Image(mode="RGB"))
+
+
+def _guess(rows: Any, candidates: Sequence[str], what: str, option: str) -> str:
+    if len(candidates) == 1:
+        return candidates[0]
+    raise CalibrationError(
+        f"Cannot tell which column holds the {what}. Give it with {option}. Columns: {', '.join(rows.column_names)}."
+    )
+
+
+def _require(rows: Any, name: str, option: str) -> None:
+    if name not in rows.column_names:
+        raise CalibrationError(f"{option}: the data has no column {name!r}. Columns: {', '.join(rows.column_names)}.")
+
+
+def _kind(rows: Any, name: str) -> str:
+    feature = rows.features[name]
+    return str(getattr(feature, "dtype", None) or type(feature).__name__)
+
+
+def _text_collate(
+    source: ModelSource, root: Any, columns: Columns, max_length: int | None
+) -> tuple[Any, Callable[..., Any]]:
+    from transformers import AutoTokenizer
+
+    with loading(f"the tokenizer of {source.given}"):
+        tokenizer = AutoTokenizer.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
+    if not max_length:
+        positions = getattr(root.config, "max_position_embeddings", None)
+        max_length = min(
+            _LONGEST,
+            tokenizer.model_max_length,
+            positions if isinstance(positions, int) and positions > 0 else _LONGEST,
+        )
+    working = copy.deepcopy(
+        tokenizer
+    )  # padding and truncation change a tokenizer, which is saved with the checkpoint as it was
+    if working.pad_token is None:
+        if working.eos_token is None:
+            raise UnsupportedModelError(
+                f"The tokenizer of {source.given} has no padding token and no end token, so texts cannot be batched."
+            )
+        working.pad_token = working.eos_token
+    settings = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
+    taken = set(inspect.signature(root.forward).parameters)
+
+    def collate(batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+        texts = {"text": _strings(batch, columns.text)}
+        if columns.text_pair is not None:
+            texts["text_pair"] = _strings(batch, columns.text_pair)
+        encoded = working(**texts, **settings)
+        _require_known_words(source, working, encoded["input_ids"])
+        inputs = {key: value for key, value in encoded.items() if key in taken}
+        if columns.target is not None:
+            target = working(text_target=_strings(batch, columns.target), **settings)
+            inputs["labels"] = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
+        return inputs
+
+    return tokenizer, collate
+
+
+def _require_known_words(source: ModelSource, tokenizer: Any, ids: torch.Tensor) -> None:
+    """A folder without tokenizer files may load as a tokenizer that knows no words at all."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return  # GPT-2 and its like spell every text out, and use one token for all of these
+    special = torch.tensor([i for i in tokenizer.all_special_ids if i != unknown], dtype=ids.dtype)
+    words = ids[~torch.isin(ids, special)]
+    if len(words) and float((words == unknown).float().mean()) > 0.5:
+        raise LoadingError(
+            f"The tokenizer of {source.given} ({len(tokenizer)} entries) knows less than half of the calibration "
+            f"texts' tokens. Save the model's own tokenizer into its folder (tokenizer.save_pretrained), or give texts "
+            f"in its language."
+        )
+
+
+def _strings(batch: dict[str, list[Any]], column: str | None) -> list[str]:
+    return ["" if value is None else value for value in batch[str(column)]]
+
+
+def _image_collate(source: ModelSource, root: nn.Module, column: str) -> tuple[Any, Callable[..., Any]]:
+    if source.library == "timm":
+        from timm.data import create_transform, resolve_data_config
+
+        transform = create_transform(**resolve_data_config(model=root), is_training=False)
+        return None, lambda batch: {"pixel_values": torch.stack([transform(image) for image in batch[column]])}
+    from transformers import AutoImageProcessor
+
+    with loading(f"the image processor of {source.given}"):
+        processor = AutoImageProcessor.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
+    return processor, lambda batch: {
+        "pixel_values": processor(images=batch[column], return_tensors="pt")["pixel_values"]
+    }

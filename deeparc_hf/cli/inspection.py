@@ -1,0 +1,103 @@
+"""What a model is made of, as far as pruning goes: its stacks, pinned blocks, parameters and record. Works on the meta
+device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..architectures import describe
+from ..checkpoint.record import PrunedConfig
+from ..core.plain_text import plain, plain_lines
+
+__all__ = ["count_parameters", "facts_of", "facts_text", "human_count"]
+
+_LONGEST_LINE = 20_000  # the numbers of the blocks that are left, 4096 at most
+
+
+def facts_of(model: nn.Module) -> dict[str, Any]:
+    """The facts, plain JSON types.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be pruned.
+        RecordError: if it carries a record that is malformed or does not fit it.
+    """
+    host, _, stacks = describe(model)
+    return {
+        "class": type(host.root).__name__,
+        "type": host.kind,
+        "library": host.library,
+        "parameters": count_parameters(model),
+        "stacks": {
+            name: {
+                "blocks": len(stack),
+                "pinned": {str(index): reason for index, reason in stack.pinned.items()},
+                "parameters": [count_parameters(block) for block in stack.blocks],
+            }
+            for name, stack in stacks.items()
+        },
+        "record": None if host.record() is None else PrunedConfig.from_model(model).to_dict(),
+    }
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters; shared ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def human_count(count: int) -> str:
+    """A number of parameters in short: 7.09 M."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """The facts for people, as visible text: a downloaded config may hold what steers a terminal."""
+    return plain_lines("\n".join(_lines(facts)), _LONGEST_LINE, _LONGEST_LINE**2)
+
+
+def _lines(facts: Mapping[str, Any]) -> list[str]:
+    total = facts["parameters"]
+    lines = [f"{facts['class']} ({facts['type']}, {facts['library']}): {total:,} parameters ({human_count(total)})", ""]
+    inside = 0
+    for name, stack in facts["stacks"].items():
+        inside += sum(stack["parameters"])
+        lines.append(f"{plain(name)}: {stack['blocks']} blocks, {human_count(sum(stack['parameters']))}")
+        first = 0
+        for count, group in itertools.groupby(stack["parameters"]):
+            last = first + len(list(group)) - 1
+            lines.append(
+                f"  block {first}: {human_count(count)}"
+                if first == last
+                else f"  blocks {first}-{last}: {human_count(count)} each"
+            )
+            first = last + 1
+        lines += [f"  block {index} is pinned: {plain(reason)}" for index, reason in stack["pinned"].items()]
+    lines += [f"outside the stacks: {human_count(max(0, total - inside))}", ""]
+    record = facts["record"]
+    if record is None:
+        return [*lines, "not pruned before (no pruning record)"]
+    base = plain(record["base_model"] or "") or "a checkpoint that is not on the Hub"
+    if record["stacks"] or record["iterations"]:
+        lines.append(f"pruned {len(record['iterations'])} time(s), loaded from {base} before that:")
+    elif record["sparsity"] is None:
+        lines.append(f"nothing was removed or zeroed since {base} was loaded")
+    else:
+        lines.append(f"no blocks were removed; weights were zeroed after loading {base}:")
+    for name, stack in record["stacks"].items():
+        kept = stack["kept"]
+        lines.append(f"  {plain(name)}: {len(kept)} of {stack['length']} blocks are left: {' '.join(map(str, kept))}")
+    matrices = (record["sparsity"] or {}).get("matrices", {})
+    if matrices:
+        zeros, size = (sum(entry[key] for entry in matrices.values()) for key in ("zeros", "size"))
+        lines.append(
+            f"  zeros by the record: {100 * zeros / max(1, size):.2f} % of {human_count(size)} weights in "
+            f"{len(matrices)} matrices"
+        )
+    return lines

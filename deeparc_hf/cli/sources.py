@@ -1,0 +1,256 @@
+"""Models by name, as the command line takes them: a folder, a Hub id, or a timm model; as a skeleton without weights,
+or whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from torch import nn
+
+from ..architectures import describe
+from ..core.hub_help import no_answer
+from ..core.plain_text import plain
+from ..errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
+
+__all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "silence", "skeleton"]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 1000  # of another library's message
+_TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
+
+
+class LoadingError(DeepArcError, OSError):
+    """A model or data set that was named cannot be loaded."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        given: what the user wrote.
+        library: "transformers" or "timm".
+        reference: what the library's own loader takes.
+        config: the checkpoint's config.json; empty for a timm architecture without a checkpoint.
+        cached: the folder in the Hub's cache, where the Hub does not answer and nothing but the cache is to be read;
+            else None.
+    """
+
+    given: str
+    library: str
+    reference: str
+    config: dict[str, Any]
+    cached: Path | None = None
+
+    @property
+    def loading(self) -> dict[str, bool]:
+        """What the loaders of transformers are to be told."""
+        return {"local_files_only": True} if self.cached is not None else {}
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it loads something into a `LoadingError` that says what was loaded."""
+    try:
+        yield
+    except DeepArcError:
+        raise
+    except Exception as error:
+        if _is_refused_pickle(error):
+            # torch's own words, and the traceback, advise to run the code in it
+            raise UnsupportedModelError(
+                f"{what} holds its weights as pickles only (pytorch_model.bin), with more in them than tensors. "
+                f"Reading them could run code of whoever made them, so they are not read. Use a checkpoint with "
+                f"safetensors weights. If you made this one yourself, save it anew from the program that made it: "
+                f"model.save_pretrained(FOLDER) writes safetensors."
+            ) from None
+        raise LoadingError(f"Cannot load {what}: {plain(error, _LONGEST) or type(error).__name__}") from error
+
+
+def _is_refused_pickle(error: BaseException | None) -> bool:
+    """Whether torch refused to unpickle something, anywhere in a chain of errors."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def find_source(model: str) -> ModelSource:
+    """Find out which library a model belongs to.
+
+    Args:
+        model: a folder; a Hub id; "timm:NAME" for an architecture of timm with its default weights; or timm's own
+            "hf-hub:ORG/NAME" and "local-dir:FOLDER".
+
+    Raises:
+        LoadingError: if there is no such model, or its config.json cannot be read.
+        UnsupportedModelError: if it is the folder of a PEFT adapter.
+    """
+    scheme, _, rest = model.partition(":")
+    if scheme == "timm":
+        return ModelSource(model, "timm", _architecture(rest), {})
+    if scheme in _TIMM_SCHEMES:
+        name, _, revision = rest.partition("@") if scheme != "local-dir" else (rest, "", "")
+        return ModelSource(model, "timm", model, *_config(name, revision or None))
+    config, cached = _config(model)
+    if "model_type" in config or not {"architecture", "pretrained_cfg"} <= config.keys():
+        return ModelSource(model, "transformers", model, config, cached)
+    return ModelSource(model, "timm", f"{'local-dir' if Path(model).is_dir() else 'hf-hub'}:{model}", config, cached)
+
+
+def skeleton(source: ModelSource, auto_class: str | None = None) -> nn.Module:
+    """The model on the meta device: built from its settings alone, no weights read and no memory taken. It carries its
+    record.
+    """
+    with loading(source.given), torch.device("meta"):
+        if source.library == "timm":
+            return _timm_model(source, pretrained=False)
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
+        cls = _model_class(config, auto_class)
+        model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        model.tie_weights()  # transformers 5.0 leaves this out on the meta device, and tied weights would count twice
+        return model
+
+
+def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
+    """The model with its weights, on the CPU, in eval mode. It carries its record.
+
+    Raises:
+        LoadingError: if it cannot be loaded.
+        CalibrationError: if the checkpoint lacks weights of a block, so that its similarities would be chance.
+    """
+    if source.library == "timm":
+        with loading(source.given):
+            return _timm_model(source, pretrained=True).eval()
+    with loading(source.given):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
+        cls = _model_class(config, auto_class)
+        model, info = cls.from_pretrained(source.reference, config=config, output_loading_info=True, **source.loading)
+    for name in describe(model)[2]:
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(f"{name}."))
+        if missing:
+            raise CalibrationError(
+                f"{source.given} has no weights for {missing[0]} and {len(missing) - 1} more tensors of {name}: its "
+                f"config.json describes blocks that the checkpoint does not hold. Download it again, or correct "
+                f"config.json."
+            )
+        spare = sorted(key for key in info["unexpected_keys"] if key.startswith(f"{name}."))
+        if spare:
+            raise CalibrationError(
+                f"{source.given} holds weights for {spare[0]} and {len(spare) - 1} more tensors of {name}, for which "
+                f"its config.json has no place: the model that it describes is not the one that was saved. Correct "
+                f"config.json."
+            )
+    return model.eval()
+
+
+def _config(model: str, revision: str | None = None) -> tuple[dict[str, Any], Path | None]:
+    """The config.json, and the folder in the Hub's cache that it lies in, where the Hub does not answer."""
+    path, cached = Path(model).expanduser(), None
+    if not model.strip():
+        raise LoadingError("The name of the model is empty. Give a folder, or a Hub id.")
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise UnsupportedModelError(
+                f"{model} is a PEFT adapter, not a whole model. Load it, call model.merge_and_unload(), save the "
+                f"result, give that folder."
+            )
+        file = path / "config.json"
+        if not file.is_file():
+            raise LoadingError(f"{model} has no config.json. Give the folder that save_pretrained wrote.")
+    elif path.exists():
+        raise LoadingError(f"{model} is a file. Give the folder that holds config.json and the weights.")
+    elif model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise LoadingError(f"There is no folder {model}.")
+    else:
+        file, cached = _hub_config(model, revision)
+    with loading(f"{model}: its config.json is not valid"):
+        config = json.loads(file.read_text("utf-8"))
+    if not isinstance(config, dict):
+        raise LoadingError(f"Cannot load {model}: its config.json holds a {type(config).__name__}, not an object.")
+    return config, cached
+
+
+def silence(error: Exception) -> str:
+    """What to say of something that is not at hand, where the Hub does not answer."""
+    told = plain(error, _LONGEST)
+    return (
+        f"it is not in the cache, and the Hub ({constants.ENDPOINT}) does not answer ({told}). Check the connection, "
+        f"and HF_ENDPOINT if it is set"
+    )
+
+
+def _hub_config(model: str, revision: str | None) -> tuple[Path, Path | None]:
+    from transformers.utils import cached_file
+
+    with loading(f"{model} (no such folder; looked for it on the Hub)"):
+        silent = no_answer(model, "config.json", revision)
+        if silent is None:
+            return Path(cached_file(model, "config.json", revision=revision)), None
+        found = cached_file(
+            model, "config.json", revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
+        )
+    if found is None:
+        raise LoadingError(
+            f"Cannot load {model}: there is no such folder, {silence(silent)}; or give the folder of a checkpoint."
+        )
+    logger.warning("The Hub (%s) does not answer (%s): %s is taken from the cache.", constants.ENDPOINT, silent, model)
+    return Path(found), Path(found).parent
+
+
+def _model_class(config: Any, auto_class: str | None) -> Any:
+    """The class to load: the one that was asked for, else the one that saved the checkpoint, else the bare model."""
+    import transformers
+
+    name = auto_class or next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    usable = isinstance(cls, type) and (issubclass(cls, transformers.PreTrainedModel) or hasattr(cls, "from_config"))
+    if usable:
+        return cls
+    if auto_class is None:
+        return transformers.AutoModel
+    near = difflib.get_close_matches(auto_class, [n for n in dir(transformers) if n.startswith("AutoModel")], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"--auto-class: {auto_class!r} is not a model class of transformers.{hint}")
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingDependencyError('A timm model needs timm: pip install "deeparc_hf[timm]".') from error
+    return timm
+
+
+def _architecture(name: str) -> str:
+    timm = _timm()
+    if not timm.is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f" Did you mean timm:{near[0]}?" if near else ""
+        raise LoadingError(f"timm has no model {name!r}.{hint}")
+    return name
+
+
+def _timm_model(source: ModelSource, pretrained: bool) -> nn.Module:
+    # timm's own loader has no way to be told to stay with the cache; the layout there is that of a local folder
+    reference = source.reference if source.cached is None or pretrained else f"local-dir:{source.cached}"
+    return _timm().create_model(reference, pretrained=pretrained)

@@ -1,0 +1,43 @@
+"""What figures and checkpoints were made with: hardware, and versions of packages."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+__all__ = ["hardware", "package_versions"]
+
+
+def hardware(device: torch.device | str | None = None) -> dict[str, Any]:
+    """The hardware that figures depend on.
+
+    Args:
+        device: where the model ran; None: the accelerator if there is one, else the CPU.
+    """
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = torch.device(device)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine()
+        if device.type == "cpu"
+        else device.type
+    )
+    return {"device": device.type, "device_name": name, "cpu_count": usable, "torch_threads": torch.get_num_threads()}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a pruning depends on, and of Python."""
+    versions = {"python": platform.python_version()}
+    for name in ("deeparc_hf", "transformers", "torch", "accelerate", "timm"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,109 @@
+"""One line of help on huggingface_hub's own errors, which pass through unchanged otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+__all__ = ["hub_help", "is_connection_error", "no_answer", "notes_of", "upload_help"]
+
+
+_BROKE_OFF = (
+    "The upload broke off, and the repository is as its last commit left it. Check the connection and the space on the "
+    "disk, and do it again: files that are there already are not sent again."
+)
+
+
+@contextmanager
+def hub_help(repo_id: object) -> Iterator[None]:
+    """Add a note to errors of the Hub that leave the block: what to do about it."""
+    try:
+        yield
+    except Exception as error:
+        ours = isinstance(error, (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled))
+        if (ours or is_connection_error(error)) and not notes_of(error):
+            error.add_note(_help(error, str(repo_id)))
+        raise
+
+
+@contextmanager
+def upload_help(repo_id: object) -> Iterator[None]:
+    """Add a note to an upload that breaks off in the block, for which huggingface_hub and hf_xet raise bare errors of
+    Python.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:
+        cause = error.__cause__
+        if not isinstance(error, HfHubHTTPError) and not is_connection_error(error) and not notes_of(error):
+            refused = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
+            error.add_note(_help(cause, str(repo_id)) if refused else _BROKE_OFF)  # type: ignore[arg-type]
+        raise
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error is one of the HTTP library beneath huggingface_hub (httpx, or its successor): no answer came."""
+    return type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
+
+
+def no_answer(repo_id: str, file: str, revision: str | None = None, repo_type: str | None = None) -> Exception | None:
+    """Ask the Hub for a file's metadata once, without the libraries' retries, which last for minutes.
+
+    Returns:
+        What went wrong where no answer came in time (HF_HUB_ETAG_TIMEOUT, 10 s if it is not set); None where one came,
+        whatever it says.
+    """
+    try:
+        get_hf_file_metadata(
+            hf_hub_url(repo_id, file, revision=revision, repo_type=repo_type), timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except Exception as error:
+        return error if is_connection_error(error) else None
+    return None
+
+
+def notes_of(error: BaseException) -> str:
+    """The notes on an error, as one text."""
+    return " ".join(getattr(error, "__notes__", ()))
+
+
+def _help(error: Exception, repo_id: str) -> str:
+    if is_connection_error(error):
+        return "The Hub cannot be reached: check the connection, and HF_ENDPOINT if it is set."
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{repo_id} is gated: ask for access on its page on the Hub, then log in (hf auth login) or set HF_TOKEN."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return f"Check the spelling of {repo_id} (ORG/NAME). If it is private, log in (hf auth login) or set HF_TOKEN."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such branch, tag or commit: see its branches on the Hub, or leave revision out."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "The Hub is not asked while HF_HUB_OFFLINE is set: unset it."
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"{repo_id} is neither in the cache nor to be reached: check the connection, and that HF_HUB_OFFLINE "
+            f"is not set."
+        )
+    if isinstance(error, EntryNotFoundError):
+        return f"{repo_id} lacks that file: it is not a checkpoint of transformers or timm, or not a whole one."
+    if status in (401, 403):
+        return (
+            f"The token that is used may not do this to {repo_id}: log in (hf auth login) or set HF_TOKEN, with "
+            f"write access to it."
+        )
+    if status == 412:
+        return f"Others committed to {repo_id} at the same time, several times. Try again."
+    return "Nothing was changed on the Hub by the request that failed. Try again, or see https://status.huggingface.co."

@@ -1,0 +1,37 @@
+"""Hooks on models that are no part of them: what is saved or copied with a model in place of such a hook does
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["LocalHook"]
+
+
+class LocalHook:
+    """A hook that works on live models of this process only.
+
+    A module is pickled together with its hooks (`torch.save(model)`, a worker process), and functions of this package
+    among them would need the package where the pickle is read. This one is pickled as a part of the standard library
+    that takes anything and does nothing.
+
+    Args:
+        act: what the hook does.
+        copied: whether it works on copies of the model (`copy.deepcopy`) too.
+    """
+
+    def __init__(self, act: Callable[..., Any], copied: bool = False) -> None:
+        self.act = act
+        self._copied = copied
+
+    def __call__(self, *args: Any) -> Any:
+        return self.act(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self if self._copied else contextlib.nullcontext().__exit__

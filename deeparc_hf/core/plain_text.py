@@ -1,0 +1,94 @@
+"""The one door for text of others: what a downloaded record, report or config says goes through here before it is
+printed or written.
+
+Names in a checkpoint may hold escape codes that steer a terminal, marks that turn the direction of a text, line breaks
+that forge a line of output, or a megabyte of anything. Here they become one line of visible text of limited length, or
+a word of a known list, or nothing. Markdown is the card's business (`card.text`), which starts from this.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+from typing import Any
+
+__all__ = ["LIMIT", "allowed", "is_plain", "listed", "plain", "plain_lines", "quoted"]
+
+LIMIT = 200
+_LONGEST = 10_000  # of a message of several lines
+_NAMES = 5
+# control, format (bidirectional marks too), surrogate, private and unassigned signs, line and paragraph separators
+_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+# escape sequences as a whole, so that "[31m" does not stay: CSI, OSC and the like with their text, and those of two
+# signs
+_ESCAPE = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
+    r"|\x1b[ -/]*[0-~]"
+)
+_MARKS = re.compile(
+    r"(?<=.)[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f]{3,}"
+)
+
+
+def plain(value: Any, limit: int = LIMIT) -> str:
+    """One line of visible text, of limited length."""
+    text = _ESCAPE.sub("", _text(value)[: 4 * limit])
+    shown = " ".join(
+        _MARKS.sub("", "".join(" " if unicodedata.category(sign) in _UNSEEN else sign for sign in text)).split()
+    )
+    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."
+
+
+def plain_lines(text: Any, limit: int = LIMIT, longest: int = _LONGEST) -> str:
+    """Several lines of visible text: line breaks and indents stay, all else is as in `plain`.
+
+    Args:
+        limit: characters of a line.
+        longest: characters of the whole.
+    """
+    lines = _text(text)[:longest].replace("\t", "    ").split("\n")
+    return "\n".join(" " * min(limit, len(line) - len(line.lstrip(" "))) + _kept_apart(line, limit) for line in lines)
+
+
+def _kept_apart(line: str, limit: int) -> str:
+    """A line with the runs of spaces that make columns of a table."""
+    return "".join(part if part.isspace() else plain(part, limit) for part in re.split(r"( {2,})", line.strip(" ")))[
+        :limit
+    ]
+
+
+def quoted(value: Any, limit: int = 80) -> str:
+    """A value as Python writes it, for messages that say what was found; what cannot be seen is escaped."""
+    if isinstance(value, str):
+        value = value[: 4 * limit]
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # a number of more than sys.get_int_max_str_digits() digits
+        shown = f"a {type(value).__name__} too long to print"
+    return plain(shown, limit)
+
+
+def listed(names: Iterable[Any], most: int = _NAMES, limit: int = 60) -> str:
+    """Some names, one after the other, and how many more there are."""
+    found = list(names)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(plain(name, limit) for name in found[:most]) + more
+
+
+def allowed(value: Any, words: Collection[str]) -> str | None:
+    """The value if it is one of the words; None otherwise."""
+    return value if isinstance(value, str) and value in words else None
+
+
+def is_plain(value: Any, limit: int = LIMIT) -> bool:
+    """Whether a value is a text of limited length that shows as it is."""
+    return isinstance(value, str) and len(value) <= limit and value.isprintable()
+
+
+def _text(value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else str(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} too long to print"

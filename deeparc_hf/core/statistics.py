@@ -1,0 +1,42 @@
+"""Intervals of figures that were counted."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+from ..errors import ConfigError
+from .settings import percent_hint
+
+__all__ = ["CONFIDENCE", "wilson_interval"]
+
+CONFIDENCE = 0.95
+
+
+def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The score interval of a proportion (E. B. Wilson, Probable inference, the law of succession, and statistical
+    inference, 1927).
+
+    Unlike the textbook interval it stays within [0, 1] and is right near 0 and 1 and for small n.
+
+    Args:
+        correct: number of samples that were right.
+        n: number of samples.
+        confidence: in (0, 1).
+
+    Returns:
+        Lower and upper bound of the share that is right.
+
+    Raises:
+        ConfigError: if the numbers cannot be a share.
+    """
+    if n < 1 or not 0 <= correct <= n:
+        raise ConfigError(f"An interval needs 0 <= correct <= n and n >= 1, found correct={correct}, n={n}.")
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence must be between 0 and 1, found {confidence}.{percent_hint(confidence)}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, weight = correct / n, z * z / n
+    center = (share + weight / 2) / (1 + weight)
+    half = z * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)
+    # at the ends the bound is 0 or 1 exactly; rounding must not say otherwise
+    return (0.0 if correct == 0 else center - half), (1.0 if correct == n else center + half)

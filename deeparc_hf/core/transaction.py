@@ -1,0 +1,61 @@
+"""All or nothing: changes to live objects that are taken back, last first, if anything fails on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Transaction"]
+
+_MISSING = object()
+
+
+class Transaction:
+    """A context manager that takes its changes back when the body raises, Ctrl-C included.
+
+    One that is kept can be taken back later, as long as nothing else has changed the same things in between.
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def set(self, owner: Any, attribute: str, value: Any) -> None:
+        """`setattr` that can be taken back."""
+        old = vars(owner).get(attribute, _MISSING)
+        if old is _MISSING:
+            self._undo.append(lambda: delattr(owner, attribute))
+        else:
+            self._undo.append(lambda: setattr(owner, attribute, old))
+        setattr(owner, attribute, value)
+
+    def on_failure(self, step: Callable[[], None]) -> None:
+        """Have a change that is about to be made taken back by `step`."""
+        self._undo.append(step)
+
+    def keep_children(self, container: nn.ModuleList | nn.Sequential, kept: list[nn.Module]) -> None:
+        """Leave only these children in a container, renumbered; the container stays the same object."""
+        children = list(container)
+        self._undo.append(lambda: _refill(container, children))
+        _refill(container, kept)
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.roll_back()
+
+    def roll_back(self) -> None:
+        """Take all changes back, last first."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _refill(container: nn.ModuleList | nn.Sequential, children: list[nn.Module]) -> None:
+    del container[:]
+    container.extend(children)

@@ -1,0 +1,313 @@
+"""Distillation: the unpruned model teaches the pruned one while that is retrained (Hinton et al. 2015, arXiv
+1503.02531).
+
+A forward hook on the model adds the teacher's term to the loss that the model puts out in training mode, so that a
+stock Trainer learns from it without a subclass, wrapped in DistributedDataParallel too:
+
+    loss = (1 - alpha) * loss on the labels + alpha * T^2 * KL(teacher || student) + hidden * distance of hidden states
+
+The divergence is the mean over what the labels' loss is a mean of, and follows num_items_in_batch as the model's own
+loss does. Hidden states (as in patient distillation, Sun et al. 2019, arXiv 1908.09355) are compared where blocks were
+removed: what the kept block before a site puts out with what the teacher's last removed block puts out, as the squared
+distance of a position relative to the teacher's size.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..architectures import describe
+from ..core.local_hooks import LocalHook
+from ..errors import ConfigError, SurgeryError
+from ..healing.sites import Site
+from ..observe.axes import Axes, find_axes
+from ..observe.batches import without_labels
+from ..observe.forward import hidden_states
+from ..observe.outputs import heads_of, is_logits, label_mask
+from ..similarity.divergence import divergence
+from .config import DistillConfig
+
+__all__ = ["Distillation", "make_teacher"]
+
+_FOLLOWS = 0.05  # relative change of the loss with num_items_in_batch from which on it is taken to follow it
+
+
+def make_teacher(model: nn.Module, dtype: str | None = None) -> nn.Module:
+    """A copy of a model that teaches: in eval mode, without gradients, in another precision if one is named.
+
+    Raises:
+        SurgeryError: if the model cannot be copied.
+    """
+    try:
+        teacher = copy.deepcopy(model)
+    except Exception as error:
+        raise SurgeryError(
+            f"{type(model).__name__} cannot be copied, and its copy was to teach ({type(error).__name__}: {error}). "
+            f"Leave distill out."
+        ) from error
+    for parameter in teacher.parameters():
+        parameter.grad = None
+    return teacher.requires_grad_(False).eval().to(dtype=None if dtype is None else getattr(torch, dtype))
+
+
+class Distillation:
+    """A teacher at work: attached to a model from the moment that this is made until `stop`.
+
+    Args:
+        model: the student, unwrapped, as the Trainer calls it.
+        teacher: from `make_teacher`.
+        config: the settings.
+        sites: where blocks are missing that the teacher has, as the teacher numbers them, each with the student's index
+            of the kept block.
+
+    Attributes:
+        reached: whether a gradient of the term arrived since this was last set to False.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, config: DistillConfig, sites: Sequence[tuple[Site, int]]
+    ) -> None:
+        self.reached = False
+        self._model = weakref.ref(model)
+        self._teacher = teacher
+        self._config = config
+        self._host, _, self._stacks = describe(teacher)
+        self._sites = list(sites) if config.hidden else []
+        self._seen: dict[tuple[str, int], Tensor] = {}
+        self._listening = False
+        self._axes: Mapping[str, Axes | str] = {}
+        self._follows_items: bool | None = None  # whether the model's loss is divided by num_items_in_batch
+        self._checked = False
+        own = describe(model)[2]
+        blocks = [own[site.stack].blocks[kept] for site, kept in self._sites]
+        self._trains = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
+        self._handles = _attach(
+            self, model, blocks, [self._stacks[site.stack].blocks[site.removed[-1]] for site, _ in self._sites]
+        )
+        weakref.finalize(self, _remove, self._handles)
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        _remove(self._handles)
+
+    # ---- what the hooks call ----
+
+    def before(self, module: nn.Module) -> None:
+        if module is not self._model():
+            return
+        self._seen = {}
+        self._listening = bool(self._sites) and module.training
+
+    def take(self, who: str, number: int, output: Any) -> None:
+        if self._listening:
+            self._seen[who, number] = hidden_states(output)
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The output with the teacher's term in its loss; None where there is nothing to add to."""
+        if module is not self._model() or not module.training or not torch.is_grad_enabled():
+            return None
+        loss = _loss_of(output)
+        if loss is None:
+            return None
+        if not isinstance(output, Mapping):
+            raise ConfigError(
+                f"{type(module).__name__} puts out a tuple, which does not say what is a logit. Set "
+                f"model.config.return_dict = True, or leave distill out."
+            )
+        if not any(is_logits(name) for name, value in output.items() if value is not None):
+            raise ConfigError(
+                f"{type(module).__name__} puts out no logits in this training, so there is nothing to compare with the "
+                f"teacher's: its loss is fused with its head (TRL's SFTTrainer, Liger kernels). Train with the stock "
+                f"Trainer, without such a kernel, or leave distill out."
+            )
+        inputs = _named(module, args, kwargs)
+        term = self._term(inputs, output)
+        if not term.requires_grad:
+            raise ConfigError(
+                "Nothing that the hidden states at the sites depend on is trained, and alpha is 0, so the teacher has "
+                "no say. Freeze fewer blocks, or give DistillConfig an alpha above 0."
+            )
+        term.register_hook(self._arrived)
+        return _with_loss(output, (1 - self._config.alpha) * loss + term)
+
+    # ---- the term ----
+
+    def _term(self, inputs: Mapping[str, Any], output: Any) -> Tensor:
+        taught = self._ask(inputs)
+        share = self._share(inputs)
+        self._listening = False
+        term = torch.zeros((), device=next(self._teacher.parameters()).device)
+        if self._config.alpha:
+            ours, theirs = (heads_of(self._host, given, inputs) for given in (output, taught))
+            parts = [
+                _mean(divergence(o, t, self._config.temperature))
+                * (1.0 if t.kind == "values" else self._config.temperature**2)
+                for o, t in zip(ours, theirs, strict=True)
+            ]
+            term = self._config.alpha * torch.stack(parts).mean()
+        if self._sites:
+            term = term + self._config.hidden * self._hidden_distance(inputs)
+        self._seen = {}
+        return term * share
+
+    def _ask(self, inputs: Mapping[str, Any], **more: Any) -> Any:
+        """What the teacher puts out."""
+        given = {key: self._cast(value) for key, value in inputs.items() if key != "num_items_in_batch"}
+        if not more:
+            given = {key: value for key, value in without_labels(self._host, given).items() if key != "shift_labels"}
+        if "use_cache" in inspect.signature(type(self._teacher).forward).parameters:
+            given["use_cache"] = False
+        ran: list[bool] = []
+        checks = []
+        if not self._checked:
+            block = next(iter(self._stacks.values())).blocks[0]
+            checks = [block.register_forward_pre_hook(lambda *_: ran.append(True))]
+        try:
+            with torch.no_grad():
+                output = self._teacher(**given, **more)
+        finally:
+            for check in checks:
+                check.remove()
+        if checks and not ran:
+            raise ConfigError(
+                f"The forward of {type(self._teacher).__name__} was replaced by one that a copy of the model shares, "
+                f"so the copy cannot teach. Leave distill out, or leave the model's forward as it is."
+            )
+        self._checked = True
+        return output
+
+    def _cast(self, value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(next(self._teacher.parameters()).dtype) if floating else value
+
+    def _share(self, inputs: Mapping[str, Any]) -> Tensor | float:
+        """The share of this micro-batch in the optimizer's step, where the model's own loss is scaled by it."""
+        items, mask = inputs.get("num_items_in_batch"), label_mask(self._host, inputs)
+        if items is None or mask is None:
+            return 1.0
+        if self._follows_items is None:
+            losses = [_loss_of(self._ask(inputs, num_items_in_batch=items * factor)) for factor in (1, 4)]
+            once, more = (float("nan") if loss is None else float(loss) for loss in losses)
+            # a loss of 0, or of no label at all, tells nothing
+            self._follows_items = abs(once - more) > _FOLLOWS * abs(once) if abs(once) > 0 else None
+        return mask.sum() / items if self._follows_items else 1.0
+
+    def _hidden_distance(self, inputs: Mapping[str, Any]) -> Tensor:
+        distances = []
+        for number, (site, _) in enumerate(self._sites):
+            ours, theirs = (self._seen.get((who, number)) for who in ("student", "teacher"))
+            if ours is None or theirs is None:
+                raise ConfigError(
+                    f"A block beside the site {site} did not run in a training step, so hidden states cannot be "
+                    f"compared."
+                )
+            if not ours.requires_grad and self._trains[number]:
+                raise ConfigError(
+                    f"No gradient flows through what block {site.kept} of {site.stack} puts out. Set "
+                    f"use_reentrant=False for activation checkpointing, or leave hidden out of DistillConfig."
+                )
+            axes, shape = self._axes_of(site.stack, inputs), theirs.shape
+            ours, theirs = (axes.rows(value).float() for value in (ours, theirs))
+            far = (ours - theirs).square().sum(dim=-1) / theirs.square().sum(dim=-1).clamp(
+                min=torch.finfo(torch.float32).tiny
+            )
+            padding = axes.padding(inputs, shape)
+            if padding.unknown:
+                raise ConfigError(
+                    f"Which positions of {site.stack} are padding cannot be told, and they would be learnt from. Give "
+                    f"batches of texts of one length, or leave hidden out of DistillConfig."
+                )
+            if padding.mask is not None:
+                far = far[padding.mask.to(far.device)]
+            distances.append(_mean(far))
+        return torch.stack(distances).mean()
+
+    def _axes_of(self, stack: str, inputs: Mapping[str, Any]) -> Axes:
+        """What the dimensions of hidden states mean, found on the first batch."""
+        if not self._axes:
+            listening, self._listening = self._listening, False
+            given = {key: self._cast(value) for key, value in inputs.items() if key != "num_items_in_batch"}
+            self._axes = find_axes(self._host, [self._stacks[site.stack] for site, _ in self._sites], given)
+            self._listening = listening
+        axes = self._axes.get(stack)
+        if not isinstance(axes, Axes):
+            raise ConfigError(
+                f"The hidden states of {stack} cannot be compared: {axes}. Leave hidden out of DistillConfig."
+            )
+        return axes
+
+    def _arrived(self, gradient: Tensor) -> None:
+        self.reached = True
+
+
+def _attach(
+    distillation: Distillation, model: nn.Module, ours: Sequence[nn.Module], theirs: Sequence[nn.Module]
+) -> list[RemovableHandle]:
+    """Hooks that do nothing once the distillation is gone, and on copies of the model, which do not bring the teacher
+    along.
+    """
+    known = weakref.ref(distillation)
+
+    def before(module: nn.Module, args: Any) -> None:
+        at_work = known()
+        if at_work is not None:
+            at_work.before(module)
+
+    @torch.compiler.disable
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        at_work = known()
+        return None if at_work is None else at_work.after(module, args, kwargs, output)
+
+    def taking(who: str, number: int) -> Callable[..., None]:
+        def take(module: nn.Module, args: Any, output: Any) -> None:
+            at_work = known()
+            if at_work is not None:
+                at_work.take(who, number, output)
+
+        return take
+
+    handles = [
+        model.register_forward_pre_hook(LocalHook(before)),
+        model.register_forward_hook(LocalHook(after), with_kwargs=True),
+    ]
+    for who, blocks in (("student", ours), ("teacher", theirs)):
+        handles += [block.register_forward_hook(LocalHook(taking(who, number))) for number, block in enumerate(blocks)]
+    return handles
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The loss in what a model puts out; None if there is none."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+        return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+    first = output[0] if isinstance(output, (tuple, list)) and output else None
+    return first if isinstance(first, Tensor) and first.ndim == 0 else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    output["loss"] = loss.reshape(output["loss"].shape)
+    return output
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean; 0 where there is nothing, as in a micro-batch in which no token has a label."""
+    return values.sum() / max(len(values), 1) if values.ndim == 1 else values.mean()
+
+
+def _named(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name."""
+    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

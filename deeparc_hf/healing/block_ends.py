@@ -1,0 +1,161 @@
+"""How a block ends: the last linear map, what its output is scaled by, and the module that makes the block's output of
+the sum.
+
+    s = scale * map(z) + rest,    output = final(s)
+
+Pre-norm blocks (T5, Llama, GPT-2, ViT) have no final module; post-norm blocks (BERT, BART) have a norm; ResNet's
+bottlenecks have an activation, and their scale is that of the last BatchNorm. None of it is read from names: a block is
+run with its map's output changed a little, and what the change does to s tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.pytorch_utils import Conv1D
+
+from ..observe.forward import hidden_states
+
+__all__ = ["Ending", "at_home", "find_ending", "rows"]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The end of a block; paths are those within the block.
+
+    Attributes:
+        map: the last linear map: a Linear, GPT-2's Conv1D, or a 1x1 convolution.
+        batch_norm: the BatchNorm right behind it; None without.
+        final: the module that makes the block's output of s; None: s is the output.
+        scale: what the map's output is multiplied by, shape (d_out,).
+    """
+
+    map: str
+    batch_norm: str | None
+    final: str | None
+    scale: Tensor
+
+
+@dataclass(eq=False)
+class _Run:
+    path: str
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+def find_ending(block: nn.Module, run: Callable[[], Any]) -> Ending | str:
+    """Find how a block ends.
+
+    Args:
+        block: the block, evaluating.
+        run: runs it on a small batch.
+
+    Returns:
+        The ending, or why there is none of the kind that can be refitted.
+    """
+    output, leaves = _observed(block, run, None)
+    maps = [leaf for leaf in leaves if isinstance(leaf.module, (nn.Linear, Conv1D, nn.Conv2d))]
+    found: Ending | str = "it has no linear map"
+    for last in reversed(maps[-2:]):  # the very last one may be that of a shortcut
+        ending = _tried(block, run, output, leaves, last)
+        if isinstance(ending, Ending):
+            return ending
+        found = ending if last is maps[-1] else found
+    return found
+
+
+def _tried(block: nn.Module, run: Callable[[], Any], output: Tensor, leaves: list[_Run], last: _Run) -> Ending | str:
+    """The ending, if it is this map's output that the block's sum is made of."""
+    if isinstance(last.module, nn.Conv2d) and not _is_pointwise(last.module):
+        return f"its last map, {last.path}, is a convolution over neighbours"
+    behind = leaves[leaves.index(last) + 1 :]
+    norm = next(
+        (leaf for leaf in behind if isinstance(leaf.module, _BatchNorm) and torch.equal(leaf.input, last.output)), None
+    )
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(last.output.shape, generator=generator).to(last.output) * last.output.std() * 0.1
+    output_changed, leaves_changed = _observed(block, run, (last.path, change))
+    batch_norm = None if norm is None else norm.path
+    final, final_changed = leaves[-1], leaves_changed[-1]
+    if final is not last and final.path == final_changed.path and torch.equal(final.output, output):
+        # an activation may let everything through on this batch, so it is looked for first
+        scale = _scale(final_changed.input - final.input, change, last.module)
+        if scale is None:
+            return f"what goes into {final.path} is not a sum of its last map's output and something else"
+        return Ending(last.path, batch_norm, final.path, scale)
+    scale = _scale(output_changed - output, change, last.module)
+    if scale is None:
+        return "its output is not a sum of its last map's output and something else"
+    return Ending(last.path, batch_norm, None, scale)
+
+
+def at_home(tensor: Tensor) -> Tensor:
+    """The tensor where float64 can be computed with: on its device, or on the CPU instead of Apple's GPU."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def rows(tensor: Tensor, module: nn.Module) -> Tensor:
+    """Positions in rows: (..., features), or of a convolution (batch, features, height, width), as (N, features)."""
+    if isinstance(module, nn.Conv2d):
+        tensor = tensor.movedim(1, -1)
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _is_pointwise(module: nn.Conv2d) -> bool:
+    return (
+        module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.groups == 1
+        and module.padding in ((0, 0), 0)
+    )
+
+
+def _scale(effect: Tensor, change: Tensor, module: nn.Module) -> Tensor | None:
+    """The factor of each output by which a change of the map's output reaches a sum; None if that is not all that it
+    does.
+    """
+    if effect.shape != change.shape or not bool(effect.any()):
+        return None
+    effect, change = at_home(rows(effect, module)).double(), at_home(rows(change, module)).double()
+    scale = (effect * change).sum(dim=0) / change.square().sum(dim=0)
+    error = (effect - change * scale).norm() / effect.norm().clamp(min=1e-30)
+    return scale if float(error) < 1e-2 else None
+
+
+def _observed(block: nn.Module, run: Callable[[], Any], change: tuple[str, Tensor] | None) -> tuple[Tensor, list[_Run]]:
+    """The block's hidden states, and the modules without children in the order in which they end; one's output may be
+    changed.
+    """
+    leaves: list[_Run] = []
+    inputs: dict[nn.Module, Tensor] = {}
+    handles = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        value = args[0] if args else next(iter(kwargs.values()), None)
+        inputs[module] = value.clone() if isinstance(value, Tensor) else value
+
+    for path, module in block.named_modules():
+        if next(module.children(), None) is not None:
+            continue
+
+        def after(module: nn.Module, args: Any, output: Any, path: str = path) -> Any:
+            if not isinstance(output, Tensor) or not isinstance(inputs.get(module), Tensor):
+                return None
+            if change is not None and change[0] == path:
+                output = output + change[1]
+            leaves.append(_Run(path, module, inputs[module], output.clone()))
+            return output
+
+        handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        output = hidden_states(run())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, leaves

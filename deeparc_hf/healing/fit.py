@@ -1,0 +1,277 @@
+"""What is seen of one removal site while the model runs,
+and the change of the kept block's map that follows from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..architectures import Host, Stack
+from ..errors import CalibrationError
+from ..observe.axes import Axes
+from ..observe.batches import batch_size
+from ..observe.forward import hidden_states
+from .block_ends import Ending, at_home, rows
+from .ridge import RidgeSums, Solution, solve
+from .sites import Healing, Site
+
+__all__ = ["SiteFit"]
+
+_EACH = 5  # each fifth sample is held out
+_ZEROS = 0.02  # share of zeros from which on a map is taken for a sparse one, whatever the record says
+_RESERVOIR = 8192  # most held-out positions on which the block's output is compared
+_MOST = 100.0  # positions of median size that a larger one counts for at most
+
+
+class SiteFit:
+    """One site while the model runs."""
+
+    def __init__(self, host: Host, stack: Stack, site: Site) -> None:
+        self.host = host
+        self.stack = stack
+        self.site = site
+        self.kept, self.last = stack.blocks[site.kept], stack.blocks[site.removed[-1]]
+        self.reason: str | None = None
+        self.axes: Axes | None = None
+        self.endings: list[Ending] = []
+        self.sums: dict[bool, RidgeSums | None] = {False: None, True: None}  # by whether the samples are held out
+        self.held: list[tuple[Tensor, ...]] = []
+        self.plain: RidgeSums | None = None  # of all positions alike, where a BatchNorm needs them
+        self.stride = 1  # of the held-out positions that are kept
+        self.seen: dict[str, Tensor] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        return self.kept.get_submodule(self.endings[0].map)
+
+    @property
+    def has_intercept(self) -> bool:
+        ending = self.endings[0]
+        norm = None if ending.batch_norm is None else self.kept.get_submodule(ending.batch_norm)
+        return getattr(self.module, "bias", None) is not None or getattr(norm, "bias", None) is not None
+
+    def settle(self, endings: Sequence[Ending | str]) -> None:
+        """Take note of how the kept and the last removed block end, or why the site is left alone."""
+        if self.reason is not None:
+            return
+        for index, ending in zip((self.site.kept, self.site.removed[-1]), endings, strict=True):
+            if isinstance(ending, str):
+                self.reason = f"block {index}: {ending}"
+                return
+        kept, last = endings
+        assert isinstance(kept, Ending) and isinstance(last, Ending)
+        finals = [
+            None if e.final is None else type(b.get_submodule(e.final))
+            for e, b in ((kept, self.kept), (last, self.last))
+        ]
+        if finals[0] is not finals[1]:
+            self.reason = "the kept block and the last removed one end in different ways"
+            return
+        self.endings = [kept, last]
+        self.reason = self._obstacle(kept)
+
+    def orient(self, axes: Axes | str | None) -> None:
+        """Take note of what the dimensions of the blocks' outputs mean."""
+        if isinstance(axes, str):
+            self.reason = axes
+        elif axes is not None and axes.samples is None:
+            self.reason = "which positions belong to a sample cannot be told, so none can be held out"
+        else:
+            self.axes = axes
+
+    def _obstacle(self, ending: Ending) -> str | None:
+        """Why a map cannot be changed although its block ends as it should."""
+        weight = self.module._parameters.get("weight")
+        if weight is None or not weight.is_floating_point():
+            return f"the weight of {ending.map} is not stored as plain numbers"
+        holders = [
+            module for module in self.host.root.modules() if any(p is weight for p in module._parameters.values())
+        ]
+        if len(holders) > 1:
+            return f"the weight of {ending.map} is tied to another map, which would change too"
+        sparsity = (self.host.record() or {}).get("sparsity") or {}
+        listed = f"{self.stack.name}.{self.site.kept}.{ending.map}"
+        prefix = f"{self.host.base_prefix}."
+        recorded = {name.removeprefix(prefix) for name in sparsity.get("matrices", {})}
+        if listed.removeprefix(prefix) in recorded or int((weight == 0).sum()) > _ZEROS * weight.numel():
+            return f"{ending.map} holds zeros that a change would fill; heal before weights are zeroed"
+        if ending.final is not None and isinstance(self.kept.get_submodule(ending.final), _BatchNorm):
+            return f"its output comes from {ending.final}, whose statistics are those of its own inputs"
+        return None
+
+    def hooks(self, which: str) -> list[Any]:
+        """Hooks that note what the "kept" or the "last" removed block is about."""
+
+        def note(name: str) -> Any:
+            def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+                # a copy: what comes behind may work on it in place
+                self.seen[name] = at_home((args[0] if args else next(iter(kwargs.values()))).detach()).to(
+                    torch.float64, copy=True
+                )
+
+            return take
+
+        def output(name: str) -> Any:
+            def take(module: nn.Module, args: Any, result: Any) -> None:
+                self.seen[name] = at_home(hidden_states(result).detach())
+
+            return take
+
+        block, ending = (self.kept, self.endings[0]) if which == "kept" else (self.last, self.endings[1])
+        handles = [self.module.register_forward_pre_hook(note("x"), with_kwargs=True)] if which == "kept" else []
+        if ending.final is not None:
+            handles.append(
+                block.get_submodule(ending.final).register_forward_pre_hook(note(f"{which} sum"), with_kwargs=True)
+            )
+        return [*handles, block.register_forward_hook(output(f"{which} output"))]
+
+    def take(self, inputs: Mapping[str, Any], first: int) -> None:
+        """Add what a batch showed to the sums; `first` samples came before it."""
+        module, scale = self.module, self.endings[0].scale
+        assert self.axes is not None
+        shape = self.seen["kept output"].shape
+        mask, unknown = self.axes.mask_of(inputs, shape)
+        if unknown:
+            self.reason = "its positions are not those of the attention mask, so padding cannot be left out"
+            return
+        count, size = shape[self.axes.samples], batch_size(inputs)
+        numbers = first + torch.arange(count, device=self.seen["x"].device) // max(count // size, 1)
+        chosen = self.axes.as_put_out(
+            (numbers % _EACH == _EACH - 1)[:, None].expand(count, _positions(shape, self.axes)), shape
+        ).flatten()
+        layout = [size for dimension, size in enumerate(shape) if dimension != self.axes.features]
+        own = list(
+            self.seen["x"].movedim(1, -1).shape[:-1] if isinstance(module, nn.Conv2d) else self.seen["x"].shape[:-1]
+        )
+        if own not in (layout, [math.prod(layout)]):
+            self.reason = "its last map works on positions in another order than the block puts them out"
+            return
+        x = rows(self.seen["x"], module)
+        outputs = [rows(self.seen[f"{which} output"], module) for which in ("kept", "last")]
+        sums = [rows(self.seen.get(f"{which} sum", self.seen[f"{which} output"]), module) for which in ("kept", "last")]
+        self.seen = {}
+        valid = torch.ones_like(chosen) if mask is None else mask.flatten().to(x.device)
+        usable = scale.abs() > 1e-6 * scale.abs().max()
+        inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
+        missing = (sums[1].double() - sums[0].double()) * inverse
+        weights = _weights(missing, valid)
+        for part in (False, True):
+            pick = valid & (chosen == part)
+            if not bool(pick.any()):
+                continue
+            chosen_x = x if bool(pick.all()) else x[pick]
+            inputs = nn.functional.pad(chosen_x, (0, 1), value=1.0) if self.has_intercept else chosen_x
+            wanted, weight = missing[pick], torch.ones_like(inputs[:, :1]) if weights is None else weights[pick, None]
+            found = (
+                RidgeSums.of(inputs, wanted)
+                if weights is None
+                else RidgeSums.of(inputs * weight.sqrt(), wanted * weight.sqrt())
+            )
+            known = self.sums[part]
+            self.sums[part] = found if known is None else known + found
+            if self.endings[0].batch_norm is not None:  # its statistics are of all positions alike
+                plain = found if weights is None else RidgeSums.of(inputs, wanted)
+                self.plain = plain if self.plain is None else self.plain + plain
+            if part:
+                self._keep(inputs, sums[0][pick], outputs[0][pick], outputs[1][pick], weight)
+
+    def _keep(self, *held: Tensor) -> None:
+        """Keep held-out positions to compare the block's output on: each so many of every batch, fewer as more come."""
+        self.held.append(tuple(rows[:: self.stride].cpu() for rows in held))
+        while sum(len(entry[0]) for entry in self.held) > _RESERVOIR:
+            self.held = [tuple(rows[::2] for rows in entry) for entry in self.held]
+            self.stride *= 2
+
+    def finish(self, parts: Sequence[Any]) -> Healing:
+        """Solve, and compare the block's output with and without the change."""
+        reason = next((part[0] for part in parts if part[0] is not None), None)
+        if reason is not None:
+            return Healing(self.site, reason)
+        # of one process for all: each has found them on a batch of its own, or on none
+        self.endings = next((part[3] for part in parts if part[3]), [])
+        fit, held = (_total([part[1][which] for part in parts]) for which in (False, True))
+        if fit is None or held is None or not self.endings:
+            raise CalibrationError(
+                "Healing needs at least 5 calibration samples: each fifth is held out. Give some hundreds."
+            )
+        solution = solve(fit, held, self.has_intercept)
+        found = Healing(self.site, positions=fit.count, strength=solution.strength, ending=self.endings[0])
+        found.held_out = self._distance(solution, [entry for part in parts for entry in part[2]])
+        if solution.change is None or found.held_out >= 1.0:
+            found.reason = "held-out positions do not come closer to the removed block's output"
+            return found
+        width = len(fit.inputs) - self.has_intercept
+        found.change = solution.change[:width].T.contiguous()
+        found.intercept = solution.change[width] if self.has_intercept else None
+        final = self.endings[1].final
+        if final is not None:
+            found.final = {name: p.detach().clone() for name, p in self.last.get_submodule(final).named_parameters()}
+        if self.endings[0].batch_norm is not None:
+            found.statistics = self._statistics(_total([part[4] for part in parts]), found.change)
+        return found
+
+    def _distance(self, solution: Solution, held: Sequence[tuple[Tensor, ...]]) -> float:
+        """Squared distance from the removed block's output on held-out positions,
+        relative to that without the change.
+        """
+        if solution.change is None or not held:
+            return 1.0
+        ending, change = self.endings[1], solution.change.cpu()
+        final = None if ending.final is None else self.last.get_submodule(ending.final)
+        before = after = 0.0
+        with torch.no_grad():
+            for inputs, kept_sum, kept_output, target, weight in held:
+                changed = kept_sum.double() + (inputs.double() @ change) * self.endings[0].scale.cpu()
+                if final is not None:
+                    device = next(self.last.parameters())
+                    changed = final(changed.float().to(device)).cpu().double()
+                before += float((weight * (kept_output.double() - target.double()).square()).sum())
+                after += float((weight * (changed - target.double()).square()).sum())
+        return after / before if before > 0 else 1.0
+
+    def _statistics(self, sums: RidgeSums, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the changed map's output, for the BatchNorm behind it."""
+        width = change.shape[1]
+        weight = self.module.weight.detach().double().flatten(1).to(change.device) + change
+        total = sums.inputs[-1, -1]  # of the constant 1
+        mean = sums.inputs[-1, :width] / total
+        covariance = sums.inputs[:width, :width] / total - torch.outer(mean, mean)
+        return weight @ mean, ((weight @ covariance) * weight).sum(dim=1)
+
+
+def _positions(shape: Sequence[int], axes: Axes) -> int:
+    """Number of positions of a sample."""
+    assert axes.samples is not None
+    return math.prod(shape) // (shape[axes.features] * shape[axes.samples])
+
+
+def _weights(missing: Tensor, valid: Tensor) -> Tensor | None:
+    """How much each position counts, shape (N,); None: all alike.
+
+    In some models a few positions are larger by orders of magnitude (the first token of a causal model, on which
+    attention rests: Sun et al. 2024, arXiv 2402.17762). Their squares would leave the others no say; without them
+    attention would lose its rest: they count less.
+
+    Args:
+        missing: shape (N, D).
+        valid: shape (N,), False for padding.
+    """
+    if not bool(valid.any()):
+        return None
+    size = missing.square().sum(dim=1)
+    most = _MOST * size[valid].median()
+    return (most / size).clamp(max=1.0) if 0 < most < size[valid].max() else None
+
+
+def _total(parts: Sequence[RidgeSums | None]) -> RidgeSums | None:
+    found = [part for part in parts if part is not None]
+    total = found[0] if found else None
+    for part in found[1:]:
+        total = total + part  # type: ignore[operator]
+    return total

@@ -1,0 +1,305 @@
+"""Healing: where blocks were removed, the last linear map of the kept block before them is refitted in closed form.
+
+The block's sum before its end (`endings.Ending`), s = scale * map(x) + rest, should have become that of the last
+removed block. A change of the map is fitted by ridge least squares, from the map's inputs x to what is missing, on one
+pass over calibration data for each site, padding left out, in float64. Where a norm makes the output of the sum (BERT),
+the kept block's norm takes over the parameters of the last removed block's. No parameter is added, so the checkpoint
+stays a stock one. A site where held-out positions do not gain is left alone.
+
+Prior art: ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819: a linear map in place of removed blocks of Llama-like
+models, folded into the down projection) and LLM-Streamline (Chen et al. 2024, arXiv 2403.19135: a small network trained
+in their place).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..architectures import Host, Stack, describe
+from ..checkpoint.record import PrunedConfig, current_record
+from ..checkpoint.weights_mark import mark_of_model
+from ..core.progress_bars import sample_bar
+from ..core.transaction import Transaction
+from ..errors import CalibrationError, SurgeryError
+from ..observe.batches import batch_size, cut
+from ..observe.forward import evaluating, forward, skipped
+from ..observe.rows import calibration_inputs, with_axes
+from .block_ends import Ending, find_ending
+from .fit import SiteFit
+from .sites import Healing, sites_of
+
+__all__ = ["apply_healing", "fit_sites", "heal_model", "note_healing"]
+
+
+def fit_sites(
+    host: Host,
+    stacks: Mapping[str, Stack],
+    removed: Mapping[str, Sequence[int]],
+    dataloader: Iterable[Any],
+    max_samples: int,
+    *,
+    progress: bool = True,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+) -> list[Healing]:
+    """Fit the changes of all sites, one site after another in forward order. Changes nothing.
+
+    Each site takes a pass over the data: its target is what the unpruned model gives, its input what the model gives
+    with the blocks before it removed and healed already.
+
+    Args:
+        host: the unpruned model.
+        stacks: its stacks.
+        removed: the blocks that go, by stack.
+        dataloader: calibration batches.
+        max_samples: samples of this process.
+        progress: show a progress bar for each site, in samples.
+        gather: runs a function in every process and returns all results.
+
+    Raises:
+        CalibrationError: if there are too few samples, or an iterator for more than one site.
+    """
+    in_order = {name: removed[name] for name in stacks if name in removed}
+    watched = [SiteFit(host, stacks[site.stack], site) for site in sites_of(in_order)]
+    if len(watched) > 1 and isinstance(dataloader, Iterator):
+        raise CalibrationError(
+            f"Healing goes through the calibration data once for each of the {len(watched)} sites, and an iterator can "
+            f"be used once. Give a list of batches."
+        )
+    healings: list[Healing] = []
+    for number, watch in enumerate(watched, 1):
+        before = [
+            (stacks[name], index)
+            for name in in_order
+            for index in sorted(in_order[name])
+            if _is_before(in_order, name, index, watch)
+        ]
+        healed = list(zip(watched, healings, strict=False))
+        with sample_bar(f"Healing site {number} of {len(watched)}", progress, dataloader, max_samples) as advance:
+            work = partial(_look, host, watched, watch, before, healed, dataloader, max_samples, advance)
+            healings.append(watch.finish([work()] if gather is None else gather(work)))
+    return healings
+
+
+def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) -> None:
+    """Change the map of the kept block, in place; nothing where the site is left alone."""
+    ending = healing.ending
+    if healing.reason is not None or ending is None or healing.change is None:
+        return
+    module = block.get_submodule(ending.map)
+    norm = None if ending.batch_norm is None else block.get_submodule(ending.batch_norm)
+    final = None if ending.final is None else block.get_submodule(ending.final)
+    touched = [m for m in (module, norm, final) if m is not None]
+    state = [(tensor, tensor.detach().clone()) for m in touched for tensor in m.state_dict(keep_vars=True).values()]
+    transaction.on_failure(lambda: _restore(state))
+    with torch.no_grad():
+        change = healing.change.T if isinstance(module, Conv1D) else healing.change.reshape(module.weight.shape)
+        module.weight.add_(change.to(module.weight))
+        intercept = healing.intercept
+        if norm is not None and healing.statistics is not None:
+            _refit_norm(norm, ending.scale, healing.statistics, intercept)
+        elif intercept is not None:
+            module.bias.add_(intercept.to(module.bias))
+        for name, value in healing.final.items():
+            final.get_parameter(name).copy_(value)  # type: ignore[union-attr]
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass where no more of it is needed."""
+
+
+def _find_endings(host: Host, watched: Sequence[SiteFit], inputs: Mapping[str, Any]) -> None:
+    """Find how the blocks at the sites end, by running each of them by itself."""
+    blocks = list(dict.fromkeys(block for watch in watched for block in (watch.kept, watch.last)))
+    calls: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[module] = (tuple(a.clone() if isinstance(a, Tensor) else a for a in args), dict(kwargs))
+
+    with _hooked([block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]):
+        forward(host, inputs, without_cache=True)
+    found: dict[nn.Module, Ending | str] = {}
+    for block in blocks:
+        if block not in calls:
+            found[block] = "it did not run on the calibration data"
+            continue
+        args, kwargs = calls[block]
+
+        def run(block: nn.Module = block, args: Any = args, kwargs: Any = kwargs) -> Any:
+            return block(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+        found[block] = find_ending(block, run)
+    for watch in watched:
+        watch.settle([found[watch.kept], found[watch.last]])
+
+
+def _is_before(removed: Mapping[str, Sequence[int]], name: str, index: int, watch: SiteFit) -> bool:
+    """Whether a removed block runs before the kept block of a site."""
+    names = list(removed)
+    place, other = names.index(name), names.index(watch.site.stack)
+    return place < other or (place == other and index < watch.site.kept)
+
+
+def _look(
+    host: Host,
+    watched: Sequence[SiteFit],
+    watch: SiteFit,
+    before: Sequence[tuple[Stack, int]],
+    healed: Sequence[tuple[SiteFit, Healing]],
+    dataloader: Iterable[Any],
+    max_samples: int,
+    advance: Callable[[int], None],
+) -> Any:
+    """Watch one site over this process's data."""
+    seen = 0
+    with evaluating(host.root):
+        batches, axes = with_axes(host, [watch.stack], calibration_inputs(host, dataloader, max_samples))
+        watch.orient(axes.get(watch.stack.name))
+        for inputs in batches:
+            if seen == 0 and watch is watched[0]:
+                _find_endings(host, watched, cut(inputs, 2))
+            if watch.reason is None:
+                _pass(host, watch, before, healed, inputs)
+                watch.take(inputs, seen)
+            seen += batch_size(inputs)
+            advance(batch_size(inputs))
+    return watch.reason, watch.sums, watch.held, watch.endings, watch.plain
+
+
+def _enough(module: nn.Module, args: Any, output: Any) -> None:
+    raise _EnoughError
+
+
+def _pass(
+    host: Host,
+    watch: SiteFit,
+    before: Sequence[tuple[Stack, int]],
+    healed: Sequence[tuple[SiteFit, Healing]],
+    inputs: Mapping[str, Any],
+) -> None:
+    """Run the model on one batch up to the last removed block; what changes before the site calls for another run, up
+    to the kept one.
+    """
+    # hooks run in the order in which they are made: the pass ends when all has been noted
+    handles = [
+        *watch.hooks("last"),
+        *(() if before else watch.hooks("kept")),
+        watch.last.register_forward_hook(_enough),
+    ]
+    with _hooked(handles), suppress(_EnoughError):
+        forward(host, inputs, without_cache=True)
+    if not before:
+        return
+    with ExitStack() as inside:
+        undo = Transaction()
+        inside.callback(undo.roll_back)
+        for earlier, healing in healed:
+            apply_healing(healing, earlier.kept, undo)
+        for stack, index in before:
+            # not all of them need run before the site: a model of texts and images has two towers
+            inside.enter_context(skipped(stack, index, must_run=False))
+        inside.enter_context(_hooked([*watch.hooks("kept"), watch.kept.register_forward_hook(_enough)]))
+        with suppress(_EnoughError):
+            forward(host, inputs, without_cache=True)
+
+
+@contextmanager
+def _hooked(handles: Sequence[Any]) -> Any:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refit_norm(norm: nn.Module, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:
+    """Give a BatchNorm the statistics of the changed map, so that it computes what it would have, and trains on from
+    there.
+    """
+    mean, variance = (value.clamp(min=0) if i else value for i, value in enumerate(statistics))
+    moved = mean - norm.running_mean.double().to(mean.device) + (0.0 if intercept is None else intercept)
+    scale = scale.to(mean)
+    norm.bias.add_((scale * moved).to(norm.bias))
+    norm.weight.copy_(scale * (variance + norm.eps).sqrt())
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+
+
+def _restore(state: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, old in state:
+            tensor.copy_(old)
+
+
+def heal_model(
+    model: nn.Module, original: nn.Module, dataloader: Iterable[Any], *, samples: int = 512, progress: bool = True
+) -> list[Healing]:
+    """Heal a model right after blocks were removed from it: refit the kept block before each removal site, in closed
+    form, in place.
+
+    Args:
+        model: the pruned model, not trained since the removal.
+        original: the model that it was pruned from.
+        dataloader: calibration batches. Use training data, never the data you evaluate on.
+        samples: the most samples to use; each fifth is held out, to choose the ridge's strength and to see whether a
+            site gains.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The outcome at each site; a site that does not gain is left as it is, with the reason.
+
+    Raises:
+        SurgeryError: if nothing was removed, or the kept blocks' weights are not those of the original.
+    """
+    host, _, stacks = describe(original)
+    record, own = PrunedConfig.from_model(model), describe(model)[2]
+    before = current_record(host, stacks).kept
+    removed: dict[str, list[int]] = {}
+    places: dict[str, list[int]] = {}
+    for name, stack in stacks.items():
+        originals = before.get(name, tuple(range(len(stack))))
+        kept = record.kept.get(name, originals)
+        if name not in own or not set(kept) <= set(originals):
+            raise SurgeryError(
+                f"The two models do not belong together: {name!r} of the pruned one does not come from the original."
+            )
+        places[name] = [originals.index(block) for block in kept]
+        removed[name] = [index for index in range(len(stack)) if index not in places[name]]
+    if not any(removed.values()):
+        raise SurgeryError(
+            "No block was removed from the model, so there is nothing to heal. Give the pruned model first, then the "
+            "original."
+        )
+    for name, indices in places.items():
+        for block, index in zip(own[name].blocks, indices, strict=True):
+            ours, theirs = block.state_dict(), stacks[name].blocks[index].state_dict()
+            odd = [key for key in ours if key not in theirs or not torch.equal(ours[key].to(theirs[key]), theirs[key])]
+            if odd:
+                raise SurgeryError(
+                    f"{odd[0]} of block {index} of {name} is not the same in both models: the pruned one was trained "
+                    f"after the removal, and its sites are fitted on the original's activations. Heal right after the "
+                    f"removal (heal='lstsq' of prune_model)."
+                )
+    healings = fit_sites(host, stacks, removed, dataloader, samples, progress=progress)
+    with Transaction() as undo:
+        for healing in healings:
+            apply_healing(
+                healing, own[healing.site.stack].blocks[places[healing.site.stack].index(healing.site.kept)], undo
+            )
+        note_healing(model, healings)
+    return healings
+
+
+def note_healing(model: nn.Module, healings: Sequence[Healing]) -> PrunedConfig:
+    """Have the model's record say what was healed, in the entry of the last pruning."""
+    host = describe(model)[0]
+    record = host.record()
+    record["iterations"][-1]["healing"] = [healing.to_dict() for healing in healings]
+    host.set_record(PrunedConfig.from_dict(record).with_mark(mark_of_model(host.root)).to_dict())
+    return PrunedConfig.from_model(model)

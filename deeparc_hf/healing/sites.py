@@ -1,0 +1,105 @@
+"""Removal sites, and what healing made of each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..core.tables import html_table, spans
+from .block_ends import Ending
+
+__all__ = ["Healing", "Site", "healing_text", "sites_of"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A run of removed blocks and the kept block before it; indices of the unpruned model."""
+
+    stack: str
+    kept: int
+    removed: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return _name(self.stack, self.removed)
+
+
+@dataclass
+class Healing:
+    """The outcome at one site.
+
+    Attributes:
+        site: where.
+        reason: why the site is left alone; None if there is a change to apply.
+        held_out: squared distance of the kept block's output from the last removed block's, on held-out positions, with
+            the change, relative to that without; None where nothing was fitted.
+        strength: of the ridge, relative to the mean square of the inputs.
+        positions: number of positions that the change was fitted on.
+    """
+
+    site: Site
+    reason: str | None = None
+    held_out: float | None = None
+    strength: float | None = None
+    positions: int = 0
+    change: Tensor | None = field(default=None, repr=False)  # (d_out, d_in)
+    intercept: Tensor | None = field(default=None, repr=False)  # (d_out,)
+    final: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # what the final module takes over
+    statistics: tuple[Tensor, Tensor] | None = field(
+        default=None, repr=False
+    )  # mean and variance of the changed map's output
+    ending: Ending | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return healing_text(self.to_dict())
+
+    def _repr_html_(self) -> str:
+        left = "-" if self.held_out is None else f"{100 * self.held_out:.1f}"
+        strength = "-" if self.strength is None else f"{self.strength:g}"
+        row = [self.site.stack, spans(self.site.removed), self.site.kept, self.reason or "healed", left, strength]
+        return html_table(
+            "Healing", ["stack", "removed", "kept block before", "outcome", "squared error left (%)", "ridge"], [row]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, without tensors."""
+        facts = {"stack": self.site.stack, "kept": self.site.kept, "removed": list(self.site.removed)}
+        return {
+            **facts,
+            "healed": self.reason is None,
+            "reason": self.reason,
+            "held_out": self.held_out,
+            "strength": self.strength,
+        }
+
+
+def healing_text(facts: Mapping[str, Any]) -> str:
+    """What became of a site (`Healing.to_dict`), in a sentence."""
+    name = _name(facts["stack"], facts["removed"])
+    if not facts["healed"]:
+        return f"{name} is left as the removal leaves it: {facts['reason']}."
+    share = 100 * (facts["held_out"] or 0.0)
+    return (
+        f"{name} is healed: {share:.1f} % of its output's squared error remain on held-out samples (ridge "
+        f"{facts['strength']:g})."
+    )
+
+
+def sites_of(removed: Mapping[str, Sequence[int]]) -> list[Site]:
+    """The runs of removed blocks that have a kept block before them."""
+    sites = []
+    for stack, indices in removed.items():
+        runs: list[list[int]] = []
+        for index in sorted(indices):
+            if runs and runs[-1][-1] == index - 1:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        sites += [Site(stack, run[0] - 1, tuple(run)) for run in runs if run[0] > 0]
+    return sites
+
+
+def _name(stack: str, removed: Sequence[int]) -> str:
+    return f"{stack}: {removed[0]}" if len(removed) == 1 else f"{stack}: {removed[0]}-{removed[-1]}"

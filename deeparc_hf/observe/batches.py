@@ -1,0 +1,235 @@
+"""Batches of any form that a dataloader gives, turned into what a model's forward takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils.generic import find_labels
+
+from ..architectures import Host
+from ..errors import CalibrationError
+
+__all__ = ["batch_size", "columns", "cut", "forward_kwargs", "is_cuttable", "padding_masks", "without_labels"]
+
+# of these the first dimension is that of the samples, whatever else stands in a batch
+_PER_SAMPLE = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_ids")
+
+
+def columns(host: Host, batch: Any) -> list[Any]:
+    """The batches in a batch: more than one where several texts stand side by side, each under a prefix of its own.
+
+    So sentence-transformers collates pairs and triplets: anchor_input_ids, positive_input_ids, ...
+    """
+    main = _main_input(host)
+    if not isinstance(batch, Mapping) or main in batch or host.library == "timm":
+        return [batch]
+    prefixes = [
+        key.removesuffix(main)
+        for key in batch
+        if isinstance(key, str) and key.endswith(f"_{main}") and key != f"decoder_{main}"
+    ]
+    return [
+        {key.removeprefix(prefix): v for key, v in batch.items() if key.startswith(prefix)} for prefix in prefixes
+    ] or [batch]
+
+
+def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
+    """Keyword arguments for `host.root`, on its device; of a batch with several columns of texts those of the first.
+
+    Of mappings (dict, BatchEncoding, ModelOutput) all tensors are passed on, and what else the forward has an argument
+    for (`interpolate_pos_encoding=True`, lists of tensors). Of a tuple, a list or a lone tensor the first entry is the
+    model's main input; a second one that is 1 just where the first is not padding is the attention mask; the others
+    (labels) are left out.
+
+    Raises:
+        CalibrationError: if the batch has no input for the model.
+    """
+    main = _main_input(host)
+    batch = columns(host, batch)[0]
+    if isinstance(batch, Mapping):
+        known = _parameters(host)
+        inputs = {
+            key: value
+            for key, value in batch.items()
+            if isinstance(value, Tensor) or (key in known and value is not None)
+        }
+        if host.library == "timm":
+            inputs = _timm_input(inputs)
+        elif (main in inputs and not isinstance(inputs[main], Tensor)) or (
+            main not in inputs
+            and "inputs_embeds" not in inputs
+            and not known.keys() & inputs.keys() - set(_labels(host))
+        ):
+            raise CalibrationError(
+                f"A calibration batch has no {main!r} for {type(host.root).__name__}; found {_describe(batch)}. "
+                f"Tokenize or process the samples first, and collate them into tensors (DataCollatorWithPadding, an "
+                f"image processor)."
+            )
+    else:
+        inputs = _positional(host, main, batch)
+    parameter = next(host.root.parameters())
+    return {key: _place(value, parameter) for key, value in inputs.items()}
+
+
+def batch_size(inputs: Mapping[str, Any]) -> int:
+    """Number of samples: the length of the texts, else of the first tensor that has one."""
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    first = next((tensors[key] for key in _PER_SAMPLE if key in tensors), next(iter(tensors.values()), None))
+    return 0 if first is None else len(first)
+
+
+def is_cuttable(inputs: Mapping[str, Any]) -> bool:
+    """Whether samples can be taken out of a batch: all its tensors have one entry a sample; positions may be the same
+    for all of them.
+
+    Where the patches of all images stand in one tensor (Qwen2-VL) nothing says which of them belong to a sample.
+    """
+    whole = batch_size(inputs)
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
+    return all(len(value) == whole or (len(value) == 1 and "position" in key) for key, value in tensors.items())
+
+
+def cut(inputs: Mapping[str, Any], size: int | Sequence[int]) -> dict[str, Any]:
+    """The first `size` samples of a batch, or those of these indices; the whole batch where samples cannot be taken out
+    of it.
+    """
+    whole = batch_size(inputs)
+    indices = list(range(min(size, whole))) if isinstance(size, int) else list(size)
+    if not is_cuttable(inputs) or indices == list(range(whole)):
+        return dict(inputs)
+
+    def chosen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim and len(value) == whole:
+            return value[indices]
+        return (
+            [value[index] for index in indices] if isinstance(value, (list, tuple)) and len(value) == whole else value
+        )
+
+    return {key: chosen(value) for key, value in inputs.items()}
+
+
+def without_labels(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the forward pass needs: labels only where it cannot do without, or where a decoder's inputs are made from
+    them.
+
+    A loss is not asked for, and some models note in their config which kind of loss the labels call for.
+    """
+    if host.needs_labels:
+        return dict(inputs)
+    makes_decoder_inputs = (
+        host.library == "transformers" and host.root.config.is_encoder_decoder and "decoder_input_ids" not in inputs
+    )
+    known = _parameters(host)
+    dropped = {
+        name for name in _labels(host) if name not in known or known[name].default is not inspect.Parameter.empty
+    }
+    if makes_decoder_inputs:
+        dropped.discard("labels")
+    return {key: value for key, value in inputs.items() if key not in dropped}
+
+
+def padding_masks(inputs: Mapping[str, Any]) -> dict[str | None, Tensor | None]:
+    """Unpadded positions by side ("encoder", "decoder", None for models of one side), bool; None: unknown.
+
+    Their shape is (B, T), or that of the ids where these have more dimensions: (B, choices, T) in multiple choice. The
+    decoder's follow from `decoder_attention_mask`, else from the labels that are not -100: position t of the decoder's
+    input predicts label t.
+    """
+    mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
+    known = isinstance(mask, Tensor) and (mask.ndim == 2 or (isinstance(ids, Tensor) and mask.shape == ids.shape))
+    mask = mask.bool() if known else None
+    decoder = inputs.get("decoder_attention_mask")
+    labels = inputs.get("labels")
+    if isinstance(decoder, Tensor) and decoder.ndim == 2:
+        decoder = decoder.bool()
+    elif isinstance(labels, Tensor) and labels.ndim == 2 and _goes_with(labels, inputs.get("decoder_input_ids")):
+        decoder = labels != -100
+    else:
+        decoder = None
+    return {None: mask, "encoder": mask, "decoder": decoder}
+
+
+def _goes_with(labels: Tensor, decoder_ids: Any) -> bool:
+    """Whether labels stand for decoder inputs position by position: DataCollatorForSeq2Seq(model=...) puts both into a
+    batch.
+    """
+    return decoder_ids is None or (isinstance(decoder_ids, Tensor) and decoder_ids.shape == labels.shape)
+
+
+def _main_input(host: Host) -> str:
+    return "x" if host.library == "timm" else host.root.main_input_name
+
+
+def _parameters(host: Host) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(host.root.forward).parameters
+
+
+def _labels(host: Host) -> Iterable[str]:
+    """Names of the arguments that hold labels."""
+    return {"labels", *(find_labels(type(host.root)) if host.library == "transformers" else ())}
+
+
+def _timm_input(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    for key in ("x", "pixel_values", "image", "images"):
+        if key in inputs:
+            return {"x": inputs[key]}
+    raise CalibrationError(
+        f"A calibration batch has no images for a timm model; found {_describe(inputs)}. Give tuples (images, labels), "
+        f"or dicts with a tensor under 'pixel_values'."
+    )
+
+
+def _positional(host: Host, main: str, batch: Any) -> dict[str, Tensor]:
+    entries = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, Sequence) else []
+    if isinstance(batch, str) or not entries or not isinstance(entries[0], Tensor):
+        raise CalibrationError(
+            f"Cannot use a calibration batch of type {type(batch).__name__}: found {_describe(batch)}. Give dicts of "
+            f"tensors, or tuples whose first entry is the model's input tensor."
+        )
+    if host.library == "transformers" and host.root.config.is_encoder_decoder:
+        raise CalibrationError(
+            f"{type(host.root).__name__} has an encoder and a decoder, and a batch of type {type(batch).__name__} does "
+            f"not say which tensor is for which. Give dicts with input_ids, attention_mask and labels (or "
+            f"decoder_input_ids)."
+        )
+    inputs = {main: entries[0]}
+    if main == "input_ids" and len(entries) > 1 and isinstance(entries[1], Tensor):
+        second = entries[1]
+        if second.shape == entries[0].shape and bool(((second == 0) | (second == 1)).all()):
+            pad = getattr(host.root.config, "pad_token_id", None)
+            # token types and token labels hold 0 and 1 too
+            if pad is None or not torch.equal(second.bool(), entries[0] != pad):
+                raise CalibrationError(
+                    "Cannot tell whether the second tensor of a calibration batch is the attention mask: it is not 1 "
+                    f"just where the first is not padding (token {pad}). Give dicts with input_ids and attention_mask."
+                )
+            inputs["attention_mask"] = second
+    return inputs
+
+
+def _place(value: Any, parameter: Tensor) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_place(item, parameter) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _place(item, parameter) for key, item in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    # images meet a half-precision model in its own precision, as autocast would have it
+    dtype = parameter.dtype if value.is_floating_point() and parameter.is_floating_point() else None
+    return value.to(device=parameter.device, dtype=dtype)
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key}: {_kind(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        return f"[{', '.join(_kind(value) for value in list(batch)[:4])}]"
+    return _kind(batch)
+
+
+def _kind(value: Any) -> str:
+    return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

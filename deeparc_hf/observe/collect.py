@@ -1,0 +1,148 @@
+"""What calibration passes found out about each stack: put together over processes, and refused where it is too little
+to rely on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..architectures import Stack
+from ..errors import CalibrationError, CalibrationWarning
+from ..similarity import BlockMetric
+
+__all__ = ["Observed", "Observer", "collect"]
+
+_FEW_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one process saw of one stack; what several saw can be put together.
+
+    Attributes:
+        sums: the metric's sums (`BlockMetric.finish`), on the CPU.
+        count: number of rows.
+        constant: blocks (by index) or outputs of the model (by name) whose rows were all equal, with that row (shape
+            (D,)).
+        unmasked: whether padding was compared.
+        obstacle: why the stack could not be compared; None if it could.
+    """
+
+    sums: Mapping[str, Tensor]
+    count: int
+    constant: Mapping[int | str, Tensor]
+    unmasked: bool = False
+    obstacle: str | None = None
+
+    @staticmethod
+    def merged(parts: Sequence[Observed]) -> Observed:
+        """The sum of several; what is constant put out one and the same row in all of them."""
+        obstacle = next((part.obstacle for part in parts if part.obstacle is not None), None)
+        if obstacle is not None:
+            return Observed({}, 0, {}, obstacle=obstacle)
+        parts = [part for part in parts if part.count] or list(parts[:1])
+        sums: dict[str, Tensor] = {}
+        for part in parts:
+            for key, value in part.sums.items():
+                sums[key] = value if key not in sums else sums[key] + value
+        first = parts[0].constant
+        constant = {
+            i: row
+            for i, row in first.items()
+            if all(i in p.constant and torch.equal(p.constant[i], row) for p in parts)
+        }
+        return Observed(sums, sum(part.count for part in parts), constant, any(part.unmasked for part in parts))
+
+
+class Observer(Protocol):
+    """What looks at one stack in calibration passes, for a metric."""
+
+    stack: Stack
+    metric: BlockMetric
+
+    def label(self, key: int | str) -> str:
+        """What a key of `Observed.constant` stands for, as messages begin with it."""
+
+    def observed(self) -> Observed:
+        """What was seen."""
+
+
+def collect(
+    look: Callable[[], tuple[int, list[Observed]]],
+    observers: Sequence[Observer],
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+) -> tuple[int, list[Observed]]:
+    """Look at calibration data in every process, and put together what they saw.
+
+    Args:
+        look: goes through the data of this process; gives its number of samples, and what each observer saw.
+        observers: one a stack.
+        gather: runs a function in every process of a distributed run and returns all results, one a process. None: one
+            process.
+
+    Returns:
+        The number of samples, and what was seen of each stack, over all processes.
+
+    Raises:
+        CalibrationError: if that is too little, or something put out the same for every sample.
+    """
+    parts = [look()] if gather is None else gather(look)
+    seen = sum(part[0] for part in parts)
+    found = [Observed.merged([part[1][i] for part in parts]) for i in range(len(observers))]
+    # processes with fewer rows each than the metric needs have no sums, however many rows they have together
+    rows = [
+        sum(part[1][i].count for part in parts if part[1][i].sums or len(parts) == 1) for i in range(len(observers))
+    ]
+    _require_enough(observers, found, rows, seen)
+    return seen, found
+
+
+def _require_enough(observers: Sequence[Observer], found: list[Observed], rows: list[int], seen: int) -> None:
+    if seen == 0:
+        raise CalibrationError(
+            "The calibration data gave no samples. Give a dataloader that is not empty; an iterator can be used only "
+            "once."
+        )
+    if seen == 1:
+        raise CalibrationError(
+            "There is only 1 calibration sample, and what is alike on one need not be alike on others. Give some "
+            "hundreds of samples."
+        )
+    if all(observed.obstacle is not None for observed in found):
+        raise CalibrationError(
+            f"The blocks of {observers[0].stack.name} cannot be compared: {found[0].obstacle}. Name the blocks to "
+            f"remove yourself, with remove_blocks, or take similarity='effect', which looks at what the model puts out."
+        )
+    for observer, observed, count in zip(observers, found, rows, strict=True):
+        if observed.obstacle is not None:
+            continue
+        constant, stack, least = sorted(observed.constant), observer.stack.name, observer.metric.min_rows
+        if count < least:
+            raise CalibrationError(
+                f"{seen} calibration samples gave {count} row(s) for {stack}; {observer.metric.name} needs at least "
+                f"{least}, and some hundreds for a result to rely on. Give more samples."
+            )
+        if constant:
+            raise CalibrationError(
+                f"{observer.label(constant[0])} puts out the same for every calibration sample, so it cannot be "
+                f"compared. Check that the samples differ and that the weights are loaded."
+            )
+        if observed.unmasked:
+            warnings.warn(
+                f"Which positions of {stack} are padding cannot be told from the attention_mask, so padding was "
+                f"compared like the rest. Give calibration samples of equal length.",
+                CalibrationWarning,
+                stacklevel=5,
+            )
+    if seen < _FEW_SAMPLES:
+        warnings.warn(
+            f"Blocks were compared on only {seen} samples: the similarities are rough. Give some hundreds of samples.",
+            CalibrationWarning,
+            stacklevel=5,
+        )

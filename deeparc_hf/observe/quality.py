@@ -1,0 +1,115 @@
+"""The loss and the accuracy of a model as it is, on some batches with labels: what each step of a pruning did to it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..architectures import describe
+from ..core.progress_bars import sample_bar
+from ..core.statistics import wilson_interval
+from ..errors import CalibrationError, DeepArcError
+from .batches import batch_size
+from .forward import evaluating
+from .rows import calibration_inputs
+
+__all__ = ["measure_quality"]
+
+_Z = 1.959964  # of the normal distribution, for an interval of 95 %
+
+
+def measure_quality(
+    model: nn.Module,
+    batches: Iterable[Any],
+    max_samples: int,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    bar: str | None = None,
+) -> dict[str, Any] | None:
+    """Measure a model in eval mode. It is left as it was, and so are the random states.
+
+    Args:
+        model: the model; it must put out a loss where it is given labels.
+        batches: in the forms that `analyze` takes, with labels.
+        max_samples: samples of this process.
+        gather: as in `observe`.
+        bar: title of a progress bar; None for no bar.
+
+    Returns:
+        `loss`, the mean over the samples of the batches' losses, with `loss_interval` (95 %, normal, from the spread of
+        the batches; None for a single one); `accuracy` with `accuracy_interval` (Wilson), where the model gives a row
+        of logits for each sample and labels are classes, else None; `samples`. None where the model puts out no loss
+        for these batches.
+    """
+
+    def look() -> list[tuple[float, int, int | None]] | None:
+        try:
+            with sample_bar(bar or "", bar is not None, batches, max_samples) as advance:
+                return _look(model, batches, max_samples, advance)
+        except torch.OutOfMemoryError:  # the Trainer may try a smaller batch
+            raise
+        except (DeepArcError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return None  # labels that the model cannot take: the training has a loss of its own
+
+    parts = [look()] if gather is None else gather(look)
+    found = [entry for part in parts if part for entry in part]
+    if not found or any(part is None for part in parts):
+        return None
+    samples = sum(size for _, size, _ in found)
+    loss = sum(value * size for value, size, _ in found) / samples
+    if not math.isfinite(loss):
+        return None
+    right = [correct for _, _, correct in found]
+    correct = None if any(count is None for count in right) else sum(filter(None, right))
+    return {
+        "loss": loss,
+        "loss_interval": _interval(loss, found),
+        "accuracy": None if correct is None else correct / samples,
+        "accuracy_interval": None if correct is None else list(wilson_interval(correct, samples)),
+        "samples": samples,
+    }
+
+
+def _look(
+    model: nn.Module, batches: Iterable[Any], max_samples: int, advance: Callable[[int], None]
+) -> list[tuple[float, int, int | None]]:
+    """Loss, size and number of right answers of each batch."""
+    host = describe(model)[0]
+    takes_cache = host.library == "transformers" and "use_cache" in inspect.signature(type(model).forward).parameters
+    found = []
+    with evaluating(model):
+        torch.manual_seed(0)  # a collator that masks tokens at random masks the same each time
+        np.random.seed(0)
+        random.seed(0)
+        for inputs in calibration_inputs(host, batches, max_samples):
+            output = model(**inputs, **({"use_cache": False} if takes_cache else {}))
+            loss = output.get("loss") if isinstance(output, Mapping) else None
+            if loss is None:
+                raise CalibrationError("The model puts out no loss.")
+            found.append((float(loss), batch_size(inputs), _correct(output, inputs)))
+            advance(batch_size(inputs))
+    return found
+
+
+def _correct(output: Mapping[str, Any], inputs: Mapping[str, Any]) -> int | None:
+    logits, labels = output.get("logits"), inputs.get("labels")
+    if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or labels.is_floating_point():
+        return None
+    if logits.ndim != 2 or logits.shape[1] < 2 or labels.shape != logits.shape[:1]:
+        return None
+    return int((logits.argmax(1) == labels).sum())
+
+
+def _interval(mean: float, found: list[tuple[float, int, int | None]]) -> list[float] | None:
+    if len(found) < 2:
+        return None
+    total = sum(size for _, size, _ in found)
+    spread = sum((size * (value - mean)) ** 2 for value, size, _ in found) * len(found) / (len(found) - 1)
+    half = _Z * math.sqrt(spread) / total
+    return [mean - half, mean + half]

@@ -1,0 +1,314 @@
+"""Observation: one forward pass over calibration batches, with hooks on the blocks, feeding similarity metrics.
+
+Memory does not grow with the number of samples: a batch's rows go into the metrics' sums and are gone. The model is
+left as it was: hooks removed, train/eval mode and the random states of torch, numpy and python restored, requires_grad
+untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import Host, Stack
+from ..core.progress_bars import sample_bar
+from ..errors import CalibrationError, CalibrationWarning
+from ..similarity import SimilarityMetric
+from .axes import Axes, Padding, find_axes
+from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable, padding_masks
+from .collect import Observed, collect
+from .forward import did_not_run, evaluating, forward, hidden_states
+
+__all__ = ["StackObserver", "calibration_inputs", "observe", "with_axes"]
+
+logger = logging.getLogger(__name__)
+
+
+class StackObserver:
+    """Collects the rows of one stack's blocks in a forward pass and hands them to a metric.
+
+    Args:
+        stack: the stack.
+        metric: a fresh metric, which receives the rows.
+        rows: "tokens", "mean" or "first".
+    """
+
+    def __init__(self, stack: Stack, metric: SimilarityMetric, rows: str) -> None:
+        self.stack = stack
+        self.metric = metric
+        self.rows = rows
+        self.count = 0
+        self.obstacle: str | None = None  # why the stack cannot be compared
+        self._axes: Axes | None = None
+        self._inputs: Mapping[str, Any] = {}
+        self._unmasked = False  # whether padding was compared, because it is not known where it is
+        self._samples = 0
+        self._batch: dict[int, Tensor] = {}
+        self._first: dict[int, Tensor] = {}
+        self._constant = set(range(len(stack)))
+        # what is the same for all blocks in the batch at hand: the padding, and where rows are tokens the positions
+        self._shape: tuple[int, ...] = ()
+        self._padding = Padding(None)
+        self._chosen = torch.empty(0, dtype=torch.long)
+        self._per_sample: list[int] = []
+
+    def settle(self, axes: Axes | str | None) -> None:
+        """Take note of what the dimensions of the blocks' outputs mean, or why that is not known."""
+        if isinstance(axes, Axes) and axes.samples is None and self.rows != "tokens":
+            self.obstacle = (
+                "the positions of all samples stand side by side in what its blocks put out, and which of them belong "
+                "to a sample cannot be told (rows='tokens' compares them all)"
+            )
+        elif isinstance(axes, str):
+            self.obstacle = axes
+        elif axes is not None:
+            self._axes = axes
+
+    def begin(self, inputs: Mapping[str, Any]) -> None:
+        """Say which batch comes next."""
+        self._inputs, self._shape = inputs, ()
+
+    def hook(self, index: int) -> Any:
+        """A forward hook for the block of that index."""
+
+        def take(module: nn.Module, args: Any, output: Any) -> None:
+            if self._axes is not None:
+                self._batch[index] = self._select(self._axes, hidden_states(output).detach())
+
+        return take
+
+    def flush(self) -> None:
+        """Hand the batch's rows to the metric.
+
+        Raises:
+            CalibrationError: if a block's rows hold NaN or infinity, or a block did not run.
+        """
+        if self.obstacle is not None:
+            return
+        missing = [i for i in range(len(self.stack)) if i not in self._batch]
+        if missing:
+            raise did_not_run(self.stack, missing[0])
+        rows = [self._batch[i] for i in range(len(self.stack))]
+        self._batch = {}
+        for index, block_rows in enumerate(rows):
+            self._check(index, block_rows)
+        samples = torch.arange(len(rows[0]), device=rows[0].device)
+        if self.rows == "tokens":
+            samples = torch.repeat_interleave(torch.arange(len(self._per_sample)), torch.tensor(self._per_sample))
+        self.metric.update(rows, samples + self._samples)
+        self._samples += len(self._per_sample) if self.rows == "tokens" else len(rows[0])
+        self.count += len(rows[0])
+
+    def label(self, key: int | str) -> str:
+        return f"Block {key} of {self.stack.name}"
+
+    def observed(self) -> Observed:
+        """What was seen so far. No `flush` may follow."""
+        sums = {key: value.detach().cpu() for key, value in self.metric.finish().items()}
+        constant: dict[int | str, Tensor] = {
+            index: self._first[index].cpu() for index in sorted(self._constant) if index in self._first
+        }
+        return Observed(sums, self.count, constant, self._unmasked, self.obstacle)
+
+    def _check(self, index: int, rows: Tensor) -> None:
+        if not bool(torch.isfinite(rows).all()):
+            dtype = next(self.stack.blocks[index].parameters()).dtype
+            hint = (
+                " Load it in float32 or bfloat16." if dtype == torch.float16 else " Check its weights and the inputs."
+            )
+            raise CalibrationError(
+                f"Block {index} of {self.stack.name} puts out NaN or infinity on the calibration data (its weights are "
+                f"{dtype}).{hint}"
+            )
+        if index in self._constant and len(rows):
+            first = self._first.setdefault(index, rows[0].clone())
+            if bool((rows != first).any()):
+                self._constant.discard(index)
+
+    def _select(self, axes: Axes, hidden: Tensor) -> Tensor:
+        """Rows (N, D) in float32 of a block's output."""
+        if not self._batch or self._shape != tuple(hidden.shape):
+            self._shape = tuple(hidden.shape)
+            self._padding = axes.padding(self._inputs, self._shape)
+            self._unmasked = self._unmasked or self._padding.unknown
+        states, mask = axes.rows(hidden), self._padding.mask
+        mask = None if mask is None else mask.to(states.device)
+        if self.rows == "mean":
+            if mask is None:
+                return states.float().mean(dim=1)
+            weight = mask.to(torch.float32)
+            total = torch.einsum("bt,btd->bd", weight, states.float())
+            return (total / weight.sum(dim=1, keepdim=True).clamp(min=1))[mask.any(dim=1)]
+        if self.rows == "first":
+            if mask is None:
+                return states[:, 0].float()
+            first = mask.int().argmax(dim=1)
+            return states[torch.arange(len(states), device=states.device), first].float()[mask.any(dim=1)]
+        return states.reshape(-1, states.shape[2])[self._positions(mask, states)].float()
+
+    def _positions(self, mask: Tensor | None, states: Tensor) -> Tensor:
+        """Flat indices of the positions to compare, evenly spaced within each sample; the same for all blocks of a
+        batch.
+        """
+        if self._batch:
+            return self._chosen
+        count, length = states.shape[:2]
+        limit = self.metric.tokens_per_sample or length
+        chosen: list[Tensor] = []
+        self._per_sample = []
+        for sample in range(count):
+            positions = torch.arange(length) if mask is None else mask[sample].nonzero().flatten().cpu()
+            if len(positions) > limit:
+                # in float64, whatever torch's default is
+                positions = positions[torch.linspace(0, len(positions) - 1, limit, dtype=torch.float64).round().long()]
+            chosen.append(positions + sample * length)
+            self._per_sample.append(len(positions))
+        self._chosen = torch.cat(chosen).to(states.device)
+        return self._chosen
+
+
+def observe(
+    host: Host,
+    observers: Iterable[StackObserver],
+    dataloader: Iterable[Any],
+    max_samples: int,
+    *,
+    progress: bool = True,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+) -> tuple[int, list[Observed]]:
+    """Run the model over calibration batches and feed the observers.
+
+    Args:
+        host: the model.
+        observers: one a stack.
+        dataloader: batches; see `batches.forward_kwargs` for their forms.
+        max_samples: stop after this many samples.
+        progress: show a progress bar, in samples.
+        gather: runs a function in every process of a distributed run and returns all results, one a process; each then
+            looks at its own batches, and what they saw is put together. None: one process.
+
+    Returns:
+        The number of samples seen, and what was seen of each stack, over all processes.
+
+    Raises:
+        CalibrationError: if there is no data, too little of it, a batch the model cannot take, or a block whose
+            output is not finite or constant.
+    """
+    observers = list(observers)
+
+    def look() -> tuple[int, list[Observed]]:
+        seen = _look(host, observers, dataloader, max_samples, progress)
+        return seen, [observer.observed() for observer in observers]
+
+    return collect(look, observers, gather)
+
+
+def _look(
+    host: Host, observers: list[StackObserver], dataloader: Iterable[Any], max_samples: int, progress: bool
+) -> int:
+    seen = 0
+    with (
+        evaluating(host.root),
+        sample_bar("Comparing blocks", progress, dataloader, max_samples) as advance,
+    ):
+        batches, axes = with_axes(
+            host, [observer.stack for observer in observers], calibration_inputs(host, dataloader, max_samples)
+        )
+        for observer in observers:
+            observer.settle(axes.get(observer.stack.name))
+        with _hooked(observers):
+            for inputs in batches:
+                for observer in observers:
+                    observer.begin(inputs)
+                forward(host, inputs)
+                for observer in observers:
+                    observer.flush()
+                seen += batch_size(inputs)
+                advance(batch_size(inputs))
+    return seen
+
+
+def with_axes(
+    host: Host, stacks: Iterable[Stack], batches: Iterator[dict[str, Any]]
+) -> tuple[Iterator[dict[str, Any]], Mapping[str, Axes | str]]:
+    """The same batches, and what the dimensions of the stacks' outputs mean, tried on the first of them (nothing
+    without any).
+    """
+    for first in batches:
+        return chain([first], batches), find_axes(host, stacks, first)
+    return iter(()), {}
+
+
+def calibration_inputs(host: Host, dataloader: Iterable[Any], max_samples: int) -> Iterator[dict[str, Any]]:
+    """What the model takes of each batch, labels included, on its device; the last one cut so that no more than
+    `max_samples` come.
+
+    A batch that cannot be cut (patches of several images in one tensor) is left out instead, unless it is the first.
+    """
+    seen = 0
+    for batch in chain.from_iterable(columns(host, batch) for batch in dataloader):
+        inputs = forward_kwargs(host, batch)
+        if batch_size(inputs) > max_samples - seen and not is_cuttable(inputs) and seen:
+            break
+        inputs = cut(inputs, max_samples - seen)
+        size = batch_size(inputs)
+        if size == 0:
+            continue
+        _warn_unmasked(host, inputs)
+        seen += size
+        yield inputs
+        if seen >= max_samples:
+            break
+
+
+@contextmanager
+def _hooked(observers: list[StackObserver]) -> Iterator[None]:
+    handles = []
+    try:
+        for observer in observers:
+            for index, block in enumerate(observer.stack.blocks):
+                handles.append(block.register_forward_hook(observer.hook(index)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
+    """Warn of padding that no mask tells of."""
+    pad = getattr(getattr(host.root, "config", None), "pad_token_id", None)
+    masks = padding_masks(inputs)
+    ids, decoded = inputs.get("input_ids"), inputs.get("decoder_input_ids")
+    problem = None
+    if _holds(ids, pad) and masks["encoder"] is None:
+        found = inputs.get("attention_mask")
+        if found is None:
+            problem = (
+                f"padding (token {pad}) but no attention_mask: the padding is compared like text, and the model "
+                f"attends to it. Put the tokenizer's attention_mask into the batches"
+            )
+        else:
+            problem = (
+                f"padding (token {pad}) and an attention_mask of shape {tuple(found.shape)}, which does not say where "
+                f"it is: the padding is compared like text. Give the tokenizer's own, of shape {tuple(ids.shape)}"
+            )
+    elif (
+        isinstance(decoded, Tensor) and _holds(decoded[..., 1:], pad) and masks["decoder"] is None
+    ):  # many begin with that token
+        problem = (
+            f"padding (token {pad}) in decoder_input_ids but no decoder_attention_mask: the decoder's padding is "
+            f"compared like text. Put it into the batches, or give labels with -100 where there is padding"
+        )
+    if problem is not None:
+        warnings.warn(f"A calibration batch has {problem}.", CalibrationWarning, stacklevel=5)
+
+
+def _holds(ids: Any, token: Any) -> bool:
+    return isinstance(ids, Tensor) and isinstance(token, int) and bool((ids == token).any())

@@ -1,0 +1,267 @@
+"""The settings of similarity pruning."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.settings import Settings, percent_hint, setting, shown
+from ..distillation.config import DistillConfig
+from ..errors import ConfigError, RegistryError
+from ..similarity import ROW_KINDS, SkippingMetric, metrics
+
+__all__ = ["DEFAULT_THRESHOLD", "MPruneConfig"]
+
+DEFAULT_THRESHOLD = 0.98
+
+
+@dataclass(frozen=True)
+class MPruneConfig(Settings):
+    """Settings of similarity pruning.
+
+    Exactly one of `threshold`, `num_blocks` and `keep_ratio` counts; with none given the threshold is 0.98. `k_max`,
+    `iterations`, `start_epoch`, `retrain_epochs`, `rewind_lr` and what `max_drop` needs are of use to `MPruneCallback`
+    only.
+
+    Raises:
+        ConfigError: if a value makes no sense; the message says which values do.
+    """
+
+    threshold: float | None = setting(
+        None,
+        "Blocks this similar to their cluster's leader are redundant; in (0, 1]. Default 0.98 where no target is "
+        "given.",
+    )
+    k: int = setting(1, "Stride of removal: of each cluster members 1, 1+k, 1+2k, ... go. 1 leaves the leader only.")
+    k_max: int = setting(
+        3,
+        "Largest stride: where max_drop is exceeded, the pruning is taken back and tried again with the next larger k.",
+        trainer=True,
+    )
+    iterations: int = setting(
+        1,
+        "Number of prunings in one training, each followed by its own retraining; a list of targets (num_blocks) "
+        "brings its number along.",
+        trainer=True,
+    )
+    start_epoch: int = setting(0, "Epochs of training before the first pruning; 0 prunes at once.", trainer=True)
+    retrain_epochs: int = setting(
+        3,
+        "Epochs of training after each pruning; without max_drop the last one lasts to the training's end.",
+        trainer=True,
+    )
+    metric: str | None = setting(
+        None,
+        "Metric that max_drop bounds and the report shows, named as in metric_for_best_model; default: that one, or "
+        "else the loss.",
+        trainer=True,
+    )
+    greater_is_better: bool | None = setting(
+        None,
+        "Whether a larger metric is better; default: as its name says (smaller for loss, wer, rmse, perplexity and "
+        "other usual errors, larger for usual scores; any other name: larger, with a warning).",
+        trainer=True,
+    )
+    max_drop: float | None = setting(
+        None,
+        "How much worse than the baseline the metric may be after a retraining, in its own units (0.01 is one point of "
+        "an accuracy between 0 and 1); else the pruning is taken back.",
+        trainer=True,
+    )
+    baseline: float | None = setting(
+        None,
+        "The metric before the first pruning; default: measured in the training, before that pruning.",
+        trainer=True,
+    )
+    rewind_lr: bool = setting(
+        True, "Give each retraining a warm-up and a decay of the learning rate of its own.", trainer=True
+    )
+    freeze: str | tuple[str, ...] = setting(
+        "none",
+        "'partial' trains the kept blocks beside each removal site and freezes the others, and embeddings and stem (a "
+        "tied head too). 'record' freezes at once what the checkpoint's record says was frozen. Or the blocks to "
+        "freeze: patterns, as for protect.",
+        choices=("none", "partial", "record"),
+        cli="What the checkpoint's record notes as not to be retrained: 'none'; 'partial', all kept blocks but those "
+        "beside a removal site, and embeddings and stem; 'record', what it notes already.",
+    )
+    similarity: str = setting(
+        "cka",
+        "Similarity metric, by its registered name. 'effect' skips each block and compares what the model puts out.",
+    )
+    rows: str | None = setting(
+        None,
+        "Rows that are compared: 'tokens', 'mean' or 'first'; default: what the metric recommends. Not for 'effect'.",
+        choices=ROW_KINDS,
+    )
+    linkage: str = setting(
+        "leader",
+        "'leader': a block joins while similar to the cluster's first block; 'adjacent': while similar to the block "
+        "before it.",
+        choices=("leader", "adjacent"),
+    )
+    keep: str = setting(
+        "leader", "Which member of a cluster is sure to stay: its 'leader' or its 'last'.", choices=("leader", "last")
+    )
+    heal: str | None = setting(
+        None,
+        "'lstsq' refits the last linear map of the kept block before each removal site in closed form, on the "
+        "calibration samples.",
+        choices=("lstsq",),
+    )
+    distill: DistillConfig | None = setting(
+        None,
+        "DistillConfig(...), or a dict of its settings: the unpruned model teaches during the retraining.",
+        trainer=True,
+    )
+    keep_snapshots: bool = setting(
+        False,
+        "Keep the weights from before a pruning (`_pruning_snapshots`) when the training ends well, as long as a "
+        "checkpoint that may be resumed needs them.",
+        trainer=True,
+    )
+    calibration_samples: int = setting(512, "Number of calibration samples to compare blocks on.")
+    protect: tuple[str, ...] = setting(
+        (),
+        "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11', named as when the "
+        "training begins.",
+        cli="Pattern (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11'.",
+    )
+    min_blocks: int = setting(1, "Fewest blocks that stay in each stack.")
+    num_blocks: int | dict[str, int] | tuple[int | dict[str, int], ...] | None = setting(
+        None,
+        "Target: how many blocks stay, over all stacks, or by stack name; a list has one for each iteration. The "
+        "threshold is found.",
+        cli="Target: how many blocks stay, over all stacks (N) or in one of them (STACK=N). The threshold is found.",
+    )
+    keep_ratio: float | None = setting(
+        None, "Target: the share of all blocks that stays, in (0, 1]; the threshold is then found."
+    )
+    seed: int = setting(0, "Seed of the choice of calibration samples from a data set.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.protect, str):
+            object.__setattr__(self, "protect", (self.protect,))
+        self._to_tuples("protect", "freeze", "num_blocks")
+        if isinstance(self.distill, dict):
+            object.__setattr__(self, "distill", DistillConfig.from_settings(None, self.distill))
+        self._check_types()
+        self._check_iterations()
+        self._check_target()
+        if self.target == "threshold" and self.threshold is None:
+            object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
+        self._check_threshold()
+        for name in ("k", "k_max", "calibration_samples", "min_blocks", "retrain_epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.")
+        self._check_gate()
+        self._check_choices({"freeze": " or a list of patterns"})
+        self._check_metric()
+
+    @property
+    def target(self) -> str:
+        """Which of "threshold", "num_blocks" and "keep_ratio" counts."""
+        return next((n for n in ("num_blocks", "keep_ratio") if getattr(self, n) is not None), "threshold")
+
+    @property
+    def effective_rows(self) -> str:
+        """The rows that are compared; "outputs" where the model's outputs are, not those of its blocks."""
+        return self.rows or metrics.get(self.similarity).rows
+
+    @property
+    def gated(self) -> bool:
+        """Whether a pruning is judged after its retraining, and taken back if it cost too much."""
+        return self.max_drop is not None
+
+    def for_iteration(self, iteration: int) -> MPruneConfig:
+        """The settings with the target of one iteration, counted from 0, where `num_blocks` is a list."""
+        return (
+            self.replace(num_blocks=self.num_blocks[iteration], iterations=1)
+            if isinstance(self.num_blocks, tuple)
+            else self
+        )
+
+    def replace(self, **settings: Any) -> MPruneConfig:
+        """A copy with other settings. Giving one of threshold, num_blocks and keep_ratio unsets the other two."""
+        targets = ("threshold", "num_blocks", "keep_ratio")
+        if any(settings.get(name) is not None for name in targets):
+            # a list of targets brought its number of iterations along
+            iterations = {"iterations": 1} if isinstance(self.num_blocks, tuple) else {}
+            settings = {**dict.fromkeys(targets), **iterations, **settings}
+        return super().replace(**settings)
+
+    def _check_target(self) -> None:
+        given = [name for name in ("threshold", "num_blocks", "keep_ratio") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"Exactly one of threshold, num_blocks and keep_ratio counts, found {' and '.join(given)}. Give one of "
+                f"them."
+            )
+        targets = (
+            self.num_blocks
+            if isinstance(self.num_blocks, tuple)
+            else []
+            if self.num_blocks is None
+            else [self.num_blocks]
+        )
+        counts = [list(target.values()) if isinstance(target, dict) else [target] for target in targets]
+        if self.num_blocks is not None and (not counts or any(not group or min(group) < 1 for group in counts)):
+            raise ConfigError(
+                f"num_blocks counts the blocks that stay, so it must be at least 1, found {self.num_blocks!r}."
+            )
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise ConfigError(f"keep_ratio must be in (0, 1], found {self.keep_ratio}.{percent_hint(self.keep_ratio)}")
+
+    def _check_iterations(self) -> None:
+        if self.iterations < 1 or self.start_epoch < 0:
+            raise ConfigError(
+                f"iterations must be at least 1 and start_epoch at least 0, found {self.iterations} and "
+                f"{self.start_epoch}."
+            )
+        if isinstance(self.num_blocks, tuple) and self.iterations != len(self.num_blocks):
+            if self.iterations != 1:
+                raise ConfigError(
+                    f"num_blocks lists {len(self.num_blocks)} targets for {self.iterations} iterations. Give one for "
+                    f"each iteration."
+                )
+            object.__setattr__(self, "iterations", max(1, len(self.num_blocks)))
+        totals = (
+            [target for target in self.num_blocks if isinstance(target, int)]
+            if isinstance(self.num_blocks, tuple)
+            else []
+        )
+        if any(later > earlier for earlier, later in itertools.pairwise(totals)):
+            raise ConfigError(
+                f"num_blocks lists the blocks that stay after each iteration, so it cannot rise, found "
+                f"{list(self.num_blocks)}."
+            )
+
+    def _check_metric(self) -> None:
+        try:
+            metric = metrics.get(self.similarity)
+        except RegistryError as error:
+            raise ConfigError(f"similarity: {error}") from None
+        if self.rows is not None and issubclass(metric, SkippingMetric):
+            raise ConfigError(
+                f"rows says which rows of the blocks' outputs are compared, and similarity={self.similarity!r} "
+                f"compares the outputs of the whole model, found rows={self.rows!r} beside it. Leave rows out."
+            )
+
+    def _check_gate(self) -> None:
+        if self.max_drop is not None and self.max_drop < 0:
+            raise ConfigError(
+                f"max_drop must be 0 or more, found {self.max_drop:g}. It says how much worse the metric may become."
+            )
+        if self.max_drop is None:
+            for name in ("baseline", "greater_is_better"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} is of use only with max_drop, which is not set. Set max_drop, or leave {name} out."
+                    )
+
+    def _check_threshold(self) -> None:
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ConfigError(
+                f"threshold must be in (0, 1], found {shown(self.threshold)}.{percent_hint(self.threshold)}"
+            )

@@ -1,0 +1,170 @@
+"""Partial freezing on a live model: what is frozen has no gradient, and its normalisation statistics stay put."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+from ..architectures import Host, Stack
+from ..core.local_hooks import LocalHook
+from ..core.transaction import Transaction
+from ..observe.forward import evaluating
+
+__all__ = ["freeze_blocks", "let_statistics_go", "thaw"]
+
+logger = logging.getLogger(__name__)
+
+
+def freeze_blocks(
+    host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]], transaction: Transaction | None = None
+) -> list[nn.Parameter]:
+    """Freeze blocks, and everything that runs before the lowest block that is trained.
+
+    Embeddings and stems are frozen too: otherwise the backward pass would still walk through every frozen block to
+    reach them. Heads, final norms and poolers stay trainable, but a head that is tied to the
+    embeddings is frozen with them. A model with an encoder and a decoder has a lowest trained block in each.
+
+    Args:
+        host: the model.
+        stacks: its stacks.
+        frozen: the blocks to freeze, as indices into the stacks as they are now.
+        transaction: takes the freezing back if it fails.
+
+    Returns:
+        The parameters that were trainable and no longer are.
+    """
+    chosen = [p for name, indices in frozen.items() for i in indices for p in stacks[name].blocks[i].parameters()]
+    in_blocks = {id(p) for stack in stacks.values() for p in stack.container.parameters()}
+    for module in _upstream(host, stacks, frozen):
+        # scalars (CLIP's temperature) belong to the head, wherever they are kept
+        chosen += [p for p in module.parameters(recurse=False) if id(p) not in in_blocks and p.ndim > 0]
+    changed = [p for p in {id(p): p for p in chosen}.values() if p.requires_grad]
+    gradients = [parameter.grad for parameter in changed]
+    handles: list[RemovableHandle] = []
+
+    def thaw() -> None:
+        for parameter, gradient in zip(changed, gradients, strict=True):
+            parameter.requires_grad_(True)
+            parameter.grad = gradient
+        for handle in handles:
+            handle.remove()
+
+    if transaction is not None:
+        transaction.on_failure(thaw)
+    for parameter in changed:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    just_frozen = {id(parameter) for parameter in changed}
+    for module in host.root.modules():
+        # a norm that the user froze before keeps the behaviour that the user knows
+        ours = isinstance(module, _BatchNorm) and id(module.weight) in just_frozen
+        if ours and _KEEP_STATISTICS not in module._forward_pre_hooks.values():
+            handles.append(module.register_forward_pre_hook(_KEEP_STATISTICS))
+    return changed
+
+
+def let_statistics_go(root: nn.Module, frozen: Iterable[nn.Parameter]) -> None:
+    """Have BatchNorms follow the model's mode again: those with these parameters, and those that are trained."""
+    gone = {id(parameter) for parameter in frozen}
+    for module in root.modules():
+        keys = [key for key, hook in module._forward_pre_hooks.items() if hook is _KEEP_STATISTICS]
+        if keys and (module.weight.requires_grad or id(module.weight) in gone):  # type: ignore[union-attr]
+            for key in keys:
+                del module._forward_pre_hooks[key]
+            module.train(root.training)
+
+
+def thaw(parameters: Iterable[nn.Parameter], transaction: Transaction) -> None:
+    """Make parameters trainable again that `freeze_blocks` froze."""
+    changed = [parameter for parameter in parameters if not parameter.requires_grad]
+
+    def freeze_again() -> None:
+        for parameter in changed:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    transaction.on_failure(freeze_again)
+    for parameter in changed:
+        parameter.requires_grad_(True)
+
+
+def _upstream(host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]]) -> list[nn.Module]:
+    """Modules that run before the lowest trained block of their part of the model; embeddings wherever they are."""
+    order = _execution_order(host)
+    found: list[nn.Module] = [module for module in host.root.modules() if isinstance(module, nn.Embedding)]
+    blocks = {id(m) for stack in stacks.values() for block in stack.blocks for m in block.modules()}
+    for scope, chain in _chains(stacks).items():
+        trained = [block for s in chain for i, block in enumerate(s.blocks) if i not in frozen.get(s.name, ())]
+        lowest = trained[0] if trained else chain[-1].blocks[-1]
+        for module in host.root.get_submodule(scope).modules():
+            if id(module) not in blocks and order.get(id(module), 1) < order.get(id(lowest), 0):
+                found.append(module)
+    return found
+
+
+def _chains(stacks: Mapping[str, Stack]) -> dict[str, list[Stack]]:
+    """Stacks that feed each other, under the path of the part of the model that is theirs alone ("" for the whole
+    model).
+    """
+    chains: list[list[Stack]] = []
+    for stack in stacks.values():
+        if chains and chains[-1][-1].next_stack == stack.name:
+            chains[-1].append(stack)
+        else:
+            chains.append([stack])
+    scopes = {}
+    for chain in chains:
+        parts = chain[0].name.split(".")
+        others = [other[0].name.split(".") for other in chains if other is not chain]
+        shared = max((_shared(parts, other) for other in others), default=-1)
+        scopes[".".join(parts[: shared + 1])] = chain
+    return scopes
+
+
+def _shared(parts: Sequence[str], other: Sequence[str]) -> int:
+    count = 0
+    while count < min(len(parts), len(other)) and parts[count] == other[count]:
+        count += 1
+    return count
+
+
+def _execution_order(host: Host) -> dict[int, int]:
+    """When each module starts in a forward pass; the order in which they are registered where none can be run.
+
+    BART and DeBERTa register a norm after the layers and run it before them, so registration alone would be wrong.
+    """
+    order: dict[int, int] = {}
+
+    def note(module: nn.Module, args: Any) -> None:
+        order.setdefault(id(module), len(order))
+
+    registered = {id(module): place for place, module in enumerate(host.root.modules())}
+    inputs = None if any(p.device.type == "meta" for p in host.root.parameters()) else host.example_inputs()
+    if inputs is None:
+        return registered
+    handles = [module.register_forward_pre_hook(note) for module in host.root.modules()]
+    try:
+        with evaluating(host.root):
+            host.root(**inputs)
+    except Exception as error:
+        logger.info("Freezing follows the order in which modules are registered: %s: %s", type(error).__name__, error)
+        return registered
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+def _keep_statistics(module: nn.Module, args: Any) -> None:
+    """Run a frozen BatchNorm on its running statistics, whatever mode the Trainer has put the model in."""
+    if not module.weight.requires_grad:  # type: ignore[union-attr]
+        module.training = False
+
+
+# a copy is frozen as the model is; one that is loaded is not
+_KEEP_STATISTICS = LocalHook(_keep_statistics, copied=True)

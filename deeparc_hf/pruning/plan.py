@@ -1,0 +1,412 @@
+"""Plans: from similarity matrices to the blocks that go, stay and freeze. Pure: no model, no torch. JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ..core.plain_text import plain, quoted
+from ..core.tables import html_table, text_table
+from ..errors import CalibrationWarning, ConfigError, PlanError
+from .clusters import StackFacts, cluster_blocks, freezing_set, reach_target, removable
+from .config import MPruneConfig
+from .heatmap import plot_plan
+from .plan_checks import items, number, stack_name, whole_number
+
+__all__ = [
+    "PruningPlan",
+    "StackFacts",
+    "StackPlan",
+    "check_possible",
+    "first_threshold",
+    "freezing_set",
+    "make_plan",
+    "warn_if_drastic",
+]
+
+FORMAT_VERSION = 1
+_COLUMNS = ["stack", "blocks", "kept", "threshold", "clusters", "removed", "frozen"]
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """The plan for one stack; indices are those of the blocks before the removal.
+
+    Attributes:
+        facts: the similarities and what else the plan rests on.
+        threshold: the threshold that the clusters were made with (found, where a target was given).
+        clusters: consecutive blocks that belong together; the first of each is its leader.
+        removed, kept: the blocks that go and stay.
+        frozen: those kept blocks that are not trained afterwards; empty if nothing is removed.
+        protected: blocks that stay because the user said so.
+    """
+
+    facts: StackFacts
+    threshold: float
+    clusters: tuple[tuple[int, ...], ...]
+    removed: tuple[int, ...]
+    frozen: tuple[int, ...] = ()
+    protected: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        return tuple(i for i in range(len(self)) if i not in self.removed)
+
+    @property
+    def similarity(self) -> tuple[tuple[float, ...], ...]:
+        return self.facts.similarity
+
+    @property
+    def pinned(self) -> Mapping[int, str]:
+        return self.facts.pinned
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which blocks of which stacks stay, go and freeze, and the similarities behind it.
+
+    Attributes:
+        stacks: the plan of each stack, by name, in forward order.
+        config: the settings that the plan was made with.
+        samples: number of calibration samples behind the similarities; 0 if not known.
+    """
+
+    stacks: Mapping[str, StackPlan]
+    config: MPruneConfig
+    samples: int = 0
+
+    @property
+    def removed(self) -> dict[str, tuple[int, ...]]:
+        """The blocks that go, for the stacks that lose any."""
+        return {name: stack.removed for name, stack in self.stacks.items() if stack.removed}
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks before the removal."""
+        return sum(map(len, self.stacks.values()))
+
+    @property
+    def num_kept(self) -> int:
+        return sum(len(stack.kept) for stack in self.stacks.values())
+
+    @property
+    def num_frozen(self) -> int:
+        return sum(len(stack.frozen) for stack in self.stacks.values())
+
+    def replan(self, **settings: Any) -> PruningPlan:
+        """A plan from the same similarities with other settings, at once. What decides the similarities must stay.
+
+        Raises:
+            ConfigError: if `similarity`, `rows` or another setting of the calibration would change; run `analyze` for
+                that.
+        """
+        config = self.config.replace(**settings)
+        for name in ("similarity", "effective_rows", "calibration_samples", "seed"):
+            if getattr(config, name) != getattr(self.config, name):
+                raise ConfigError(
+                    f"replan cannot change {name.removeprefix('effective_')!r}, because the similarities depend on it. "
+                    f"Call analyze again."
+                )
+        plan = make_plan({name: stack.facts for name, stack in self.stacks.items()}, config, self.samples)
+        warn_if_drastic(plan)
+        return plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "config": self.config.to_dict(),
+            "samples": self.samples,
+            "stacks": {name: _stack_to_dict(stack) for name, stack in self.stacks.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningPlan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            PlanError: if the data is not a plan.
+        """
+        try:
+            version = data["format_version"]
+            if type(version) is not int or version != FORMAT_VERSION:
+                raise PlanError(
+                    f"This plan has format version {quoted(version)}; this version of deeparc_hf reads "
+                    f"{FORMAT_VERSION}."
+                )
+            stacks = {stack_name(name): _stack_from_dict(stack) for name, stack in data["stacks"].items()}
+            samples = whole_number(data["samples"])
+            return cls(stacks, MPruneConfig.from_dict(data["config"]), samples)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(
+                f"This is not a pruning plan: {type(error).__name__}: {plain(error)}. Make one with analyze(...)."
+            ) from error
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The plan as JSON text; written to `path` too if one is given."""
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            Path(path).write_text(text, "utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, text_or_path: str | Path) -> PruningPlan:
+        """Read from a JSON text, or from the file at a path."""
+        try:
+            text = text_or_path
+            if isinstance(text_or_path, Path) or not text_or_path.lstrip().startswith(("{", "[")):
+                text = Path(text_or_path).read_text("utf-8")
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"This is not a pruning plan: {error}.") from error
+        return cls.from_dict(data)
+
+    def __str__(self) -> str:
+        return "\n".join([text_table([_COLUMNS, *self._rows()]), *self._pins(), self._summary()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._summary(), _COLUMNS, self._rows(), self._pins())
+
+    def plot(self, stack: str | None = None, ax: Any = None) -> Any:
+        """Draw the similarities of the blocks as heatmaps: frames are clusters, red labels mark the blocks that go.
+        Needs matplotlib.
+
+        Args:
+            stack: name of the stack to draw; default: all of them, side by side.
+            ax: matplotlib Axes to draw one stack into; default: those of a new figure.
+
+        Returns:
+            The Axes; for several stacks an array of them.
+
+        Raises:
+            ConfigError: if there is no such stack, or one place for several.
+            MissingDependencyError: if matplotlib is not installed.
+        """
+        return plot_plan(self, stack, ax)
+
+    def _summary(self) -> str:
+        verb = "remove" if self.removed else "nothing to remove:"
+        summary = f"{verb} {self.num_blocks - self.num_kept} of {self.num_blocks} blocks"
+        return f"{summary} ({self.config.similarity}, rows={self.config.effective_rows}, {self.samples} samples)"
+
+    def _pins(self) -> list[str]:
+        return [
+            f"{name}.{i} is pinned: {reason}"
+            for name, stack in self.stacks.items()
+            for i, reason in stack.pinned.items()
+        ]
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [
+                name,
+                str(len(stack)),
+                str(len(stack.kept)),
+                f"{stack.threshold:.4f}",
+                " ".join(_span(cluster) for cluster in stack.clusters),
+                _list(stack.removed),
+                _list(stack.frozen),
+            ]
+            for name, stack in self.stacks.items()
+        ]
+
+
+def make_plan(facts: Mapping[str, StackFacts], config: MPruneConfig, samples: int = 0) -> PruningPlan:
+    """Make a plan from similarities.
+
+    Args:
+        facts: what is known of each stack, in forward order.
+        config: the settings.
+        samples: number of calibration samples behind the similarities, for the record.
+
+    Raises:
+        PlanError: if a target cannot be reached, a pattern or a stack name matches nothing, or a similarity is not
+            finite.
+    """
+    for name, stack in facts.items():
+        if any(len(row) != len(stack) or not all(map(math.isfinite, row)) for row in stack.similarity):
+            raise PlanError(
+                f"The similarity matrix of {name} is not square or not finite. Run analyze on other calibration data."
+            )
+    if isinstance(config.num_blocks, tuple):
+        raise PlanError(
+            f"num_blocks lists {len(config.num_blocks)} targets, one for each iteration of a training with "
+            f"MPruneCallback. Give one target."
+        )
+    protected = _matching(facts, config.protect, "protect")
+    if config.target == "threshold":
+        thresholds = dict.fromkeys(facts, float(config.threshold))  # type: ignore[arg-type]
+        removed = {name: removable(stack, thresholds[name], protected[name], config) for name, stack in facts.items()}
+    else:
+        thresholds, removed = reach_target(facts, protected, config)
+    final = {name: tuple(sorted(removed[name])) for name in facts}
+    frozen = _frozen(facts, final, config)
+    stacks = {
+        name: StackPlan(
+            facts=stack,
+            threshold=thresholds[name],
+            clusters=cluster_blocks(stack, thresholds[name], config.linkage, config.keep),
+            removed=final[name],
+            frozen=frozen[name],
+            protected=tuple(sorted(protected[name])),
+        )
+        for name, stack in facts.items()
+    }
+    return PruningPlan(stacks, config, samples)
+
+
+def check_possible(facts: Mapping[str, StackFacts], config: MPruneConfig) -> None:
+    """Check settings against the stacks of a model before its blocks are compared: the names in them, and whether a
+    target can be reached.
+
+    Args:
+        facts: of each stack; the similarities in them do not matter.
+
+    Raises:
+        PlanError: as `make_plan`, if no similarities at all could give a plan.
+    """
+    alike = {
+        name: dataclasses.replace(stack, similarity=((1.0,) * len(stack),) * len(stack))
+        for name, stack in facts.items()
+    }
+    make_plan(alike, config)
+
+
+def first_threshold(plan: PruningPlan) -> float | None:
+    """The highest threshold that would remove a block; None if pinned and protected blocks allow no removal."""
+    try:
+        nearest = plan.replan(num_blocks=plan.num_blocks - 1)
+    except PlanError:
+        return None
+    return max(stack.threshold for stack in nearest.stacks.values())
+
+
+def warn_if_drastic(plan: PruningPlan) -> None:
+    """Warn where a threshold, which nobody can know beforehand, takes more than half of the blocks."""
+    if plan.config.target == "threshold" and plan.num_kept < plan.num_blocks / 2:
+        warnings.warn(
+            f"The threshold {plan.config.threshold:g} takes {plan.num_blocks - plan.num_kept} of {plan.num_blocks} "
+            f"blocks, and few models recover from that. The same similarity means different things in different "
+            f"models: give num_blocks or keep_ratio instead.",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+
+
+def _frozen(
+    facts: Mapping[str, StackFacts], removed: Mapping[str, Sequence[int]], config: MPruneConfig
+) -> dict[str, tuple[int, ...]]:
+    lengths = {name: len(stack) for name, stack in facts.items()}
+    if config.freeze == "partial":
+        return freezing_set(removed, lengths, {name: stack.next_stack for name, stack in facts.items()})
+    if config.freeze == "none":
+        return dict.fromkeys(facts, ())
+    if config.freeze == "record":
+        chosen = {name: set(stack.frozen) for name, stack in facts.items()}
+    else:
+        chosen = _matching(facts, config.freeze, "freeze")
+    if not any(removed.values()):
+        return dict.fromkeys(facts, ())
+    return {name: tuple(sorted(blocks - set(removed[name]))) for name, blocks in chosen.items()}
+
+
+def _matching(facts: Mapping[str, StackFacts], patterns: Sequence[str], setting: str) -> dict[str, set[int]]:
+    """The blocks that patterns name. A block that an earlier pruning of the same training removed may be named too."""
+    found: dict[str, set[int]] = {name: set() for name in facts}
+    for pattern in patterns:
+        labels = {name: stack.labels or range(len(stack)) for name, stack in facts.items()}
+        hits = [
+            (name, i)
+            for name in facts
+            for i, label in enumerate(labels[name])
+            if fnmatchcase(f"{name}.{label}", pattern)
+        ]
+        gone = any(stack.labels for stack in facts.values())
+        if not hits and not gone:
+            first = next(iter(facts))
+            raise PlanError(
+                f"{setting}: {quoted(pattern)} matches no block. Blocks are named like {first}.0; patterns may hold * "
+                f"and ?, for example {first}.*"
+            )
+        for name, index in hits:
+            found[name].add(index)
+    return found
+
+
+def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
+    return {
+        "length": len(stack),
+        "similarity": [list(row) for row in stack.similarity],
+        "pinned": {str(index): reason for index, reason in stack.pinned.items()},
+        "parameters": list(stack.facts.parameters),
+        "next_stack": stack.facts.next_stack,
+        "labels": list(stack.facts.labels),
+        "frozen_before": list(stack.facts.frozen),
+        "threshold": stack.threshold,
+        "clusters": [list(cluster) for cluster in stack.clusters],
+        "removed": list(stack.removed),
+        "kept": list(stack.kept),
+        "frozen": list(stack.frozen),
+        "protected": list(stack.protected),
+    }
+
+
+_LARGEST = 1e6  # debiased estimates may lie a little outside [-1, 1], and nothing lies here
+
+
+def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
+    facts = StackFacts(
+        similarity=tuple(tuple(map(number, row)) for row in data["similarity"]),
+        pinned={int(index): plain(reason) for index, reason in data["pinned"].items()},
+        parameters=tuple(map(whole_number, items(data["parameters"]))),
+        next_stack=data["next_stack"],
+        labels=tuple(map(whole_number, items(data.get("labels", [])))),
+        frozen=tuple(map(whole_number, items(data.get("frozen_before", [])))),
+    )
+    if any(abs(value) > _LARGEST for row in facts.similarity for value in row):
+        raise PlanError(f"similarity has a value beyond {_LARGEST:g}.")
+    if any(len(row) != len(facts) for row in facts.similarity):
+        raise PlanError("similarity is not square.")
+    if (facts.labels and len(facts.labels) != len(facts)) or not all(
+        index in range(len(facts)) for index in facts.frozen
+    ):
+        raise PlanError("labels are not one for each block, or frozen_before has an index that no block has.")
+    if facts.next_stack is not None:
+        stack_name(facts.next_stack)
+    if not all(index in range(len(facts)) for index in facts.pinned):
+        raise PlanError(f"pinned has an index outside 0..{len(facts) - 1}.")
+    blocks = {key: tuple(map(whole_number, items(data[key]))) for key in ("removed", "frozen", "protected", "kept")}
+    for key, indices in blocks.items():
+        if any(not 0 <= index < len(facts) for index in indices) or len(set(indices)) != len(indices):
+            raise PlanError(f"{key} has an index outside 0..{len(facts) - 1}, or one twice: {quoted(list(indices))}.")
+    if set(blocks["kept"]) != set(range(len(facts))) - set(blocks["removed"]):
+        raise PlanError("kept and removed do not add up to the blocks of the stack.")
+    if not set(blocks["frozen"]) <= set(blocks["kept"]):
+        raise PlanError("a frozen block is not among those that are kept.")
+    clusters = tuple(tuple(map(whole_number, items(cluster))) for cluster in data["clusters"])
+    if [index for cluster in clusters for index in cluster] != list(range(len(facts))):
+        raise PlanError("the clusters are not runs that cover the stack.")
+    threshold = number(data["threshold"])
+    if threshold > 1 + 1e-6:
+        raise PlanError(f"threshold is {threshold:g}, above 1.")
+    return StackPlan(facts, threshold, clusters, blocks["removed"], blocks["frozen"], blocks["protected"])
+
+
+def _span(cluster: Sequence[int]) -> str:
+    return str(cluster[0]) if len(cluster) == 1 else f"{cluster[0]}-{cluster[-1]}"
+
+
+def _list(indices: Sequence[int]) -> str:
+    return ",".join(map(str, indices)) or "-"

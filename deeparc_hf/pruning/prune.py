@@ -1,0 +1,291 @@
+"""Similarity pruning without a Trainer: analyze a model, and carry the plan out."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures import Stack, describe
+from ..checkpoint.record import PrunedConfig, check_record
+from ..core.progress_bars import doing, samples_in
+from ..core.transaction import Transaction
+from ..errors import CalibrationError, CalibrationWarning, SurgeryError
+from ..healing.heal import apply_healing, fit_sites, note_healing
+from ..healing.sites import Healing
+from ..observe.forward import require_weights
+from ..observe.rows import StackObserver, observe
+from ..observe.skipping import StackSkipper, skip_blocks
+from ..similarity import SkippingMetric, metrics
+from .config import MPruneConfig
+from .expressible import inexpressible
+from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
+from .surgery import apply_plan
+
+__all__ = ["analyze", "apply_healed", "check_settings", "compare_blocks", "prune_model"]
+
+_REMOVING = "Removing blocks and verifying the result"
+
+
+def analyze(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    config: MPruneConfig | None = None,
+    *,
+    progress: bool = True,
+    **settings: Any,
+) -> PruningPlan:
+    """Compare the blocks of every stack on calibration data, and plan what to remove. Changes nothing.
+
+    Args:
+        model: a model that `find_stacks` knows.
+        dataloader: any iterable of batches: dicts of tensors as the model's forward takes them, or tuples whose first
+            entry is the model's input. Up to `config.calibration_samples` samples are used. Use training data, never
+            the data you evaluate on.
+        config: the settings; or give them by keyword: `analyze(model, dataloader, threshold=0.95)`.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        The plan; print it to see a table, `plan.replan(...)` to try other settings at once. Blocks whose removal the
+        model's settings cannot express are pinned in it, with the reason.
+
+    Raises:
+        CalibrationError: if the data is empty or too little, or a block's output is constant, NaN or infinite.
+        UnsupportedModelError, ConfigError, PlanError: see these.
+    """
+    plan = compare_blocks(model, dataloader, MPruneConfig.from_settings(config, settings), progress=progress)
+    warn_if_drastic(plan)
+    return plan
+
+
+def compare_blocks(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    config: MPruneConfig,
+    *,
+    progress: bool = True,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    max_samples: int | None = None,
+    labels: Mapping[str, tuple[int, ...]] | None = None,
+) -> PruningPlan:
+    """`analyze` for one of several processes, or for a later pruning of one training.
+
+    Args:
+        gather: as in `observe`.
+        max_samples: samples of this process; None: `config.calibration_samples`.
+        labels: by stack, what patterns call each block (`StackFacts.labels`).
+    """
+    host, _, stacks = describe(model)
+    require_weights(host)
+    check_record(model, 0)
+    metric = metrics.get(config.similarity)
+    blank = _blank_facts(stacks, inexpressible(model), labels)
+    check_possible(blank, config)
+    limit = config.calibration_samples if max_samples is None else max_samples
+    if issubclass(metric, SkippingMetric):
+        skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
+        samples, found = skip_blocks(host, skippers, dataloader, limit, progress=progress, gather=gather)
+    else:
+        observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
+        samples, found = observe(host, observers, dataloader, limit, progress=progress, gather=gather)
+    frozen = PrunedConfig.from_model(model).frozen if host.record() is not None else {}
+    facts = {}
+    for (name, stack), observed in zip(stacks.items(), found, strict=True):
+        facts[name] = dataclasses.replace(
+            _facts(stack, metric.matrix(observed.sums)) if observed.obstacle is None else _not_compared(stack),
+            pinned=_pinned(blank[name], observed.obstacle),
+            labels=blank[name].labels,
+            frozen=frozen.get(name, ()),
+        )
+    plan = make_plan(facts, config, samples)
+    _tell_obstacles(
+        plan,
+        {
+            name: observed.obstacle
+            for name, observed in zip(stacks, found, strict=True)
+            if observed.obstacle is not None
+        },
+    )
+    return plan
+
+
+def check_settings(model: nn.Module, config: MPruneConfig) -> None:
+    """Check settings against a model, which may be on the meta device, before any work is done.
+
+    Raises:
+        PlanError: if a pattern or a stack name matches nothing, or a target cannot be reached whatever the
+            similarities.
+        SurgeryError: if the model's settings can express no removal at all.
+    """
+    stacks, refused = describe(model)[2], inexpressible(model)
+    check_possible(_blank_facts(stacks, refused, None), config)
+    free = [
+        (n, i)
+        for n, s in stacks.items()
+        for i in range(len(s))
+        if i not in s.pinned and i not in refused.get(n, {}) and len(s) > 1
+    ]
+    if refused and not free:
+        name, reasons = next(iter(refused.items()))
+        index, reason = next(iter(reasons.items()))
+        raise SurgeryError(f"No block of {type(model).__name__} can be removed. {name}.{index}: {reason}.")
+
+
+def _blank_facts(
+    stacks: Mapping[str, Stack], refused: Mapping[str, Mapping[int, str]], labels: Mapping[str, tuple[int, ...]] | None
+) -> dict[str, StackFacts]:
+    """What is known of the stacks before their blocks are compared."""
+    return {
+        name: StackFacts(
+            ((0.0,) * len(stack),) * len(stack),
+            {**refused.get(name, {}), **stack.pinned},
+            labels=(labels or {}).get(name, ()),
+            next_stack=stack.next_stack,
+        )
+        for name, stack in stacks.items()
+    }
+
+
+def prune_model(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    config: MPruneConfig | None = None,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    verify: bool = True,
+    progress: bool = True,
+    **settings: Any,
+) -> PruningPlan:
+    """`analyze`, then `apply_plan`: find redundant blocks and remove them, in place, all or nothing.
+
+    With `heal="lstsq"` each removal site is healed (see `heal_model`), which goes through the data once more for each
+    site.
+
+    Args:
+        model, dataloader, config, progress, settings: as in `analyze`.
+        optimizer, verify: as in `remove_blocks`; the first batch is the example.
+
+    Returns:
+        The plan that was carried out; the model carries the record.
+
+    Raises:
+        As `analyze` and `apply_plan`; nothing is changed then.
+    """
+    config = MPruneConfig.from_settings(config, settings)
+    if config.heal is not None and isinstance(dataloader, Iterator):
+        raise CalibrationError(
+            "heal goes through the calibration data again for each site, and an iterator can be used once. Give a list "
+            "of batches."
+        )
+    check_record(model)
+    batches = _NotingFirst(dataloader)
+    plan = analyze(model, batches, config, progress=progress)
+    apply_healed(model, plan, dataloader, optimizer=optimizer, example=batches.first, verify=verify, progress=progress)
+    return plan
+
+
+def apply_healed(
+    model: nn.Module,
+    plan: PruningPlan,
+    dataloader: Iterable[Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    verify: bool = True,
+    transaction: Transaction | None = None,
+    progress: bool = True,
+    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    max_samples: int | None = None,
+    done: Callable[[str], None] = lambda stage: None,
+) -> tuple[PrunedConfig, list[Healing]]:
+    """Carry a plan out, and heal its removal sites where its settings say so. All or nothing.
+
+    Args:
+        model, plan, optimizer, example, verify, transaction: as in `apply_plan`.
+        dataloader: calibration batches for the fit.
+        progress: show progress on a terminal.
+        gather, max_samples: as in `compare_blocks`.
+        done: called right after the removal ("removed"), and after the healing ("healed").
+
+    Returns:
+        The record, and the outcome at each site.
+    """
+    if plan.config.heal is None or not plan.removed:
+        with transaction or Transaction() as undo:
+            with doing(_REMOVING, progress and bool(plan.removed)):
+                record = apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
+            done("removed")
+        return record, []
+    host, _, stacks = describe(model)
+    limit = plan.config.calibration_samples if max_samples is None else max_samples
+    healings = fit_sites(host, stacks, plan.removed, dataloader, limit, progress=progress, gather=gather)
+    blocks = {healing.site: stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
+    with transaction or Transaction() as undo:
+        with doing(_REMOVING, progress):
+            apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
+        done("removed")
+        for healing in healings:
+            apply_healing(healing, blocks[healing.site], undo)
+        done("healed")
+        return note_healing(model, healings), healings
+
+
+class _NotingFirst:
+    """Batches as they are, of which the first is kept."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.num_samples = samples_in(batches)
+        self.first: Any = None
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for number, batch in enumerate(self._batches):
+            if number == 0:
+                self.first = batch
+            yield batch
+
+
+def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:
+    """Warn of stacks of which blocks could go, if they could be compared."""
+    named = plan.config.num_blocks if isinstance(plan.config.num_blocks, Mapping) else None
+    for name, obstacle in obstacles.items():
+        if len(plan.stacks[name].protected) < len(plan.stacks[name]) and (named is None or name in named):
+            warnings.warn(
+                f"The blocks of {name} cannot be compared, so all of them stay: {obstacle}. To remove some, name them "
+                f"yourself, with remove_blocks, or take similarity='effect'. protect='{name}.*' says that they are to "
+                f"stay.",
+                CalibrationWarning,
+                stacklevel=4,
+            )
+
+
+def _not_compared(stack: Stack) -> StackFacts:
+    """No block is similar to another."""
+    return _facts(stack, torch.eye(len(stack), dtype=torch.float64))
+
+
+def _pinned(facts: StackFacts, obstacle: str | None) -> dict[int, str]:
+    """The blocks that must stay; all of a stack that cannot be compared."""
+    return {
+        **({} if obstacle is None else dict.fromkeys(range(len(facts)), f"not compared: {obstacle}")),
+        **facts.pinned,
+    }
+
+
+def _facts(stack: Stack, matrix: torch.Tensor) -> StackFacts:
+    for index, row in enumerate(matrix):
+        if not bool(torch.isfinite(row[index])):
+            raise CalibrationError(
+                f"Block {index} of {stack.name} hardly varies over the calibration samples, so it cannot be compared. "
+                f"Give more, and more different, samples, or compare other rows (rows='tokens')."
+            )
+    return StackFacts(
+        similarity=tuple(tuple(row) for row in matrix.tolist()),
+        pinned=dict(stack.pinned),
+        parameters=tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks),
+        next_stack=stack.next_stack,
+    )

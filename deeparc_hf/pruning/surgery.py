@@ -1,0 +1,334 @@
+"""Surgery: take blocks out of a live model, in place, all or nothing.
+
+Before anything is touched, the settings without these blocks are built as a stock loader would build them (on the meta
+device) and compared with the model; what cannot be expressed is refused. Then the blocks go, indices are renumbered,
+the config (a copy: it may be shared) follows, and a forward pass verifies the result. Any failure, Ctrl-C too, restores
+the model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures import Family, Host, Stack, describe
+from ..architectures.generation import follow_generation
+from ..checkpoint.record import PrunedConfig, current_record
+from ..checkpoint.weights_mark import mark_of_model
+from ..core.transaction import Transaction
+from ..errors import ConfigError, PlanError, SurgeryError
+from .freezing import freeze_blocks
+from .plan import PruningPlan, freezing_set
+from .rebuild import install_configs, require_told, skeletons, tell_unproven
+from .verify import expect
+
+__all__ = ["apply_plan", "follow_record", "forget_parameters", "remove_blocks"]
+
+
+def remove_blocks(
+    model: nn.Module,
+    blocks: Mapping[str, Sequence[int]],
+    freeze: str = "none",
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    verify: bool = True,
+) -> PrunedConfig:
+    """Remove blocks from a live model, in place, all or nothing.
+
+    Args:
+        model: a model that `find_stacks` knows.
+        blocks: by stack name the indices of the blocks that go.
+        freeze: "partial" freezes all kept blocks but those beside a removal site, and what runs before the first stack.
+        optimizer: an optimizer over the model's parameters that is to follow: the removed ones leave it, and the state
+            of frozen ones is freed.
+        example: a batch to verify the result on; made-up inputs otherwise. It must reach every part of the model that
+            the blocks may be fed by (images, for a model of texts and images).
+        verify: whether a forward pass must show that the pruned model computes what the original computes with these
+            blocks skipped. What cannot be verified is refused, a model on the meta device too. Without, the settings
+            alone are checked.
+
+    Returns:
+        The record, which the model carries in its config from now on.
+
+    Raises:
+        SurgeryError: if a stack or block does not exist, a block is pinned, nothing would be left, the model's settings
+            cannot express the removal, the result does not compute what it should, or that cannot be verified. Nothing
+            is changed then.
+        UnsupportedModelError: if the model cannot be pruned at all.
+    """
+    if freeze not in ("none", "partial"):
+        raise ConfigError(f"freeze must be 'none' or 'partial', found {freeze!r}.")
+    host, family, stacks = describe(model)
+    removed = _checked(stacks, blocks)
+    frozen: Mapping[str, Sequence[int]] = {}
+    if freeze == "partial":
+        frozen = freezing_set(
+            removed, {n: len(s) for n, s in stacks.items()}, {n: s.next_stack for n, s in stacks.items()}
+        )
+    entry = {"settings": {"freeze": freeze}, "removed": removed, "frozen": frozen}
+    return _operate(
+        model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify
+    )
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: PruningPlan,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    verify: bool = True,
+    transaction: Transaction | None = None,
+) -> PrunedConfig:
+    """Carry a plan out on a live model, in place, all or nothing.
+
+    Args:
+        model: the model that the plan was made for, or one with the same stacks.
+        plan: from `analyze`.
+        optimizer, example, verify: as in `remove_blocks`.
+        transaction: notes how to take the removal back later; it holds on to the removed blocks.
+
+    Returns:
+        The record. If the plan removes nothing, the model is left alone and the record is the one it carries, or an
+        empty one.
+
+    Raises:
+        PlanError: if the plan does not fit the model.
+        SurgeryError, UnsupportedModelError: as in `remove_blocks`.
+    """
+    host, family, stacks = describe(model)
+    for name, stack in plan.stacks.items():
+        if name not in stacks or len(stacks[name]) != len(stack):
+            found = f"{len(stacks[name])} blocks" if name in stacks else f"no such stack (it has {', '.join(stacks)})"
+            raise PlanError(
+                f"The plan is for a model with {len(stack)} blocks in {name}; {type(host.root).__name__} has {found}. "
+                f"Call analyze on this model."
+            )
+    if not plan.removed:
+        return current_record(host, stacks)
+    removed = _checked(stacks, plan.removed)
+    frozen = {name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}
+    entry = {
+        "settings": plan.config.to_dict(),
+        "samples": plan.samples,
+        "thresholds": {name: stack.threshold for name, stack in plan.stacks.items()},
+        "removed": removed,
+        "frozen": frozen,
+    }
+    return _operate(
+        model,
+        host,
+        family,
+        stacks,
+        removed,
+        frozen,
+        entry,
+        optimizer=optimizer,
+        example=example,
+        verify=verify,
+        transaction=transaction,
+    )
+
+
+def follow_record(
+    model: nn.Module, record: PrunedConfig, frozen: Mapping[str, Sequence[int]], transaction: Transaction | None = None
+) -> list[nn.Parameter]:
+    """Give a model the structure of a record, weights aside: those of a checkpoint are loaded before or after.
+
+    Args:
+        model: the model as it was before the last of the record's prunings, or earlier.
+        record: what the model is to be.
+        frozen: blocks to freeze, as indices of the model as the record has it.
+        transaction: as in `apply_plan`.
+
+    Returns:
+        The parameters that were trainable and no longer are.
+
+    Raises:
+        SurgeryError: if the model lacks a block that the record keeps.
+    """
+    host, family, stacks = describe(model)
+    now = current_record(host, stacks).kept
+    removed: dict[str, list[int]] = {}
+    for name, stack in record.stacks.items():
+        originals = now.get(name, tuple(range(stack.length)))
+        if name not in stacks or not set(stack.kept) <= set(originals) or len(originals) != len(stacks[name]):
+            raise SurgeryError(
+                f"{host.label} lacks blocks of {name!r} that are to stay. Load the model from the checkpoint's own "
+                f"folder."
+            )
+        gone = [i for i, original in enumerate(originals) if original not in stack.kept]
+        if gone:
+            removed[name] = gone
+    if removed:
+        _operate(model, host, family, stacks, removed, {}, None, optimizer=None, transaction=transaction, known=record)
+    if not any(frozen.values()):
+        return []
+    host, _, stacks = describe(model)
+    return freeze_blocks(host, stacks, frozen, transaction)
+
+
+def forget_parameters(
+    optimizer: torch.optim.Optimizer,
+    removed: Iterable[nn.Parameter],
+    frozen: Iterable[nn.Parameter] = (),
+    transaction: Transaction | None = None,
+) -> None:
+    """Make a live optimizer forget parameters.
+
+    Removed ones leave their group (the groups stay, so a scheduler's rates still fit) and their state. Frozen ones lose
+    only their state: group sizes then agree when training is resumed.
+    """
+    if transaction is not None:
+        transaction.on_failure(_optimizer_restorer(optimizer))
+    gone = {id(p) for p in removed}
+    for group in optimizer.param_groups:
+        group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+    forgotten = gone | {id(p) for p in frozen}
+    for parameter in [p for p in optimizer.state if id(p) in forgotten]:
+        del optimizer.state[parameter]
+
+
+def _optimizer_restorer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    state = dict(optimizer.state)
+
+    def restore() -> None:
+        for group, parameters in zip(optimizer.param_groups, groups, strict=True):
+            group["params"][:] = parameters
+        optimizer.state.clear()
+        optimizer.state.update(state)
+
+    return restore
+
+
+def _operate(
+    model: nn.Module,
+    host: Host,
+    family: Family,
+    stacks: Mapping[str, Stack],
+    removed: Mapping[str, Sequence[int]],
+    frozen: Mapping[str, Sequence[int]],
+    entry: Mapping[str, Any] | None,
+    *,
+    optimizer: torch.optim.Optimizer | None,
+    example: Any = None,
+    verify: bool = True,
+    transaction: Transaction | None = None,
+    known: PrunedConfig | None = None,
+) -> PrunedConfig:
+    """Remove blocks. With a record that is `known` from a checkpoint, which was verified when it was made, nothing is
+    verified again.
+    """
+    _refuse_wrapped(model)
+    lengths = {name: len(stack) for name, stack in stacks.items()}
+    kept = {name: [i for i in range(length) if i not in removed.get(name, ())] for name, length in lengths.items()}
+    builds = skeletons(host, family, stacks, kept)
+    entry = {
+        **(entry or {}),
+        "parameters": _parameters(host.root, removed),
+    }
+    record = known or current_record(host, stacks).compose(lengths, removed, entry)
+    expectation = expect(host, stacks, removed, example) if verify and known is None else None
+    modules = {name: stack.blocks for name, stack in stacks.items()}
+    with transaction or Transaction() as transaction:
+        install_configs(host, builds.before, builds.after, kept, record, transaction)
+        follow_generation(host.root, stacks, kept, transaction)
+        for path, attribute, value in builds.updates:
+            transaction.set(host.root.get_submodule(path), attribute, value)
+        for name, stack in stacks.items():
+            if name in removed:
+                transaction.keep_children(stack.container, [modules[name][i] for i in kept[name]])
+        if expectation is not None:
+            expectation.check()
+            require_told(host, stacks, builds, expectation)
+        if known is None:
+            tell_unproven(stacks, removed)
+        changed = []
+        if any(frozen.values()):
+            now = {name: [kept[name].index(i) for i in indices] for name, indices in frozen.items()}
+            changed = freeze_blocks(host, stacks, now, transaction)
+        if optimizer is not None:
+            lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
+            still_used = {id(p) for p in host.root.parameters()}
+            forget_parameters(optimizer, [p for p in lost if id(p) not in still_used], changed, transaction)
+        if known is None:
+            record = record.with_mark(mark_of_model(host.root))
+            host.set_record(record.to_dict())
+        # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
+        torch.compiler.reset()
+    return record
+
+
+def _parameters(root: nn.Module, removed: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Number of parameters before and after these blocks go; what they share with others stays."""
+    gone = tuple(f"{name}.{index}." for name, indices in removed.items() for index in indices)
+    left = {id(p): p.numel() for path, p in root.named_parameters(remove_duplicate=False) if not path.startswith(gone)}
+    return {"before": sum(p.numel() for p in root.parameters()), "after": sum(left.values())}
+
+
+def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The removal, sorted and without empty entries; raises if it is not possible."""
+    checked: dict[str, list[int]] = {}
+    if not isinstance(blocks, Mapping):
+        raise SurgeryError(
+            f"Expected a dict of stack names to lists of block indices, found {type(blocks).__name__}. Stacks: "
+            f"{', '.join(stacks)}."
+        )
+    for name, given in blocks.items():
+        indices = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
+        if name not in stacks:
+            near = difflib.get_close_matches(str(name), stacks, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise SurgeryError(f"There is no stack {name!r}.{hint} Stacks: {', '.join(stacks)}. Nothing was changed.")
+        stack = stacks[name]
+        whole = isinstance(indices, Iterable) and all(
+            isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in indices
+        )
+        if not whole:
+            raise SurgeryError(
+                f"Blocks of {name} are given as a list of whole numbers, found {indices!r}. Nothing was changed."
+            )
+        for index in indices:
+            if not 0 <= index < len(stack):
+                raise SurgeryError(
+                    f"{name} has blocks 0 to {len(stack) - 1}; there is no block {index}. Nothing was changed."
+                )
+            if index in stack.pinned:
+                raise SurgeryError(
+                    f"Block {index} of {name} is pinned: {stack.pinned[index]}. Remove other blocks. Nothing was "
+                    f"changed."
+                )
+        if len(set(indices)) != len(indices):
+            raise SurgeryError(f"A block of {name} is named twice: {list(indices)}. Nothing was changed.")
+        if len(indices) == len(stack):
+            raise SurgeryError(
+                f"All {len(stack)} blocks of {name} would go. At least one must stay. Nothing was changed."
+            )
+        if indices:
+            checked[name] = sorted(map(int, indices))
+    if not checked:
+        raise SurgeryError("No block was named, so there is nothing to remove.")
+    return checked
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    names = {type(module).__name__ for module in (model, getattr(model, "module", None)) if module is not None}
+    parameters = [type(p).__name__ for p in model.parameters()]
+    if "DistributedDataParallel" in names:
+        raise SurgeryError(
+            "The model is wrapped in DistributedDataParallel, whose buckets would not follow. Prune it before it is "
+            "wrapped."
+        )
+    if "DTensor" in parameters or any(
+        name.startswith(("FullyShardedDataParallel", "DeepSpeedEngine")) for name in names
+    ):
+        raise SurgeryError(
+            "The model's parameters are sharded (FSDP, DeepSpeed). Prune it with prune_model before it is wrapped."
+        )

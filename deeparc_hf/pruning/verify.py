@@ -1,0 +1,222 @@
+"""Verification by a forward pass: a pruned model must compute what the original computes with those blocks skipped.
+
+The original is run first with hooks that replace each removed block's output by its input. Where the two differ,
+something in the model depends on a block's place (GPT-2's scale_attn_by_inverse_layer_idx, a convolution after the
+first layer), and the removal is refused. So it is where nothing can be run, or where the inputs do not reach what the
+blocks are fed with.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging as hf_logging
+
+from ..architectures import Host, Stack
+from ..errors import CalibrationError, DeepArcWarning, SurgeryError
+from ..observe.batches import cut, forward_kwargs
+from ..observe.forward import evaluating, forward, require_weights, senses, skipped
+
+__all__ = ["Expectation", "expect"]
+
+# "hidden_states" and "attentions" of any part, XLNet's mems, RWKV's state, caches, the routers of experts; not
+# "last_hidden_state"
+_PER_BLOCK = re.compile(r"hidden_states$|attentions$|^mems$|^state$|past_|cache|^router_(logits|probs)$|loss$")
+_WAYS = (
+    "Give a batch that shows it: example=batch. Or say verify=False, and answer for it yourself. Nothing was changed."
+)
+
+
+class Expectation:
+    """What the original puts out with blocks skipped, to hold the pruned model against.
+
+    Args:
+        host: the model.
+        inputs: what it was run on.
+        output: what it put out.
+        gone: how many blocks go, of any stack: outputs with one entry a block are shorter by so many.
+    """
+
+    def __init__(self, host: Host, inputs: dict[str, Any], output: Any, gone: set[int]) -> None:
+        self.host = host
+        self.inputs = inputs
+        self.output = output
+        self.gone = gone
+        self.generated = _generation_error(host, inputs) is None
+
+    def check(self) -> None:
+        """Run the pruned model on the same inputs.
+
+        Raises:
+            SurgeryError: if it cannot run or computes something else.
+        """
+        try:
+            with evaluating(self.host.root):
+                output = forward(self.host, self.inputs)
+        except CalibrationError as error:
+            cause = error.__cause__
+            raise SurgeryError(
+                f"The pruned model cannot run: {type(cause).__name__}: {cause}. The model is as it was before."
+            ) from error
+        error = _generation_error(self.host, self.inputs) if self.generated else None
+        if error is not None:
+            warnings.warn(
+                f"{type(self.host.root).__name__} can no longer generate with a cache ({type(error).__name__}: "
+                f"{error}), in stock transformers too: T5 and its like need at least as many encoder blocks as decoder "
+                f"blocks for that. Keep more encoder blocks, remove decoder blocks too, or generate with "
+                f"use_cache=False.",
+                DeepArcWarning,
+                stacklevel=5,
+            )
+        compared = 0
+        for expected, found in _pairs(self.output, output, self.gone):
+            compared += 1
+            self._compare(expected, found)
+        if not compared:
+            raise SurgeryError(
+                f"The removal cannot be verified: {type(self.host.root).__name__} puts out no tensor to compare. "
+                f"{_WAYS} The model is as it was before."
+            )
+
+    def _compare(self, expected: Tensor, found: Tensor) -> None:
+        expected, found, dtype = expected.float(), found.float(), expected.dtype
+        # minus infinity, or nearly, stands where nothing is to be chosen: it must stand there in both, and says nothing
+        # of the scale
+        huge = ~(expected.abs() < 0.1 * torch.finfo(dtype).max)
+        same = torch.equal(huge, ~(found.abs() < 0.1 * torch.finfo(dtype).max))
+        far = (found - expected).abs()[~huge]
+        scale = expected[~huge].abs().max().item() + 1e-6 if far.numel() else 1.0
+        difference = far.max().item() if far.numel() else 0.0
+        # both runs do the same operations; the bounds leave room for kernels that choose their order by memory layout
+        bound = 1e-5 if dtype in (torch.float32, torch.float64) else 1e-2
+        if not same or not difference <= bound * scale:
+            raise SurgeryError(
+                "The pruned model does not compute what the original computes with these blocks skipped (largest "
+                f"difference {difference:.3g}, outputs up to {scale:.3g}): something in "
+                f"{type(self.host.root).__name__} depends on a block's place. It cannot be pruned so; the model is as "
+                f"it was before."
+            )
+
+
+def expect(
+    host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]], batch: Any = None
+) -> Expectation:
+    """Run the original with blocks skipped, on a sample of `batch` or on small made-up inputs.
+
+    Raises:
+        SurgeryError: if the model has no weights, there is nothing to run on or the model cannot run on it, a block is
+            no residual block, or the inputs do not reach a block that goes, or a part of the model that sees or hears.
+    """
+    if batch is None and host.merges_inputs:
+        raise SurgeryError(
+            f"{type(host.root).__name__} merges images into its text, and which of its blocks do so may be told by "
+            f"their place; that shows only on a batch with images. Give one: example=batch. Nothing was changed."
+        )
+    require_weights(host, SurgeryError, otherwise=" Or say verify=False: then its settings alone are checked.")
+    inputs = host.example_inputs() if batch is None else cut(forward_kwargs(host, batch), 2)
+    if inputs is None:
+        raise SurgeryError(
+            f"The removal cannot be verified: no inputs can be made up for {type(host.root).__name__}. {_WAYS}"
+        )
+    ran: set[str] = set()
+    with ExitStack() as hooks:
+        for name, stack in stacks.items():
+            for index, block in enumerate(stack.blocks):
+                handle = block.register_forward_pre_hook(_noting(ran, f"{name}.{index}"))
+                hooks.callback(handle.remove)
+        for name, indices in removed.items():
+            for index in indices:
+                hooks.enter_context(skipped(stacks[name], index, must_run=False))
+        try:
+            with evaluating(host.root):
+                output = forward(host, inputs)
+        except CalibrationError as error:
+            where = "the batch" if batch is not None else "inputs that were made up for it"
+            problem = error if error.__cause__ is None else f"{type(error.__cause__).__name__}: {error.__cause__}."
+            raise SurgeryError(
+                f"The removal cannot be verified: {type(host.root).__name__} cannot run on {where} with these blocks "
+                f"skipped. {problem} " + ("Nothing was changed." if batch is not None else _WAYS)
+            ) from error
+    _require_reached(host, stacks, removed, inputs, ran)
+    return Expectation(host, inputs, output, {len(indices) for indices in removed.values()})
+
+
+def _noting(ran: set[str], path: str) -> Any:
+    def note(module: nn.Module, args: Any) -> None:
+        ran.add(path)
+
+    return note
+
+
+def _require_reached(
+    host: Host,
+    stacks: Mapping[str, Stack],
+    removed: Mapping[str, Sequence[int]],
+    inputs: Mapping[str, Any],
+    ran: set[str],
+) -> None:
+    """Refuse inputs that do not show what a removal does: what sees or hears may feed any block, by its place."""
+    idle = [
+        path
+        for path in (f"{name}.{index}" for name, indices in removed.items() for index in indices)
+        if path not in ran
+    ]
+    idle += [name for name, stack in stacks.items() if f"{name}.0" not in ran and senses(host, stack)]
+    if idle:
+        raise SurgeryError(
+            f"The removal cannot be verified: the inputs ({', '.join(inputs)}) do not reach {idle[0]}. Give a batch "
+            f"that does: example=batch. Or say verify=False, and answer for it yourself. Nothing was changed."
+        )
+
+
+def _generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None:
+    """What goes wrong when two tokens are generated with a cache; None if nothing does,
+    or the model does not generate.
+    """
+    root = host.root
+    if host.library != "transformers" or not root.can_generate():
+        return None
+    given = {key: inputs[key][:1] for key in (root.main_input_name, "attention_mask") if key in inputs}
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # advice on generation settings is beside the point here
+    try:
+        with evaluating(root), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            root.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1, use_cache=True)
+    except Exception as error:
+        return error
+    finally:
+        hf_logging.set_verbosity(level)
+    return None
+
+
+def _pairs(expected: Any, found: Any, gone: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The floating tensors of two outputs, side by side; caches, and what has one entry a block, are passed over.
+
+    Raises:
+        SurgeryError: if they are not of the same form.
+    """
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            raise SurgeryError(
+                "The pruned model puts out other shapes than the original. The model is as it was before."
+            )
+        if expected.is_floating_point():
+            yield expected, found
+    elif isinstance(expected, Mapping):
+        for key, value in expected.items():
+            if not _PER_BLOCK.search(key):
+                yield from _pairs(value, found.get(key), gone)
+    elif isinstance(expected, (tuple, list)):
+        if not isinstance(found, (tuple, list)) or len(expected) - len(found) not in {0, *gone}:
+            raise SurgeryError(
+                "The pruned model puts out something else than the original. The model is as it was before."
+            )
+        for one, other in zip(expected, found, strict=True) if len(expected) == len(found) else ():
+            yield from _pairs(one, other, gone)

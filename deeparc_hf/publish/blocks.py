@@ -1,0 +1,138 @@
+"""The blocks of a card: which went and which stayed, what was repaired, and what the similarities were, all in the
+original's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..checkpoint.record import PrunedConfig
+from ..core.markdown import code, fenced, md, table
+from ..core.plain_text import plain
+from ..core.tables import threshold_text
+from ..pruning.plan import PruningPlan, StackPlan
+
+__all__ = ["alt_text", "numbers_of_plan", "removed_text", "repairs", "similarity_tables", "strip"]
+
+_WHOLE = 20  # longest stack whose matrix is shown whole
+_PER_GROUP = 10
+
+
+def removed_text(record: PrunedConfig) -> str:
+    """The blocks that are gone, by stack."""
+    gone = {name: blocks for name, blocks in record.removed.items() if blocks}
+    return "; ".join(f"{code(name)}: {_runs(blocks)}" for name, blocks in gone.items())
+
+
+def _runs(blocks: Sequence[int]) -> str:
+    """Numbers in short: 1, 4-6, 9."""
+    runs: list[list[int]] = []
+    for block in blocks:
+        if runs and runs[-1][-1] == block - 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return ", ".join(", ".join(map(str, run)) if len(run) < 3 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def strip(record: PrunedConfig) -> str:
+    """A line for each stack with a mark for each original block, in groups of ten beneath their numbers, and what the
+    marks mean.
+    """
+    gone: dict[str, dict[int, int]] = {}
+    for number, entry in enumerate(record.iterations, 1):
+        for name, blocks in (entry.get("removed") or {}).items():
+            gone.setdefault(name, {}).update(dict.fromkeys(blocks, number))
+    names = {name: plain(name, 60) for name in record.stacks}
+    width = max(map(len, names.values()), default=0)
+    longest = max((stack.length for stack in record.stacks.values()), default=0)
+    several = len(record.iterations) > 1
+    ruler = " ".join(str(first).ljust(_PER_GROUP) for first in range(0, longest, _PER_GROUP)).rstrip()
+    lines, stay = [f"{'block'.ljust(width)}  {ruler}"], False
+    for name, stack in record.stacks.items():
+        kept, frozen = set(stack.kept), {stack.kept[i] for i in record.frozen.get(name, ())}
+        marks = [
+            "*" if i in frozen else "#" if i in kept else _gone_mark(gone.get(name, {}).get(i), several)
+            for i in range(stack.length)
+        ]
+        stay = stay or bool(frozen)
+        groups = " ".join("".join(marks[i : i + _PER_GROUP]) for i in range(0, len(marks), _PER_GROUP))
+        lines.append(f"{names[name].ljust(width)}  {groups}  {len(kept)} of {stack.length} stay")
+    legend = ["# kept", *(["* kept, and frozen in the last retraining"] if stay else [])]
+    legend.append("1 to 9 removed, in which pruning (+: a later one)" if several else ". removed")
+    return fenced("\n".join([*lines, "", ", ".join(legend)]), "text")
+
+
+def _gone_mark(iteration: int | None, several: bool) -> str:
+    if not several or iteration is None:
+        return "."
+    return str(iteration) if iteration < 10 else "+"
+
+
+def repairs(record: PrunedConfig) -> list[str]:
+    """What became of each removal site, as lines of text. The record numbers them as the model did then; here they are
+    the original's.
+    """
+    now = {name: list(range(stack.length)) for name, stack in record.stacks.items()}
+    lines = []
+    for number, entry in enumerate(record.iterations, 1):
+        when = f" (pruning {number})" if len(record.iterations) > 1 else ""
+        for site in entry.get("healing") or ():
+            places = now.get(site["stack"], [])
+            if any(index >= len(places) for index in [*site["removed"], site.get("kept") or 0]):
+                continue  # of another model than the record tells of
+            removed = _runs([places[index] for index in site["removed"]])
+            lines.append(f"{code(site['stack'])}{when}: {_repair(site, removed, places)}")
+        gone = entry.get("removed") or {}
+        now = {name: [block for block in places if block not in gone.get(name, ())] for name, places in now.items()}
+    return lines
+
+
+def _repair(site: Mapping[str, object], removed: str, places: Sequence[int]) -> str:
+    if not site.get("healed"):
+        return f"{removed} removed, left as it is: {md(site.get('reason') or 'no reason noted')}"
+    held = site.get("held_out")
+    left = "" if held is None else f"; {100 * held:.1f} % of the squared error is left on held-out samples"  # type: ignore[operator]
+    return f"{removed} removed, block {places[site['kept']]} refitted{left}"  # type: ignore[index]
+
+
+def numbers_of_plan(plan: PruningPlan, record: PrunedConfig) -> dict[str, tuple[int, ...]]:
+    """What the original calls the blocks of the last plan, by stack: those that were left before it, if it is the
+    record's.
+    """
+    last = (record.iterations[-1].get("removed") or {}) if record.iterations else {}
+    numbers = {}
+    for name, stack in plan.stacks.items():
+        known = record.stacks.get(name)
+        before = range(len(stack)) if known is None else sorted({*known.kept, *last.get(name, ())})
+        numbers[name] = tuple(before)
+    return numbers
+
+
+def alt_text(plan: PruningPlan, numbers: Mapping[str, Sequence[int]]) -> str:
+    """What the heatmap shows, for those who do not see it."""
+    parts = []
+    for name, stack in plan.stacks.items():
+        values = [value for i, row in enumerate(stack.similarity) for j, value in enumerate(row) if i != j]
+        span = f", similarities from {min(values):.2f} to {max(values):.2f}" if values else ""
+        removed = [numbers[name][index] for index in stack.removed]
+        gone = f"{'block' if len(removed) == 1 else 'blocks'} {_runs(removed)} removed" if removed else "none removed"
+        parts.append(f"{md(name)}: {len(stack)} blocks{span}, {gone}")
+    return f"Heatmap of the similarity of every two blocks. {'; '.join(parts)}."
+
+
+def similarity_tables(plan: PruningPlan, numbers: Mapping[str, Sequence[int]]) -> str:
+    """The similarities of the last pruning as numbers: whole matrices of short stacks, neighbours of long ones."""
+    return "\n\n".join(_similarity(name, stack, numbers[name]) for name, stack in plan.stacks.items() if len(stack) > 1)
+
+
+def _similarity(name: str, stack: StackPlan, numbers: Sequence[int]) -> str:
+    labels = [f"{number} (removed)" if index in stack.removed else str(number) for index, number in enumerate(numbers)]
+    title = f"{code(name)} (threshold {threshold_text(stack.threshold)})"
+    others = [value for i, row in enumerate(stack.similarity) for j, value in enumerate(row) if i != j]
+    digits = 6 if any(0.9995 <= value < 1 for value in others) else 3  # some models' blocks are all but the same
+    if len(stack) > _WHOLE:
+        rows = [[labels[i], labels[i + 1], f"{stack.similarity[i][i + 1]:.{digits}f}"] for i in range(len(stack) - 1)]
+        return f"{title}, of neighbours:\n\n{table(['block', 'next block', 'similarity'], rows, left=(0, 1))}"
+    rows = [[labels[i], *(f"{value:.{digits}f}" for value in row)] for i, row in enumerate(stack.similarity)]
+    return f"{title}:\n\n{table(['block', *map(str, numbers)], rows)}"

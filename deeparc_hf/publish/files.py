@@ -1,0 +1,121 @@
+"""Which files of a folder make up a checkpoint that may be published, and which files of an earlier one must go when it
+is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..errors import ConfigError
+
+__all__ = ["checkpoint_files", "checkpoints_in", "outdated"]
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# by name: nothing that runs code when it is read (pickles), and nothing that lies beside a checkpoint by chance
+_CHECKPOINT = re.compile(
+    r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|([\w.\-]*_)?config\.json|preprocessor\w*\.json|tokenizer[\w.\-]*\.(json|model)"
+    r"|(vocab|added_tokens|special_tokens_map|normalizer|chat_template|merges)[\w.\-]*\.(json|txt|bpe|jinja)|[\w\-]*\.(spm|tiktoken|model)"
+    r"|chat_template\.jinja|README\.md|LICEN[CS]E[\w.\-]*|NOTICE[\w.\-]*|(pruning_|sparsity_)?report\.(json|md)|pruning_plan\.json|evaluations\.json"
+    r"|results\.(json|md)|scores\.md|(similarity|quality|heatmap)\.png"
+)
+_TEMPLATES = "additional_chat_templates"
+_TOKENIZER = re.compile(
+    r"tokenizer[\w.\-]*\.(json|model)|(vocab|added_tokens|special_tokens_map|normalizer|chat_template|merges)[\w.\-]*\.(json|txt|bpe|jinja)"
+    rf"|[\w\-]*\.(spm|tiktoken|model)|chat_template\.jinja|{_TEMPLATES}/.+"
+)
+# weights that a loader would take instead of the new ones, and the Trainer's pickle of its arguments
+_WEIGHTS_OF_OLD = re.compile(
+    r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"
+    r"|tf_model\.h5|flax_model\.msgpack|adapter_config\.json|adapter_model\.(safetensors|bin)|training_args\.bin"
+)
+_REPORTS_OF_OLD = re.compile(r"(pruning|sparsity)_report\.(json|md)|(pruning_plan|evaluations)\.json")
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """The files of a whole checkpoint in a folder, by their names in a repository.
+
+    Raises:
+        ConfigError: if it is not whole, is of a kind with several parts, or holds a link to somewhere else.
+    """
+    if (folder / "modules.json").is_file():
+        raise ConfigError(
+            "This is a SentenceTransformer, whose parts lie in several folders. Publish it by its own push_to_hub."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            "This is a PEFT adapter, not a whole model. Merge it (model.merge_and_unload()) and publish the result."
+        )
+    found = {
+        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _CHECKPOINT.fullmatch(path.name)
+    }
+    found |= {f"{_TEMPLATES}/{path.name}": path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    for name, path in found.items():
+        _refuse_foreign_link(folder, name, path)
+    _check_whole(found)
+    return found
+
+
+def outdated(there: Iterable[str], files: Mapping[str, Path]) -> list[str]:
+    """The files of a repository that this checkpoint does not replace, and that must go with the one before it."""
+    tokenizer = "tokenizer_config.json" in files
+    return [
+        name
+        for name in there
+        if name not in files
+        and (
+            _WEIGHTS_OF_OLD.fullmatch(name)
+            or _REPORTS_OF_OLD.fullmatch(name)
+            or (tokenizer and _TOKENIZER.fullmatch(name))
+        )
+    ]
+
+
+def _refuse_foreign_link(folder: Path, name: str, path: Path) -> None:
+    target = path.resolve()
+    in_cache = (
+        folder.resolve().parent.name == "snapshots" and target.parent.name == "blobs"
+    )  # huggingface_hub's cache is made of links
+    if not target.is_relative_to(folder.resolve()) and not in_cache:
+        raise ConfigError(
+            f"{name} in the folder is a link to a file elsewhere, which is not published. Put the file itself there."
+        )
+
+
+def _check_whole(found: Mapping[str, Path]) -> None:
+    how = "Save the model there by save_pretrained, trainer.save_model or deeparc_hf.save_pruned."
+    if "config.json" not in found:
+        raise ConfigError(f"This is no whole checkpoint: it has no config.json. {how}")
+    weights = [WEIGHTS] if WEIGHTS in found else _shards(found)
+    if not weights:
+        raise ConfigError(f"This is no whole checkpoint: it needs {WEIGHTS}, or {INDEX} with its shards. {how}")
+    for name in weights:
+        try:
+            with safe_open(found[name], "pt") as stored:
+                stored.keys()
+        except (SafetensorError, OSError, KeyError) as error:
+            raise ConfigError(
+                f"This is no whole checkpoint: {name} is not there, or is damaged ({error}). {how}"
+            ) from error
+
+
+def _shards(found: Mapping[str, Path]) -> list[str]:
+    if INDEX not in found:
+        return []
+    try:
+        names = set(json.loads(found[INDEX].read_text("utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"This is no whole checkpoint: {INDEX} is damaged ({type(error).__name__}).") from error
+    return sorted(map(str, names))
+
+
+def checkpoints_in(output: Path) -> list[Path]:
+    """The folders of a Trainer's checkpoints: in its output folder, and in those of the trials of a hyperparameter
+    search in it.
+    """
+    return [path for pattern in ("checkpoint-*", "*/checkpoint-*") for path in output.glob(pattern) if path.is_dir()]

@@ -1,0 +1,110 @@
+"""A README.md that is there already: whose it is, and what of its metadata stays."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import yaml_dump
+
+from ..core.plain_text import plain
+
+__all__ = ["bare_metadata", "kept_message", "made_by_us", "marked", "may_replace", "merged"]
+
+_MARK = re.compile(r"\n<!-- deeparc_hf ([0-9a-f]{64}) -->\n*\Z")
+_STOCK_DRAFT = "This model card has been generated automatically according to the information the Trainer had access to"
+_TO_FILL_IN = "More information needed"  # in each of the draft's sections; somebody who edits it writes there
+_METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---\s*", re.DOTALL)
+_LONGEST = 100_000
+_LISTS = ("language", "tags", "datasets", "metrics")
+
+
+def marked(body: str) -> ModelCard:
+    """A card with the mark by which it is known that nobody has edited it."""
+    return ModelCard(f"{body}\n<!-- deeparc_hf {_digest(body)} -->\n")
+
+
+def made_by_us(text: str) -> bool:
+    """Whether a card is one of `create_model_card`, and as it wrote it: nobody has edited it since."""
+    found = _MARK.search(text)
+    return found is not None and _digest(text[: found.start()]) == found.group(1)
+
+
+def may_replace(file: Path) -> bool:
+    """Whether a README.md may be replaced: it is a card as this package wrote it, the Trainer's draft, metadata alone,
+    or not there.
+    """
+    if not file.is_file():
+        return True
+    text = file.read_text("utf-8", errors="replace")
+    return (
+        made_by_us(text) or (_STOCK_DRAFT in text and text.count(_TO_FILL_IN) >= 3) or _only_metadata(text) is not None
+    )
+
+
+def bare_metadata(file: Path) -> dict[str, Any]:
+    """The metadata of a README.md that holds nothing else (a licence that was set on the Hub's page); none of any
+    other.
+    """
+    return (_only_metadata(file.read_text("utf-8", errors="replace")) or {}) if file.is_file() else {}
+
+
+def _only_metadata(text: str) -> dict[str, Any] | None:
+    """The metadata of a page that holds nothing else; None if it holds more, or what is no metadata."""
+    if not text.strip():
+        return {}
+    found = _METADATA.fullmatch(text)
+    if found is None or len(text) > _LONGEST:
+        return None
+    if not found.group(1).strip():
+        return {}
+    try:
+        data = ModelCard(f"---\n{found.group(1)}\n---\n").data.to_dict()
+    except Exception:  # whatever a YAML parser makes of it: it is left alone then
+        return None
+    return data if data and all(isinstance(key, str) for key in data) else None
+
+
+def merged(card: ModelCard, theirs: Mapping[str, Any], told: Collection[str] = ()) -> ModelCard:
+    """Our card with the metadata that somebody set before: theirs stay, lists add up, and what was told now counts
+    more.
+
+    Args:
+        theirs: the metadata that was there.
+        told: the keys that were given for this card.
+    """
+    if not theirs:
+        return card
+    body = _MARK.sub("\n", str(card)).rstrip() + "\n"
+    page = _METADATA.match(body)
+    ours = ModelCard(body).data.to_dict()
+    for key, value in theirs.items():
+        if key in _LISTS and key in ours:
+            ours[key] = list(
+                dict.fromkeys([*_many(ours[key]), *(entry for entry in _many(value) if isinstance(entry, str))])
+            )
+        elif key not in told and (
+            key not in ours or key in ("license", "license_name", "license_link", "pipeline_tag", "base_model")
+        ):
+            ours[key] = value
+    return marked(f"---\n{yaml_dump(ours, sort_keys=False)}---\n\n{body[page.end() :] if page is not None else body}")
+
+
+def _many(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.strip().encode()).hexdigest()
+
+
+def kept_message(where: Any, how: str) -> str:
+    """What is told of a README.md that stays."""
+    return (
+        f"{plain(where)} was written or edited by somebody, so it stays as it is, and the new card is not written. "
+        f"To replace it: {how}."
+    )

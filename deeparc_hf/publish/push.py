@@ -1,0 +1,267 @@
+"""Publishing on the Hub: a checkpoint with its card and its reports, in one commit."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+
+from ..checkpoint.loading import save_pruned
+from ..core.distributed import process_index
+from ..core.hub_help import hub_help, upload_help
+from ..errors import ConfigError, DeepArcWarning
+from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, check_told, make_card, told_keys
+from .files import checkpoint_files, outdated
+from .merging import bare_metadata, kept_message, may_replace, merged
+
+__all__ = ["push_to_hub"]
+
+_REPORT = re.compile(
+    r"((pruning|sparsity)_)?report\.(json|md)|pruning_plan\.json|evaluations\.json|(similarity|quality)\.png"
+)
+
+# what is told for the card, as create_model_card takes it
+_CARD_SETTINGS = {
+    *("model_name", "language", "license", "license_name", "license_link", "tags", "finetuned_from"),
+    *("tasks", "dataset_tags", "dataset", "dataset_args", "command"),
+}
+_TRIES = 5  # where others commit at the same time
+_CONFLICT = 412
+
+
+def push_to_hub(
+    trainer_or_model: Any,
+    repo_id: str | None = None,
+    *,
+    processing_class: Any = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    card: ModelCard | None = None,
+    reports: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    model_name: str | None = None,
+    language: str | Sequence[str] | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | Sequence[str] | None = None,
+    dataset_tags: str | Sequence[str] | None = None,
+    dataset: str | Sequence[str] | None = None,
+    dataset_args: str | Sequence[str] | None = None,
+    command: str | None = None,
+) -> CommitInfo | None:
+    """Publish a model on the Hub: weights, config with its record, tokenizer or image processor, reports and card, in
+    one commit.
+
+    The repository is made if there is none (not for a pull request). Weights, reports and tokenizer files of an earlier
+    push that this one does not replace are deleted in the same commit: a loader might prefer them. If others commit at
+    the same time, nothing of theirs is lost. If the upload fails or is killed, the repository stays at its last commit,
+    and a further call does it again.
+
+    A README.md that somebody wrote or edited stays, with a warning: in the folder (it goes along as it is), and on the
+    Hub. One that holds metadata alone (a licence that was set on the Hub's page) is no such card: its metadata is taken
+    over into the new one.
+
+    Args:
+        trainer_or_model: a Trainer (its hub_* arguments are the defaults here), a model, or the folder of a checkpoint.
+            Of a folder the files are taken that belong to a checkpoint, by their names; no pickles, nothing else that
+            lies there.
+        repo_id: ORG/NAME, or NAME in your own namespace; default: the Trainer's hub_model_id, or the folder's name.
+        processing_class: the tokenizer or image processor that goes with a model.
+        private: whether a repository that is made is private; default: as the organisation has it.
+        revision: the branch to commit to, which is made if there is none; default: main.
+        create_pr: open a pull request instead; no right to write is needed.
+        commit_message: the title of the commit.
+        token: as in `huggingface_hub`: None for that of `hf auth login` or HF_TOKEN.
+        card: a card to publish instead of a new one, whatever is there. Pictures and reports go along as with a new
+            one.
+        reports: for a model: the folder of its run, whose reports go along.
+        overwrite: replace a README.md that somebody wrote or edited, too.
+        model_name, language, license, license_name, license_link, tags, finetuned_from, tasks, dataset_tags, dataset,
+        dataset_args,
+            command: as in `create_model_card`, for the new card.
+
+    Returns:
+        What the Hub says of the commit; None in processes other than the first.
+
+    Raises:
+        ConfigError: if there is nothing to publish, or the Hub would refuse the card. RecordError: if the record or a
+            report is malformed. huggingface_hub's own errors, with a line of help, if the Hub refuses or the upload
+            breaks off.
+    """
+    told = {name: value for name, value in locals().items() if name in _CARD_SETTINGS}  # as they are named above
+    check_told(**{key: told[key] for key in ("license", "language", "tags", "tasks")})
+    args = (
+        None if isinstance(trainer_or_model, (str, os.PathLike, nn.Module)) else getattr(trainer_or_model, "args", None)
+    )
+    if args is not None:
+        repo_id = repo_id or args.hub_model_id or Path(args.output_dir).resolve().name
+        private = args.hub_private_repo if private is None else private
+        revision, token = revision or args.hub_revision, args.hub_token if token is None else token
+    elif repo_id is None:
+        if isinstance(trainer_or_model, nn.Module):
+            raise ConfigError("Say where the model goes: push_to_hub(model, 'ORG/NAME').")
+        repo_id = Path(trainer_or_model).resolve().name
+    with tempfile.TemporaryDirectory(prefix="deeparc_hf-") as scratch:
+        stage = Path(scratch)
+        saved = _saved(trainer_or_model, stage, processing_class)
+        if process_index() != 0 or (args is not None and args.process_index != 0):
+            return None
+        # what is wrong with the checkpoint or its card is said before anything is made on the Hub
+        files = checkpoint_files(saved)
+        settings = {
+            "processing_class": processing_class,
+            "reports": reports,
+            "revision": revision,
+            "overwrite": overwrite,
+            **told,
+        }
+        with hub_help(repo_id):
+            api = HfApi(token=token)
+            if create_pr and "/" not in repo_id:
+                repo_id = f"{api.whoami()['name']}/{repo_id}"
+            files = _with_card(trainer_or_model, stage, files, card, repo_id, settings)
+            whole = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if whole != repo_id and card is None:  # the code in the card names the repository
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", DeepArcWarning)  # they were given above
+                    files = _with_card(trainer_or_model, stage, files, card, whole, settings)
+            if revision is not None and not create_pr and not revision.startswith("refs/"):
+                api.create_branch(whole, branch=revision, exist_ok=True)
+            message = commit_message or f"Upload {_what(trainer_or_model)} with deeparc_hf"
+            keep = None if overwrite or card is not None else told_keys(told)
+            return _commit(api, whole, files, revision, create_pr, message, keep)
+
+
+def _what(source: Any) -> str:
+    model = source if isinstance(source, nn.Module) else getattr(source, "model", None)
+    return "model" if model is None else type(model).__name__
+
+
+def _saved(source: Any, stage: Path, processing_class: Any) -> Path:
+    """The folder with the checkpoint's files; a live model is saved into the stage."""
+    if isinstance(source, (str, os.PathLike)):
+        folder = Path(source)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}. Give a checkpoint's folder, a model or a Trainer.")
+        return folder
+    if isinstance(source, nn.Module):
+        save_pruned(source, stage)
+    elif hasattr(source, "save_model"):
+        # in all processes; with the private argument, where a subclass has it, it does not push by itself
+        takes = inspect.signature(source.save_model).parameters
+        private = "_internal_call" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        source.save_model(str(stage), **({"_internal_call": True} if private else {}))
+        if source.args.should_save and not (stage / "config.json").is_file():
+            save_pruned(
+                source.accelerator.unwrap_model(source.model), stage
+            )  # a bare timm model, whose config the Trainer does not save
+    else:
+        raise ConfigError(
+            f"What is published is a Trainer, a model or a checkpoint's folder, found a {type(source).__name__}."
+        )
+    if processing_class is not None:
+        processing_class.save_pretrained(stage)
+    return stage
+
+
+def _with_card(
+    source: Any,
+    stage: Path,
+    files: Mapping[str, Path],
+    card: ModelCard | None,
+    repo_id: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Path]:
+    """The files with the card, its picture, and the reports that are of this model; those of another are left out."""
+    folder = Path(source) if isinstance(source, (str, os.PathLike)) else settings["reports"]
+    folder = folder or getattr(getattr(source, "args", None), "output_dir", None)
+    files = {name: path for name, path in files.items() if not _REPORT.fullmatch(name)}
+    target = stage / CARD_FILE
+    target.unlink(missing_ok=True)
+    written = None if folder is None else Path(folder, CARD_FILE)
+    if written is not None and written.is_file() and bare_metadata(written):
+        shutil.copy(written, target)  # its metadata is taken over
+    _, facts = make_card(source, target, repo_id=repo_id, **settings)
+    if card is not None:
+        target.write_text(str(card), "utf-8")
+    elif written is not None and not settings["overwrite"] and not may_replace(written):
+        warnings.warn(
+            kept_message(written, "push_to_hub(..., overwrite=True) (--overwrite)"), DeepArcWarning, stacklevel=3
+        )
+        shutil.copy(written, target)
+    found = {name: stage / name for name in (CARD_FILE, PICTURE_FILE, QUALITY_FILE) if (stage / name).is_file()}
+    told = (
+        {} if folder is None else {name: Path(folder, name) for name in facts.reports if Path(folder, name).is_file()}
+    )
+    return {**files, **told, **found}
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, Path],
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+    told: Collection[str] | None,
+) -> CommitInfo:
+    """One commit on the newest one: if another came first, again on that.
+
+    Args:
+        told: the metadata that was given for the card; None if the card replaces whatever is there.
+    """
+    for attempt in range(_TRIES):
+        head = api.repo_info(repo_id, revision=revision).sha
+        there = api.list_repo_files(repo_id, revision=head)
+        mine: dict[str, Path | bytes] = dict(files)
+        if told is not None and CARD_FILE in there:
+            mine = _beside_theirs(api, repo_id, head, mine, told)
+        adds = [CommitOperationAdd(name, path) for name, path in sorted(mine.items())]
+        goes = [CommitOperationDelete(name) for name in outdated(there, files)]
+        try:
+            with upload_help(repo_id):
+                return api.create_commit(
+                    repo_id,
+                    [*adds, *goes],
+                    commit_message=message,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=head,
+                )
+        except HfHubHTTPError as error:
+            if error.response.status_code != _CONFLICT or attempt == _TRIES - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _beside_theirs(
+    api: HfApi, repo_id: str, head: str | None, files: Mapping[str, Path | bytes], told: Collection[str]
+) -> dict[str, Path | bytes]:
+    """The files without our card where somebody wrote one on the Hub, and with the metadata that was set there."""
+    ours = Path(str(files[CARD_FILE]))
+    with tempfile.TemporaryDirectory() as scratch:
+        theirs = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=head, local_dir=scratch))
+        if not may_replace(ours):
+            return dict(files)  # the one at hand was written by somebody, too
+        if may_replace(theirs):
+            card = merged(ModelCard(ours.read_text("utf-8")), bare_metadata(theirs), told)
+            return {**files, CARD_FILE: str(card).encode()}
+    where = f"{CARD_FILE} of {repo_id} on the Hub"
+    warnings.warn(kept_message(where, "push_to_hub(..., overwrite=True) (--overwrite)"), DeepArcWarning, stacklevel=4)
+    return {name: path for name, path in files.items() if name != CARD_FILE}

@@ -1,0 +1,115 @@
+"""Words that the Hub takes in the metadata of a card: what it would refuse is refused here, before anything is made
+there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from ..core.plain_text import quoted
+from ..errors import ConfigError
+
+__all__ = ["ERRORS", "LICENSES", "METRICS", "check_language", "check_license", "check_tags", "check_task"]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# https://huggingface.co/docs/hub/repositories-licenses
+LICENSES = _words(
+    """
+    afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+    bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
+    cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
+    cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
+    eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 grok2-community h-research
+    intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit
+    mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 open-mdw openrail openrail++ osl-3.0 other pddl postgresql unknown
+    unlicense wtfpl zlib
+    """
+)
+ERRORS = _words("brier_score cer character loss mae mape mse perplexity rmse smape ter wer")  # the lower the better
+TASKS = _words(
+    """
+    any-to-any audio-classification audio-text-to-text audio-to-audio automatic-speech-recognition depth-estimation
+    document-question-answering feature-extraction fill-mask graph-ml image-classification image-feature-extraction
+    image-segmentation image-text-to-image image-text-to-text image-text-to-video image-to-3d image-to-image
+    image-to-text image-to-video keypoint-detection mask-generation multiple-choice object-detection other
+    question-answering reinforcement-learning robotics sentence-similarity summarization table-question-answering
+    table-to-text tabular-classification tabular-regression tabular-to-text text-classification text-generation
+    text-ranking text-retrieval text-to-3d text-to-audio text-to-image text-to-speech text-to-video
+    time-series-forecasting token-classification translation unconditional-image-generation video-classification
+    video-text-to-text video-to-video visual-document-retrieval visual-question-answering voice-activity-detection
+    zero-shot-classification zero-shot-image-classification zero-shot-object-detection
+    """
+)
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+_LONGEST_TAG = 80
+# names of metrics that the Hub and the evaluate library know
+METRICS = _words(
+    """
+    accuracy balanced_accuracy bertscore bleu brier_score cer character chrf exact_match f1 loss mae mape map
+    matthews_correlation mean_iou meteor mse pearsonr perplexity precision recall rmse roc_auc rouge1 rouge2 rougeL
+    rougeLsum sacrebleu sari smape spearmanr ter top_5_accuracy wer
+    """
+)
+
+
+def check_license(license: str | None) -> None:
+    """Refuse a licence that the Hub would refuse.
+
+    Raises:
+        ConfigError: naming the nearest id.
+    """
+    if license is None or license in LICENSES:
+        return
+    near = difflib.get_close_matches(license.lower(), sorted(LICENSES), n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(
+        f"The Hub knows no licence {quoted(license)}.{hint} Give its id (apache-2.0, mit, cc-by-4.0, ...; they are "
+        f"listed at https://huggingface.co/docs/hub/repositories-licenses), or 'other' with license_name and "
+        f"license_link."
+    )
+
+
+def check_task(tasks: Iterable[str]) -> None:
+    """Refuse what is no task of the Hub.
+
+    Raises:
+        ConfigError: naming the nearest one.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            near = difflib.get_close_matches(task, sorted(TASKS), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"The Hub knows no task {quoted(task)}.{hint} They are listed at https://huggingface.co/tasks."
+            )
+
+
+def check_language(languages: Iterable[str]) -> None:
+    """Refuse what is no code of a language.
+
+    Raises:
+        ConfigError: if one is not.
+    """
+    for language in languages:
+        if not _LANGUAGE.fullmatch(language):
+            raise ConfigError(
+                f"A language is given by its code of two or three letters (en, deu), found {quoted(language)}."
+            )
+
+
+def check_tags(tags: Iterable[str]) -> None:
+    """Refuse tags that are no short visible texts.
+
+    Raises:
+        ConfigError: if one is not.
+    """
+    for tag in tags:
+        if not 0 < len(tag) <= _LONGEST_TAG or not tag.isprintable():
+            raise ConfigError(f"A tag is a visible text of at most {_LONGEST_TAG} characters, found {quoted(tag)}.")

@@ -1,0 +1,207 @@
+"""The report of one training with prunings in it: a row for the model before them and for each pruning, with the
+verdict on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..architectures import describe
+from ..core.environment import hardware, package_versions
+from ..core.files import finite, write_whole
+from ..healing.sites import healing_text
+from ..pruning.config import MPruneConfig
+
+__all__ = [
+    "RUN_REPORT",
+    "STAGES",
+    "STAGES_TEXT",
+    "quality_text",
+    "run_table",
+    "stages_table",
+    "structure_facts",
+    "write_run_report",
+]
+
+RUN_REPORT = "pruning_report"
+FORMAT_VERSION = 1
+STAGES = {
+    "before": "before",
+    "removed": "right after the removal",
+    "healed": "after healing",
+    "retrained": "after the retraining",
+}
+STAGES_TEXT = (
+    "The loss that the model puts out, in eval mode, as the callback measured it, with its 95 % interval (normal, from "
+    "the spread of the batches); where answers are classes, the share of right ones with its Wilson interval. All "
+    "columns of a row are of the same samples, which need not be all that the Trainer evaluates on. After the "
+    "retraining: when it was judged, or when the training ended."
+)
+
+
+def structure_facts(model: nn.Module) -> dict[str, Any]:
+    """Number of blocks of each stack, and number of parameters, of a model as it is now."""
+    return {
+        "blocks": {name: len(stack) for name, stack in describe(model)[2].items()},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def run_table(attempts: Sequence[Mapping[str, Any]], metric: str | None = None) -> str:
+    """The Markdown table of a run: a row for each pruning that was tried, in the order of the run.
+
+    Args:
+        attempts: as in `Progress.attempts`.
+        metric: the metric to show; None: the loss.
+    """
+    name = (metric or "loss").removeprefix("eval_")
+    header = ["model", "k", "threshold", "blocks", "parameters", "freeze", f"{name} after each evaluation (epoch)"]
+    header += ["evaluation time (s)", "training time (s)", "verdict"]
+    lines = [header, ["---", *["---:"] * (len(header) - 2), "---"]]
+    for attempt in attempts:
+        evaluations = attempt["evaluations"]
+        values = [(e["epoch"], e["metrics"].get(f"eval_{name}")) for e in evaluations]
+        runtime = evaluations[-1]["metrics"].get("eval_runtime") if evaluations else None
+        thresholds = sorted(set(attempt.get("thresholds", {}).values()))
+        lines.append(
+            [
+                attempt["name"],
+                str(attempt.get("k", "-")),
+                " ".join(f"{value:.4f}" for value in thresholds) or "-",
+                " + ".join(map(str, attempt["blocks"].values())),
+                f"{attempt['parameters']:,}",
+                str(sum(map(len, attempt["frozen"].values()))),
+                ", ".join(f"{value:.4f} ({epoch:g})" for epoch, value in values if value is not None) or "-",
+                "-" if runtime is None else f"{runtime:,.2f}",
+                f"{attempt['training_seconds']:,.2f}",
+                attempt.get("decision") or "-",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def quality_text(found: Mapping[str, Any]) -> str:
+    """A measure of a model (`quality.measure_quality`) in a few characters."""
+    return f"{found['loss']:.4f}" + ("" if found["accuracy"] is None else f" ({100 * found['accuracy']:.1f} % right)")
+
+
+def stages_table(attempts: Sequence[Mapping[str, Any]]) -> str | None:
+    """The Markdown table of what each step of each pruning did to the model; None where nothing was measured."""
+    rows = [attempt for attempt in attempts if "k" in attempt and attempt.get("stages")]
+    if not rows:
+        return None
+    lines = [["model", *STAGES.values(), "n", "measured on"], ["---", *["---:"] * (len(STAGES) + 1), "---"]]
+    for attempt in rows:
+        stages = attempt["stages"]
+        first = next(iter(stages.values()))
+        cells = [_with_interval(stages.get(stage)) for stage in STAGES]
+        lines.append([f"{attempt['name']} (k={attempt['k']})", *cells, f"{first['samples']:,}", first["data"]])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _with_interval(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    loss = f"{found['loss']:.4f}" + (
+        "" if found["loss_interval"] is None else " ({:.4f} .. {:.4f})".format(*found["loss_interval"])
+    )
+    if found["accuracy"] is None:
+        return loss
+    low, high = (100 * bound for bound in found["accuracy_interval"])
+    return f"{loss}; {100 * found['accuracy']:.1f} % ({low:.1f} .. {high:.1f})"
+
+
+def write_run_report(
+    folder: Path,
+    config: MPruneConfig,
+    progress: Mapping[str, Any],
+    metric: str | None,
+    zeroed_at: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all.
+
+    Args:
+        progress: where the training stands: baseline, phase, reason, accepted, and its attempts.
+        facts: settings and data of the training, the figures of its end, and the evaluations after it.
+    """
+    data = {
+        "format_version": FORMAT_VERSION,
+        "config": config.to_dict(),
+        "metric": metric,
+        "baseline": progress["baseline"],
+        "phase": progress["phase"],
+        "reason": progress["reason"],
+        "accepted": progress["accepted"],
+        "attempts": progress["attempts"],
+        "zeroed_at": zeroed_at,
+        "versions": package_versions(),
+        **(facts or {"training": {}, "data": {}, "final": [], "weights": None, "end": None, "hardware": hardware()}),
+    }
+    write_whole(folder / f"{RUN_REPORT}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+    write_whole(folder / f"{RUN_REPORT}.md", _markdown(data))
+
+
+def _markdown(data: Mapping[str, Any]) -> str:
+    attempts = data["attempts"]
+    tried = attempts[1:]
+    tries = f"{len(tried)} attempt{'' if len(tried) == 1 else 's'}"
+    summary = (
+        f"{data['accepted']} of {data['config']['iterations']} prunings accepted, {tries}. State of the run: "
+        f"{data['phase']}"
+    )
+    summary += f" ({data['reason']})." if data["reason"] else "."
+    parts = ["# Pruning report of a training", summary, run_table(attempts, data["metric"])]
+    if data["config"]["max_drop"] is not None:
+        baseline = "not known yet" if data["baseline"] is None else f"{data['baseline']:.6g}"
+        parts.append(
+            f"Gate: {data['metric']} against a baseline of {baseline}, max_drop {data['config']['max_drop']:g}."
+        )
+    parts.append(
+        "Blocks: by stack. Freeze: blocks that were not trained. Evaluation time: of the last evaluation, as the "
+        "Trainer measured it, in the middle of the training (a first one may be cold). Training time: of the training "
+        "steps alone, in this row's structure. The pruned models have been trained for longer than the one before "
+        "pruning. Blocks below are numbered as the original model counts them."
+    )
+    stages = stages_table(attempts)
+    if stages is not None:
+        parts += [
+            "## What each step did",
+            stages,
+            STAGES_TEXT,
+        ]
+    if tried and data["config"].get("distill"):
+        taught = ", ".join(f"{key} {value}" for key, value in data["config"]["distill"].items() if value is not None)
+        parts.append(f"The unpruned model taught during the retraining ({taught}).")
+    for attempt in tried:
+        removed = "; ".join(f"{name}: {', '.join(map(str, blocks))}" for name, blocks in attempt["removed"].items())
+        said = [
+            f"- {attempt['name']} (k={attempt['k']}, step {attempt['step']}) removed {removed}: "
+            f"{attempt.get('decision') or 'no verdict yet'}{': ' + attempt['reason'] if attempt.get('reason') else ''}."
+        ]
+        # these are numbered as the model was right before the pruning
+        said += [
+            f"  - Healing, blocks numbered as before this pruning: {healing_text(facts)}"
+            for facts in attempt.get("healing", [])
+        ]
+        parts.append("\n".join(said))
+    if data["zeroed_at"] is not None:
+        parts.append(
+            f"Weights were zeroed at step {data['zeroed_at']}: figures from there on are of a sparse model "
+            f"(sparsity_report.md)."
+        )
+    for entry in data["final"]:
+        shown = ", ".join(f"{key} {value:.6g}" for key, value in entry["metrics"].items())
+        parts.append(f"After the training: {shown}.")
+    facts = {
+        **{key.replace("_", " "): value for key, value in data["training"].items()},
+        **data["hardware"],
+        **data["versions"],
+    }
+    parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,80 @@
+"""Adapters (PEFT) on a sparse model: merging them without losing the zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures.hosts import RECORD_KEY, find_host, is_adapted
+from ..checkpoint.record import PrunedConfig
+from ..errors import SparsityError, UnsupportedModelError
+from .masks import zero_chosen
+
+__all__ = ["merge_keeping_zeros"]
+
+
+def merge_keeping_zeros(model: nn.Module) -> nn.Module:
+    """Merge the adapters of a PEFT model into its sparse base model, and unload them, as `merge_and_unload` does.
+
+    A merge adds a dense matrix (B times A, for LoRA) to every adapted weight, zeros included. Here the weights that are
+    zero in the base stay zero: the merged model computes W + BA where W is not zero, so evaluate it again.
+
+    Args:
+        model: a PEFT model whose adapters are not merged yet, on a base whose record lists zeros.
+
+    Returns:
+        The base model, merged, with its record. The PEFT model is used up.
+
+    Raises:
+        UnsupportedModelError: if the model is not a PEFT model that can merge.
+        SparsityError: if the base's record lists no zeros, or they are not there any more (adapters were merged
+            before).
+    """
+    if not is_adapted(model) or not hasattr(model, "merge_and_unload"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a PEFT model with adapters that can be merged. Give what get_peft_model "
+            f"returned."
+        )
+    base = model.get_base_model()
+    weights = {
+        path.removesuffix(".base_layer"): module for path, module in base.named_modules() if hasattr(module, "weight")
+    }
+    stored = getattr(getattr(base, "config", base), RECORD_KEY, None)
+    sparsity = None if stored is None else PrunedConfig.from_dict(stored).sparsity
+    entries = {_path(name, base, weights): entry for name, entry in (sparsity or {}).get("matrices", {}).items()}
+    if not entries:
+        raise SparsityError(
+            f"The record of {type(base).__name__} lists no zeros, so there are none to keep. Call merge_and_unload(); "
+            f"or sparsify the base model first, with sparsify_model."
+        )
+    masks: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        if name not in weights:
+            raise SparsityError(
+                f"The record lists zeros in {name!r}, which {type(base).__name__} lacks. Load the base model again."
+            )
+        if type(weights[name]).__name__ == "ModulesToSaveWrapper":
+            raise SparsityError(
+                f"{name} was trained as a whole (modules_to_save), so its zeros are lost. Leave it out there, and "
+                f"adapt it instead."
+            )
+        masks[name] = weights[name].weight.detach() == 0
+        if int(masks[name].sum()) < entry["zeros"]:
+            raise SparsityError(
+                f"By the record {entry['zeros']:,} weights of {name} are zero, but {int(masks[name].sum()):,} are. If "
+                f"the adapters are merged already, call model.unmerge_adapter() first."
+            )
+    merged = model.merge_and_unload()
+    host = find_host(merged)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            zero_chosen(host.root.get_submodule(name).weight, mask)
+    return merged
+
+
+def _path(name: str, base: nn.Module, weights: Mapping[str, nn.Module]) -> str:
+    """A matrix's path in a model that may have another head than the one whose record names it."""
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    return next((path for path in (name, f"{prefix}{name}", name.removeprefix(prefix)) if path in weights), name)

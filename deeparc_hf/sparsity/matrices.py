@@ -1,0 +1,256 @@
+"""The linear maps of a model's blocks as matrices: what weight sparsity works on.
+
+Embeddings, heads, stems, norms and everything else outside the blocks is left alone, and so are tables and routers
+inside them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from ..architectures import Host, Stack
+from ..errors import ConfigError, UnsupportedModelError
+
+__all__ = ["Matrix", "find_matrices", "is_sharded", "matrices_named"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+_PACKED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+_ROUTER = re.compile(r"Router|Gating|Gate$")
+_GATES = ("gate", "router", "shared_expert_gate")
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One linear map of a block: a Linear, GPT-2's Conv1D, or a convolution.
+
+    Attributes:
+        name: module path, seen from the host's root.
+        module: the map.
+        stack: the stack that its block belongs to.
+        block: index of the block.
+    """
+
+    name: str
+    module: nn.Module
+    stack: Stack
+    block: int
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module._parameters["weight"]  # type: ignore[return-value]
+
+    @property
+    def role(self) -> str:
+        """Path within the block: the same for the same map of every block."""
+        return self.name.removeprefix(f"{self.stack.name}.").partition(".")[2]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of output rows that meet inputs of their own: those of a convolution, else 1."""
+        return self.module.groups if isinstance(self.module, _CONVOLUTIONS) else 1
+
+    def rows(self, weight: Tensor | None = None) -> Tensor:
+        """The weight, or a tensor of its shape, as a view of shape (d_out, d_in); a convolution's inputs are channel x
+        kernel position.
+        """
+        weight = self.weight.detach() if weight is None else weight
+        if isinstance(self.module, Conv1D):
+            return weight.t()  # stored as (d_in, d_out)
+        return weight.flatten(1)
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """The inverse of `rows`: a tensor of shape (d_out, d_in) in the shape of the weight."""
+        if isinstance(self.module, Conv1D):
+            return rows.t().contiguous()
+        return rows.reshape(self.weight.shape)
+
+
+def find_matrices(host: Host, stacks: Mapping[str, Stack], targets: Sequence[str] | None = None) -> list[Matrix]:
+    """The linear maps of all blocks, in the order of the blocks.
+
+    Args:
+        host: the model.
+        stacks: its stacks.
+        targets: patterns (fnmatch) of the module paths of those that are wanted; None: all.
+
+    Raises:
+        ConfigError: if a pattern matches none.
+        UnsupportedModelError: if one that is wanted cannot have single weights zeroed: fused experts, packed, tied or
+            sharded weights, a map that computes with something else than its weight. The message names it.
+    """
+    if is_sharded(host.root):
+        raise UnsupportedModelError(
+            f"The parameters of {host.label} are sharded (FSDP, DeepSpeed), so no process sees whole rows of a matrix. "
+            f"Call sparsify_model before the model is wrapped, or train in DistributedDataParallel."
+        )
+    found, refused = _survey(host, stacks)
+    _check_patterns(targets, [matrix.name for matrix in found] + list(refused), host)
+    for name, reason in refused.items():
+        if _wanted(name, targets, host):
+            advice = (
+                f"To leave it out, name the maps that are meant: targets=[...], patterns of module "
+                f"paths{_example(found)}."
+            )
+            raise UnsupportedModelError(
+                f"The weights of {name} of {host.label} cannot be zeroed one by one: {reason}. Nothing was changed."
+                f"{f' {advice}' if found else ''}"
+            )
+    wanted = [matrix for matrix in found if _wanted(matrix.name, targets, host)]
+    if not wanted:
+        raise UnsupportedModelError(
+            f"The blocks of {host.label} hold no linear maps (Linear, Conv1D, Conv1d, Conv2d) to sparsify."
+        )
+    return wanted
+
+
+def matrices_named(host: Host, stacks: Mapping[str, Stack], names: Collection[str]) -> dict[str, Matrix]:
+    """Those of some linear maps that the model has, by their exact module paths."""
+    return {matrix.name: matrix for matrix in _survey(host, stacks)[0] if matrix.name in names}
+
+
+def is_sharded(root: nn.Module) -> bool:
+    """Whether the parameters of a model are spread over processes."""
+    if any(
+        type(module).__name__.startswith(("FullyShardedDataParallel", "DeepSpeedEngine")) for module in root.modules()
+    ):
+        return True
+    return any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in root.parameters())
+
+
+def _survey(host: Host, stacks: Mapping[str, Stack]) -> tuple[list[Matrix], dict[str, str]]:
+    """All linear maps of the blocks, and those whose weights cannot be zeroed one by one, each with the reason."""
+    found: list[Matrix] = []
+    refused: dict[str, str] = {}
+    owners = _owners(host.root)
+    for name, module, stack, block in _modules(stacks):
+        reason = _refusal(module)
+        if reason is None and _is_matrix(module):
+            others = [path for owner, path in owners[id(module._parameters["weight"])].items() if owner != id(module)]
+            if others:
+                reason = f"its weight is tied to that of {others[0]}, which would get the zeros too"
+            else:
+                found.append(Matrix(name, module, stack, block))
+        if reason is not None:
+            refused[name] = reason
+    return found, refused
+
+
+def _modules(stacks: Mapping[str, Stack]) -> Iterator[tuple[str, nn.Module, Stack, int]]:
+    for stack in stacks.values():
+        for index, block in enumerate(stack.blocks):
+            routers: list[str] = []
+            for path, module in block.named_modules():
+                if _routes(block, path, module):
+                    routers.append(path)
+                if not any(path == router or path.startswith(f"{router}.") for router in routers):
+                    yield f"{stack.name}.{index}{'.' if path else ''}{path}", module, stack, index
+
+
+def _routes(block: nn.Module, path: str, module: nn.Module) -> bool:
+    """Whether a module chooses among experts: a few weights on which everything depends."""
+    if _ROUTER.search(type(module).__name__):
+        return True
+    above, _, name = path.rpartition(".")
+    siblings = (child for child, _ in block.get_submodule(above).named_children())
+    return name in _GATES and any("expert" in child for child in siblings if child != name)
+
+
+def _owners(root: nn.Module) -> dict[int, dict[int, str]]:
+    """The modules that hold each parameter, each with a path that leads to it."""
+    owners: dict[int, dict[int, str]] = defaultdict(dict)
+    for path, module in root.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)][id(module)] = path
+    return owners
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, *_CONVOLUTIONS))
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why a module's weights cannot be zeroed one by one; None if they can, or if it has none that would be."""
+    kind = type(module)
+    tensors = {**module._parameters, **module._buffers}
+    packed = [
+        name
+        for name, t in tensors.items()
+        if t is not None and t.ndim > 1 and (t.dtype in _PACKED or name.startswith("qweight"))
+    ]
+    if packed or kind.__module__.startswith(("torch.ao.nn.quantized", "bitsandbytes.")):
+        return f"it is packed by quantization ({kind.__name__}); sparsify the model first and quantize it afterwards"
+    if _is_matrix(module):
+        weight = module._parameters.get("weight")
+        if weight is None:
+            return f"its weight is computed from something else ({kind.__name__}, a parametrization)"
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            return f"it stores its weight as {type(weight.data).__name__} of {weight.dtype}, and not as plain numbers"
+        own = kind.forward is not Conv1D.forward if isinstance(module, Conv1D) else not _computes_plainly(module)
+        return f"{kind.__name__} does not compute with its weight as it is stored" if own else None
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention computes with its matrices in one fused call, whose inputs cannot be observed"
+    fused = [name for name, p in module._parameters.items() if p is not None and p.ndim > 2 and max(p.shape[1:]) > 1]
+    if fused and not isinstance(module, nn.Embedding):
+        shape = tuple(module._parameters[fused[0]].shape)  # type: ignore[union-attr]
+        return (
+            f"{kind.__name__}.{fused[0]} holds several matrices in one tensor {shape}, as fused experts do, each "
+            f"with inputs of its own"
+        )
+    return None
+
+
+def _computes_plainly(module: nn.Module) -> bool:
+    """Whether a Linear or a convolution computes as torch's own: weight standardization, say, would undo zeros."""
+    base = next(b for b in (nn.Linear, *_CONVOLUTIONS) if isinstance(module, b))
+    if type(module).forward is base.forward:
+        return getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
+    return base is nn.Linear and _tried(module)
+
+
+def _tried(module: nn.Linear) -> bool:
+    """Whether a Linear with a forward of its own puts out what torch's would: tried on a few numbers."""
+    weight = module.weight
+    if weight.device.type == "meta":
+        return True
+    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    try:
+        with torch.no_grad():
+            return bool(torch.allclose(module(x), functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-4))
+    except Exception:
+        return False
+
+
+def _wanted(name: str, targets: Sequence[str] | None, host: Host) -> bool:
+    return targets is None or any(_matches(name, pattern, host) for pattern in targets)
+
+
+def _matches(name: str, pattern: str, host: Host) -> bool:
+    """Patterns may name modules with or without the prefix of the headless model ("bert.")."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name.removeprefix(f"{host.base_prefix}."), pattern)
+
+
+def _check_patterns(targets: Sequence[str] | None, names: Sequence[str], host: Host) -> None:
+    for pattern in targets or ():
+        if any(_matches(name, pattern, host) for name in names):
+            continue
+        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else "A pattern covers the whole path: '*.query', say."
+        raise ConfigError(
+            f"targets: {pattern!r} matches no linear map in the blocks of {host.label} (embeddings, heads, stems are "
+            f"left alone). {hint} Found, for example: {', '.join(list(names)[:4])}."
+        )
+
+
+def _example(found: Sequence[Matrix]) -> str:
+    return f" such as '*.{found[0].role}'" if found else ""

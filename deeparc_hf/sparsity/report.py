@@ -1,0 +1,143 @@
+"""What a sparsification asked for and what was measured afterwards, matrix by matrix, and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core.plain_text import plain, quoted
+from ..core.tables import html_table
+from .config import WandaConfig
+from .matrices import Matrix
+
+__all__ = ["MatrixSparsity", "SparsityReport", "sparsity_table"]
+
+_COLUMNS = ["stack", "map", "matrices", "weights", "asked (%)", "measured (%)"]
+NOTE = (
+    "Zeros are stored and multiplied like any other number: a checkpoint of this kind is neither smaller nor "
+    "faster by them."
+)
+
+
+@dataclass(frozen=True)
+class MatrixSparsity:
+    """Zeros of one matrix.
+
+    Attributes:
+        asked: number of weights that were to be zeroed.
+        zeros: number of weights that are zero.
+        size: number of weights.
+        stack, role: the stack that it belongs to, and its path within the block.
+    """
+
+    asked: int
+    zeros: int
+    size: int
+    stack: str
+    role: str
+
+    @classmethod
+    def measured(cls, matrix: Matrix, asked: int) -> MatrixSparsity:
+        """Count the zeros of a matrix as it is now."""
+        weight = matrix.weight.detach()
+        return cls(asked, int((weight == 0).sum()), weight.numel(), matrix.stack.name, matrix.role)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MatrixSparsity:
+        """The inverse of `dataclasses.asdict`. The numbers are checked, and the names made plain text."""
+        counts = [data[key] for key in ("asked", "zeros", "size")]
+        if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or not counts[1] <= counts[2]:
+            raise ValueError(f"expected whole numbers, asked, zeros and size, found {quoted(counts)}")
+        return cls(*counts, plain(data["stack"]), plain(data["role"]))
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """The result of `sparsify_model`. `str` gives a table.
+
+    Attributes:
+        config: the settings.
+        matrices: by module path.
+        samples: number of calibration samples; 0 where the method needs none.
+    """
+
+    config: WandaConfig
+    matrices: Mapping[str, MatrixSparsity] = field(repr=False)
+    samples: int = 0
+
+    @property
+    def asked(self) -> float:
+        """Share of all weights of the matrices that was to be zeroed; less than `config.sparsity` where rows do not
+        divide evenly.
+        """
+        return sum(m.asked for m in self.matrices.values()) / max(1, sum(m.size for m in self.matrices.values()))
+
+    @property
+    def measured(self) -> float:
+        """Share of all weights of the matrices that is zero."""
+        return sum(m.zeros for m in self.matrices.values()) / max(1, sum(m.size for m in self.matrices.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "config": self.config.to_dict(),
+            "samples": self.samples,
+            "asked": self.asked,
+            "measured": self.measured,
+            "matrices": {name: dataclasses.asdict(matrix) for name, matrix in self.matrices.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SparsityReport:
+        """The inverse of `to_dict`."""
+        matrices = {name: MatrixSparsity.from_dict(entry) for name, entry in data["matrices"].items()}
+        return cls(WandaConfig.from_dict(data["config"]), matrices, data["samples"])
+
+    def to_json(self, path: str | Path) -> None:
+        """Write to a file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
+
+    def to_markdown(self) -> str:
+        """Heading, what was done, and the table."""
+        return f"# Sparsity report\n\n{self._summary()}\n\n{sparsity_table(list(self.matrices.values()))}\n\n{NOTE}\n"
+
+    def _summary(self) -> str:
+        c = self.config
+        what = f"the {c.pattern} pattern" if c.pattern else f"{100 * c.sparsity:g} % of each output row"
+        how = "block by block" if c.sequential else "in one pass of the dense model"
+        data = f"inputs measured {how} on {self.samples} samples" if self.samples else "without data"
+        more = " Zeros that were there before stay, and count." if self.measured > self.asked + 0.001 else ""
+        return (
+            f"{c.method}, {what}, {data}: {100 * self.asked:.2f} % asked and {100 * self.measured:.2f} % measured over "
+            f"the weights of {len(self.matrices)} matrices.{more}"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(self._summary(), _COLUMNS, _rows(list(self.matrices.values())))
+
+    def __str__(self) -> str:
+        return f"{self._summary()}\n{sparsity_table(list(self.matrices.values()))}"
+
+
+def sparsity_table(matrices: Sequence[MatrixSparsity]) -> str:
+    """The Markdown table: a row for each kind of map of each stack."""
+    lines = [f"| {' | '.join(row)} |" for row in [_COLUMNS, ["---", "---", *["---:"] * 4], *_rows(matrices)]]
+    return "\n".join(lines)
+
+
+def _rows(matrices: Sequence[MatrixSparsity]) -> list[list[str]]:
+    groups: dict[tuple[str, str], list[MatrixSparsity]] = {}
+    for matrix in matrices:
+        groups.setdefault((matrix.stack, matrix.role), []).append(matrix)
+    rows = []
+    for (stack, role), members in groups.items():
+        size, asked = sum(m.size for m in members), sum(m.asked for m in members)
+        shares = sorted(100 * m.zeros / m.size for m in members)
+        low, high = f"{shares[0]:.2f}", f"{shares[-1]:.2f}"
+        measured = low if low == high else f"{low} to {high}"
+        rows.append([stack, role, str(len(members)), f"{size:,}", f"{100 * asked / size:.2f}", measured])
+    return rows

@@ -1,0 +1,215 @@
+"""Calibration block by block: each block sees what the blocks before it put out after they were changed.
+
+Usually the calls of a stack's blocks are noted once for every batch, and then each block is run by itself: one block's
+inputs for the calibration set are held, and each block runs three times in all, however many there are. Where blocks
+hand each other more than hidden states (which a trial on one batch shows), the model is run up to the block at hand
+instead: nothing is held, but time grows with the square of the number of blocks. Both give the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import Host, Stack
+from ..observe.forward import forward, hidden_states, removed
+
+__all__ = ["block_by_block"]
+
+Inputs = Mapping[str, Any]
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass where no more of it is needed."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block was called with. The hidden states are the first argument, or go by that name."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> Any:
+        return self.args[0] if self.args else self.kwargs.get("hidden_states")
+
+    def on(self, hidden: Tensor | None) -> _Call:
+        """The same call on other hidden states; None: without any, for keeping."""
+        if self.args:
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})
+
+    def run(self, block: nn.Module) -> Any:
+        return block(*self.args, **self.kwargs)
+
+    def others(self) -> Any:
+        """Everything but the hidden states."""
+        call = self.on(None)
+        return call.args, dict(call.kwargs)
+
+
+def block_by_block(
+    host: Host,
+    stack: Stack,
+    batches: Sequence[Any],
+    inputs_of: Callable[[Any], Inputs],
+    visit: Callable[[int, Callable[[], Iterator[tuple[Inputs, Callable[[], None]]]]], None],
+    last: int,
+    gather: Callable[[Callable[[], Any]], list[Any]] = lambda work: [work()],
+) -> None:
+    """Visit the blocks of a stack in their order, up to the block `last`.
+
+    Args:
+        host: the model, evaluating.
+        stack: the stack.
+        batches: the calibration batches; they are gone through again and again.
+        inputs_of: what the model takes of a batch, on its device.
+        visit: called with a block's index and a function that gives, for each batch, its inputs and what runs the block
+            on it. It may change the block.
+        last: index of the last block that is visited.
+        gather: runs a function in every process and returns all results; `visit` is called in all of them alike.
+    """
+    if all(gather(lambda: all(_independent(host, stack, inputs_of(batch)) for batch in batches[:1]))):
+        _replay(host, stack, batches, inputs_of, visit, last, gather)
+    else:
+        for index in range(last + 1):
+
+            def passes(index: int = index) -> Iterator[tuple[Inputs, Callable[[], None]]]:
+                for batch in batches:
+                    inputs = inputs_of(batch)
+                    yield inputs, partial(_run_through, host, stack, inputs, index)
+
+            visit(index, passes)
+
+
+def _replay(
+    host: Host, stack: Stack, batches: Sequence[Any], inputs_of: Any, visit: Any, last: int, gather: Any
+) -> None:
+    blocks = stack.blocks
+    calls: list[list[_Call]] = []
+    hidden: list[Tensor] = []
+
+    def begin() -> None:
+        for batch in batches:
+            noted = _calls(host, stack, inputs_of(batch), last)
+            hidden.append(noted[0].hidden)
+            calls.append([noted[0].on(None), *noted[1:]])
+
+    def advance(index: int) -> None:
+        for number, noted in enumerate(calls):
+            hidden[number] = hidden_states(noted[index].on(hidden[number]).run(blocks[index]))
+            noted[index] = _Call((), {})  # not needed any more
+
+    def passes(index: int) -> Iterator[tuple[Inputs, Callable[[], None]]]:
+        for batch, noted, state in zip(batches, calls, hidden, strict=True):
+            # a block may work on its input in place
+            yield inputs_of(batch), partial(noted[index].on(state.clone()).run, blocks[index])
+
+    gather(begin)
+    for index in range(last + 1):
+        visit(index, partial(passes, index))
+        if index < last:
+            gather(partial(advance, index))
+
+
+def _calls(host: Host, stack: Stack, inputs: Inputs, last: int, disturbed: bool = False) -> list[_Call]:
+    """The calls of the blocks up to `last` in a forward pass, hidden states only in the first,
+    which may be disturbed.
+    """
+    calls: list[_Call] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        call = _Call(args, kwargs)
+        if calls:
+            calls.append(call.on(None))
+        else:
+            calls.append(call.on(call.hidden.clone()))  # the block may work on it in place
+        if len(calls) > last:
+            raise _ReachedError
+        if disturbed and len(calls) == 1:
+            # another order of the features: whatever is chosen by them is chosen otherwise
+            call = call.on(call.hidden.flip(-1 if call.hidden.ndim == 3 else 1) * 1.5)
+            return call.args, dict(call.kwargs)
+        return None
+
+    _forward_until(
+        host, inputs, [block.register_forward_pre_hook(note, with_kwargs=True) for block in stack.blocks[: last + 1]]
+    )
+    return calls
+
+
+def _independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
+    """Whether blocks hand each other nothing but hidden states, directly, and keep no state: tried on one batch.
+
+    What else they are called with must not change when the input of the first block does.
+    """
+    blocks = stack.blocks
+    seen: list[_Call] = []
+    outputs: list[Any] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = _Call(args, dict(kwargs))
+        seen.append(call.on(call.hidden.clone()) if isinstance(call.hidden, Tensor) else call)
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = hidden_states(output)
+        outputs.append(hidden.clone() if isinstance(hidden, Tensor) else None)
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(keep) for block in blocks]
+    _forward_until(host, inputs, handles)
+    if len(seen) != len(blocks) or not all(isinstance(call.hidden, Tensor) and _plain(call.others()) for call in seen):
+        return False
+    if any(output is None for output in outputs):
+        return False
+    if not all(torch.equal(output, call.hidden) for output, call in zip(outputs, seen[1:], strict=False)):
+        return False
+    if not torch.equal(hidden_states(seen[0].on(seen[0].hidden.clone()).run(blocks[0])), outputs[0]):
+        return False
+    again = _calls(host, stack, inputs, len(blocks) - 1, disturbed=True)
+    return all(_same(one.others(), other.others()) for one, other in zip(seen, again, strict=True))
+
+
+def _run_through(host: Host, stack: Stack, inputs: Inputs, index: int) -> None:
+    """Run the model up to the end of one block."""
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _ReachedError
+
+    _forward_until(host, inputs, [stack.blocks[index].register_forward_hook(stop)])
+
+
+def _forward_until(host: Host, inputs: Inputs, handles: Sequence[Any]) -> None:
+    """A forward pass, as far as the hooks let it go; the hooks are removed."""
+    with removed(handles), suppress(_ReachedError):
+        forward(host, inputs, without_cache=True)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value can be handed over again: no cache, no state."""
+    if isinstance(value, Mapping):
+        return type(value) is dict and all(map(_plain, value.values()))
+    if isinstance(value, (tuple, list)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, Mapping):
+        return (
+            isinstance(other, Mapping)
+            and one.keys() == other.keys()
+            and all(_same(one[key], other[key]) for key in one)
+        )
+    if isinstance(one, (tuple, list)):
+        return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)

@@ -1,0 +1,364 @@
+"""A model in a Trainer follows the layout of the checkpoints that are loaded into it.
+
+`Trainer._load_from_checkpoint` calls `load_state_dict(strict=False)` on the model that the script has built: blocks
+that the checkpoint lacks would stay as they are, with a warning. A hook on `load_state_dict` gives the model as many
+blocks as the checkpoint has. Which blocks these are only the record tells, which the Trainer reads later: `settle` then
+puts the loaded weights into the right ones, where that makes a difference (layers that attend differently, say).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import PreTrainedModel
+
+from ..architectures import Host, describe
+from ..architectures.hosts import RECORD_KEY
+from ..checkpoint.record import PrunedConfig, same_structure
+from ..core.compat import checkpoint_key_namer, running_method
+from ..core.local_hooks import LocalHook
+from ..core.transaction import Transaction
+from ..errors import RecordError, SurgeryError
+from ..pruning.freezing import let_statistics_go, thaw
+from ..pruning.surgery import follow_record, forget_parameters
+from ..publish.files import checkpoints_in
+from .held_blocks import blocks_in, is_shard, places_for, refuse_incomplete
+
+__all__ = [
+    "Follower",
+    "Structure",
+    "guard",
+    "guard_successors",
+    "let_frozen_statistics_go",
+    "note_frozen",
+    "record_of",
+    "settle",
+    "thaw_noted",
+]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The structure of a model at one point of a run: its record (None: it carries none), and the blocks that the run
+    froze.
+    """
+
+    record: PrunedConfig | None = None
+    frozen: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def freeze(self, model: nn.Module) -> list[nn.Parameter]:
+        """Freeze the blocks in a model of this structure; the parameters that were trainable and no longer are."""
+        changed = [] if self.record is None else follow_record(model, self.record, self.frozen)
+        note_frozen(model, changed)
+        return changed
+
+
+_ADVICE = (
+    f"Load the model from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its "
+    f"config.json), then resume."
+)
+_frozen: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+
+
+class Follower:
+    """Hook on the loading of weights into one model, as when a checkpoint is resumed or the best one is loaded.
+
+    It does nothing where somebody else than its Trainer loads weights, once that is gone, and on copies of the model.
+
+    Args:
+        trainer: the Trainer; None: whoever loads weights.
+    """
+
+    def __init__(self, trainer: Any = None) -> None:
+        self._trainer = (lambda: None) if trainer is None else weakref.ref(trainer)
+        self._always = trainer is None
+        self.output: Path | None = None  # the Trainer's output folder
+        self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # one that follows too
+        self.provisional: Transaction | None = None  # takes back what was done since `settle`
+
+    def belongs_to(self, trainer: Any) -> bool:
+        return self._trainer() is trainer
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        trainer = self._trainer()
+        if self._always or (trainer is not None and (running_method(trainer) or "").startswith("_load")):
+            _follow(self, module, state_dict, prefix)
+
+
+def guard(
+    model: nn.Module,
+    output: str | Path | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    trainer: Any = None,
+) -> None:
+    """Have the model follow the number of blocks of whatever a Trainer loads into it from now on, as long as the
+    Trainer lives.
+
+    Args:
+        output: the Trainer's output folder. The records of the checkpoints in it tell which blocks are likely to be
+            meant, which matters where the user has frozen some of them: the Trainer makes its optimizer right after it
+            has loaded the weights.
+        optimizer: one that exists already; it follows too.
+        trainer: the Trainer; None: whoever loads weights.
+    """
+    root = describe(model)[0].root
+    follower = next((follower for follower in _followers(root) if follower.belongs_to(trainer)), None) or _attach(
+        root, trainer
+    )
+    follower.output = None if output is None else Path(output)
+    if optimizer is not None:
+        follower.optimizer = weakref.ref(optimizer)
+
+
+def guard_successors(model: nn.Module, trainer: Any, output: str | Path | None = None) -> None:
+    """Guard the models of the same class that a Trainer makes with its model_init, as long as the Trainer lives.
+
+    It makes a new one when a training begins, and loads a checkpoint into it before any callback is asked.
+    """
+    kind, known = type(describe(model)[0].root), weakref.ref(trainer)
+
+    def notice(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        maker = known()
+        if (
+            type(module) is kind
+            and maker is not None
+            and running_method(maker) == "call_model_init"
+            and not _followers(module)
+        ):
+            _attach(module, maker).output = None if output is None else Path(output)
+
+    weakref.finalize(trainer, register_module_module_registration_hook(notice).remove).atexit = False
+
+
+def _attach(root: nn.Module, trainer: Any) -> Follower:
+    follower = Follower(trainer)
+    # a pickle or a copy of the model holds nothing of this
+    handle = root.register_load_state_dict_pre_hook(LocalHook(follower))
+    if trainer is not None:
+        weakref.finalize(trainer, handle.remove).atexit = False
+    return follower
+
+
+def _followers(root: nn.Module) -> list[Follower]:
+    hooks = [getattr(wrapped, "hook", wrapped) for wrapped in root._load_state_dict_pre_hooks.values()]
+    return [hook.act for hook in hooks if isinstance(hook, LocalHook) and isinstance(hook.act, Follower)]
+
+
+def note_frozen(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Note what a run froze, as long as the model lives: a later run in the same process must be able to thaw it."""
+    _frozen.setdefault(describe(model)[0].root, []).extend(map(weakref.ref, parameters))
+
+
+def thaw_noted(model: nn.Module, transaction: Transaction | None = None) -> None:
+    """Make trainable again what runs have frozen, and nothing that the user has frozen."""
+    noted = [parameter() for parameter in _frozen.pop(describe(model)[0].root, [])]
+    with transaction or Transaction() as transaction:
+        thaw([parameter for parameter in noted if parameter is not None], transaction)
+
+
+def let_frozen_statistics_go(model: nn.Module) -> None:
+    """Have the statistics of BatchNorms that a run froze follow the model's mode again: its training is over."""
+    root = describe(model)[0].root
+    noted = [parameter() for parameter in _frozen.get(root, [])]
+    let_statistics_go(root, [parameter for parameter in noted if parameter is not None])
+
+
+def settle(
+    model: nn.Module,
+    start: Structure,
+    accepted: Structure,
+    current: Structure,
+    at_start: Callable[[], None] | None = None,
+) -> tuple[Transaction | None, list[nn.Parameter]]:
+    """Give a model whose weights have been loaded from a checkpoint the structure that the checkpoint's record tells.
+
+    Args:
+        model: the model, its weights loaded.
+        start: how the model was when the run began.
+        accepted: how the model was before the pruning that may be taken back.
+        current: how the model was when the checkpoint was saved.
+        at_start: called where the model has the structure that the run began with, its weights not yet in place; not
+            called where it never has it.
+
+    Returns:
+        How to get from the checkpoint's structure back to the accepted one (None if the model was loaded in the
+        checkpoint's structure, so that there is no way back), and the parameters that were frozen.
+
+    Raises:
+        SurgeryError: if the model was neither loaded from the checkpoint, nor is it the one that the run began with.
+    """
+    host, _, stacks = describe(model)
+    loaded = {name: stack.blocks for name, stack in stacks.items()}
+    provisional = None
+    for follower in _followers(host.root):
+        if follower.provisional is not None:
+            provisional, follower.provisional = follower.provisional, None
+            provisional.roll_back()
+    live = record_of(model)
+    if at_start is not None and same_structure(live, start.record):
+        at_start()
+    if provisional is None and same_structure(live, current.record):
+        return (Transaction() if same_structure(accepted.record, current.record) else None), current.freeze(model)
+    if not same_structure(live, start.record):
+        raise SurgeryError(
+            "The model was pruned otherwise than the one in the checkpoint that is resumed: their records differ. "
+            f"Build the model as it was built when the run began. Or: {_ADVICE}"
+        )
+    lengths = {} if current.record is None else {name: len(stack.kept) for name, stack in current.record.stacks.items()}
+    found = {name: len(blocks) for name, blocks in loaded.items() if name in lengths}
+    if found != lengths or current.record is None:
+        raise SurgeryError(
+            f"By its record the checkpoint has {lengths or 'all'} blocks, but what was loaded has {found or 'fewer'}. "
+            f"{_ADVICE}"
+        )
+    if accepted.record is not None:
+        follow_record(model, accepted.record, {})
+    if accepted.record is not None:
+        describe(model)[0].set_record(accepted.record.to_dict())  # which removed nothing, it may be, but zeroed weights
+    undo = Transaction()
+    follow_record(model, current.record, {}, undo)
+    describe(model)[0].set_record(current.record.to_dict())  # weights may have been zeroed since the accepted one
+    for name, stack in describe(model)[2].items():
+        if name in lengths:
+            _take_over(loaded[name], stack.blocks)
+    return undo, current.freeze(model)
+
+
+def record_of(model: nn.Module) -> PrunedConfig | None:
+    """The record that a model carries; None if it carries none."""
+    return None if describe(model)[0].record() is None else PrunedConfig.from_model(model)
+
+
+def _take_over(sources: Sequence[nn.Module], targets: Sequence[nn.Module]) -> None:
+    """Move tensors from blocks to others of the same shapes. An optimizer may hold them, so they stay the same objects.
+
+    Blocks that are not among the targets get copies: they may come back, and must not share anything then.
+    """
+    tensors = [_tensors(source) for source in sources]
+    trained = [[is_trained for _, _, _, is_trained in _tensors(target)] for target in targets]
+    for target, moved, flags in zip(targets, tensors, trained, strict=True):
+        _give(target, moved, flags)
+    for source, own in zip(sources, tensors, strict=True):
+        if not any(source is target for target in targets):
+            copies = [(path, name, _copy(tensor), flag) for path, name, tensor, flag in own]
+            _give(source, copies, [flag for _, _, _, flag in own])
+
+
+def _tensors(block: nn.Module) -> list[tuple[str, str, Tensor, bool]]:
+    """Tensors of a block that checkpoints hold: path of the module, name, tensor, whether it is trained."""
+    found = []
+    for path, module in block.named_modules():
+        # a buffer that is not saved was not loaded either: it belongs to the block's place
+        saved = {
+            name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set
+        }
+        for name, value in {**module._parameters, **saved}.items():
+            if value is not None:
+                found.append((path, name, value, value.requires_grad))
+    return found
+
+
+def _give(block: nn.Module, tensors: Sequence[tuple[str, str, Tensor, bool]], trained: Sequence[bool]) -> None:
+    for (path, name, value, _), flag in zip(tensors, trained, strict=True):
+        module = block.get_submodule(path)
+        kind = module._parameters if name in module._parameters else module._buffers
+        kind[name] = value
+        if isinstance(value, nn.Parameter):
+            value.requires_grad_(flag)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give a model the blocks that a state dict has, which is about to be loaded into it."""
+    host, _, stacks = describe(module)
+    _name_as_the_model_does(host, state_dict, prefix)
+    held = {name: blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
+    if is_shard(module, state_dict, prefix, stacks, held):
+        return
+    refuse_incomplete(stacks, held)
+    if all(not blocks or len(blocks) == len(stacks[name]) for name, blocks in held.items()):
+        return
+    record = PrunedConfig({}) if host.record() is None else PrunedConfig.from_model(module)
+    likely = _records_in(follower.output)
+    kept = {}
+    for name, stack in stacks.items():
+        blocks = held[name]
+        if not blocks or len(blocks) == len(stack):
+            continue
+        original = record.kept.get(name, tuple(range(len(stack))))
+        hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(original)]
+        likely_places = [[original.index(block) for block in hint] for hint in hints]
+        places = places_for(stack, blocks, likely_places) if len(blocks) < len(stack) else None
+        if places is None:
+            raise SurgeryError(
+                f"The checkpoint that is loaded holds {len(blocks)} blocks in {name}, the model has {len(stack)}"
+                + (", and they do not fit" if len(blocks) < len(stack) else "")
+                + f". {_ADVICE}"
+            )
+        kept[name] = tuple(original[place] for place in places)
+    target = record.compose(
+        {name: len(stack) for name, stack in stacks.items()},
+        {
+            name: [i for i, o in enumerate(record.kept.get(name, range(len(stacks[name])))) if o not in stay]
+            for name, stay in kept.items()
+        },
+        {},
+    )
+    follower.provisional = undo = follower.provisional or Transaction()
+    before = list(module.parameters())
+    try:
+        follow_record(module, target, {}, undo)
+    except (SurgeryError, RecordError) as error:
+        raise SurgeryError(f"The model cannot follow the checkpoint that is loaded: {error} {_ADVICE}") from error
+    optimizer = None if follower.optimizer is None else follower.optimizer()
+    if optimizer is not None:
+        stay = {id(parameter) for parameter in module.parameters()}
+        forget_parameters(optimizer, [parameter for parameter in before if id(parameter) not in stay])
+
+
+def _name_as_the_model_does(host: Host, state_dict: dict[str, Any], prefix: str) -> None:
+    """Rename keys as `from_pretrained` would. The Trainer does not: what ViT saves it would load into nothing, with a
+    warning.
+
+    Raises:
+        SurgeryError: if not one of the keys is the model's.
+    """
+    own = {f"{prefix}{key}": value.shape for key, value in host.root.state_dict().items()}
+    given = [key for key in state_dict if key.startswith(prefix)]
+    if not given or all(key in own for key in given):
+        return
+    if isinstance(host.root, PreTrainedModel):
+        namer = checkpoint_key_namer(host.root)
+        for key in given:
+            if key not in own:
+                renamed = f"{prefix}{namer(key.removeprefix(prefix))}"
+                # a tensor that would have to be fused with others keeps its name, and is refused below
+                if renamed not in state_dict and own.get(renamed) == state_dict[key].shape:
+                    state_dict[renamed] = state_dict.pop(key)
+    if not own.keys() & state_dict.keys():
+        raise SurgeryError(
+            f"The checkpoint that is loaded is of another model: not one of its tensors ({given[0]}, ...) is one of "
+            f"{host.label}'s. Load it into a model of its own kind."
+        )
+
+
+def _records_in(output: Path | None) -> list[PrunedConfig]:
+    """Records of the checkpoints of a Trainer, the newest first. They are hints: what cannot be read is passed over."""
+    found = []
+    folders = [] if output is None else [p for p in checkpoints_in(output) if p.name.rpartition("-")[2].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        with suppress(RecordError, OSError):
+            found.append(PrunedConfig.from_pretrained(folder))
+    return found

@@ -1,0 +1,195 @@
+"""A learning-rate schedule of its own for each retraining, on the Trainer's own scheduler object."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainingArguments, get_scheduler
+
+from ..errors import DeepArcWarning
+from ..pruning.config import MPruneConfig
+from .schedule import Progress
+
+__all__ = ["LearningRate", "is_trainers_own", "resume_rewound", "rewind"]
+
+_LENGTHS = ("num_decay_steps", "num_stable_steps")  # among lr_scheduler_kwargs
+
+
+class LearningRate:
+    """The learning rate of one run's retrainings, each with a schedule of its own.
+
+    Args:
+        config: the settings.
+        scheduler: the Trainer's, or the user's.
+        args: the Trainer's arguments.
+        progress: where the run stands.
+        say: tells what is unusual.
+    """
+
+    def __init__(
+        self,
+        config: MPruneConfig,
+        scheduler: Any,
+        args: TrainingArguments,
+        progress: Progress,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._scheduler = scheduler
+        self._args = args
+        self._progress = progress
+        self._say = say
+        self._own = False  # whether the Trainer has made the schedule
+        self._told: set[int] = set()  # lengths of schedules whose warm-up has been told of
+
+    def begin(self, max_steps: int) -> None:
+        """Look at the schedule of the whole training."""
+        self._own = is_trainers_own(self._scheduler, self._args, max_steps)
+
+    def rewind(self, step: int, steps: int, max_steps: int) -> None:
+        """Give the steps that follow a learning rate that begins anew, unless they are the whole training."""
+        p = self._progress
+        p.rewound = None
+        if not self._config.rewind_lr or (step == 0 and steps == max_steps):
+            return
+        if rewind(self._scheduler, self._args, steps, own=self._own, whole=max_steps):
+            p.rewound = [step, steps, max_steps]
+            self._tell(steps, max_steps)
+
+    def resume(self, step: int, max_steps: int) -> None:
+        """Put the schedule back that the progress of a resumed run tells of."""
+        if self._progress.rewound is not None:
+            began, steps, *whole = self._progress.rewound
+            whole = whole[0] if whole else max_steps
+            resume_rewound(self._scheduler, self._args, steps, step - began, own=self._own, whole=whole)
+
+    def _tell(self, steps: int, whole: int) -> None:
+        asked, taken = self._args.get_warmup_steps(steps), warmup_steps(self._args, steps, whole)
+        if not self._own or asked == taken or steps in self._told:
+            return
+        plain, shortened = (_fresh(self._scheduler, self._args, steps, warmup=warmup) for warmup in (asked, taken))
+        if [_content(f) for f in plain.lr_lambdas] != [
+            _content(f) for f in shortened.lr_lambdas
+        ]:  # it has a warm-up at all
+            self._told.add(steps)
+            self._say(
+                f"The learning rate's warm-up of {asked} steps would take more than half of a retraining of {steps} "
+                f"steps. It is shortened to {taken}, in proportion to the whole training's {whole} steps; a "
+                f"warmup_steps below 1 is a share of each."
+            )
+
+
+def warmup_steps(args: TrainingArguments, steps: int, whole: int | None = None) -> int:
+    """Warm-up of a schedule of so many steps, in a training of `whole` steps (None: the schedule is the whole
+    training).
+
+    A warm-up that is given in steps is meant for the whole training. Where it would take more than half of a
+    retraining, which would then hardly reach its learning rate, it takes the share of it that it takes of the whole
+    training, and half at most.
+    """
+    asked = int(args.get_warmup_steps(steps))
+    if whole is None or args.warmup_steps < 1 or 2 * asked <= steps:
+        return asked
+    return min(steps * asked // whole, steps // 2)
+
+
+def is_trainers_own(scheduler: Any, args: TrainingArguments, max_steps: int) -> bool:
+    """Whether a scheduler is what the Trainer makes for a training of so many steps, and not one that the user has
+    given it.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        return False
+    fresh = _fresh(scheduler, args, max_steps)
+    return isinstance(fresh, LambdaLR) and [_content(f) for f in fresh.lr_lambdas] == [
+        _content(f) for f in scheduler.lr_lambdas
+    ]
+
+
+def rewind(scheduler: Any, args: TrainingArguments, steps: int, *, own: bool, whole: int | None = None) -> bool:
+    """Start the schedule again, in place.
+
+    Args:
+        steps: of the schedule that begins.
+        whole: steps of the training that it is a part of, by which lengths that are given in steps are shortened where
+            they do not fit.
+        own: whether it is the Trainer's own: it is made anew, with warm-up and decay over so many steps. A `LambdaLR`
+            of the user starts again at its step 0 as it is.
+
+    Returns:
+        Whether it could be done; other schedulers go on as they are, with a warning.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        if scheduler is not None:
+            warnings.warn(
+                f"The learning rate cannot be rewound for a {type(scheduler).__name__}: it goes on as it is in each "
+                f"retraining. Use one of transformers' schedules (lr_scheduler_type) or a LambdaLR, or set "
+                f"rewind_lr=False if this is what you want.",
+                DeepArcWarning,
+                stacklevel=2,
+            )
+        return False
+    if own:
+        scheduler.lr_lambdas = _fresh(scheduler, args, steps, whole).lr_lambdas
+    _go_to(scheduler, 0)
+    return True
+
+
+def resume_rewound(
+    scheduler: Any, args: TrainingArguments, steps: int, position: int, *, own: bool, whole: int | None = None
+) -> None:
+    """Put a resumed run's scheduler, which knows only the whole training, back into a retraining's schedule.
+
+    Args:
+        steps: of the retraining's schedule.
+        position: steps of it that are done. It counts only where the checkpoint has no scheduler state
+            (save_only_model).
+        own, whole: as in `rewind`.
+    """
+    if isinstance(scheduler, LambdaLR):
+        if own:
+            scheduler.lr_lambdas = _fresh(scheduler, args, steps, whole).lr_lambdas
+        if scheduler.last_epoch == 0 and position > 0:
+            _go_to(scheduler, position)
+
+
+def _fresh(
+    scheduler: LambdaLR, args: TrainingArguments, steps: int, whole: int | None = None, warmup: int | None = None
+) -> Any:
+    """What the Trainer would make for a training of so many steps, at the same rates; lengths in steps that do not fit
+    are shortened.
+    """
+    warmup = warmup_steps(args, steps, whole) if warmup is None else warmup
+    groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in scheduler.base_lrs]
+    return get_scheduler(
+        args.lr_scheduler_type,
+        # some schedules read the default rate of their optimizer
+        optimizer=torch.optim.SGD(groups, lr=scheduler.optimizer.defaults["lr"]),
+        num_warmup_steps=warmup,
+        num_training_steps=steps,
+        scheduler_specific_kwargs=_fitting(args.lr_scheduler_kwargs, steps - warmup, steps / whole if whole else 1.0),
+    )
+
+
+def _fitting(settings: Any, room: int, share: float) -> Any:
+    """Settings of a schedule, with lengths in steps shortened to a share where there is no room for them."""
+    lengths = {name: settings[name] for name in _LENGTHS if settings and isinstance(settings.get(name), int)}
+    if sum(lengths.values()) <= room or share >= 1:
+        return settings
+    return {**settings, **{name: min(int(length * share), room // len(lengths)) for name, length in lengths.items()}}
+
+
+def _content(function: Any) -> tuple[Any, Any, Any]:
+    """What a function of a schedule does: equal for two that were made alike."""
+    inner = getattr(function, "func", function)
+    return getattr(inner, "__code__", inner), getattr(function, "args", ()), getattr(function, "keywords", {})
+
+
+def _go_to(scheduler: LambdaLR, position: int) -> None:
+    rates = [base * function(position) for base, function in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": position, "_last_lr": rates})
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,96 @@
+"""Other callbacks in a Trainer that keep a copy of the model in step with it, parameter by parameter: an average, a
+reference model.
+
+When blocks go the copy has parameters that the model has no more: what goes through both side by side fails, or pairs
+other blocks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..architectures import describe
+from ..errors import ConfigError, DeepArcWarning
+
+__all__ = ["refuse_copies", "warn_of_copies"]
+
+_KNOWN = ("SyncRefModelCallback", "BEMACallback")  # of TRL
+_ADVICE = (
+    "Leave it out and begin it in a training of its own after the pruning, or call prune_model before the "
+    "Trainer is made."
+)
+
+
+def refuse_copies(callbacks: Iterable[Any]) -> None:
+    """Refuse callbacks that are known to go through the model and a copy side by side.
+
+    Raises:
+        ConfigError: if there is one.
+    """
+    for callback in callbacks:
+        names = [kind.__name__ for kind in type(callback).__mro__]
+        known = any(name in _KNOWN for name in names) or any(
+            isinstance(value, AveragedModel) for _, value in _held(callback)
+        )
+        if known:
+            option = " (sync_ref_model=False)" if _KNOWN[0] in names else ""
+            raise ConfigError(
+                f"{names[0]} keeps a copy of the model in step with it, parameter by parameter, and MPruneCallback is "
+                f"going to remove blocks from the model alone. "
+                f"{_ADVICE.replace('Leave it out', f'Leave it out{option}')}"
+            )
+
+
+def warn_of_copies(callbacks: Iterable[Any], model: nn.Module) -> bool:
+    """Warn of callbacks that hold what looks like a copy of the model's weights; whether there is one."""
+    host, _, stacks = describe(model)
+    parameters = dict(host.root.named_parameters())
+    inside = {name for name in parameters if any(name.startswith(f"{stack}.") for stack in stacks)}
+    found = [
+        (callback, name)
+        for callback in callbacks
+        for name, value in _held(callback)
+        if _is_copy(value, parameters, inside)
+    ]
+    for callback, name in found:
+        warnings.warn(
+            f"{type(callback).__name__} holds what looks like a copy of the model's weights ({name}). If it goes "
+            f"through both side by side (an average of the weights, say), it will fail or pair other blocks after a "
+            f"pruning. {_ADVICE}",
+            DeepArcWarning,
+            stacklevel=3,
+        )
+    return bool(found)
+
+
+def _held(callback: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, and what the plain objects that it holds do, by name. Trainers hold much that is nobody's
+    copy.
+    """
+    for name, value in getattr(callback, "__dict__", {}).items():
+        yield name, value
+        inner = getattr(value, "__dict__", {})
+        if not isinstance(value, (type, ModuleType, nn.Module, Tensor)) and "callback_handler" not in inner:
+            yield from ((f"{name}.{key}", item) for key, item in inner.items())
+
+
+def _is_copy(value: Any, parameters: Mapping[str, nn.Parameter], inside: set[str]) -> bool:
+    if isinstance(value, Mapping):
+        return any(key in inside and isinstance(item, Tensor) for key, item in value.items())
+    own = (
+        list(value.parameters()) if isinstance(value, nn.Module) else value if isinstance(value, (list, tuple)) else []
+    )
+    if (
+        not own
+        or not all(isinstance(item, Tensor) for item in own)
+        or any(item is p for item in own for p in parameters.values())
+    ):
+        return False
+    shapes = [item.shape for item in own]
+    return shapes in ([p.shape for p in parameters.values()], [p.shape for p in parameters.values() if p.requires_grad])

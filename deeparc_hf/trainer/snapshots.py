@@ -1,0 +1,164 @@
+"""Snapshots: the weights from before a pruning, on disk while it may still be taken back, or while the unpruned model
+teaches.
+
+A snapshot is a folder in the Trainer's output folder, safetensors and JSON; its name begins with "_", which the
+Trainer's pushes to the Hub leave out. It stays as long as a checkpoint refers to it, so that a run which was killed can
+go on too, and goes when the run ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_model
+from torch import nn
+
+from ..errors import SurgeryError
+from ..publish.files import checkpoints_in
+
+__all__ = ["FOLDER", "drop_unused", "free_name", "read_plans", "restore_weights", "save_snapshot", "set_groups"]
+
+FOLDER = "_pruning_snapshots"
+_WEIGHTS, _FACTS = "weights.safetensors", "snapshot.json"
+
+
+def save_snapshot(
+    output: Path,
+    name: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    plan: Mapping[str, Any],
+    carried_out: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a snapshot: all of it, or nothing.
+
+    Args:
+        output: the Trainer's output folder.
+        name: of the snapshot.
+        model: the whole model, unwrapped.
+        optimizer: the order of its parameters is noted by name.
+        plan: the comparison of the accepted model's blocks, as a plan's dict.
+        carried_out: the plan that led to the accepted model; None if it was not pruned in this run.
+    """
+    final, draft = output / FOLDER / name, output / FOLDER / f".{name}.{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    groups = (
+        []
+        if optimizer is None
+        else [[names[id(p)] for p in g["params"] if id(p) in names] for g in optimizer.param_groups]
+    )
+    save_model(model, str(draft / _WEIGHTS))
+    (draft / _FACTS).write_text(json.dumps({"groups": groups, "plan": plan, "carried_out": carried_out}), "utf-8")
+    old = draft.with_name(f"{draft.name}.old")
+    if final.exists():
+        final.rename(old)
+    draft.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_plans(output: Path, name: str) -> tuple[Any, Any]:
+    """The comparison of blocks that was noted with a snapshot, and the plan that led to its model (or None), as plans'
+    dicts.
+    """
+    facts = _facts(output, name)
+    return facts["plan"], facts["carried_out"]
+
+
+def restore_weights(output: Path, name: str, model: nn.Module) -> None:
+    """Put a snapshot's weights back into a model of the same structure, bit for bit.
+
+    Raises:
+        SurgeryError: if the snapshot is not there, damaged, or of another structure; nothing is changed then.
+    """
+    file = output / FOLDER / name / _WEIGHTS
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise _missing(output, name, error) from error
+    live = model.state_dict()
+    # tensors that share memory are saved once
+    groups: dict[tuple[int, int], set[str]] = {}
+    for key, tensor in live.items():
+        groups.setdefault((tensor.data_ptr(), tensor.numel()) if tensor.numel() else (-1, len(groups)), set()).add(key)
+    lacking = [min(keys) for keys in groups.values() if not keys & saved.keys()]
+    odd = [k for k, t in saved.items() if k not in live or live[k].shape != t.shape or live[k].dtype != t.dtype]
+    if lacking or odd:
+        raise SurgeryError(
+            f"The snapshot {name} in {FOLDER} is of another model: {min(lacking or odd)} is not the same in both."
+        )
+    with torch.no_grad():
+        for key, tensor in saved.items():
+            live[key].copy_(tensor)
+
+
+def set_groups(output: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the parameters that it had when the snapshot was made, in the same order, and no state.
+
+    Parameters of others than the model (a loss with weights, say) stay.
+    """
+    parameters = dict(model.named_parameters())
+    own = {id(parameter) for parameter in parameters.values()}
+    groups = _facts(output, name)["groups"]
+    for group, names in zip(optimizer.param_groups, groups, strict=True):
+        others = [parameter for parameter in group["params"] if id(parameter) not in own]
+        group["params"][:] = [*(parameters[key] for key in names), *others]
+    optimizer.state.clear()
+
+
+def drop_unused(output: Path, *current: str | None, ended: bool = False) -> None:
+    """Delete the snapshots that neither the run nor a checkpoint needs.
+
+    Args:
+        output: the Trainer's output folder.
+        current: names of those that the run needs.
+        ended: the run has ended well, so that its checkpoints, those right under the output folder, need none any more.
+    """
+    folder = output / FOLDER
+    if not folder.is_dir():
+        return
+    states = _states(output, trials_only=ended)
+    for path in folder.iterdir():
+        if path.name not in current and json.dumps(path.name) not in states:
+            shutil.rmtree(path, ignore_errors=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def free_name(output: Path, name: str) -> str:
+    """The name, or one like it, that no checkpoint uses: trials of a hyperparameter search prune at the same steps."""
+    states, number, free = _states(output), 1, name
+    while (output / FOLDER / free).exists() and json.dumps(free) in states:
+        number += 1
+        free = f"{name}-{number}"
+    return free
+
+
+def _states(output: Path, trials_only: bool = False) -> str:
+    """What the checkpoints of a Trainer, and of its trials, keep of its state."""
+    folders = [folder for folder in checkpoints_in(output) if not (trials_only and folder.parent == output)]
+    files = [folder / "trainer_state.json" for folder in folders]
+    return "".join(file.read_text("utf-8", errors="replace") for file in files if file.is_file())
+
+
+def _facts(output: Path, name: str) -> Any:
+    try:
+        return json.loads((output / FOLDER / name / _FACTS).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise _missing(output, name, error) from error
+
+
+def _missing(output: Path, name: str, error: Exception) -> SurgeryError:
+    return SurgeryError(
+        f"The model from before a pruning is needed, and its snapshot {name} in the folder {FOLDER} of {output} cannot "
+        f"be read ({type(error).__name__}: {error}). A run that ends well deletes it, unless keep_snapshots=True. "
+        f"Resume from a checkpoint that is older than the pruning, or put the folder back."
+    )

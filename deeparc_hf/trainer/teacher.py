@@ -1,0 +1,138 @@
+"""The teacher in the life of a run: the model from before the first pruning, which teaches the smaller ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainingArguments
+
+from ..checkpoint.record import PrunedConfig
+from ..distillation.loss import Distillation, make_teacher
+from ..errors import ConfigError, SurgeryError
+from ..healing.sites import Site, sites_of
+from ..pruning.config import MPruneConfig
+from .schedule import Progress
+from .snapshots import restore_weights
+
+__all__ = ["Teaching"]
+
+
+class Teaching:
+    """Does nothing where the settings ask for no teacher.
+
+    Args:
+        config: the settings.
+        args: the Trainer's arguments.
+        model: the model, unwrapped.
+        progress: where the run stands.
+
+    Raises:
+        ConfigError: if the teacher's term would not reach the loss.
+    """
+
+    def __init__(self, config: MPruneConfig, args: TrainingArguments, model: nn.Module, progress: Progress) -> None:
+        self._config = config.distill
+        self._output = Path(args.output_dir)
+        self._model = model
+        self._progress = progress
+        self._teacher: nn.Module | None = None
+        self._at_work: Distillation | None = None
+        if self._config is not None and args.label_smoothing_factor:
+            raise ConfigError(
+                "With label_smoothing_factor the Trainer computes the loss outside of the model, where the teacher's "
+                "term cannot be added. Leave it out (the teacher's softened outputs do what it does), or leave distill "
+                "out."
+            )
+        if self._config is not None and args.n_gpu > 1:
+            raise ConfigError(
+                f"One process with {args.n_gpu} GPUs copies the model for each step (DataParallel), which a teacher "
+                f"cannot follow. Start one process for each GPU (torchrun or accelerate launch), or leave distill out."
+            )
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the model as it is now, from before the first pruning, is to teach."""
+        return self._config is not None and self._progress.teacher is None
+
+    def copy_model(self, snapshot: str) -> None:
+        """Have the model as it is now teach from now on; its weights are in a snapshot of that name."""
+        if self._config is not None:
+            self._teacher, self._progress.teacher = make_teacher(self._model, self._config.dtype), snapshot
+
+    def retire(self) -> None:
+        """Teach no more: a resumed run has nothing left to train, and its teacher may be deleted."""
+        self.forget()
+        self._config = None
+
+    def wake(self) -> None:
+        """Make the teacher again, for a resumed run. The model has the structure that the run began with."""
+        if self._config is None or self._progress.teacher is None:
+            return
+        teacher = make_teacher(self._model)
+        restore_weights(self._output, self._progress.teacher, teacher)
+        self._teacher = make_teacher(teacher, self._config.dtype) if self._config.dtype else teacher
+
+    def take_over(self, other: Teaching) -> None:
+        """Take over from the same run before the Trainer began it again."""
+        other.stop()
+        self._teacher = other._teacher
+        self.follow()
+
+    def follow(self) -> None:
+        """Teach the model as it is now; where nothing is missing there is nothing to teach.
+
+        Raises:
+            SurgeryError: if a resumed run has no teacher.
+        """
+        self.stop()
+        p = self._progress
+        if self._config is None or p.teacher is None or p.record is None:
+            return
+        if self._teacher is None:
+            raise SurgeryError(
+                "The unpruned model teaches in this run, and the model was loaded in its smaller structure, from which "
+                "the teacher cannot be made. Build the model as it was built when the run began, then resume."
+            )
+        sites, smaller = self._sites()
+        if smaller:
+            self._at_work = Distillation(self._model, self._teacher, self._config, sites)
+
+    def check(self) -> None:
+        """Check, before each step of the optimizer, that the teacher's term has reached the weights.
+
+        Raises:
+            ConfigError: if it has not.
+        """
+        if self._at_work is None:
+            return
+        if not self._at_work.reached:
+            raise ConfigError(
+                "The teacher's term has not reached the weights: this training does not learn from the loss that the "
+                "model puts out (a compute_loss_func, an overridden compute_loss, or a batch without labels). Have it "
+                "use the model's loss, or leave distill out."
+            )
+        self._at_work.reached = False
+
+    def stop(self) -> None:
+        """Leave the model as it was."""
+        if self._at_work is not None:
+            self._at_work.stop()
+            self._at_work = None
+
+    def forget(self) -> None:
+        """Leave the model as it was, and let the teacher go."""
+        self.stop()
+        self._teacher = None
+
+    def _sites(self) -> tuple[list[tuple[Site, int]], bool]:
+        """Where blocks are missing that the teacher has, and whether any are."""
+        p = self._progress
+        now = PrunedConfig.from_dict(p.record)
+        start = {} if p.start is None else PrunedConfig.from_dict(p.start).kept
+        removed, places = {}, {}
+        for name, stack in now.stacks.items():
+            first = start.get(name, tuple(range(stack.length)))
+            places[name] = [first.index(original) for original in stack.kept]
+            removed[name] = [index for index in range(len(first)) if index not in places[name]]
+        return [(site, places[site.stack].index(site.kept)) for site in sites_of(removed)], any(removed.values())

@@ -1,0 +1,74 @@
+"""Whether a model's weights, or those of its head, are as they were drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from torch import nn
+
+__all__ = ["untrained_weights"]
+
+_DRAWN = 8  # changes in place that drawing a parameter takes at most
+
+
+def untrained_weights(model: nn.Module) -> list[str]:
+    """The names of the parameters that were drawn at random and have not been trained since, as far as a model tells.
+
+    `from_pretrained` marks what it finds in a checkpoint, so what it had to draw is known. Of a model that was made
+    from its config, or by timm, it is known where all norms, or the biases of its classifier, are as a fresh model has
+    them.
+    """
+    parameters = dict(model.named_parameters())
+    found = {name: p for name, p in parameters.items() if getattr(p, "_is_hf_initialized", False)}
+    if found:
+        resized = _resized(model)
+        drawn = {
+            name: p for name, p in parameters.items() if name not in found and p.requires_grad and id(p) not in resized
+        }
+        if all("pooler" in name for name in drawn):  # a headless model: it need not be used
+            return []
+        touched = any(p._version for p in found.values())  # weights that were loaded once more
+        return sorted(drawn) if not touched and _as_drawn(list(drawn.values())) else []
+    norms = [
+        p
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for p in module.parameters(recurse=False)
+    ]
+    if norms and all(map(_is_constant, norms)):
+        return sorted(parameters)
+    classifier = model.get_classifier() if callable(getattr(model, "get_classifier", None)) else None
+    if isinstance(classifier, nn.Linear) and classifier.bias is not None and _is_constant(classifier.bias):
+        own = {id(p) for p in classifier.parameters()}
+        return sorted(name for name, p in parameters.items() if id(p) in own)
+    return []
+
+
+def _resized(model: nn.Module) -> set[int]:
+    """Parameters that `resize_token_embeddings` has made: most of their rows are the checkpoint's."""
+    own: list[nn.Parameter] = []
+    for side in ("input", "output"):
+        with suppress(NotImplementedError, AttributeError):  # not every model has some
+            own += getattr(model, f"get_{side}_embeddings")().parameters()
+    return {id(p) for p in own} if own and not getattr(own[0], "_is_hf_initialized", False) else set()
+
+
+def _as_drawn(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether a head is as it was drawn. Where it has no biases only changes in place tell, which fused optimizers do
+    not count.
+    """
+    flat, maps = [p for p in parameters if p.ndim == 1], [p for p in parameters if p.ndim == 2]
+    if any(p._version > _DRAWN for p in parameters):
+        return False
+    if all(map(_is_constant, flat)):
+        return True
+    # torch draws a linear map and its bias from the same interval, and training leaves it
+    reach = [float(p.detach().abs().max()) * p.shape[1] ** 0.5 for p in maps]
+    return bool(reach) and all(0.9 < far <= 1 + 1e-6 for far in reach)
+
+
+def _is_constant(parameter: nn.Parameter) -> bool:
+    """Whether all values are the same, which training does not leave."""
+    values = parameter.detach().flatten()
+    return not values.is_meta and bool((values == values[:1]).all())

@@ -1,0 +1,3 @@
+"""What the recipes share: their arguments, the sequence of an experiment, its figures. Nothing else in the package
+imports it.
+"""

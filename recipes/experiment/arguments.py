@@ -1,0 +1,311 @@
+"""Arguments of recipes: dataclasses for HfArgumentParser, a YAML file of the same names, and the command line, which
+wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from deeparc_hf.core.interrupts import work_begins
+from deeparc_hf.errors import ConfigError, MissingDependencyError
+from deeparc_hf.pruning.config import MPruneConfig
+from deeparc_hf.publish.vocabulary import check_language, check_license
+from deeparc_hf.sparsity.config import WandaConfig
+
+__all__ = ["DataArguments", "PruningArguments", "parse", "read_config"]
+
+
+@dataclass
+class DataArguments:
+    """Model and data. Splits: the model is trained and calibrated on one, judged on another,
+    and measured on a third.
+    """
+
+    model: str = field(metadata={"help": "Hub id or folder of the model"})
+    model_revision: str | None = field(default=None, metadata={"help": "commit, tag or branch of the model"})
+    dataset: str | None = field(default=None, metadata={"help": "Hub id of the data"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
+    dataset_revision: str | None = field(default=None, metadata={"help": "its commit"})
+    train_file: str | None = field(
+        default=None, metadata={"help": "local file (.csv, .jsonl, .parquet, .txt) or folder, not the Hub"}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "local file to judge prunings on"})
+    test_file: str | None = field(default=None, metadata={"help": "local file for the figures of the tables"})
+    train_split: str = field(default="train", metadata={"help": "split to train and calibrate on"})
+    validation_split: str = field(
+        default="validation",
+        metadata={"help": "split to judge prunings on; 10%% of the training split if there is none"},
+    )
+    test_split: str = field(
+        default="test", metadata={"help": "split for the figures of the tables; the validation split if there is none"}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "the first so many, shuffled by the seed"})
+    max_validation_samples: int | None = field(
+        default=None, metadata={"help": "the first so many, shuffled by the seed"}
+    )
+    max_test_samples: int | None = field(default=None, metadata={"help": "the first so many, shuffled by the seed"})
+    repo_id: str | None = field(default=None, metadata={"help": "publish the result there, on the Hub"})
+    repo_private: bool = field(default=False, metadata={"help": "make that repository private"})
+    license: str | None = field(default=None, metadata={"help": "licence of the result, for its card"})
+    language: str | None = field(default=None, metadata={"help": "language of the model, for its card"})
+
+    def __post_init__(self) -> None:
+        check_license(self.license)  # what the Hub would refuse at the end is said before any work is done
+        check_language([] if self.language is None else [self.language])
+
+
+@dataclass
+class PruningArguments:
+    """What is done to the model. Names and meanings are those of MPruneConfig, DistillConfig and WandaConfig."""
+
+    finetune_epochs: float = field(
+        default=1.0, metadata={"help": "epochs of fine-tuning before anything is removed; 0: the model is fine-tuned"}
+    )
+    iterations: int = field(
+        default=1, metadata={"help": "prunings, each with its own retraining and its own row in the table; 0: none"}
+    )
+    retrain_epochs: int = field(
+        default=3, metadata={"help": "epochs after each pruning; 0: blocks are removed (and healed), no more"}
+    )
+    threshold: float | None = field(default=None, metadata={"help": "similarity from which blocks are redundant"})
+    num_blocks: list[str] | None = field(
+        default=None,
+        metadata={"help": "blocks that stay: N for each iteration, or STACK=N for each stack (of one iteration)"},
+    )
+    keep_ratio: float | None = field(
+        default=None, metadata={"help": "share of the blocks that stays, of each iteration"}
+    )
+    k: int = field(default=1, metadata={"help": "stride of removal"})
+    k_max: int = field(default=3, metadata={"help": "largest stride that is tried when a pruning is taken back"})
+    freeze: str = field(default="none", metadata={"help": "none, or partial (the seed's Part)"})
+    similarity: str = field(
+        default="cka", metadata={"help": "cka (debiased), cka_biased (the seed's), cosine or effect"}
+    )
+    rows: str | None = field(default=None, metadata={"help": "tokens, mean or first"})
+    linkage: str = field(default="leader", metadata={"help": "leader or adjacent"})
+    keep: str = field(default="leader", metadata={"help": "member of a cluster that stays: leader or last"})
+    heal: str | None = field(default=None, metadata={"help": "lstsq repairs each removal in closed form"})
+    distill_alpha: float | None = field(
+        default=None, metadata={"help": "weight of the unpruned model's teaching during the retraining"}
+    )
+    distill_temperature: float = field(default=2.0, metadata={"help": "temperature of the teaching"})
+    metric: str | None = field(default=None, metadata={"help": "metric of the gate"})
+    max_drop: float | None = field(default=None, metadata={"help": "a pruning that costs more is taken back"})
+    calibration_samples: int = field(
+        default=512, metadata={"help": "samples of the training data to compare blocks on"}
+    )
+    protect: list[str] = field(default_factory=list, metadata={"help": "patterns of blocks that must stay"})
+    sparsity: list[float] = field(
+        default_factory=list, metadata={"help": "Wanda grid: shares of zeros, each tried on each model of the table"}
+    )
+    sparsity_pattern: str | None = field(default=None, metadata={"help": "2:4 or 4:8, one more entry of the grid"})
+    sparsity_method: str = field(default="wanda", metadata={"help": "wanda or magnitude"})
+    sparsity_retrain: list[float] = field(
+        default_factory=list, metadata={"help": "shares of the grid that are retrained too; a pattern's is 0.5"}
+    )
+    sparsity_original: bool = field(
+        default=True, metadata={"help": "zero weights of the original too, not only of the pruned models"}
+    )
+    sparsity_samples: int = field(default=128, metadata={"help": "calibration samples of the zeroing"})
+    repeats: int = field(default=3, metadata={"help": "warm evaluations behind each time"})
+
+    def __post_init__(self) -> None:
+        self._check_retraining()
+        for iteration in range(max(1, self.iterations)):
+            self.pruning(iteration)  # what makes no sense is said before any work is done
+        self.grid()
+
+    def pruning(self, iteration: int, baseline: float | None = None) -> MPruneConfig:
+        """The settings of one iteration, counted from 0: a training of its own, which prunes at once."""
+        distill = (
+            None
+            if self.distill_alpha is None
+            else {"alpha": self.distill_alpha, "temperature": self.distill_temperature}
+        )
+        return MPruneConfig(
+            threshold=self.threshold,
+            num_blocks=self._target(iteration),
+            keep_ratio=self.keep_ratio,
+            retrain_epochs=max(1, self.retrain_epochs),  # with 0 no training is there to ask
+            baseline=baseline if self.max_drop is not None else None,
+            distill=distill,
+            protect=tuple(self.protect),
+            **{name: getattr(self, name) for name in _SAME},
+        )
+
+    def grid(self) -> list[WandaConfig]:
+        """The settings of the Wanda grid."""
+        shared = {"method": self.sparsity_method, "calibration_samples": self.sparsity_samples}
+        entries = [WandaConfig(sparsity=share, **shared) for share in self.sparsity]
+        return entries + ([WandaConfig(pattern=self.sparsity_pattern, **shared)] if self.sparsity_pattern else [])
+
+    def _check_retraining(self) -> None:
+        if self.retrain_epochs < 0 or self.finetune_epochs < 0 or self.iterations < 0:
+            found = f"{self.retrain_epochs}, {self.finetune_epochs:g} and {self.iterations}"
+            raise ConfigError(f"retrain_epochs, finetune_epochs and iterations must be 0 or more, found {found}.")
+        if self.retrain_epochs == 0:
+            given = [name for name in ("max_drop", "distill_alpha") if getattr(self, name) is not None]
+            given += ["freeze"] * (self.freeze != "none") + ["sparsity_retrain"] * bool(self.sparsity_retrain)
+            if given:
+                raise ConfigError(
+                    f"{' and '.join(given)} is about the retraining, and retrain_epochs is 0. Leave one of them out."
+                )
+        strange = [share for share in self.sparsity_retrain if share not in [config.sparsity for config in self.grid()]]
+        if strange:
+            raise ConfigError(
+                f"sparsity_retrain names shares of the grid, and {strange} is not in sparsity={self.sparsity}."
+            )
+
+    def _target(self, iteration: int) -> int | dict[str, int] | None:
+        given = self.num_blocks
+        if not given:
+            return None
+        if all(entry.strip().isdigit() for entry in given):
+            if self.iterations and len(given) not in (1, self.iterations):
+                raise ConfigError(
+                    f"num_blocks gives {len(given)} targets for {self.iterations} iterations. Give one for each."
+                )
+            return int(given[min(iteration, len(given) - 1)])
+        if self.iterations > 1:
+            raise ConfigError(
+                "num_blocks as STACK=N is for one iteration: the first would go all the way. Give N for each of "
+                "several."
+            )
+        counts = {}
+        for entry in given:
+            name, sign, number = entry.rpartition("=")
+            if not sign or not name or not number.strip().isdigit():
+                raise ConfigError(
+                    f"num_blocks takes whole numbers, one for each iteration, or STACK=N for each stack, found "
+                    f"{entry!r}."
+                )
+            counts[name] = int(number)
+        return counts
+
+
+_SAME = (
+    "k",
+    "k_max",
+    "freeze",
+    "similarity",
+    "rows",
+    "linkage",
+    "keep",
+    "heal",
+    "metric",
+    "max_drop",
+    "calibration_samples",
+)
+
+
+def parse(types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
+    """Parse dataclasses from the command line and from a YAML file that `--config` names; the command line wins.
+
+    `--NAME null` on the command line takes back what the file says: the setting has its default.
+
+    Args:
+        types: dataclasses, as for HfArgumentParser.
+        argv: the arguments; default: those of the process.
+        description: of the recipe, for --help.
+
+    Returns:
+        One instance of each type.
+
+    Raises:
+        ConfigError: if the file is not a mapping, or it or the command line names something that there is not.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    path, rest = _config_of(argv)
+    unset, rest = _unset(rest, types)
+    words = [] if path is None else _words(read_config(path), types, path, unset)
+    parser = HfArgumentParser(types, description=description, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.add_argument("--config", help="YAML file with the same names; what is given on the command line wins")
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        [*words, *rest], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [option for option in parser._option_string_actions if option.startswith("--")]
+        raise ConfigError(f"There is no argument {unknown[0]!r}.{_hint(unknown[0].partition('=')[0], known)}")
+    work_begins()  # a recipe has imported its libraries before it parses
+    return tuple(parsed[: len(types)])  # behind them comes --config
+
+
+def _config_of(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The file that --config names, and the other arguments."""
+    path, rest, words = None, [], iter(argv)
+    for word in words:
+        if word == "--config":
+            path = Path(next(words, ""))
+        elif word.startswith("--config="):
+            path = Path(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return path, rest
+
+
+def _unset(argv: Sequence[str], types: Sequence[type]) -> tuple[set[str], list[str]]:
+    """The settings that `--NAME null` takes back, and the other arguments."""
+    known = {spec.name for each in types for spec in dataclasses.fields(each) if spec.init}
+    unset, rest, words = set(), [], list(argv)
+    while words:
+        word = words.pop(0)
+        name, sign, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")  # both spellings are the same to the parser
+        if word.startswith("--") and name in known and "null" in (value, *([] if sign else words[:1])):
+            unset.add(name)
+            words = words if sign else words[1:]
+        else:
+            rest.append(word)
+    return unset, rest
+
+
+def read_config(path: Path, what: str = "--config") -> Mapping[str, Any]:
+    """The names and values in a YAML file.
+
+    Raises:
+        ConfigError: if it is not there, not YAML, or not a mapping.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependencyError('A config file needs PyYAML: pip install "deeparc_hf[recipes]".') from error
+    if not path.is_file():
+        raise ConfigError(f"{what}: there is no file {path}.")
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path} must hold names and values, found a {type(data).__name__}.")
+    return data
+
+
+def _words(data: Mapping[str, Any], types: Sequence[type], path: Path, unset: Collection[str] = ()) -> list[str]:
+    """The entries of a config file as words of a command line, but for those that are taken back."""
+    known = {spec.name for each in types for spec in dataclasses.fields(each) if spec.init}
+    words = []
+    for key, value in data.items():
+        if key not in known:
+            raise ConfigError(f"{path}: there is no setting {str(key)!r}.{_hint(str(key), known)}")
+        if key in unset:
+            continue
+        if isinstance(value, Mapping):
+            raise ConfigError(f"{path}: {key} holds a mapping. Give a text, a number or a list.")
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)] if value else []
+        elif value is not None:
+            words.append(f"--{key}={value}")  # in one word, for texts that begin with a dash
+    return words
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, sorted(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,168 @@
+"""How an experiment was asked for, as it may be published: its command, its settings and its data, without places of
+one machine or tokens.
+
+What is told is listed here: an argument that is on no list (a run's name, a logging folder, a token) is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .arguments import DataArguments, PruningArguments
+from .splits import Splits
+
+__all__ = ["asked_for", "command_of"]
+
+_PLACES = (
+    "model",
+    "dataset",
+    "train_file",
+    "validation_file",
+    "test_file",
+    "gguf_file",
+)  # a Hub id, a folder or a file
+_NOT_OURS = ("repo_id", "repo_private")
+# of TrainingArguments: what figures depend on
+_TRAINING = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "data_seed",
+    "eval_strategy",
+    "fp16",
+    "gradient_accumulation_steps",
+    "label_smoothing_factor",
+    "learning_rate",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+    "optim",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+    "save_strategy",
+    "seed",
+    "tf32",
+    "torch_compile",
+    "train_sampling_strategy",
+    "use_cpu",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+)
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]+")
+_HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
+
+
+def asked_for(
+    recipe: str, argv: Sequence[str] | None, data: DataArguments, own: Any, training: TrainingArguments, splits: Splits
+) -> dict[str, Any]:
+    """The facts for the report.
+
+    Args:
+        recipe: its file.
+        argv: the arguments; default: those of the process.
+        data: model and data.
+        own: the recipe's own settings, a dataclass.
+        training: the Trainer's arguments; those that figures depend on are told where they are not the defaults.
+        splits: the data.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    settings = {
+        key: _told(key, value)
+        for key, value in {**_given(data), **dataclasses.asdict(own)}.items()
+        if key not in _NOT_OURS
+    }
+    known = {
+        spec.name: getattr(training, spec.name)
+        for spec in dataclasses.fields(training)
+        if spec.name in _TRAINING and spec.init
+    }
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(training)}
+    return {
+        "recipe": Path(recipe).name,
+        "command": command_of(Path(recipe), words, [spec.name for spec in dataclasses.fields(own)]),
+        "settings": settings,
+        "trainer": {key: getattr(value, "value", value) for key, value in known.items() if value != defaults[key]},
+        "data": {use: dict(facts) for use, facts in splits.sources.items()},
+    }
+
+
+def command_of(recipe: Path, argv: Sequence[str], own: Sequence[str] = ()) -> str:
+    """The command as others may type it: files by their names, FOLDER for folders; arguments that are on no list are
+    left out.
+
+    Args:
+        recipe: its file; configs that lie beside it are told with their place.
+        argv: the arguments.
+        own: names of the recipe's own settings.
+    """
+    ours = {spec.name for cls in (DataArguments, PruningArguments) for spec in dataclasses.fields(cls)} - set(_NOT_OURS)
+    listed = {"config", *ours, *own, *_TRAINING}
+    words: list[str] = []
+    name = ""
+    for word in argv:
+        if word.startswith("--"):
+            option, sign, value = word.partition("=")
+            name = option[2:].replace("-", "_")  # both spellings are the same to the parser
+            if name in listed:
+                words.append(f"--{name}{sign}{_shown(name, value, recipe) if sign else ''}")
+        elif name in listed:
+            words.append(_shown(name, word, recipe))
+    return f"{_launcher()} recipes/{recipe.name} {shlex.join(words)}".strip()
+
+
+def _launcher() -> str:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if processes == 1:
+        return "python"
+    return f"torchrun {f'--nnodes {processes // here} ' if here != processes else ''}--nproc_per_node {here}"
+
+
+def _shown(name: str, value: str, recipe: Path) -> str:
+    return _config(Path(value), recipe) if name == "config" else str(_told(name, value))
+
+
+def _config(path: Path, recipe: Path) -> str:
+    """A config file: with its place where it is one of those that come with the recipes, unchanged."""
+    shipped = recipe.resolve().parent / "configs" / path.name
+    try:
+        same = shipped.read_bytes() == path.read_bytes()
+    except OSError:
+        same = False
+    return f"recipes/configs/{path.name}" if same else path.name
+
+
+def _told(name: str, value: Any) -> Any:
+    """A setting's value without what is only on this machine."""
+    if not isinstance(value, str):
+        return value
+    if name in _PLACES:
+        value = _place(value)
+    return _TOKEN.sub("TOKEN", value)
+
+
+def _place(value: str) -> str:
+    try:
+        path = Path(value).expanduser()
+        if path.is_dir():
+            return "FOLDER"
+        return value if _HUB_ID.fullmatch(value) and not path.is_file() else path.name
+    except (OSError, RuntimeError, ValueError):  # too long for a name, or of no user
+        return "FOLDER"
+
+
+def _given(data: DataArguments) -> dict[str, Any]:
+    """What was given of the data's settings."""
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(data)}
+    return {key: value for key, value in dataclasses.asdict(data).items() if value != defaults[key]}

@@ -1,0 +1,87 @@
+"""Loading a model for an experiment: a checkpoint, a folder with a config alone, or a GGUF file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from deeparc_hf.errors import ConfigError
+
+__all__ = ["has_weights", "load_model"]
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+_OF_CHECKPOINTS = ("ignore_mismatched_sizes",)
+
+
+def has_weights(name: str) -> bool:
+    """Whether there are weights behind a name: not in a folder that holds a config.json and none."""
+    folder = Path(name)
+    return not (folder / "config.json").is_file() or any(True for pattern in _WEIGHTS for _ in folder.glob(pattern))
+
+
+def load_model(
+    auto_class: Any,
+    name: str,
+    *,
+    revision: str | None = None,
+    gguf_file: str | None = None,
+    whole: bool = False,
+    **settings: Any,
+) -> Any:
+    """Load a model by Hub id or folder.
+
+    A folder with a config.json and no weights gives a model from scratch. A model from a GGUF file is copied into a
+    fresh one of its config, because the one that transformers makes refuses to be saved.
+
+    Args:
+        auto_class: AutoModelFor...
+        name: Hub id or folder.
+        revision: commit, tag or branch on the Hub.
+        gguf_file: name of the GGUF file in it.
+        whole: refuse a checkpoint that lacks weights (of its head, say), which would be drawn at random.
+        settings: of the config, and ignore_mismatched_sizes.
+
+    Raises:
+        ConfigError: if a folder holds no model, or not a whole one.
+    """
+    folder = Path(name)
+    if folder.is_dir() and gguf_file is None and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{name} holds no config.json, so there is no model in it. Give the folder of a checkpoint, or a Hub id."
+        )
+    if gguf_file is not None:
+        return _of_gguf(auto_class, name, revision=revision, gguf_file=gguf_file, **settings)
+    if has_weights(name):
+        model, info = auto_class.from_pretrained(name, revision=revision, output_loading_info=True, **settings)
+        if whole and info["missing_keys"]:
+            raise ConfigError(
+                f"{name} has no weights for {min(info['missing_keys'])}: it is not fine-tuned for this task, and they "
+                f"would be drawn at random. Give finetune_epochs, or a fine-tuned model."
+            )
+    elif whole:
+        raise ConfigError(
+            f"There are no weights in {name}, and nothing is going to be trained first. Give finetune_epochs, or a "
+            f"fine-tuned model."
+        )
+    else:
+        known = {key: value for key, value in settings.items() if key not in _OF_CHECKPOINTS}
+        model = auto_class.from_config(AutoConfig.from_pretrained(name, **known))
+    if "id2label" in settings and hasattr(model.config, "label_names"):
+        # the wrapper of timm models would save the names that were there before
+        model.config.label_names = list(settings["id2label"].values())
+    return model
+
+
+def _of_gguf(auto_class: Any, name: str, **settings: Any) -> Any:
+    loaded = auto_class.from_pretrained(name, dtype=torch.float32, **settings)
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):  # its weights are dequantized
+        del config.quantization_config
+    fresh = auto_class.from_config(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    return fresh

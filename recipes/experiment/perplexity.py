@@ -1,0 +1,131 @@
+"""Perplexity of a causal language model on blocks of tokens, and the blocks."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import Trainer
+
+from deeparc_hf.errors import ConfigError
+
+from .results import Measured
+from .splits import Splits
+
+__all__ = ["PerplexityMeasure", "block_losses", "collate_blocks", "token_blocks"]
+
+_Z = 1.959964  # of the normal distribution, for an interval of 95 %
+
+
+def token_blocks(splits: Splits, tokenizer: Any, column: str, size: int) -> Splits:
+    """Join the texts of each split, with an end token behind each, and cut them into blocks; what is left over at the
+    end is dropped.
+
+    Args:
+        splits: with texts; empty ones are skipped.
+        tokenizer: with an end token.
+        column: of the texts.
+        size: tokens of a block.
+
+    Raises:
+        ConfigError: if there is no such column, it holds no texts, or a split gives no block.
+    """
+    if size < 2:
+        raise ConfigError(f"block_size must be at least 2, found {size}: a block's first token predicts its second.")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("The tokenizer has no end token, so texts cannot be joined.")
+    splits.need(text_column=column)
+    if getattr(splits.train.features[column], "dtype", None) not in ("string", "large_string"):
+        raise ConfigError(f"text_column: {column!r} holds no texts.")
+    found = splits.each(lambda part: _cut(part, tokenizer, column, size))
+    for use in ("train", "validation", "test"):
+        if len(getattr(found, use)) == 0:
+            raise ConfigError(
+                f"The {use} data has fewer than {size} tokens, which is block_size. Give more texts or smaller blocks."
+            )
+    return found
+
+
+def collate_blocks(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of blocks: every token but the first is predicted, the end tokens too."""
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def block_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean loss of the tokens of each block, for `preprocess_logits_for_metrics`: all that a Trainer needs to keep."""
+    pairs = zip(logits[:, :-1], labels[:, 1:], strict=True)
+    return torch.stack([functional.cross_entropy(scores.float(), wanted) for scores, wanted in pairs])
+
+
+class PerplexityMeasure:
+    """Measures a Trainer's model: perplexity = exp(mean loss of a token) on blocks of test data, with a 95 % interval
+    over the blocks.
+
+    The Trainer needs `compute_metrics=measure.metrics` and `preprocess_logits_for_metrics=block_losses`.
+
+    Args:
+        test: blocks.
+    """
+
+    def __init__(self, test: Any) -> None:
+        self._test = test
+        self._losses: list[float] = []
+
+    def metrics(self, prediction: Any) -> dict[str, float]:
+        """For compute_metrics."""
+        self._losses = [float(loss) for loss in prediction.predictions]
+        return {"perplexity": _exp(statistics.fmean(self._losses))}
+
+    def __call__(self, trainer: Trainer) -> Measured:
+        """Loss and perplexity of the model as it is."""
+        metrics = trainer.evaluate(self._test, metric_key_prefix="test")
+        mean = statistics.fmean(self._losses)
+        # several processes fill their last batch up with blocks that they have seen, which the Trainer's own loss
+        # counts twice
+        figures = {**Measured.of_metrics(metrics, len(self._losses)).metrics, "loss": mean}
+        if len(self._losses) < 2:
+            return Measured(figures, len(self._losses))
+        half = _Z * statistics.stdev(self._losses) / math.sqrt(len(self._losses))
+        intervals = {"loss": (mean - half, mean + half), "perplexity": (_exp(mean - half), _exp(mean + half))}
+        return Measured(figures, len(self._losses), intervals)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _cut(part: Any, tokenizer: Any, column: str, size: int) -> Any:
+    from datasets import Features, List, Value
+
+    return part.map(
+        _Cutter(tokenizer, size),
+        batched=True,
+        input_columns=[column],
+        remove_columns=part.column_names,
+        features=Features({"input_ids": List(Value("int32"))}),
+    )
+
+
+class _Cutter:
+    """Blocks of texts that come in batches: what one batch leaves over, the next begins with."""
+
+    def __init__(self, tokenizer: Any, size: int) -> None:
+        self._tokenizer = tokenizer
+        self._size = size
+        self._rest: list[int] = []
+
+    def __call__(self, texts: list[str | None]) -> dict[str, list[list[int]]]:
+        end = self._tokenizer.eos_token_id
+        given = [text for text in texts if text]
+        for ids in self._tokenizer(given)["input_ids"] if given else ():
+            self._rest += ids if ids and ids[-1] == end else [*ids, end]
+        whole = len(self._rest) - len(self._rest) % self._size
+        blocks = [self._rest[start : start + self._size] for start in range(0, whole, self._size)]
+        self._rest = self._rest[whole:]
+        return {"input_ids": blocks}

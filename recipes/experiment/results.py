@@ -1,0 +1,307 @@
+"""The figures of an experiment: a row for each model, as JSON and as the table that the first experiments printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deeparc_hf.checkpoint.weights_mark import mark_of_files
+from deeparc_hf.core.environment import hardware, package_versions
+from deeparc_hf.core.files import finite, write_whole
+from deeparc_hf.core.statistics import wilson_interval
+from deeparc_hf.publish import CARD_FILE
+from deeparc_hf.publish.facts import EVALUATIONS_FILE
+from deeparc_hf.reports.provenance import TIMES
+
+__all__ = [
+    "RESULTS",
+    "Measured",
+    "Row",
+    "Speed",
+    "against_original",
+    "read_rows",
+    "results_table",
+    "whereabouts",
+    "write_evaluations",
+    "write_results",
+]
+
+RESULTS = "results"
+_EPOCHS, _FIRST = 6, 3
+_MAIN = ("accuracy", "perplexity", "bleu")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one evaluation on the test data gives.
+
+    Attributes:
+        metrics: by name.
+        intervals: 95 % intervals of those that have one.
+        samples: number of test samples.
+        seconds: warm time of one evaluation, the median of several.
+    """
+
+    metrics: Mapping[str, float]
+    samples: int
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    seconds: float | None = None
+
+    @classmethod
+    def of_metrics(cls, metrics: Mapping[str, Any], samples: int, prefix: str = "test_") -> Measured:
+        """From what Trainer.evaluate returns; an accuracy gets its Wilson interval."""
+        figures = {}
+        for key, value in metrics.items():
+            name = key.removeprefix(prefix)
+            if key.startswith(prefix) and isinstance(value, (int, float)) and not key.endswith(TIMES):
+                figures[name] = float(value)
+        shares = {name: value for name, value in figures.items() if name.endswith("accuracy") and 0 <= value <= 1}
+        return cls(
+            figures, samples, {name: wilson_interval(round(value * samples), samples) for name, value in shares.items()}
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table.
+
+    Attributes:
+        name: "original", "iteration 1", "iteration 1, 30 % zeros".
+        blocks: number of blocks of each stack.
+        parameters: number of parameters.
+        measured: on the test data.
+        frozen: blocks that the training before it left frozen.
+        threshold, k: of the pruning before it.
+        sparsity: measured share of zeros in the matrices that were zeroed.
+        training_seconds: time of the training that led to it.
+        validation: main metric at the end of each epoch of that training.
+        folder: where the model lies, within the output folder; None if it was not saved.
+        verdict: of the gate.
+    """
+
+    name: str
+    blocks: Mapping[str, int]
+    parameters: int
+    measured: Measured
+    frozen: int = 0
+    threshold: float | None = None
+    k: int | None = None
+    sparsity: float | None = None
+    training_seconds: float | None = None
+    validation: Sequence[float] = ()
+    folder: str | None = None
+    verdict: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return finite(json.loads(json.dumps(dataclasses.asdict(self))))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Row:
+        """The inverse of `to_dict`."""
+        found = dict(data["measured"])
+        intervals = {name: tuple(bounds) for name, bounds in found["intervals"].items()}
+        measured = Measured(**{**found, "intervals": intervals})
+        return cls(**{**data, "measured": measured, "validation": tuple(data.get("validation", ()))})
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Warm times of two models, measured in turns in one process.
+
+    Attributes:
+        ratio: time of the smaller one over that of the original: the median of the turns' ratios.
+        low, high: the lowest and the highest of these.
+        blocks: number of blocks over that of the original, the ideal.
+        turns: number of turns.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    blocks: float
+    turns: int
+
+    @property
+    def of_ideal(self) -> float:
+        """The speed-up that was reached, over that which the share of blocks promises."""
+        return self.blocks / self.ratio
+
+    def __str__(self) -> str:
+        return (
+            f"Evaluation time: {self.ratio:.3f} of the original's ({self.low:.3f} .. {self.high:.3f}, {self.turns} "
+            f"turns); {self.blocks:.3f} of the blocks are left, so the speed-up is {self.of_ideal:.2f} of the ideal."
+        )
+
+
+def results_table(rows: Sequence[Row], metrics: Sequence[str] | None = None) -> str:
+    """The rows as a Markdown table with the columns of the first experiments.
+
+    Args:
+        metrics: the metrics to show; default: all of them.
+    """
+    names = list(metrics or dict.fromkeys(name for row in rows for name in row.measured.metrics))
+    epochs = max((len(row.validation) for row in rows), default=0)
+    first = _FIRST if epochs > _EPOCHS else epochs  # of long trainings the first epochs, and the last one
+    titles = [*(f"epoch {epoch + 1}" for epoch in range(first)), *(["last epoch"] if first < epochs else [])]
+    header = ["model", *titles, *names, "blocks", "parameters"]
+    header += ["evaluation time (s)", "training time (s)", "freeze", "threshold", "K", "zeros (%)"]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    for row in rows:
+        shown = [f"{value:.4f}" for value in row.validation[:first]] + ["-"] * (first - len(row.validation))
+        if first < epochs:
+            shown.append(f"{row.validation[-1]:.4f}" if row.validation else "-")
+        lines.append(
+            [
+                row.name + (f" ({row.verdict})" if row.verdict else ""),
+                *shown,
+                *(_metric(row.measured, name) for name in names),
+                " + ".join(map(str, row.blocks.values())),
+                f"{row.parameters:,}",
+                _shown(row.measured.seconds),
+                _shown(row.training_seconds),
+                str(row.frozen),
+                "-" if row.threshold is None else f"{row.threshold:.4f}",
+                "-" if row.k is None else str(row.k),
+                "-" if row.sparsity is None else f"{100 * row.sparsity:.1f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def against_original(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each pruned model: whether its main metric lies within the interval of the original, or by how
+    much it does not.
+    """
+    first, *others = rows
+    name = next((name for name in (*_MAIN, *first.measured.intervals) if name in first.measured.intervals), None)
+    if name is None:
+        return []
+    low, high = first.measured.intervals[name]
+    found = []
+    for row in others:
+        value = row.measured.metrics.get(name)
+        if value is None or row.sparsity is not None:
+            continue
+        outside = (
+            f"{low - value:.4f} below" if value < low else f"{value - high:.4f} above" if value > high else "within"
+        )
+        found.append(
+            f"{row.name}: {name} {value:.4f} lies {outside} the original's 95 % interval ({low:.4f} .. {high:.4f})."
+        )
+    return found
+
+
+def write_results(
+    folder: Path, rows: Sequence[Row], speeds: Mapping[str, Speed], facts: Mapping[str, Any], notes: Sequence[str] = ()
+) -> None:
+    """Write results.json and results.md; each is there whole or not at all.
+
+    Args:
+        speeds: by name of the row.
+        facts: how it was made: arguments, data.
+        notes: sentences beneath the table.
+    """
+    data = {
+        "rows": [row.to_dict() for row in rows],
+        "speeds": {name: dataclasses.asdict(speed) for name, speed in speeds.items()},
+        "notes": list(notes),
+        **facts,
+        "hardware": hardware(),
+        "versions": package_versions(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = ["# Results", results_table(rows)]
+    repeats = facts.get("pruning", {}).get("repeats")
+    times = "one evaluation" if repeats == 1 else f"the median of {repeats or 'several'}"
+    counts = ", ".join(f"{n:,}" for n in sorted({row.measured.samples for row in rows}))
+    parts.append(
+        f"Metrics: on {counts} test samples, with 95 % intervals where they are known. Epochs: the main metric on the "
+        f"validation data after each epoch of the training that led to the row. Evaluation time: warm, {times}. "
+        f"Freeze: blocks that were not trained. One run with one seed."
+    )
+    parts += [*against_original(rows), *(f"{name}: {speed}" for name, speed in speeds.items()), *notes]
+    shown = {**hardware(), **package_versions()}
+    parts += [
+        "## Made with",
+        f"```json\n{json.dumps(facts, indent=1)}\n```",
+        "\n".join(f"- {key}: {value}" for key, value in shown.items()),
+    ]
+    write_whole(folder / f"{RESULTS}.md", "\n\n".join(parts) + "\n")
+    write_whole(folder / f"{RESULTS}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+
+
+def write_evaluations(
+    folder: Path, row: Row, original: Row, data: Mapping[str, Any], speed: Speed | None = None, *, judged: bool = False
+) -> None:
+    """Write a model's figures on the test data beside it, with those of the original, for its card
+    (`create_model_card`).
+
+    Args:
+        data: what is known of the test data (`provenance.dataset_facts`).
+        judged: whether prunings were judged on the same rows.
+        speed: its time over that of the original.
+    """
+    entry: dict[str, Any] = {"metrics": _test(row.measured.metrics), "intervals": _test(row.measured.intervals)}
+    if row.name != original.name:
+        entry |= {"before": _test(original.measured.metrics), "before_intervals": _test(original.measured.intervals)}
+        entry["before_blocks"] = sum(original.blocks.values())
+    entry |= {
+        "data": {**data, "rows": row.measured.samples},
+        "weights": mark_of_files(folder),
+        "stacks": dict(row.blocks),
+        "judged": judged,
+    }
+    report = {"evaluations": [entry], "speed": None if speed is None else dataclasses.asdict(speed)}
+    write_whole(
+        folder / EVALUATIONS_FILE, json.dumps(finite(json.loads(json.dumps(report))), indent=1, allow_nan=False) + "\n"
+    )
+
+
+def whereabouts(folder: Path, rows: Sequence[Row], published: str | None = None) -> str:
+    """Where what an experiment made lies, for its end.
+
+    Args:
+        folder: the output folder.
+        published: the repository that the last model was published in.
+    """
+    others = sorted(path.name for path in folder.glob("*.md") if path.stem != RESULTS)
+    lines = [f"Results: {folder / RESULTS}.md, the same in {RESULTS}.json{''.join(f', and {name}' for name in others)}"]
+    models = [folder / row.folder for row in rows if row.folder is not None]
+    if models:
+        lines.append(f"Models: {', '.join(map(str, models))}")
+    cards = [path / CARD_FILE for path in models if (path / CARD_FILE).is_file()]
+    if cards:
+        lines.append(f"Card: {', '.join(map(str, cards))}")
+    if published is not None:
+        lines.append(f"Published: {published}")
+    elif cards:
+        lines.append(f"To publish it: deeparc push {shlex.quote(str(cards[-1].parent))} ORG/NAME")
+    return "\n".join(lines)
+
+
+def _test(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """With the names that Trainer.evaluate gives them."""
+    return {f"test_{name}": value for name, value in figures.items()}
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of an experiment that is done."""
+    return [Row.from_dict(entry) for entry in json.loads((folder / f"{RESULTS}.json").read_text("utf-8"))["rows"]]
+
+
+def _metric(measured: Measured, name: str) -> str:
+    value = measured.metrics.get(name)
+    if value is None:
+        return "-"
+    interval = measured.intervals.get(name)
+    return f"{value:.4f}" + ("" if interval is None else f" ({interval[0]:.4f} .. {interval[1]:.4f})")
+
+
+def _shown(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:,.2f}"

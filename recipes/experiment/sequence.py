@@ -1,0 +1,386 @@
+"""The sequence of an experiment: fine-tune, prune and retrain in iterations, zero weights, measure every model, make
+the card, publish.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import logging
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from deeparc_hf.core.files import write_whole
+from deeparc_hf.core.progress_bars import shows_bars
+from deeparc_hf.errors import ConfigError
+from deeparc_hf.pruning.config import MPruneConfig
+from deeparc_hf.publish import create_model_card
+from deeparc_hf.publish.push import push_to_hub
+from deeparc_hf.reports.plan_report import timed_evaluation
+from deeparc_hf.reports.provenance import TIMES, dataset_facts, training_facts
+from deeparc_hf.reports.run_report import structure_facts
+from deeparc_hf.sparsity.config import WandaConfig
+from deeparc_hf.sparsity.sparsify import sparsify_model
+from deeparc_hf.trainer import MPruneCallback, WandaCallback
+from deeparc_hf.trainer.follow_checkpoint import Structure, record_of
+
+from .arguments import DataArguments, PruningArguments
+from .at_once import calibration_batches, remove_at_once
+from .results import RESULTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results
+
+__all__ = ["Experiment"]
+
+logger = logging.getLogger(__name__)
+
+TOLD = "card.json"
+ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
+Loader = Callable[[str], nn.Module]
+TrainerMaker = Callable[[nn.Module, TrainingArguments, list[Any]], Trainer]
+
+
+@dataclass
+class Experiment:
+    """One experiment.
+
+    Attributes:
+        data: model and data, as they were given.
+        pruning: what is done to the model.
+        training: the Trainer's arguments; epochs and output folders are set for each training.
+        load: a model by Hub id or folder.
+        trainer: makes a Trainer of a model, arguments and callbacks, with the training and validation data.
+        test: the data that the tables are measured on; nothing is decided on it.
+        calibration: data to compare blocks on and to zero weights by, a part or a view of the training data; default:
+            the training data.
+        measure: metrics of a Trainer's model on the test data; default: Trainer.evaluate. The same work is timed.
+        asked: how it was asked for (`asked_for`), for the report; its command is for the card too.
+        told: what else the card is told (`create_model_card`).
+        notes: sentences beneath the table.
+        average_tokens: whether the model's loss follows the number of tokens of all processes. Where it does not, the
+            Trainer would multiply it by their number (`average_tokens_across_devices`).
+        finish: called with the rows in the end, in the first process.
+    """
+
+    data: DataArguments
+    pruning: PruningArguments
+    training: TrainingArguments
+    load: Loader
+    trainer: TrainerMaker
+    test: Any
+    measure: Callable[[Trainer], Measured] | None = None
+    calibration: Any = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    told: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    average_tokens: bool = False
+    finish: Callable[[list[Row]], None] = lambda rows: None
+
+    def run(self) -> list[Row]:
+        """Run it all. The output folder gets results.md and .json, the models, and the last one's card; its end says
+        where they are.
+        """
+        rows = [self._original()]
+        for iteration in range(self.pruning.iterations):
+            row = self._iteration(iteration, rows[-1], rows[0])
+            if row is None:
+                break
+            rows.append(row)
+        last = rows[-1]
+        speeds = {} if last is rows[0] else {last.name: self._speed(rows[0], last)}
+        for row in rows[0 if self.pruning.sparsity_original else 1 :]:
+            rows += self._sparse(row)
+        if self._main:
+            self._clean_up()
+            for row in [row for row in rows if row.folder is not None]:
+                speed = speeds.get(row.name)
+                judged = "same as" in self.asked.get("data", {}).get("test", {})
+                write_evaluations(self._out / row.folder, row, rows[0], dataset_facts(self.test), speed, judged=judged)
+            # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes)
+            self._publish(last)
+            self.finish(rows)
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, self.notes)
+            sys.stdout.write(
+                f"\n{whereabouts(self._out, rows, self.data.repo_id if last.folder is not None else None)}\n"
+            )
+        return rows
+
+    def __post_init__(self) -> None:
+        self._revision: str | None = None  # commit of the model on the Hub
+        if self.training.push_to_hub:
+            raise ConfigError(
+                "push_to_hub would publish every model of the experiment. Give repo_id: the last one is published "
+                "there."
+            )
+        if self.training.num_train_epochs != TrainingArguments.num_train_epochs or self.training.max_steps > 0:
+            raise ConfigError(
+                "finetune_epochs and retrain_epochs say how long the trainings are. Leave num_train_epochs, max_steps "
+                "out."
+            )
+        if self.data.repo_id is not None and self.pruning.finetune_epochs == self.pruning.iterations == 0:
+            raise ConfigError(
+                "repo_id publishes the last model, and with finetune_epochs and iterations 0 none is made. Leave one "
+                "out."
+            )
+        found = [
+            self._out / f"{RESULTS}.json",
+            *self._out.glob("original*/config.json"),
+            *self._out.glob("iteration-*/config.json"),
+        ]
+        earlier = [str(path.relative_to(self._out)) for path in found if path.is_file()]
+        if earlier:
+            raise ConfigError(
+                f"{self._out} holds {earlier[0]} of an earlier experiment. Give another output_dir, or delete that "
+                f"folder."
+            )
+
+    # ---- steps ----
+
+    def _original(self) -> Row:
+        model, folder, seconds, epochs = self.load(self.data.model), None, None, ()
+        self._revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+        if self.pruning.finetune_epochs > 0:
+            trainer = self.trainer(model, self._args(ORIGINAL, self.pruning.finetune_epochs), [])
+            seconds, epochs = self._train(trainer)
+            folder = self._save(trainer, ORIGINAL)
+        else:
+            trainer = self.trainer(model, self._args(ORIGINAL, 1), [])
+        return Row(ORIGINAL, **self._facts_of(trainer), training_seconds=seconds, validation=epochs, folder=folder)
+
+    def _iteration(self, iteration: int, before: Row, original: Row) -> Row | None:
+        """One pruning and its retraining; None where nothing could be removed, or everything was taken back."""
+        name = f"iteration {iteration + 1}"
+        if self.pruning.retrain_epochs == 0:
+            return self._removal(iteration, name, before)
+        baseline = None
+        if (
+            self.pruning.max_drop is not None
+        ):  # of the original, on the data that judges: drops must not add up over the iterations
+            baseline = self._judged(self.trainer(self.load(self._place(original)), self._args(SCRATCH, 1), []))
+        callback = MPruneCallback(self.pruning.pruning(iteration, baseline), calibration=self.calibration)
+        tries = 1 if self.pruning.max_drop is None else self.pruning.k_max - self.pruning.k + 1
+        trainer = self.trainer(
+            self.load(self._place(before)), self._args(name, self.pruning.retrain_epochs * tries), [callback]
+        )
+        _, epochs = self._train(trainer)
+        standing = [attempt for attempt in callback.attempts[1:] if attempt.get("decision") == "accepted"]
+        if not standing:
+            return self._nothing(
+                name, "every pruning was taken back" if len(callback.attempts) > 1 else "nothing could be removed"
+            )
+        attempt = standing[-1]
+        thresholds = set(attempt["thresholds"].values())
+        folder = self._save(trainer, name)
+        return Row(
+            name,
+            **self._facts_of(trainer),
+            frozen=sum(map(len, attempt["frozen"].values())),
+            threshold=thresholds.pop() if len(thresholds) == 1 else None,
+            k=attempt["k"],
+            training_seconds=attempt["training_seconds"],
+            validation=tuple(epochs[-self.pruning.retrain_epochs :]),
+            folder=folder,
+            verdict=None if self.pruning.max_drop is None else "accepted",
+        )
+
+    def _removal(self, iteration: int, name: str, before: Row) -> Row | None:
+        """One pruning without a retraining; None where nothing could be removed."""
+        trainer = self.trainer(self.load(self._place(before)), self._args(name, 1), [])
+        config = self.pruning.pruning(iteration)
+        removal = remove_at_once(trainer.model, self._batches(trainer, config), config, shows_bars(trainer.args))
+        if not removal.plan.removed:
+            return self._nothing(name, "nothing could be removed")
+        thresholds = {stack.threshold for stack in removal.plan.stacks.values()}
+        threshold = thresholds.pop() if len(thresholds) == 1 else None
+        folder = self._save(trainer, name)
+        row = Row(name, **self._facts_of(trainer), threshold=threshold, k=config.k, folder=folder)
+        if self._main:
+            removal.write(self._out / folder, before, row)
+        return row
+
+    def _nothing(self, name: str, why: str) -> None:
+        self.notes.append(f"{name}: {why}; the table ends before it.")
+
+    def _sparse(self, row: Row) -> Iterator[Row]:
+        """The Wanda grid on one model: each share right after the zeroing, and retrained where that was asked for."""
+        for config in self.pruning.grid():
+            name = f"{row.name}, {config.pattern or f'{100 * config.sparsity:g} %'} zeros"
+            trainer = self.trainer(self.load(self._place(row)), self._args(SCRATCH, 1), [])
+            report = sparsify_model(
+                trainer.model, self._batches(trainer, config), config, progress=shows_bars(trainer.args)
+            )
+            facts = {"frozen": row.frozen, "threshold": row.threshold, "k": row.k}
+            yield Row(name, **self._facts_of(trainer), **facts, sparsity=report.measured)
+            if config.sparsity in self.pruning.sparsity_retrain:
+                yield self._sparse_retrained(row, config, f"{name}, retrained")
+
+    def _sparse_retrained(self, row: Row, config: WandaConfig, name: str) -> Row:
+        callback = WandaCallback(config, calibration=self.calibration)
+        model = self.load(self._place(row))
+        if row.frozen and (record := record_of(model)) is not None:  # as in the retraining before it
+            Structure(record, record.frozen).freeze(model)
+        trainer = self.trainer(model, self._args(name, self.pruning.retrain_epochs), [callback])
+        seconds, epochs = self._train(trainer)
+        share = None if callback.report is None else callback.report.measured
+        folder = self._save(trainer, name)
+        trained = {"training_seconds": seconds, "validation": epochs}
+        return Row(name, **self._facts_of(trainer), frozen=row.frozen, sparsity=share, **trained, folder=folder)
+
+    def _speed(self, original: Row, last: Row) -> Speed:
+        """Time both models in turns: what disturbs one disturbs the other."""
+        works = []
+        for row in (original, last):
+            trainer = self.trainer(self.load(self._place(row)), self._args(SCRATCH, 1), [])
+            works.append(self._work(trainer))
+            works[-1]()  # warm
+        ratios = []
+        for turn in range(TURNS):
+            times = [0.0, 0.0]
+            for index in (0, 1) if turn % 2 == 0 else (1, 0):
+                times[index] = timed_evaluation(works[index], repeats=1, warmup=0).seconds
+            ratios.append(times[1] / times[0])
+        share = sum(last.blocks.values()) / sum(original.blocks.values())
+        return Speed(statistics.median(ratios), min(ratios), max(ratios), share, TURNS)
+
+    def _publish(self, row: Row) -> None:
+        """The card of the last model, beside its checkpoint, and the push that was asked for."""
+        if row.folder is None:
+            if self.data.repo_id is not None:
+                self.notes.append("Nothing was published: no model was made.")
+                logger.warning(self.notes[-1])
+            return
+        folder = self._out / row.folder
+        dataset = None if self.data.train_file is not None else self.data.dataset  # local files stand for it
+        told = {
+            "license": self.data.license,
+            "language": self.data.language,
+            "command": self.asked.get("command"),
+            **self.told,
+        }
+        if dataset is not None and not Path(dataset).exists():  # cards name no local paths
+            told.setdefault("dataset_tags", dataset)
+        if not Path(self.data.model).exists():
+            told.setdefault("finetuned_from", self.data.model)
+        create_model_card(folder, repo_id=self.data.repo_id, **told)
+        write_whole(
+            folder / TOLD, json.dumps({"repo_id": self.data.repo_id, **told}, indent=1) + "\n"
+        )  # to make it again
+        if self.data.repo_id is not None:
+            push_to_hub(folder, self.data.repo_id, private=self.data.repo_private or None, **told)
+
+    def _clean_up(self) -> None:
+        """Remove the folders that a Trainer made and nothing was saved to."""
+        shutil.rmtree(self._out / SCRATCH, ignore_errors=True)
+        for folder in [path for path in self._out.iterdir() if path.is_dir() and not any(path.iterdir())]:
+            folder.rmdir()
+
+    # ---- helpers ----
+
+    @property
+    def _out(self) -> Path:
+        return Path(self.training.output_dir)
+
+    @property
+    def _main(self) -> bool:
+        return self.training.process_index == 0
+
+    def _args(self, name: str, epochs: float) -> TrainingArguments:
+        """The arguments of one training."""
+        folder = self._out / name.replace(" ", "-").replace(",", "").replace("%", "percent").replace(":", "-")
+        evaluates = "epoch" if self.training.eval_strategy == "no" else self.training.eval_strategy
+        settings = {"eval_strategy": evaluates, "average_tokens_across_devices": self.average_tokens}
+        return dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, **settings)
+
+    def _place(self, row: Row) -> str:
+        return self.data.model if row.folder is None else str(self._out / row.folder)
+
+    def _train(self, trainer: Trainer) -> tuple[float, tuple[float, ...]]:
+        """Train; time of the training in s, evaluations left out, and the main metric after each epoch."""
+        metric = self.pruning.metric
+        clock = _Clock(metric if metric is None or metric.startswith("eval_") else f"eval_{metric}")
+        trainer.add_callback(clock)
+        trainer.train()
+        trainer.remove_callback(clock)
+        return clock.seconds, tuple(clock.values)
+
+    def _save(self, trainer: Trainer, name: str) -> str:
+        trainer.save_model()
+        trainer.accelerator.wait_for_everyone()
+        return Path(trainer.args.output_dir).name
+
+    def _facts_of(self, trainer: Trainer) -> dict[str, Any]:
+        """Structure, metrics on the test data, and the warm time of measuring them."""
+        measured = self._work(trainer)()
+        timing = timed_evaluation(self._work(trainer), repeats=self.pruning.repeats, warmup=0)
+        facts = {**structure_facts(trainer.model), "measured": dataclasses.replace(measured, seconds=timing.seconds)}
+        gc.collect()
+        return facts
+
+    def _work(self, trainer: Trainer) -> Callable[[], Measured]:
+        if self.measure is not None:
+            measure = self.measure
+            return lambda: measure(trainer)
+        return lambda: Measured.of_metrics(trainer.evaluate(self.test, metric_key_prefix="test"), len(self.test))
+
+    def _judged(self, trainer: Trainer) -> float:
+        metrics = trainer.evaluate()
+        name = self.pruning.metric or "loss"
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        if name not in metrics:
+            known = sorted(
+                key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not key.endswith(TIMES)
+            )
+            raise ConfigError(
+                f"metric={self.pruning.metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
+            )
+        return float(metrics[name])
+
+    def _batches(self, trainer: Trainer, config: MPruneConfig | WandaConfig) -> Iterable[Any]:
+        """Calibration batches of the training data, the same in each process."""
+        return calibration_batches(trainer, config.calibration_samples, config.seed, self.calibration)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            **{key: value for key, value in self.asked.items() if key != "settings"},
+            "model": self.data.model if not Path(self.data.model).exists() else Path(self.data.model).name,
+            "model revision": self._revision,
+            "settings": self.asked.get("settings"),
+            "pruning": dataclasses.asdict(self.pruning),
+            "training": {
+                key: value for key, value in training_facts(self.training).items() if key != "epochs"
+            },  # these are of pruning
+            "test data": dataset_facts(self.test),
+        }
+
+
+class _Clock(TrainerCallback):
+    """The time of the training steps, and the main metric of each evaluation."""
+
+    def __init__(self, metric: str | None) -> None:
+        self.seconds = 0.0
+        self.values: list[float] = []
+        self._metric = metric
+        self._began = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        metrics = kwargs.get("metrics") or {}
+        names = [self._metric] if self._metric else ["eval_accuracy", "eval_loss"]
+        found = [metrics[name] for name in names if name in metrics]
+        self.values += [float(value) for value in found[:1]]
