@@ -5,7 +5,6 @@ are bounded, and an error names the place of what is wrong.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from .plain_text import is_plain, plain, quoted
 
-__all__ = ["MAX_BLOCKS", "MAX_ENTRIES", "MAX_TEXT", "Entry", "MalformedError", "read_json"]
+__all__ = ["MAX_BLOCKS", "MAX_ENTRIES", "MAX_TEXT", "Entry", "MalformedError", "is_number", "read_json"]
 
 MAX_BLOCKS = 4096  # of a stack
 MAX_ENTRIES = 256
@@ -50,16 +49,21 @@ class Entry:
 
     def __getitem__(self, key: str) -> Entry:
         """The entry of an object; where it is missing, its value is None."""
-        return Entry(self._object().get(key), f"{self.place}.{key}" if self.place else key)
+        return Entry(self.mapping().get(key), f"{self.place}.{key}" if self.place else key)
 
     def get(self, key: str) -> Entry | None:
         """The entry of an object; None where it is missing or null."""
         entry = self[key]
         return None if entry.value is None else entry
 
+    def mapping(self) -> Mapping[str, Any]:
+        """An object, as it is."""
+        self.must_be(isinstance(self.value, Mapping), "an object")
+        return self.value
+
     def entries(self, most: int = MAX_ENTRIES) -> dict[str, Entry]:
         """The entries of an object, whatever their names hold."""
-        found = self._object()
+        found = self.mapping()
         self.must_be(len(found) <= most, f"an object with at most {most} entries")
         prefix = f"{self.place}." if self.place else ""
         return {key: Entry(value, f"{prefix}{plain(key, 80)}") for key, value in found.items()}
@@ -78,13 +82,13 @@ class Entry:
 
     def number(self) -> float:
         """A finite number."""
-        self.must_be(_is_number(self.value), "a finite number")
+        self.must_be(is_number(self.value), "a finite number")
         return float(self.value)
 
     def numbers(self, count: int) -> list[float]:
         """A list of so many finite numbers."""
         values = self._list(count)
-        good = len(values) == count and all(map(_is_number, values))
+        good = len(values) == count and all(map(is_number, values))
         self.must_be(good, f"a list of {count} finite numbers")
         return [float(value) for value in values]
 
@@ -106,17 +110,14 @@ class Entry:
         self.must_be(is_plain(self.value, limit), f"a text of at most {limit} visible characters")
         return self.value
 
-    def _object(self) -> Mapping[str, Any]:
-        self.must_be(isinstance(self.value, Mapping), "an object")
-        return self.value
-
     def _list(self, most: int) -> list[Any] | tuple[Any, ...]:
         self.must_be(isinstance(self.value, (list, tuple)) and len(self.value) <= most, f"a list of at most {most}")
         return self.value
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < _MAX_NUMBER and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, not a truth value, and finite."""
+    return type(value) in (int, float) and abs(value) < _MAX_NUMBER
 
 
 def read_json(source: Path | str) -> Any:
