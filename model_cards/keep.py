@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from deeparc_hf import create_model_card
-from deeparc_hf.publish.content import content_of_folder
+from deeparc_hf.publish.gather import content_of_folder
 
 ALWAYS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 BESIDE = ("results.md", "scores.md")  # of the experiment, in the folder above

@@ -368,8 +368,10 @@ def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = N
 
 
 def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
-    found = None if name is None else try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
-    if not isinstance(found, str):
+    if name is None:
         return None
-    snapshot = Path(found).parent
+    cached = try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
+    if not isinstance(cached, str):
+        return None
+    snapshot = Path(cached).parent
     return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None

@@ -83,13 +83,13 @@ def check_iteration(entry: Entry, lengths: Mapping[str, int]) -> None:
 
 
 def _named(entry: Entry, key: str, limit: int = MAX_TEXT) -> dict[str, Entry]:
-    found = entry.get(key)
-    return {} if found is None else found.named(limit=limit)
+    part = entry.get(key)
+    return {} if part is None else part.named(limit=limit)
 
 
 def _entries(entry: Entry, key: str) -> dict[str, Entry]:
-    found = entry.get(key)
-    return {} if found is None else found.entries()
+    part = entry.get(key)
+    return {} if part is None else part.entries()
 
 
 def _check_data(data: Entry) -> None:

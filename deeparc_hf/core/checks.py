@@ -63,10 +63,10 @@ class Entry:
 
     def entries(self, most: int = MAX_ENTRIES) -> dict[str, Entry]:
         """The entries of an object, whatever their names hold."""
-        found = self.mapping()
-        self.must_be(len(found) <= most, f"an object with at most {most} entries")
+        mapping = self.mapping()
+        self.must_be(len(mapping) <= most, f"an object with at most {most} entries")
         prefix = f"{self.place}." if self.place else ""
-        return {key: Entry(value, f"{prefix}{plain(key, 80)}") for key, value in found.items()}
+        return {key: Entry(value, f"{prefix}{plain(key, 80)}") for key, value in mapping.items()}
 
     def named(self, most: int = MAX_ENTRIES, limit: int = MAX_TEXT) -> dict[str, Entry]:
         """The entries of an object whose names are visible texts of limited length, and not empty."""

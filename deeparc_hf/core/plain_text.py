@@ -73,9 +73,9 @@ def quoted(value: Any, limit: int = 80) -> str:
 
 def listed(names: Iterable[Any], most: int = _NAMES, limit: int = 60) -> str:
     """Some names, one after the other, and how many more there are."""
-    found = list(names)
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(plain(name, limit) for name in found[:most]) + more
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(plain(name, limit) for name in names[:most]) + more
 
 
 def did_you_mean(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:

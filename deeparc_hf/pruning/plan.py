@@ -318,7 +318,7 @@ def _frozen(
 
 def _matching(facts: Mapping[str, StackFacts], patterns: Sequence[str], setting: str) -> dict[str, set[int]]:
     """The blocks that patterns name. A block that an earlier pruning of the same training removed may be named too."""
-    found: dict[str, set[int]] = {name: set() for name in facts}
+    matched: dict[str, set[int]] = {name: set() for name in facts}
     for pattern in patterns:
         labels = {name: stack.labels or range(len(stack)) for name, stack in facts.items()}
         hits = [
@@ -335,8 +335,8 @@ def _matching(facts: Mapping[str, StackFacts], patterns: Sequence[str], setting:
                 f"and ?, for example {first}.*"
             )
         for name, index in hits:
-            found[name].add(index)
-    return found
+            matched[name].add(index)
+    return matched
 
 
 def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:

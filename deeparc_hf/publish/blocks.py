@@ -10,7 +10,8 @@ from ..checkpoint.record import PrunedConfig
 from ..core.markdown import code, fenced, md, table
 from ..core.plain_text import plain
 from ..core.tables import in_tens, spans, threshold_text
-from ..pruning.plan import PruningPlan, StackPlan
+from ..pruning.plan import StackPlan
+from .content import CardContent
 
 __all__ = ["alt_text", "removed_text", "repairs", "similarity_tables", "strip"]
 
@@ -83,21 +84,22 @@ def _repair(site: Mapping[str, object], removed: str, places: Sequence[int]) -> 
     return f"{removed} removed, block {places[site['kept']]} refitted{left}"  # type: ignore[index]
 
 
-def alt_text(plan: PruningPlan, numbers: Mapping[str, Sequence[int]]) -> str:
+def alt_text(content: CardContent) -> str:
     """What the heatmap shows, for those who do not see it."""
     parts = []
-    for name, stack in plan.stacks.items():
+    for name, stack in content.plan.stacks.items():
         values = [value for i, row in enumerate(stack.similarity) for j, value in enumerate(row) if i != j]
         span = f", similarities from {min(values):.2f} to {max(values):.2f}" if values else ""
-        removed = [numbers[name][index] for index in stack.removed]
+        removed = [content.numbers[name][index] for index in stack.removed]
         gone = f"{'block' if len(removed) == 1 else 'blocks'} {spans(removed)} removed" if removed else "none removed"
         parts.append(f"{md(name)}: {len(stack)} blocks{span}, {gone}")
     return f"Heatmap of the similarity of every two blocks. {'; '.join(parts)}."
 
 
-def similarity_tables(plan: PruningPlan, numbers: Mapping[str, Sequence[int]]) -> str:
+def similarity_tables(content: CardContent) -> str:
     """The similarities of the last pruning as numbers: whole matrices of short stacks, neighbours of long ones."""
-    return "\n\n".join(_similarity(name, stack, numbers[name]) for name, stack in plan.stacks.items() if len(stack) > 1)
+    stacks = content.plan.stacks.items()
+    return "\n\n".join(_similarity(name, stack, content.numbers[name]) for name, stack in stacks if len(stack) > 1)
 
 
 def _similarity(name: str, stack: StackPlan, numbers: Sequence[int]) -> str:

@@ -18,7 +18,8 @@ from ..core.markdown import fenced, folded, md
 from ..errors import DeepArcWarning, MissingDependencyError
 from ..pruning.heatmap import save_heatmap
 from . import blocks, sections, tables
-from .content import CardContent, content_of_folder, content_of_model, numbers_of_plan, with_reports
+from .content import CardContent
+from .gather import content_of_folder, content_of_model, with_reports
 from .merging import bare_metadata, kept_message, made_by_us, marked, may_replace, merged
 from .metadata import licences, metadata
 from .overview import overview, state
@@ -166,8 +167,6 @@ def render(
     labels = ", ".join(md(label, 60) for label in content.labels[:_LABELS]) + (
         ", ..." if len(content.labels) > _LABELS else ""
     )
-    plan = content.plan
-    numbers = {} if plan is None else numbers_of_plan(plan, content.record)
     shares, loss = tables.steps_table(content)
     metric, series = quality_series(content)
     more = [part for part in (tables.epochs_table(content), tables.settings_table(content)) if part]
@@ -196,9 +195,9 @@ def render(
             else None,
             evaluation=tables.evaluation_table(content),
             evaluation_note=sections.evaluation_note(content),
-            similarities=None if plan is None else folded("The numbers", blocks.similarity_tables(plan, numbers)),
-            similarity_note=None if plan is None else sections.similarity_note(plan),
-            alt=None if plan is None else blocks.alt_text(plan, numbers),
+            similarities=folded("The numbers", blocks.similarity_tables(content)) if content.plan else None,
+            similarity_note=sections.similarity_note(content.plan) if content.plan else None,
+            alt=blocks.alt_text(content) if content.plan else None,
             picture=PICTURE_FILE if PICTURE_FILE in pictures else None,
             sparsity=tables.sparsity_section(content),
             reproduce=reproduce(content, repo_id),
@@ -230,9 +229,7 @@ def _draw(content: CardContent, folder: Path) -> tuple[str, ...]:
     metric, series = quality_series(content)
     wanted: list[tuple[str, Callable[[Path], None]]] = []
     if content.plan is not None:
-        wanted.append(
-            (PICTURE_FILE, partial(save_heatmap, content.plan, numbers=numbers_of_plan(content.plan, content.record)))
-        )
+        wanted.append((PICTURE_FILE, partial(save_heatmap, content.plan, numbers=content.numbers)))
     if series:
         wanted.append((QUALITY_FILE, partial(save_quality, metric, series)))
     drawn = []

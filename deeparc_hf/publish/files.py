@@ -51,14 +51,14 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         raise ConfigError(
             "This is a PEFT adapter, not a whole model. Merge it (model.merge_and_unload()) and publish the result."
         )
-    found = {
+    files = {
         path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _CHECKPOINT.fullmatch(path.name)
     }
-    found |= {f"{_TEMPLATES}/{path.name}": path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
-    for name, path in found.items():
+    files |= {f"{_TEMPLATES}/{path.name}": path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    for name, path in files.items():
         _refuse_foreign_link(folder, name, path)
-    _check_whole(found)
-    return found
+    _check_whole(files)
+    return files
 
 
 def outdated(there: Iterable[str], files: Mapping[str, Path]) -> list[str]:
@@ -78,16 +78,16 @@ def _refuse_foreign_link(folder: Path, name: str, path: Path) -> None:
         )
 
 
-def _check_whole(found: Mapping[str, Path]) -> None:
+def _check_whole(files: Mapping[str, Path]) -> None:
     how = "Save the model there by save_pretrained, trainer.save_model or deeparc_hf.save_pruned."
-    if "config.json" not in found:
+    if "config.json" not in files:
         raise ConfigError(f"This is no whole checkpoint: it has no config.json. {how}")
-    weights = [WEIGHTS] if WEIGHTS in found else _shards(found)
+    weights = [WEIGHTS] if WEIGHTS in files else _shards(files)
     if not weights:
         raise ConfigError(f"This is no whole checkpoint: it needs {WEIGHTS}, or {INDEX} with its shards. {how}")
     for name in weights:
         try:
-            with safe_open(found[name], "pt") as stored:
+            with safe_open(files[name], "pt") as stored:
                 stored.keys()
         except (SafetensorError, OSError, KeyError) as error:
             raise ConfigError(
@@ -95,11 +95,11 @@ def _check_whole(found: Mapping[str, Path]) -> None:
             ) from error
 
 
-def _shards(found: Mapping[str, Path]) -> list[str]:
-    if INDEX not in found:
+def _shards(files: Mapping[str, Path]) -> list[str]:
+    if INDEX not in files:
         return []
     try:
-        names = set(json.loads(found[INDEX].read_text("utf-8"))["weight_map"].values())
+        names = set(json.loads(files[INDEX].read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"This is no whole checkpoint: {INDEX} is damaged ({type(error).__name__}).") from error
     return sorted(map(str, names))

@@ -137,12 +137,12 @@ def _by_weights(attempt: Attempt) -> list[Attempt]:
 
 def _by_epoch(attempt: Attempt, metric: str) -> dict[int, float]:
     """The last value within each epoch, counted from the attempt's beginning."""
-    found = {}
+    by_epoch = {}
     for epoch, evaluation in attempt.evaluations:
         value = evaluation.metrics.get(f"eval_{metric}", evaluation.metrics.get(metric))
         if value is not None:
-            found[max(0, math.ceil(epoch - attempt.epoch - 1e-6))] = value
-    return found
+            by_epoch[max(0, math.ceil(epoch - attempt.epoch - 1e-6))] = value
+    return by_epoch
 
 
 def steps_table(content: CardContent) -> tuple[str | None, str | None]:

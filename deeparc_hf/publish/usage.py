@@ -59,12 +59,12 @@ def _classes() -> dict[str, tuple[str, str]]:
     """Task and auto class by the name of a model's class."""
     from transformers.models.auto import modeling_auto
 
-    found: dict[str, tuple[str, str]] = {}
+    tasks: dict[str, tuple[str, str]] = {}
     for task, auto_class, name in _TABLES:
         for classes in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES").values():
             for each in (classes,) if isinstance(classes, str) else classes:
-                found.setdefault(each, (task, auto_class))
-    return found
+                tasks.setdefault(each, (task, auto_class))
+    return tasks
 
 
 def pipeline_tag(content: CardContent) -> str | None:

@@ -55,8 +55,8 @@ def _intervals_in(entry: Entry | None) -> dict[str, tuple[float, float]]:
 
 def _qualities_in(entry: Entry | None) -> dict[str, dict[str, Any]]:
     """What each step of a pruning did (`quality.measure_quality`, by stage)."""
-    found = {} if entry is None else {stage: entry.get(stage) for stage in STAGES}
-    return {stage: _quality(quality) for stage, quality in found.items() if quality is not None}
+    stages = {} if entry is None else {stage: entry.get(stage) for stage in STAGES}
+    return {stage: _quality(quality) for stage, quality in stages.items() if quality is not None}
 
 
 def _quality(entry: Entry) -> dict[str, Any]:

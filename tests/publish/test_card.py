@@ -28,7 +28,7 @@ from deeparc_hf import (
 from deeparc_hf.errors import ConfigError, RecordError
 from deeparc_hf.publish import made_by_us
 from deeparc_hf.publish.card import may_replace
-from deeparc_hf.publish.content import content_of_folder, content_of_model
+from deeparc_hf.publish.gather import content_of_folder, content_of_model
 from deeparc_hf.publish.usage import usage
 from local_hub.cards import judge
 from tests.publishing import image_of, tiny_tokenizer, trained

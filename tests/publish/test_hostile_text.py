@@ -18,7 +18,7 @@ from deeparc_hf.cli import main
 from deeparc_hf.cli.inspection import facts_of, facts_text
 from deeparc_hf.core.plain_text import allowed, is_plain, listed, plain, plain_lines, quoted
 from deeparc_hf.errors import DeepArcError, DeepArcWarning, RecordError
-from deeparc_hf.publish.content import content_of_folder
+from deeparc_hf.publish.gather import content_of_folder
 from deeparc_hf.publish.metadata import metadata
 from tests.zoo import ZOO
 
