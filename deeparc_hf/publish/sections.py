@@ -68,8 +68,9 @@ def summary(content: CardContent) -> str:
 
 
 def _how_chosen(content: CardContent) -> str:
-    metrics = {(noted.get("settings") or {}).get("similarity") for noted in content.record.iterations}
-    metric = metrics.pop() if len(metrics) == 1 else ""  # of all prunings, or of none
+    metrics = [(noted.get("settings") or {}).get("similarity") for noted in content.record.iterations]
+    same = bool(metrics) and all(metric == metrics[0] for metric in metrics)
+    metric = metrics[0] if same else ""  # of all prunings, or of none
     if metric is None:
         return " (chosen by hand)"
     return f" (found by {_METRICS.get(metric, md(metric))})" if isinstance(metric, str) and metric else ""
@@ -173,12 +174,9 @@ def _hardware(content: CardContent) -> str:
 def similarity_note(plan: PruningPlan) -> str:
     """How the blocks were compared."""
     c = plan.config
-    samples = (
-        f"{plan.samples:,} calibration samples" if plan.samples else "calibration samples whose number is not known"
-    )
     rows = "" if c.similarity == "effect" else f" (rows: {md(c.effective_rows)})"
     metric = _METRICS.get(c.similarity, md(c.similarity))
-    note = f"By {metric}{rows} on {samples}, before the last pruning, of the blocks that were left then."
+    note = f"By {metric}{rows} on {plan.samples_text}, before the last pruning, of the blocks that were left then."
     return f"{note} {_EFFECT}" if c.similarity == "effect" else note
 
 
