@@ -29,6 +29,7 @@ from .inputs import example_inputs, merges_inputs
 __all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted"]
 
 RECORD_KEY = "pruning_config"
+_REMEMBERED = 8  # skeletons of a host
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Host(ABC):
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
+        self._built: list[tuple[Any, nn.Module]] = []  # the last skeletons, each after what it was built from
 
     @property
     @abstractmethod
@@ -67,13 +69,28 @@ class Host(ABC):
     def settings(self) -> dict[str, Any]:
         """A deep copy of the settings as plain data, free to edit."""
 
-    @abstractmethod
     def build(self, settings: dict[str, Any]) -> nn.Module:
-        """The skeleton (meta device) of what a stock loader builds from these settings.
+        """The skeleton (meta device) of what a stock loader builds from these settings, to be looked at only: settings
+        that were built from before give the same one again.
 
         Raises:
             Exception: whatever the library raises where the settings are not valid for it.
         """
+        made_from = copy.deepcopy((settings, self._switches()))
+        skeleton = next((skeleton for known, skeleton in self._built if known == made_from), None)
+        if skeleton is None:
+            skeleton = self._build(copy.deepcopy(settings))
+        others = [entry for entry in self._built if entry[1] is not skeleton]
+        self._built = [(made_from, skeleton), *others[: _REMEMBERED - 1]]
+        return skeleton
+
+    @abstractmethod
+    def _build(self, settings: dict[str, Any]) -> nn.Module:
+        """Build a skeleton; the settings may be changed."""
+
+    def _switches(self) -> Any:
+        """What a build depends on beside the settings."""
+        return None
 
     @abstractmethod
     def record(self) -> Any:
@@ -124,11 +141,14 @@ class TransformersHost(Host):
         settings.pop(RECORD_KEY, None)
         return settings
 
-    def build(self, settings: dict[str, Any]) -> nn.Module:
+    def _build(self, settings: dict[str, Any]) -> nn.Module:
         with _quiet(), torch.device("meta"):
-            config = type(self.root.config).from_dict(copy.deepcopy(settings))
+            config = type(self.root.config).from_dict(settings)
             copy_attention(self.root.config, config)
             return type(self.root)(config)
+
+    def _switches(self) -> Any:
+        return _attention_of(self.root.config)
 
     def record(self) -> Any:
         return getattr(self.root.config, RECORD_KEY, None)
@@ -171,6 +191,11 @@ def copy_attention(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
             copy_attention(part, other)
 
 
+def _attention_of(config: PreTrainedConfig) -> list[Any]:
+    parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+    return [config._attn_implementation_internal, *map(_attention_of, parts)]
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers from announcing every skeleton's config at log level info."""
@@ -206,7 +231,7 @@ class TimmHost(Host):
     def settings(self) -> dict[str, Any]:
         return copy.deepcopy(timm_model_args(self.root))
 
-    def build(self, settings: dict[str, Any]) -> nn.Module:
+    def _build(self, settings: dict[str, Any]) -> nn.Module:
         import timm
 
         with torch.device("meta"):

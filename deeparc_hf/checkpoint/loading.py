@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..architectures import Stack, describe
-from ..architectures.base import shrunk_settings
+from ..architectures import Layout, Subject, describe
 from ..architectures.generation import follow_generation
-from ..architectures.hosts import RECORD_KEY, Host, TransformersHost, copy_attention
+from ..architectures.hosts import RECORD_KEY, TransformersHost, copy_attention
 from ..architectures.skeleton import compare
 from ..core.compat import checkpoint_key_namer
 from ..core.transaction import Transaction
@@ -70,12 +69,13 @@ def load_pruned(
     with torch.device("meta"):
         build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
         full = build(config)
-    host, family, stacks = describe(full)
-    record = record.renamed(host.base_prefix, stacks)
-    kept = _kept(record, stacks)
-    record = dataclasses.replace(record, sparsity=_sparsity_of_base(host, stacks, kept))
-    _, settings = shrunk_settings(host, family, stacks, kept)
-    _require_expressible(host, full, settings, kept)
+    subject = describe(full)
+    record = record.renamed(subject.host.base_prefix, subject.stacks)
+    layout = _layout(record, subject)
+    # what the base's own record says of zeroed weights comes with its weights, whatever the other record lists
+    record = dataclasses.replace(record, sparsity=renumber_matrices(current_record(subject).sparsity, layout))
+    _, settings = subject.shrunk_settings(layout)
+    _require_expressible(subject, settings, layout)
     base, commit = base_reference(full, hub.get("cache_dir"))
     pruned = type(config).from_dict(settings)
     copy_attention(config, pruned)  # the one setting that is not part of a config's dict
@@ -84,14 +84,14 @@ def load_pruned(
         RECORD_KEY,
         {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit},
     )
-    state = _read(full, str(base_repo_or_path), stacks, kept, hub)
+    state = _read(full, str(base_repo_or_path), layout, hub)
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = type(full).from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
-    _require_blocks(info["missing_keys"], str(base_repo_or_path), kept)
+    _require_blocks(info["missing_keys"], str(base_repo_or_path), layout)
     model.config._name_or_path = str(base_repo_or_path)
     if model.can_generate():
         _adopt_generation_config(model, str(base_repo_or_path), hub)
-        follow_generation(model, stacks, kept, Transaction())
+        follow_generation(model, subject.stacks, layout, Transaction())
     return (model, info) if wants_info else model
 
 
@@ -106,7 +106,7 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         model: a model that `find_stacks` knows, pruned or not.
         folder: where to write; made if need be.
     """
-    host = describe(model)[0]
+    host = describe(model).host
     if isinstance(host, TransformersHost):
         host.root.save_pretrained(folder)
         return
@@ -136,18 +136,9 @@ def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:
     )
 
 
-def _sparsity_of_base(
-    host: Host, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
-) -> Mapping[str, Any] | None:
-    """What the base's own record says of zeroed weights: they come with its weights,
-    whatever the other record lists.
-    """
-    lengths = {name: len(stack) for name, stack in stacks.items()}
-    removed = {name: [index for index in range(length) if index not in kept[name]] for name, length in lengths.items()}
-    return renumber_matrices(current_record(host, stacks).sparsity, lengths, removed)
-
-
-def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequence[int]]:
+def _layout(record: PrunedConfig, subject: Subject) -> Layout:
+    """Which blocks of the base stay."""
+    stacks = subject.stacks
     for name, stack in record.stacks.items():
         if name not in stacks:
             raise RecordError(
@@ -159,22 +150,18 @@ def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequen
                 f"The pruning record is for a base model with {stack.length} blocks in {name}; this one has "
                 f"{len(stacks[name])}. Give the checkpoint that was pruned first."
             )
-        lost = sorted(set(range(stack.length)) - set(stack.kept))
-        pinned = [index for index in lost if index in stacks[name].pinned]
+        pinned = [index for index in record.removed[name] if index in stacks[name].pinned]
         if pinned:
             raise RecordError(
                 f"The pruning record removes block {pinned[0]} of {name}, which is pinned: "
                 f"{stacks[name].pinned[pinned[0]]}."
             )
-    return {
-        name: record.stacks[name].kept if name in record.stacks else range(len(stack)) for name, stack in stacks.items()
-    }
+    return Layout.without(subject.lengths, record.removed)
 
 
-def _require_expressible(
-    host: Host, full: nn.Module, settings: dict[str, Any], kept: Mapping[str, Sequence[int]]
-) -> None:
+def _require_expressible(subject: Subject, settings: dict[str, Any], layout: Layout) -> None:
     """Refuse a recipe that surgery on the live model would refuse."""
+    host = subject.host
     if host.merges_inputs:
         raise UnsupportedModelError(
             f"{host.label} merges images into its text, and which blocks do so may be told by their place, which only "
@@ -182,16 +169,16 @@ def _require_expressible(
             f"checkpoint that was pruned so."
         )
     try:
-        problems = compare(full, host.build(settings), kept).problems
+        problems = compare(subject.root, host.build(settings), layout).problems
     except Exception as error:
         problems = [f"{type(error).__name__}: {error}"]
     if problems:
         raise RecordError(f"The settings of {host.label} cannot express what the pruning record keeps: {problems[0]}.")
 
 
-def _require_blocks(missing: Iterable[str], base: str, kept: Mapping[str, Sequence[int]]) -> None:
+def _require_blocks(missing: Iterable[str], base: str, layout: Layout) -> None:
     """Refuse a checkpoint that lacks tensors of a block that stays: from_pretrained has made them up."""
-    lacking = sorted(key for key in missing if key.startswith(tuple(f"{name}." for name in kept)))
+    lacking = sorted(key for key in missing if key.startswith(tuple(f"{name}." for name in layout.kept)))
     if lacking:
         raise RecordError(
             f"{base} has no weights for {lacking[0]} (as the smaller model counts), which the record keeps. Download "
@@ -199,21 +186,15 @@ def _require_blocks(missing: Iterable[str], base: str, kept: Mapping[str, Sequen
         )
 
 
-def _read(
-    full: PreTrainedModel,
-    base: str,
-    stacks: Mapping[str, Stack],
-    kept: Mapping[str, Sequence[int]],
-    hub: Mapping[str, Any],
-) -> dict[str, Tensor]:
+def _read(full: PreTrainedModel, base: str, layout: Layout, hub: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors that stay, under the keys of the smaller checkpoint."""
     namer = checkpoint_key_namer(full)
     state: dict[str, Tensor] = {}
-    for keys, file in _files(base, hub, lambda key: _new_key(key, namer, stacks, kept) is not None):
+    for keys, file in _files(base, hub, lambda key: _new_key(key, namer, layout) is not None):
         try:
             with safe_open(file, framework="pt") as handle:
                 for key in keys or handle.keys():
-                    new = _new_key(key, namer, stacks, kept)
+                    new = _new_key(key, namer, layout)
                     if new is not None:
                         state[new] = handle.get_tensor(key)
         except SafetensorError as error:
@@ -260,25 +241,21 @@ def _weight_map(base: str, index: Path) -> dict[str, str]:
     return shards
 
 
-def _new_key(key: str, namer: Any, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]) -> str | None:
-    """The key under which a tensor of the base goes into the smaller checkpoint; None if its block does not stay."""
-    target = namer(key)
-    for name in stacks:
-        if not target.startswith(f"{name}."):
-            continue
-        index, _, rest = target[len(name) + 1 :].partition(".")
-        if not index.isdigit():
-            continue
-        if int(index) not in kept[name]:
-            return None
-        moved = str(list(kept[name]).index(int(index)))
-        parts = key.split(".")
-        for place, part in enumerate(parts):
-            candidate = ".".join((*parts[:place], moved, *parts[place + 1 :]))
-            if part == index and namer(candidate) == f"{name}.{moved}.{rest}":
-                return candidate
-        raise RecordError(
-            f"Cannot tell which number in the checkpoint key {key!r} is the block's. Load the model and call "
-            f"remove_blocks."
-        )
-    return key
+def _new_key(key: str, namer: Any, layout: Layout) -> str | None:
+    """The key under which a tensor of the base goes into the smaller checkpoint; None if its block does not stay.
+
+    The checkpoint may name it otherwise than the model does, but the block's number stands in both names.
+    """
+    old = namer(key)
+    new = layout.renamed(old)
+    if new is None or new == old:
+        return None if new is None else key
+    index, place = next(pair for pair in zip(old.split("."), new.split("."), strict=True) if pair[0] != pair[1])
+    parts = key.split(".")
+    for number, part in enumerate(parts):
+        candidate = ".".join((*parts[:number], place, *parts[number + 1 :]))
+        if part == index and namer(candidate) == new:
+            return candidate
+    raise RecordError(
+        f"Cannot tell which number in the checkpoint key {key!r} is the block's. Load the model and call remove_blocks."
+    )

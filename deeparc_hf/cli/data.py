@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import describe
+from ..architectures import find_host
 from ..core.hub_help import no_answer
 from ..core.plain_text import plain
 from ..errors import CalibrationError, CalibrationWarning, MissingDependencyError, UnsupportedModelError
@@ -193,7 +193,7 @@ def make_batches(
     if len(rows) == 0:
         raise CalibrationError("The calibration data has no rows. Give another file or split.")
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    root = describe(model)[0].root
+    root = find_host(model).root
     main = "pixel_values" if source.library == "timm" else root.main_input_name
     if main == "pixel_values":
         _warn_unused(root, "images", text=columns.text, text_pair=columns.text_pair, target=columns.target)

@@ -26,7 +26,8 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
         UnsupportedModelError: if the model cannot be pruned.
         RecordError: if it carries a record that is malformed or does not fit it.
     """
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host = subject.host
     return {
         "class": type(host.root).__name__,
         "type": host.kind,
@@ -38,9 +39,9 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
                 "pinned": {str(index): reason for index, reason in stack.pinned.items()},
                 "parameters": [count_parameters(block) for block in stack.blocks],
             }
-            for name, stack in stacks.items()
+            for name, stack in subject.stacks.items()
         },
-        "record": None if host.record() is None else PrunedConfig.from_model(model).to_dict(),
+        "record": None if host.record() is None else PrunedConfig.from_model(subject).to_dict(),
     }
 
 

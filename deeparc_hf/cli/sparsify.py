@@ -84,8 +84,7 @@ def _sparsify(args: argparse.Namespace) -> int:
     source = find_source(args.model)
     frame = skeleton(source, args.auto_class)
     refuse_bad_record(frame)
-    host, _, stacks = describe(frame)
-    matrices_for(host, stacks, config)
+    matrices_for(describe(frame), config)
     device = device_of(args.device)
     if args.data is None:
         batches, processor = None, _processor(source, frame)
@@ -134,11 +133,11 @@ def _processor(source: ModelSource, frame: nn.Module) -> Any:
     import transformers
     from transformers.utils import cached_file
 
-    from ..architectures import describe
+    from ..architectures import find_host
     from .sources import LoadingError, loading
 
     loaders = {"input_ids": transformers.AutoTokenizer, "pixel_values": transformers.AutoImageProcessor}
-    loader = loaders.get(describe(frame)[0].root.main_input_name, transformers.AutoProcessor)
+    loader = loaders.get(find_host(frame).root.main_input_name, transformers.AutoProcessor)
     try:
         with loading(f"the tokenizer or processor of {source.given}"):
             if any(

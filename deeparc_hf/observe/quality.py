@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..architectures import describe
+from ..architectures import find_host
 from ..core.progress_bars import sample_bar
 from ..core.statistics import wilson_interval
 from ..errors import CalibrationError, DeepArcError
@@ -80,7 +80,7 @@ def _look(
     model: nn.Module, batches: Iterable[Any], max_samples: int, advance: Callable[[int], None]
 ) -> list[tuple[float, int, int | None]]:
     """Loss, size and number of right answers of each batch."""
-    host = describe(model)[0]
+    host = find_host(model)
     takes_cache = host.library == "transformers" and "use_cache" in inspect.signature(type(model).forward).parameters
     found = []
     with evaluating(model):

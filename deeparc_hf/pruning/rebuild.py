@@ -13,8 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ..architectures import Family, Host, Stack
-from ..architectures.base import shrunk_settings
+from ..architectures import Host, Layout, Stack, Subject
 from ..architectures.entries import stale
 from ..architectures.hosts import RECORD_KEY
 from ..architectures.skeleton import compare, state_shapes
@@ -45,14 +44,14 @@ class Builds:
     updates: list[tuple[str, str, Any]]
 
 
-def skeletons(host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]) -> Builds:
+def skeletons(subject: Subject, layout: Layout) -> Builds:
     """Build the settings before and after the removal, and compare.
 
     Raises:
         SurgeryError: if the settings do not describe the model, or cannot describe it without these blocks.
     """
-    settings, shrunk = shrunk_settings(host, family, stacks, kept)
-    name = type(host.root).__name__
+    host, name = subject.host, subject.name
+    settings, shrunk = subject.shrunk_settings(layout)
     try:
         before = host.build(settings)
     except Exception as error:
@@ -61,7 +60,7 @@ def skeletons(host: Host, family: Family, stacks: Mapping[str, Stack], kept: Map
             f"{type(error).__name__}: {error}"
         ) from error
     live, stock = state_shapes(host.root), state_shapes(before)
-    for stack in stacks:
+    for stack in subject.stacks:
         odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
         if odd:
             raise SurgeryError(
@@ -75,7 +74,7 @@ def skeletons(host: Host, family: Family, stacks: Mapping[str, Stack], kept: Map
             f"The settings of {name} (type {host.kind!r}) cannot express the removal: {type(error).__name__}: {error}. "
             f"Nothing was changed."
         ) from error
-    differences = compare(before, after, kept)
+    differences = compare(before, after, layout)
     if differences.problems:
         raise SurgeryError(
             f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. "
@@ -98,18 +97,18 @@ def tell_unproven(stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[in
                 )
 
 
-def require_told(host: Host, stacks: Mapping[str, Stack], builds: Builds, expectation: Expectation) -> None:
+def require_told(subject: Subject, builds: Builds, expectation: Expectation) -> None:
     """Refuse an entry of which only the forward pass shows that it names blocks, where that pass would not tell its old
     value from the new.
 
     Raises:
         SurgeryError: naming the entry.
     """
-    for entry in (entry for stack in stacks.values() for entry in stack.entries if entry.proof == "run"):
+    for entry in (entry for stack in subject.stacks.values() for entry in stack.entries if entry.proof == "run"):
         trial = stale(builds.settings, builds.shrunk, entry)
-        if trial is not None and not _tells(host, builds.after, trial, expectation):
+        if trial is not None and not _tells(subject.host, builds.after, trial, expectation):
             raise SurgeryError(
-                f"{entry} in the settings of {type(host.root).__name__} tells by number which blocks are of another "
+                f"{entry} in the settings of {subject.name} tells by number which blocks are of another "
                 f"kind. Whether the pruned model has it right shows only on inputs where that matters, and on the "
                 f"example it does not. Give a batch on which it does (a larger image, a longer text): example=batch. "
                 f"The model is as it was before."
@@ -126,7 +125,7 @@ def _tells(host: Host, after: nn.Module, settings: dict[str, Any], expectation: 
     try:
         host.own_configs(attempt)
         _patch_configs(host, after, other, ())
-        for path, attribute, value in compare(after, other, {}).updates:
+        for path, attribute, value in compare(after, other, Layout({}, {})).updates:
             attempt.set(host.root.get_submodule(path), attribute, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeepArcWarning)
@@ -139,24 +138,20 @@ def _tells(host: Host, after: nn.Module, settings: dict[str, Any], expectation: 
 
 
 def install_configs(
-    host: Host,
-    before: nn.Module,
-    after: nn.Module,
-    kept: Mapping[str, Sequence[int]],
-    record: PrunedConfig,
-    transaction: Transaction,
+    subject: Subject, before: nn.Module, after: nn.Module, record: PrunedConfig, transaction: Transaction
 ) -> None:
     """Give the model copies of its configs, changed as the stock build's configs changed, and the record.
 
     T5 and others hold several configs; each follows its own counterpart. Settings made at run time stay.
     """
+    host = subject.host
     if host.library == "timm":
         arguments = {**getattr(host.root, "_model_args", {}), **_changed(before, after)}
         transaction.set(host.root, "_model_args", arguments)
         transaction.set(host.root, RECORD_KEY, record.to_dict())
         return
     host.own_configs(transaction)
-    _patch_configs(host, before, after, tuple(f"{name}." for name in kept))
+    _patch_configs(host, before, after, tuple(f"{name}." for name in subject.stacks))
     host.set_record(record.to_dict())  # into the copy
 
 

@@ -176,8 +176,8 @@ def facts_of_folder(folder: str | os.PathLike[str]) -> CardFacts:
 
 def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
     """The facts that a model itself carries."""
-    host, _, stacks = describe(model)
-    root = host.root
+    subject = describe(model)
+    root = subject.root
     config = getattr(root, "config", None)
     settings = (
         config.to_dict()
@@ -198,7 +198,7 @@ def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
         if hasattr(processing_class, "vocab_size")
         else "image processor"
     )
-    facts = _of_config(settings, current_record(host, stacks), kind, mark_of_model(root))
+    facts = _of_config(settings, current_record(subject), kind, mark_of_model(root))
     now = sum(parameter.numel() for parameter in root.parameters())
     return dataclasses.replace(facts, parameters=(facts.parameters[0] or (None if facts.removed else now), now))
 
