@@ -18,12 +18,11 @@ from transformers.utils import cached_file
 
 from ..architectures import Layout, Subject, describe
 from ..architectures.generation import follow_generation
-from ..architectures.hosts import RECORD_KEY, TransformersHost, copy_attention
+from ..architectures.hosts import RECORD_KEY, copy_attention
 from ..architectures.skeleton import compare
-from ..core.compat import checkpoint_key_namer
 from ..core.transaction import Transaction
 from ..errors import RecordError, UnsupportedModelError
-from .record import PrunedConfig, base_reference, current_record
+from .record import PrunedConfig, current_record
 from .record_sparsity import renumber_matrices
 
 __all__ = ["load_pruned", "save_pruned"]
@@ -76,7 +75,7 @@ def load_pruned(
     record = dataclasses.replace(record, sparsity=renumber_matrices(current_record(subject).sparsity, layout))
     _, settings = subject.shrunk_settings(layout)
     _require_expressible(subject, settings, layout)
-    base, commit = base_reference(full, hub.get("cache_dir"))
+    base, commit = subject.host.loaded_from(hub.get("cache_dir"))
     pruned = type(config).from_dict(settings)
     copy_attention(config, pruned)  # the one setting that is not part of a config's dict
     setattr(
@@ -84,7 +83,7 @@ def load_pruned(
         RECORD_KEY,
         {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit},
     )
-    state = _read(full, str(base_repo_or_path), layout, hub)
+    state = _read(subject, str(base_repo_or_path), layout, hub)
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = type(full).from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
     _require_blocks(info["missing_keys"], str(base_repo_or_path), layout)
@@ -106,20 +105,7 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         model: a model that `find_stacks` knows, pruned or not.
         folder: where to write; made if need be.
     """
-    host = describe(model).host
-    if isinstance(host, TransformersHost):
-        host.root.save_pretrained(folder)
-        return
-    from timm.models import save_for_hf
-
-    extra = {} if host.record() is None else {RECORD_KEY: host.record()}
-    save_for_hf(host.root, str(folder), model_config=extra, model_args=host.settings(), safe_serialization=True)
-    # the layout has a place of its own for the number of classes, and transformers' TimmWrapper cannot hear of it twice
-    path = Path(folder, "config.json")
-    config = json.loads(path.read_text("utf-8"))
-    if config.get("model_args", {}).get("num_classes") == config["num_classes"]:
-        del config["model_args"]["num_classes"]
-        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    describe(model).host.save(folder)
 
 
 def _adopt_generation_config(model: PreTrainedModel, base: str, hub: Mapping[str, Any]) -> None:
@@ -186,9 +172,9 @@ def _require_blocks(missing: Iterable[str], base: str, layout: Layout) -> None:
         )
 
 
-def _read(full: PreTrainedModel, base: str, layout: Layout, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read(subject: Subject, base: str, layout: Layout, hub: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors that stay, under the keys of the smaller checkpoint."""
-    namer = checkpoint_key_namer(full)
+    namer = subject.host.key_namer()
     state: dict[str, Tensor] = {}
     for keys, file in _files(base, hub, lambda key: _new_key(key, namer, layout) is not None):
         try:

@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..architectures import Layout, Subject, describe
@@ -338,8 +335,7 @@ def current_record(subject: Subject) -> PrunedConfig:
     """
     stored = subject.host.record()
     if stored is None:
-        base, revision = base_reference(subject.root)
-        return PrunedConfig({}, base, revision)
+        return PrunedConfig({}, *subject.host.loaded_from())
     record = PrunedConfig.from_dict(stored).renamed(subject.host.base_prefix, subject.stacks)
     record.check_fits(subject.lengths)
     return record
@@ -367,38 +363,6 @@ def _structure(record: PrunedConfig | None) -> dict[str, Any] | None:
     if record is None or not (record.stacks or record.iterations):
         return None
     return dataclasses.replace(record, sparsity=None, versions={}).to_dict()
-
-
-def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:
-    """Hub id and commit that a model was loaded from; None for a local folder, whose path is nobody else's business.
-
-    The commit is known where the Hub's cache holds just one of that repository.
-    """
-    config = getattr(root, "config", None)
-    name = getattr(config, "_name_or_path", None) or None
-    if name is None:
-        cfg = getattr(root, "pretrained_cfg", None) or {}
-        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
-        # timm names a Hub id for models with random weights too; only one that was asked for by id is known to come
-        # from there
-        name = cfg.get("hf_hub_id") if cfg.get("source") == "hf-hub" else None
-        return (name or None), _cached_commit(name, cache_dir)
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None, None
-    if os.path.exists(name):
-        return None, None
-    # early versions 5 of transformers noted the commit; later ones leave it to the cache
-    return name, getattr(config, "_commit_hash", None) or _cached_commit(name, cache_dir)
-
-
-def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
-    found = None if name is None else try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
-    if not isinstance(found, str):
-        return None
-    snapshot = Path(found).parent
-    return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
 
 
 def _is_int(value: Any) -> bool:

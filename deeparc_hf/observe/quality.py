@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -81,14 +80,13 @@ def _look(
 ) -> list[tuple[float, int, int | None]]:
     """Loss, size and number of right answers of each batch."""
     host = find_host(model)
-    takes_cache = host.library == "transformers" and "use_cache" in inspect.signature(type(model).forward).parameters
     found = []
     with evaluating(model):
         torch.manual_seed(0)  # a collator that masks tokens at random masks the same each time
         np.random.seed(0)
         random.seed(0)
         for inputs in calibration_inputs(host, batches, max_samples):
-            output = model(**inputs, **({"use_cache": False} if takes_cache else {}))
+            output = model(**inputs, **({"use_cache": False} if host.takes_cache else {}))
             loss = output.get("loss") if isinstance(output, Mapping) else None
             if loss is None:
                 raise CalibrationError("The model puts out no loss.")

@@ -4,18 +4,15 @@ the model.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ..architectures import Host, Layout, Stack, Subject
 from ..architectures.entries import stale
-from ..architectures.hosts import RECORD_KEY
 from ..architectures.skeleton import compare, state_shapes
 from ..checkpoint.record import PrunedConfig
 from ..core.transaction import Transaction
@@ -124,7 +121,7 @@ def _tells(host: Host, after: nn.Module, settings: dict[str, Any], expectation: 
     attempt = Transaction()
     try:
         host.own_configs(attempt)
-        _patch_configs(host, after, other, ())
+        host.follow_builds(after, other, (), attempt)
         for path, attribute, value in compare(after, other, Layout({}, {})).updates:
             attempt.set(host.root.get_submodule(path), attribute, value)
         with warnings.catch_warnings():
@@ -137,50 +134,8 @@ def _tells(host: Host, after: nn.Module, settings: dict[str, Any], expectation: 
     return False
 
 
-def install_configs(
-    subject: Subject, before: nn.Module, after: nn.Module, record: PrunedConfig, transaction: Transaction
-) -> None:
-    """Give the model copies of its configs, changed as the stock build's configs changed, and the record.
-
-    T5 and others hold several configs; each follows its own counterpart. Settings made at run time stay.
-    """
-    host = subject.host
-    if host.library == "timm":
-        arguments = {**getattr(host.root, "_model_args", {}), **_changed(before, after)}
-        transaction.set(host.root, "_model_args", arguments)
-        transaction.set(host.root, RECORD_KEY, record.to_dict())
-        return
-    host.own_configs(transaction)
-    _patch_configs(host, before, after, tuple(f"{name}." for name in subject.stacks))
-    host.set_record(record.to_dict())  # into the copy
-
-
-def _patch_configs(host: Host, before: nn.Module, after: nn.Module, stacks: tuple[str, ...]) -> None:
-    """Change the configs outside of the stacks as two skeletons differ."""
-    patched: set[int] = set()
-    for path, module in host.root.named_modules():
-        for attribute, config in list(vars(module).items()):
-            if isinstance(config, PreTrainedConfig) and not path.startswith(stacks) and id(config) not in patched:
-                patched.add(id(config))
-                _patch(
-                    config,
-                    getattr(before.get_submodule(path), attribute),
-                    getattr(after.get_submodule(path), attribute),
-                )
-
-
-def _changed(before: nn.Module, after: nn.Module) -> dict[str, Any]:
-    old, new = getattr(before, "_model_args", {}), getattr(after, "_model_args", {})
-    return {key: value for key, value in new.items() if old.get(key) != value}
-
-
-def _patch(config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
-    """Change in `config` what differs between two others."""
-    for key, value in vars(after).items():
-        old = vars(before).get(key)
-        if isinstance(value, PreTrainedConfig) and isinstance(old, PreTrainedConfig):
-            _patch(getattr(config, key), old, value)
-        elif old != value:
-            setattr(config, key, copy.deepcopy(value))
-    for key in vars(before).keys() - vars(after).keys():
-        vars(config).pop(key, None)
+def install_configs(subject: Subject, builds: Builds, record: PrunedConfig, transaction: Transaction) -> None:
+    """Give the model settings of its own, changed as the stock build's changed, and the record."""
+    subject.host.own_configs(transaction)
+    subject.host.follow_builds(builds.before, builds.after, subject.stacks, transaction)
+    subject.host.set_record(record.to_dict())

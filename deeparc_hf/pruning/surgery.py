@@ -239,7 +239,7 @@ def _operate(
     expectation = expect(subject, removed, example) if verify and known is None else None
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
-        install_configs(subject, builds.before, builds.after, record, transaction)
+        install_configs(subject, builds, record, transaction)
         follow_generation(host.root, stacks, step, transaction)
         for path, attribute, value in builds.updates:
             transaction.set(host.root.get_submodule(path), attribute, value)

@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 from ..architectures import Host, Subject
 from ..errors import CalibrationError, DeepArcWarning, SurgeryError
 from ..observe.batches import cut, forward_kwargs
-from ..observe.forward import evaluating, forward, require_weights, senses, skipped
+from ..observe.forward import evaluating, forward, require_weights, skipped
 
 __all__ = ["Expectation", "expect"]
 
@@ -162,7 +162,7 @@ def _require_reached(
         for path in (f"{name}.{index}" for name, indices in removed.items() for index in indices)
         if path not in ran
     ]
-    idle += [name for name, stack in subject.stacks.items() if f"{name}.0" not in ran and senses(subject.host, stack)]
+    idle += [name for name, stack in subject.stacks.items() if f"{name}.0" not in ran and subject.host.senses(name)]
     if idle:
         raise SurgeryError(
             f"The removal cannot be verified: the inputs ({', '.join(inputs)}) do not reach {idle[0]}. Give a batch "
@@ -175,9 +175,9 @@ def _generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None
     or the model does not generate.
     """
     root = host.root
-    if host.library != "transformers" or not root.can_generate():
+    if not host.generates:
         return None
-    given = {key: inputs[key][:1] for key in (root.main_input_name, "attention_mask") if key in inputs}
+    given = {key: inputs[key][:1] for key in (host.main_input, "attention_mask") if key in inputs}
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # advice on generation settings is beside the point here
     try:

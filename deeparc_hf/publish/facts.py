@@ -178,16 +178,7 @@ def facts_of_model(model: nn.Module, processing_class: Any = None) -> CardFacts:
     """The facts that a model itself carries."""
     subject = describe(model)
     root = subject.root
-    config = getattr(root, "config", None)
-    settings = (
-        config.to_dict()
-        if config is not None and hasattr(config, "to_dict")
-        else dict(getattr(root, "pretrained_cfg", None) or {})
-    )
-    settings["architectures"] = [type(root).__name__]
-    if config is None:
-        settings = {"architecture": settings.get("architecture") or type(root).__name__, "pretrained_cfg": {}}
-        settings["num_classes"] = getattr(root, "num_classes", None)
+    settings = {**subject.host.identity(), "architectures": [type(root).__name__]}
     settings["dtype"] = next(
         (str(p.dtype).removeprefix("torch.") for p in root.parameters() if p.is_floating_point()), None
     )

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import PreTrainedModel
 
 from ..architectures import Host, Layout, Subject, describe, find_host
 from ..architectures.hosts import RECORD_KEY
 from ..checkpoint.record import PrunedConfig, current_layout, same_structure
-from ..core.compat import checkpoint_key_namer, running_method
+from ..core.compat import running_method
 from ..core.local_hooks import LocalHook
 from ..core.transaction import Transaction
 from ..errors import RecordError, SurgeryError
@@ -176,7 +175,7 @@ def let_frozen_statistics_go(model: nn.Module) -> None:
 
 
 def settle(
-    subject: Subject,
+    model: nn.Module | Subject,
     start: Structure,
     accepted: Structure,
     current: Structure,
@@ -185,7 +184,7 @@ def settle(
     """Give a model whose weights have been loaded from a checkpoint the structure that the checkpoint's record tells.
 
     Args:
-        subject: the model, its weights loaded.
+        model: the model, its weights loaded.
         start: how the model was when the run began.
         accepted: how the model was before the pruning that may be taken back.
         current: how the model was when the checkpoint was saved.
@@ -199,6 +198,7 @@ def settle(
     Raises:
         SurgeryError: if the model was neither loaded from the checkpoint, nor is it the one that the run began with.
     """
+    subject = describe(model)
     loaded = {name: stack.blocks for name, stack in subject.stacks.items()}
     provisional = None
     for follower in _followers(subject.root):
@@ -338,14 +338,13 @@ def _name_as_the_model_does(host: Host, state_dict: dict[str, Any], prefix: str)
     given = [key for key in state_dict if key.startswith(prefix)]
     if not given or all(key in own for key in given):
         return
-    if isinstance(host.root, PreTrainedModel):
-        namer = checkpoint_key_namer(host.root)
-        for key in given:
-            if key not in own:
-                renamed = f"{prefix}{namer(key.removeprefix(prefix))}"
-                # a tensor that would have to be fused with others keeps its name, and is refused below
-                if renamed not in state_dict and own.get(renamed) == state_dict[key].shape:
-                    state_dict[renamed] = state_dict.pop(key)
+    namer = host.key_namer()
+    for key in given:
+        if key not in own:
+            renamed = f"{prefix}{namer(key.removeprefix(prefix))}"
+            # a tensor that would have to be fused with others keeps its name, and is refused below
+            if renamed not in state_dict and own.get(renamed) == state_dict[key].shape:
+                state_dict[renamed] = state_dict.pop(key)
     if not own.keys() & state_dict.keys():
         raise SurgeryError(
             f"The checkpoint that is loaded is of another model: not one of its tensors ({given[0]}, ...) is one of "

@@ -82,13 +82,7 @@ def _run(subject: Subject, batch: Any) -> int:
 
 def _way_out(host: Host, name: str, calibration: Calibration) -> str:
     """How to calibrate on data of its own, as a line of code."""
-    if host.library == "timm":
-        batch = "(images,)"
-    else:
-        main = host.root.main_input_name
-        batch = '"input_ids": ids, "attention_mask": mask' if main == "input_ids" else f'"{main}": tensor'
-        labels = ', "labels": labels' if host.root.config.is_encoder_decoder else ""
-        batch = f"{{{batch}{labels}}}"
+    batch = host.batch_code
     if calibration.is_given:
         return f"Give calibration batches as {type(host.root).__name__} takes them: {name}(calibration=[{batch}, ...])."
     return (

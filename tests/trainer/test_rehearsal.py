@@ -241,10 +241,9 @@ def test_most_models_can_lose_any_block_and_are_built_twice(monkeypatch):
     monkeypatch.setattr(
         tf.BertForSequenceClassification, "__init__", lambda self, config: (built.append(0), original(self, config))[1]
     )
-    find_stacks(model)
-    described = len(built)
-    assert inexpressible(describe(model)) == {}
-    assert len(built) == 2 * described + 2
+    subject = describe(model)
+    assert inexpressible(subject) == {}
+    assert len(built) == 2  # which is what it takes to describe the model
 
 
 # ---- the metric's name ----
