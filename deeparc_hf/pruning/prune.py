@@ -163,17 +163,12 @@ def prune_model(
     """`analyze`, then `apply_plan`: find redundant blocks and remove them, in place, all or nothing.
 
     With `heal="lstsq"` each removal site is healed (see `heal_model`), which goes through the data once more for each
-    site.
-
-    Args:
-        model, dataloader, config, progress, settings: as in `analyze`.
-        optimizer, verify: as in `remove_blocks`; the first batch is the example.
+    site. `model`, `dataloader`, `config`, `progress` and `settings` are those of `analyze`, `optimizer` and `verify`
+    those of `remove_blocks`, whose example is the first batch. Errors are those of `analyze` and `apply_plan`, and
+    leave the model as it is.
 
     Returns:
         The plan that was carried out; the model carries the record.
-
-    Raises:
-        As `analyze` and `apply_plan`; nothing is changed then.
     """
     config = MPruneConfig.from_settings(config, settings)
     if config.heal is not None and isinstance(dataloader, Iterator):
