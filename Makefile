@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.docs_installed
+RELEASE_INSTALLED := $(VENV)/.release_installed
+FRESH := build/fresh
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 # the first of these that runs and is new enough (a name on the PATH may be a shim that does not run)
@@ -23,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 # threads that spin while they wait cost many times the work where other processes share the cores
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint docs clean
+.PHONY: help demo test test-slow lint docs dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -46,6 +48,16 @@ lint: $(INSTALLED)  ## style, formatting and import rules
 docs: $(DOCS_INSTALLED)  ## build the documents into site/; a broken link is an error
 	$(BIN)/mkdocs build --strict
 
+dist: $(RELEASE_INSTALLED)  ## build the package into dist/, check it, and import it from a fresh virtual environment
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m venv $(FRESH)
+	$(FRESH)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd $(FRESH) && bin/python -c "import deeparc_hf; [getattr(deeparc_hf, name) for name in deeparc_hf.__all__]"
+	cd $(FRESH) && bin/deeparc env
+	rm -rf build
+
 clean:  ## remove what the other targets wrote, except .venv
 	rm -rf demo_output runs site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -61,4 +73,8 @@ $(INSTALLED): setup.py pyproject.toml
 
 $(DOCS_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $@
+
+$(RELEASE_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[release]"
 	@touch $@

@@ -17,6 +17,7 @@ TEST = ["aiohttp>=3.9", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3.1
 INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20", "trl>=1.0"]  # what the tests meet the callback in
 LINT = ["ruff>=0.14", "import-linter>=2.3"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+RELEASE = ["build>=1.2", "twine>=6"]
 
 setup(
     name="deeparc_hf",
@@ -50,6 +51,7 @@ setup(
         "integrations": INTEGRATIONS,
         "plots": PLOTS,
         "recipes": RECIPES,
+        "release": RELEASE,
         "timm": TIMM,
     },
     entry_points={"console_scripts": ["deeparc = deeparc_hf.__main__:main"]},

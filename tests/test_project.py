@@ -21,6 +21,10 @@ from tests.lowest import SETUP, lowest
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+MORE_RIGHTS = {
+    "docs: deploy": {"pages": "write", "id-token": "write"},
+    "release: publish": {"id-token": "write"},
+}
 IMPORT_SECONDS = 0.5
 LONG = 400  # lines of a file
 PUBLIC = [name for name in deeparc_hf.__all__ if name != "__version__"]
@@ -106,9 +110,43 @@ def test_long_files_are_told_of(folder):
 def test_workflows_have_no_rights_but_those_that_a_job_names(path):
     workflow = yaml.safe_load(path.read_text("utf-8"))
     assert workflow["permissions"] == {}
-    for job in workflow["jobs"].values():
-        assert job["permissions"] == {"contents": "read"}
+    for name, job in workflow["jobs"].items():
+        assert job["permissions"] == MORE_RIGHTS.get(f"{path.stem}: {name}", {"contents": "read"})
         assert job["timeout-minutes"] <= 60
+
+
+def test_jobs_that_may_write_run_nothing_of_the_repository():
+    """What they publish was built by a job without rights; they check nothing out and run no command."""
+    jobs = {
+        f"{path.stem}: {name}": job
+        for path in WORKFLOWS
+        for name, job in yaml.safe_load(path.read_text("utf-8"))["jobs"].items()
+        if job["permissions"] != {"contents": "read"}
+    }
+    assert jobs.keys() == MORE_RIGHTS.keys()
+    for job in jobs.values():
+        assert job["needs"] == "build" and job["environment"]["name"] in ("github-pages", "pypi")
+        actions = [step["uses"].partition("@")[0] for step in job["steps"]]
+        assert set(actions) <= {
+            "actions/deploy-pages",
+            "actions/download-artifact",
+            "pypa/gh-action-pypi-publish",
+        }
+        assert not any("run" in step or "password" in step.get("with", {}) for step in job["steps"])
+    assert jobs["docs: deploy"]["if"] == "github.event_name == 'push'"
+
+
+def test_a_release_is_made_of_a_tag_alone_and_documents_of_main_alone():
+    # YAML reads the key `on` as true
+    triggers = {path.stem: yaml.safe_load(path.read_text("utf-8"))[True] for path in WORKFLOWS}
+    assert triggers.pop("release") == {"push": {"tags": ["v*"]}}
+    assert all(trigger == {"push": {"branches": ["main"]}, "pull_request": None} for trigger in triggers.values())
+
+
+def test_workflows_run_targets_of_the_makefile():
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    used = {target for path in WORKFLOWS for target in re.findall(r"run: make ([a-z-]+)", path.read_text("utf-8"))}
+    assert used == {"dist", "docs", "lint", "test", "test-slow"} and used <= set(targets)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -118,8 +156,8 @@ def test_workflows_pin_actions_by_commit(path):
     assert all(re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*", use) for use in uses)
 
 
-def test_both_workflows_and_dependabot_are_there():
-    assert [path.stem for path in WORKFLOWS] == ["quality", "tests"]
+def test_all_workflows_and_dependabot_are_there():
+    assert [path.stem for path in WORKFLOWS] == ["docs", "quality", "release", "tests"]
     (update,) = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text("utf-8"))["updates"]
     assert update["package-ecosystem"] == "github-actions" and update["schedule"]["interval"] == "weekly"
     assert update["cooldown"]["default-days"] >= 7
