@@ -397,7 +397,8 @@ def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = N
 
 
 def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
-    found = None if name is None else try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
+    folder = None if cache_dir is None else os.fspath(cache_dir)
+    found = None if name is None else try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=folder)
     if not isinstance(found, str):
         return None
     snapshot = Path(found).parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ..healing.sites import Healing
 from ..observe.forward import require_weights
 from ..observe.rows import StackObserver, observe
 from ..observe.skipping import StackSkipper, skip_blocks
-from ..similarity import SkippingMetric, metrics
+from ..similarity import SimilarityMetric, SkippingMetric, metrics
 from .config import MPruneConfig
 from .expressible import inexpressible
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
@@ -90,6 +90,7 @@ def compare_blocks(
         skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
         samples, found = skip_blocks(host, skippers, dataloader, limit, progress=progress, gather=gather)
     else:
+        metric = cast(type[SimilarityMetric], metric)
         observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
         samples, found = observe(host, observers, dataloader, limit, progress=progress, gather=gather)
     frozen = PrunedConfig.from_model(model).frozen if host.record() is not None else {}
