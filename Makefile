@@ -33,17 +33,18 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## fine-tune, prune, retrain and reload a real model; results go to demo_output
 	$(BIN)/python examples/bbc_news.py --output demo_output
 
-test: lint  ## lint, import rules, all tests that are not marked slow, and the benchmarks
+test: lint  ## lint, types, all tests that are not marked slow, and the benchmarks
 	$(BIN)/pytest -n 2 -m "not slow and not benchmark"
 	$(BIN)/pytest -m "benchmark and not slow" --capture=no
 
 test-slow: $(INSTALLED)  ## the tests that are marked slow
 	$(BIN)/pytest -m slow
 
-lint: $(INSTALLED)  ## style, formatting and import rules
+lint: $(INSTALLED)  ## style, formatting, import rules and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 docs: $(DOCS_INSTALLED)  ## build the documents into site/; a broken link is an error
 	$(BIN)/mkdocs build --strict

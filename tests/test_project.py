@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -82,6 +83,13 @@ def test_import_loads_no_heavy_library():
 def test_import_is_quick():
     code = "import time; t = time.perf_counter(); import deeparc_hf; print(time.perf_counter() - t)"
     assert min(float(run_python(code)) for _ in range(3)) < IMPORT_SECONDS
+
+
+def test_types_are_strict_behind_every_public_name():
+    overrides = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mypy"]["overrides"]
+    strict = {module for part in overrides if part.get("disallow_untyped_defs") for module in part["module"]}
+    assert strict >= {"deeparc_hf", *(getattr(deeparc_hf, name).__module__ for name in PUBLIC)}
+    assert (Path(deeparc_hf.__file__).parent / "py.typed").exists()
 
 
 def test_an_unknown_name_is_an_attribute_error():
