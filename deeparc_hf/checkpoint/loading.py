@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,7 +91,8 @@ def load_pruned(
     if model.can_generate():
         _adopt_generation_config(model, str(base_repo_or_path), hub)
         follow_generation(model, subject.stacks, layout, Transaction())
-    return (model, info) if wants_info else model
+    # a pair for those who ask for it, as from_pretrained gives one
+    return cast(PreTrainedModel, (model, info) if wants_info else model)
 
 
 def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -199,7 +200,7 @@ def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list
             if stays(key):
                 shards.setdefault(shard, []).append(key)
         for shard, keys in shards.items():
-            yield keys, cached_file(base, shard, **hub)
+            yield keys, str(cached_file(base, shard, **hub))
         return
     weights = cached_file(base, _WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
     if weights is None:
@@ -214,7 +215,7 @@ def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list
 def _weight_map(base: str, index: Path) -> dict[str, str]:
     """Which shard holds each key. The index is downloaded: its names are checked before any of them is opened."""
     try:
-        shards = json.loads(index.read_text("utf-8"))["weight_map"]
+        shards: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         names = set(shards.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(

@@ -91,7 +91,7 @@ def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) 
     ending = healing.ending
     if healing.reason is not None or ending is None or healing.change is None:
         return
-    module = block.get_submodule(ending.map)
+    module: Any = block.get_submodule(ending.map)
     norm = None if ending.batch_norm is None else block.get_submodule(ending.batch_norm)
     final = None if ending.final is None else block.get_submodule(ending.final)
     touched = [m for m in (module, norm, final) if m is not None]
@@ -217,7 +217,7 @@ def _hooked(handles: Sequence[Any]) -> Any:
             handle.remove()
 
 
-def _refit_norm(norm: nn.Module, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:
+def _refit_norm(norm: Any, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:
     """Give a BatchNorm the statistics of the changed map, so that it computes what it would have, and trains on from
     there.
     """

@@ -165,8 +165,8 @@ class PruningPlan:
     def from_json(cls, text_or_path: str | Path) -> PruningPlan:
         """Read from a JSON text, or from the file at a path."""
         try:
-            text = text_or_path
-            if isinstance(text_or_path, Path) or not text_or_path.lstrip().startswith(("{", "[")):
+            text = str(text_or_path)
+            if isinstance(text_or_path, Path) or not text.lstrip().startswith(("{", "[")):
                 text = Path(text_or_path).read_text("utf-8")
             data = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ..healing.sites import Healing
 from ..observe.forward import require_weights
 from ..observe.rows import StackObserver, observe
 from ..observe.skipping import StackSkipper, skip_blocks
-from ..similarity import SkippingMetric, metrics
+from ..similarity import SimilarityMetric, SkippingMetric, metrics
 from .config import MPruneConfig
 from .expressible import inexpressible
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
@@ -91,6 +91,7 @@ def compare_blocks(
         skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
         samples, found = skip_blocks(host, skippers, dataloader, limit, progress=progress, gather=gather)
     else:
+        metric = cast(type[SimilarityMetric], metric)
         observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
         samples, found = observe(host, observers, dataloader, limit, progress=progress, gather=gather)
     frozen = current_record(subject).frozen
@@ -165,17 +166,12 @@ def prune_model(
     """`analyze`, then `apply_plan`: find redundant blocks and remove them, in place, all or nothing.
 
     With `heal="lstsq"` each removal site is healed (see `heal_model`), which goes through the data once more for each
-    site.
-
-    Args:
-        model, dataloader, config, progress, settings: as in `analyze`.
-        optimizer, verify: as in `remove_blocks`; the first batch is the example.
+    site. `model`, `dataloader`, `config`, `progress` and `settings` are those of `analyze`, `optimizer` and `verify`
+    those of `remove_blocks`, whose example is the first batch. Errors are those of `analyze` and `apply_plan`, and
+    leave the model as it is.
 
     Returns:
         The plan that was carried out; the model carries the record.
-
-    Raises:
-        As `analyze` and `apply_plan`; nothing is changed then.
     """
     config = MPruneConfig.from_settings(config, settings)
     if config.heal is not None and isinstance(dataloader, Iterator):

@@ -88,7 +88,9 @@ def apply_plan(
     Args:
         model: the model that the plan was made for, or one with the same stacks.
         plan: from `analyze`.
-        optimizer, example, verify: as in `remove_blocks`.
+        optimizer: as in `remove_blocks`.
+        example: as in `remove_blocks`.
+        verify: as in `remove_blocks`.
         transaction: notes how to take the removal back later; it holds on to the removed blocks.
 
     Returns:

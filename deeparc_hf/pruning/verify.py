@@ -64,12 +64,12 @@ class Expectation:
             raise SurgeryError(
                 f"The pruned model cannot run: {type(cause).__name__}: {cause}. The model is as it was before."
             ) from error
-        error = _generation_error(self.host, self.inputs) if self.generated else None
-        if error is not None:
+        failure = _generation_error(self.host, self.inputs) if self.generated else None
+        if failure is not None:
             warnings.warn(
-                f"{type(self.host.root).__name__} can no longer generate with a cache ({type(error).__name__}: "
-                f"{error}), in stock transformers too: T5 and its like need at least as many encoder blocks as decoder "
-                f"blocks for that. Keep more encoder blocks, remove decoder blocks too, or generate with "
+                f"{type(self.host.root).__name__} can no longer generate with a cache ({type(failure).__name__}: "
+                f"{failure}), in stock transformers too: T5 and its like need at least as many encoder blocks as "
+                f"decoder blocks for that. Keep more encoder blocks, remove decoder blocks too, or generate with "
                 f"use_cache=False.",
                 DeepArcWarning,
                 stacklevel=5,

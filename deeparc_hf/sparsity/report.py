@@ -52,7 +52,8 @@ class MatrixSparsity:
         counts = [data[key] for key in ("asked", "zeros", "size")]
         if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or not counts[1] <= counts[2]:
             raise ValueError(f"expected whole numbers, asked, zeros and size, found {quoted(counts)}")
-        return cls(*counts, plain(data["stack"]), plain(data["role"]))
+        asked, zeros, size = counts
+        return cls(asked, zeros, size, plain(data["stack"]), plain(data["role"]))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,11 @@ class MPruneCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, config: MPruneConfig | None = None, *, calibration: Dataset | Iterable[Any] | None = None, **settings: Any
+        self,
+        config: MPruneConfig | None = None,
+        *,
+        calibration: Dataset[Any] | Iterable[Any] | None = None,
+        **settings: Any,
     ) -> None:
         self.config = MPruneConfig.from_settings(config, settings)
         self.calibration = calibration

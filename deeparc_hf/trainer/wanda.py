@@ -67,7 +67,11 @@ class WandaCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, config: WandaConfig | None = None, *, calibration: Dataset | Iterable[Any] | None = None, **settings: Any
+        self,
+        config: WandaConfig | None = None,
+        *,
+        calibration: Dataset[Any] | Iterable[Any] | None = None,
+        **settings: Any,
     ) -> None:
         self.config = WandaConfig.from_settings(config, settings)
         self.calibration = calibration
