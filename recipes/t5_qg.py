@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from experiment.arguments import DataArguments, PruningArguments, parse
     from experiment.asked import asked_for
+    from experiment.generation import QuestionMeasure, first_answers, write_scores
     from experiment.models import load_model
-    from experiment.questions import QuestionMeasure, first_answers, scores_report
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     experiment = Experiment(
         data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=list(splits.notes)
     )
-    experiment.finish = lambda rows: scores_report(Path(training.output_dir), rows, measure)
+    experiment.finish = lambda rows: write_scores(Path(training.output_dir), rows, measure)
     return experiment.run()
 
 
