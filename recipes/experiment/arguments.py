@@ -16,6 +16,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from deeparc_hf.core.interrupts import work_begins
+from deeparc_hf.core.settings import setting
 from deeparc_hf.distillation.config import DistillConfig
 from deeparc_hf.errors import ConfigError, MissingDependencyError
 from deeparc_hf.pruning.config import MPruneConfig
@@ -32,96 +33,77 @@ class DataArguments:
     """
 
     model: str = field(metadata={"help": "Hub id or folder of the model"})
-    model_revision: str | None = field(default=None, metadata={"help": "commit, tag or branch of the model"})
-    dataset: str | None = field(default=None, metadata={"help": "Hub id of the data"})
-    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
-    dataset_revision: str | None = field(default=None, metadata={"help": "its commit"})
-    train_file: str | None = field(
-        default=None, metadata={"help": "local file (.csv, .jsonl, .parquet, .txt) or folder, not the Hub"}
+    model_revision: str | None = setting(None, "commit, tag or branch of the model")
+    dataset: str | None = setting(None, "Hub id of the data")
+    dataset_config: str | None = setting(None, "its configuration")
+    dataset_revision: str | None = setting(None, "its commit")
+    train_file: str | None = setting(None, "local file (.csv, .jsonl, .parquet, .txt) or folder, not the Hub")
+    validation_file: str | None = setting(None, "local file to judge prunings on")
+    test_file: str | None = setting(None, "local file for the figures of the tables")
+    train_split: str = setting("train", "split to train and calibrate on")
+    validation_split: str = setting(
+        "validation", "split to judge prunings on; 10%% of the training split if there is none"
     )
-    validation_file: str | None = field(default=None, metadata={"help": "local file to judge prunings on"})
-    test_file: str | None = field(default=None, metadata={"help": "local file for the figures of the tables"})
-    train_split: str = field(default="train", metadata={"help": "split to train and calibrate on"})
-    validation_split: str = field(
-        default="validation",
-        metadata={"help": "split to judge prunings on; 10%% of the training split if there is none"},
-    )
-    test_split: str = field(
-        default="test", metadata={"help": "split for the figures of the tables; the validation split if there is none"}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "the first so many, shuffled by the seed"})
-    max_validation_samples: int | None = field(
-        default=None, metadata={"help": "the first so many, shuffled by the seed"}
-    )
-    max_test_samples: int | None = field(default=None, metadata={"help": "the first so many, shuffled by the seed"})
-    repo_id: str | None = field(default=None, metadata={"help": "publish the result there, on the Hub"})
-    repo_private: bool = field(default=False, metadata={"help": "make that repository private"})
-    license: str | None = field(default=None, metadata={"help": "licence of the result, for its card"})
-    language: str | None = field(default=None, metadata={"help": "language of the model, for its card"})
+    test_split: str = setting("test", "split for the figures of the tables; the validation split if there is none")
+    max_train_samples: int | None = setting(None, "the first so many, shuffled by the seed")
+    max_validation_samples: int | None = setting(None, "the first so many, shuffled by the seed")
+    max_test_samples: int | None = setting(None, "the first so many, shuffled by the seed")
+    repo_id: str | None = setting(None, "publish the result there, on the Hub")
+    repo_private: bool = setting(False, "make that repository private")
+    license: str | None = setting(None, "licence of the result, for its card")
+    language: str | None = setting(None, "language of the model, for its card")
 
     def __post_init__(self) -> None:
         check_license(self.license)  # what the Hub would refuse at the end is said before any work is done
         check_language([] if self.language is None else [self.language])
 
 
+def _several(help: str) -> Any:
+    """A field that takes any number of values."""
+    return field(default_factory=list, metadata={"help": help})
+
+
 def _as_in(settings: type, name: str) -> Any:
     """A field with the default and the help of a setting of the package."""
     spec = next(spec for spec in dataclasses.fields(settings) if spec.name == name)
-    return field(default=spec.default, metadata={"help": spec.metadata.get("cli", spec.metadata["help"])})
+    return setting(spec.default, spec.metadata.get("cli", spec.metadata["help"]))
 
 
 @dataclass
 class PruningArguments:
     """What is done to the model. Names and meanings are those of MPruneConfig, DistillConfig and WandaConfig."""
 
-    finetune_epochs: float = field(
-        default=1.0, metadata={"help": "epochs of fine-tuning before anything is removed; 0: the model is fine-tuned"}
+    finetune_epochs: float = setting(
+        1.0, "epochs of fine-tuning before anything is removed; 0: the model is fine-tuned"
     )
-    iterations: int = field(
-        default=1, metadata={"help": "prunings, each with its own retraining and its own row in the table; 0: none"}
+    iterations: int = setting(1, "prunings, each with its own retraining and its own row in the table; 0: none")
+    retrain_epochs: int = setting(3, "epochs after each pruning; 0: blocks are removed (and healed), no more")
+    threshold: float | None = setting(None, "similarity from which blocks are redundant")
+    num_blocks: list[str] | None = setting(
+        None, "blocks that stay: N for each iteration, or STACK=N for each stack (of one iteration)"
     )
-    retrain_epochs: int = field(
-        default=3, metadata={"help": "epochs after each pruning; 0: blocks are removed (and healed), no more"}
-    )
-    threshold: float | None = field(default=None, metadata={"help": "similarity from which blocks are redundant"})
-    num_blocks: list[str] | None = field(
-        default=None,
-        metadata={"help": "blocks that stay: N for each iteration, or STACK=N for each stack (of one iteration)"},
-    )
-    keep_ratio: float | None = field(
-        default=None, metadata={"help": "share of the blocks that stays, of each iteration"}
-    )
+    keep_ratio: float | None = setting(None, "share of the blocks that stays, of each iteration")
     k: int = _as_in(MPruneConfig, "k")
     k_max: int = _as_in(MPruneConfig, "k_max")
-    freeze: str = field(default="none", metadata={"help": "none, or partial (the seed's Part)"})
-    similarity: str = field(
-        default="cka", metadata={"help": "cka (debiased), cka_biased (the seed's), cosine or effect"}
-    )
+    freeze: str = setting("none", "none, or partial (the seed's Part)")
+    similarity: str = setting("cka", "cka (debiased), cka_biased (the seed's), cosine or effect")
     rows: str | None = _as_in(MPruneConfig, "rows")
     linkage: str = _as_in(MPruneConfig, "linkage")
     keep: str = _as_in(MPruneConfig, "keep")
     heal: str | None = _as_in(MPruneConfig, "heal")
-    distill_alpha: float | None = field(
-        default=None, metadata={"help": "weight of the unpruned model's teaching during the retraining"}
-    )
+    distill_alpha: float | None = setting(None, "weight of the unpruned model's teaching during the retraining")
     distill_temperature: float = _as_in(DistillConfig, "temperature")
-    metric: str | None = field(default=None, metadata={"help": "metric of the gate"})
+    metric: str | None = setting(None, "metric of the gate")
     max_drop: float | None = _as_in(MPruneConfig, "max_drop")
     calibration_samples: int = _as_in(MPruneConfig, "calibration_samples")
-    protect: list[str] = field(default_factory=list, metadata={"help": "patterns of blocks that must stay"})
-    sparsity: list[float] = field(
-        default_factory=list, metadata={"help": "Wanda grid: shares of zeros, each tried on each model of the table"}
-    )
-    sparsity_pattern: str | None = field(default=None, metadata={"help": "2:4 or 4:8, one more entry of the grid"})
+    protect: list[str] = _several("patterns of blocks that must stay")
+    sparsity: list[float] = _several("Wanda grid: shares of zeros, each tried on each model of the table")
+    sparsity_pattern: str | None = setting(None, "2:4 or 4:8, one more entry of the grid")
     sparsity_method: str = _as_in(WandaConfig, "method")
-    sparsity_retrain: list[float] = field(
-        default_factory=list, metadata={"help": "shares of the grid that are retrained too; a pattern's is 0.5"}
-    )
-    sparsity_original: bool = field(
-        default=True, metadata={"help": "zero weights of the original too, not only of the pruned models"}
-    )
+    sparsity_retrain: list[float] = _several("shares of the grid that are retrained too; a pattern's is 0.5")
+    sparsity_original: bool = setting(True, "zero weights of the original too, not only of the pruned models")
     sparsity_samples: int = _as_in(WandaConfig, "calibration_samples")
-    repeats: int = field(default=3, metadata={"help": "warm evaluations behind each time"})
+    repeats: int = setting(3, "warm evaluations behind each time")
 
     def __post_init__(self) -> None:
         self._check_retraining()

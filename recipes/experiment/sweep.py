@@ -26,7 +26,7 @@ from deeparc_hf.core.markdown import table
 from deeparc_hf.errors import ConfigError
 
 from .arguments import DataArguments, PruningArguments, did_you_mean, parse_settings, read_config
-from .results import RESULTS, Row, read_rows
+from .results import RESULTS, Row, read_rows, shown
 
 __all__ = ["Cell", "Figures", "Sweep", "SweepFile", "recipe_types", "slug"]
 
@@ -449,16 +449,16 @@ def sweep_report(file: SweepFile, done: Mapping[str, Sequence[Row]], failed: Seq
     lines, others, remarks = [], [], []
     for cell, name, ours, our_original, seed in _compared(file, done):
         digits = 4 if file.scale.get(main, 1) == 1 else 3
-        shown = _shown(main, ours, our_original, digits)
+        cells = _figures(main, ours, our_original, digits)
         if file.seed:
-            printed = _shown(main, seed, file.seed.get(ORIGINAL, {}).get(ORIGINAL, Figures()), digits)
+            printed = _figures(main, seed, file.seed.get(ORIGINAL, {}).get(ORIGINAL, Figures()), digits)
             printed[0] += " *" if seed.slip else ""
-            shown = [text for pair in zip(shown, printed, strict=True) for text in pair]
-        lines.append([cell, name, *shown])
+            cells = [text for pair in zip(cells, printed, strict=True) for text in pair]
+        lines.append([cell, name, *cells])
         pairs = [(metric, _number(ours.metrics.get(metric)), _number(seed.metrics.get(metric))) for metric in rest]
         others += [[cell, name, *pair] for pair in pairs if pair[1:] != ("-", "-")]
         if seed.training_seconds is not None:
-            spent = [_text(figures.training_seconds, ",.2f") for figures in (ours, seed)]
+            spent = [shown(figures.training_seconds, ",.2f") for figures in (ours, seed)]
             others.append([cell, name, "training time (s)", *spent])
         if seed.slip:
             remarks.append(f"- {cell}, {name}: \\* known slip: {seed.slip}")
@@ -507,7 +507,7 @@ def _printed(row: Row, scale: Mapping[str, float]) -> Figures:
     return Figures(list(row.blocks.values()), row.parameters, metrics, seconds, training, row.frozen)
 
 
-def _shown(main: str, figures: Figures, original: Figures, digits: int) -> list[str]:
+def _figures(main: str, figures: Figures, original: Figures, digits: int) -> list[str]:
     """Blocks, parameters, main metric, its change, ratio of times, frozen blocks."""
     value, before = figures.metrics.get(main), original.metrics.get(main)
     other = figures is not original
@@ -517,20 +517,16 @@ def _shown(main: str, figures: Figures, original: Figures, digits: int) -> list[
     parts = " + ".join(map(str, blocks)) or "-"
     return [
         f"{sum(blocks)} ({parts})" if len(blocks) > 2 else parts,  # of the many stages of a CNN their sum comes first
-        _text(figures.parameters, ","),
+        shown(figures.parameters, ","),
         _number(value),
-        _text(change, f"+.{digits}f"),
-        _text(ratio, ".3f"),
-        _text(figures.freeze, ""),
+        shown(change, f"+.{digits}f"),
+        shown(ratio, ".3f"),
+        shown(figures.freeze),
     ]
 
 
-def _text(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _number(value: float | None) -> str:
-    return _text(value, ".4f" if value is None or abs(value) < 10 else ".3f")
+    return shown(value, ".4f" if value is None or abs(value) < 10 else ".3f")
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
