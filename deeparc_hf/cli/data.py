@@ -356,7 +356,7 @@ def processor_of(source: ModelSource, model: nn.Module) -> Any:
     from transformers.utils import cached_file
 
     loaders = {"input_ids": transformers.AutoTokenizer, "pixel_values": transformers.AutoImageProcessor}
-    loader = loaders.get(describe(model).root.main_input_name, transformers.AutoProcessor)
+    loader = loaders.get(find_host(model).root.main_input_name, transformers.AutoProcessor)
     try:
         with loading(f"the tokenizer or processor of {source.given}"):
             if any(

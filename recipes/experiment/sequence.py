@@ -28,7 +28,7 @@ from deeparc_hf.errors import ConfigError
 from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.pruning.prune import analyze, apply_healed
 from deeparc_hf.publish import create_model_card
-from deeparc_hf.publish.facts import PLAN_FILE
+from deeparc_hf.publish.gather import PLAN_FILE
 from deeparc_hf.publish.push import push_to_hub
 from deeparc_hf.reports.plan_report import Measurement, timed_evaluation, write_report
 from deeparc_hf.reports.provenance import TIMES, dataset_facts, training_facts
