@@ -85,7 +85,6 @@ def run_python(code: str) -> str:
 
 def test_public_names_are_sorted_and_complete():
     assert deeparc_hf.__all__ == sorted(deeparc_hf.__all__)
-    assert set(deeparc_hf._HOMES) == set(PUBLIC)
     assert dir(deeparc_hf) == deeparc_hf.__all__
 
 
