@@ -9,30 +9,27 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from ..architectures import Host, Stack, describe
+from ..architectures import Layout, Subject, describe
 from ..architectures.hosts import RECORD_KEY
+from ..core.checks import Entry, MalformedError, read_json
 from ..core.environment import package_versions
 from ..core.hub_help import hub_help
-from ..core.plain_text import is_plain, listed, plain, quoted
+from ..core.plain_text import LIMIT, listed, quoted
 from ..errors import DeepArcWarning, RecordError
-from .record_checks import MAX_ENTRIES, MAX_TEXT, check_iterations, check_name, check_stack, refuse_full
-from .record_sparsity import check_sparsity, rename_matrices, renumber_matrices
+from .record_checks import check_iteration, check_sparsity, refuse_full, stack_in
+from .record_sparsity import rename_matrices, renumber_matrices
 from .record_view import record_html
 
-__all__ = ["PrunedConfig", "StackRecord", "check_record", "current_record", "same_structure"]
+__all__ = ["PrunedConfig", "StackRecord", "check_record", "current_layout", "current_record", "same_structure"]
 
 FORMAT_VERSION = 1
-_MAX_FILE = 16 * 2**20
 _KEYS = ("format_version", "base_model", "base_revision", "stacks", "iterations", "sparsity", "versions")
 
 
@@ -69,6 +66,11 @@ class PrunedConfig:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def layout(self) -> Layout:
+        """Which of the original blocks are left."""
+        return Layout({name: stack.length for name, stack in self.stacks.items()}, self.kept)
+
+    @property
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Original indices of the blocks that are left, by stack."""
         return {name: stack.kept for name, stack in self.stacks.items()}
@@ -76,18 +78,16 @@ class PrunedConfig:
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
         """Original indices of the blocks that are gone, by stack."""
-        return {n: tuple(sorted(set(range(stack.length)) - set(stack.kept))) for n, stack in self.stacks.items()}
+        return {**dict.fromkeys(self.stacks, ()), **self.layout.removed}
 
     @property
     def frozen(self) -> dict[str, tuple[int, ...]]:
         """Blocks that the last pruning froze, as indices of the model as it is now."""
         last = self.iterations[-1].get("frozen") if self.iterations else None
         last = last if isinstance(last, Mapping) else {}
-        lists = {n: last[n] for n in self.stacks if isinstance(last.get(n), (list, tuple)) and last[n]}
-        return {
-            n: tuple(self.stacks[n].kept.index(i) for i in blocks if i in self.stacks[n].kept)
-            for n, blocks in lists.items()
-        }
+        return self.layout.places(
+            {n: last[n] for n in self.stacks if isinstance(last.get(n), (list, tuple)) and last[n]}
+        )
 
     def _repr_html_(self) -> str:
         return record_html(self)
@@ -111,67 +111,46 @@ class PrunedConfig:
         Raises:
             RecordError: naming the entry that is wrong, what was found and what was expected.
         """
-        _expect(isinstance(data, Mapping), RECORD_KEY, data, "an object")
-        version = data.get("format_version")
-        _expect(_is_int(version) and version >= 1, "format_version", version, f"a whole number up to {FORMAT_VERSION}")
-        if version > FORMAT_VERSION:
+        try:
+            return cls._read(Entry(data))
+        except MalformedError as error:
+            raise RecordError(
+                f"The pruning record is malformed: {error}. Download the checkpoint again, or delete {RECORD_KEY!r} "
+                f"from its config.json to use it as a plain checkpoint."
+            ) from None
+
+    @classmethod
+    def _read(cls, entry: Entry) -> PrunedConfig:
+        version = entry["format_version"].value
+        if type(version) is int and version > FORMAT_VERSION:
             raise RecordError(
                 f"This checkpoint's pruning record has format version {quoted(version)}, newer than {FORMAT_VERSION}, "
                 f"which this version of deeparc_hf reads: pip install -U deeparc_hf."
             )
-        unknown = sorted(map(str, set(data) - set(_KEYS)))
+        entry["format_version"].whole(1, FORMAT_VERSION)
+        unknown = sorted(map(str, set(entry.value) - set(_KEYS)))
         if unknown:
             warnings.warn(
                 f"The pruning record has entries that this version of deeparc_hf does not know and ignores: "
                 f"{listed(unknown)}. pip install -U deeparc_hf may help.",
                 DeepArcWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-        stacks = data.get("stacks")
-        _expect(
-            isinstance(stacks, Mapping) and len(stacks) <= MAX_ENTRIES,
-            "stacks",
-            stacks,
-            f"an object with at most {MAX_ENTRIES} stacks",
-        )
-        iterations = data.get("iterations", [])
-        _expect(
-            isinstance(iterations, (list, tuple))
-            and len(iterations) <= MAX_ENTRIES
-            and all(isinstance(i, Mapping) for i in iterations),
-            "iterations",
-            iterations,
-            f"a list of at most {MAX_ENTRIES} objects",
-        )
-        for name in ("base_model", "base_revision"):
-            value = data.get(name)
-            _expect(
-                value is None or is_plain(value, MAX_TEXT),
-                name,
-                value,
-                f"null or a text of at most {MAX_TEXT} visible characters",
-            )
-        sparsity, versions = data.get("sparsity"), data.get("versions", {})
-        check_sparsity(sparsity, _expect)
-        _expect(
-            isinstance(versions, Mapping)
-            and len(versions) <= MAX_ENTRIES
-            and all(map(is_plain, [*versions, *versions.values()])),
-            "versions",
-            versions,
-            "an object of texts",
-        )
-        named = {
-            check_name(name, _expect): StackRecord(*check_stack(name, value, _expect)) for name, value in stacks.items()
-        }
-        check_iterations(iterations, {name: stack.length for name, stack in named.items()}, _expect)
+        stacks = {name: StackRecord(*stack_in(name, stack)) for name, stack in entry["stacks"].named().items()}
+        iterations = entry["iterations"].items() if "iterations" in entry.value else []
+        for iteration in iterations:
+            check_iteration(iteration, {name: stack.length for name, stack in stacks.items()})
+        base_model, base_revision, sparsity = (entry.get(k) for k in ("base_model", "base_revision", "sparsity"))
+        if sparsity is not None:
+            check_sparsity(sparsity)
+        versions = entry["versions"].named(limit=LIMIT) if "versions" in entry.value else {}
         return cls(
-            stacks=named,
-            base_model=data.get("base_model"),
-            base_revision=data.get("base_revision"),
-            iterations=tuple(iterations),
-            sparsity=sparsity,
-            versions=versions,
+            stacks=stacks,
+            base_model=None if base_model is None else base_model.text(),
+            base_revision=None if base_revision is None else base_revision.text(),
+            iterations=tuple(iteration.value for iteration in iterations),
+            sparsity=None if sparsity is None else sparsity.value,
+            versions={name: version.text(LIMIT) for name, version in versions.items()},
         )
 
     @classmethod
@@ -198,15 +177,10 @@ class PrunedConfig:
 
             with hub_help(repo_or_path):
                 path = Path(hf_hub_download(str(repo_or_path), "config.json", **hub))
-        if path.stat().st_size > _MAX_FILE:
-            raise RecordError(f"The config.json of {repo_or_path} is larger than {_MAX_FILE} bytes. It is not read.")
         try:
-            config = json.loads(path.read_text("utf-8"))
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
-            raise RecordError(f"The config.json of {repo_or_path} is not JSON: {plain(error)}.") from error
+            config = read_json(path)
+        except MalformedError as error:
+            raise RecordError(f"The config.json of {repo_or_path} cannot be used: {error}.") from error
         record = config.get(RECORD_KEY) if isinstance(config, Mapping) else None
         if record is None:
             raise RecordError(
@@ -222,29 +196,24 @@ class PrunedConfig:
         path = Path(folder) / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        except (ValueError, RecursionError) as error:
-            raise RecordError(
-                f"The config.json of {folder} is not JSON: {plain(error)}. Nothing was written."
-            ) from error
-        if not isinstance(config, dict):
-            raise RecordError(f"The config.json of {folder} is not an object. Nothing was written.")
+            config = read_json(path) if path.is_file() else {}
+            Entry(config).must_be(isinstance(config, dict), "an object")
+        except MalformedError as error:
+            raise RecordError(f"The config.json of {folder} cannot be used: {error}. Nothing was written.") from error
         config[RECORD_KEY] = self.to_dict()
         path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> PrunedConfig:
+    def from_model(cls, model: nn.Module | Subject) -> PrunedConfig:
         """The record that a model carries.
 
         Raises:
             RecordError: if it carries none, a malformed one, or one that does not fit the model.
         """
-        host, _, stacks = describe(model)
-        if host.record() is None:
-            raise RecordError(f"{type(host.root).__name__} carries no pruning record: it was not pruned by deeparc_hf.")
-        record = cls.from_dict(host.record()).renamed(host.base_prefix, stacks)
-        record.check_fits({name: len(stack) for name, stack in stacks.items()})
-        return record
+        subject = describe(model)
+        if subject.host.record() is None:
+            raise RecordError(f"{subject.name} carries no pruning record: it was not pruned by deeparc_hf.")
+        return current_record(subject)
 
     def renamed(self, prefix: str, names: Iterable[str]) -> PrunedConfig:
         """The record with its stacks named as another head of the same base model names them.
@@ -294,14 +263,11 @@ class PrunedConfig:
                     f"{RECORD_KEY!r} from config.json if the record is wrong."
                 )
 
-    def compose(
-        self, lengths: Mapping[str, int], removed: Mapping[str, Sequence[int]], iteration: Mapping[str, Any]
-    ) -> PrunedConfig:
+    def compose(self, step: Layout, iteration: Mapping[str, Any]) -> PrunedConfig:
         """The record after one more pruning.
 
         Args:
-            lengths: number of blocks of each stack of the model now.
-            removed: the blocks that go, as indices of the model now.
+            step: the blocks that stay, as indices of the model now.
             iteration: what to note of this pruning; block indices in "removed" and "frozen" are translated to original
                 ones.
 
@@ -309,24 +275,18 @@ class PrunedConfig:
             RecordError: if the record would be too long to be read again.
         """
         refuse_full(len(self.iterations), 1)
-        kept = {
-            name: self.stacks[name].kept if name in self.stacks else tuple(range(length))
-            for name, length in lengths.items()
-        }
         entry = dict(iteration)
         for key in ("removed", "frozen"):
-            blocks = entry.get(key) or {}
-            entry[key] = {name: [kept[name][i] for i in indices] for name, indices in blocks.items() if indices}
-        stacks = {
-            name: StackRecord(
-                length=self.stacks[name].length if name in self.stacks else length,
-                kept=tuple(original for i, original in enumerate(kept[name]) if i not in removed.get(name, ())),
-            )
-            for name, length in lengths.items()
-        }
-        sparsity = renumber_matrices(self.sparsity, lengths, removed)
+            originals = self.layout.indices(entry.get(key) or {})
+            entry[key] = {name: list(blocks) for name, blocks in originals.items() if blocks}
+        layout = self.layout.then(step)
         return PrunedConfig(
-            stacks, self.base_model, self.base_revision, (*self.iterations, entry), sparsity, package_versions()
+            {name: StackRecord(layout.lengths[name], layout.kept[name]) for name in step.kept},
+            self.base_model,
+            self.base_revision,
+            (*self.iterations, entry),
+            renumber_matrices(self.sparsity, step),
+            package_versions(),
         )
 
     def with_mark(self, mark: str | None) -> PrunedConfig:
@@ -338,27 +298,31 @@ class PrunedConfig:
         return dataclasses.replace(self, iterations=(*self.iterations[:-1], marked))
 
 
-def current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
+def current_record(subject: Subject) -> PrunedConfig:
     """The record that a model carries, or an empty one.
 
     Raises:
         RecordError: if it is malformed, or does not fit the model.
     """
-    stored = host.record()
+    stored = subject.host.record()
     if stored is None:
-        base, revision = base_reference(host.root)
-        return PrunedConfig({}, base, revision)
-    record = PrunedConfig.from_dict(stored).renamed(host.base_prefix, stacks)
-    record.check_fits({name: len(stack) for name, stack in stacks.items()})
+        return PrunedConfig({}, *subject.host.loaded_from())
+    record = PrunedConfig.from_dict(stored).renamed(subject.host.base_prefix, subject.stacks)
+    record.check_fits(subject.lengths)
     return record
 
 
-def check_record(model: nn.Module, prunings: int = 1) -> None:
+def current_layout(subject: Subject) -> Layout:
+    """Which of the original blocks a model has, by its record."""
+    layout = current_record(subject).layout
+    return Layout.whole({n: length for n, length in subject.lengths.items() if n not in layout.lengths}).then(layout)
+
+
+def check_record(model: nn.Module | Subject, prunings: int = 1) -> None:
     """Refuse a record that is malformed, does not fit the model, or has no room for more prunings, before any work is
     done.
     """
-    host, _, stacks = describe(model)
-    refuse_full(len(current_record(host, stacks).iterations), prunings)
+    refuse_full(len(current_record(describe(model)).iterations), prunings)
 
 
 def same_structure(one: PrunedConfig | None, other: PrunedConfig | None) -> bool:
@@ -370,48 +334,3 @@ def _structure(record: PrunedConfig | None) -> dict[str, Any] | None:
     if record is None or not (record.stacks or record.iterations):
         return None
     return dataclasses.replace(record, sparsity=None, versions={}).to_dict()
-
-
-def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:
-    """Hub id and commit that a model was loaded from; None for a local folder, whose path is nobody else's business.
-
-    The commit is known where the Hub's cache holds just one of that repository.
-    """
-    config = getattr(root, "config", None)
-    name = getattr(config, "_name_or_path", None) or None
-    if name is None:
-        cfg = getattr(root, "pretrained_cfg", None) or {}
-        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
-        # timm names a Hub id for models with random weights too; only one that was asked for by id is known to come
-        # from there
-        name = cfg.get("hf_hub_id") if cfg.get("source") == "hf-hub" else None
-        return (name or None), _cached_commit(name, cache_dir)
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None, None
-    if os.path.exists(name):
-        return None, None
-    # early versions 5 of transformers noted the commit; later ones leave it to the cache
-    return name, getattr(config, "_commit_hash", None) or _cached_commit(name, cache_dir)
-
-
-def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
-    found = None if name is None else try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
-    if not isinstance(found, str):
-        return None
-    snapshot = Path(found).parent
-    return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _expect(condition: bool, where: str, found: Any, expected: str) -> None:
-    if condition:
-        return
-    raise RecordError(
-        f"The pruning record is malformed: {where} must be {expected}, found {quoted(found)}. Download the checkpoint "
-        f"again, or delete {RECORD_KEY!r} from its config.json to use it as a plain checkpoint."
-    )

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
+from ..architectures import Subject
 from ..pruning.config import MPruneConfig
 from ..reports.run_report import structure_facts
 from .run_facts import lasting
@@ -25,7 +26,7 @@ NEXT = (
 
 def end_facts(
     progress: Progress,
-    model: nn.Module,
+    model: nn.Module | Subject,
     config: MPruneConfig,
     args: TrainingArguments,
     state: TrainerState,

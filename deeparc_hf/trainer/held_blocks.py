@@ -53,7 +53,7 @@ def is_shard(
     """
     if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
         return True
-    own = {id(tensor): set() for tensor in module.state_dict(keep_vars=True).values()}
+    own: dict[int, set[str]] = {id(tensor): set() for tensor in module.state_dict(keep_vars=True).values()}
     for key, tensor in module.state_dict(keep_vars=True).items():
         own[id(tensor)].add(f"{prefix}{key}")
     inside = tuple(f"{prefix}{name}." for name in stacks)

@@ -76,7 +76,11 @@ class MPruneCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self, config: MPruneConfig | None = None, *, calibration: Dataset | Iterable[Any] | None = None, **settings: Any
+        self,
+        config: MPruneConfig | None = None,
+        *,
+        calibration: Dataset[Any] | Iterable[Any] | None = None,
+        **settings: Any,
     ) -> None:
         self.config = MPruneConfig.from_settings(config, settings)
         self.calibration = calibration
@@ -187,7 +191,11 @@ class MPruneCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._run is not None:
-            if self._others and self._run.progress.phase != FINISHED and warn_of_copies(self._others, self._run.model):
+            if (
+                self._others
+                and self._run.progress.phase != FINISHED
+                and warn_of_copies(self._others, self._run.operations.subject)
+            ):
                 self._others = []  # they have been told of
             self._run.epoch_begin(state, control)
             self._publish()
@@ -249,8 +257,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
             return self._saved(state)
         run = self._run
         if run is not None and not run.ended and run.model is model and run.progress.phase == RETRAINING:
-            then = run.progress.record
-            if same_structure(record_of(model), None if then is None else PrunedConfig.from_dict(then)):
+            then = None if run.progress.record is None else PrunedConfig.from_dict(run.progress.record)
+            if same_structure(record_of(run.operations.subject), then):
                 return run.progress
         return Progress(k=self.config.k)
 

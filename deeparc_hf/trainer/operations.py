@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ..architectures import describe
+from ..architectures import Layout, Subject, describe
 from ..checkpoint.record import PrunedConfig
 from ..core.distributed import agree, follow_in_wrapper, gather
 from ..core.progress_bars import doing, shows_bars
@@ -31,7 +31,7 @@ from .rehearsal import rehearse
 from .reporter import lists
 from .schedule import Progress
 from .snapshots import drop_unused, free_name, read_plans, restore_weights, save_snapshot, set_groups
-from .teacher import Teaching
+from .teacher import Teaching, removed_since
 
 __all__ = ["Operations"]
 
@@ -63,6 +63,7 @@ class Operations:
         stages: Stages,
     ) -> None:
         self.model = model
+        self._subject = describe(model)
         self.plan: PruningPlan | None = None
         self._config = config
         self._calibration = calibration
@@ -78,11 +79,17 @@ class Operations:
         self._undo: Transaction | None = None
         self._held: dict[str, torch.Tensor] | None = None
 
+    @property
+    def subject(self) -> Subject:
+        """The model as it is now, described."""
+        self._subject = describe(self._subject)
+        return self._subject
+
     def begin(self) -> None:
         """Note how the model is when the run begins, and freeze what its record says, if that was asked for."""
-        p, record = self._progress, record_of(self.model)
+        p, record = self._progress, record_of(self.subject)
         thaw_noted(self.model)  # what an earlier training of this model froze
-        check_settings(self.model, self._config.for_iteration(0))
+        check_settings(self.subject, self._config.for_iteration(0))
         self.rehearse()
         p.start = p.base = p.record = None if record is None else record.to_dict()
         if self._config.freeze != "record":
@@ -93,7 +100,7 @@ class Operations:
                 "freeze='partial'."
             )
         p.frozen = p.base_frozen = lists(record.frozen)
-        Structure(record, record.frozen).freeze(self.model)
+        Structure(record, record.frozen).freeze(self.subject)
         follow_in_wrapper(self.model)
 
     def rehearse(self) -> None:
@@ -102,7 +109,7 @@ class Operations:
         last = p.phase == RETRAINING and not self._config.gated and p.accepted + 1 >= self._config.iterations
         if p.phase == FINISHED or last:
             return
-        rehearse(self.model, self._calibration, "MPruneCallback")
+        rehearse(self.subject, self._calibration, "MPruneCallback")
 
     def resume(self, plan: PruningPlan | None, over: bool = False) -> None:
         """Follow a checkpoint: its weights are loaded, its structure may be another than the model's.
@@ -117,7 +124,7 @@ class Operations:
         structures = Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen)
         if over:
             self.teaching.retire()
-        self._undo, _ = settle(self.model, *structures, at_start=self.teaching.wake)
+        self._undo, _ = settle(self.subject, *structures, at_start=self.teaching.wake)
         self.teaching.follow()
         follow_in_wrapper(self.model)
         self.rehearse()
@@ -140,7 +147,7 @@ class Operations:
 
     def forget_zeros(self) -> bool:
         """Leave zeroed weights out of the model's record; whether there were any in it."""
-        host = describe(self.model)[0]
+        host = self.subject.host
         live = host.record()
         if live is None or not live.get("sparsity"):
             return False
@@ -151,7 +158,7 @@ class Operations:
         """Have the progress know what the model's record says of zeroed weights: another callback may have zeroed some
         since.
         """
-        p, live = self._progress, describe(self.model)[0].record()
+        p, live = self._progress, self.subject.host.record()
         if live is not None:
             p.record = {**(p.record or live), "sparsity": live.get("sparsity")}
 
@@ -159,7 +166,7 @@ class Operations:
         """The plan of an iteration, counted from 0, for the model as it is now: the same in every process."""
         with self._calibration.reading():
             plan = compare_blocks(
-                self.model,
+                self.subject,
                 self._calibration,
                 self._config.for_iteration(iteration).replace(k=k),
                 progress=shows_bars(self._args),
@@ -191,7 +198,7 @@ class Operations:
         p = self._progress
         self._save_before(plan, f"step-{step}")
         self.stages.begin(step)
-        live = describe(self.model)[0].record()
+        live = self.subject.host.record()
         if live is not None:
             p.base = live  # what it says of zeroed weights is part of what comes back
         undo = Transaction()
@@ -199,7 +206,7 @@ class Operations:
             thaw_noted(self.model, guard)
             trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             record, self.healings = apply_healed(
-                self.model,
+                self.subject,
                 plan,
                 self._calibration,
                 optimizer=self._optimizer,
@@ -214,9 +221,8 @@ class Operations:
         note_frozen(self.model, [parameter for parameter in trainable if not parameter.requires_grad])
         self.plan = plan
         p.record = record.to_dict()
-        p.frozen = {
-            name: [stack.kept.index(i) for i in stack.frozen] for name, stack in plan.stacks.items() if stack.frozen
-        }
+        step = Layout.without({name: len(stack) for name, stack in plan.stacks.items()}, plan.removed)
+        p.frozen = lists(step.places({name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}))
         self.teaching.follow()
         follow_in_wrapper(self.model)
         return record
@@ -260,7 +266,7 @@ class Operations:
             set_groups(self._output, str(p.snapshot), self.model, self._optimizer)
         p.record, p.frozen = p.base, p.base_frozen
         base = None if p.base is None else PrunedConfig.from_dict(p.base)
-        Structure(base, p.base_frozen).freeze(self.model)
+        Structure(base, p.base_frozen).freeze(self.subject)
         self._undo, self.plan = None, self._accepted_plan
         self.teaching.follow()
         follow_in_wrapper(self.model)
@@ -311,12 +317,7 @@ class Operations:
         p = self._progress
         if p.record is None or p.record == p.start:
             return {}
-        start = {} if p.start is None else PrunedConfig.from_dict(p.start).kept
-        now = PrunedConfig.from_dict(p.record)
-        first = {name: start.get(name, tuple(range(stack.length))) for name, stack in now.stacks.items()}
-        return {
-            name: tuple(first[name].index(original) for original in stack.kept) for name, stack in now.stacks.items()
-        }
+        return dict(removed_since(p.start, p.record).kept)
 
     def _example(self) -> Any:
         """A calibration batch to verify a removal on."""

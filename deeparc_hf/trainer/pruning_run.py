@@ -55,7 +55,15 @@ class PruningRun:
         self.operations = Operations(
             config, calibration, args, self.model, event.get("optimizer"), progress, self.stages
         )
-        self.journal = Journal(config, args, self.model, progress, self.metric, event.get("train_dataloader"))
+        self.journal = Journal(
+            config,
+            args,
+            self.model,
+            progress,
+            self.metric,
+            lambda: self.operations.subject,
+            event.get("train_dataloader"),
+        )
         self.ended = False
         self._next: PruningPlan | None = None  # the plan that comes next, where it is known already
         self._seen_zeroed = -1  # step at which weights had been zeroed when that plan was made

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..architectures import describe
+from ..architectures import Subject
 from ..checkpoint.record import PrunedConfig
 from ..checkpoint.weights_mark import mark_of_model
 from ..errors import ConfigError, DeepArcWarning, PlanError
@@ -43,6 +43,7 @@ class Journal:
         model: the model.
         progress: where the notes are kept, so that checkpoints keep them too.
         metric: the gate's metric.
+        subject: gives the model as it is now, described.
         loader: the training's data loader.
     """
 
@@ -53,8 +54,10 @@ class Journal:
         model: nn.Module,
         progress: Progress,
         metric: str,
+        subject: Callable[[], Subject],
         loader: Any = None,
     ) -> None:
+        self._subject = subject
         self._config = config
         self._args = args
         self._model = model
@@ -79,7 +82,7 @@ class Journal:
             }
         facts = {"step": state.global_step, "epoch": state.epoch or 0.0, "frozen": lists(p.frozen)}
         p.attempts.append(
-            {**entry, **structure_facts(self._model), **facts, "training_seconds": 0.0, "evaluations": []}
+            {**entry, **structure_facts(self._subject()), **facts, "training_seconds": 0.0, "evaluations": []}
         )
 
     def reopen(self) -> None:
@@ -134,7 +137,7 @@ class Journal:
         p = self._progress
         if p.record is not None and p.attempts[-1].get("stages"):
             p.record["iterations"][-1]["stages"] = copy.deepcopy(p.attempts[-1]["stages"])
-        host = describe(self._model)[0]
+        host = self._subject().host
         if p.record is not None:
             p.record["sparsity"] = (host.record() or p.record).get("sparsity")  # weights may have been zeroed since
             host.set_record(p.record)
@@ -156,7 +159,7 @@ class Journal:
     def log(self, state: TrainerState, control: TrainerControl, **figures: float | None) -> None:
         """Send the figures of the pruning at hand to the logs, and write the report."""
         p = self._progress
-        facts = structure_facts(self._model)
+        facts = structure_facts(self._subject())
         figures = {
             "iteration": p.attempts[-1]["iteration"],
             "k": p.attempts[-1]["k"],
@@ -251,8 +254,8 @@ class Journal:
         ended_at = (
             f"step {state.global_step}" if state.epoch is None else f"epoch {state.epoch:g} of {state.num_train_epochs}"
         )
-        self._end = end_facts(p, self._model, self._config, self._args, state, self._metric)
-        first, last = p.attempts[0], structure_facts(self._model)
+        self._end = end_facts(p, self._subject(), self._config, self._args, state, self._metric)
+        first, last = p.attempts[0], structure_facts(self._subject())
         blocks = f"{sum(first['blocks'].values())} -> {sum(last['blocks'].values())} blocks"
         parameters = f"{first['parameters']:,} -> {last['parameters']:,} parameters"
         frozen = sum(map(len, p.frozen.values()))

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..architectures import describe
+from ..architectures import Subject, describe
 from ..checkpoint.record import PrunedConfig, current_record
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.distributed import gather
@@ -65,6 +65,7 @@ class SparsityRun:
         self.config = config
         self.args = args
         self.model: nn.Module = event["model"]
+        self._subject = describe(self.model)
         self.progress = progress
         self.report = None if progress.report is None else SparsityReport.from_dict(progress.report)
         self.ended = False
@@ -102,7 +103,7 @@ class SparsityRun:
             self._warn_of_changes(began_with)
         self._keep_recorded(resumed=began_with is not None)
         if self.to_come and self._calibration is not None:
-            rehearse(self.model, self._calibration, "WandaCallback")
+            rehearse(self.subject, self._calibration, "WandaCallback")
 
     def begin_again(self) -> None:
         """The Trainer begins the run anew (auto_find_batch_size), with weights that may be zeroed already."""
@@ -210,7 +211,7 @@ class SparsityRun:
     def evaluated(self, state: TrainerState, metrics: Mapping[str, Any], loader: Any = None) -> None:
         self.check(state, note=False)
         facts = {"step": state.global_step, "epoch": state.epoch or 0.0, "sparse": self.progress.phase != WAITING}
-        facts["blocks"] = sum(map(len, describe(self.model)[2].values()))
+        facts["blocks"] = sum(self.subject.lengths.values())
         self.progress.evaluations.append({**facts, **self.facts.evaluation(self.model, metrics, loader)})
         self._write()
 
@@ -269,7 +270,7 @@ class SparsityRun:
         self._follow_back()
         self._zeros.check(self.model)
         try:
-            matrices = recorded_matrices(self.model, self._record())
+            matrices = recorded_matrices(self.subject, self._record())
         except RecordError as error:
             raise SparsityError(f"Zeroed weights were lost: {error}") from error
         lost = [name for name, (matrix, _) in matrices.items() if not self._zeros.holds(matrix.weight)]
@@ -295,10 +296,10 @@ class SparsityRun:
         Its weights are loaded. They may not be in their places yet (MPruneCallback sees to that), but they are the
         parameters that stay.
         """
-        host, _, stacks = describe(self.model)
+        host = self.subject.host
         if resumed and (self.progress.sparsity is not None or host.record() is not None):
             # whatever the model in memory was, its weights are now those of the checkpoint
-            record = current_record(host, stacks)
+            record = self._record()
             versions = record.versions or package_versions()
             host.set_record(dataclasses.replace(record, sparsity=self.progress.sparsity, versions=versions).to_dict())
         if self._record().sparsity is None:
@@ -324,7 +325,7 @@ class SparsityRun:
         if not self.config.keep_zeros:
             return
         record = self._record()
-        for name, (matrix, _) in recorded_matrices(self.model, record).items():
+        for name, (matrix, _) in recorded_matrices(self.subject, record).items():
             self._keeping = True
             if not self._zeros.holds(matrix.weight):
                 self._zeros.add(matrix.weight, recorded_mask(matrix, record.sparsity["matrices"][name]["zeros"]))
@@ -346,7 +347,7 @@ class SparsityRun:
         calibration = self._calibration
         with nullcontext() if calibration is None else calibration.reading():
             self.report, masks = sparsify(
-                self.model,
+                self.subject,
                 calibration,
                 self.config,
                 progress=shows_bars(self.args),
@@ -355,7 +356,7 @@ class SparsityRun:
             )
         if self.config.keep_zeros:
             self._keeping = True
-            host = describe(self.model)[0]
+            host = self.subject.host
             for name, mask in masks.items():
                 self._zeros.add(host.root.get_submodule(name).weight, mask)
         else:
@@ -372,11 +373,16 @@ class SparsityRun:
 
     def _forget(self) -> None:
         """Zeros that are not kept are not in the record."""
-        describe(self.model)[0].set_record(dataclasses.replace(self._record(), sparsity=None).to_dict())
+        self.subject.host.set_record(dataclasses.replace(self._record(), sparsity=None).to_dict())
 
     def _record(self) -> PrunedConfig:
-        host, _, stacks = describe(self.model)
-        return current_record(host, stacks)
+        return current_record(self.subject)
+
+    @property
+    def subject(self) -> Subject:
+        """The model as it is now, described."""
+        self._subject = describe(self._subject)
+        return self._subject
 
     def _write(self) -> None:
         p = self.progress

@@ -40,7 +40,7 @@ class Trackers:
             self._callbacks = [cls() for cls in get_reporting_integration_callbacks(args.report_to)]
             for callback in self._callbacks:
                 if getattr(callback, "logging_dir", "") is None:
-                    callback.logging_dir = _logging_dir(args)
+                    callback.logging_dir = _logging_dir(args)  # type: ignore[attr-defined]
         for callback in self._callbacks:
             callback.on_log(args, state, control, model=model, logs=dict(logs))
 

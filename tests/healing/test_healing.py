@@ -139,9 +139,9 @@ HEALED = [
 def test_how_these_blocks_end_is_found(name):
     specimen = ZOO[name]
     model = specimen.model()
-    host, _, stacks = describe(model)
+    subject = describe(model)
     stack, index = removable(model)
-    (healing,) = fit_sites(host, stacks, {stack: [index]}, specimen.batches(12), 100)
+    (healing,) = fit_sites(subject, {stack: [index]}, specimen.batches(12), 100)
     assert healing.ending is not None, healing.reason
     assert (healing.ending.final is not None) == (
         name in ("bert", "roberta", "bart", "deberta_v2", "resnet", "wrapped_resnext")
@@ -218,8 +218,8 @@ def test_zeroed_weights_are_left_alone():
 
 
 def left_alone(model, batches=None):
-    host, _, stacks = describe(model)
-    (healing,) = fit_sites(host, stacks, {"bert.encoder.layer": [2]}, batches or ZOO["bert"].batches(4), 100)
+    subject = describe(model)
+    (healing,) = fit_sites(subject, {"bert.encoder.layer": [2]}, batches or ZOO["bert"].batches(4), 100)
     assert healing.change is None
     return healing.reason
 

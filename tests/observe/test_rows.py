@@ -40,7 +40,8 @@ class Keeper(SimilarityMetric):
 
 
 def keep(model, batches, rows, side_limit=None, samples=10**6):
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     observers = [StackObserver(stack, Keeper(), rows) for stack in stacks.values()]
     for observer in observers:
         observer.metric.tokens_per_sample = side_limit
@@ -184,7 +185,8 @@ def bytes_of(thing):
 def test_memory_does_not_grow_with_the_samples():
     specimen = ZOO["bert"]
     model, batches = specimen.model(), specimen.batches(1, 64)
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     sizes = []
     for repeats in (30, 120):
         (observer,) = [StackObserver(stack, metrics.get("cka")(), "tokens") for stack in stacks.values()]
