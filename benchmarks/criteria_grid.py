@@ -1,12 +1,12 @@
-"""Which criterion kept more: the metric right after each criterion's blocks are removed, plain and healed, without any
+r"""Which criterion kept more: the metric right after each criterion's blocks are removed, plain and healed, without any
 retraining.
 
 Each criterion chooses on training samples. A classifier of texts or of images (accuracy with its 95 % Wilson interval;
 of images the loss too) or a causal language model (perplexity with a 95 % bootstrap interval over the held-out
 sequences).
 
-    python -m benchmarks.criteria_grid --model DIR --train train.csv --heldout test.csv --remove 1 2 3 --name NAME
-    --output FOLDER
+    python -m benchmarks.criteria_grid --model DIR --train train.csv --heldout test.csv --remove 1 2 3 \
+        --output FOLDER --name NAME
 
 Data: .csv files with a column text, and a column label for a classifier; .parquet files with an image and a label
 column.

@@ -4,12 +4,10 @@ A classifier of texts or of images (accuracy with its 95 % Wilson interval; of i
 model (perplexity with a 95 % bootstrap interval over the held-out sequences). The map before each removal site is
 refitted on training samples; each fifth of them is held out.
 
-    python -m benchmarks.healing_grid --model DIR --train train.csv --heldout test.csv --remove 4 --remove 3,4 --name
-    NAME \
-        --output FOLDER
-    python -m benchmarks.healing_grid --model DIR --train train.parquet --heldout test.parquet --image-size 64 --each
-    --choose 2 \
-        --remove stages.1:1,2+stages.2:3 --name NAME --output FOLDER
+    python -m benchmarks.healing_grid --model DIR --train train.csv --heldout test.csv --remove 4 --remove 3,4 \
+        --output FOLDER --name NAME
+    python -m benchmarks.healing_grid --model DIR --train train.parquet --heldout test.parquet --image-size 64 \
+        --each --choose 2 --remove stages.1:1,2+stages.2:3 --output FOLDER --name NAME
 
 Blocks to remove: 3,4 are those of the first stack; STACK:1,2 those of the one stack whose path has STACK in it; + joins
 several. They can also be chosen: --each removes each removable block alone, --choose N those N that

@@ -15,9 +15,8 @@ images, and the held-out accuracy. With --remove several blocks go at once, and 
 unpruned model puts out, or one after another, as `heal_model` does it: each on what the model gives it with the blocks
 before it removed and healed.
 
-    python -m benchmarks.healing_limits --model DIR --train train.parquet --heldout test.parquet --image-size 64
-    --output FOLDER \
-        --name NAME --remove stages.1:1,3+stages.2:3
+    python -m benchmarks.healing_limits --model DIR --train train.parquet --heldout test.parquet --image-size 64 \
+        --remove stages.1:1,3+stages.2:3 --output FOLDER --name NAME
 
 Data: .parquet files with an image and a label column.
 """

@@ -6,9 +6,8 @@ taught (healed, and taught by the unpruned model, both by `MPruneCallback`) or u
 comparison). Each run is a stock Trainer's, with a warm-up and a linear decay of its own, and the same seed. Their last
 evaluations are compared on the same held-out texts; the first two runs can be repeated with more seeds.
 
-    python -m benchmarks.retraining_curves --model DIR --train train.csv --heldout test.csv --remove 2,3,4 --output
-    FOLDER \
-        --name "MiniLM on emotion"
+    python -m benchmarks.retraining_curves --model DIR --train train.csv --heldout test.csv --remove 2,3,4 \
+        --output FOLDER --name "MiniLM on emotion"
 
 Data: .csv files with columns text and label.
 """

@@ -44,7 +44,7 @@ def example(tmp_path, request):
         def unregister():
             del sys.modules[name]
             for added in set(registry.names()) - known:
-                del registry._entries[added]
+                registry.unregister(added)
 
         request.addfinalizer(unregister)
         spec.loader.exec_module(module)

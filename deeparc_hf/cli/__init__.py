@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = None
     try:
-        parser = _parser(argv)
+        parser = make_parser(argv)
         if not argv:
             parser.print_help()
             return 0
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands; of those that `argv` names, with their options."""
     parser = argparse.ArgumentParser(
         prog="deeparc", description="Make trained models smaller by layer similarity, or zero their weights."
     )

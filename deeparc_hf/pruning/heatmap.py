@@ -26,7 +26,7 @@ _NEAREST = 1e-8  # distance from 1 that is still told apart
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """Colours over the similarities of different blocks. The diagonal is always 1, says nothing, and has no part in it.
 
     Attributes:
@@ -40,7 +40,7 @@ class _Scale:
     logarithmic: bool
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> _Scale:
+    def over(cls, values: Sequence[float]) -> Scale:
         """The scale that spans these values."""
         low, high = min(values, default=0.0), max(values, default=1.0)
         distances = sorted(max(1 - value, _NEAREST) for value in values)
@@ -122,7 +122,7 @@ def plot_plan(plan: Any, stack: str | None = None, ax: Any = None) -> Any:
         axes = _draw(plan, chosen, pyplot.figure(figsize=_size(len(chosen)), layout="constrained"), {})
         return axes[0] if len(axes) == 1 else axes
     ((name, only),) = chosen.items()
-    scale = _Scale.over(_values(chosen))
+    scale = Scale.over(_values(chosen))
     place = ax.get_position()
     width, height = ax.figure.get_size_inches()
     image = _draw_stack(ax, name, only, scale, min(place.width * width, place.height * height), range(len(only)))
@@ -146,7 +146,7 @@ def _draw(plan: Any, stacks: Mapping[str, Any], figure: Any, numbers: Mapping[st
     """Draw stacks into a figure, on one scale; returns an array of their axes."""
     columns = min(_PER_ROW, len(stacks))
     axes = figure.subplots(math.ceil(len(stacks) / columns), columns, squeeze=False)
-    scale = _Scale.over(_values(stacks))
+    scale = Scale.over(_values(stacks))
     for axis, (name, stack) in zip(axes.flat, stacks.items(), strict=False):
         image = _draw_stack(axis, name, stack, scale, _side(len(stacks)), numbers.get(name) or range(len(stack)))
     for axis in list(axes.flat)[len(stacks) :]:
@@ -177,7 +177,7 @@ def _below(stacks: Mapping[str, Any]) -> str:
     return f"block (frames: clusters; {gone})"
 
 
-def _draw_stack(axis: Any, name: str, stack: Any, scale: _Scale, side: float, numbers: Sequence[int]) -> Any:
+def _draw_stack(axis: Any, name: str, stack: Any, scale: Scale, side: float, numbers: Sequence[int]) -> Any:
     """One heatmap; returns the image, for the colour bar."""
     from matplotlib.patches import Rectangle
 

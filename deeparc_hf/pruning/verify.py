@@ -77,14 +77,19 @@ class Expectation:
         compared = 0
         for expected, found in _pairs(self.output, output, self.gone):
             compared += 1
-            self._compare(expected, found)
+            self.compare(expected, found)
         if not compared:
             raise SurgeryError(
                 f"The removal cannot be verified: {type(self.host.root).__name__} puts out no tensor to compare. "
                 f"{_WAYS} The model is as it was before."
             )
 
-    def _compare(self, expected: Tensor, found: Tensor) -> None:
+    def compare(self, expected: Tensor, found: Tensor) -> None:
+        """Hold one tensor of the pruned model against the original's, of the same shape.
+
+        Raises:
+            SurgeryError: if they differ by more than rounding.
+        """
         expected, found, dtype = expected.float(), found.float(), expected.dtype
         # minus infinity, or nearly, stands where nothing is to be chosen: it must stand there in both, and says nothing
         # of the scale

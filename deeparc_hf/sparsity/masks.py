@@ -14,7 +14,7 @@ from ..errors import ConfigError
 
 __all__ = ["choose_lowest", "choose_pattern", "zero_chosen", "zero_others"]
 
-_CHUNK = 1 << 16  # scores at a time: with what is made of them they stay in a core's cache
+CHUNK = 1 << 16  # scores at a time: with what is made of them they stay in a core's cache
 _DEVICE_CHUNK = 1 << 24  # on an accelerator, which needs many at a time; bounds what a sort takes beside the scores
 _COMPARED = 16  # groups up to this length are ranked by comparing all pairs
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
@@ -85,18 +85,18 @@ def _mark_lowest(score: Tensor, count: int, group: int) -> Tensor:
     if count == 0 or score.numel() == 0:
         return mask
     on_cpu = score.device.type == "cpu"
-    choose = _sort if not on_cpu else _compare if group <= _COMPARED else _select
-    rows = max(1, (_CHUNK if on_cpu else _DEVICE_CHUNK) // score.shape[1])
+    choose = by_sorting if not on_cpu else by_comparing if group <= _COMPARED else by_selecting
+    rows = max(1, (CHUNK if on_cpu else _DEVICE_CHUNK) // score.shape[1])
     for scores, chosen in zip(score.detach().split(rows), mask.split(rows), strict=True):
         choose(scores.reshape(-1, group), count, chosen.view(-1, group))
     return mask
 
 
-def _sort(score: Tensor, count: int, chosen: Tensor) -> None:
+def by_sorting(score: Tensor, count: int, chosen: Tensor) -> None:
     chosen.scatter_(1, score.argsort(dim=1, stable=True)[:, :count], True)
 
 
-def _select(score: Tensor, count: int, chosen: Tensor) -> None:
+def by_selecting(score: Tensor, count: int, chosen: Tensor) -> None:
     """By the lowest score that stays. NumPy's partition finds it several times faster than PyTorch's kthvalue or
     topk.
     """
@@ -111,7 +111,7 @@ def _select(score: Tensor, count: int, chosen: Tensor) -> None:
         marked[tied] |= equal & (equal.cumsum(axis=1, dtype=np.int32) <= missing[:, None])
 
 
-def _compare(score: Tensor, count: int, chosen: Tensor) -> None:
+def by_comparing(score: Tensor, count: int, chosen: Tensor) -> None:
     """By rank, from comparing all pairs within a group: a group is too short for sorting or selecting to be worth a
     call.
 

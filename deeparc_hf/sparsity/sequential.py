@@ -76,7 +76,7 @@ def block_by_block(
         last: index of the last block that is visited.
         gather: runs a function in every process and returns all results; `visit` is called in all of them alike.
     """
-    if all(gather(lambda: all(_independent(host, stack, inputs_of(batch)) for batch in batches[:1]))):
+    if all(gather(lambda: all(independent(host, stack, inputs_of(batch)) for batch in batches[:1]))):
         _replay(host, stack, batches, inputs_of, visit, last, gather)
     else:
         for index in range(last + 1):
@@ -145,7 +145,7 @@ def _calls(host: Host, stack: Stack, inputs: Inputs, last: int, disturbed: bool 
     return calls
 
 
-def _independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
+def independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
     """Whether blocks hand each other nothing but hidden states, directly, and keep no state: tried on one batch.
 
     What else they are called with must not change when the input of the first block does.

@@ -13,7 +13,7 @@ import transformers as tf
 from PIL import Image
 
 from deeparc_hf import PrunedConfig, PruningPlan, find_stacks
-from deeparc_hf.cli import _parser, main
+from deeparc_hf.cli import main, make_parser
 from deeparc_hf.cli.sources import find_source, skeleton
 from deeparc_hf.healing.sites import healing_text
 from deeparc_hf.pruning.config import MPruneConfig
@@ -59,7 +59,7 @@ ELSEWHERE = (
 
 @pytest.mark.parametrize("command", ["inspect", "prune", "sparsify", "card", "push", "env"])
 def test_help_speaks_of_nothing_that_the_command_does_not_take(command):
-    parsers = _parser([command])._subparsers._group_actions[0].choices
+    parsers = make_parser([command])._subparsers._group_actions[0].choices
     actions = parsers[command]._actions
     options = {option for action in actions for option in action.option_strings}
     assert not {f"--{name.replace('_', '-')}" for name in TRAINING_ONLY} & options

@@ -168,3 +168,10 @@ def test_two_files_that_take_one_name_are_refused(package):
     tools = package(spade=SPADE, zspade=SPADE.replace("Spade", "Zspade"))
     with pytest.raises(RegistryError, match=r"registered already, by .*\.spade\.Spade\. Give Zspade another name"):
         tools.names()
+
+
+def test_an_entry_can_be_taken_out_again(package):
+    registry = package(spade=SPADE)
+    assert registry.names() == ["spade"]
+    registry.unregister("spade")
+    assert registry.names() == []

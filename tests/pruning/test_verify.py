@@ -344,7 +344,7 @@ def test_masked_logits_neither_hide_a_difference_nor_make_one():
     for low in (torch.finfo(torch.float32).min, float("-inf")):
         expected = torch.tensor([[0.5, low, 1.0]])
         expectation = Expectation(host, {}, {"logits": expected}, set())
-        expectation._compare(expected, expected.clone())
+        expectation.compare(expected, expected.clone())
         for other in ([[0.6, low, 1.0]], [[0.5, 0.0, 1.0]], [[0.5, low, low]]):
             with pytest.raises(SurgeryError, match="does not compute"):
-                expectation._compare(expected, torch.tensor(other))
+                expectation.compare(expected, torch.tensor(other))

@@ -215,17 +215,17 @@ def test_hardware_counts_what_can_be_used():
 
 def test_heatmap_of_blocks_that_are_all_but_the_same_shows_how_they_differ():
     """The distances from 1 decide what goes: where they differ by powers of ten, their logarithm is shown."""
-    from deeparc_hf.pruning.heatmap import _Scale
+    from deeparc_hf.pruning.heatmap import Scale
 
     near = [1 - 10.0**-power for power in range(1, 7)]
-    scale = _Scale.over(near)
+    scale = Scale.over(near)
     shades = [float(scale.norm()(scale.place(value))) for value in near]
     assert scale.logarithmic and np.allclose(np.diff(shades), np.diff(shades)[0]) and abs(np.diff(shades)[0]) > 0.15
-    plain_ = _Scale.over([0.1, 0.5, 0.9])
+    plain_ = Scale.over([0.1, 0.5, 0.9])
     assert not plain_.logarithmic and [float(plain_.norm()(value)) for value in (0.1, 0.5, 0.9)] == pytest.approx(
         [0.0, 0.5, 1.0]
     )
-    assert not _Scale.over([0.9, 0.9]).logarithmic and not _Scale.over([]).logarithmic
+    assert not Scale.over([0.9, 0.9]).logarithmic and not Scale.over([]).logarithmic
 
 
 def test_heatmap_has_the_numbers_that_it_is_given(plan, tmp_path):

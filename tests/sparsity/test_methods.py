@@ -112,10 +112,10 @@ def scores(kind, dtype):
 @pytest.fixture(params=["cpu", "other device"])
 def way(request, monkeypatch):
     """Few rows at a time, so that there is a last, shorter step; and the sort of the other devices, on the CPU."""
-    monkeypatch.setattr(masks, "_CHUNK", 5 * 48)
+    monkeypatch.setattr(masks, "CHUNK", 5 * 48)
     if request.param == "other device":
-        monkeypatch.setattr(masks, "_select", masks._sort)
-        monkeypatch.setattr(masks, "_compare", masks._sort)
+        monkeypatch.setattr(masks, "by_selecting", masks.by_sorting)
+        monkeypatch.setattr(masks, "by_comparing", masks.by_sorting)
 
 
 LAYOUTS = {

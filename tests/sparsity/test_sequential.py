@@ -83,13 +83,13 @@ def relay(way):
 @pytest.fixture
 def trials(monkeypatch):
     """What the trials on one batch found: whether blocks can be run one by one."""
-    found, own = [], block_by_block._independent
+    found, own = [], block_by_block.independent
 
     def noted(*arguments):
         found.append(own(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(block_by_block, "_independent", noted)
+    monkeypatch.setattr(block_by_block, "independent", noted)
     return found
 
 
@@ -151,7 +151,7 @@ def test_blocks_run_one_by_one_and_within_the_model_get_the_same_zeros(name, tri
     model, other = made(name), made(name)
     sparsify_model(model, batches(name), progress=False)
     assert trials and all(trials)
-    monkeypatch.setattr(block_by_block, "_independent", lambda *arguments: False)
+    monkeypatch.setattr(block_by_block, "independent", lambda *arguments: False)
     sparsify_model(other, batches(name), progress=False)
     assert reference.differences(model.state_dict(), other.state_dict()) == []
 

@@ -1,0 +1,69 @@
+"""How tests are written: they observe what the package does, and touch none of its private names."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "deeparc_hf").rglob("*.py"))
+OBSERVERS = sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+ELSEWHERE = {"_parameters", "_repr_html_"}  # of PyTorch and of notebooks
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_names(source: str) -> set[str]:
+    """Private names that a module defines: functions, classes, variables, and attributes of `self`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_name(node.value, "self"):
+            found.add(node.attr)
+    return {name for name in found if is_private(name)}
+
+
+def is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def touched(source: str, names: set[str]) -> Iterator[tuple[int, str]]:
+    """Where a file imports one of these names, reads or patches it as an attribute of anything but its own `self`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("deeparc_hf"):
+            yield from ((node.lineno, alias.name) for alias in node.names if is_private(alias.name))
+        elif isinstance(node, ast.Attribute) and node.attr in names and not is_name(node.value, "self"):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")).endswith("attr"):
+            given = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            yield from ((node.lineno, name) for text in given for name in text.split(".")[-1:] if name in names)
+
+
+def test_no_test_touches_a_private_name_of_the_package():
+    names = set().union(*(private_names(path.read_text("utf-8")) for path in PACKAGE)) - ELSEWHERE
+    found = {str(path.relative_to(ROOT)): list(touched(path.read_text("utf-8"), names)) for path in OBSERVERS}
+    assert {path: places for path, places in found.items() if places} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from deeparc_hf.cli import _parser", ["_parser"]),
+        ("callback._run.progress", ["_run"]),
+        ("self._run = 1", []),
+        ("model._forward_hooks", []),
+        ("monkeypatch.setattr(masks, '_sort', 1)", ["_sort"]),
+        ("monkeypatch.setattr('deeparc_hf.sparsity.masks._sort', 1)", ["_sort"]),
+        ("getattr(callback, '_run')", ["_run"]),
+    ],
+)
+def test_the_rule_sees_what_it_is_to_see(source, found):
+    assert [name for _, name in touched(source, {"_parser", "_run", "_sort"})] == found
