@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
-from ..architectures import Host, describe
+from ..architectures import Host, Stack, describe, find_host
 from ..architectures.hosts import RECORD_KEY
 from ..checkpoint.record import PrunedConfig, same_structure
 from ..core.compat import checkpoint_key_namer, running_method
@@ -30,7 +30,6 @@ from ..errors import RecordError, SurgeryError
 from ..pruning.freezing import let_statistics_go, thaw
 from ..pruning.surgery import follow_record, forget_parameters
 from ..publish.files import checkpoints_in
-from .held_blocks import blocks_in, is_shard, places_for, refuse_incomplete
 
 __all__ = [
     "Follower",
@@ -109,7 +108,7 @@ def guard(
         optimizer: one that exists already; it follows too.
         trainer: the Trainer; None: whoever loads weights.
     """
-    root = describe(model)[0].root
+    root = find_host(model).root
     follower = next((follower for follower in _followers(root) if follower.belongs_to(trainer)), None) or _attach(
         root, trainer
     )
@@ -123,7 +122,7 @@ def guard_successors(model: nn.Module, trainer: Any, output: str | Path | None =
 
     It makes a new one when a training begins, and loads a checkpoint into it before any callback is asked.
     """
-    kind, known = type(describe(model)[0].root), weakref.ref(trainer)
+    kind, known = type(find_host(model).root), weakref.ref(trainer)
 
     def notice(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         maker = known()
@@ -154,19 +153,19 @@ def _followers(root: nn.Module) -> list[Follower]:
 
 def note_frozen(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Note what a run froze, as long as the model lives: a later run in the same process must be able to thaw it."""
-    _frozen.setdefault(describe(model)[0].root, []).extend(map(weakref.ref, parameters))
+    _frozen.setdefault(find_host(model).root, []).extend(map(weakref.ref, parameters))
 
 
 def thaw_noted(model: nn.Module, transaction: Transaction | None = None) -> None:
     """Make trainable again what runs have frozen, and nothing that the user has frozen."""
-    noted = [parameter() for parameter in _frozen.pop(describe(model)[0].root, [])]
+    noted = [parameter() for parameter in _frozen.pop(find_host(model).root, [])]
     with transaction or Transaction() as transaction:
         thaw([parameter for parameter in noted if parameter is not None], transaction)
 
 
 def let_frozen_statistics_go(model: nn.Module) -> None:
     """Have the statistics of BatchNorms that a run froze follow the model's mode again: its training is over."""
-    root = describe(model)[0].root
+    root = find_host(model).root
     noted = [parameter() for parameter in _frozen.get(root, [])]
     let_statistics_go(root, [parameter for parameter in noted if parameter is not None])
 
@@ -222,10 +221,10 @@ def settle(
     if accepted.record is not None:
         follow_record(model, accepted.record, {})
     if accepted.record is not None:
-        describe(model)[0].set_record(accepted.record.to_dict())  # which removed nothing, it may be, but zeroed weights
+        find_host(model).set_record(accepted.record.to_dict())  # which removed nothing, it may be, but zeroed weights
     undo = Transaction()
     follow_record(model, current.record, {}, undo)
-    describe(model)[0].set_record(current.record.to_dict())  # weights may have been zeroed since the accepted one
+    find_host(model).set_record(current.record.to_dict())  # weights may have been zeroed since the accepted one
     for name, stack in describe(model)[2].items():
         if name in lengths:
             _take_over(loaded[name], stack.blocks)
@@ -234,7 +233,7 @@ def settle(
 
 def record_of(model: nn.Module) -> PrunedConfig | None:
     """The record that a model carries; None if it carries none."""
-    return None if describe(model)[0].record() is None else PrunedConfig.from_model(model)
+    return None if find_host(model).record() is None else PrunedConfig.from_model(model)
 
 
 def _take_over(sources: Sequence[nn.Module], targets: Sequence[nn.Module]) -> None:
@@ -284,10 +283,10 @@ def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], p
     """Give a model the blocks that a state dict has, which is about to be loaded into it."""
     host, _, stacks = describe(module)
     _name_as_the_model_does(host, state_dict, prefix)
-    held = {name: blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
-    if is_shard(module, state_dict, prefix, stacks, held):
+    held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
+    if _is_shard(module, state_dict, prefix, stacks, held):
         return
-    refuse_incomplete(stacks, held)
+    _refuse_incomplete(stacks, held)
     if all(not blocks or len(blocks) == len(stacks[name]) for name, blocks in held.items()):
         return
     record = PrunedConfig({}) if host.record() is None else PrunedConfig.from_model(module)
@@ -300,7 +299,7 @@ def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], p
         original = record.kept.get(name, tuple(range(len(stack))))
         hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(original)]
         likely_places = [[original.index(block) for block in hint] for hint in hints]
-        places = places_for(stack, blocks, likely_places) if len(blocks) < len(stack) else None
+        places = _places_for(stack, blocks, likely_places) if len(blocks) < len(stack) else None
         if places is None:
             raise SurgeryError(
                 f"The checkpoint that is loaded holds {len(blocks)} blocks in {name}, the model has {len(stack)}"
@@ -362,3 +361,78 @@ def _records_in(output: Path | None) -> list[PrunedConfig]:
         with suppress(RecordError, OSError):
             found.append(PrunedConfig.from_pretrained(folder))
     return found
+
+
+# ---- what a state dict holds of a model's blocks, and which blocks of the model have the same shapes ----
+
+
+def _refuse_incomplete(stacks: Mapping[str, Stack], held: Mapping[str, Mapping[int, Mapping[str, Tensor]]]) -> None:
+    """Refuse a checkpoint that lacks tensors of its blocks: the Trainer would leave the model's own there, with a
+    warning.
+    """
+    for name, blocks in held.items():
+        whole = [set(block.state_dict()) for block in stacks[name].blocks]
+        for index, tensors in blocks.items():
+            if blocks and not any(keys <= tensors.keys() for keys in whole):
+                lacking = min(min(keys - tensors.keys()) for keys in whole)
+                raise SurgeryError(
+                    f"The checkpoint that is loaded holds the tensors of its blocks otherwise than the model does: "
+                    f"block {index} of {name} has no {lacking}, and the Trainer would leave what the model has there. "
+                    f"Training of this kind of model cannot be resumed: load the checkpoint with from_pretrained and "
+                    f"start a new training."
+                )
+
+
+def _blocks_in(state_dict: Mapping[str, Any], start: str) -> dict[int, dict[str, Tensor]]:
+    """Tensors of a stack in a state dict, by the index of their block."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in state_dict.items():
+        if key.startswith(start):
+            index, _, rest = key[len(start) :].partition(".")
+            if index.isdigit():
+                found.setdefault(int(index), {})[rest] = value
+    return found
+
+
+def _is_shard(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    stacks: Mapping[str, Stack],
+    held: Mapping[str, Mapping[int, Any]],
+) -> bool:
+    """Whether the state dict is one of several. Such a one cannot tell how many blocks a checkpoint has; `settle`
+    compares them later.
+    """
+    if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
+        return True
+    own = {id(tensor): set() for tensor in module.state_dict(keep_vars=True).values()}
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        own[id(tensor)].add(f"{prefix}{key}")
+    inside = tuple(f"{prefix}{name}." for name in stacks)
+    # tied tensors are saved once
+    return any(
+        not keys & state_dict.keys() and not any(key.startswith(inside) for key in keys) for keys in own.values()
+    )
+
+
+def _places_for(
+    stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]], likely: Sequence[Sequence[int]] = ()
+) -> list[int] | None:
+    """Blocks of the stack, in order, that have the shapes of those in the checkpoint; None if there are not enough.
+
+    Those that a record names, if they fit; else the first ones that do.
+    """
+    shapes = [{key: tuple(value.shape) for key, value in block.state_dict().items()} for block in stack.blocks]
+    wanted = [{key: tuple(value.shape) for key, value in blocks[index].items()} for index in range(len(blocks))]
+    for places in likely:
+        if [shapes[place] for place in places] == wanted:
+            return list(places)
+    places = []
+    for shape in wanted:
+        start = places[-1] + 1 if places else 0
+        place = next((i for i in range(start, len(stack)) if shapes[i] == shape), None)
+        if place is None:
+            return None
+        places.append(place)
+    return places

@@ -212,9 +212,9 @@ class World(Protocol):
         """Carry a plan out, so that it can be taken back if it is to be judged."""
 
     def rewind(self, step: int, steps: int) -> None:
-        """Give the steps that follow a learning rate that begins anew."""
+        """Give the steps that follow a step a learning rate that begins anew."""
 
-    def pruned(self, plan: dict[str, Any], step: int) -> None:
+    def pruned(self) -> None:
         """A plan was carried out, and its retraining begins."""
 
     def judged(self, verdict: Verdict) -> None:
@@ -436,7 +436,7 @@ class Machine:
         p.phase, p.k = Phase.RETRAINING, plan["config"]["k"]
         p.value = p.measured_at = p.reason = None
         self._retrain(step)
-        self.world.pruned(plan, step)
+        self.world.pruned()
 
     def _retrain(self, step: int) -> None:
         """The retraining that begins at a step: when it ends, and its learning rate."""

@@ -13,8 +13,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from deeparc_hf import MPruneConfig, remove_blocks
 from deeparc_hf.reports.phases import FINISHED
 from deeparc_hf.reports.run_report import RUN_REPORT, run_table, structure_facts, write_run_report
-from deeparc_hf.trainer.schedule import Progress
-from deeparc_hf.trainer.trackers import Trackers
+from deeparc_hf.trainer.machine import Phase, Progress
+from deeparc_hf.trainer.session import Trackers
 from tests.zoo import ZOO
 
 
@@ -113,7 +113,7 @@ def test_fractional_epochs_and_zero_values_are_shown():
 
 
 def progress(attempts, **fields):
-    return Progress(k=1, phase=FINISHED, attempts=attempts, **fields).to_dict()
+    return Progress(k=1, phase=Phase.DONE, attempts=attempts, **fields).for_report()
 
 
 def written(folder, *args):

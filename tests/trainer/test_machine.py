@@ -4,14 +4,17 @@ again with the machine rebuilt from its JSON at every event, and compared with a
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import math
 
 import pytest
 
 from deeparc_hf import MPruneConfig
+from deeparc_hf.errors import RecordError
 from deeparc_hf.reports.phases import BEFORE, FINISHED, RETRAINING
-from deeparc_hf.trainer.machine import Machine, Phase, Progress
+from deeparc_hf.trainer.machine import Machine, Phase, Progress, judge
 
 PER_EPOCH = 2  # optimizer steps
 BASELINE, ALLOWED = 0.9, 0.05
@@ -52,8 +55,8 @@ class Toy:
     def rewind(self, step, steps):
         self.did.append(("rewind", step, steps))
 
-    def pruned(self, plan, step):
-        assert self.progress.phase is Phase.RETRAINING and self.progress.k == plan["config"]["k"]
+    def pruned(self):
+        assert self.progress.phase is Phase.RETRAINING and self.progress.k == self.did[-2][1]
 
     def judged(self, verdict):
         self.verdicts.append(verdict)
@@ -350,6 +353,36 @@ def test_zeroing_while_a_pruning_waits_to_be_carried_out_has_the_blocks_compared
         assert len(compared) == (3 if first == "pruning" else 2) and compared[-1] == ("compare", 1)
 
 
+@pytest.mark.parametrize(
+    ("config", "worth", "epochs", "least", "reason"),
+    [
+        (schedule(True, 1, 1, 1), "all good", 5, 1, "every pruning that was asked for is accepted"),
+        (schedule(True, 1, 1, 3), "all bad", 2, 1, "there are not enough epochs left for one more retraining"),
+        (schedule(True, 2, 1, 3), "all good", 3, 3, "nothing more can be removed"),
+        (schedule(True, 1, 1, 1), "all bad", 5, 1, "no stride up to k_max=1 removes anything else"),
+        (schedule(False, 3, 1, 1), "all good", 4, 3, "nothing more can be removed"),
+    ],
+)
+def test_a_training_stops_where_nothing_is_left_to_do_and_says_why(config, worth, epochs, least, reason):
+    state = play(config, WORTHS[worth], epochs, least=least)[1]
+    assert (state["reason"], state["stopped"]) == (reason, True)
+
+
+@pytest.mark.parametrize(("value", "good"), [(0.52, True), (0.6, False)])
+def test_a_given_baseline_counts_and_smaller_may_be_better(value, good):
+    config = MPruneConfig(threshold=0.9, retrain_epochs=1, max_drop=ALLOWED, baseline=0.5, k_max=1)
+    world = Toy(config)
+    world.progress = Progress(k=1)
+    settings = {"metric": "loss", "greater_is_better": False, "max_steps": 4, "retraining": 2}
+    machine = Machine(config, world.progress, world, **settings)
+    machine.begin(0)
+    assert not machine.wants_evaluation(0)
+    machine.epoch_begins(0)
+    machine.evaluated(2, value)
+    machine.training_ends(2)
+    assert verdicts(world.did) == [(1, 1, 0, good)] and world.verdicts[0].drop == pytest.approx(value - 0.5)
+
+
 def test_the_words_of_a_report():
     told = [
         (Progress(k=1), BEFORE),
@@ -378,3 +411,187 @@ def test_the_module_itself_needs_no_torch():
     tree = ast.parse(Path(module.__file__).read_text("utf-8"))
     imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert imported <= {"__future__", "collections.abc", "dataclasses", "enum", "typing", "errors", "reports.phases"}
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("baseline", "value", "greater", "accepted", "drop"),
+    [
+        (0.75, 0.875, True, True, -0.125),
+        (0.75, 0.75, True, True, 0.0),
+        (0.75, 0.625, True, True, 0.125),
+        (0.75, 0.5, True, True, 0.25),  # exactly max_drop
+        (0.75, 0.4999, True, False, 0.2501),
+        (2.0, 1.0, False, True, -1.0),
+        (2.0, 2.25, False, True, 0.25),
+        (2.0, 2.2501, False, False, 0.2501),
+        (-1.0, -1.25, True, True, 0.25),
+        (-1.0, -0.5, False, False, 0.5),
+    ],
+)
+def test_verdicts_in_both_directions(baseline, value, greater, accepted, drop):
+    verdict = judge(MPruneConfig(max_drop=0.25), "score", baseline, value, greater)
+    assert verdict.accepted is accepted
+    assert verdict.drop == pytest.approx(drop)
+
+
+@pytest.mark.parametrize(("baseline", "value"), [(0.9, 0.8), (0.8, 0.7), (0.95, 0.85), (0.6, 0.5)])
+@pytest.mark.parametrize("greater", [True, False])
+def test_a_drop_of_max_drop_in_decimal_figures_is_accepted(baseline, value, greater):
+    # 0.8 - 0.7 is a little more than 0.1 in binary: the reason would say "worse by 0.1 (only a drop of up to 0.1 is
+    # allowed)"
+    pair = (baseline, value) if greater else (value, baseline)
+    assert judge(MPruneConfig(max_drop=0.1), "score", *pair, greater).accepted
+
+
+def test_max_drop_of_zero_allows_no_loss_at_all():
+    config = MPruneConfig(max_drop=0)
+    assert judge(config, "loss", 1.0, 1.0, False).accepted
+    assert not judge(config, "loss", 1.0, 1.001, False).accepted
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("greater", [True, False])
+def test_a_metric_that_is_not_finite_is_rejected(value, greater):
+    assert not judge(MPruneConfig(max_drop=1e9), "loss", 1.0, value, greater).accepted
+
+
+@pytest.mark.parametrize("greater", [True, False])
+def test_a_baseline_that_is_nan_accepts_nothing(greater):
+    assert not judge(MPruneConfig(max_drop=1e9), "loss", math.nan, 1.0, greater).accepted
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_reason_does_not_call_a_metric_better_that_is_not_finite(value):
+    assert "better" not in judge(MPruneConfig(max_drop=0.1), "accuracy", 0.9, value, True).reason
+
+
+def test_reason_tells_the_figures_and_the_bound():
+    worse = judge(MPruneConfig(max_drop=0.05), "accuracy", 0.9, 0.6, True).reason
+    for part in ("accuracy", "from 0.9 to 0.6", "worse by 0.3", "only a drop of up to 0.05 is allowed"):
+        assert part in worse
+    better = judge(MPruneConfig(max_drop=0.05), "loss", 0.9, 0.6, False).reason
+    for part in ("loss", "better by 0.3", "(a drop of up to 0.05 is allowed)"):
+        assert part in better
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+# no field at its default, so that one which is lost on the way shows
+FULL = Progress(
+    k=2,
+    phase=Phase.JUDGED,
+    accepted=1,
+    boundary=48,
+    baseline=0.1 + 0.2,
+    measured_at=40,
+    asked_at=40,
+    value=1e-17,
+    verdict=False,
+    next_plan={"config": {"k": 3}},
+    goes_on=False,
+    reason="loss went from 1 to 2 \u2014 \u201cworse\u201d",
+    stopped=True,
+    rewound=[24, 24],
+    steps_per_epoch=8,
+    start={"stacks": {}},
+    base={"stacks": {"enc": {"length": 4, "kept": [0, 1, 3]}}},
+    record={"stacks": {"enc": {"length": 4, "kept": [0, 3]}}},
+    frozen={"enc": [0]},
+    base_frozen={"enc": [1, 2]},
+    snapshot="step-24",
+    teacher="step-16",
+    attempts=[{"name": "before pruning", "evaluations": [{"step": 8, "epoch": 1.0, "metrics": {"eval_loss": 0.5}}]}],
+)
+
+
+def test_the_planted_progress_leaves_no_field_at_its_default():
+    fresh = Progress(k=1)
+    assert all(getattr(FULL, spec.name) != getattr(fresh, spec.name) for spec in dataclasses.fields(Progress))
+
+
+@pytest.mark.parametrize(
+    "progress", [FULL, Progress(k=1), Progress(k=3, phase=Phase.DONE)], ids=["full", "fresh", "finished"]
+)
+def test_round_trip_through_json_text(progress):
+    text = json.dumps(progress.to_dict())
+    again = Progress.from_dict(json.loads(text))
+    assert again == progress
+    assert json.dumps(again.to_dict()) == text
+
+
+def test_a_fresh_progress_waits_for_its_first_pruning():
+    progress = Progress(k=1)
+    assert (progress.phase, progress.accepted, progress.boundary, progress.stopped) == (Phase.WAITING, 0, 0, False)
+
+
+def test_to_dict_is_a_copy():
+    data = FULL.to_dict()
+    data["frozen"]["enc"].append(7)
+    data["attempts"][0]["evaluations"].clear()
+    assert FULL.frozen == {"enc": [0]}
+    assert len(FULL.attempts[0]["evaluations"]) == 1
+
+
+def changed(**entries):
+    return {**FULL.to_dict(), **entries}
+
+
+FOREIGN = {
+    "nothing": None,
+    "a list": [FULL.to_dict()],
+    "a text": json.dumps(FULL.to_dict()),
+    "empty": {},
+    "another callback's": {"args": {"early_stopping_patience": 3}, "attributes": {}},
+    "no version": {key: value for key, value in FULL.to_dict().items() if key != "format_version"},
+    "a later version": changed(format_version=3),
+    "version as text": changed(format_version="2"),
+    "the first version by name alone": changed(format_version=1),
+    "an entry more": changed(colour="red"),
+    **{
+        f"no {name}": {key: value for key, value in FULL.to_dict().items() if key != name}
+        for name in ("k", "phase", "attempts", "snapshot")
+    },
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
+def test_what_is_no_progress_is_refused_with_advice(data):
+    with pytest.raises(
+        RecordError, match=r"trainer_state\.json.*another version of deeparc_hf.*Resume with the version that wrote it"
+    ):
+        Progress.from_dict(data)
+
+
+def test_a_path_to_somewhere_else_is_no_name_of_a_snapshot():
+    for name in ("../elsewhere", "a/b", "", 3):
+        with pytest.raises(RecordError):
+            Progress.from_dict(changed(snapshot=name))
+
+
+FIRST = {"phase": RETRAINING, "decision": None, "pruned_at": 8}
+
+
+@pytest.mark.parametrize(
+    ("saved", "phase", "verdict", "goes_on"),
+    [
+        ({"phase": BEFORE}, "waiting", None, True),
+        ({}, "retraining", None, True),
+        ({"decision": "accept"}, "judged", True, True),
+        ({"decision": "reject"}, "judged", False, True),
+        ({"decision": "accept", "phase": FINISHED}, "judged", True, False),
+        ({"decision": "reject", "phase": FINISHED}, "judged", False, False),
+        ({"phase": FINISHED}, "done", None, False),
+    ],
+)
+def test_every_phase_of_the_first_version_is_read(saved, phase, verdict, goes_on):
+    first = {**as_first_version(FULL.to_dict()), **FIRST, **saved}
+    progress = Progress.from_dict(json.loads(json.dumps(first)))
+    assert (progress.phase, progress.verdict, progress.goes_on) == (phase, verdict, goes_on)
+    same = ("k", "accepted", "boundary", "baseline", "reason", "stopped", "record", "snapshot", "attempts")
+    assert all(getattr(progress, name) == getattr(FULL, name) for name in same)
+    for odd in ({"decision": "?"}, {"phase": []}, {"k": None}, {"more": 1}):
+        with pytest.raises(RecordError):
+            Progress.from_dict({**first, **odd})
