@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from deeparc_hf import create_model_card
-from deeparc_hf.publish.facts import facts_of_folder
+from deeparc_hf.publish.gather import content_of_folder
 
 ALWAYS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 BESIDE = ("results.md", "scores.md")  # of the experiment, in the folder above
@@ -24,7 +24,7 @@ def keep(model: Path, target: Path, **told: str | None) -> None:
     """Copy the reports that are of these very weights, and make the card anew from these. The folder is there whole or
     not at all.
     """
-    reports = facts_of_folder(model).reports
+    reports = content_of_folder(model).reports
     if target.exists():
         raise FileExistsError(f"{target} is there already. Delete it, or give another name.")
     known = json.loads((model / "card.json").read_text("utf-8")) if (model / "card.json").is_file() else {}

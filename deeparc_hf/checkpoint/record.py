@@ -21,18 +21,18 @@ from torch import nn
 
 from ..architectures import Host, Stack, describe
 from ..architectures.hosts import RECORD_KEY
+from ..core.checks import Entry, MalformedError, read_json
 from ..core.environment import package_versions
 from ..core.hub_help import hub_help
-from ..core.plain_text import is_plain, listed, plain, quoted
+from ..core.plain_text import LIMIT, listed, quoted
 from ..errors import DeepArcWarning, RecordError
-from .record_checks import MAX_ENTRIES, MAX_TEXT, check_iterations, check_name, check_stack, refuse_full
-from .record_sparsity import check_sparsity, rename_matrices, renumber_matrices
+from .record_checks import check_iteration, check_sparsity, refuse_full, stack_in
+from .record_sparsity import rename_matrices, renumber_matrices
 from .record_view import record_html
 
 __all__ = ["PrunedConfig", "StackRecord", "check_record", "current_record", "same_structure"]
 
 FORMAT_VERSION = 1
-_MAX_FILE = 16 * 2**20
 _KEYS = ("format_version", "base_model", "base_revision", "stacks", "iterations", "sparsity", "versions")
 
 
@@ -111,67 +111,46 @@ class PrunedConfig:
         Raises:
             RecordError: naming the entry that is wrong, what was found and what was expected.
         """
-        _expect(isinstance(data, Mapping), RECORD_KEY, data, "an object")
-        version = data.get("format_version")
-        _expect(_is_int(version) and version >= 1, "format_version", version, f"a whole number up to {FORMAT_VERSION}")
-        if version > FORMAT_VERSION:
+        try:
+            return cls._read(Entry(data))
+        except MalformedError as error:
+            raise RecordError(
+                f"The pruning record is malformed: {error}. Download the checkpoint again, or delete {RECORD_KEY!r} "
+                f"from its config.json to use it as a plain checkpoint."
+            ) from None
+
+    @classmethod
+    def _read(cls, entry: Entry) -> PrunedConfig:
+        version = entry["format_version"].value
+        if type(version) is int and version > FORMAT_VERSION:
             raise RecordError(
                 f"This checkpoint's pruning record has format version {quoted(version)}, newer than {FORMAT_VERSION}, "
                 f"which this version of deeparc_hf reads: pip install -U deeparc_hf."
             )
-        unknown = sorted(map(str, set(data) - set(_KEYS)))
+        entry["format_version"].whole(1, FORMAT_VERSION)
+        unknown = sorted(map(str, set(entry.value) - set(_KEYS)))
         if unknown:
             warnings.warn(
                 f"The pruning record has entries that this version of deeparc_hf does not know and ignores: "
                 f"{listed(unknown)}. pip install -U deeparc_hf may help.",
                 DeepArcWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
-        stacks = data.get("stacks")
-        _expect(
-            isinstance(stacks, Mapping) and len(stacks) <= MAX_ENTRIES,
-            "stacks",
-            stacks,
-            f"an object with at most {MAX_ENTRIES} stacks",
-        )
-        iterations = data.get("iterations", [])
-        _expect(
-            isinstance(iterations, (list, tuple))
-            and len(iterations) <= MAX_ENTRIES
-            and all(isinstance(i, Mapping) for i in iterations),
-            "iterations",
-            iterations,
-            f"a list of at most {MAX_ENTRIES} objects",
-        )
-        for name in ("base_model", "base_revision"):
-            value = data.get(name)
-            _expect(
-                value is None or is_plain(value, MAX_TEXT),
-                name,
-                value,
-                f"null or a text of at most {MAX_TEXT} visible characters",
-            )
-        sparsity, versions = data.get("sparsity"), data.get("versions", {})
-        check_sparsity(sparsity, _expect)
-        _expect(
-            isinstance(versions, Mapping)
-            and len(versions) <= MAX_ENTRIES
-            and all(map(is_plain, [*versions, *versions.values()])),
-            "versions",
-            versions,
-            "an object of texts",
-        )
-        named = {
-            check_name(name, _expect): StackRecord(*check_stack(name, value, _expect)) for name, value in stacks.items()
-        }
-        check_iterations(iterations, {name: stack.length for name, stack in named.items()}, _expect)
+        stacks = {name: StackRecord(*stack_in(name, stack)) for name, stack in entry["stacks"].named().items()}
+        iterations = entry["iterations"].items() if "iterations" in entry.value else []
+        for iteration in iterations:
+            check_iteration(iteration, {name: stack.length for name, stack in stacks.items()})
+        base_model, base_revision, sparsity = (entry.get(k) for k in ("base_model", "base_revision", "sparsity"))
+        if sparsity is not None:
+            check_sparsity(sparsity)
+        versions = entry["versions"].named(limit=LIMIT) if "versions" in entry.value else {}
         return cls(
-            stacks=named,
-            base_model=data.get("base_model"),
-            base_revision=data.get("base_revision"),
-            iterations=tuple(iterations),
-            sparsity=sparsity,
-            versions=versions,
+            stacks=stacks,
+            base_model=None if base_model is None else base_model.text(),
+            base_revision=None if base_revision is None else base_revision.text(),
+            iterations=tuple(iteration.value for iteration in iterations),
+            sparsity=None if sparsity is None else sparsity.value,
+            versions={name: version.text(LIMIT) for name, version in versions.items()},
         )
 
     @classmethod
@@ -198,15 +177,10 @@ class PrunedConfig:
 
             with hub_help(repo_or_path):
                 path = Path(hf_hub_download(str(repo_or_path), "config.json", **hub))
-        if path.stat().st_size > _MAX_FILE:
-            raise RecordError(f"The config.json of {repo_or_path} is larger than {_MAX_FILE} bytes. It is not read.")
         try:
-            config = json.loads(path.read_text("utf-8"))
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # ValueError: not UTF-8, not JSON, or a number of thousands of digits
-            raise RecordError(f"The config.json of {repo_or_path} is not JSON: {plain(error)}.") from error
+            config = read_json(path)
+        except MalformedError as error:
+            raise RecordError(f"The config.json of {repo_or_path} cannot be used: {error}.") from error
         record = config.get(RECORD_KEY) if isinstance(config, Mapping) else None
         if record is None:
             raise RecordError(
@@ -222,13 +196,10 @@ class PrunedConfig:
         path = Path(folder) / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            config = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        except (ValueError, RecursionError) as error:
-            raise RecordError(
-                f"The config.json of {folder} is not JSON: {plain(error)}. Nothing was written."
-            ) from error
-        if not isinstance(config, dict):
-            raise RecordError(f"The config.json of {folder} is not an object. Nothing was written.")
+            config = read_json(path) if path.is_file() else {}
+            Entry(config).must_be(isinstance(config, dict), "an object")
+        except MalformedError as error:
+            raise RecordError(f"The config.json of {folder} cannot be used: {error}. Nothing was written.") from error
         config[RECORD_KEY] = self.to_dict()
         path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
@@ -397,21 +368,10 @@ def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = N
 
 
 def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
-    found = None if name is None else try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
-    if not isinstance(found, str):
+    if name is None:
         return None
-    snapshot = Path(found).parent
+    cached = try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
+    if not isinstance(cached, str):
+        return None
+    snapshot = Path(cached).parent
     return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _expect(condition: bool, where: str, found: Any, expected: str) -> None:
-    if condition:
-        return
-    raise RecordError(
-        f"The pruning record is malformed: {where} must be {expected}, found {quoted(found)}. Download the checkpoint "
-        f"again, or delete {RECORD_KEY!r} from its config.json to use it as a plain checkpoint."
-    )

@@ -1,28 +1,25 @@
-"""The checks of a record's parts: its stacks, and what each pruning noted.
+"""The checks of a record's parts: its stacks, what each pruning noted, and the zeroed weights.
 
 A record that passes here can be told in a card, so that what is wrong with it is found before blocks are removed, and
-not after.
+not after. What this version does not know is left alone, and never shown.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-from ..core.plain_text import is_plain, plain
+from ..core.checks import MAX_BLOCKS, MAX_ENTRIES, MAX_TEXT, Entry
+from ..core.plain_text import LIMIT
 from ..errors import RecordError
 
-__all__ = ["MAX_ENTRIES", "MAX_TEXT", "check_iterations", "check_name", "check_stack", "refuse_full"]
+__all__ = ["check_iteration", "check_sparsity", "refuse_full", "stack_in"]
 
-MAX_ENTRIES = 256
-MAX_TEXT = 512
-_MAX_BLOCKS = 4096
+_MARK = 64
+_MAX_MATRICES = 65536
+_MAX_SIZE = 2**40
 _STAGES = ("before", "removed", "healed", "retrained")
 _TEXTS = ("id", "revision", "config", "split", "use")
-
-Expect = Callable[[bool, str, Any, str], None]
 
 
 def refuse_full(count: int, more: int) -> None:
@@ -38,183 +35,104 @@ def refuse_full(count: int, more: int) -> None:
         )
 
 
-def check_name(name: Any, expect: Expect) -> str:
-    """The name of a stack."""
-    expect(
-        is_plain(name, MAX_TEXT) and name.strip() == name != "",
-        "stacks",
-        name,
-        f"names of at most {MAX_TEXT} visible characters",
-    )
-    return str(name)
-
-
-def check_stack(name: Any, value: Any, expect: Expect) -> tuple[int, tuple[int, ...]]:
+def stack_in(name: str, stack: Entry) -> tuple[int, tuple[int, ...]]:
     """Number of original blocks of a stack, and the indices of those that are left."""
-    where = f"stacks.{plain(name, 80)}"
-    expect(isinstance(value, Mapping), where, value, "an object with length and kept")
-    length, kept = value.get("length"), value.get("kept")
-    expect(
-        type(length) is int and 1 <= length <= _MAX_BLOCKS,
-        f"{where}.length",
-        length,
-        f"a whole number from 1 to {_MAX_BLOCKS}",
-    )
-    expect(
-        isinstance(kept, Sequence)
-        and not isinstance(kept, str)
-        and 1 <= len(kept) <= length
-        and all(type(index) is int for index in kept),
-        f"{where}.kept",
-        kept,
-        f"a list of 1 to {length} whole numbers",
-    )
-    rising = all(a < b for a, b in itertools.pairwise(kept))
-    good = rising and kept[0] >= 0 and kept[-1] < length
-    expect(good, f"{where}.kept", kept, f"rising block indices from 0 to {length - 1}, none twice")
-    return length, tuple(kept)
+    Entry(name, "stacks").must_be(name.strip() == name, "named without spaces around the names")
+    length, kept = stack["length"].whole(1, MAX_BLOCKS), stack["kept"]
+    indices = kept.wholes(most=length)
+    rising = all(a < b for a, b in itertools.pairwise(indices))
+    good = bool(indices) and rising and indices[-1] < length
+    kept.must_be(good, f"rising block indices from 0 to {length - 1}, none twice")
+    return length, indices
 
 
-def check_iterations(iterations: Sequence[Mapping[str, Any]], lengths: Mapping[str, int], expect: Expect) -> None:
-    """Check what a downloaded record says of each pruning. What this version does not know is left alone, and never
-    shown.
+def check_iteration(entry: Entry, lengths: Mapping[str, int]) -> None:
+    """Check what a record says of one pruning.
 
     Args:
         lengths: number of blocks of each stack of the original model.
-        expect: raises where its first argument is false; the others say where, what was found and what was expected.
     """
-    for number, entry in enumerate(iterations):
-        where = f"iterations[{number}]"
-        for key in ("settings", "metrics"):
-            found = _object(entry, key, where, expect)
-            expect(
-                all(is_plain(name, MAX_TEXT) for name in found), f"{where}.{key}", found, "named by short visible texts"
-            )
-        for key in ("removed", "frozen"):
-            for name, blocks in _object(entry, key, where, expect).items():
-                length = lengths.get(name, _MAX_BLOCKS)
-                expect(
-                    is_plain(name, MAX_TEXT),
-                    f"{where}.{key}",
-                    name,
-                    f"named by stacks, of at most {MAX_TEXT} visible characters",
-                )
-                expect(
-                    _blocks(blocks, length),
-                    f"{where}.{key}",
-                    blocks,
-                    f"lists of original block indices from 0 to {length - 1}",
-                )
-        for name, value in _object(entry, "thresholds", where, expect).items():
-            expect(is_plain(name, MAX_TEXT) and _number(value), f"{where}.thresholds", value, "a number for each stack")
-        expect(
-            entry.get("samples") is None or _whole(entry["samples"]),
-            f"{where}.samples",
-            entry.get("samples"),
-            "a whole number",
-        )
-        counts = _object(entry, "parameters", where, expect)
-        expect(all(map(_whole, counts.values())), f"{where}.parameters", counts, "whole numbers")
-        k = _object(entry, "settings", where, expect).get("k")
-        expect(k is None or _whole(k), f"{where}.settings.k", k, "a whole number")
-        for key in ("weights", "left"):
-            mark = entry.get(key)
-            expect(mark is None or is_plain(mark, 64), f"{where}.{key}", mark, "null or a short text")
-        _check_data(_object(entry, "data", where, expect), f"{where}.data", expect)
-        _check_stages(_object(entry, "stages", where, expect), f"{where}.stages", expect)
-        _check_healing(entry.get("healing"), f"{where}.healing", expect)
+    settings = entry.get("settings")
+    if settings is not None:
+        settings.named()
+        if (k := settings.get("k")) is not None:
+            k.whole()
+    if (metrics := entry.get("metrics")) is not None:
+        metrics.named()
+    for key in ("removed", "frozen"):
+        for name, blocks in _named(entry, key).items():
+            length = lengths.get(name, MAX_BLOCKS)
+            blocks.wholes(length - 1, most=length)
+    for threshold in _named(entry, "thresholds").values():
+        threshold.number()
+    if (samples := entry.get("samples")) is not None:
+        samples.whole()
+    for count in _entries(entry, "parameters").values():
+        count.whole()
+    for key in ("weights", "left"):
+        if (mark := entry.get(key)) is not None:
+            mark.text(_MARK)
+    for data in _named(entry, "data", LIMIT).values():
+        _check_data(data)
+    for stage, quality in _entries(entry, "stages").items():
+        if stage in _STAGES and quality.value is not None:
+            _check_quality(quality)
+    if (healing := entry.get("healing")) is not None:
+        for site in healing.items(MAX_BLOCKS):
+            _check_site(site)
 
 
-def _object(entry: Mapping[str, Any], key: str, where: str, expect: Expect) -> Mapping[str, Any]:
-    found = entry.get(key)
-    expect(
-        found is None or (isinstance(found, Mapping) and len(found) <= MAX_ENTRIES),
-        f"{where}.{key}",
-        found,
-        "null or an object",
-    )
-    return found or {}
+def _named(entry: Entry, key: str, limit: int = MAX_TEXT) -> dict[str, Entry]:
+    part = entry.get(key)
+    return {} if part is None else part.named(limit=limit)
 
 
-def _check_data(data: Mapping[str, Any], where: str, expect: Expect) -> None:
-    for use, facts in data.items():
-        expect(is_plain(use), where, use, "named by its use")
-        known = facts or {}
-        good = isinstance(known, Mapping) and all(
-            known.get(key) is None or is_plain(known[key], MAX_TEXT) for key in _TEXTS
-        )
-        expect(good, f"{where}.{use}", facts, "an object of short visible texts")
-        expect(
-            known.get("rows") is None or _whole(known["rows"]),
-            f"{where}.{use}.rows",
-            known.get("rows"),
-            "a whole number",
-        )
+def _entries(entry: Entry, key: str) -> dict[str, Entry]:
+    part = entry.get(key)
+    return {} if part is None else part.entries()
 
 
-def _check_stages(stages: Mapping[str, Any], where: str, expect: Expect) -> None:
-    for stage in _STAGES:
-        found = stages.get(stage)
-        if found is None:
-            continue
-        place = f"{where}.{stage}"
-        expect(isinstance(found, Mapping), place, found, "an object")
-        accuracy, pairs = found.get("accuracy"), [found.get(key) for key in ("loss_interval", "accuracy_interval")]
-        figures = (
-            _number(found.get("loss")) and (accuracy is None or _number(accuracy)) and _whole(found.get("samples"))
-        )
-        expect(
-            figures and is_plain(found.get("data")),
-            place,
-            found,
-            "a loss, an accuracy or null, the number of samples, and their data",
-        )
-        expect(all(pair is None or _pair(pair) for pair in pairs), place, pairs, "intervals of two numbers")
-        expect(accuracy is None or pairs[1] is not None, place, accuracy, "an accuracy with its interval")
+def _check_data(data: Entry) -> None:
+    """What is known of a data set."""
+    if data.value is None:
+        return
+    for key in _TEXTS:
+        if (text := data.get(key)) is not None:
+            text.text()
+    if (rows := data.get("rows")) is not None:
+        rows.whole()
 
 
-def _check_healing(healing: Any, where: str, expect: Expect) -> None:
-    expect(
-        healing is None or (isinstance(healing, (list, tuple)) and len(healing) <= _MAX_BLOCKS),
-        where,
-        healing,
-        "null or a list",
-    )
-    for site in healing or ():
-        good = (
-            isinstance(site, Mapping)
-            and is_plain(site.get("stack"), MAX_TEXT)
-            and _blocks(site.get("removed"), _MAX_BLOCKS)
-        )
-        good = good and all(site.get(key) is None or _number(site[key]) for key in ("held_out", "strength"))
-        good = (
-            good
-            and (site.get("kept") is None or _whole(site["kept"]))
-            and (site.get("kept") is not None or not site.get("healed"))
-        )
-        good = good and (
-            site.get("reason") is None or (isinstance(site["reason"], str) and len(site["reason"]) <= MAX_TEXT)
-        )
-        expect(good, where, site, "an object for each removal site: stack, removed, kept, healed, held_out, reason")
+def _check_quality(quality: Entry) -> None:
+    """A measure of the model at one stage of a pruning."""
+    quality["loss"].number()
+    quality["samples"].whole()
+    quality["data"].text(LIMIT)
+    for key in ("loss_interval", "accuracy_interval"):
+        if (interval := quality.get(key)) is not None:
+            interval.numbers(2)
+    if (accuracy := quality.get("accuracy")) is not None:
+        accuracy.number()
+        quality["accuracy_interval"].numbers(2)
 
 
-def _number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
-    )
+def _check_site(site: Entry) -> None:
+    """What became of a removal site."""
+    site["stack"].text()
+    site["removed"].wholes(MAX_BLOCKS - 1)
+    for key in ("held_out", "strength"):
+        if (share := site.get(key)) is not None:
+            share.number()
+    if site.get("kept") is not None or site["healed"].value:
+        site["kept"].whole()
+    if (reason := site.get("reason")) is not None:
+        good = isinstance(reason.value, str) and len(reason.value) <= MAX_TEXT
+        reason.must_be(good, f"a text of at most {MAX_TEXT} characters")
 
 
-def _whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _pair(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_number, value))
-
-
-def _blocks(value: Any, length: int) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) <= length
-        and all(type(index) is int and 0 <= index < length for index in value)
-    )
+def check_sparsity(sparsity: Entry) -> None:
+    """Check what a record says of zeroed weights."""
+    matrices = sparsity["matrices"].named(_MAX_MATRICES) if "matrices" in sparsity.entries() else {}
+    for matrix in matrices.values():
+        size = matrix["size"].whole(0, _MAX_SIZE)
+        matrix["zeros"].whole(0, size)

@@ -4,42 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..core.plain_text import is_plain, plain
 from ..errors import RecordError
 
-__all__ = ["check_sparsity", "rename_matrices", "renumber_matrices"]
-
-MAX_MATRICES = 65536
-MAX_NAME = 512
-_MAX_SIZE = 2**40
-
-
-def check_sparsity(sparsity: Any, expect: Callable[[bool, str, Any, str], None]) -> None:
-    """Check what a downloaded record says of zeroed weights.
-
-    Args:
-        expect: raises where its first argument is false; the others say where, what was found and what was expected.
-    """
-    if sparsity is None:
-        return
-    expect(isinstance(sparsity, Mapping), "sparsity", sparsity, "null or an object")
-    matrices = sparsity.get("matrices", {})
-    known = isinstance(matrices, Mapping) and len(matrices) <= MAX_MATRICES
-    expect(known, "sparsity.matrices", matrices, f"an object with at most {MAX_MATRICES} matrices")
-    for name, entry in matrices.items():
-        good = is_plain(name, MAX_NAME) and name != ""
-        expect(good, "sparsity.matrices", name, f"named by texts of at most {MAX_NAME} visible characters")
-        numbers = [entry.get(key) for key in ("zeros", "size")] if isinstance(entry, Mapping) else []
-        whole = bool(numbers) and all(type(number) is int for number in numbers)
-        expect(
-            whole and 0 <= numbers[0] <= numbers[1] <= _MAX_SIZE,
-            f"sparsity.matrices[{plain(name, 80)}]",
-            entry,
-            "an object of whole numbers, zeros and size, with 0 <= zeros <= size",
-        )
+__all__ = ["rename_matrices", "renumber_matrices"]
 
 
 def rename_matrices(sparsity: Mapping[str, Any] | None, prefix: str, stacks: Iterable[str]) -> Mapping[str, Any] | None:

@@ -57,10 +57,10 @@ def running_method(owner: Any) -> str | None:
 
 def _running() -> list[tuple[Any, str]]:
     """The methods that are running, the innermost first: their objects and names."""
-    found = []
+    running = []
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_varnames[:1] == ("self",):
-            found.append((frame.f_locals.get("self"), frame.f_code.co_name))
+            running.append((frame.f_locals.get("self"), frame.f_code.co_name))
         frame = frame.f_back
-    return found
+    return running

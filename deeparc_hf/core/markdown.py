@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from .plain_text import LIMIT, plain
 
-__all__ = ["code", "fenced", "folded", "json_block", "linked", "md", "plain", "shared", "table"]
+__all__ = ["code", "fenced", "folded", "json_block", "linked", "made_with", "md", "plain", "shared", "table"]
 
 _ENTRIES, _DEPTH = 64, 6  # of data that is shown as JSON
 
 # an underscore within a word is no markup
 _PUNCTUATION = re.compile(r"([\\`*{}\[\]()#+!|<>~&$:@^=-]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
+_BAR = re.compile(r"(?<!\\)\|")  # one that is not escaped yet
 _ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
 
 
@@ -76,16 +77,27 @@ def folded(title: str, text: str) -> str:
     return f"<details>\n<summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """A Markdown table; its cells are Markdown already.
+def table(header: Sequence[str], rows: Iterable[Iterable[str]], left: Collection[int] = (0,)) -> str:
+    """A Markdown table. Its cells are Markdown already; a bar or a line break in one does not end it.
 
     Args:
         left: columns that are not of numbers.
     """
     marks = ["---" if column in left else "---:" for column in range(len(header))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [list(header), marks, *map(list, rows)])
+    lines = [map(_cell, header), marks, *(map(_cell, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return _BAR.sub(r"\\|", text).replace("\n", " ")
 
 
 def shared(values: Mapping[str, Any]) -> str:
-    """Facts as one line: "learning rate 0.0002, seed 7"."""
+    """Values as one line: "learning rate 0.0002, seed 7"."""
     return ", ".join(f"{md(key)} {md(value)}" for key, value in values.items())
+
+
+def made_with(*known: Mapping[str, Any]) -> str:
+    """The section of a report that lists what its figures were made with. Of ours alone: nothing in it is escaped."""
+    lines = [f"- {key}: {value}" for values in known for key, value in values.items()]
+    return "\n\n".join(["## Made with", "\n".join(lines)])

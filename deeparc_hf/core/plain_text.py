@@ -8,12 +8,13 @@ a word of a known list, or nothing. Markdown is the card's business (`card.text`
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
 from typing import Any
 
-__all__ = ["LIMIT", "allowed", "is_plain", "listed", "plain", "plain_lines", "quoted"]
+__all__ = ["LIMIT", "allowed", "did_you_mean", "is_plain", "listed", "plain", "plain_lines", "quoted"]
 
 LIMIT = 200
 _LONGEST = 10_000  # of a message of several lines
@@ -72,9 +73,15 @@ def quoted(value: Any, limit: int = 80) -> str:
 
 def listed(names: Iterable[Any], most: int = _NAMES, limit: int = 60) -> str:
     """Some names, one after the other, and how many more there are."""
-    found = list(names)
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(plain(name, limit) for name in found[:most]) + more
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(plain(name, limit) for name in names[:most]) + more
+
+
+def did_you_mean(word: str, words: Iterable[str], cutoff: float = 0.6) -> str:
+    """What to add to a message about a word that is not known: the nearest of the known ones, if one is near."""
+    near = difflib.get_close_matches(word, sorted(words), n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def allowed(value: Any, words: Collection[str]) -> str | None:

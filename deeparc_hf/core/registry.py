@@ -7,7 +7,6 @@ in one of them is raised, never swallowed.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import re
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from ..errors import RegistryError
-from .plain_text import quoted
+from .plain_text import did_you_mean, quoted
 
 __all__ = ["Registry"]
 
@@ -73,8 +72,7 @@ class Registry(Generic[T]):
         try:
             return self._entries[name]
         except (KeyError, TypeError):
-            near = difflib.get_close_matches(str(name), self._entries, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(str(name), self._entries)
             raise RegistryError(
                 f"There is no {self.kind} named {quoted(name)}.{hint} Known: {', '.join(self.names())}."
             ) from None

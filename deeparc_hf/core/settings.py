@@ -5,7 +5,6 @@ nearest one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import ConfigError, DeepArcWarning
-from .plain_text import listed, quoted
+from .plain_text import did_you_mean, listed, quoted
 
 __all__ = ["Settings", "percent_hint", "setting", "shown"]
 
@@ -103,10 +102,9 @@ class Settings:
         known = [spec.name for spec in dataclasses.fields(cls)]
         for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(
-                    f"{quoted(name)} is not a setting of {cls.__name__}.{hint} Settings: {', '.join(known)}."
+                    f"{quoted(name)} is not a setting of {cls.__name__}.{did_you_mean(name, known)} "
+                    f"Settings: {', '.join(known)}."
                 )
 
     def _check_types(self) -> None:
@@ -126,9 +124,8 @@ class Settings:
         for spec in dataclasses.fields(self):
             choices, value = spec.metadata.get("choices"), getattr(self, spec.name)
             if choices and isinstance(value, str) and value not in choices:
-                near = difflib.get_close_matches(str(value), choices, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
                 words = f"{', '.join(map(repr, choices))}{(more or {}).get(spec.name, '')}"
+                hint = did_you_mean(value, choices)
                 raise ConfigError(f"{spec.name} must be one of {words}, found {quoted(value)}.{hint}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .plain_text import plain
 
-__all__ = ["html_table", "spans", "text_table", "threshold_text"]
+__all__ = ["html_table", "in_tens", "spans", "text_table", "threshold_text"]
 
 _MOST_ROWS = 500
 _LONGEST_CELL = 400
@@ -52,6 +52,11 @@ def spans(indices: Iterable[int]) -> str:
         else:
             runs.append([index])
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) or "-"
+
+
+def in_tens(marks: Sequence[str]) -> str:
+    """A row of marks, one for each block, in groups of ten."""
+    return " ".join("".join(marks[i : i + 10]) for i in range(0, len(marks), 10))
 
 
 def threshold_text(value: float) -> str:

@@ -12,13 +12,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..core.checks import MAX_BLOCKS, Entry, MalformedError, read_json
 from ..core.plain_text import plain, quoted
 from ..core.tables import html_table, text_table
 from ..errors import CalibrationWarning, ConfigError, PlanError
 from .clusters import StackFacts, cluster_blocks, freezing_set, reach_target, removable
 from .config import MPruneConfig
 from .heatmap import plot_plan
-from .plan_checks import items, number, stack_name, whole_number
 
 __all__ = [
     "PruningPlan",
@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+_LARGEST = 1e6  # debiased estimates may lie a little outside [-1, 1], and nothing lies here
 _COLUMNS = ["stack", "blocks", "kept", "threshold", "clusters", "removed", "frozen"]
 
 
@@ -137,22 +138,18 @@ class PruningPlan:
         Raises:
             PlanError: if the data is not a plan.
         """
+        entry = Entry(data)
         try:
-            version = data["format_version"]
-            if type(version) is not int or version != FORMAT_VERSION:
+            version = entry["format_version"]
+            if type(version.value) is not int or version.value != FORMAT_VERSION:
                 raise PlanError(
-                    f"This plan has format version {quoted(version)}; this version of deeparc_hf reads "
+                    f"This plan has format version {quoted(version.value)}; this version of deeparc_hf reads "
                     f"{FORMAT_VERSION}."
                 )
-            stacks = {stack_name(name): _stack_from_dict(stack) for name, stack in data["stacks"].items()}
-            samples = whole_number(data["samples"])
-            return cls(stacks, MPruneConfig.from_dict(data["config"]), samples)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            if isinstance(error, PlanError):
-                raise
-            raise PlanError(
-                f"This is not a pruning plan: {type(error).__name__}: {plain(error)}. Make one with analyze(...)."
-            ) from error
+            stacks = {name: _stack_in(stack) for name, stack in entry["stacks"].named().items()}
+            return cls(stacks, MPruneConfig.from_dict(entry["config"].value), entry["samples"].whole())
+        except (MalformedError, ConfigError) as error:
+            raise _no_plan(error) from error
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text; written to `path` too if one is given."""
@@ -164,14 +161,11 @@ class PruningPlan:
     @classmethod
     def from_json(cls, text_or_path: str | Path) -> PruningPlan:
         """Read from a JSON text, or from the file at a path."""
+        is_text = isinstance(text_or_path, str) and text_or_path.lstrip().startswith(("{", "["))
         try:
-            text = text_or_path
-            if isinstance(text_or_path, Path) or not text_or_path.lstrip().startswith(("{", "[")):
-                text = Path(text_or_path).read_text("utf-8")
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"This is not a pruning plan: {error}.") from error
-        return cls.from_dict(data)
+            return cls.from_dict(read_json(text_or_path if is_text else Path(text_or_path)))
+        except MalformedError as error:
+            raise _no_plan(error) from error
 
     def __str__(self) -> str:
         return "\n".join([text_table([_COLUMNS, *self._rows()]), *self._pins(), self._summary()])
@@ -324,7 +318,7 @@ def _frozen(
 
 def _matching(facts: Mapping[str, StackFacts], patterns: Sequence[str], setting: str) -> dict[str, set[int]]:
     """The blocks that patterns name. A block that an earlier pruning of the same training removed may be named too."""
-    found: dict[str, set[int]] = {name: set() for name in facts}
+    matched: dict[str, set[int]] = {name: set() for name in facts}
     for pattern in patterns:
         labels = {name: stack.labels or range(len(stack)) for name, stack in facts.items()}
         hits = [
@@ -341,8 +335,8 @@ def _matching(facts: Mapping[str, StackFacts], patterns: Sequence[str], setting:
                 f"and ?, for example {first}.*"
             )
         for name, index in hits:
-            found[name].add(index)
-    return found
+            matched[name].add(index)
+    return matched
 
 
 def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
@@ -363,45 +357,48 @@ def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
     }
 
 
-_LARGEST = 1e6  # debiased estimates may lie a little outside [-1, 1], and nothing lies here
+def _no_plan(error: Exception) -> PlanError:
+    return PlanError(f"This is not a pruning plan: {plain(error, 400)}. Make one with analyze(...).")
 
 
-def _stack_from_dict(data: Mapping[str, Any]) -> StackPlan:
-    facts = StackFacts(
-        similarity=tuple(tuple(map(number, row)) for row in data["similarity"]),
-        pinned={int(index): plain(reason) for index, reason in data["pinned"].items()},
-        parameters=tuple(map(whole_number, items(data["parameters"]))),
-        next_stack=data["next_stack"],
-        labels=tuple(map(whole_number, items(data.get("labels", [])))),
-        frozen=tuple(map(whole_number, items(data.get("frozen_before", [])))),
-    )
-    if any(abs(value) > _LARGEST for row in facts.similarity for value in row):
-        raise PlanError(f"similarity has a value beyond {_LARGEST:g}.")
-    if any(len(row) != len(facts) for row in facts.similarity):
-        raise PlanError("similarity is not square.")
-    if (facts.labels and len(facts.labels) != len(facts)) or not all(
-        index in range(len(facts)) for index in facts.frozen
-    ):
-        raise PlanError("labels are not one for each block, or frozen_before has an index that no block has.")
-    if facts.next_stack is not None:
-        stack_name(facts.next_stack)
-    if not all(index in range(len(facts)) for index in facts.pinned):
-        raise PlanError(f"pinned has an index outside 0..{len(facts) - 1}.")
-    blocks = {key: tuple(map(whole_number, items(data[key]))) for key in ("removed", "frozen", "protected", "kept")}
+def _stack_in(entry: Entry) -> StackPlan:
+    """The plan of a stack, from outside."""
+    facts = _facts_in(entry)
+    last = len(facts) - 1
+    blocks = {key: entry[key].wholes(last) for key in ("removed", "frozen", "protected", "kept")}
     for key, indices in blocks.items():
-        if any(not 0 <= index < len(facts) for index in indices) or len(set(indices)) != len(indices):
-            raise PlanError(f"{key} has an index outside 0..{len(facts) - 1}, or one twice: {quoted(list(indices))}.")
-    if set(blocks["kept"]) != set(range(len(facts))) - set(blocks["removed"]):
-        raise PlanError("kept and removed do not add up to the blocks of the stack.")
-    if not set(blocks["frozen"]) <= set(blocks["kept"]):
-        raise PlanError("a frozen block is not among those that are kept.")
-    clusters = tuple(tuple(map(whole_number, items(cluster))) for cluster in data["clusters"])
-    if [index for cluster in clusters for index in cluster] != list(range(len(facts))):
-        raise PlanError("the clusters are not runs that cover the stack.")
-    threshold = number(data["threshold"])
-    if threshold > 1 + 1e-6:
-        raise PlanError(f"threshold is {threshold:g}, above 1.")
+        entry[key].must_be(len(set(indices)) == len(indices), "block indices, none twice")
+    left = set(range(len(facts))) - set(blocks["removed"])
+    entry["kept"].must_be(set(blocks["kept"]) == left, "the blocks that are not removed")
+    entry["frozen"].must_be(set(blocks["frozen"]) <= left, "among the blocks that are kept")
+    clusters = tuple(cluster.wholes(last) for cluster in entry["clusters"].items(len(facts)))
+    runs = [index for cluster in clusters for index in cluster]
+    entry["clusters"].must_be(runs == list(range(len(facts))), "runs that cover the stack")
+    threshold = entry["threshold"].number()
+    entry["threshold"].must_be(threshold <= 1 + 1e-6, "at most 1")
     return StackPlan(facts, threshold, clusters, blocks["removed"], blocks["frozen"], blocks["protected"])
+
+
+def _facts_in(entry: Entry) -> StackFacts:
+    rows = entry["similarity"].items(MAX_BLOCKS)
+    similarity = tuple(tuple(row.numbers(len(rows))) for row in rows)
+    for row, values in zip(rows, similarity, strict=True):
+        row.must_be(all(abs(value) <= _LARGEST for value in values), f"numbers of at most {_LARGEST:g}")
+    labels, frozen, next_stack = (entry.get(key) for key in ("labels", "frozen_before", "next_stack"))
+    labelled = () if labels is None else labels.wholes()
+    if labels is not None:
+        labels.must_be(len(labelled) in (0, len(rows)), f"{len(rows)} numbers, one for each block, or none")
+    pinned = entry["pinned"].entries(len(rows))
+    indices = {str(index): index for index in range(len(rows))}
+    entry["pinned"].must_be(pinned.keys() <= indices.keys(), f"named by block indices from 0 to {len(rows) - 1}")
+    return StackFacts(
+        similarity=similarity,
+        pinned={indices[name]: plain(reason.value) for name, reason in pinned.items()},
+        parameters=entry["parameters"].wholes(),
+        next_stack=None if next_stack is None else next_stack.text(),
+        labels=labelled,
+        frozen=() if frozen is None else frozen.wholes(len(rows) - 1),
+    )
 
 
 def _span(cluster: Sequence[int]) -> str:

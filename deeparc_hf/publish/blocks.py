@@ -9,30 +9,19 @@ from collections.abc import Mapping, Sequence
 from ..checkpoint.record import PrunedConfig
 from ..core.markdown import code, fenced, md, table
 from ..core.plain_text import plain
-from ..core.tables import threshold_text
-from ..pruning.plan import PruningPlan, StackPlan
+from ..core.tables import in_tens, spans, threshold_text
+from ..pruning.plan import StackPlan
+from .content import CardContent
 
-__all__ = ["alt_text", "numbers_of_plan", "removed_text", "repairs", "similarity_tables", "strip"]
+__all__ = ["alt_text", "removed_text", "repairs", "similarity_tables", "strip"]
 
 _WHOLE = 20  # longest stack whose matrix is shown whole
-_PER_GROUP = 10
 
 
 def removed_text(record: PrunedConfig) -> str:
     """The blocks that are gone, by stack."""
     gone = {name: blocks for name, blocks in record.removed.items() if blocks}
-    return "; ".join(f"{code(name)}: {_runs(blocks)}" for name, blocks in gone.items())
-
-
-def _runs(blocks: Sequence[int]) -> str:
-    """Numbers in short: 1, 4-6, 9."""
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and runs[-1][-1] == block - 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return ", ".join(", ".join(map(str, run)) if len(run) < 3 else f"{run[0]}-{run[-1]}" for run in runs)
+    return "; ".join(f"{code(name)}: {spans(blocks)}" for name, blocks in gone.items())
 
 
 def strip(record: PrunedConfig) -> str:
@@ -47,7 +36,7 @@ def strip(record: PrunedConfig) -> str:
     width = max(map(len, names.values()), default=0)
     longest = max((stack.length for stack in record.stacks.values()), default=0)
     several = len(record.iterations) > 1
-    ruler = " ".join(str(first).ljust(_PER_GROUP) for first in range(0, longest, _PER_GROUP)).rstrip()
+    ruler = " ".join(str(first).ljust(10) for first in range(0, longest, 10)).rstrip()
     lines, stay = [f"{'block'.ljust(width)}  {ruler}"], False
     for name, stack in record.stacks.items():
         kept, frozen = set(stack.kept), {stack.kept[i] for i in record.frozen.get(name, ())}
@@ -56,8 +45,7 @@ def strip(record: PrunedConfig) -> str:
             for i in range(stack.length)
         ]
         stay = stay or bool(frozen)
-        groups = " ".join("".join(marks[i : i + _PER_GROUP]) for i in range(0, len(marks), _PER_GROUP))
-        lines.append(f"{names[name].ljust(width)}  {groups}  {len(kept)} of {stack.length} stay")
+        lines.append(f"{names[name].ljust(width)}  {in_tens(marks)}  {len(kept)} of {stack.length} stay")
     legend = ["# kept", *(["* kept, and frozen in the last retraining"] if stay else [])]
     legend.append("1 to 9 removed, in which pruning (+: a later one)" if several else ". removed")
     return fenced("\n".join([*lines, "", ", ".join(legend)]), "text")
@@ -81,7 +69,7 @@ def repairs(record: PrunedConfig) -> list[str]:
             places = now.get(site["stack"], [])
             if any(index >= len(places) for index in [*site["removed"], site.get("kept") or 0]):
                 continue  # of another model than the record tells of
-            removed = _runs([places[index] for index in site["removed"]])
+            removed = spans([places[index] for index in site["removed"]])
             lines.append(f"{code(site['stack'])}{when}: {_repair(site, removed, places)}")
         gone = entry.get("removed") or {}
         now = {name: [block for block in places if block not in gone.get(name, ())] for name, places in now.items()}
@@ -96,34 +84,22 @@ def _repair(site: Mapping[str, object], removed: str, places: Sequence[int]) -> 
     return f"{removed} removed, block {places[site['kept']]} refitted{left}"  # type: ignore[index]
 
 
-def numbers_of_plan(plan: PruningPlan, record: PrunedConfig) -> dict[str, tuple[int, ...]]:
-    """What the original calls the blocks of the last plan, by stack: those that were left before it, if it is the
-    record's.
-    """
-    last = (record.iterations[-1].get("removed") or {}) if record.iterations else {}
-    numbers = {}
-    for name, stack in plan.stacks.items():
-        known = record.stacks.get(name)
-        before = range(len(stack)) if known is None else sorted({*known.kept, *last.get(name, ())})
-        numbers[name] = tuple(before)
-    return numbers
-
-
-def alt_text(plan: PruningPlan, numbers: Mapping[str, Sequence[int]]) -> str:
+def alt_text(content: CardContent) -> str:
     """What the heatmap shows, for those who do not see it."""
     parts = []
-    for name, stack in plan.stacks.items():
+    for name, stack in content.plan.stacks.items():
         values = [value for i, row in enumerate(stack.similarity) for j, value in enumerate(row) if i != j]
         span = f", similarities from {min(values):.2f} to {max(values):.2f}" if values else ""
-        removed = [numbers[name][index] for index in stack.removed]
-        gone = f"{'block' if len(removed) == 1 else 'blocks'} {_runs(removed)} removed" if removed else "none removed"
+        removed = [content.numbers[name][index] for index in stack.removed]
+        gone = f"{'block' if len(removed) == 1 else 'blocks'} {spans(removed)} removed" if removed else "none removed"
         parts.append(f"{md(name)}: {len(stack)} blocks{span}, {gone}")
     return f"Heatmap of the similarity of every two blocks. {'; '.join(parts)}."
 
 
-def similarity_tables(plan: PruningPlan, numbers: Mapping[str, Sequence[int]]) -> str:
+def similarity_tables(content: CardContent) -> str:
     """The similarities of the last pruning as numbers: whole matrices of short stacks, neighbours of long ones."""
-    return "\n\n".join(_similarity(name, stack, numbers[name]) for name, stack in plan.stacks.items() if len(stack) > 1)
+    stacks = content.plan.stacks.items()
+    return "\n\n".join(_similarity(name, stack, content.numbers[name]) for name, stack in stacks if len(stack) > 1)
 
 
 def _similarity(name: str, stack: StackPlan, numbers: Sequence[int]) -> str:

@@ -13,28 +13,28 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import ConfigError
 
-__all__ = ["checkpoint_files", "checkpoints_in", "outdated"]
+__all__ = ["REPORTS", "checkpoint_files", "checkpoints_in", "outdated"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_TEMPLATES = "additional_chat_templates"
+_SAFETENSORS = r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors"
+_TOKENIZER = (
+    r"tokenizer[\w.\-]*\.(json|model)|[\w\-]*\.(spm|tiktoken|model)|chat_template\.jinja"
+    r"|(vocab|added_tokens|special_tokens_map|normalizer|chat_template|merges)[\w.\-]*\.(json|txt|bpe|jinja)"
+)
+_REPORTS_OF_OLD = r"(pruning|sparsity)_report\.(json|md)|(pruning_plan|evaluations)\.json"
+REPORTS = re.compile(rf"{_REPORTS_OF_OLD}|report\.(json|md)|(similarity|quality)\.png")
 # by name: nothing that runs code when it is read (pickles), and nothing that lies beside a checkpoint by chance
 _CHECKPOINT = re.compile(
-    r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|([\w.\-]*_)?config\.json|preprocessor\w*\.json|tokenizer[\w.\-]*\.(json|model)"
-    r"|(vocab|added_tokens|special_tokens_map|normalizer|chat_template|merges)[\w.\-]*\.(json|txt|bpe|jinja)|[\w\-]*\.(spm|tiktoken|model)"
-    r"|chat_template\.jinja|README\.md|LICEN[CS]E[\w.\-]*|NOTICE[\w.\-]*|(pruning_|sparsity_)?report\.(json|md)|pruning_plan\.json|evaluations\.json"
-    r"|results\.(json|md)|scores\.md|(similarity|quality|heatmap)\.png"
+    rf"{_SAFETENSORS}|{_TOKENIZER}|{REPORTS.pattern}|([\w.\-]*_)?config\.json|preprocessor\w*\.json"
+    r"|README\.md|LICEN[CS]E[\w.\-]*|NOTICE[\w.\-]*|results\.(json|md)|scores\.md|heatmap\.png"
 )
-_TEMPLATES = "additional_chat_templates"
-_TOKENIZER = re.compile(
-    r"tokenizer[\w.\-]*\.(json|model)|(vocab|added_tokens|special_tokens_map|normalizer|chat_template|merges)[\w.\-]*\.(json|txt|bpe|jinja)"
-    rf"|[\w\-]*\.(spm|tiktoken|model)|chat_template\.jinja|{_TEMPLATES}/.+"
+# weights that a loader would take instead of the new ones, the Trainer's pickle of its arguments, and reports
+_OUTDATED = re.compile(
+    rf"{_SAFETENSORS}|pytorch_model(-\d{{5}}-of-\d{{5}})?\.bin|pytorch_model\.bin\.index\.json|tf_model\.h5"
+    rf"|flax_model\.msgpack|adapter_config\.json|adapter_model\.(safetensors|bin)|training_args\.bin|{_REPORTS_OF_OLD}"
 )
-# weights that a loader would take instead of the new ones, and the Trainer's pickle of its arguments
-_WEIGHTS_OF_OLD = re.compile(
-    r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors|pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"
-    r"|tf_model\.h5|flax_model\.msgpack|adapter_config\.json|adapter_model\.(safetensors|bin)|training_args\.bin"
-)
-_REPORTS_OF_OLD = re.compile(r"(pruning|sparsity)_report\.(json|md)|(pruning_plan|evaluations)\.json")
+_OUTDATED_TOKENIZER = re.compile(rf"{_TOKENIZER}|{_TEMPLATES}/.+")
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
@@ -51,29 +51,20 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         raise ConfigError(
             "This is a PEFT adapter, not a whole model. Merge it (model.merge_and_unload()) and publish the result."
         )
-    found = {
+    files = {
         path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _CHECKPOINT.fullmatch(path.name)
     }
-    found |= {f"{_TEMPLATES}/{path.name}": path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
-    for name, path in found.items():
+    files |= {f"{_TEMPLATES}/{path.name}": path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    for name, path in files.items():
         _refuse_foreign_link(folder, name, path)
-    _check_whole(found)
-    return found
+    _check_whole(files)
+    return files
 
 
 def outdated(there: Iterable[str], files: Mapping[str, Path]) -> list[str]:
     """The files of a repository that this checkpoint does not replace, and that must go with the one before it."""
-    tokenizer = "tokenizer_config.json" in files
-    return [
-        name
-        for name in there
-        if name not in files
-        and (
-            _WEIGHTS_OF_OLD.fullmatch(name)
-            or _REPORTS_OF_OLD.fullmatch(name)
-            or (tokenizer and _TOKENIZER.fullmatch(name))
-        )
-    ]
+    patterns = [_OUTDATED, _OUTDATED_TOKENIZER] if "tokenizer_config.json" in files else [_OUTDATED]
+    return [name for name in there if name not in files and any(pattern.fullmatch(name) for pattern in patterns)]
 
 
 def _refuse_foreign_link(folder: Path, name: str, path: Path) -> None:
@@ -87,16 +78,16 @@ def _refuse_foreign_link(folder: Path, name: str, path: Path) -> None:
         )
 
 
-def _check_whole(found: Mapping[str, Path]) -> None:
+def _check_whole(files: Mapping[str, Path]) -> None:
     how = "Save the model there by save_pretrained, trainer.save_model or deeparc_hf.save_pruned."
-    if "config.json" not in found:
+    if "config.json" not in files:
         raise ConfigError(f"This is no whole checkpoint: it has no config.json. {how}")
-    weights = [WEIGHTS] if WEIGHTS in found else _shards(found)
+    weights = [WEIGHTS] if WEIGHTS in files else _shards(files)
     if not weights:
         raise ConfigError(f"This is no whole checkpoint: it needs {WEIGHTS}, or {INDEX} with its shards. {how}")
     for name in weights:
         try:
-            with safe_open(found[name], "pt") as stored:
+            with safe_open(files[name], "pt") as stored:
                 stored.keys()
         except (SafetensorError, OSError, KeyError) as error:
             raise ConfigError(
@@ -104,11 +95,11 @@ def _check_whole(found: Mapping[str, Path]) -> None:
             ) from error
 
 
-def _shards(found: Mapping[str, Path]) -> list[str]:
-    if INDEX not in found:
+def _shards(files: Mapping[str, Path]) -> list[str]:
+    if INDEX not in files:
         return []
     try:
-        names = set(json.loads(found[INDEX].read_text("utf-8"))["weight_map"].values())
+        names = set(json.loads(files[INDEX].read_text("utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"This is no whole checkpoint: {INDEX} is damaged ({type(error).__name__}).") from error
     return sorted(map(str, names))

@@ -30,8 +30,8 @@ def marked(body: str) -> ModelCard:
 
 def made_by_us(text: str) -> bool:
     """Whether a card is one of `create_model_card`, and as it wrote it: nobody has edited it since."""
-    found = _MARK.search(text)
-    return found is not None and _digest(text[: found.start()]) == found.group(1)
+    mark = _MARK.search(text)
+    return mark is not None and _digest(text[: mark.start()]) == mark.group(1)
 
 
 def may_replace(file: Path) -> bool:
@@ -57,13 +57,13 @@ def _only_metadata(text: str) -> dict[str, Any] | None:
     """The metadata of a page that holds nothing else; None if it holds more, or what is no metadata."""
     if not text.strip():
         return {}
-    found = _METADATA.fullmatch(text)
-    if found is None or len(text) > _LONGEST:
+    page = _METADATA.fullmatch(text)
+    if page is None or len(text) > _LONGEST:
         return None
-    if not found.group(1).strip():
+    if not page.group(1).strip():
         return {}
     try:
-        data = ModelCard(f"---\n{found.group(1)}\n---\n").data.to_dict()
+        data = ModelCard(f"---\n{page.group(1)}\n---\n").data.to_dict()
     except Exception:  # whatever a YAML parser makes of it: it is left alone then
         return None
     return data if data and all(isinstance(key, str) for key in data) else None

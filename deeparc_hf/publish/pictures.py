@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import MissingDependencyError
-from ..reports.attempts import Evaluation, bare
-from .facts import CardFacts
+from ..reports.attempts import Figure, bare
+from .content import CardContent
 from .overview import headline
 
 __all__ = ["Point", "Series", "quality_alt", "quality_series", "save_quality"]
@@ -16,65 +16,46 @@ __all__ = ["Point", "Series", "quality_alt", "quality_series", "save_quality"]
 _COLOURS = ("#1f6feb", "#bf3989", "#1a7f37")
 
 
-@dataclass(frozen=True)
-class Point:
-    """One model: its size, its figure with the interval, and what to call it."""
+class Point(NamedTuple):
+    """One model: what to call it, its number of parameters, and what was measured."""
 
     name: str
     parameters: int
-    value: float
-    interval: tuple[float, float] | None = None
+    figure: Figure
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """Models that were measured on the same data."""
 
     data: str
-    points: tuple[Point, ...]
+    points: list[Point]
 
 
-def quality_series(facts: CardFacts) -> tuple[str, list[Series]]:
-    """Name of the main metric, and the models that were measured by it: within a series on the same data,
-    two at least.
+def quality_series(content: CardContent) -> tuple[str, list[Series]]:
+    """Name of the main metric, and the models that were measured by it: within a series on the same data, two at
+    least.
     """
-    shown = headline(facts)
-    if shown is None or not facts.removed:
+    shown = headline(content)
+    if shown is None or not content.removed:
         return "", []
     name = bare(shown.key)
-    found = []
-    inside = [
-        point
-        for attempt in facts.attempts
-        if (point := _inside(attempt.name, attempt.parameters, attempt.evaluations, name))
-    ]
-    found.append(Series("validation data, in the training", tuple(inside)))
-    before, now = facts.parameters
+    key, inside = f"eval_{name}", []
+    for attempt in content.attempts:
+        figures = [e.figure(key) for _, e in attempt.evaluations if key in e.metrics and not e.sparse]
+        if figures and attempt.parameters is not None:
+            inside.append(Point(attempt.name, attempt.parameters, figures[-1]))
+    series = [Series("validation data, in the training", inside)]
+    before, now = content.parameters
     if shown.evaluation.before and shown.before is not None and before and now:  # of the original
-        original, this = (
-            Point("original", before, *shown.before),
-            Point("this model", now, *_figure(shown.evaluation, shown.key)),
-        )
-        split = shown.evaluation.split_of(shown.key)
-        found.append(Series(f"{split or 'evaluation'} data, at the end", (original, this)))
-    return name, [series for series in found if len({point.parameters for point in series.points}) > 1]
-
-
-def _inside(
-    name: str, parameters: int | None, evaluations: Sequence[tuple[float, Evaluation]], metric: str
-) -> Point | None:
-    last = next((e for _, e in reversed(evaluations) if f"eval_{metric}" in e.metrics and not e.sparse), None)
-    return None if last is None or parameters is None else Point(name, parameters, *_figure(last, f"eval_{metric}"))
-
-
-def _figure(evaluation: Evaluation, key: str) -> tuple[float, tuple[float, float] | None]:
-    return evaluation.metrics[key], evaluation.interval_of(key)
+        ends = [Point("original", before, shown.before), Point("this model", now, shown.figure)]
+        series.append(Series(f"{shown.evaluation.split_of(shown.key) or 'evaluation'} data, at the end", ends))
+    return name, [one for one in series if len({point.parameters for point in one.points}) > 1]
 
 
 def quality_alt(metric: str, series: Sequence[Series]) -> str:
     """What the picture shows, for those who do not see it."""
     parts = [
-        f"{one.data}: " + ", ".join(f"{p.name} {p.value:.4f} at {p.parameters:,} parameters" for p in one.points)
+        f"{one.data}: " + ", ".join(f"{p.name} {p.figure.value:.4f} at {p.parameters:,} parameters" for p in one.points)
         for one in series
     ]
     return f"{metric} against number of parameters. {'; '.join(parts)}."
@@ -98,20 +79,16 @@ def save_quality(metric: str, series: Sequence[Series], path: Path) -> None:
     axis = figure.subplots()
     for one, colour, dash, above in zip(series, _COLOURS, ("--", "-", ":"), (False, True, True), strict=False):
         points = sorted(one.points, key=lambda point: -point.parameters)
-        sizes, values = [point.parameters / 1e6 for point in points], [point.value for point in points]
-        low, high = zip(*[point.interval or (point.value, point.value) for point in points], strict=True)
-        errors = [
-            [v - lo for v, lo in zip(values, low, strict=True)],
-            [hi - v for v, hi in zip(values, high, strict=True)],
-        ]
-        errors = [[max(0.0, error) for error in side] for side in errors]
-        axis.errorbar(
-            sizes, values, yerr=errors, fmt=f"o{dash}", color=colour, capsize=4, label=_plain(one.data), linewidth=1.2
-        )
+        sizes, values = [point.parameters / 1e6 for point in points], [point.figure.value for point in points]
+        bounds = [point.figure.interval or (point.figure.value,) * 2 for point in points]
+        below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
+        above_it = [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]
+        look = {"fmt": f"o{dash}", "color": colour, "capsize": 4, "linewidth": 1.2}
+        axis.errorbar(sizes, values, yerr=[below, above_it], label=_plain(one.data), **look)
         for point, size in zip(points, sizes, strict=True):
             label, offset = _plain(point.name), (6, 7 if above else -13)
             axis.annotate(
-                label, (size, point.value), xytext=offset, textcoords="offset points", fontsize=8, color=colour
+                label, (size, point.figure.value), xytext=offset, textcoords="offset points", fontsize=8, color=colour
             )
     axis.invert_xaxis()
     axis.margins(x=0.18, y=0.15)

@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from torch import nn
 
 from ..checkpoint.loading import save_pruned
 from ..core.distributed import process_index
 from ..core.hub_help import hub_help, upload_help
 from ..errors import ConfigError, DeepArcWarning
-from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, check_told, make_card, told_keys
-from .files import checkpoint_files, outdated
+from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, make_card
+from .files import REPORTS, checkpoint_files, outdated
 from .merging import bare_metadata, kept_message, may_replace, merged
+from .source import Source
+from .told import Told
 
 __all__ = ["push_to_hub"]
 
-_REPORT = re.compile(
-    r"((pruning|sparsity)_)?report\.(json|md)|pruning_plan\.json|evaluations\.json|(similarity|quality)\.png"
-)
-
-# what is told for the card, as create_model_card takes it
-_CARD_SETTINGS = {
-    *("model_name", "language", "license", "license_name", "license_link", "tags", "finetuned_from"),
-    *("tasks", "dataset_tags", "dataset", "dataset_args", "command"),
-}
 _TRIES = 5  # where others commit at the same time
 _CONFLICT = 412
 
@@ -104,112 +96,95 @@ def push_to_hub(
             report is malformed. huggingface_hub's own errors, with a line of help, if the Hub refuses or the upload
             breaks off.
     """
-    told = {name: value for name, value in locals().items() if name in _CARD_SETTINGS}  # as they are named above
-    check_told(**{key: told[key] for key in ("license", "language", "tags", "tasks")})
-    args = (
-        None if isinstance(trainer_or_model, (str, os.PathLike, nn.Module)) else getattr(trainer_or_model, "args", None)
-    )
-    if args is not None:
+    told = Told.among(locals())
+    source = Source.of(trainer_or_model)
+    if (args := source.args) is not None:
         repo_id = repo_id or args.hub_model_id or Path(args.output_dir).resolve().name
         private = args.hub_private_repo if private is None else private
         revision, token = revision or args.hub_revision, args.hub_token if token is None else token
-    elif repo_id is None:
-        if isinstance(trainer_or_model, nn.Module):
-            raise ConfigError("Say where the model goes: push_to_hub(model, 'ORG/NAME').")
-        repo_id = Path(trainer_or_model).resolve().name
+    elif source.folder is not None:
+        repo_id = repo_id or source.folder.resolve().name
+    if repo_id is None:
+        raise ConfigError("Say where the model goes: push_to_hub(model, 'ORG/NAME').")
     with tempfile.TemporaryDirectory(prefix="deeparc_hf-") as scratch:
         stage = Path(scratch)
-        saved = _saved(trainer_or_model, stage, processing_class)
-        if process_index() != 0 or (args is not None and args.process_index != 0):
+        saved = _saved(source, stage, processing_class)
+        if process_index() != 0 or not source.writes:
             return None
         # what is wrong with the checkpoint or its card is said before anything is made on the Hub
         files = checkpoint_files(saved)
-        settings = {
-            "processing_class": processing_class,
-            "reports": reports,
-            "revision": revision,
-            "overwrite": overwrite,
-            **told,
-        }
+        settings = {"told": told, "processing_class": processing_class, "reports": reports, "revision": revision}
+        make = partial(_with_card, trainer_or_model, source, stage, files, card, overwrite=overwrite, **settings)
         with hub_help(repo_id):
             api = HfApi(token=token)
             if create_pr and "/" not in repo_id:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
-            files = _with_card(trainer_or_model, stage, files, card, repo_id, settings)
+            files = make(repo_id)
             whole = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if whole != repo_id and card is None:  # the code in the card names the repository
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", DeepArcWarning)  # they were given above
-                    files = _with_card(trainer_or_model, stage, files, card, whole, settings)
+                    files = make(whole)
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(whole, branch=revision, exist_ok=True)
-            message = commit_message or f"Upload {_what(trainer_or_model)} with deeparc_hf"
-            keep = None if overwrite or card is not None else told_keys(told)
+            what = "model" if source.model is None else type(source.model).__name__
+            message = commit_message or f"Upload {what} with deeparc_hf"
+            keep = None if overwrite or card is not None else told.keys
             return _commit(api, whole, files, revision, create_pr, message, keep)
 
 
-def _what(source: Any) -> str:
-    model = source if isinstance(source, nn.Module) else getattr(source, "model", None)
-    return "model" if model is None else type(model).__name__
-
-
-def _saved(source: Any, stage: Path, processing_class: Any) -> Path:
+def _saved(source: Source, stage: Path, processing_class: Any) -> Path:
     """The folder with the checkpoint's files; a live model is saved into the stage."""
-    if isinstance(source, (str, os.PathLike)):
-        folder = Path(source)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"There is no folder {folder}. Give a checkpoint's folder, a model or a Trainer.")
-        return folder
-    if isinstance(source, nn.Module):
-        save_pruned(source, stage)
-    elif hasattr(source, "save_model"):
+    if source.folder is not None:
+        return source.folder
+    trainer = source.trainer
+    if trainer is not None:
         # in all processes; with the private argument, where a subclass has it, it does not push by itself
-        takes = inspect.signature(source.save_model).parameters
+        takes = inspect.signature(trainer.save_model).parameters
         private = "_internal_call" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        source.save_model(str(stage), **({"_internal_call": True} if private else {}))
-        if source.args.should_save and not (stage / "config.json").is_file():
-            save_pruned(
-                source.accelerator.unwrap_model(source.model), stage
-            )  # a bare timm model, whose config the Trainer does not save
-    else:
-        raise ConfigError(
-            f"What is published is a Trainer, a model or a checkpoint's folder, found a {type(source).__name__}."
-        )
+        trainer.save_model(str(stage), **({"_internal_call": True} if private else {}))
+    # the Trainer does not save the config of a bare timm model
+    if trainer is None or (source.args.should_save and not (stage / "config.json").is_file()):
+        save_pruned(source.model, stage)  # type: ignore[arg-type]
     if processing_class is not None:
         processing_class.save_pretrained(stage)
     return stage
 
 
 def _with_card(
-    source: Any,
+    trainer_or_model: Any,
+    source: Source,
     stage: Path,
     files: Mapping[str, Path],
     card: ModelCard | None,
     repo_id: str,
-    settings: Mapping[str, Any],
+    *,
+    reports: str | os.PathLike[str] | None,
+    overwrite: bool,
+    **settings: Any,
 ) -> dict[str, Path]:
-    """The files with the card, its picture, and the reports that are of this model; those of another are left out."""
-    folder = Path(source) if isinstance(source, (str, os.PathLike)) else settings["reports"]
-    folder = folder or getattr(getattr(source, "args", None), "output_dir", None)
-    files = {name: path for name, path in files.items() if not _REPORT.fullmatch(name)}
+    """The files with the card, its pictures, and the reports that are of this model; those of another are left out.
+
+    Args:
+        settings: as in `make_card`.
+    """
+    folder = source.folder or (source.output if reports is None else Path(reports))
+    files = {name: path for name, path in files.items() if not REPORTS.fullmatch(name)}
     target = stage / CARD_FILE
     target.unlink(missing_ok=True)
-    written = None if folder is None else Path(folder, CARD_FILE)
+    written = None if folder is None else folder / CARD_FILE
     if written is not None and written.is_file() and bare_metadata(written):
         shutil.copy(written, target)  # its metadata is taken over
-    _, facts = make_card(source, target, repo_id=repo_id, **settings)
+    content = make_card(trainer_or_model, target, repo_id=repo_id, reports=reports, overwrite=overwrite, **settings)[1]
     if card is not None:
         target.write_text(str(card), "utf-8")
-    elif written is not None and not settings["overwrite"] and not may_replace(written):
-        warnings.warn(
-            kept_message(written, "push_to_hub(..., overwrite=True) (--overwrite)"), DeepArcWarning, stacklevel=3
-        )
+    elif written is not None and not overwrite and not may_replace(written):
+        how = "push_to_hub(..., overwrite=True) (--overwrite)"
+        warnings.warn(kept_message(written, how), DeepArcWarning, stacklevel=3)
         shutil.copy(written, target)
-    found = {name: stage / name for name in (CARD_FILE, PICTURE_FILE, QUALITY_FILE) if (stage / name).is_file()}
-    told = (
-        {} if folder is None else {name: Path(folder, name) for name in facts.reports if Path(folder, name).is_file()}
-    )
-    return {**files, **told, **found}
+    made = {name: stage / name for name in (CARD_FILE, PICTURE_FILE, QUALITY_FILE)}
+    told_by = {} if folder is None else {name: folder / name for name in content.reports}
+    return {**files, **{name: path for name, path in {**told_by, **made}.items() if path.is_file()}}
 
 
 def _commit(

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from ..core.markdown import code, md, table
 from ..core.tables import threshold_text
-from ..reports.attempts import Attempt, Evaluation, bare
-from ..reports.run_report import STAGES
+from ..reports.attempts import Attempt, Evaluation, Figure, bare
+from ..reports.run_report import STAGES, loss_text, share_text
 from ..sparsity.report import sparsity_table
-from .facts import CardFacts
-from .metadata import Given
+from .content import CardContent
 
 __all__ = [
-    "against_original",
     "data_text",
     "epochs_table",
     "evaluation_table",
+    "figure_text",
     "iteration_rows",
     "iterations_table",
     "main_metric",
@@ -27,31 +25,30 @@ __all__ = [
     "sparsity_section",
     "steps_data",
     "steps_table",
-    "with_interval",
 ]
 
 _EPOCHS, _FIRST = 6, 4  # columns at most; of longer runs the first ones, and the last value
 
 
-def main_metric(facts: CardFacts) -> str:
+def main_metric(content: CardContent) -> str:
     """The metric of the run's gate, else an accuracy, else the first one that is no loss, else the loss."""
-    asked = bare(facts.summary.get("metric") or "")
+    asked = bare(content.run.get("metric") or "")
     if asked:
         return asked
-    inside = [e.metrics for a in facts.attempts for _, e in a.evaluations]
-    evaluations = inside or [e.metrics for e in facts.final]  # the table is of those in the training
+    inside = [e.metrics for a in content.attempts for _, e in a.evaluations]
+    evaluations = inside or [e.metrics for e in content.final]  # the table is of those in the training
     names = list(dict.fromkeys(bare(key) for metrics in evaluations for key in metrics))
     return next(
         (n for n in names if n.endswith("accuracy")), next((n for n in names if not n.endswith("loss")), "loss")
     )
 
 
-def iterations_table(facts: CardFacts) -> str | None:
+def iterations_table(content: CardContent) -> str | None:
     """A row for the model before, and for each pruning that was tried: what it left, and what it cost. Seven columns at
     most.
     """
-    metric = main_metric(facts)
-    attempts = iteration_rows(facts)
+    metric = main_metric(content)
+    attempts = iteration_rows(content)
     if not attempts:
         return None
     last = [next(reversed(_by_epoch(attempt, metric).values()), None) for attempt in attempts]
@@ -59,48 +56,45 @@ def iterations_table(facts: CardFacts) -> str | None:
     verdicts = any(attempt.decision for attempt in attempts)
     if len(attempts) == 1 and not measured and not verdicts:
         return None  # all that it would say stands above
-    timed = any(attempt.training_seconds for attempt in attempts)
-    compared = measured and any(a.k is None and value is not None for a, value in zip(attempts, last, strict=True))
-    titles = [
-        *([md(metric)] if measured else []),
-        *(["change"] if compared else []),
-        *(["training (s)"] if timed else []),
-    ]
-    header = ["model", "blocks", "parameters", *titles]
-    header += ["verdict"] if verdicts else []
-    rows: list[list[str]] = []
-    first = None  # the last value before any pruning
+    first, changes = None, []  # the last value before any pruning; the rows' changes from there
     for attempt, value in zip(attempts, last, strict=True):
         first = value if first is None and attempt.k is None else first
-        change = "-" if None in (first, value) or attempt.k is None else f"{value - first:+.4f}"  # type: ignore[operator]
-        rows.append(
-            [
-                md(attempt.name),
-                " + ".join(map(str, attempt.blocks.values())) or "-",
-                "-" if attempt.parameters is None else f"{attempt.parameters:,}",
-                *([_number(value)] if measured else []),
-                *([change] if compared else []),
-                *(["-" if not attempt.training_seconds else f"{attempt.training_seconds:,.1f}"] if timed else []),
-                *([md(attempt.decision or "-")] if verdicts else []),
-            ]
-        )
-    return table(header, rows, left=(0, len(header) - 1) if verdicts else (0,))
-
-
-def iteration_rows(facts: CardFacts) -> list[Attempt]:
-    """The rows of the table of iterations. Of several trainings, those in which something was measured or removed."""
-    one = not facts.continued
-    return [
-        row for attempt in facts.attempts for row in _by_weights(attempt) if one or row.k is not None or row.evaluations
+        unknown = first is None or value is None or attempt.k is None
+        changes.append(None if unknown else value - first)
+    seconds = [attempt.training_seconds or None for attempt in attempts]
+    columns: list[tuple[str, list[str]]] = [
+        ("model", [md(attempt.name) for attempt in attempts]),
+        ("blocks", [" + ".join(map(str, attempt.blocks.values())) or "-" for attempt in attempts]),
+        ("parameters", [_or_dash(attempt.parameters, ",") for attempt in attempts]),
     ]
+    if measured:
+        columns.append((md(metric), list(map(_number, last))))
+    if first is not None:
+        columns.append(("change", [_or_dash(change, "+.4f") for change in changes]))
+    if any(seconds):
+        columns.append(("training (s)", [_or_dash(value, ",.1f") for value in seconds]))
+    if verdicts:
+        columns.append(("verdict", [md(attempt.decision or "-") for attempt in attempts]))
+    titles, cells = zip(*columns, strict=True)
+    return table(titles, zip(*cells, strict=True), left=(0, len(columns) - 1) if verdicts else (0,))
 
 
-def epochs_table(facts: CardFacts) -> str | None:
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def iteration_rows(content: CardContent) -> list[Attempt]:
+    """The rows of the table of iterations. Of several trainings, those in which something was measured or removed."""
+    rows = [row for attempt in content.attempts for row in _by_weights(attempt)]
+    return [row for row in rows if not content.continued or row.k is not None or row.evaluations]
+
+
+def epochs_table(content: CardContent) -> str | None:
     """The main metric after each epoch of a training; of long trainings after the first ones, and the last."""
-    metric, attempts = main_metric(facts), iteration_rows(facts)
+    metric, attempts = main_metric(content), iteration_rows(content)
     by_epoch = [_by_epoch(attempt, metric) for attempt in attempts]
     epochs = sorted({epoch for values in by_epoch for epoch in values})
-    if not facts.from_run or facts.continued or len(epochs) < 2:
+    if not content.from_run or content.continued or len(epochs) < 2:
         return None
     long = len(epochs) > _EPOCHS
     epochs = epochs[:_FIRST] if long else epochs
@@ -112,19 +106,13 @@ def epochs_table(facts: CardFacts) -> str | None:
     return f"{md(metric)} after each epoch, counted from each pruning on:\n\n{table(header, rows)}"
 
 
-def settings_table(facts: CardFacts) -> str | None:
+def settings_table(content: CardContent) -> str | None:
     """Stride, threshold, frozen blocks and time of an evaluation, for each row of the table of iterations."""
-    attempts = iteration_rows(facts)
     rows = []
-    for attempt in attempts:
+    for attempt in iteration_rows(content):
         seconds = next((e.seconds for _, e in reversed(attempt.evaluations) if e.seconds is not None), None)
         thresholds = " ".join(map(threshold_text, attempt.thresholds)) or "-"
-        cells = [
-            "-" if attempt.k is None else str(attempt.k),
-            thresholds,
-            str(attempt.frozen),
-            "-" if seconds is None else f"{seconds:,.2f}",
-        ]
+        cells = [_or_dash(attempt.k, "d"), thresholds, str(attempt.frozen), _or_dash(seconds, ",.2f")]
         rows.append([md(attempt.name), *cells])
     header = ["model", "k", "threshold", "frozen blocks", "evaluation (s)"]
     return table(header, rows) if any(set(row[1:]) - {"-", "0"} for row in rows) else None
@@ -149,130 +137,84 @@ def _by_weights(attempt: Attempt) -> list[Attempt]:
 
 def _by_epoch(attempt: Attempt, metric: str) -> dict[int, float]:
     """The last value within each epoch, counted from the attempt's beginning."""
-    found = {}
+    by_epoch = {}
     for epoch, evaluation in attempt.evaluations:
         value = evaluation.metrics.get(f"eval_{metric}", evaluation.metrics.get(metric))
         if value is not None:
-            found[max(0, math.ceil(epoch - attempt.epoch - 1e-6))] = value
-    return found
+            by_epoch[max(0, math.ceil(epoch - attempt.epoch - 1e-6))] = value
+    return by_epoch
 
 
-def steps_table(facts: CardFacts) -> tuple[str | None, str | None]:
+def steps_table(content: CardContent) -> tuple[str | None, str | None]:
     """What each step of each pruning did: the share of right answers, where answers are classes; and the loss."""
-    rows = [attempt for attempt in facts.attempts if attempt.k is not None and attempt.stages]
-    if not rows:
-        return None, None
-    right = any(found["accuracy"] is not None for attempt in rows for found in attempt.stages.values())
-    steps = [stage for stage in STAGES if any(stage in attempt.stages for attempt in rows)]
+    attempts = [attempt for attempt in content.attempts if attempt.k is not None and attempt.stages]
+    steps = [stage for stage in STAGES if any(stage in attempt.stages for attempt in attempts)]
     header = ["model", *(STAGES[stage] for stage in steps)]
-    shares = (
-        table(header, [[md(a.name), *(_share(a.stages.get(stage)) for stage in steps)] for a in rows])
-        if right
-        else None
+    right = any(quality["accuracy"] is not None for attempt in attempts for quality in attempt.stages.values())
+    shares, losses = (
+        table(header, [[md(a.name), *(cell(a.stages.get(stage)) for stage in steps)] for a in attempts])
+        for cell in (share_text, loss_text)
     )
-    return shares, table(header, [[md(a.name), *(_loss(a.stages.get(stage)) for stage in steps)] for a in rows])
+    return shares if right else None, losses if attempts else None
 
 
-def steps_data(facts: CardFacts) -> str:
+def steps_data(content: CardContent) -> str:
     """What the steps were measured on: the same samples within a row."""
-    found = {
-        (a.stages[stage]["samples"], a.stages[stage]["data"])
-        for a in facts.attempts
-        if a.k is not None
-        for stage in a.stages
-    }
-    return "; ".join(f"{samples:,} samples of {data}" for samples, data in sorted(found))
+    pruned = [attempt for attempt in content.attempts if attempt.k is not None]
+    measured = {(quality["samples"], quality["data"]) for attempt in pruned for quality in attempt.stages.values()}
+    return "; ".join(f"{samples:,} samples of {data}" for samples, data in sorted(measured))
 
 
-def _share(found: Mapping[str, Any] | None) -> str:
-    if found is None or found["accuracy"] is None:
-        return "-"
-    low, high = (100 * bound for bound in found["accuracy_interval"])
-    return f"{100 * found['accuracy']:.1f} % ({low:.1f} .. {high:.1f})"
-
-
-def _loss(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    return f"{found['loss']:.4f}" + (
-        "" if found["loss_interval"] is None else " ({:.4f} .. {:.4f})".format(*found["loss_interval"])
-    )
-
-
-def against_original(facts: CardFacts) -> bool:
-    """Whether figures "before" are of the original, and not of a model that had lost blocks already."""
-    began = {evaluation.before_blocks for evaluation in facts.final if evaluation.before} - {None}
-    return not facts.removed or began <= {facts.blocks[0]}
-
-
-def evaluation_table(facts: CardFacts, given: Given) -> str | None:
+def evaluation_table(content: CardContent) -> str | None:
     """Every metric of the model as it is, and of the original where it is known."""
+    compared = any(evaluation.before for evaluation in content.final)
     rows = []
-    compared = any(evaluation.before for evaluation in facts.final)
-    for evaluation in facts.final:
-        n = evaluation.data.get("rows")
-        for key, value in evaluation.metrics.items():
-            original = [with_interval(evaluation.before.get(key), evaluation.interval_before(key))] if compared else []
-            data = data_text(facts, given, evaluation, key)
-            rows.append(
-                [
-                    md(bare(key)),
-                    *original,
-                    with_interval(value, evaluation.interval_of(key)),
-                    f"{n:,}" if n else "-",
-                    data,
-                ]
-            )
-    before = "original" if against_original(facts) else "before"
+    for evaluation in content.final:
+        n = _or_dash(evaluation.data.get("rows") or None, ",")
+        for key in evaluation.metrics:
+            original = [figure_text(evaluation.figure_before(key))] if compared else []
+            data = data_text(content, evaluation, key)
+            rows.append([md(bare(key)), *original, figure_text(evaluation.figure(key)), n, data])
+    before = "original" if content.against_original else "before"
     header = ["metric", *([before] if compared else []), "this model", "n", "data"]
     return table(header, rows, left=(0, len(header) - 1)) if rows else None
 
 
-def with_interval(value: float | None, bounds: tuple[float, float] | None) -> str:
+def figure_text(figure: Figure | None) -> str:
     """A figure with its interval."""
-    return _number(value) + (
-        "" if bounds is None or value is None else f" ({_number(bounds[0])} .. {_number(bounds[1])})"
-    )
+    if figure is None or figure.interval is None:
+        return _number(None if figure is None else figure.value)
+    low, high = map(_number, figure.interval)
+    return f"{_number(figure.value)} ({low} .. {high})"
 
 
-def data_text(facts: CardFacts, given: Given, evaluation: Evaluation, key: str) -> str:
+def data_text(content: CardContent, evaluation: Evaluation, key: str) -> str:
     """The data of a figure in a few words: its name, its configuration, its split."""
-    parts = given.words_of(facts, evaluation.data) or ["data not named"]
+    parts = content.words_of(evaluation.data) or ["data not named"]
     split = evaluation.split_of(key)
     return ", ".join([*parts, md(split) if split else "split not noted"])
 
 
 def _number(value: float | None) -> str:
     """A figure in as many digits as one reads."""
-    if value is None:
-        return "-"
-    size = abs(value)
-    return (
-        f"{value:.4g}"
-        if size >= 1e6
-        else f"{value:,.4f}"
-        if size < 10
-        else f"{value:,.2f}"
-        if size < 1000
-        else f"{value:,.1f}"
-    )
+    size = abs(value or 0)
+    form = ",.4f" if size < 10 else ",.2f" if size < 1000 else ",.1f" if size < 1e6 else ".4g"
+    return _or_dash(value, form)
 
 
-def sparsity_section(facts: CardFacts) -> str | None:
+def sparsity_section(content: CardContent) -> str | None:
     """What was zeroed, as asked for and as measured; None where nothing was."""
-    if facts.zeros is None:
+    if content.zeros is None:
         return None
-    zeros, size, matrices = facts.zeros
+    zeros, size, matrices = content.zeros
     parts = [f"{100 * zeros / max(1, size):.2f} % of the {size:,} weights of {matrices} matrices are zero."]
-    if facts.sparsity is not None:
-        c = facts.sparsity.config
+    if content.sparsity is not None:
+        c, samples = content.sparsity.config, content.sparsity.samples
         what = f"the {md(c.pattern)} pattern" if c.pattern else f"{100 * c.sparsity:g} % of each output row"
         how = "block by block" if c.sequential else "in one pass of the dense model"
-        data = (
-            f"inputs measured {how} on {facts.sparsity.samples:,} samples" if facts.sparsity.samples else "without data"
-        )
+        data = f"inputs measured {how} on {samples:,} samples" if samples else "without data"
         parts[0] += f" Asked for: {md(c.method)}, {what}, {data}."
-        parts.append(sparsity_table([_shown(m) for m in facts.sparsity.matrices.values()]))
+        parts.append(sparsity_table([_shown(m) for m in content.sparsity.matrices.values()]))
     parts.append("The zeros are stored like any other number: the checkpoint is neither smaller nor faster by them.")
     return "\n\n".join(parts)
 

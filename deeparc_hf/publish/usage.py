@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 
-from .facts import CardFacts
+from .content import CardContent
 
 __all__ = ["pipeline_tag", "task_of", "usage"]
 
@@ -47,11 +47,11 @@ _PIPELINES = {  # with a pipeline in transformers 5, and what to give it
 _NEEDS = {"image-classification": "image processor"}
 
 
-def task_of(facts: CardFacts) -> tuple[str | None, str]:
+def task_of(content: CardContent) -> tuple[str | None, str]:
     """Task and auto class of a model."""
-    if facts.library == "timm":
-        return "image-feature-extraction" if facts.headless else "image-classification", ""
-    return _classes().get(facts.architecture or "", (None, "AutoModel"))
+    if content.library == "timm":
+        return "image-feature-extraction" if content.headless else "image-classification", ""
+    return _classes().get(content.architecture or "", (None, "AutoModel"))
 
 
 @lru_cache(maxsize=1)
@@ -59,34 +59,34 @@ def _classes() -> dict[str, tuple[str, str]]:
     """Task and auto class by the name of a model's class."""
     from transformers.models.auto import modeling_auto
 
-    found: dict[str, tuple[str, str]] = {}
+    tasks: dict[str, tuple[str, str]] = {}
     for task, auto_class, name in _TABLES:
         for classes in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES").values():
             for each in (classes,) if isinstance(classes, str) else classes:
-                found.setdefault(each, (task, auto_class))
-    return found
+                tasks.setdefault(each, (task, auto_class))
+    return tasks
 
 
-def pipeline_tag(facts: CardFacts) -> str | None:
+def pipeline_tag(content: CardContent) -> str | None:
     """The task, where it is one of the Hub's."""
-    task = task_of(facts)[0]
+    task = task_of(content)[0]
     return task if task in _ON_THE_HUB else None
 
 
-def usage(facts: CardFacts, repo_id: str, revision: str | None = None) -> str:
+def usage(content: CardContent, repo_id: str, revision: str | None = None) -> str:
     """Code that loads the checkpoint by stock libraries and runs it."""
-    task, auto_class = task_of(facts)
+    task, auto_class = task_of(content)
     at = f"hf-hub:{repo_id}@{revision}" if revision else f"hf-hub:{repo_id}"
     name = json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else "")
-    if facts.library == "timm":
+    if content.library == "timm":
         return (
             "import timm\nimport torch\n\n"
             f"model = timm.create_model({json.dumps(at)}, pretrained=True).eval()\n"
             "with torch.no_grad():\n"
             f"    print(model(torch.randn(1, "
-            f"*model.pretrained_cfg['input_size'])){'.shape' if facts.headless else '.argmax(-1)'})"
+            f"*model.pretrained_cfg['input_size'])){'.shape' if content.headless else '.argmax(-1)'})"
         )
-    fits = facts.processor == _NEEDS.get(task or "", "tokenizer")
+    fits = content.processor == _NEEDS.get(task or "", "tokenizer")
     if task in _PIPELINES and fits:
         return f'from transformers import pipeline\n\nmodel = pipeline("{task}", {name})\n{_PIPELINES[task]}'
     if task == "text2text-generation" and fits:
@@ -98,7 +98,7 @@ def usage(facts: CardFacts, repo_id: str, revision: str | None = None) -> str:
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))"
         )
     lines = [f"from transformers import {auto_class}", "", f"model = {auto_class}.from_pretrained({name})"]
-    if facts.processor == "tokenizer":
+    if content.processor == "tokenizer":
         lines[0] += ", AutoTokenizer"
         lines.insert(2, f"tokenizer = AutoTokenizer.from_pretrained({name})")
     return "\n".join([*lines, "print(model.config)"])

@@ -4,11 +4,10 @@ there.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 
-from ..core.plain_text import quoted
+from ..core.plain_text import did_you_mean, quoted
 from ..errors import ConfigError
 
 __all__ = ["ERRORS", "LICENSES", "METRICS", "check_language", "check_license", "check_tags", "check_task"]
@@ -67,12 +66,10 @@ def check_license(license: str | None) -> None:
     """
     if license is None or license in LICENSES:
         return
-    near = difflib.get_close_matches(license.lower(), sorted(LICENSES), n=1, cutoff=0.6)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(
-        f"The Hub knows no licence {quoted(license)}.{hint} Give its id (apache-2.0, mit, cc-by-4.0, ...; they are "
-        f"listed at https://huggingface.co/docs/hub/repositories-licenses), or 'other' with license_name and "
-        f"license_link."
+        f"The Hub knows no licence {quoted(license)}.{did_you_mean(license.lower(), LICENSES)} Give its id "
+        f"(apache-2.0, mit, cc-by-4.0, ...; they are listed at https://huggingface.co/docs/hub/repositories-licenses), "
+        f"or 'other' with license_name and license_link."
     )
 
 
@@ -84,10 +81,8 @@ def check_task(tasks: Iterable[str]) -> None:
     """
     for task in tasks:
         if task not in TASKS:
-            near = difflib.get_close_matches(task, sorted(TASKS), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"The Hub knows no task {quoted(task)}.{hint} They are listed at https://huggingface.co/tasks."
+                f"The Hub knows no task {quoted(task)}.{did_you_mean(task, TASKS)} They are listed at https://huggingface.co/tasks."
             )
 
 

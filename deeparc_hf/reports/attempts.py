@@ -1,150 +1,83 @@
-"""Reading the reports that lie beside a checkpoint. A downloaded checkpoint is hostile input: everything is checked,
-sizes are bounded.
+"""Reading the reports that lie beside a checkpoint: their evaluations, and the prunings that were tried. A downloaded
+checkpoint is hostile input: everything is checked, sizes are bounded, and texts are made plain.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..core.checks import Entry, is_number
 from ..core.markdown import md
-from ..core.plain_text import allowed, plain, quoted
+from ..core.plain_text import plain
 from ..core.statistics import wilson_interval
-from ..errors import RecordError
 from .provenance import TIMES, VALIDATION
 from .run_report import STAGES
 
-__all__ = [
-    "Attempt",
-    "Evaluation",
-    "bare",
-    "facts_in",
-    "number",
-    "read_json",
-    "stages_in",
-    "texts_in",
-    "whole",
-    "wrong_in",
-]
+__all__ = ["Attempt", "Evaluation", "Figure", "bare", "dataset_in", "texts_in"]
 
-USES = (VALIDATION,)
-MOST = 256  # attempts, metrics
-MOST_EVALUATIONS = 2**20
-MOST_BLOCKS = 4096
-_MAX_FILE = 16 * 2**20
+_MOST_EVALUATIONS = 2**20
+_MOST_METRICS = 4096
 
 
-def wrong_in(file: str, error: Exception) -> RecordError:
-    """The error for a file that is not what this package writes."""
-    return RecordError(
-        f"{file} is not what deeparc_hf writes there ({type(error).__name__}: {plain(error, 120)}). Delete the file, "
-        f"and the card is made without it."
-    )
-
-
-def read_json(path: Path) -> Mapping[str, Any] | None:
-    """The object in a JSON file; None where there is no such file.
-
-    Raises:
-        RecordError: if the file is too large, or holds no JSON object.
-    """
-    if not path.is_file():
-        return None
-    if path.stat().st_size > _MAX_FILE:
-        raise RecordError(
-            f"{path.name} is larger than {_MAX_FILE} bytes. It is not read; delete it to make the card without it."
-        )
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise wrong_in(path.name, error) from error
-    if not isinstance(data, Mapping):
-        raise wrong_in(path.name, TypeError(f"it holds a {type(data).__name__}, not an object"))
-    return data
-
-
-def number(value: Any) -> float:
-    """A finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"expected a number, found {quoted(value)}")
-    return float(value)
-
-
-def whole(value: Any) -> int:
-    """A whole number that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"expected a whole number, found {quoted(value)}")
-    return value
-
-
-def texts_in(data: Any) -> dict[str, str]:
+def texts_in(entry: Entry | None) -> dict[str, str]:
     """The short texts and numbers of an object, as texts."""
-    found = _mapping(data or {})
-    return {
-        plain(key, 60): plain(value)
-        for key, value in list(found.items())[:MOST]
-        if isinstance(value, (str, int, float))
-    }
+    entries = {} if entry is None else entry.entries()
+    return {plain(key, 60): plain(e.value) for key, e in entries.items() if isinstance(e.value, (str, int, float))}
 
 
-def facts_in(data: Any) -> dict[str, Any]:
+def dataset_in(entry: Entry | None) -> dict[str, Any]:
     """What is known of a data set (`provenance.dataset_facts`)."""
-    found = _mapping(data or {})
-    known = {key: plain(found[key]) for key in ("id", "revision", "config", "split") if isinstance(found.get(key), str)}
-    if allowed(found.get("use"), USES):
-        known["use"] = found["use"]
-    return {**known, **({"rows": whole(found["rows"])} if found.get("rows") is not None else {})}
+    if entry is None:
+        return {}
+    texts = {key: entry[key].value for key in ("id", "revision", "config", "split")}
+    known: dict[str, Any] = {key: plain(text) for key, text in texts.items() if isinstance(text, str)}
+    if entry["use"].value == VALIDATION:
+        known["use"] = VALIDATION
+    if (rows := entry.get("rows")) is not None:
+        known["rows"] = rows.whole()
+    return known
 
 
-def _mapping(data: Any) -> Mapping[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"expected an object, found {quoted(data)}")
-    return data
-
-
-def _list(data: Any, most: int = MOST) -> Sequence[Any]:
-    if isinstance(data, (str, bytes)) or not isinstance(data, Sequence) or len(data) > most:
-        raise ValueError(f"expected a list of at most {most}, found {quoted(data)}")
-    return data
-
-
-def figures_in(data: Any) -> dict[str, float]:
+def _figures_in(entry: Entry | None) -> dict[str, float]:
     """Metrics by name; what is no finite number (a loss that overflowed is null) is left out."""
-    found = list(_mapping(data or {}).items())[:MOST]
-    return {
-        plain(key, 80): float(v)
-        for key, v in found
-        if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-    }
+    entries = {} if entry is None else entry.entries(_MOST_METRICS)
+    return {plain(key, 80): float(e.value) for key, e in entries.items() if is_number(e.value)}
 
 
-def stages_in(data: Any) -> dict[str, dict[str, Any]]:
+def _intervals_in(entry: Entry | None) -> dict[str, tuple[float, float]]:
+    """Intervals by the name of the metric; one without a finite end is left out."""
+    entries = {} if entry is None else entry.entries(_MOST_METRICS)
+    ends = {plain(key, 80): e for key, e in entries.items() if None not in [end.value for end in e.items(2)]}
+    return {key: tuple(e.numbers(2)) for key, e in ends.items()}  # type: ignore[misc]
+
+
+def _qualities_in(entry: Entry | None) -> dict[str, dict[str, Any]]:
     """What each step of a pruning did (`quality.measure_quality`, by stage)."""
-    return {stage: _quality(_mapping(data)[stage]) for stage in STAGES if _mapping(data or {}).get(stage) is not None}
+    stages = {} if entry is None else {stage: entry.get(stage) for stage in STAGES}
+    return {stage: _quality(quality) for stage, quality in stages.items() if quality is not None}
 
 
-def _quality(data: Any) -> dict[str, Any]:
-    found = _mapping(data)
-    pairs = {}
-    for name in ("loss_interval", "accuracy_interval"):
-        value = found.get(name)
-        pairs[name] = None if value is None else [number(bound) for bound in _list(value, 2)]
-        if value is not None and len(value) != 2:
-            raise ValueError(f"{name} must have two numbers")
-    accuracy = None if found.get("accuracy") is None else number(found["accuracy"])
-    if accuracy is not None and pairs["accuracy_interval"] is None:
-        raise ValueError("an accuracy without its interval")
+def _quality(entry: Entry) -> dict[str, Any]:
+    intervals = {key: entry.get(key) for key in ("loss_interval", "accuracy_interval")}
+    accuracy = entry.get("accuracy")
+    if accuracy is not None:
+        entry["accuracy_interval"].numbers(2)
     return {
-        "loss": number(found["loss"]),
-        "accuracy": accuracy,
-        **pairs,
-        "samples": whole(found["samples"]),
-        "data": md(found["data"]),
+        "loss": entry["loss"].number(),
+        "accuracy": None if accuracy is None else accuracy.number(),
+        **{key: None if interval is None else interval.numbers(2) for key, interval in intervals.items()},
+        "samples": entry["samples"].whole(),
+        "data": md(entry["data"].value),
     }
+
+
+class Figure(NamedTuple):
+    """A value that was measured, and its 95 % interval where that is known."""
+
+    value: float
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,26 +110,25 @@ class Evaluation:
     judged: bool = False
 
     @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> Evaluation:
+    def read(cls, entry: Entry) -> Evaluation:
         """Read an evaluation: metrics, and where they are known data, weights, sparse, intervals, stacks, judged, and
         before.
         """
-        figures = figures_in(entry["metrics"])
+        figures = _figures_in(entry.get("metrics"))
         times = [value for key, value in figures.items() if key.endswith("_runtime")]
-        lasting = {key: value for key, value in figures.items() if not key.endswith(TIMES)}
-        mark = plain(entry["weights"], 64) if entry.get("weights") else None
+        before_blocks, stacks = entry.get("before_blocks"), entry.get("stacks")
         return cls(
-            lasting,
-            facts_in(entry.get("data")),
-            times[0] if len(times) == 1 else None,
-            mark,
-            entry.get("sparse") is True,
-            _intervals_in(entry.get("intervals")),
-            figures_in(entry.get("before")),
-            _intervals_in(entry.get("before_intervals")),
-            None if entry.get("before_blocks") is None else whole(entry["before_blocks"]),
-            {plain(key, 200): whole(count) for key, count in list(_mapping(entry.get("stacks") or {}).items())[:MOST]},
-            entry.get("judged") is True,
+            metrics={key: value for key, value in figures.items() if not key.endswith(TIMES)},
+            data=dataset_in(entry.get("data")),
+            seconds=times[0] if len(times) == 1 else None,
+            mark=plain(entry["weights"].value, 64) if entry["weights"].value else None,
+            sparse=entry["sparse"].value is True,
+            intervals=_intervals_in(entry.get("intervals")),
+            before=_figures_in(entry.get("before")),
+            before_intervals=_intervals_in(entry.get("before_intervals")),
+            before_blocks=None if before_blocks is None else before_blocks.whole(),
+            stacks={} if stacks is None else _counts(stacks),
+            judged=entry["judged"].value is True,
         )
 
     def in_training(self) -> Evaluation:
@@ -215,33 +147,26 @@ class Evaluation:
             return VALIDATION
         return "test" if key.startswith("test_") else None
 
-    def interval_of(self, key: str) -> tuple[float, float] | None:
-        """The 95 % interval of a metric: the one that came with it, or Wilson's of an accuracy where the number of
+    def figure(self, key: str) -> Figure:
+        """A metric with its 95 % interval: the one that came with it, or Wilson's of an accuracy where the number of
         samples is known.
         """
-        return self.intervals.get(key) or _wilson(key, self.metrics.get(key), self.data.get("rows"))
+        return self._figure(key, self.metrics[key], self.intervals)
 
-    def interval_before(self, key: str) -> tuple[float, float] | None:
-        """The same of the model that the experiment began with."""
-        return self.before_intervals.get(key) or _wilson(key, self.before.get(key), self.data.get("rows"))
+    def figure_before(self, key: str) -> Figure | None:
+        """The same of the model that the experiment began with; None where it was not measured."""
+        return self._figure(key, self.before[key], self.before_intervals) if key in self.before else None
 
-
-def _wilson(key: str, value: float | None, rows: int | None) -> tuple[float, float] | None:
-    share = bare(key) == "accuracy" and value is not None and 0 <= value <= 1  # others may be no shares of the rows
-    return wilson_interval(round(value * rows), rows) if share and rows else None  # type: ignore[operator]
+    def _figure(self, key: str, value: float, intervals: Mapping[str, tuple[float, float]]) -> Figure:
+        rows, interval = self.data.get("rows"), intervals.get(key)
+        if interval is None and rows and bare(key) == "accuracy" and 0 <= value <= 1:  # others may be no shares
+            interval = wilson_interval(round(value * rows), rows)
+        return Figure(value, interval)
 
 
 def bare(key: str) -> str:
     """The name of a metric without what the Trainer puts before it."""
     return key.removeprefix("eval_").removeprefix("test_")
-
-
-def _intervals_in(data: Any) -> dict[str, tuple[float, float]]:
-    """Intervals by the name of the metric; one without a finite end is left out."""
-    pairs = {plain(key, 80): _list(value, 2) for key, value in list(_mapping(data or {}).items())[:MOST]}
-    if any(len(pair) != 2 for pair in pairs.values()):
-        raise ValueError("an interval must have two numbers")
-    return {key: (number(pair[0]), number(pair[1])) for key, pair in pairs.items() if None not in pair}
 
 
 @dataclass(frozen=True)
@@ -263,64 +188,65 @@ class Attempt:
     stages: dict[str, dict[str, Any]]
 
     @classmethod
-    def read(cls, data: Any) -> Attempt:
+    def read(cls, entry: Entry) -> Attempt:
         """Read an entry of the report's attempts."""
-        found = _mapping(data)
-        entries = _list(found["evaluations"], MOST_EVALUATIONS)
-        evaluations = [(number(e["epoch"]), Evaluation.read(e).in_training()) for e in map(_mapping, entries)]
-        k = found.get("k")
+        evaluations = entry["evaluations"].items(_MOST_EVALUATIONS)
+        k, decision, reason = entry.get("k"), entry["decision"].value, entry["reason"].value
         return cls(
-            name=plain(found["name"], 60),
-            blocks={plain(name): whole(count) for name, count in _mapping(found["blocks"]).items()},
-            parameters=whole(found["parameters"]),
-            frozen=sum(len(_list(blocks, MOST_BLOCKS)) for blocks in _mapping(found["frozen"]).values()),
-            k=None if k is None else whole(k),
-            thresholds=_thresholds(found),
-            removed=_blocks(found.get("removed")),
-            epoch=number(found["epoch"]),
-            evaluations=tuple(evaluations),
-            training_seconds=number(found["training_seconds"]),
-            decision=plain(found["decision"], 40) if found.get("decision") else None,
-            reason=plain(found["reason"]) if found.get("reason") else None,
-            stages=stages_in(found.get("stages")),
+            name=plain(entry["name"].value, 60),
+            blocks=_counts(entry["blocks"]),
+            parameters=entry["parameters"].whole(),
+            frozen=sum(map(len, _blocks(entry["frozen"]).values())),
+            k=None if k is None else k.whole(),
+            thresholds=_thresholds(entry),
+            removed=_blocks(entry.get("removed")),
+            epoch=entry["epoch"].number(),
+            evaluations=tuple((e["epoch"].number(), Evaluation.read(e).in_training()) for e in evaluations),
+            training_seconds=entry["training_seconds"].number(),
+            decision=plain(decision, 40) if decision else None,
+            reason=plain(reason) if reason else None,
+            stages=_qualities_in(entry.get("stages")),
         )
 
     @classmethod
-    def of_record(cls, index: int, entry: Mapping[str, Any], blocks: dict[str, int]) -> Attempt:
-        """The same from an entry of a record, which knows less.
+    def of_record(cls, index: int, noted: Mapping[str, Any], blocks: dict[str, int]) -> Attempt:
+        """The same from what a record noted of a pruning, which is less.
 
         Args:
             blocks: blocks of each stack after it.
         """
-        settings = entry.get("settings") if isinstance(entry.get("settings"), Mapping) else {}
-        counts = entry.get("parameters") if isinstance(entry.get("parameters"), Mapping) else {}
-        k = settings.get("k")
-        data = (entry.get("data") or {}).get("evaluation")
-        metrics = Evaluation.read({"metrics": entry.get("metrics"), "data": data, "weights": entry.get("weights")})
+        entry = Entry(noted)
+        settings, counts, data = (entry.get(key) for key in ("settings", "parameters", "data"))
+        k = None if settings is None else settings.get("k")
+        after = None if counts is None else counts.get("after")
+        shown = {"metrics": noted.get("metrics"), "weights": noted.get("weights")}
+        evaluation = Evaluation.read(Entry({**shown, "data": None if data is None else data["evaluation"].value}))
         return cls(
             name=f"pruning {index + 1}",
             blocks=blocks,
-            parameters=whole(counts["after"]) if "after" in counts else None,
+            parameters=None if after is None else after.whole(),
             frozen=sum(map(len, _blocks(entry.get("frozen")).values())),
-            k=None if k is None else whole(k),
+            k=None if k is None else k.whole(),
             thresholds=_thresholds(entry),
             removed=_blocks(entry.get("removed")),
             epoch=0.0,
-            evaluations=((0.0, metrics),) if metrics.metrics else (),
+            evaluations=((0.0, evaluation),) if evaluation.metrics else (),
             training_seconds=None,
             decision=None,
             reason=None,
-            stages=stages_in(entry.get("stages")),
+            stages=_qualities_in(entry.get("stages")),
         )
 
 
-def _thresholds(found: Mapping[str, Any]) -> tuple[float, ...]:
-    return tuple(sorted({number(value) for value in _mapping(found.get("thresholds") or {}).values()}))
+def _thresholds(entry: Entry) -> tuple[float, ...]:
+    thresholds = entry.get("thresholds")
+    return () if thresholds is None else tuple(sorted({e.number() for e in thresholds.entries().values()}))
 
 
-def _blocks(data: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        plain(name): tuple(whole(i) for i in _list(blocks, MOST_BLOCKS))
-        for name, blocks in _mapping(data or {}).items()
-        if blocks
-    }
+def _blocks(entry: Entry | None) -> dict[str, tuple[int, ...]]:
+    entries = {} if entry is None else entry.entries()
+    return {plain(name): blocks.wholes() for name, blocks in entries.items() if blocks.value}
+
+
+def _counts(entry: Entry) -> dict[str, int]:
+    return {plain(name): count.whole() for name, count in entry.entries().items()}

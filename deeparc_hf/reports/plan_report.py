@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from ..core.environment import hardware, package_versions
+from ..core.markdown import fenced, made_with, table
 from ..core.settings import percent_hint
 from ..core.statistics import wilson_interval
+from ..core.tables import in_tens
 from ..errors import ConfigError
 from ..healing.sites import Healing, healing_text
 from ..pruning.plan import PruningPlan, StackPlan
@@ -110,10 +112,7 @@ class Measurement:
 
 def iteration_table(rows: Sequence[Measurement]) -> str:
     """The rows as a Markdown table; "-" stands where nothing was measured."""
-    lines = [["model", *_COLUMNS.values()], ["---", *["---:"] * len(_COLUMNS)]]
-    for row in rows:
-        lines.append([row.label.replace("|", "\\|"), *(_cell(row, name) for name in _COLUMNS)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(["model", *_COLUMNS.values()], [[row.label, *(_cell(row, name) for name in _COLUMNS)] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,7 @@ def blocks_strip(plan: PruningPlan) -> str:
     for name, stack in plan.stacks.items():
         marks = "".join(_mark(stack, index) for index in range(len(stack)))
         used |= set(marks)
-        groups = " ".join(marks[i : i + 10] for i in range(0, len(marks), 10))
-        lines.append(f"{name.ljust(width)}  {groups}  {len(stack.kept)} of {len(stack)} stay")
+        lines.append(f"{name.ljust(width)}  {in_tens(marks)}  {len(stack.kept)} of {len(stack)} stay")
     legend = ", ".join(f"{mark} {meaning}" for mark, meaning in _MARKS.items() if mark in used)
     return "\n".join([*lines, legend])
 
@@ -206,7 +204,7 @@ def _markdown(plan: PruningPlan, rows: Sequence[Measurement], data: Mapping[str,
         f"{gone} of {plan.num_blocks} blocks removed, {plan.num_frozen} of the others frozen."
         if gone
         else "No block was removed.",
-        f"```text\n{blocks_strip(plan)}\n```",
+        fenced(blocks_strip(plan), "text"),
     ]
     if rows:
         parts += ["## Measurements", iteration_table(rows), _measured(rows)]
@@ -217,11 +215,10 @@ def _markdown(plan: PruningPlan, rows: Sequence[Measurement], data: Mapping[str,
         "## How the blocks were compared",
         f"By {plan.config.similarity} (rows: {plan.config.effective_rows}) on {samples}.",
     ]
-    parts += [f"```text\n{plan}\n```"]
+    parts += [fenced(str(plan), "text")]
     if data["healing"]:
-        parts += ["## Healing", "\n".join(f"- {healing_text(facts)}" for facts in data["healing"])]
-    facts = {**data["extra"], **data["hardware"], **data["versions"]}
-    parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
+        parts += ["## Healing", "\n".join(f"- {healing_text(site)}" for site in data["healing"])]
+    parts += [made_with(data["extra"], data["hardware"], data["versions"])]
     return "\n\n".join(parts) + "\n"
 
 

@@ -35,9 +35,9 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     info = getattr(dataset, "info", None)
     for source in getattr(info, "download_checksums", None) or {}:
-        found = _ON_THE_HUB.match(str(source))
-        if found is not None:
-            facts.update(found.groupdict())
+        origin = _ON_THE_HUB.match(str(source))
+        if origin is not None:
+            facts.update(origin.groupdict())
             if getattr(info, "config_name", None):
                 facts["config"] = str(info.config_name)
             break

@@ -14,6 +14,7 @@ from torch import nn
 from ..architectures import describe
 from ..core.environment import hardware, package_versions
 from ..core.files import finite, write_whole
+from ..core.markdown import made_with, table
 from ..healing.sites import healing_text
 from ..pruning.config import MPruneConfig
 
@@ -21,8 +22,10 @@ __all__ = [
     "RUN_REPORT",
     "STAGES",
     "STAGES_TEXT",
+    "loss_text",
     "quality_text",
     "run_table",
+    "share_text",
     "stages_table",
     "structure_facts",
     "write_run_report",
@@ -62,13 +65,13 @@ def run_table(attempts: Sequence[Mapping[str, Any]], metric: str | None = None) 
     name = (metric or "loss").removeprefix("eval_")
     header = ["model", "k", "threshold", "blocks", "parameters", "freeze", f"{name} after each evaluation (epoch)"]
     header += ["evaluation time (s)", "training time (s)", "verdict"]
-    lines = [header, ["---", *["---:"] * (len(header) - 2), "---"]]
+    rows = []
     for attempt in attempts:
         evaluations = attempt["evaluations"]
         values = [(e["epoch"], e["metrics"].get(f"eval_{name}")) for e in evaluations]
         runtime = evaluations[-1]["metrics"].get("eval_runtime") if evaluations else None
         thresholds = sorted(set(attempt.get("thresholds", {}).values()))
-        lines.append(
+        rows.append(
             [
                 attempt["name"],
                 str(attempt.get("k", "-")),
@@ -82,38 +85,48 @@ def run_table(attempts: Sequence[Mapping[str, Any]], metric: str | None = None) 
                 attempt.get("decision") or "-",
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(header, rows, left=(0, len(header) - 1))
 
 
-def quality_text(found: Mapping[str, Any]) -> str:
+def quality_text(quality: Mapping[str, Any]) -> str:
     """A measure of a model (`quality.measure_quality`) in a few characters."""
-    return f"{found['loss']:.4f}" + ("" if found["accuracy"] is None else f" ({100 * found['accuracy']:.1f} % right)")
+    share = "" if quality["accuracy"] is None else f" ({100 * quality['accuracy']:.1f} % right)"
+    return f"{quality['loss']:.4f}{share}"
+
+
+def loss_text(quality: Mapping[str, Any] | None) -> str:
+    """The loss of a measure, with its interval."""
+    if quality is None:
+        return "-"
+    interval = quality["loss_interval"]
+    return f"{quality['loss']:.4f}" + ("" if interval is None else " ({:.4f} .. {:.4f})".format(*interval))
+
+
+def share_text(quality: Mapping[str, Any] | None) -> str:
+    """The share of right answers of a measure, with its interval."""
+    if quality is None or quality["accuracy"] is None:
+        return "-"
+    low, high = (100 * bound for bound in quality["accuracy_interval"])
+    return f"{100 * quality['accuracy']:.1f} % ({low:.1f} .. {high:.1f})"
 
 
 def stages_table(attempts: Sequence[Mapping[str, Any]]) -> str | None:
     """The Markdown table of what each step of each pruning did to the model; None where nothing was measured."""
-    rows = [attempt for attempt in attempts if "k" in attempt and attempt.get("stages")]
-    if not rows:
-        return None
-    lines = [["model", *STAGES.values(), "n", "measured on"], ["---", *["---:"] * (len(STAGES) + 1), "---"]]
-    for attempt in rows:
+    rows = []
+    for attempt in attempts:
+        if "k" not in attempt or not attempt.get("stages"):
+            continue
         stages = attempt["stages"]
         first = next(iter(stages.values()))
-        cells = [_with_interval(stages.get(stage)) for stage in STAGES]
-        lines.append([f"{attempt['name']} (k={attempt['k']})", *cells, f"{first['samples']:,}", first["data"]])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells = [_quality_cell(stages.get(stage)) for stage in STAGES]
+        rows.append([f"{attempt['name']} (k={attempt['k']})", *cells, f"{first['samples']:,}", first["data"]])
+    header = ["model", *STAGES.values(), "n", "measured on"]
+    return table(header, rows, left=(0, len(header) - 1)) if rows else None
 
 
-def _with_interval(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    loss = f"{found['loss']:.4f}" + (
-        "" if found["loss_interval"] is None else " ({:.4f} .. {:.4f})".format(*found["loss_interval"])
-    )
-    if found["accuracy"] is None:
-        return loss
-    low, high = (100 * bound for bound in found["accuracy_interval"])
-    return f"{loss}; {100 * found['accuracy']:.1f} % ({low:.1f} .. {high:.1f})"
+def _quality_cell(quality: Mapping[str, Any] | None) -> str:
+    right = quality is not None and quality["accuracy"] is not None
+    return f"{loss_text(quality)}; {share_text(quality)}" if right else loss_text(quality)
 
 
 def write_run_report(
@@ -186,8 +199,8 @@ def _markdown(data: Mapping[str, Any]) -> str:
         ]
         # these are numbered as the model was right before the pruning
         said += [
-            f"  - Healing, blocks numbered as before this pruning: {healing_text(facts)}"
-            for facts in attempt.get("healing", [])
+            f"  - Healing, blocks numbered as before this pruning: {healing_text(site)}"
+            for site in attempt.get("healing", [])
         ]
         parts.append("\n".join(said))
     if data["zeroed_at"] is not None:
@@ -198,10 +211,6 @@ def _markdown(data: Mapping[str, Any]) -> str:
     for entry in data["final"]:
         shown = ", ".join(f"{key} {value:.6g}" for key, value in entry["metrics"].items())
         parts.append(f"After the training: {shown}.")
-    facts = {
-        **{key.replace("_", " "): value for key, value in data["training"].items()},
-        **data["hardware"],
-        **data["versions"],
-    }
-    parts += ["## Made with", "\n".join(f"- {key}: {value}" for key, value in facts.items())]
+    training = {key.replace("_", " "): value for key, value in data["training"].items()}
+    parts.append(made_with(training, data["hardware"], data["versions"]))
     return "\n\n".join(parts) + "\n"

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.plain_text import plain, quoted
+from ..core.checks import Entry
+from ..core.markdown import table
+from ..core.plain_text import plain
 from ..core.tables import html_table
 from .config import WandaConfig
 from .matrices import Matrix
@@ -47,12 +49,11 @@ class MatrixSparsity:
         return cls(asked, int((weight == 0).sum()), weight.numel(), matrix.stack.name, matrix.role)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> MatrixSparsity:
+    def read(cls, entry: Entry) -> MatrixSparsity:
         """The inverse of `dataclasses.asdict`. The numbers are checked, and the names made plain text."""
-        counts = [data[key] for key in ("asked", "zeros", "size")]
-        if not all(type(count) is int and 0 <= count < 2**63 for count in counts) or not counts[1] <= counts[2]:
-            raise ValueError(f"expected whole numbers, asked, zeros and size, found {quoted(counts)}")
-        return cls(*counts, plain(data["stack"]), plain(data["role"]))
+        size = entry["size"].whole()
+        stack, role = plain(entry["stack"].value), plain(entry["role"].value)
+        return cls(entry["asked"].whole(), entry["zeros"].whole(0, size), size, stack, role)
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,14 @@ class SparsityReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SparsityReport:
-        """The inverse of `to_dict`."""
-        matrices = {name: MatrixSparsity.from_dict(entry) for name, entry in data["matrices"].items()}
-        return cls(WandaConfig.from_dict(data["config"]), matrices, data["samples"])
+        """The inverse of `to_dict`.
+
+        Raises:
+            MalformedError: if the data is not a report.
+        """
+        entry = Entry(data)
+        matrices = {name: MatrixSparsity.read(matrix) for name, matrix in entry["matrices"].entries(2**16).items()}
+        return cls(WandaConfig.from_dict(entry["config"].value), matrices, entry["samples"].whole())
 
     def to_json(self, path: str | Path) -> None:
         """Write to a file."""
@@ -125,8 +131,7 @@ class SparsityReport:
 
 def sparsity_table(matrices: Sequence[MatrixSparsity]) -> str:
     """The Markdown table: a row for each kind of map of each stack."""
-    lines = [f"| {' | '.join(row)} |" for row in [_COLUMNS, ["---", "---", *["---:"] * 4], *_rows(matrices)]]
-    return "\n".join(lines)
+    return table(_COLUMNS, _rows(matrices), left=(0, 1))
 
 
 def _rows(matrices: Sequence[MatrixSparsity]) -> list[list[str]]:

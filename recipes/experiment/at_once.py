@@ -16,7 +16,7 @@ from deeparc_hf.healing.sites import Healing
 from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.pruning.plan import PruningPlan
 from deeparc_hf.pruning.prune import analyze, apply_healed
-from deeparc_hf.publish.facts import PLAN_FILE
+from deeparc_hf.publish.gather import PLAN_FILE
 from deeparc_hf.reports.plan_report import Measurement, write_report
 
 from .results import Row

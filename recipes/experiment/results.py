@@ -15,7 +15,7 @@ from deeparc_hf.core.environment import hardware, package_versions
 from deeparc_hf.core.files import finite, write_whole
 from deeparc_hf.core.statistics import wilson_interval
 from deeparc_hf.publish import CARD_FILE
-from deeparc_hf.publish.facts import EVALUATIONS_FILE
+from deeparc_hf.publish.gather import EVALUATIONS_FILE
 from deeparc_hf.reports.provenance import TIMES
 
 __all__ = [

@@ -95,3 +95,8 @@ def test_what_cannot_be_a_repository_is_no_link(name):
         token.type == "link_open" for t in RENDERER.parse(f"x {linked(name)}") for token in (t.children or [])
     )
     assert linked(None) == ""
+
+
+def test_a_bar_is_escaped_once_and_a_line_break_ends_no_row():
+    lines = table(["a|b", "c"], [[md("x | y"), "1|2"], ["one\ntwo", "z"]]).split("\n")
+    assert lines == ["| a\\|b | c |", "| --- | ---: |", "| x \\| y | 1\\|2 |", "| one two | z |"]

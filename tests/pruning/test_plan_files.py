@@ -292,7 +292,7 @@ def test_totals():
 # --- purity -----------------------------------------------------------------------------------------------------------
 
 
-PURE = ["pruning/plan.py", "pruning/clusters.py", "pruning/heatmap.py", "pruning/plan_checks.py", "core/tables.py"]
+PURE = ["pruning/plan.py", "pruning/clusters.py", "pruning/heatmap.py", "core/checks.py", "core/tables.py"]
 MODELS = {"torch", "transformers", "timm", "numpy", "deeparc_hf"}
 
 
@@ -306,7 +306,7 @@ def test_plans_import_no_model_code(path):
         "clusters",
         "config",
         "heatmap",
-        "plan_checks",
+        "core.checks",
         "errors",
         "core.plain_text",
         "core.tables",

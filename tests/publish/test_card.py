@@ -28,7 +28,7 @@ from deeparc_hf import (
 from deeparc_hf.errors import ConfigError, RecordError
 from deeparc_hf.publish import made_by_us
 from deeparc_hf.publish.card import may_replace
-from deeparc_hf.publish.facts import facts_of_folder, facts_of_model
+from deeparc_hf.publish.gather import content_of_folder, content_of_model
 from deeparc_hf.publish.usage import usage
 from local_hub.cards import judge
 from tests.publishing import image_of, tiny_tokenizer, trained
@@ -248,16 +248,16 @@ def test_every_kind_of_model_has_a_card_whose_code_runs(name, tmp_path, monkeypa
     assert judge(str(card)).errors == []
     check_harmless(card)
     assert str(create_model_card(model, repo_id="org/model", model_name="model")) == str(card)
-    facts = facts_of_folder(folder)
-    assert facts.parameters == (
-        facts.record.iterations[0]["parameters"]["before"],
+    content = content_of_folder(folder)
+    assert content.parameters == (
+        content.record.iterations[0]["parameters"]["before"],
         sum(p.numel() for p in model.parameters()),
     )
     if specimen.auto is not None:
         monkeypatch.chdir(tmp_path)
-        exec(usage(facts, str(folder)), {})
+        exec(usage(content, str(folder)), {})
     else:
-        assert 'timm.create_model("hf-hub:org/model", pretrained=True)' in usage(facts, "org/model")
+        assert 'timm.create_model("hf-hub:org/model", pretrained=True)' in usage(content, "org/model")
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "vit"])
@@ -270,10 +270,10 @@ def test_code_with_a_tokenizer_or_image_processor_runs(name, tmp_path, monkeypat
     processor.save_pretrained(folder)
     image_of(tmp_path)
     monkeypatch.chdir(tmp_path)
-    program = usage(facts_of_folder(folder), str(folder))
+    program = usage(content_of_folder(folder), str(folder))
     assert "pipeline(" in program or "generate(" in program
     exec(program, {})
-    assert usage(facts_of_model(ZOO[name].model(), processor), str(folder)) == program
+    assert usage(content_of_model(ZOO[name].model(), processor), str(folder)) == program
 
 
 # ---- hostile names and files ----

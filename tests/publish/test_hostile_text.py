@@ -18,8 +18,8 @@ from deeparc_hf.cli import main
 from deeparc_hf.cli.inspection import facts_of, facts_text
 from deeparc_hf.core.plain_text import allowed, is_plain, listed, plain, plain_lines, quoted
 from deeparc_hf.errors import DeepArcError, DeepArcWarning, RecordError
-from deeparc_hf.publish.facts import facts_of_folder
-from deeparc_hf.publish.metadata import Given, metadata
+from deeparc_hf.publish.gather import content_of_folder
+from deeparc_hf.publish.metadata import metadata
 from tests.zoo import ZOO
 
 STACK = "bert.encoder.layer"
@@ -172,7 +172,7 @@ def test_no_entry_of_a_record_gets_out_as_it_is(checkpoint, text, caplog):
                 continue
             told += 1
             check(str(create_model_card(checkpoint, checkpoint / "card.md", overwrite=True)))
-            tags = metadata(facts_of_folder(checkpoint), Given()).tags
+            tags = metadata(content_of_folder(checkpoint)).tags
             assert set(tags) <= {"deeparc", "pruned", "depth-pruning", "cka", "sparse"}, (place, tags)
             try:
                 check(facts_text(facts_of(model)))

@@ -1,0 +1,179 @@
+"""What a card tells of a model: plain data, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..checkpoint.record import PrunedConfig
+from ..core.markdown import linked, md
+from ..pruning.plan import PruningPlan
+from ..reports.attempts import Attempt, Evaluation
+from ..reports.run_report import RUN_REPORT
+from ..sparsity.report import SparsityReport
+from .told import Told, hub_id
+
+__all__ = ["RUN_FILE", "CardContent"]
+
+RUN_FILE = f"{RUN_REPORT}.json"
+
+
+@dataclass(frozen=True)
+class CardContent:
+    """Plain data; what is not known is None or empty, and is left out of the card.
+
+    Attributes:
+        library: "transformers" or "timm".
+        architecture: name of the model's class, or timm's name of its architecture.
+        record: what was done to the model; an empty one where nothing was.
+        mark: of the weights (`weights_mark`); None where they are not there, so that it is not known which evaluation
+            is of them.
+        labels: names of the classes of a classifier.
+        headless: whether a timm model has no classifier.
+        processor: "tokenizer" or "image processor", where one lies beside the model.
+        dtype: of the weights, as torch names it.
+        parameters: number of parameters, before the first pruning and now.
+        attempts: rows of the run: the model before, and each pruning that was tried. From the record where there is no
+            report.
+        run: metric, baseline, accepted, iterations, max_drop, reason and phase of the run that the model is of.
+        config: settings of the last pruning.
+        sparsity: what was zeroed, from the sparsity report; None where there is none. zeroed_in_training: whether a
+            callback did it.
+        final: evaluations of the model as it is, the last ones.
+        data: what is known of the data, by use ("training", "evaluation").
+        training, hardware, versions: settings of the training; what it ran on and with.
+        plan: the last plan that was carried out.
+        speed: time of one evaluation over that of the model before (ratio, low, high, blocks, turns), where it was
+            measured.
+        reports: names of the files that tell of this model.
+        name: of the model.
+        told: what the publisher told.
+        licences: of the base model and the data, by Hub id ("org/name", "datasets/org/name").
+    """
+
+    library: str
+    architecture: str | None
+    record: PrunedConfig
+    mark: str | None = None
+    labels: tuple[str, ...] = ()
+    headless: bool = False
+    processor: str | None = None
+    dtype: str | None = None
+    parameters: tuple[int | None, int | None] = (None, None)
+    attempts: tuple[Attempt, ...] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    sparsity: SparsityReport | None = None
+    zeroed_in_training: bool = False
+    final: tuple[Evaluation, ...] = ()
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    training: Mapping[str, str] = field(default_factory=dict)
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    plan: PruningPlan | None = None
+    speed: Mapping[str, float] = field(default_factory=dict)
+    reports: tuple[str, ...] = ()
+    name: str | None = None
+    told: Told = field(default_factory=Told)
+    licences: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def from_run(self) -> bool:
+        """Whether the report of a training is of this model."""
+        return RUN_FILE in self.reports
+
+    @property
+    def numbers(self) -> dict[str, tuple[int, ...]]:
+        """What the original calls the blocks of the plan, by stack: those that were left before it."""
+        gone, numbers = self.last_pruning.get("removed") or {}, {}
+        for name, stack in ({} if self.plan is None else self.plan.stacks).items():
+            known = self.record.stacks.get(name)
+            before = range(len(stack)) if known is None else sorted({*known.kept, *gone.get(name, ())})
+            numbers[name] = tuple(before)
+        return numbers
+
+    @property
+    def continued(self) -> bool:
+        """Whether there were prunings in trainings before the last one, of which the record knows the last metrics
+        alone.
+        """
+        return len(self.attempts) > 1 and self.attempts[0].k is not None
+
+    @property
+    def removed(self) -> int:
+        """Number of blocks that are gone."""
+        return sum(map(len, self.record.removed.values()))
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Number of blocks before the first pruning and now."""
+        return sum(s.length for s in self.record.stacks.values()), sum(self.left.values())
+
+    @property
+    def left(self) -> dict[str, int]:
+        """Number of blocks that are left, by stack."""
+        return {name: len(stack.kept) for name, stack in self.record.stacks.items()}
+
+    @property
+    def last_pruning(self) -> Mapping[str, Any]:
+        """What the record notes of the last pruning; empty where there was none."""
+        return self.record.iterations[-1] if self.record.iterations else {}
+
+    @property
+    def zeros(self) -> tuple[int, int, int] | None:
+        """Zeros, weights and number of the sparse matrices, by the record; None where nothing was zeroed."""
+        matrices = (self.record.sparsity or {}).get("matrices") or {}
+        if not matrices:
+            return None
+        zeros, size = (sum(entry[key] for entry in matrices.values()) for key in ("zeros", "size"))
+        return zeros, size, len(matrices)
+
+    @property
+    def compared(self) -> bool:
+        """Whether the last pruning was found by comparing blocks, and not chosen by hand."""
+        return bool((self.config or {}).get("similarity"))
+
+    @property
+    def against_original(self) -> bool:
+        """Whether figures "before" are of the original, and not of a model that had lost blocks already."""
+        began = {evaluation.before_blocks for evaluation in self.final if evaluation.before} - {None}
+        return not self.removed or began <= {self.blocks[0]}
+
+    @property
+    def base(self) -> str | None:
+        """Hub id of the model that was pruned first; None where it is not known."""
+        return hub_id(self.told.finetuned_from or self.record.base_model)
+
+    @property
+    def datasets(self) -> list[str]:
+        """Hub ids of the data, each once."""
+        known = [*(self.told.dataset_tags), *(data["id"] for data in self.data.values() if "id" in data)]
+        return [name for name in dict.fromkeys(map(hub_id, known)) if name is not None]
+
+    @property
+    def one_unnamed_set(self) -> bool:
+        """Whether what was told of the data is of the data that was evaluated on: of several sets it is not known which
+        one is meant. The splits of one data set (validation and test, say) are not several.
+        """
+        unnamed = [(e.split_of(next(iter(e.metrics), "")), e.data) for e in self.final if "id" not in e.data]
+        return all(data == other for split, data in unnamed for same, other in unnamed if split == same)
+
+    def told_of(self, data: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
+        """Hub id, name and configuration that were told of some data; None where it is not clear that it is meant."""
+        if "id" in data or not self.one_unnamed_set:
+            return None, None, None
+        ids, names, configs = self.told.dataset_tags, self.told.dataset, self.told.dataset_args
+        return ids[0] if len(ids) == 1 else None, names[0] if names else None, configs[0] if configs else None
+
+    def id_of(self, data: Mapping[str, Any]) -> str | None:
+        """The Hub id of some data: as the data set itself knows it, else as it was told."""
+        return str(data["id"]) if "id" in data else self.told_of(data)[0]
+
+    def words_of(self, data: Mapping[str, Any]) -> list[str]:
+        """The name of some data for people and its configuration, as Markdown; empty where it has no name."""
+        _, told_name, told_config = self.told_of(data)
+        known = self.id_of(data)
+        name = linked(known, "datasets/") if known else md(told_name or "") if len(self.told.dataset) == 1 else ""
+        config = data.get("config") or (told_config if name else None)
+        return [part for part in (name, md(config) if config else "") if part]

@@ -1,0 +1,383 @@
+"""Gathering what a card tells: from a checkpoint's config, its record and its reports, or from a live model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..architectures import describe
+from ..architectures.hosts import RECORD_KEY
+from ..checkpoint.record import PrunedConfig, current_record
+from ..checkpoint.weights_mark import SIZES, dtype_of_files, mark_of_files, mark_of_model
+from ..core.checks import Entry, MalformedError, read_json
+from ..core.plain_text import plain
+from ..errors import DeepArcError, RecordError
+from ..pruning.config import MPruneConfig
+from ..pruning.plan import PruningPlan
+from ..reports.attempts import Attempt, Evaluation, dataset_in, texts_in
+from ..reports.run_report import RUN_REPORT
+from ..sparsity.report import SparsityReport
+from .content import RUN_FILE, CardContent
+
+__all__ = [
+    "EVALUATIONS_FILE",
+    "PLAN_FILE",
+    "SPARSITY_FILE",
+    "content_of_folder",
+    "content_of_model",
+    "with_reports",
+]
+
+PLAN_FILE = "pruning_plan.json"
+SPARSITY_FILE = "sparsity_report.json"
+REPORT_FILE = "report.json"
+EVALUATIONS_FILE = "evaluations.json"
+_SAME_SHARE = 0.005  # blocks that went after the zeroing change the share a little
+_MOST_EVALUATIONS = 2**20
+_SPEED = ("ratio", "low", "high", "blocks", "turns")
+_USES = ("training", "evaluation")
+_PROCESSORS = {
+    "tokenizer": ("tokenizer_config.json", "tokenizer.json"),
+    "image processor": ("preprocessor_config.json", "image_processor_config.json"),
+}
+
+
+def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
+    """The content for a checkpoint in a folder, with the reports that lie in it. Of the weights a few values are read,
+    to know them again.
+
+    Raises:
+        FileNotFoundError: if the folder has no config.json.
+        RecordError: if a file in it is not what it should be.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json. Give the folder that save_pretrained wrote.")
+    config = _read(folder / "config.json", Entry.mapping)
+    kinds = (kind for kind, files in _PROCESSORS.items() if any((folder / name).is_file() for name in files))
+    timm = "model_type" not in config and "architecture" in config and "pretrained_cfg" in config
+    named = config.get("architectures")
+    content = _of_record(
+        PrunedConfig.from_dict(config[RECORD_KEY]) if config.get(RECORD_KEY) is not None else PrunedConfig({}),
+        mark_of_files(folder),
+        library="timm" if timm else "transformers",
+        architecture=config.get("architecture") if timm else named[0] if isinstance(named, list) and named else None,
+        labels=config.get("id2label"),
+        headless=timm and config.get("num_classes") == 0,
+        processor=next(kinds, None),
+        dtype=_dtype(config.get("dtype") or config.get("torch_dtype")) or dtype_of_files(folder),
+    )
+    return with_reports(content, folder, beside=True)
+
+
+def content_of_model(model: nn.Module, processing_class: Any = None) -> CardContent:
+    """The content for a live model, without reports."""
+    host, _, stacks = describe(model)
+    root = host.root
+    timm = getattr(root, "config", None) is None
+    named = (getattr(root, "pretrained_cfg", None) or {}).get("architecture") if timm else None
+    weights = next((str(p.dtype).removeprefix("torch.") for p in root.parameters() if p.is_floating_point()), None)
+    content = _of_record(
+        current_record(host, stacks),
+        mark_of_model(root),
+        library="timm" if timm else "transformers",
+        architecture=named or type(root).__name__,
+        labels=None if timm else getattr(root.config, "id2label", None),
+        headless=timm and getattr(root, "num_classes", None) == 0,
+        processor=_kind_of(processing_class),
+        dtype=_dtype(weights),
+    )
+    before, now = content.parameters[0], sum(parameter.numel() for parameter in root.parameters())
+    return dataclasses.replace(content, parameters=(before or (None if content.removed else now), now))
+
+
+def _dtype(name: Any) -> str | None:
+    return name if isinstance(name, str) and name in SIZES else None
+
+
+def _kind_of(processing_class: Any) -> str | None:
+    if processing_class is None:
+        return None
+    return "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
+
+
+def _of_record(record: PrunedConfig, mark: str | None, *, architecture: Any, labels: Any, **known: Any) -> CardContent:
+    """What a record tells of the prunings, with what is known of the model.
+
+    Args:
+        architecture, labels: as the model's config has them, unchecked.
+        known: other fields of the content.
+    """
+    # a saved config is sorted by name, which puts decoders before encoders
+    record = dataclasses.replace(record, stacks=dict(sorted(record.stacks.items(), key=lambda item: _order(item[0]))))
+    blocks = {name: stack.length for name, stack in record.stacks.items()}
+    attempts: list[Attempt] = []
+    for index, noted in enumerate(record.iterations):
+        gone = noted.get("removed") or {}
+        blocks = {name: count - len(gone.get(name, ())) for name, count in blocks.items()}
+        attempts.append(Attempt.of_record(index, noted, blocks))
+    names = [plain(label, 60) for label in labels.values()][:1000] if isinstance(labels, Mapping) else []
+    if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+        names = []  # nobody named them
+    content = CardContent(
+        record=record,
+        mark=mark,
+        architecture=plain(architecture, 100) if isinstance(architecture, str) else None,
+        labels=tuple(names),
+        attempts=tuple(attempts),
+        final=_final_of_record(record, attempts, mark),
+        versions=record.versions,
+        **known,
+    )
+    if not record.iterations:
+        return content
+    first, last = (noted.get("parameters") or {} for noted in (record.iterations[0], record.iterations[-1]))
+    counted = (first["before"], last["after"]) if "before" in first and "after" in last else (None, None)
+    data = _data_in(Entry(content.last_pruning).get("data"))
+    return dataclasses.replace(content, parameters=counted, config=content.last_pruning.get("settings"), data=data)
+
+
+def _order(stack: str) -> tuple[bool, list[Any]]:
+    """Encoders come first, and stage 10 after stage 9."""
+    parts = re.split(r"(\d{1,9})", stack)
+    return "decoder" in stack, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+def _final_of_record(record: PrunedConfig, attempts: Sequence[Attempt], mark: str | None) -> tuple[Evaluation, ...]:
+    """What the record tells of the model as it is. Without the weights nothing, where some may be zeroed since."""
+    if not attempts or not attempts[-1].evaluations or (mark is None and record.sparsity is not None):
+        return ()
+    last = attempts[-1].evaluations[-1][1]
+    return (last,) if mark in (None, last.mark) else ()
+
+
+def _data_in(entry: Entry | None) -> dict[str, dict[str, Any]]:
+    entries = {} if entry is None else entry.entries()
+    return {use: dataset_in(data if data.value else None) for use, data in entries.items() if use in _USES}
+
+
+def with_reports(content: CardContent, folder: Path, *, own: bool = False, beside: bool = False) -> CardContent:
+    """The content with that of the reports in a folder, as far as they are of this model: reports of another run are
+    left out.
+
+    Args:
+        own: whether the reports are known to be of the run that this model is in, whatever the weights.
+        beside: whether the model is the one that lies in that folder, where its weights may have been left out.
+
+    Raises:
+        RecordError: if a report is not what it should be.
+    """
+    for file, add in (
+        (RUN_FILE, partial(_with_run, own=own)),
+        (REPORT_FILE, _with_report),
+        (SPARSITY_FILE, _with_sparsity),
+        (EVALUATIONS_FILE, partial(_with_evaluations, beside=beside)),
+        (PLAN_FILE, _with_plan),
+    ):
+        content = _read(folder / file, partial(add, content)) or content
+    return content
+
+
+def _read(path: Path, reader: Callable[[Entry], Any]) -> Any:
+    """What a reader makes of a JSON file; None where there is no such file.
+
+    Raises:
+        RecordError: if the file is not what the reader expects.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return reader(Entry(read_json(path)))
+    except (MalformedError, DeepArcError) as error:
+        raise RecordError(
+            f"{path.name} is not what deeparc_hf writes there ({plain(error, 200)}). Delete the file, and the card is "
+            f"made without it."
+        ) from error
+
+
+def _told_by(content: CardContent, *files: str, **known: Any) -> CardContent:
+    """With what is told by files of these names, which are of this model."""
+    return dataclasses.replace(content, reports=(*content.reports, *files), **known)
+
+
+def _with_run(content: CardContent, entry: Entry, own: bool) -> CardContent:
+    """With the report of a training (`run_report`)."""
+    attempts = tuple(map(Attempt.read, entry["attempts"].items()))
+    entry["attempts"].must_be(bool(attempts), "a list of at least the model before")
+    final = _evaluations_in(entry, "final")
+    standing = [attempt for attempt in attempts[1:] if attempt.decision != "rolled back"]
+    last = content.attempts[-1] if content.attempts else None
+    if standing:
+        mine = last is not None and standing[-1].removed == last.removed and standing[-1].blocks == last.blocks
+    else:  # nothing was pruned in that run, or all of it was taken back
+        mine = content.left in ({}, attempts[0].blocks)
+    inside = tuple(evaluation for attempt in attempts for _, evaluation in attempt.evaluations)
+    if not mine or not (own or content.mark is None or _is_marked(content, entry, inside, final)):
+        return content
+    config = MPruneConfig.from_dict(entry["config"].value)
+    # prunings of trainings before this one: the record knows them
+    earlier = content.attempts[: len(content.attempts) - len(standing)]
+    if earlier:
+        attempts = (*earlier, *(_renumbered(attempt, len(earlier)) for attempt in attempts))
+    before, now = content.parameters
+    first = attempts[0].parameters if content.removed and not earlier else None if content.removed else now
+    return _told_by(
+        _with_training(content, entry, inside, final),
+        RUN_FILE,
+        f"{RUN_REPORT}.md",
+        attempts=attempts,
+        run=_run_in(entry, config),
+        config=config.to_dict(),
+        parameters=(before or first, now or (standing[-1] if standing else attempts[-1]).parameters),
+    )
+
+
+def _run_in(entry: Entry, config: MPruneConfig) -> dict[str, Any]:
+    baseline, zeroed_at = entry.get("baseline"), entry.get("zeroed_at")
+    metric, reason = entry["metric"].value, entry["reason"].value
+    return {
+        "metric": plain(metric, 80) if metric else None,
+        "baseline": None if baseline is None else baseline.number(),
+        "accepted": entry["accepted"].whole(),
+        "iterations": config.iterations,
+        "max_drop": config.max_drop,
+        "reason": plain(reason) if reason else None,
+        "phase": plain(entry["phase"].value, 40),
+        "zeroed_at": None if zeroed_at is None else zeroed_at.whole(),
+    }
+
+
+def _renumbered(attempt: Attempt, before: int) -> Attempt:
+    """A row of a run that was not the first, counted on from the prunings before it."""
+    name, _, number = attempt.name.rpartition(" ")
+    known = name == "pruning" and number.isdigit() and len(number) < 4
+    new = f"pruning {int(number) + before}" if known else f"before pruning {before + 1}"
+    return dataclasses.replace(attempt, name=new)
+
+
+def _evaluations_in(entry: Entry, key: str, most: int = 256) -> tuple[Evaluation, ...]:
+    entries = entry.get(key)
+    return () if entries is None else tuple(map(Evaluation.read, entries.items(most)))
+
+
+def _is_marked(content: CardContent, entry: Entry, *evaluations: Sequence[Evaluation]) -> bool:
+    """Whether a report names the weights that the card is of, as those of its end or of one of its evaluations."""
+    return content.mark in [entry["weights"].value, *(each.mark for several in evaluations for each in several)]
+
+
+def _with_training(
+    content: CardContent, entry: Entry, inside: Sequence[Evaluation], final: Sequence[Evaluation]
+) -> CardContent:
+    """With what each report tells of its training: settings, data, hardware, and the evaluations.
+
+    Args:
+        inside: evaluations in the training; they are of the model as it is where its weights are known, and are those.
+        final: evaluations after its end.
+    """
+    if content.mark is None:
+        mine: Sequence[Evaluation] = final or content.final
+    else:
+        mine = [each for each in (*content.final, *inside, *final) if each.mark == content.mark]
+    return dataclasses.replace(
+        content,
+        final=_latest(mine),
+        data=_data_in(entry.get("data")) or content.data,
+        training=texts_in(entry.get("training")) or content.training,
+        hardware=texts_in(entry.get("hardware")),
+        versions=texts_in(entry.get("versions")) or content.versions,
+    )
+
+
+def _latest(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
+    """The last evaluation of each metric on each data set."""
+    latest: list[Evaluation] = []
+    for each in reversed(evaluations):
+        if not any(_rows_of(t) == _rows_of(each) and t.metrics.keys() >= each.metrics.keys() for t in latest):
+            latest.append(each)
+    return tuple(reversed(latest))
+
+
+def _rows_of(evaluation: Evaluation) -> dict[str, Any]:
+    """What is known of the data; that it was used for validation is not always noted."""
+    return {key: value for key, value in evaluation.data.items() if key != "use"}
+
+
+def _with_report(content: CardContent, entry: Entry) -> CardContent:
+    """With the report of a pruning without a Trainer (`plan_report.write_report`)."""
+    plan = PruningPlan.from_dict(entry["plan"].value)
+    if content.from_run or _left(plan) != content.left:
+        return content
+    rows = entry["measurements"].items()
+    counts = [None if row.get("parameters") is None else row["parameters"].whole() for row in rows]
+    before, now = content.parameters
+    return _told_by(
+        content,
+        REPORT_FILE,
+        REPORT_FILE.replace(".json", ".md"),
+        parameters=(before or (counts[0] if counts else None), now or (counts[-1] if counts else None)),
+        hardware=texts_in(entry.get("hardware")),
+        versions=texts_in(entry.get("versions")),
+    )
+
+
+def _with_sparsity(content: CardContent, entry: Entry) -> CardContent:
+    """With the report of a sparsification, in a training or without one."""
+    if content.zeros is None:
+        return content
+    alone = "matrices" in entry.entries()
+    entry.must_be(alone or "report" in entry.value, "the report of a sparsification")
+    zeroing = entry.value if alone else entry.value["report"]
+    report = None if zeroing is None else SparsityReport.from_dict(zeroing)
+    if report is not None and abs(report.measured - content.zeros[0] / max(1, content.zeros[1])) > _SAME_SHARE:
+        return content  # more was zeroed since, or it is of another model
+    files = () if report is None else (SPARSITY_FILE, SPARSITY_FILE.replace(".json", ".md"))
+    content = _told_by(content, *files, sparsity=report, zeroed_in_training=not alone)
+    if "evaluations" not in entry.value:
+        return content
+    evaluations = [each for each in entry["evaluations"].items(_MOST_EVALUATIONS) if each["sparse"].value]
+    inside = tuple(Evaluation.read(each).in_training() for each in evaluations)
+    final = _evaluations_in(entry, "final")
+    if content.mark is not None and not content.from_run and not _is_marked(content, entry, inside, final):
+        return content
+    return _with_training(content, entry, inside, final or (inside[-1:] if content.mark is None else ()))
+
+
+def _with_evaluations(content: CardContent, entry: Entry, beside: bool) -> CardContent:
+    """With evaluations of these very weights that an experiment made. Where no weights are there, the blocks must be
+    the same.
+    """
+    evaluations = tuple(map(Evaluation.read, entry["evaluations"].items()))
+    if content.mark is None:
+        mine = [each for each in evaluations if beside and content.left in ({}, each.stacks)]
+    else:
+        mine = [each for each in evaluations if each.mark == content.mark]
+    if not mine:
+        return content
+    speed = entry.get("speed")
+    figures = {} if speed is None else {key: speed[key].number() for key in _SPEED}
+    return _told_by(content, EVALUATIONS_FILE, final=_latest((*content.final, *mine)), speed=figures)
+
+
+def _with_plan(content: CardContent, entry: Entry) -> CardContent:
+    """With the plan, if it is the one that the last pruning carried out."""
+    plan = PruningPlan.from_dict(entry.value)
+    told = _told_by(content, PLAN_FILE, plan=plan)
+    fits = (
+        bool(plan.removed)
+        and _left(plan) == content.left
+        # to the last digit
+        and content.last_pruning.get("thresholds") == {name: stack.threshold for name, stack in plan.stacks.items()}
+        and all(len(numbers) == len(plan.stacks[name]) for name, numbers in told.numbers.items())
+    )
+    return told if fits else content
+
+
+def _left(plan: PruningPlan) -> dict[str, int]:
+    return {name: len(stack.kept) for name, stack in plan.stacks.items()}
