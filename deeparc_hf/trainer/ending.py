@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pruning.config import MPruneConfig
+from ..reports.attempts import Attempt
 from .evaluations import compared_metrics, last_evaluation, value_text
 from .machine import Progress
 from .session import Session
@@ -26,24 +27,22 @@ def end_facts(progress: Progress, session: Session, config: MPruneConfig, metric
     """
     args, state = session.args, session.state
     attempts = progress.attempts
-    accepted = [attempt for attempt in attempts if attempt.get("decision") == "accepted"]
+    accepted = [attempt for attempt in attempts if attempt.decision == "accepted"]
     first, last = attempts[0], accepted[-1] if accepted else attempts[0]  # what is taken back leaves the first model
     best = state.best_global_step if args.load_best_model_at_end else None
-    evaluations = {"before": last_evaluation(first["evaluations"]), "after": last_evaluation(last["evaluations"], best)}
+    evaluations = {"before": last_evaluation(first.evaluations), "after": last_evaluation(last.evaluations, best)}
     named = metric if config.gated or config.metric else args.metric_for_best_model
     metrics = compared_metrics(evaluations["before"], evaluations["after"], named)
     structure = session.structure()
     return {
-        "blocks": {"before": sum(first["blocks"].values()), "after": sum(structure["blocks"].values())},
-        "parameters": {"before": first["parameters"], "after": structure["parameters"]},
+        "blocks": {"before": sum(first.blocks.values()), "after": sum(structure["blocks"].values())},
+        "parameters": {"before": first.parameters, "after": structure["parameters"]},
         "metrics": metrics,
         "loss": None if metrics else _measured(accepted),
-        "evaluation_seconds": {
-            p: None if e is None else e["metrics"].get("eval_runtime") for p, e in evaluations.items()
-        },
+        "evaluation_seconds": {p: None if e is None else e.times.get("eval_runtime") for p, e in evaluations.items()},
         "training_seconds": {
-            "before": first["training_seconds"],
-            "after": sum(a["training_seconds"] for a in attempts[1:]),
+            "before": first.training_seconds,
+            "after": sum(attempt.training_seconds for attempt in attempts[1:]),
         },
         "accepted": len(accepted),
         "judged": config.gated,
@@ -91,9 +90,9 @@ def advice(facts: Mapping[str, Any], folder: Path) -> list[str]:
     return [*lines, NEXT]
 
 
-def _measured(accepted: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _measured(accepted: Sequence[Attempt]) -> dict[str, Any] | None:
     """The loss that the callback measured itself, where the Trainer has not evaluated."""
-    stages = [attempt.get("stages", {}) for attempt in accepted] or [{}]
+    stages = [attempt.stages for attempt in accepted] or [{}]
     before, after = stages[0].get("before"), stages[-1].get("retrained")
     if before is None or after is None or before["data"] != after["data"]:
         return None
@@ -103,7 +102,7 @@ def _measured(accepted: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def _checkpoint(progress: Progress, session: Session) -> str | None:
     """The name of the checkpoint that holds the model as it is now; None where none does."""
     state = session.state
-    if progress.attempts[-1].get("decision") == "rolled back" or state.is_hyper_param_search:
+    if progress.attempts[-1].is_taken_back or state.is_hyper_param_search:
         return None  # the last checkpoint is of before it was taken back
     best = state.best_global_step if session.args.load_best_model_at_end else None
     name = f"checkpoint-{best or state.global_step}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,9 +10,10 @@ from transformers import TrainingArguments
 
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.environment import hardware
-from ..reports.provenance import TIMES, VALIDATION, dataset_facts, same_data, training_facts
+from ..reports.attempts import Evaluation
+from ..reports.provenance import VALIDATION, dataset_facts, same_data, training_facts
 
-__all__ = ["Evaluations", "compared_metrics", "last_evaluation", "lasting", "value_text"]
+__all__ = ["Evaluations", "compared_metrics", "last_evaluation", "value_text"]
 
 
 class Evaluations:
@@ -24,7 +25,7 @@ class Evaluations:
     """
 
     def __init__(self, args: TrainingArguments, loader: Any) -> None:
-        self._final: list[dict[str, Any]] = []  # evaluations after the training
+        self._final: list[Evaluation] = []  # evaluations after the training
         self._training = training_facts(args)
         # auto_find_batch_size may have made it smaller
         size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
@@ -37,28 +38,28 @@ class Evaluations:
         """Take note of the data of an evaluation in the training. Those with a prefix of their own are of other data (a
         test set, say).
         """
-        if not is_of_evaluation_data(metrics):
+        if not any(key.startswith("eval_") for key in metrics):
             return
         dataset = getattr(loader, "dataset", None)
         self._validation.add(same_data(dataset))
         self._data.setdefault("evaluation", dataset_facts(dataset))
 
-    def entry(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any) -> dict[str, Any]:
+    def evaluation(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any, **known: Any) -> Evaluation:
         """An evaluation: its figures, the data, and a mark of the weights that it is of."""
         dataset = getattr(loader, "dataset", None)
         data = dataset_facts(dataset)
         if dataset is not None and same_data(dataset) in self._validation:
             data["use"] = VALIDATION
         figures = {key: float(v) for key, v in metrics.items() if isinstance(v, (int, float)) and key != "epoch"}
-        return {"metrics": figures, "data": data, "weights": mark_of_model(model)}
+        return Evaluation.of(figures, data=data, mark=mark_of_model(model), **known)
 
-    def conclude(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any) -> dict[str, Any]:
+    def conclude(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any) -> Evaluation:
         """Note an evaluation after the training's end; one with the same metrics and data stands for the earlier
         one.
         """
-        new = self.entry(model, metrics, loader)
-        same = [e for e in self._final if e["metrics"].keys() == new["metrics"].keys() and e["data"] == new["data"]]
-        self._final = [*(e for e in self._final if e not in same), new]
+        new = self.evaluation(model, metrics, loader)
+        others = [e for e in self._final if e.figures.keys() != new.figures.keys() or e.data != new.data]
+        self._final = [*others, new]
         return new
 
     @property
@@ -68,36 +69,26 @@ class Evaluations:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for a report."""
-        final = [dict(entry) for entry in self._final]
+        final = [evaluation.to_dict() for evaluation in self._final]
         return {"training": dict(self._training), "data": self.data, "final": final, "hardware": dict(self._hardware)}
 
 
-def is_of_evaluation_data(metrics: Mapping[str, Any]) -> bool:
-    """Whether an evaluation is of the Trainer's evaluation data; others have another prefix (`metric_key_prefix`)."""
-    return any(key.startswith("eval_") for key in metrics)
-
-
-def lasting(figures: Mapping[str, float]) -> dict[str, float]:
-    """Figures that say something of the model: finite, and no times."""
-    return {key: value for key, value in figures.items() if not key.endswith(TIMES) and abs(value) < float("inf")}
-
-
-def last_evaluation(evaluations: Sequence[Mapping[str, Any]], step: int | None = None) -> Mapping[str, Any] | None:
+def last_evaluation(evaluations: Iterable[Evaluation], step: int | None = None) -> Evaluation | None:
     """The last evaluation on the Trainer's evaluation data, or the one at a step."""
-    own = [e for e in evaluations if is_of_evaluation_data(e["metrics"])]
-    own = [e for e in own if e["step"] == step] or own
+    own = [evaluation for evaluation in evaluations if evaluation.is_of_evaluation_data]
+    own = [evaluation for evaluation in own if evaluation.step == step] or own
     return own[-1] if own else None
 
 
 def compared_metrics(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, metric: str | None
+    before: Evaluation | None, after: Evaluation | None, metric: str | None
 ) -> dict[str, dict[str, float | None]]:
     """The metrics by which evaluations are compared, each before and after: the named one, or the first that is no
     loss; and the loss.
     """
     figures = {}
     for place, evaluation in (("before", before), ("after", after)):
-        kept = {} if evaluation is None else lasting(evaluation["metrics"])
+        kept = {} if evaluation is None else evaluation.lasting
         figures[place] = {key.removeprefix("eval_"): v for key, v in kept.items() if key.startswith("eval_")}
     names = {**figures["before"], **figures["after"]}
     named = [name for name in names if metric is not None and name == metric.removeprefix("eval_")]

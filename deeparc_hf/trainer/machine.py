@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ..errors import RecordError
+from ..reports.attempts import Attempt
 from ..reports.phases import BEFORE, FINISHED
 from ..reports.phases import RETRAINING as BEING_RETRAINED
 
@@ -117,10 +118,11 @@ class Progress(Saved):
     base_frozen: dict[str, list[int]] = field(default_factory=dict)
     snapshot: str | None = None
     teacher: str | None = None
-    attempts: list[dict[str, Any]] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "phase": self.phase.value}
+        attempts = [attempt.to_dict() for attempt in self.attempts]
+        return {**super().to_dict(), "phase": self.phase.value, "attempts": attempts}
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
@@ -133,16 +135,21 @@ class Progress(Saved):
         phases = [phase.value for phase in Phase]
         whole = fields is not None and fields["phase"] in phases and type(fields["k"]) is int
         # names of folders beside the checkpoint, and nowhere else
-        if not whole or not all(
-            fields[n] is None or (isinstance(fields[n], str) and re.fullmatch(r"[\w-]+", fields[n]))
-            for n in ("snapshot", "teacher")
+        attempts = _attempts_in(fields)
+        if (
+            not whole
+            or attempts is None
+            or not all(
+                fields[n] is None or (isinstance(fields[n], str) and re.fullmatch(r"[\w-]+", fields[n]))
+                for n in ("snapshot", "teacher")
+            )
         ):
             raise RecordError(
                 "The checkpoint's trainer_state.json does not tell where the pruning stood, or another version of "
                 "deeparc_hf wrote it. Resume with the version that wrote it, or start a new run from the checkpoint's "
                 "model."
             )
-        return cls(**{**fields, "phase": Phase(fields["phase"])})
+        return cls(**{**fields, "phase": Phase(fields["phase"]), "attempts": attempts})
 
     @property
     def is_over(self) -> bool:
@@ -159,6 +166,13 @@ class Progress(Saved):
         phase = FINISHED if self.is_over else BEING_RETRAINED if self.in_retraining else BEFORE
         told = {name: getattr(self, name) for name in ("baseline", "reason", "accepted", "attempts")}
         return {"phase": phase, **told}
+
+
+def _attempts_in(fields: Mapping[str, Any] | None) -> list[Attempt] | None:
+    try:
+        return None if fields is None else [Attempt.from_dict(entry) for entry in fields["attempts"]]
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def _from_first_version(data: Any) -> Any:

@@ -18,7 +18,6 @@ from ..core.progress_bars import shows_bars
 from ..observe.calibration import Calibration
 from ..observe.quality import measure_quality
 from ..pruning.config import MPruneConfig
-from .evaluations import is_of_evaluation_data
 from .machine import Progress
 from .session import Session
 
@@ -58,7 +57,7 @@ class Stages:
 
     def notice(self, loader: DataLoader | None, metrics: Mapping[str, Any]) -> None:
         """Take note of an evaluation. Those with a prefix of their own are of other data (a test set, say)."""
-        if self.evaluation is None and is_of_evaluation_data(metrics):
+        if self.evaluation is None and any(key.startswith("eval_") for key in metrics):
             self.evaluation = loader
 
     def begin(self, step: int) -> None:
@@ -67,8 +66,8 @@ class Stages:
         """
         self._data = EVALUATION if self.evaluation is not None else TRAINING
         attempt = self._progress.attempts[-1]
-        back = attempt.get("decision") == "rolled back"
-        last = attempt.get("stages", {}).get("before" if back else "retrained")
+        back = attempt.is_taken_back
+        last = attempt.stages.get("before" if back else "retrained")
         same = last is not None and (back or last["step"] == step) and last["data"] == self._data
         same = same and self._session.zeroed_at != step  # zeroed since, it may be
         self._found = {"before": last} if same else {}
@@ -88,7 +87,7 @@ class Stages:
 
     def end(self, step: int) -> None:
         """Measure the model after its retraining, once a step."""
-        stages = self._progress.attempts[-1].setdefault("stages", {})
+        stages = self._progress.attempts[-1].stages
         if stages.get("retrained", {}).get("step") == step:
             return
         known = [value["data"] for value in stages.values()]

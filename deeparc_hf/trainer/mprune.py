@@ -90,7 +90,8 @@ class MPruneCallback(SessionCallback):
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        return [] if self._run is None else self._run.progress.attempts
+        attempts = [] if self._run is None else self._run.progress.attempts
+        return [attempt.to_dict() for attempt in attempts]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback, in trainer_state.json."""

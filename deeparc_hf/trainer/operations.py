@@ -161,7 +161,7 @@ class Operations:
 
     def weaker(self) -> dict[str, Any] | None:
         p = self._progress
-        tried = [a["plan_removed"] for a in p.attempts if a.get("iteration") == p.accepted + 1]
+        tried = [a.plan_removed for a in p.attempts if a.iteration == p.accepted + 1]
         for k in range(p.k + 1, self._config.k_max + 1):
             try:
                 plan = self._compared().replan(k=k)
@@ -279,7 +279,7 @@ class Operations:
         self._reporter.carried_out(accepted)
 
     def _measure_end(self) -> None:
-        if "retrained" not in self._progress.attempts[-1].setdefault("stages", {}):
+        if "retrained" not in self._progress.attempts[-1].stages:
             self.stages.end(self._session.step)
         self._reporter.note_stages()
 

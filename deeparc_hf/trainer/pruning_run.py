@@ -198,7 +198,7 @@ class PruningRun(Member):
         never_pruned = not p.is_over and len(p.attempts) == 1
         best = session.state.best_metric if session.args.load_best_model_at_end else None
         if is_unfinished and session.args.load_best_model_at_end:
-            p.attempts[-1].get("stages", {}).pop("retrained", None)  # another model than the last one, it may be
+            p.attempts[-1].stages.pop("retrained", None)  # another model than the last one, it may be
         self.machine.training_ends(session.step, best)  # best by the same metric: check_gate
         if is_unfinished:
             self.reporter.note_best()

@@ -14,9 +14,9 @@ from ..errors import ConfigError, PlanError
 from ..healing.sites import Healing
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, first_threshold
+from ..reports.attempts import Attempt, Evaluation
 from ..reports.run_report import RUN_REPORT, quality_text, write_run_report
 from .ending import advice, end_facts, end_lines
-from .evaluations import is_of_evaluation_data, lasting
 from .machine import Progress, Verdict
 from .schedule import needed_epochs
 from .session import Session
@@ -46,38 +46,43 @@ class Reporter:
     # ---- notes ----
 
     @property
-    def _attempt(self) -> dict[str, Any]:
+    def _attempt(self) -> Attempt:
         return self._progress.attempts[-1]
 
     def open(self, plan: PruningPlan | None = None) -> None:
         """Begin the notes on the model as it is now: before the first pruning, or after one."""
         p, session = self._progress, self._session
-        entry: dict[str, Any] = {"name": "before pruning"}
-        if plan is not None:
-            entry = {
-                "name": f"pruning {p.accepted + 1}",
-                "iteration": p.accepted + 1,
-                "k": plan.config.k,
-                "thresholds": {name: stack.threshold for name, stack in plan.stacks.items()},
-                "removed": lists(p.record["iterations"][-1]["removed"]),
-                "plan_removed": lists(plan.removed),
-            }
-        entry |= {**session.structure(), "step": session.step, "epoch": session.epoch, "frozen": lists(p.frozen)}
-        p.attempts.append({**entry, "training_seconds": 0.0, "evaluations": []})
+        now = {**session.structure(), "step": session.step, "epoch": session.epoch, "frozen": lists(p.frozen)}
+        if plan is None:
+            p.attempts.append(Attempt("before pruning", **now))
+            return
+        number = p.accepted + 1
+        p.attempts.append(
+            Attempt(
+                f"pruning {number}",
+                **now,
+                iteration=number,
+                k=plan.config.k,
+                thresholds={name: stack.threshold for name, stack in plan.stacks.items()},
+                removed=lists(p.record["iterations"][-1]["removed"]),
+                plan_removed=lists(plan.removed),
+            )
+        )
 
     def reopen(self) -> None:
         """Begin the notes on the pruning at hand anew, because its training begins anew."""
-        self._attempt.update(step=0, epoch=0.0, training_seconds=0.0, evaluations=[])
+        attempt = self._attempt
+        attempt.step, attempt.epoch, attempt.training_seconds, attempt.evaluations = 0, 0.0, 0.0, ()
 
     def add_training_time(self, seconds: float) -> None:
-        self._attempt["training_seconds"] += seconds
+        self._attempt.training_seconds += seconds
 
     def note(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note the figures of an evaluation, in the model's record too."""
         p, session = self._progress, self._session
-        evaluation = session.evaluations.entry(session.model, metrics, loader)
-        evaluation["sparse"] = session.zeroed_at is not None
-        self._attempt["evaluations"].append({"step": session.step, "epoch": session.epoch, **evaluation})
+        known = {"step": session.step, "epoch": session.epoch, "sparse": session.zeroed_at is not None}
+        evaluation = session.evaluations.evaluation(session.model, metrics, loader, **known)
+        self._attempt.evaluations += (evaluation,)
         if p.in_retraining and p.record is not None:
             self._record_metrics(evaluation)
             self.note_stages()
@@ -86,7 +91,7 @@ class Reporter:
     def note_best(self) -> None:
         """Have the record tell the figures of the best checkpoint, whose weights the Trainer has loaded at the end."""
         p, session = self._progress, self._session
-        best = [e for e in self._attempt["evaluations"] if e["step"] == session.state.best_global_step]
+        best = [e for e in self._attempt.evaluations if e.step == session.state.best_global_step]
         if session.args.load_best_model_at_end and best and p.record is not None and p.record["iterations"]:
             for evaluation in best:
                 self._record_metrics(evaluation)
@@ -96,35 +101,35 @@ class Reporter:
         """Note an evaluation after the training's end: it is of the model that is left."""
         p, session = self._progress, self._session
         evaluation = session.evaluations.conclude(session.model, metrics, loader)
-        if p.accepted and p.record is not None and is_of_evaluation_data(metrics):
+        if p.accepted and p.record is not None and evaluation.is_of_evaluation_data:
             self._record_metrics(evaluation)
             self.note_stages()
         self.write()
 
-    def _record_metrics(self, evaluation: Mapping[str, Any]) -> None:
+    def _record_metrics(self, evaluation: Evaluation) -> None:
         """Have the record tell an evaluation; several of the same weights, on several data sets, add up."""
         entry, data = self._progress.record["iterations"][-1], self._session.evaluations.data  # type: ignore[index]
-        same = evaluation["weights"] is not None and entry.get("weights") == evaluation["weights"]
+        same = evaluation.mark is not None and entry.get("weights") == evaluation.mark
         earlier = entry.get("metrics", {}) if same else {}
-        kept = {key: value for key, value in earlier.items() if key not in evaluation["metrics"]}
-        entry.update(metrics={**kept, **lasting(evaluation["metrics"])}, weights=evaluation["weights"])
-        entry["data"] = data if kept else {**data, "evaluation": evaluation["data"]}
+        kept = {key: value for key, value in earlier.items() if key not in evaluation.metrics}
+        entry.update(metrics={**kept, **evaluation.lasting}, weights=evaluation.mark)
+        entry["data"] = data if kept else {**data, "evaluation": evaluation.data}
 
     def note_stages(self) -> None:
         """Have the model's record know what each step of the pruning at hand did."""
         record, host = self._progress.record, self._session.host
         if record is None:
             return
-        if self._attempt.get("stages"):
-            record["iterations"][-1]["stages"] = copy.deepcopy(self._attempt["stages"])
+        if self._attempt.stages:
+            record["iterations"][-1]["stages"] = copy.deepcopy(self._attempt.stages)
         record["sparsity"] = (host.record() or record).get("sparsity")  # weights may have been zeroed since
         host.set_record(record)
 
     def judged(self, verdict: Verdict) -> None:
         """Note a verdict."""
-        p = self._progress
-        drop = None if p.value is None else verdict.drop
-        self._attempt.update(metric=self._metric, value=p.value, baseline=p.baseline, drop=drop, reason=verdict.reason)
+        p, attempt = self._progress, self._attempt
+        attempt.metric, attempt.value, attempt.baseline = self._metric, p.value, p.baseline
+        attempt.drop, attempt.reason = None if p.value is None else verdict.drop, verdict.reason
 
     # ---- files ----
 
@@ -156,18 +161,18 @@ class Reporter:
             plan = PruningPlan.from_json(self._session.folder / PLAN_FILE)
         except (OSError, PlanError):
             return None
-        return plan if lists(plan.removed) == self._attempt.get("plan_removed") else None
+        return plan if lists(plan.removed) == self._attempt.plan_removed else None
 
     def _log(self, **figures: float | None) -> None:
         """Send the figures of the pruning at hand to the logs, and write the report."""
         structure = self._session.structure()
         figures = {
-            "iteration": self._attempt["iteration"],
-            "k": self._attempt["k"],
+            "iteration": self._attempt.iteration,
+            "k": self._attempt.k,
             "blocks": sum(structure["blocks"].values()),
             "parameters": structure["parameters"],
             "frozen_blocks": sum(map(len, self._progress.frozen.values())),
-            **{f"loss_{stage}": quality["loss"] for stage, quality in self._attempt.get("stages", {}).items()},
+            **{f"loss_{stage}": quality["loss"] for stage, quality in self._attempt.stages.items()},
             **figures,
         }
         self._session.log({f"pruning_{name}": value for name, value in figures.items() if value is not None})
@@ -209,8 +214,8 @@ class Reporter:
         """Begin the notes on a pruning, and tell what it has done."""
         p, session = self._progress, self._session
         self.open(plan)
-        self._attempt.update(healing=[healing.to_dict() for healing in healings], stages=stages)
-        again = ", another try" if sum(a.get("iteration") == p.accepted + 1 for a in p.attempts) > 1 else ""
+        self._attempt.healing, self._attempt.stages = [healing.to_dict() for healing in healings], stages
+        again = ", another try" if sum(a.iteration == p.accepted + 1 for a in p.attempts) > 1 else ""
         against = ""
         if self._config.gated and p.baseline is not None:
             against = f" The baseline of {self._metric} is {p.baseline:.4g}."
@@ -241,13 +246,11 @@ class Reporter:
     def carried_out(self, accepted: bool) -> None:
         """Tell and note that a pruning was accepted or taken back."""
         attempt = self._attempt
-        attempt["decision"] = "accepted" if accepted else "rolled back"
-        attempt.setdefault("reason", "not judged (no max_drop)")
-        back = "" if accepted else f" The weights from step {attempt['step']} are back."
-        self._session.say(
-            f"Pruning {attempt['iteration']} (k={attempt['k']}) is {attempt['decision']}: {attempt['reason']}.{back}"
-        )
-        self._log(accepted=float(accepted), drop=attempt.get("drop"))
+        attempt.decision = "accepted" if accepted else "rolled back"
+        attempt.reason = attempt.reason or "not judged (no max_drop)"
+        back = "" if accepted else f" The weights from step {attempt.step} are back."
+        self._session.say(f"Pruning {attempt.iteration} (k={attempt.k}) is {attempt.decision}: {attempt.reason}.{back}")
+        self._log(accepted=float(accepted), drop=attempt.drop)
 
     def warn_of_allowance(self) -> None:
         """Warn where the gate cannot reject anything."""
@@ -291,13 +294,13 @@ class Reporter:
         p = self._progress
         if not self._config.gated or p.is_over or p.measured_at is not None:
             return
-        if any(is_of_evaluation_data(evaluation["metrics"]) for evaluation in self._attempt["evaluations"]):
+        if any(evaluation.is_of_evaluation_data for evaluation in self._attempt.evaluations):
             raise self.no_metric()
 
     def no_metric(self) -> ConfigError:
         """The error where evaluations do not give the gate's metric."""
-        keys = {key for evaluation in self._attempt["evaluations"] for key in evaluation["metrics"]}
-        seen = sorted(key.removeprefix("eval_") for key in lasting(dict.fromkeys(keys, 0.0)))
+        keys = {key for evaluation in self._attempt.evaluations for key in evaluation.metrics}
+        seen = sorted(key.removeprefix("eval_") for key in keys)
         near = difflib.get_close_matches(self._metric.removeprefix("eval_"), seen, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "Give metric=... one of these names."
         if seen == ["loss"]:

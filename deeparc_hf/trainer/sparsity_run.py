@@ -16,6 +16,7 @@ from ..core.files import finite, write_whole
 from ..core.progress_bars import shows_bars
 from ..errors import ConfigError, RecordError, SparsityError
 from ..observe.calibration import Calibration
+from ..reports.attempts import Evaluation
 from ..reports.provenance import TIMES
 from ..sparsity.config import WandaConfig
 from ..sparsity.keep_zeros import Zeros
@@ -262,9 +263,10 @@ class SparsityRun(Member):
     def evaluated(self, metrics: Mapping[str, Any], loader: Any) -> None:
         self.check(note=False)
         session = self.session
-        entry = {"step": session.step, "epoch": session.epoch, "sparse": self.progress.phase != WAITING}
-        entry["blocks"] = sum(map(len, session.stacks.values()))
-        self.progress.evaluations.append({**entry, **session.evaluations.entry(session.model, metrics, loader)})
+        known = {"step": session.step, "epoch": session.epoch, "sparse": self.progress.phase != WAITING}
+        evaluation = session.evaluations.evaluation(session.model, metrics, loader, **known)
+        blocks = sum(map(len, session.stacks.values()))
+        self.progress.evaluations.append({**evaluation.to_dict(), "blocks": blocks})
         self._write()
 
     def evaluated_after_end(self, metrics: Mapping[str, Any], loader: Any) -> None:
@@ -294,10 +296,11 @@ class SparsityRun(Member):
         """Tell what the zeros cost, and what to do next. The model is that of the best step, where the Trainer has
         loaded it.
         """
-        evaluations = self.progress.evaluations
-        dense = last_evaluation([e for e in evaluations if not e["sparse"]])
-        sparse = last_evaluation([e for e in evaluations if e["sparse"]], best)
-        if dense is not None and sparse is not None and dense["blocks"] == sparse["blocks"]:
+        noted = [(Evaluation.from_dict(entry), entry["blocks"]) for entry in self.progress.evaluations]
+        blocks = {id(evaluation): count for evaluation, count in noted}
+        dense = last_evaluation(evaluation for evaluation, _ in noted if not evaluation.sparse)
+        sparse = last_evaluation((evaluation for evaluation, _ in noted if evaluation.sparse), best)
+        if dense is not None and sparse is not None and blocks[id(dense)] == blocks[id(sparse)]:
             for name, found in compared_metrics(dense, sparse, self.session.args.metric_for_best_model).items():
                 self.session.say(
                     f"  {name}: {value_text(found['before'])} before the zeroing, {value_text(found['after'])} now"

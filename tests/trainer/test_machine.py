@@ -13,6 +13,7 @@ import pytest
 
 from deeparc_hf import MPruneConfig
 from deeparc_hf.errors import RecordError
+from deeparc_hf.reports.attempts import Attempt, Evaluation
 from deeparc_hf.reports.phases import BEFORE, FINISHED, RETRAINING
 from deeparc_hf.trainer.machine import Machine, Phase, Progress, judge
 
@@ -410,7 +411,16 @@ def test_the_module_itself_needs_no_torch():
 
     tree = ast.parse(Path(module.__file__).read_text("utf-8"))
     imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
-    assert imported <= {"__future__", "collections.abc", "dataclasses", "enum", "typing", "errors", "reports.phases"}
+    assert imported <= {
+        "__future__",
+        "collections.abc",
+        "dataclasses",
+        "enum",
+        "typing",
+        "errors",
+        "reports.attempts",
+        "reports.phases",
+    }
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------------
@@ -503,7 +513,9 @@ FULL = Progress(
     base_frozen={"enc": [1, 2]},
     snapshot="step-24",
     teacher="step-16",
-    attempts=[{"name": "before pruning", "evaluations": [{"step": 8, "epoch": 1.0, "metrics": {"eval_loss": 0.5}}]}],
+    attempts=[
+        Attempt("before pruning", {"enc": 4}, 9, evaluations=(Evaluation.of({"eval_loss": 0.5}, data={}, step=8),))
+    ],
 )
 
 
@@ -531,8 +543,9 @@ def test_to_dict_is_a_copy():
     data = FULL.to_dict()
     data["frozen"]["enc"].append(7)
     data["attempts"][0]["evaluations"].clear()
+    data["attempts"][0]["blocks"].clear()
     assert FULL.frozen == {"enc": [0]}
-    assert len(FULL.attempts[0]["evaluations"]) == 1
+    assert len(FULL.attempts[0].evaluations) == len(FULL.attempts[0].blocks) == 1
 
 
 def changed(**entries):
