@@ -9,6 +9,9 @@ SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.docs_installed
+RELEASE_INSTALLED := $(VENV)/.release_installed
+FRESH := build/fresh
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 # the first of these that runs and is new enough (a name on the PATH may be a shim that does not run)
@@ -22,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 # threads that spin while they wait cost many times the work where other processes share the cores
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow lint docs dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -30,20 +33,34 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## fine-tune, prune, retrain and reload a real model; results go to demo_output
 	$(BIN)/python examples/bbc_news.py --output demo_output
 
-test: lint  ## lint, import rules, all tests that are not marked slow, and the benchmarks
+test: lint  ## lint, types, all tests that are not marked slow, and the benchmarks
 	$(BIN)/pytest -n 2 -m "not slow and not benchmark"
 	$(BIN)/pytest -m "benchmark and not slow" --capture=no
 
 test-slow: $(INSTALLED)  ## the tests that are marked slow
 	$(BIN)/pytest -m slow
 
-lint: $(INSTALLED)  ## style, formatting and import rules
+lint: $(INSTALLED)  ## style, formatting, import rules and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+docs: $(DOCS_INSTALLED)  ## build the documents into site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
+dist: $(RELEASE_INSTALLED)  ## build the package into dist/, check it, and import it from a fresh virtual environment
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m venv $(FRESH)
+	$(FRESH)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd $(FRESH) && bin/python -c "import deeparc_hf; [getattr(deeparc_hf, name) for name in deeparc_hf.__all__]"
+	cd $(FRESH) && bin/deeparc env
+	rm -rf build
 
 clean:  ## remove what the other targets wrote, except .venv
-	rm -rf demo_output runs build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf demo_output runs site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(INSTALLED): setup.py pyproject.toml
@@ -53,4 +70,12 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(BIN)/python -c '$(NEW_ENOUGH)' || { echo "The virtual environment in $(VENV) has a Python older than 3.11. Delete the folder and run make again." >&2; exit 1; }
 	@echo "Installing deeparc_hf with its tools into $(VENV) (once; takes some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $@
+
+$(RELEASE_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[release]"
 	@touch $@

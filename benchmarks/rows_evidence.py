@@ -186,7 +186,8 @@ def similarities(
     model: nn.Module, data: Data, batch_size: int, choices: Sequence[Choice]
 ) -> dict[Choice, dict[str, StackFacts]]:
     """What `analyze` finds, for all choices in one pass over the data."""
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     observers = [(choice, _observer(stack, choice)) for choice in choices for stack in stacks.values()]
     observe(host, [observer for _, observer in observers], data.batches(batch_size), len(data))
     facts: dict[Choice, dict[str, StackFacts]] = {choice: {} for choice in choices}

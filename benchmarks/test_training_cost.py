@@ -183,9 +183,10 @@ def frozen_by_hand(model: tf.PreTrainedModel, what: str) -> tf.PreTrainedModel:
 
 def input_gradients(full: tf.PreTrainedModel, data: datasets.Dataset) -> float:
     """Seconds that one frozen block adds to a backward pass that walks through it."""
-    host, _, stacks = describe(copy.deepcopy(full))
+    subject = describe(copy.deepcopy(full))
+    host, stacks = subject.host, subject.stacks
     model = host.root
-    freeze_blocks(host, stacks, {STACK: list(range(len(stacks[STACK])))})
+    freeze_blocks(subject, {STACK: list(range(len(stacks[STACK])))})
     batch = {key: value for key, value in data[:BATCH_SIZE].items() if key != "labels"}
     embedded = model.bert.embeddings(batch["input_ids"]).detach()
     times = {True: [], False: []}

@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from deeparc_hf.errors import ConfigError
     from experiment.arguments import DataArguments, PruningArguments, parse
-    from experiment.asked import asked_for
     from experiment.models import load_model
     from experiment.perplexity import PerplexityMeasure, block_losses, collate_blocks, token_blocks
+    from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
@@ -88,16 +88,14 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    asked = asked_for(__file__, argv, data, text, training, splits)
+    made_by = provenance(__file__, argv, data, text, training, splits)
     samples = (
         f"A sample is a block of {text.block_size} tokens. Perplexity is exp(mean loss of a token); its "
         f"interval is over the blocks."
     )
-    notes = [*splits.notes, samples]
+    told = {"provenance": made_by, "notes": [samples]}
     # average_tokens: this loss follows the number of tokens of all processes
-    return Experiment(
-        data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=notes, average_tokens=True
-    ).run()
+    return Experiment(data, pruning, training, load, trainer, splits, measure, average_tokens=True, **told).run()
 
 
 if __name__ == "__main__":

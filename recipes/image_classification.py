@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from experiment.arguments import DataArguments, PruningArguments, parse
-    from experiment.asked import asked_for
     from experiment.images import ImageEncoder, image_processor, with_images
-    from experiment.labels import classes_of, encode_labels
-    from experiment.models import has_weights, load_model
+    from experiment.labels import accuracy, classes_of, encode_labels, label_settings
+    from experiment.models import load_model
+    from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
@@ -64,11 +64,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
     training.remove_unused_columns = False  # the images' column is not one of the model's
     set_seed(training.seed)
-    order = (
-        None
-        if pruning.finetune_epochs > 0
-        else classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
-    )
+    order = None
+    if pruning.finetune_epochs == 0:  # the model's classes have their numbers
+        order = classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
     splits, names = encode_labels(
         with_images(load_splits(data, training.seed), image.image_column), image.label_column, order
     )
@@ -78,14 +76,14 @@ def main(argv: list[str] | None = None) -> list[Any]:
     train, seen = splits.train.with_transform(changed), splits.each(lambda part: part.with_transform(plain))
 
     def load(name: str) -> Any:
-        labels = {"id2label": dict(enumerate(names)), "label2id": {label: index for index, label in enumerate(names)}}
-        if name != data.model:
-            return AutoModelForImageClassification.from_pretrained(name)
-        if has_weights(name):  # a head of another task is replaced by a new one, if it is going to be trained
-            labels["ignore_mismatched_sizes"] = pruning.finetune_epochs > 0
-        labels["whole"] = pruning.finetune_epochs == 0
+        fresh = name == data.model and pruning.finetune_epochs > 0  # a head of another task is replaced by a new one
         return load_model(
-            AutoModelForImageClassification, name, revision=data.model_revision, num_labels=len(names), **labels
+            AutoModelForImageClassification,
+            name,
+            revision=data.model_revision if name == data.model else None,
+            whole=not fresh,
+            ignore_mismatched_sizes=fresh,
+            **label_settings(names),
         )
 
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:
@@ -100,17 +98,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    asked = asked_for(__file__, argv, data, image, training, splits)
-    notes = list(splits.notes)
+    made_by = provenance(__file__, argv, data, image, training, splits)
     # blocks are compared on the training images as they are
-    return Experiment(
-        data, pruning, training, load, trainer, seen.test, calibration=seen.train, asked=asked, notes=notes
-    ).run()
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of right answers."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    return Experiment(data, pruning, training, load, trainer, seen, calibration=seen.train, provenance=made_by).run()
 
 
 if __name__ == "__main__":

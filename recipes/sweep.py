@@ -20,6 +20,7 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -28,8 +29,7 @@ from pathlib import Path
 def main(argv: list[str] | None = None) -> int:
     """Run the sweep."""
     from deeparc_hf.core.interrupts import work_begins
-    from experiment.sweep import Sweep, shown
-    from experiment.sweep_file import SweepFile
+    from experiment.sweep import Sweep, SweepFile
 
     argv = sys.argv[1:] if argv is None else argv
     own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if args.dry_run:
         for name, command in sweep.commands():
-            print(f"# {name}\n{shown(command)}")
+            print(f"# {name}\n{shlex.join(command)}")
         return 0
     work_begins()
     signal.signal(signal.SIGTERM, _stop)

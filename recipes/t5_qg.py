@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from experiment.arguments import DataArguments, PruningArguments, parse
-    from experiment.asked import asked_for
+    from experiment.generation import QuestionMeasure, first_answers, write_scores
     from experiment.models import load_model
-    from experiment.questions import QuestionMeasure, first_answers, scores_report
+    from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
@@ -95,11 +95,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     measure = QuestionMeasure(
         splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=text.max_target_length
     )
-    asked = asked_for(__file__, argv, data, text, training, splits)
-    experiment = Experiment(
-        data, pruning, training, load, trainer, splits.test, measure, asked=asked, notes=list(splits.notes)
-    )
-    experiment.finish = lambda rows: scores_report(Path(training.output_dir), rows, measure)
+    made_by = provenance(__file__, argv, data, text, training, splits)
+    experiment = Experiment(data, pruning, training, load, trainer, splits, measure, provenance=made_by)
+    experiment.finish = lambda rows: write_scores(Path(training.output_dir), rows, measure)
     return experiment.run()
 
 

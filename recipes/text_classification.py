@@ -46,9 +46,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from experiment.arguments import DataArguments, PruningArguments, parse
-    from experiment.asked import asked_for
-    from experiment.labels import classes_of, encode_labels
+    from experiment.labels import accuracy, classes_of, encode_labels, label_settings
     from experiment.models import load_model
+    from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
@@ -58,11 +58,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     set_seed(training.seed)
     splits = load_splits(data, training.seed)
     splits.need_texts(text_column=text.text_column, text_pair_column=text.text_pair_column)
-    order = (
-        None
-        if pruning.finetune_epochs > 0
-        else classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
-    )
+    order = None
+    if pruning.finetune_epochs == 0:  # the model's classes have their numbers
+        order = classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
     splits, names = encode_labels(splits, text.label_column, order)
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
 
@@ -73,17 +71,14 @@ def main(argv: list[str] | None = None) -> list[Any]:
     splits = splits.map(encode, keep=["labels"])
 
     def load(name: str) -> Any:
-        revision = data.model_revision if name == data.model else None
-        labels = {"id2label": dict(enumerate(names)), "label2id": {label: index for index, label in enumerate(names)}}
         fresh = name == data.model and pruning.finetune_epochs > 0  # a head of another task is replaced by a new one
-        labels["ignore_mismatched_sizes"] = fresh
         return load_model(
             AutoModelForSequenceClassification,
             name,
-            revision=revision,
+            revision=data.model_revision if name == data.model else None,
             whole=not fresh,
-            num_labels=len(names),
-            **labels,
+            ignore_mismatched_sizes=fresh,
+            **label_settings(names),
         )
 
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:
@@ -98,13 +93,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    asked = asked_for(__file__, argv, data, text, training, splits)
-    return Experiment(data, pruning, training, load, trainer, splits.test, asked=asked, notes=list(splits.notes)).run()
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of right answers."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    made_by = provenance(__file__, argv, data, text, training, splits)
+    return Experiment(data, pruning, training, load, trainer, splits, provenance=made_by).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The example files in CONTRIBUTING.md: complete, and as good as those in the package."""
+"""CONTRIBUTING.md: the map leads somewhere, and the example files are complete, and as good as those in the package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib.util
 import math
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,24 @@ def test_every_page_has_an_example_that_is_not_in_the_package_yet():
     assert len(EXAMPLES) == 3
     for path, source in EXAMPLES.items():
         assert not (CONTRIBUTING.parent / path).exists()
-        assert all(len(line) <= 140 for line in source.splitlines())
+        assert all(len(line) <= 120 for line in source.splitlines())
+
+
+def test_the_map_answers_ten_questions_with_files_that_are_there():
+    rows = re.findall(r"^\| \.\.\. (.*\?) \| (.*) \|$", CONTRIBUTING.read_text("utf-8"), re.MULTILINE)
+    assert len({question for question, _ in rows}) == 10
+    for _, answer in rows:
+        files = re.findall(r"`(deeparc_hf/[\w/]+\.py)`", answer)
+        assert files and all((CONTRIBUTING.parent / file).is_file() for file in files)
+
+
+def test_the_layers_are_those_that_are_enforced():
+    (written,) = re.findall(r"enforces them:\n\n((?:    .*\n)+)", CONTRIBUTING.read_text("utf-8"))
+    settings = tomllib.loads((CONTRIBUTING.parent / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
+    (layers,) = [contract["layers"] for contract in settings["contracts"] if contract["type"] == "layers"]
+    named = [re.sub(r"\s*\|\s*", " | ", layer.replace("deeparc_hf.", "").replace(" : ", ", ")) for layer in layers]
+    lines = [re.sub(r"(\w)\s{2,}(\w)", r"\1 | \2", line.strip()) for line in written.splitlines()]
+    assert lines == [layer for layer in named if layer != "__main__"]
 
 
 def test_the_family_of_the_example_is_not_supported_without_it():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -201,8 +202,6 @@ def test_plot_refuses_what_it_cannot_place(monkeypatch):
         plan.plot()
 
 
-def test_views_are_part_of_what_the_readme_tells():
-    from .test_project import README
-
-    text = README.read_text("utf-8")
+def test_views_are_part_of_what_the_documents_tell():
+    text = (Path(__file__).parents[1] / "docs" / "without_trainer.md").read_text("utf-8")
     assert "plan.plot()" in text and "show as tables" in text and PruningPlan.plot.__doc__

@@ -1,82 +1,35 @@
-"""The project itself: public names, cost of the import, the README's tables and snippets, workflows, file sizes.
-
-`python -m tests.test_project` writes the README's tables anew.
-"""
+"""The project itself: public names, cost of the import, requirements, workflows, file sizes, the demo."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 import deeparc_hf
 from tests.lowest import SETUP, lowest
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+MORE_RIGHTS = {
+    "docs: deploy": {"pages": "write", "id-token": "write"},
+    "release: publish": {"id-token": "write"},
+}
 IMPORT_SECONDS = 0.5
 LONG = 400  # lines of a file
 PUBLIC = [name for name in deeparc_hf.__all__ if name != "__version__"]
-_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_SNIPPET = re.compile(r"<!-- runnable -->\n```python\n(.*?)```", re.DOTALL)
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [
-        header,
-        ["---"] * len(header),
-        *[[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in rows],
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-SETTINGS = {
-    "settings": deeparc_hf.MPruneConfig,
-    "distillation": deeparc_hf.DistillConfig,
-    "sparsity": deeparc_hf.WandaConfig,
-}
-
-
-def settings_table(config: type) -> str:
-    def shown(value: object) -> str:
-        return (
-            "" if value is None or value == () else f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value}`"
-        )
-
-    fields = dataclasses.fields(config)
-    return markdown_table(
-        ["setting", "default", "meaning"], [[f"`{f.name}`", shown(f.default), f.metadata["help"]] for f in fields]
-    )
-
-
-def registry_table(kind: str) -> str:
-    from deeparc_hf.architectures import families
-    from deeparc_hf.similarity import metrics
-    from deeparc_hf.sparsity.methods import methods
-
-    registry = {"families": families, "metrics": metrics, "methods": methods}[kind]
-    return markdown_table(["name", "what"], [[f"`{entry.name}`", entry.summary] for entry in registry])
-
-
-def with_tables(text: str) -> str:
-    """The README with its tables made from the code."""
-
-    def fill(match: re.Match[str]) -> str:
-        table = settings_table(SETTINGS[match[2]]) if match[2] in SETTINGS else registry_table(match[2])
-        return f"{match[1]}\n{table}\n\n{match[3]}"
-
-    return _TABLE.sub(fill, text)
+SETTINGS = (deeparc_hf.MPruneConfig, deeparc_hf.DistillConfig, deeparc_hf.WandaConfig)
 
 
 def run_python(code: str) -> str:
@@ -85,7 +38,12 @@ def run_python(code: str) -> str:
 
 def test_public_names_are_sorted_and_complete():
     assert deeparc_hf.__all__ == sorted(deeparc_hf.__all__)
-    assert set(deeparc_hf._HOMES) == set(PUBLIC)
+    statements = ast.parse(Path(deeparc_hf.__file__).read_text("utf-8")).body
+    (for_types,) = [node for node in statements if isinstance(node, ast.If)]  # what type checkers and documents see
+    assert {alias.name for node in for_types.body for alias in node.names} == set(PUBLIC)
+    for node in for_types.body:
+        home = importlib.import_module(f"deeparc_hf.{node.module}")
+        assert all(getattr(deeparc_hf, alias.name) is getattr(home, alias.name) for alias in node.names)
     assert dir(deeparc_hf) == deeparc_hf.__all__
 
 
@@ -112,9 +70,7 @@ def test_every_parameter_of_a_public_function_is_named_in_its_docstring(name):
 
 
 def test_every_setting_has_help():
-    assert all(
-        field.metadata["help"].endswith(".") for config in SETTINGS.values() for field in dataclasses.fields(config)
-    )
+    assert all(field.metadata["help"].endswith(".") for config in SETTINGS for field in dataclasses.fields(config))
 
 
 def test_import_loads_no_heavy_library():
@@ -129,22 +85,16 @@ def test_import_is_quick():
     assert min(float(run_python(code)) for _ in range(3)) < IMPORT_SECONDS
 
 
+def test_types_are_strict_behind_every_public_name():
+    overrides = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["mypy"]["overrides"]
+    strict = {module for part in overrides if part.get("disallow_untyped_defs") for module in part["module"]}
+    assert strict >= {"deeparc_hf", *(getattr(deeparc_hf, name).__module__ for name in PUBLIC)}
+    assert (Path(deeparc_hf.__file__).parent / "py.typed").exists()
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
         deeparc_hf.prune  # noqa: B018
-
-
-def test_readme_tables_follow_the_code():
-    text = README.read_text("utf-8")
-    assert {match[2] for match in _TABLE.finditer(text)} == {
-        "distillation",
-        "settings",
-        "families",
-        "methods",
-        "metrics",
-        "sparsity",
-    }
-    assert text == with_tables(text), "write them anew: python -m tests.test_project"
 
 
 def test_version_is_in_one_place_and_the_changelog_knows_it():
@@ -168,9 +118,43 @@ def test_long_files_are_told_of(folder):
 def test_workflows_have_no_rights_but_those_that_a_job_names(path):
     workflow = yaml.safe_load(path.read_text("utf-8"))
     assert workflow["permissions"] == {}
-    for job in workflow["jobs"].values():
-        assert job["permissions"] == {"contents": "read"}
+    for name, job in workflow["jobs"].items():
+        assert job["permissions"] == MORE_RIGHTS.get(f"{path.stem}: {name}", {"contents": "read"})
         assert job["timeout-minutes"] <= 60
+
+
+def test_jobs_that_may_write_run_nothing_of_the_repository():
+    """What they publish was built by a job without rights; they check nothing out and run no command."""
+    jobs = {
+        f"{path.stem}: {name}": job
+        for path in WORKFLOWS
+        for name, job in yaml.safe_load(path.read_text("utf-8"))["jobs"].items()
+        if job["permissions"] != {"contents": "read"}
+    }
+    assert jobs.keys() == MORE_RIGHTS.keys()
+    for job in jobs.values():
+        assert job["needs"] == "build" and job["environment"]["name"] in ("github-pages", "pypi")
+        actions = [step["uses"].partition("@")[0] for step in job["steps"]]
+        assert set(actions) <= {
+            "actions/deploy-pages",
+            "actions/download-artifact",
+            "pypa/gh-action-pypi-publish",
+        }
+        assert not any("run" in step or "password" in step.get("with", {}) for step in job["steps"])
+    assert jobs["docs: deploy"]["if"] == "github.event_name == 'push'"
+
+
+def test_a_release_is_made_of_a_tag_alone_and_documents_of_main_alone():
+    # YAML reads the key `on` as true
+    triggers = {path.stem: yaml.safe_load(path.read_text("utf-8"))[True] for path in WORKFLOWS}
+    assert triggers.pop("release") == {"push": {"tags": ["v*"]}}
+    assert all(trigger == {"push": {"branches": ["main"]}, "pull_request": None} for trigger in triggers.values())
+
+
+def test_workflows_run_targets_of_the_makefile():
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    used = {target for path in WORKFLOWS for target in re.findall(r"run: make ([a-z-]+)", path.read_text("utf-8"))}
+    assert used == {"dist", "docs", "lint", "test", "test-slow"} and used <= set(targets)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -180,8 +164,8 @@ def test_workflows_pin_actions_by_commit(path):
     assert all(re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+(\.\d+)*", use) for use in uses)
 
 
-def test_both_workflows_and_dependabot_are_there():
-    assert [path.stem for path in WORKFLOWS] == ["quality", "tests"]
+def test_all_workflows_and_dependabot_are_there():
+    assert [path.stem for path in WORKFLOWS] == ["docs", "quality", "release", "tests"]
     (update,) = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text("utf-8"))["updates"]
     assert update["package-ecosystem"] == "github-actions" and update["schedule"]["interval"] == "weekly"
     assert update["cooldown"]["default-days"] >= 7
@@ -242,20 +226,10 @@ def imported(code: str) -> set[str]:
     return {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names) - {"deeparc_hf"}
 
 
-def test_what_the_readme_shows_first_runs_after_the_first_command():
-    text = README.read_text("utf-8")
-    install, _, rest = text.partition("## In a Trainer")
-    assert re.findall(r"^    (pip install .*?)(?:  .*)?$", install, re.MULTILINE)[0] == "pip install ."
-    first, *others = _SNIPPET.findall(rest)
-    assert {"datasets", "transformers"} <= imported(first) <= required()
-    assert {"datasets", "evaluate"} <= required()
-    needs = [imported(snippet) - required() for snippet in others]
-    assert [more for more in needs if more] == [{"timm"}] and "timm" in required("timm") & required("all")
-
-
 def test_extras_that_are_named_exist_and_add_something():
     files = [
-        README,
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
         *(ROOT / "deeparc_hf").rglob("*.py"),
         *(ROOT / "recipes").rglob("*.*"),
         *(ROOT / "examples").rglob("*.py"),
@@ -277,89 +251,6 @@ def test_the_package_imports_nothing_that_the_first_command_does_not_install():
         tree = ast.parse(path.read_text("utf-8"))
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         assert imported("\n".join(map(ast.unparse, top))) <= required(), path
-
-
-def tiny_checkpoint(folder: Path, texts: list[str]) -> None:
-    """A BERT of 12 small blocks and a tokenizer for the words of these texts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    words = ["[PAD]", "[UNK]", *sorted({word for text in texts for word in text.split()})]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    config = BertConfig(
-        hidden_size=16,
-        num_hidden_layers=12,
-        num_attention_heads=2,
-        intermediate_size=16,
-        vocab_size=len(words),
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(folder)
-
-
-def tiny_emotions(folder: Path) -> list[str]:
-    """Texts of six classes as csv files, train and validation."""
-    folder.mkdir()
-    texts = [
-        f"it was {mood} on day {day}"
-        for day in range(6)
-        for mood in ("sad", "joyful", "lovely", "angry", "fearful", "odd")
-    ]
-    lines = ["text,label", *[f"{text},{index % 6}" for index, text in enumerate(texts)]]
-    for split in ("train", "validation"):
-        (folder / f"{split}.csv").write_text("\n".join(lines) + "\n", "utf-8")
-    return texts
-
-
-@pytest.fixture
-def one_thread():
-    """Small models are quicker with one thread, above all where other processes run beside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_readme_snippets_run(tmp_path, monkeypatch, one_thread):
-    """In the order of the README and in one namespace; the Hub ids stand for a small checkpoint and small data on the
-    disk.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    tiny_checkpoint(tmp_path / "bert", tiny_emotions(tmp_path / "emotion"))
-    snippets = _SNIPPET.findall(README.read_text("utf-8"))
-    on_a_hub = README.read_text("utf-8").count("<!-- hub -->")  # these run in test_hub.py
-    assert len(snippets) == README.read_text("utf-8").count("```python") - on_a_hub == 10
-    namespace: dict[str, object] = {}
-    for snippet in snippets:
-        local = snippet.replace("google-bert/bert-base-uncased", "bert").replace("dair-ai/emotion", "emotion")
-        exec(compile(local, "README.md", "exec"), namespace)
-        if "runs/pruned-at-once" in snippet:
-            assert namespace["plan"].num_kept == 8
-        if "num_hidden_layers" in snippet:
-            assert namespace["model"].config.num_hidden_layers == 8
-        if "distill" in snippet:
-            taught = deeparc_hf.PrunedConfig.from_pretrained("runs/taught").iterations[-1]
-            assert taught["settings"]["distill"]["alpha"] == 0.5 and {
-                "before",
-                "removed",
-                "healed",
-                "retrained",
-            } == set(taught["stages"])
-        if "WandaCallback" in snippet:
-            sparse = deeparc_hf.PrunedConfig.from_pretrained("runs/sparse")
-            assert len(sparse.kept["bert.encoder.layer"]) == 8 and len(sparse.sparsity["matrices"]) == 48
-        if "sparse-at-once" in snippet:
-            assert (
-                deeparc_hf.PrunedConfig.from_pretrained("runs/sparse-at-once").sparsity["settings"]["sparsity"] == 0.3
-            )
-        if "load_pruned" in snippet:
-            assert len(namespace["record"].kept["bert.encoder.layer"]) == 8
-            assert namespace["model"].config.num_hidden_layers == 8
-    assert len(namespace["model"].layer3) == 4
 
 
 def test_demo_runs_on_a_few_texts(tmp_path):
@@ -385,7 +276,3 @@ def test_demo_runs_on_a_few_texts(tmp_path):
     assert report["plan"]["samples"] == 40
     assert (tmp_path / "heatmap.png").stat().st_size > 1000 and (tmp_path / "report.md").exists()
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()
-
-
-if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text("utf-8")), "utf-8")

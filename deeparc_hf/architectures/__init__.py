@@ -7,23 +7,24 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
 from .base import CountKey, Family, Stack, families, register
 from .hosts import Host, find_host
+from .layout import Layout
+from .subject import Subject, describe
 
-__all__ = ["CountKey", "Family", "Host", "Stack", "describe", "families", "find_host", "find_stacks", "register"]
-
-
-def describe(model: nn.Module) -> tuple[Host, Family, dict[str, Stack]]:
-    """The host, family and stacks of a model; `find_stacks` is the public face of it."""
-    host = find_host(model)
-    for family in sorted((cls() for cls in families), key=lambda f: (-f.priority, f.name)):
-        if family.matches(host):
-            return host, family, {stack.name: stack for stack in family.stacks(host)}
-    raise UnsupportedModelError(
-        f"No family of deeparc_hf describes {host.label}, of {host.library}. Known families: "
-        f"{', '.join(families.names())}. To support it, add a family: one file, see 'add a family' in CONTRIBUTING.md."
-    )
+__all__ = [
+    "CountKey",
+    "Family",
+    "Host",
+    "Layout",
+    "Stack",
+    "Subject",
+    "describe",
+    "families",
+    "find_host",
+    "find_stacks",
+    "register",
+]
 
 
 def find_stacks(model: nn.Module) -> dict[str, Stack]:
@@ -40,4 +41,4 @@ def find_stacks(model: nn.Module) -> dict[str, Stack]:
         UnsupportedModelError: if the model has none, or is of a kind that cannot be pruned correctly; the message names
             its type, what was found, and why.
     """
-    return describe(model)[2]
+    return dict(describe(model).stacks)

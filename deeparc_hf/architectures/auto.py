@@ -23,7 +23,8 @@ from ..errors import UnsupportedModelError
 from .base import BlockEntry, CountKey, Family, Stack, register, set_count, signature_pins
 from .entries import classified, entries_of, follow, usual
 from .hosts import Host, TransformersHost
-from .skeleton import renamed_path, state_shapes
+from .layout import Layout
+from .skeleton import state_shapes
 
 _COUNT_NAME = re.compile(r"layer|depth|block")
 
@@ -140,10 +141,9 @@ class _Search:
             built = self._build(count, following, length, kept)
             if built is None:
                 continue
-            expected = self._shapes if length > 1 else built
-            found = built if length > 1 else self._shapes
-            gone = {name: list(kept) if length > 1 else [0]}
-            renamed = {new: shape for key, shape in expected.items() if (new := renamed_path(key, gone)) is not None}
+            expected, found = (self._shapes, built) if length > 1 else (built, self._shapes)
+            layout = Layout({name: max(length, 2)}, {name: kept if length > 1 else (0,)})
+            renamed = layout.renamed_keys(expected)
             if renamed == found and len(found) < len(expected):
                 return "counts"
             blocks = {key[len(name) + 1 :].partition(".")[0] for key in built if key.startswith(f"{name}.")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,6 @@ __all__ = [
     "families",
     "register",
     "set_count",
-    "shrunk_settings",
     "signature_pins",
 ]
 
@@ -197,13 +195,3 @@ def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
 
 def _first(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def shrunk_settings(
-    host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's settings, and those of the model with only the kept blocks."""
-    before = host.settings()
-    after = copy.deepcopy(before)
-    family.shrink(after, list(stacks.values()), kept)
-    return before, after

@@ -213,7 +213,7 @@ def _changed_values(values: list[Any]) -> Iterator[tuple[list[Any], set[int]]]:
     if isinstance(first, bool):
         yield [not first, *values[1:]], {0}
     elif isinstance(first, (int, float)):
-        yield [first * 2 if first else type(first)(1), *values[1:]], {0}
+        yield [first * 2 if first else first + 1, *values[1:]], {0}
 
 
 def _walk(settings: Mapping[str, Any], length: int, path: tuple[str, ...]) -> Iterator[BlockEntry]:

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from ..core.transaction import Transaction
 from ..errors import DeepArcWarning
 from .base import Stack
+from .layout import Layout
 
 __all__ = ["follow_generation"]
 
@@ -27,33 +28,30 @@ _OTHERS = re.compile(r"layer|exit|head")
 logger = logging.getLogger(__name__)
 
 
-def follow_generation(
-    root: nn.Module, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]], transaction: Transaction
-) -> None:
+def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], layout: Layout, transaction: Transaction) -> None:
     """Have the generation configs of a model name the kept blocks, under their new numbers. Each becomes the model's
     own copy.
 
     Args:
-        root: the model; its stacks as they were before the removal are `stacks`.
-        kept: by stack the indices that stay, rising.
+        root: the model, with `stacks`.
+        layout: the blocks that stay.
         transaction: notes how to take it back.
     """
-    changed = [name for name, stack in stacks.items() if len(kept[name]) < len(stack)]
     for path, module in root.named_modules():
         config = vars(module).get("generation_config")
-        inside = [name for name in changed if name.startswith(f"{path}." if path else "")]
+        inside = [name for name in layout.removed if name.startswith(f"{path}." if path else "")]
         if not isinstance(config, GenerationConfig) or not inside:
             continue
         own = copy.deepcopy(config)
         decoder = _decoder(stacks, path)
         for key, value in config.to_diff_dict().items():
-            if decoder is not None and _pairs(key, value, len(stacks[decoder])):
-                _follow(own, key, value, kept[decoder], decoder)
+            if decoder is not None and _pairs(key, value, layout.lengths[decoder]):
+                _follow(own, key, value, layout.kept[decoder], decoder)
             elif _OTHERS.search(key) and _whole(value):
                 warnings.warn(
                     f"generation_config.{key} = {value} may name blocks by their number. No forward pass shows it, so "
                     f"it stays as it is. If it does, set it anew for "
-                    f"{', '.join(f'the {len(kept[n])} blocks of {n}' for n in inside)}, or to None.",
+                    f"{', '.join(f'the {layout.counts[n]} blocks of {n}' for n in inside)}, or to None.",
                     DeepArcWarning,
                     stacklevel=4,
                 )
@@ -63,8 +61,7 @@ def follow_generation(
 def _follow(
     config: GenerationConfig, key: str, pairs: Sequence[Sequence[int]], kept: Sequence[int], stack: str
 ) -> None:
-    new = {old: place for place, old in enumerate(kept)}
-    left = [[new[layer], head] for layer, head in pairs if layer in new]
+    left = [[kept.index(layer), head] for layer, head in pairs if layer in kept]
     if left:
         setattr(config, key, left)
         if len(left) < len(pairs):

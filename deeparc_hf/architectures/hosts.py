@@ -7,10 +7,13 @@ There are two: transformers, where the settings are the config, and bare timm, w
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
+import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,14 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_labels
 from transformers.utils import logging as hf_logging
 
+from ..core.compat import checkpoint_key_namer
 from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
 from .inputs import example_inputs, merges_inputs
@@ -29,6 +36,8 @@ from .inputs import example_inputs, merges_inputs
 __all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted"]
 
 RECORD_KEY = "pruning_config"
+_REMEMBERED = 8  # skeletons of a host
+_SENSES = re.compile(r"vision|visual|image|video|audio|speech")
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +56,7 @@ class Host(ABC):
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
+        self._built: list[tuple[Any, nn.Module]] = []  # the last skeletons, each after what it was built from
 
     @property
     @abstractmethod
@@ -67,13 +77,28 @@ class Host(ABC):
     def settings(self) -> dict[str, Any]:
         """A deep copy of the settings as plain data, free to edit."""
 
-    @abstractmethod
     def build(self, settings: dict[str, Any]) -> nn.Module:
-        """The skeleton (meta device) of what a stock loader builds from these settings.
+        """The skeleton (meta device) of what a stock loader builds from these settings, to be looked at only: settings
+        that were built from before give the same one again.
 
         Raises:
             Exception: whatever the library raises where the settings are not valid for it.
         """
+        made_from = copy.deepcopy((settings, self._switches()))
+        skeleton = next((skeleton for known, skeleton in self._built if known == made_from), None)
+        if skeleton is None:
+            skeleton = self._build(copy.deepcopy(settings))
+        others = [entry for entry in self._built if entry[1] is not skeleton]
+        self._built = [(made_from, skeleton), *others[: _REMEMBERED - 1]]
+        return skeleton
+
+    @abstractmethod
+    def _build(self, settings: dict[str, Any]) -> nn.Module:
+        """Build a skeleton; the settings may be changed."""
+
+    def _switches(self) -> Any:
+        """What a build depends on beside the settings."""
+        return None
 
     @abstractmethod
     def record(self) -> Any:
@@ -85,9 +110,97 @@ class Host(ABC):
 
     @abstractmethod
     def own_configs(self, transaction: Transaction) -> None:
-        """Give the model config objects of its own, in case others share them: what is noted in them is true of this
-        model only.
+        """Have what is noted in the model's config, the record too, be true of this model only (others may share it),
+        until the transaction takes it back.
         """
+
+    @abstractmethod
+    def follow_builds(
+        self, before: nn.Module, after: nn.Module, stacks: Iterable[str], transaction: Transaction
+    ) -> None:
+        """Change the settings that the model carries outside of these stacks as two skeletons differ. Its configs are
+        its own already; settings made at run time stay.
+        """
+
+    @abstractmethod
+    def loaded_from(self, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:
+        """Hub id and commit that the model was loaded from; None for a local folder, whose path is nobody else's
+        business. The commit is known where the Hub's cache holds just one of that repository.
+        """
+
+    @abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Save the model as its library does, with its record; safetensors only."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the library writes of the model's kind into a config.json, as plain data."""
+
+    def key_namer(self) -> Callable[[str], str]:
+        """How the library names the keys of a checkpoint when it loads them."""
+        return lambda key: key
+
+    # ---- what the model takes and gives ----
+
+    @property
+    @abstractmethod
+    def main_input(self) -> str:
+        """The argument of the forward that takes the tokens, or the images."""
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """What the forward takes, by name."""
+        return inspect.signature(self.root.forward).parameters
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether the forward can be told to make no cache of keys and values."""
+        return "use_cache" in self.parameters
+
+    @property
+    def label_names(self) -> set[str]:
+        """Arguments of the forward that take labels."""
+        return {"labels"}
+
+    def inputs_in(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a batch goes into the forward: tensors, and what else it has an argument for. Empty if there is no
+        input for the model in it.
+        """
+        known = self.parameters
+        return {key: v for key, v in batch.items() if isinstance(v, Tensor) or (key in known and v is not None)}
+
+    @property
+    @abstractmethod
+    def lacking(self) -> tuple[str, str]:
+        """What a batch lacks that has no input for the model, and the advice, for messages."""
+
+    @property
+    @abstractmethod
+    def batch_code(self) -> str:
+        """A batch as code, for messages."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return False
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model generates text."""
+        return False
+
+    @property
+    def tuples_begin_with_logits(self) -> bool:
+        """Whether a tuple that the model puts out begins with logits."""
+        return False
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model puts out a bare tensor that holds logits of classes."""
+        return False
+
+    def senses(self, stack: str) -> bool:
+        """Whether a stack belongs to the part of the model that reads images or sound."""
+        return False
 
     @property
     def merges_inputs(self) -> bool:
@@ -95,7 +208,7 @@ class Host(ABC):
         return False
 
     @abstractmethod
-    def example_inputs(self) -> dict[str, torch.Tensor] | None:
+    def example_inputs(self) -> dict[str, Tensor] | None:
         """Small valid inputs on the model's device, or None where they cannot be known; it raises nothing."""
 
 
@@ -124,11 +237,14 @@ class TransformersHost(Host):
         settings.pop(RECORD_KEY, None)
         return settings
 
-    def build(self, settings: dict[str, Any]) -> nn.Module:
+    def _build(self, settings: dict[str, Any]) -> nn.Module:
         with _quiet(), torch.device("meta"):
-            config = type(self.root.config).from_dict(copy.deepcopy(settings))
+            config = type(self.root.config).from_dict(settings)
             copy_attention(self.root.config, config)
             return type(self.root)(config)
+
+    def _switches(self) -> Any:
+        return _attention_of(self.root.config)
 
     def record(self) -> Any:
         return getattr(self.root.config, RECORD_KEY, None)
@@ -143,7 +259,86 @@ class TransformersHost(Host):
                 if isinstance(config, PreTrainedConfig):
                     transaction.set(module, attribute, copy.deepcopy(config, copies))
 
-    def example_inputs(self) -> dict[str, torch.Tensor] | None:
+    def follow_builds(
+        self, before: nn.Module, after: nn.Module, stacks: Iterable[str], transaction: Transaction
+    ) -> None:
+        # T5 and others hold several configs; each follows its own counterpart
+        inside, patched = tuple(f"{name}." for name in stacks), set()
+        for path, module in self.root.named_modules():
+            for attribute, config in list(vars(module).items()):
+                if isinstance(config, PreTrainedConfig) and not path.startswith(inside) and id(config) not in patched:
+                    patched.add(id(config))
+                    old, new = (getattr(skeleton.get_submodule(path), attribute) for skeleton in (before, after))
+                    _patch(config, old, new)
+
+    def loaded_from(self, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:
+        name = getattr(self.root.config, "_name_or_path", None)
+        try:
+            validate_repo_id(name or "")
+        except HFValidationError:
+            return None, None
+        if os.path.exists(name):
+            return None, None
+        # early versions 5 of transformers noted the commit; later ones leave it to the cache
+        return name, getattr(self.root.config, "_commit_hash", None) or _cached_commit(name, cache_dir)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        self.root.save_pretrained(folder)
+
+    def identity(self) -> dict[str, Any]:
+        return self.root.config.to_dict()
+
+    def key_namer(self) -> Callable[[str], str]:
+        return checkpoint_key_namer(self.root)
+
+    @property
+    def main_input(self) -> str:
+        return self.root.main_input_name
+
+    @property
+    def label_names(self) -> set[str]:
+        return {"labels", *find_labels(type(self.root))}
+
+    def inputs_in(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        inputs, main = super().inputs_in(batch), self.main_input
+        if main in inputs:
+            return inputs if isinstance(inputs[main], Tensor) else {}
+        return inputs if "inputs_embeds" in inputs or self.parameters.keys() & inputs.keys() - self.label_names else {}
+
+    @property
+    def lacking(self) -> tuple[str, str]:
+        return f"{self.main_input!r} for {type(self.root).__name__}", (
+            "Tokenize or process the samples first, and collate them into tensors (DataCollatorWithPadding, an image "
+            "processor)."
+        )
+
+    @property
+    def batch_code(self) -> str:
+        text = self.main_input == "input_ids"
+        inputs = '"input_ids": ids, "attention_mask": mask' if text else f'"{self.main_input}": tensor'
+        labels = ', "labels": labels' if self.is_encoder_decoder else ""
+        return f"{{{inputs}{labels}}}"
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(self.root.config.is_encoder_decoder)
+
+    @property
+    def generates(self) -> bool:
+        return self.root.can_generate()
+
+    @property
+    def tuples_begin_with_logits(self) -> bool:
+        return self.root.base_model is not self.root
+
+    def senses(self, stack: str) -> bool:
+        parts = vars(self.root.config).items()
+        kinds = {type(part) for key, part in parts if isinstance(part, PreTrainedConfig) and _SENSES.search(key)}
+        path = stack.split(".")
+        holders = (self.root.get_submodule(".".join(path[:count])) for count in range(1, len(path)))
+        return any(type(getattr(holder, "config", None)) in kinds for holder in holders)
+
+    def example_inputs(self) -> dict[str, Tensor] | None:
         try:
             if self.kind == "timm_wrapper":
                 return {"pixel_values": TimmHost(self.root.timm_model).example_inputs()["x"]}
@@ -169,6 +364,23 @@ def copy_attention(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
         other = vars(target).get(name)
         if isinstance(part, PreTrainedConfig) and isinstance(other, PreTrainedConfig):
             copy_attention(part, other)
+
+
+def _attention_of(config: PreTrainedConfig) -> list[Any]:
+    parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
+    return [config._attn_implementation_internal, *map(_attention_of, parts)]
+
+
+def _patch(config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
+    """Change in `config` what differs between two others."""
+    for key, value in vars(after).items():
+        old = vars(before).get(key)
+        if isinstance(value, PreTrainedConfig) and isinstance(old, PreTrainedConfig):
+            _patch(getattr(config, key), old, value)
+        elif old != value:
+            setattr(config, key, copy.deepcopy(value))
+    for key in vars(before).keys() - vars(after).keys():
+        vars(config).pop(key, None)
 
 
 @contextmanager
@@ -206,7 +418,7 @@ class TimmHost(Host):
     def settings(self) -> dict[str, Any]:
         return copy.deepcopy(timm_model_args(self.root))
 
-    def build(self, settings: dict[str, Any]) -> nn.Module:
+    def _build(self, settings: dict[str, Any]) -> nn.Module:
         import timm
 
         with torch.device("meta"):
@@ -221,9 +433,58 @@ class TimmHost(Host):
         setattr(self.root, RECORD_KEY, copy.deepcopy(record))
 
     def own_configs(self, transaction: Transaction) -> None:
-        pass  # there are none: each model has its arguments
+        transaction.set(self.root, RECORD_KEY, getattr(self.root, RECORD_KEY, None))  # it has no config to share
 
-    def example_inputs(self) -> dict[str, torch.Tensor]:
+    def follow_builds(
+        self, before: nn.Module, after: nn.Module, stacks: Iterable[str], transaction: Transaction
+    ) -> None:
+        old, new = (getattr(skeleton, "_model_args", {}) for skeleton in (before, after))
+        changed = {key: value for key, value in new.items() if old.get(key) != value}
+        transaction.set(self.root, "_model_args", {**getattr(self.root, "_model_args", {}), **changed})
+
+    def loaded_from(self, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:
+        cfg = self._pretrained_cfg()
+        # timm names a Hub id for models with random weights too; only one that was asked for by id is known to come
+        # from there
+        name = (cfg.get("hf_hub_id") or None) if cfg.get("source") == "hf-hub" else None
+        return name, _cached_commit(name, cache_dir)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        from timm.models import save_for_hf
+
+        extra = {} if self.record() is None else {RECORD_KEY: self.record()}
+        save_for_hf(self.root, str(folder), model_config=extra, model_args=self.settings(), safe_serialization=True)
+        # the layout has a place of its own for the number of classes, and transformers' TimmWrapper cannot hear of it
+        # twice
+        path = Path(folder, "config.json")
+        config = json.loads(path.read_text("utf-8"))
+        if config.get("model_args", {}).get("num_classes") == config["num_classes"]:
+            del config["model_args"]["num_classes"]
+            path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "architecture": self.kind,
+            "pretrained_cfg": {},
+            "num_classes": getattr(self.root, "num_classes", None),
+        }
+
+    main_input = "x"
+    batch_code = "(images,)"
+    lacking = (
+        "images for a timm model",
+        "Give tuples (images, labels), or dicts with a tensor under 'pixel_values'.",
+    )
+
+    def inputs_in(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = super().inputs_in(batch)
+        return next(({"x": inputs[key]} for key in ("x", "pixel_values", "image", "images") if key in inputs), {})
+
+    @property
+    def classifies(self) -> bool:
+        return getattr(self.root, "num_classes", 0) > 1
+
+    def example_inputs(self) -> dict[str, Tensor]:
         parameter = next(self.root.parameters())
         channels = timm_model_args(self.root).get("in_chans", 3)
         size, cfg = timm_model_args(self.root).get("img_size"), self._pretrained_cfg()
@@ -232,6 +493,14 @@ class TimmHost(Host):
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         pixels = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
         return {"x": pixels.to(parameter.device, parameter.dtype)}
+
+
+def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
+    found = None if name is None else try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
+    if not isinstance(found, str):
+        return None
+    snapshot = Path(found).parent
+    return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None
 
 
 def _stored_record(cfg: dict[str, Any]) -> Any:

@@ -7,14 +7,16 @@ that depend on a block's place, and settings that do not say what they should.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["Differences", "compare", "differing", "renamed_path", "state_shapes"]
+from .layout import Layout
+
+__all__ = ["Differences", "compare", "differing", "state_shapes"]
 
 # Attributes that hold a block's own index: they follow the skeleton.
 _INDEX_NAMES = frozenset(
@@ -42,18 +44,18 @@ def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def compare(before: nn.Module, after: nn.Module, kept: Mapping[str, Sequence[int]]) -> Differences:
+def compare(before: nn.Module, after: nn.Module, layout: Layout) -> Differences:
     """Compare two skeletons, given which blocks of which stacks the second one keeps.
 
     Args:
         before: skeleton of the settings before the removal.
         after: skeleton of the settings after it.
-        kept: per stack (module path) the indices that stay, rising.
+        layout: the blocks that stay; stacks are named by module path.
     """
     found = Differences()
-    names = {name: renamed_path(name, kept) for name in _modules(before, kept)}
+    names = {name: layout.renamed(name) for name in _modules(before, layout.kept)}
     new_names = {new for new in names.values() if new is not None}
-    after_modules = _modules(after, kept)
+    after_modules = _modules(after, layout.kept)
     extra = sorted(name for name in after_modules if name not in new_names and not _neutral(after_modules[name]))
     if extra:
         found.problems.append(f"a reload would build modules that the pruned model does not have: {_some(extra)}")
@@ -71,7 +73,7 @@ def compare(before: nn.Module, after: nn.Module, kept: Mapping[str, Sequence[int
             )
         else:
             _compare_tensors(old, module, counterpart, found)
-            _compare_attributes(old, module, counterpart, _stack_of(old, kept, before), found)
+            _compare_attributes(old, module, counterpart, _stack_of(old, layout), found)
     return found
 
 
@@ -172,26 +174,9 @@ def _neutral(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or "DropPath" in type(module).__name__
 
 
-def renamed_path(name: str, kept: Mapping[str, Sequence[int]]) -> str | None:
-    """The path that a module has after the removal; None if it goes."""
-    for stack, indices in kept.items():
-        if not name.startswith(f"{stack}."):
-            continue
-        index, dot, rest = name[len(stack) + 1 :].partition(".")
-        if not index.isdigit():
-            continue
-        if int(index) not in indices:
-            return None
-        return f"{stack}.{list(indices).index(int(index))}{dot}{rest}"
-    return name
-
-
-def _stack_of(name: str, kept: Mapping[str, Sequence[int]], before: nn.Module) -> tuple[int, Sequence[int]] | None:
+def _stack_of(name: str, layout: Layout) -> tuple[int, Sequence[int]] | None:
     """Length and kept blocks of the stack that a module is part of; None outside of all stacks."""
-    for stack, indices in kept.items():
-        if name.startswith(f"{stack}."):
-            return len(list(before.get_submodule(stack).children())), indices
-    return None
+    return next(((layout.lengths[s], kept) for s, kept in layout.kept.items() if name.startswith(f"{s}.")), None)
 
 
 def _some(names: list[str], limit: int = 3) -> str:

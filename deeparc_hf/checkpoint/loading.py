@@ -6,9 +6,9 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..architectures import Stack, describe
-from ..architectures.base import shrunk_settings
+from ..architectures import Layout, Subject, describe
 from ..architectures.generation import follow_generation
-from ..architectures.hosts import RECORD_KEY, Host, TransformersHost, copy_attention
+from ..architectures.hosts import RECORD_KEY, copy_attention
 from ..architectures.skeleton import compare
-from ..core.compat import checkpoint_key_namer
 from ..core.transaction import Transaction
 from ..errors import RecordError, UnsupportedModelError
-from .record import PrunedConfig, base_reference, current_record
+from .record import PrunedConfig, current_record
 from .record_sparsity import renumber_matrices
 
 __all__ = ["load_pruned", "save_pruned"]
@@ -70,13 +68,14 @@ def load_pruned(
     with torch.device("meta"):
         build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
         full = build(config)
-    host, family, stacks = describe(full)
-    record = record.renamed(host.base_prefix, stacks)
-    kept = _kept(record, stacks)
-    record = dataclasses.replace(record, sparsity=_sparsity_of_base(host, stacks, kept))
-    _, settings = shrunk_settings(host, family, stacks, kept)
-    _require_expressible(host, full, settings, kept)
-    base, commit = base_reference(full, hub.get("cache_dir"))
+    subject = describe(full)
+    record = record.renamed(subject.host.base_prefix, subject.stacks)
+    layout = _layout(record, subject)
+    # what the base's own record says of zeroed weights comes with its weights, whatever the other record lists
+    record = dataclasses.replace(record, sparsity=renumber_matrices(current_record(subject).sparsity, layout))
+    _, settings = subject.shrunk_settings(layout)
+    _require_expressible(subject, settings, layout)
+    base, commit = subject.host.loaded_from(hub.get("cache_dir"))
     pruned = type(config).from_dict(settings)
     copy_attention(config, pruned)  # the one setting that is not part of a config's dict
     setattr(
@@ -84,15 +83,16 @@ def load_pruned(
         RECORD_KEY,
         {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit},
     )
-    state = _read(full, str(base_repo_or_path), stacks, kept, hub)
+    state = _read(subject, str(base_repo_or_path), layout, hub)
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = type(full).from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
-    _require_blocks(info["missing_keys"], str(base_repo_or_path), kept)
+    _require_blocks(info["missing_keys"], str(base_repo_or_path), layout)
     model.config._name_or_path = str(base_repo_or_path)
     if model.can_generate():
         _adopt_generation_config(model, str(base_repo_or_path), hub)
-        follow_generation(model, stacks, kept, Transaction())
-    return (model, info) if wants_info else model
+        follow_generation(model, subject.stacks, layout, Transaction())
+    # a pair for those who ask for it, as from_pretrained gives one
+    return cast(PreTrainedModel, (model, info) if wants_info else model)
 
 
 def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -106,20 +106,7 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         model: a model that `find_stacks` knows, pruned or not.
         folder: where to write; made if need be.
     """
-    host = describe(model)[0]
-    if isinstance(host, TransformersHost):
-        host.root.save_pretrained(folder)
-        return
-    from timm.models import save_for_hf
-
-    extra = {} if host.record() is None else {RECORD_KEY: host.record()}
-    save_for_hf(host.root, str(folder), model_config=extra, model_args=host.settings(), safe_serialization=True)
-    # the layout has a place of its own for the number of classes, and transformers' TimmWrapper cannot hear of it twice
-    path = Path(folder, "config.json")
-    config = json.loads(path.read_text("utf-8"))
-    if config.get("model_args", {}).get("num_classes") == config["num_classes"]:
-        del config["model_args"]["num_classes"]
-        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    describe(model).host.save(folder)
 
 
 def _adopt_generation_config(model: PreTrainedModel, base: str, hub: Mapping[str, Any]) -> None:
@@ -136,18 +123,9 @@ def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:
     )
 
 
-def _sparsity_of_base(
-    host: Host, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]
-) -> Mapping[str, Any] | None:
-    """What the base's own record says of zeroed weights: they come with its weights,
-    whatever the other record lists.
-    """
-    lengths = {name: len(stack) for name, stack in stacks.items()}
-    removed = {name: [index for index in range(length) if index not in kept[name]] for name, length in lengths.items()}
-    return renumber_matrices(current_record(host, stacks).sparsity, lengths, removed)
-
-
-def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequence[int]]:
+def _layout(record: PrunedConfig, subject: Subject) -> Layout:
+    """Which blocks of the base stay."""
+    stacks = subject.stacks
     for name, stack in record.stacks.items():
         if name not in stacks:
             raise RecordError(
@@ -159,22 +137,18 @@ def _kept(record: PrunedConfig, stacks: Mapping[str, Stack]) -> dict[str, Sequen
                 f"The pruning record is for a base model with {stack.length} blocks in {name}; this one has "
                 f"{len(stacks[name])}. Give the checkpoint that was pruned first."
             )
-        lost = sorted(set(range(stack.length)) - set(stack.kept))
-        pinned = [index for index in lost if index in stacks[name].pinned]
+        pinned = [index for index in record.removed[name] if index in stacks[name].pinned]
         if pinned:
             raise RecordError(
                 f"The pruning record removes block {pinned[0]} of {name}, which is pinned: "
                 f"{stacks[name].pinned[pinned[0]]}."
             )
-    return {
-        name: record.stacks[name].kept if name in record.stacks else range(len(stack)) for name, stack in stacks.items()
-    }
+    return Layout.without(subject.lengths, record.removed)
 
 
-def _require_expressible(
-    host: Host, full: nn.Module, settings: dict[str, Any], kept: Mapping[str, Sequence[int]]
-) -> None:
+def _require_expressible(subject: Subject, settings: dict[str, Any], layout: Layout) -> None:
     """Refuse a recipe that surgery on the live model would refuse."""
+    host = subject.host
     if host.merges_inputs:
         raise UnsupportedModelError(
             f"{host.label} merges images into its text, and which blocks do so may be told by their place, which only "
@@ -182,16 +156,16 @@ def _require_expressible(
             f"checkpoint that was pruned so."
         )
     try:
-        problems = compare(full, host.build(settings), kept).problems
+        problems = compare(subject.root, host.build(settings), layout).problems
     except Exception as error:
         problems = [f"{type(error).__name__}: {error}"]
     if problems:
         raise RecordError(f"The settings of {host.label} cannot express what the pruning record keeps: {problems[0]}.")
 
 
-def _require_blocks(missing: Iterable[str], base: str, kept: Mapping[str, Sequence[int]]) -> None:
+def _require_blocks(missing: Iterable[str], base: str, layout: Layout) -> None:
     """Refuse a checkpoint that lacks tensors of a block that stays: from_pretrained has made them up."""
-    lacking = sorted(key for key in missing if key.startswith(tuple(f"{name}." for name in kept)))
+    lacking = sorted(key for key in missing if key.startswith(tuple(f"{name}." for name in layout.kept)))
     if lacking:
         raise RecordError(
             f"{base} has no weights for {lacking[0]} (as the smaller model counts), which the record keeps. Download "
@@ -199,21 +173,15 @@ def _require_blocks(missing: Iterable[str], base: str, kept: Mapping[str, Sequen
         )
 
 
-def _read(
-    full: PreTrainedModel,
-    base: str,
-    stacks: Mapping[str, Stack],
-    kept: Mapping[str, Sequence[int]],
-    hub: Mapping[str, Any],
-) -> dict[str, Tensor]:
+def _read(subject: Subject, base: str, layout: Layout, hub: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors that stay, under the keys of the smaller checkpoint."""
-    namer = checkpoint_key_namer(full)
+    namer = subject.host.key_namer()
     state: dict[str, Tensor] = {}
-    for keys, file in _files(base, hub, lambda key: _new_key(key, namer, stacks, kept) is not None):
+    for keys, file in _files(base, hub, lambda key: _new_key(key, namer, layout) is not None):
         try:
             with safe_open(file, framework="pt") as handle:
                 for key in keys or handle.keys():
-                    new = _new_key(key, namer, stacks, kept)
+                    new = _new_key(key, namer, layout)
                     if new is not None:
                         state[new] = handle.get_tensor(key)
         except SafetensorError as error:
@@ -232,7 +200,7 @@ def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list
             if stays(key):
                 shards.setdefault(shard, []).append(key)
         for shard, keys in shards.items():
-            yield keys, cached_file(base, shard, **hub)
+            yield keys, str(cached_file(base, shard, **hub))
         return
     weights = cached_file(base, _WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
     if weights is None:
@@ -247,7 +215,7 @@ def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list
 def _weight_map(base: str, index: Path) -> dict[str, str]:
     """Which shard holds each key. The index is downloaded: its names are checked before any of them is opened."""
     try:
-        shards = json.loads(index.read_text("utf-8"))["weight_map"]
+        shards: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         names = set(shards.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(
@@ -260,25 +228,21 @@ def _weight_map(base: str, index: Path) -> dict[str, str]:
     return shards
 
 
-def _new_key(key: str, namer: Any, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]) -> str | None:
-    """The key under which a tensor of the base goes into the smaller checkpoint; None if its block does not stay."""
-    target = namer(key)
-    for name in stacks:
-        if not target.startswith(f"{name}."):
-            continue
-        index, _, rest = target[len(name) + 1 :].partition(".")
-        if not index.isdigit():
-            continue
-        if int(index) not in kept[name]:
-            return None
-        moved = str(list(kept[name]).index(int(index)))
-        parts = key.split(".")
-        for place, part in enumerate(parts):
-            candidate = ".".join((*parts[:place], moved, *parts[place + 1 :]))
-            if part == index and namer(candidate) == f"{name}.{moved}.{rest}":
-                return candidate
-        raise RecordError(
-            f"Cannot tell which number in the checkpoint key {key!r} is the block's. Load the model and call "
-            f"remove_blocks."
-        )
-    return key
+def _new_key(key: str, namer: Any, layout: Layout) -> str | None:
+    """The key under which a tensor of the base goes into the smaller checkpoint; None if its block does not stay.
+
+    The checkpoint may name it otherwise than the model does, but the block's number stands in both names.
+    """
+    old = namer(key)
+    new = layout.renamed(old)
+    if new is None or new == old:
+        return None if new is None else key
+    index, place = next(pair for pair in zip(old.split("."), new.split("."), strict=True) if pair[0] != pair[1])
+    parts = key.split(".")
+    for number, part in enumerate(parts):
+        candidate = ".".join((*parts[:number], place, *parts[number + 1 :]))
+        if part == index and namer(candidate) == new:
+            return candidate
+    raise RecordError(
+        f"Cannot tell which number in the checkpoint key {key!r} is the block's. Load the model and call remove_blocks."
+    )

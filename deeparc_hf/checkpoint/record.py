@@ -9,17 +9,14 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from ..architectures import Host, Stack, describe
+from ..architectures import Layout, Subject, describe
 from ..architectures.hosts import RECORD_KEY
 from ..core.checks import Entry, MalformedError, read_json
 from ..core.environment import package_versions
@@ -30,7 +27,7 @@ from .record_checks import check_iteration, check_sparsity, refuse_full, stack_i
 from .record_sparsity import rename_matrices, renumber_matrices
 from .record_view import record_html
 
-__all__ = ["PrunedConfig", "StackRecord", "check_record", "current_record", "same_structure"]
+__all__ = ["PrunedConfig", "StackRecord", "check_record", "current_layout", "current_record", "same_structure"]
 
 FORMAT_VERSION = 1
 _KEYS = ("format_version", "base_model", "base_revision", "stacks", "iterations", "sparsity", "versions")
@@ -69,6 +66,11 @@ class PrunedConfig:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def layout(self) -> Layout:
+        """Which of the original blocks are left."""
+        return Layout({name: stack.length for name, stack in self.stacks.items()}, self.kept)
+
+    @property
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Original indices of the blocks that are left, by stack."""
         return {name: stack.kept for name, stack in self.stacks.items()}
@@ -76,18 +78,16 @@ class PrunedConfig:
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
         """Original indices of the blocks that are gone, by stack."""
-        return {n: tuple(sorted(set(range(stack.length)) - set(stack.kept))) for n, stack in self.stacks.items()}
+        return {**dict.fromkeys(self.stacks, ()), **self.layout.removed}
 
     @property
     def frozen(self) -> dict[str, tuple[int, ...]]:
         """Blocks that the last pruning froze, as indices of the model as it is now."""
         last = self.iterations[-1].get("frozen") if self.iterations else None
         last = last if isinstance(last, Mapping) else {}
-        lists = {n: last[n] for n in self.stacks if isinstance(last.get(n), (list, tuple)) and last[n]}
-        return {
-            n: tuple(self.stacks[n].kept.index(i) for i in blocks if i in self.stacks[n].kept)
-            for n, blocks in lists.items()
-        }
+        return self.layout.places(
+            {n: last[n] for n in self.stacks if isinstance(last.get(n), (list, tuple)) and last[n]}
+        )
 
     def _repr_html_(self) -> str:
         return record_html(self)
@@ -204,18 +204,16 @@ class PrunedConfig:
         path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     @classmethod
-    def from_model(cls, model: nn.Module) -> PrunedConfig:
+    def from_model(cls, model: nn.Module | Subject) -> PrunedConfig:
         """The record that a model carries.
 
         Raises:
             RecordError: if it carries none, a malformed one, or one that does not fit the model.
         """
-        host, _, stacks = describe(model)
-        if host.record() is None:
-            raise RecordError(f"{type(host.root).__name__} carries no pruning record: it was not pruned by deeparc_hf.")
-        record = cls.from_dict(host.record()).renamed(host.base_prefix, stacks)
-        record.check_fits({name: len(stack) for name, stack in stacks.items()})
-        return record
+        subject = describe(model)
+        if subject.host.record() is None:
+            raise RecordError(f"{subject.name} carries no pruning record: it was not pruned by deeparc_hf.")
+        return current_record(subject)
 
     def renamed(self, prefix: str, names: Iterable[str]) -> PrunedConfig:
         """The record with its stacks named as another head of the same base model names them.
@@ -265,14 +263,11 @@ class PrunedConfig:
                     f"{RECORD_KEY!r} from config.json if the record is wrong."
                 )
 
-    def compose(
-        self, lengths: Mapping[str, int], removed: Mapping[str, Sequence[int]], iteration: Mapping[str, Any]
-    ) -> PrunedConfig:
+    def compose(self, step: Layout, iteration: Mapping[str, Any]) -> PrunedConfig:
         """The record after one more pruning.
 
         Args:
-            lengths: number of blocks of each stack of the model now.
-            removed: the blocks that go, as indices of the model now.
+            step: the blocks that stay, as indices of the model now.
             iteration: what to note of this pruning; block indices in "removed" and "frozen" are translated to original
                 ones.
 
@@ -280,24 +275,18 @@ class PrunedConfig:
             RecordError: if the record would be too long to be read again.
         """
         refuse_full(len(self.iterations), 1)
-        kept = {
-            name: self.stacks[name].kept if name in self.stacks else tuple(range(length))
-            for name, length in lengths.items()
-        }
         entry = dict(iteration)
         for key in ("removed", "frozen"):
-            blocks = entry.get(key) or {}
-            entry[key] = {name: [kept[name][i] for i in indices] for name, indices in blocks.items() if indices}
-        stacks = {
-            name: StackRecord(
-                length=self.stacks[name].length if name in self.stacks else length,
-                kept=tuple(original for i, original in enumerate(kept[name]) if i not in removed.get(name, ())),
-            )
-            for name, length in lengths.items()
-        }
-        sparsity = renumber_matrices(self.sparsity, lengths, removed)
+            originals = self.layout.indices(entry.get(key) or {})
+            entry[key] = {name: list(blocks) for name, blocks in originals.items() if blocks}
+        layout = self.layout.then(step)
         return PrunedConfig(
-            stacks, self.base_model, self.base_revision, (*self.iterations, entry), sparsity, package_versions()
+            {name: StackRecord(layout.lengths[name], layout.kept[name]) for name in step.kept},
+            self.base_model,
+            self.base_revision,
+            (*self.iterations, entry),
+            renumber_matrices(self.sparsity, step),
+            package_versions(),
         )
 
     def with_mark(self, mark: str | None) -> PrunedConfig:
@@ -309,27 +298,31 @@ class PrunedConfig:
         return dataclasses.replace(self, iterations=(*self.iterations[:-1], marked))
 
 
-def current_record(host: Host, stacks: Mapping[str, Stack]) -> PrunedConfig:
+def current_record(subject: Subject) -> PrunedConfig:
     """The record that a model carries, or an empty one.
 
     Raises:
         RecordError: if it is malformed, or does not fit the model.
     """
-    stored = host.record()
+    stored = subject.host.record()
     if stored is None:
-        base, revision = base_reference(host.root)
-        return PrunedConfig({}, base, revision)
-    record = PrunedConfig.from_dict(stored).renamed(host.base_prefix, stacks)
-    record.check_fits({name: len(stack) for name, stack in stacks.items()})
+        return PrunedConfig({}, *subject.host.loaded_from())
+    record = PrunedConfig.from_dict(stored).renamed(subject.host.base_prefix, subject.stacks)
+    record.check_fits(subject.lengths)
     return record
 
 
-def check_record(model: nn.Module, prunings: int = 1) -> None:
+def current_layout(subject: Subject) -> Layout:
+    """Which of the original blocks a model has, by its record."""
+    layout = current_record(subject).layout
+    return Layout.whole({n: length for n, length in subject.lengths.items() if n not in layout.lengths}).then(layout)
+
+
+def check_record(model: nn.Module | Subject, prunings: int = 1) -> None:
     """Refuse a record that is malformed, does not fit the model, or has no room for more prunings, before any work is
     done.
     """
-    host, _, stacks = describe(model)
-    refuse_full(len(current_record(host, stacks).iterations), prunings)
+    refuse_full(len(current_record(describe(model)).iterations), prunings)
 
 
 def same_structure(one: PrunedConfig | None, other: PrunedConfig | None) -> bool:
@@ -341,37 +334,3 @@ def _structure(record: PrunedConfig | None) -> dict[str, Any] | None:
     if record is None or not (record.stacks or record.iterations):
         return None
     return dataclasses.replace(record, sparsity=None, versions={}).to_dict()
-
-
-def base_reference(root: nn.Module, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:
-    """Hub id and commit that a model was loaded from; None for a local folder, whose path is nobody else's business.
-
-    The commit is known where the Hub's cache holds just one of that repository.
-    """
-    config = getattr(root, "config", None)
-    name = getattr(config, "_name_or_path", None) or None
-    if name is None:
-        cfg = getattr(root, "pretrained_cfg", None) or {}
-        cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
-        # timm names a Hub id for models with random weights too; only one that was asked for by id is known to come
-        # from there
-        name = cfg.get("hf_hub_id") if cfg.get("source") == "hf-hub" else None
-        return (name or None), _cached_commit(name, cache_dir)
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None, None
-    if os.path.exists(name):
-        return None, None
-    # early versions 5 of transformers noted the commit; later ones leave it to the cache
-    return name, getattr(config, "_commit_hash", None) or _cached_commit(name, cache_dir)
-
-
-def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
-    if name is None:
-        return None
-    cached = try_to_load_from_cache(name.partition("@")[0], "config.json", cache_dir=cache_dir)
-    if not isinstance(cached, str):
-        return None
-    snapshot = Path(cached).parent
-    return snapshot.name if len(list(snapshot.parent.iterdir())) == 1 else None

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..architectures import Layout
 from ..errors import RecordError
 
 __all__ = ["rename_matrices", "renumber_matrices"]
@@ -30,28 +31,6 @@ def rename_matrices(sparsity: Mapping[str, Any] | None, prefix: str, stacks: Ite
     return {**sparsity, "matrices": renamed}
 
 
-def renumber_matrices(
-    sparsity: Mapping[str, Any] | None, lengths: Mapping[str, int], removed: Mapping[str, Sequence[int]]
-) -> Mapping[str, Any] | None:
-    """The same after blocks were removed: those of removed blocks are gone, the others follow their blocks.
-
-    Args:
-        lengths: number of blocks of each stack before.
-        removed: the blocks that went, as indices before.
-    """
-    if sparsity is None:
-        return None
-    places = {}
-    for stack, length in lengths.items():
-        kept = [index for index in range(length) if index not in removed.get(stack, ())]
-        places[stack] = {str(index): str(place) for place, index in enumerate(kept)}
-    matrices = {}
-    for name, entry in sparsity.get("matrices", {}).items():
-        stack = next((stack for stack in places if name.startswith(f"{stack}.")), None)
-        if stack is None:
-            matrices[name] = entry
-            continue
-        index, dot, rest = name[len(stack) + 1 :].partition(".")
-        if index in places[stack]:
-            matrices[f"{stack}.{places[stack][index]}{dot}{rest}"] = entry
-    return {**sparsity, "matrices": matrices}
+def renumber_matrices(sparsity: Mapping[str, Any] | None, step: Layout) -> Mapping[str, Any] | None:
+    """The same after blocks were removed: those of removed blocks are gone, the others follow their blocks."""
+    return None if sparsity is None else {**sparsity, "matrices": step.renamed_keys(sparsity.get("matrices", {}))}

@@ -1,4 +1,4 @@
-"""What the commands share: a checked output folder that appears whole or not at all, data, device, plain warnings."""
+"""What the commands share: lines on stderr, an output folder that appears whole or not at all, plain warnings."""
 
 from __future__ import annotations
 
@@ -12,30 +12,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.interrupts import work_begins
 from ..core.plain_text import plain_lines
 from ..errors import ConfigError, DeepArcWarning
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .sources import ModelSource
-
-__all__ = [
-    "PLAN_FILE",
-    "SPARSITY_FILE",
-    "batches_of",
-    "device_of",
-    "output_folder",
-    "plain_warnings",
-    "public_names",
-    "refuse_bad_record",
-    "save",
-    "say",
-    "whole_folder",
-]
+__all__ = ["PLAN_FILE", "SPARSITY_FILE", "output_folder", "plain_warnings", "public_names", "say", "whole_folder"]
 
 _LONGEST_LINE = 4000
 PLAN_FILE = "pruning_plan.json"
@@ -49,52 +32,6 @@ _OWN_FILE = re.compile(
 def say(message: str) -> None:
     """A line on stderr, as visible text: a message may quote what was downloaded."""
     print(plain_lines(message, _LONGEST_LINE), file=sys.stderr)
-
-
-def refuse_bad_record(frame: nn.Module, prunings: int = 0) -> None:
-    """Refuse a malformed record, or one without room for more prunings, before the weights are read."""
-    from ..checkpoint.record import check_record
-
-    check_record(frame, prunings)
-
-
-def batches_of(
-    args: argparse.Namespace, source: ModelSource, frame: nn.Module, samples: int, seed: int
-) -> tuple[Any, Any]:
-    """The calibration batches, and the tokenizer or image processor that made them."""
-    from .data import Columns, load_rows, make_batches
-
-    return make_batches(
-        source,
-        frame,
-        load_rows(args.data, args.split, args.subset),
-        Columns(args.text_column, args.text_pair_column, args.target_column, args.image_column),
-        samples=samples,
-        seed=seed,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-    )
-
-
-def device_of(name: str | None) -> Any:
-    """The device that was asked for, tried out."""
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
-
-
-def save(model: nn.Module, processor: Any, folder: Path) -> None:
-    """Save the checkpoint with its record, and its tokenizer or image processor where there is one."""
-    from ..checkpoint.loading import save_pruned
-
-    save_pruned(model, folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
 
 
 def public_names(args: argparse.Namespace) -> dict[str, str]:

@@ -15,31 +15,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from ..architectures import describe
+from ..architectures import find_host
 from ..core.hub_help import no_answer
 from ..core.plain_text import plain
 from ..errors import CalibrationError, CalibrationWarning, MissingDependencyError, UnsupportedModelError
+from .common import say
 from .sources import LoadingError, ModelSource, loading, silence
 
-__all__ = ["Batches", "Columns", "load_rows", "make_batches"]
+__all__ = ["Columns", "load_rows", "make_batches", "processor_of"]
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _TEXT_NAMES = (
-    "text",
-    "texts",
-    "sentence",
-    "content",
-    "question",
-    "context",
-    "document",
-    "article",
-    "review",
-    "premise",
+    *("text", "texts", "sentence", "content", "question", "context", "document", "article", "review", "premise"),
     "prompt",
 )
 _IMAGE_NAMES = ("image", "img", "picture")
 _LONGEST = 512
+# a folder with none of these has no tokenizer or processor, though transformers may make one up for it
+_PROCESSOR_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,35 +54,6 @@ class Columns:
     text_pair: str | None = None
     target: str | None = None
     image: str | None = None
-
-
-class Batches:
-    """Batches over a data set, made while one goes over them; one can do so again and again.
-
-    Args:
-        rows: a `datasets.Dataset`.
-        size: samples of a batch.
-        collate: makes the model's inputs from a slice of the rows (a dict of lists).
-    """
-
-    def __init__(
-        self, rows: Any, size: int, collate: Callable[[dict[str, list[Any]]], dict[str, torch.Tensor]]
-    ) -> None:
-        self.rows = rows
-        self.size = size
-        self.collate = collate
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.size)
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of one pass, for progress bars."""
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for start in range(0, len(self.rows), self.size):
-            yield self.collate(self.rows[start : start + self.size])
 
 
 def load_rows(data: str, split: str | None = None, subset: str | None = None) -> Any:
@@ -173,7 +142,7 @@ def make_batches(
     seed: int,
     batch_size: int = 16,
     max_length: int | None = None,
-) -> tuple[Batches, Any]:
+) -> tuple[DataLoader, Any]:
     """Batches of randomly chosen samples for a model, and the tokenizer or image processor that made them (None for
     timm).
 
@@ -193,7 +162,7 @@ def make_batches(
     if len(rows) == 0:
         raise CalibrationError("The calibration data has no rows. Give another file or split.")
     chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
-    root = describe(model)[0].root
+    root = find_host(model).root
     main = "pixel_values" if source.library == "timm" else root.main_input_name
     if main == "pixel_values":
         _warn_unused(root, "images", text=columns.text, text_pair=columns.text_pair, target=columns.target)
@@ -215,7 +184,7 @@ def make_batches(
             f"{type(root).__name__} takes {main!r}; the command line prepares text and images only. Call prune_model "
             f"from Python with your own batches."
         )
-    return Batches(rows.select(chosen), batch_size, collate), processor
+    return DataLoader(rows.select(chosen), batch_size, collate_fn=collate), processor
 
 
 def _warn_unused(root: nn.Module, takes: str, **given: str | None) -> None:
@@ -312,14 +281,10 @@ def _text_collate(
         tokenizer = AutoTokenizer.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
     if not max_length:
         positions = getattr(root.config, "max_position_embeddings", None)
-        max_length = min(
-            _LONGEST,
-            tokenizer.model_max_length,
-            positions if isinstance(positions, int) and positions > 0 else _LONGEST,
-        )
-    working = copy.deepcopy(
-        tokenizer
-    )  # padding and truncation change a tokenizer, which is saved with the checkpoint as it was
+        known = positions if isinstance(positions, int) and positions > 0 else _LONGEST
+        max_length = min(_LONGEST, tokenizer.model_max_length, known)
+    # padding and truncation change a tokenizer, which is saved with the checkpoint as it was
+    working = copy.deepcopy(tokenizer)
     if working.pad_token is None:
         if working.eos_token is None:
             raise UnsupportedModelError(
@@ -329,7 +294,7 @@ def _text_collate(
     settings = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
     taken = set(inspect.signature(root.forward).parameters)
 
-    def collate(batch: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         texts = {"text": _strings(batch, columns.text)}
         if columns.text_pair is not None:
             texts["text_pair"] = _strings(batch, columns.text_pair)
@@ -359,8 +324,8 @@ def _require_known_words(source: ModelSource, tokenizer: Any, ids: torch.Tensor)
         )
 
 
-def _strings(batch: dict[str, list[Any]], column: str | None) -> list[str]:
-    return ["" if value is None else value for value in batch[str(column)]]
+def _strings(batch: list[dict[str, Any]], column: str | None) -> list[str]:
+    return [row[str(column)] or "" for row in batch]
 
 
 def _image_collate(source: ModelSource, root: nn.Module, column: str) -> tuple[Any, Callable[..., Any]]:
@@ -368,11 +333,38 @@ def _image_collate(source: ModelSource, root: nn.Module, column: str) -> tuple[A
         from timm.data import create_transform, resolve_data_config
 
         transform = create_transform(**resolve_data_config(model=root), is_training=False)
-        return None, lambda batch: {"pixel_values": torch.stack([transform(image) for image in batch[column]])}
+        return None, lambda batch: {"pixel_values": torch.stack([transform(row[column]) for row in batch])}
     from transformers import AutoImageProcessor
 
     with loading(f"the image processor of {source.given}"):
         processor = AutoImageProcessor.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
-    return processor, lambda batch: {
-        "pixel_values": processor(images=batch[column], return_tensors="pt")["pixel_values"]
-    }
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pixels = processor(images=[row[column] for row in batch], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels}
+
+    return processor, collate
+
+
+def processor_of(source: ModelSource, model: nn.Module) -> Any:
+    """The tokenizer or image processor to save with the checkpoint where no data has needed it; None where there is
+    none.
+    """
+    if source.library == "timm":
+        return None
+    import transformers
+    from transformers.utils import cached_file
+
+    loaders = {"input_ids": transformers.AutoTokenizer, "pixel_values": transformers.AutoImageProcessor}
+    loader = loaders.get(find_host(model).root.main_input_name, transformers.AutoProcessor)
+    try:
+        with loading(f"the tokenizer or processor of {source.given}"):
+            if any(
+                cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False, **source.loading)
+                for name in _PROCESSOR_FILES
+            ):
+                return loader.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
+            say(f"info: {source.given} has no files of a tokenizer or processor, so none are saved.")
+    except LoadingError as error:
+        say(f"info: {' '.join(str(error).split())} The checkpoint is saved without it.")
+    return None

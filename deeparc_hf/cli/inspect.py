@@ -1,15 +1,22 @@
-"""`deeparc inspect`: what a model consists of, and what was done to it."""
+"""`deeparc inspect`: what a model consists of (its stacks, pinned blocks, parameters), and what was done to it."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from ..core.plain_text import plain, plain_lines
 from .options import common_options
 
-__all__ = ["add"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["add", "count_parameters", "facts_of", "facts_text"]
+
+_LONGEST_LINE = 20_000  # the numbers of the blocks that are left, 4096 at most
 
 
 def add(commands: Any, argv: Sequence[str]) -> None:
@@ -25,9 +32,96 @@ def add(commands: Any, argv: Sequence[str]) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .inspection import facts_of, facts_text
     from .sources import find_source, skeleton
 
     facts = facts_of(skeleton(find_source(args.model), args.auto_class))
     print(json.dumps({"model": args.model, **facts}, indent=1) if args.json else facts_text(facts))
     return 0
+
+
+def facts_of(model: nn.Module) -> dict[str, Any]:
+    """The facts about a model, plain JSON types; on the meta device too.
+
+    Raises:
+        UnsupportedModelError: if the model cannot be pruned.
+        RecordError: if it carries a record that is malformed or does not fit it.
+    """
+    from ..architectures import describe
+    from ..checkpoint.record import PrunedConfig
+
+    subject = describe(model)
+    host = subject.host
+    return {
+        "class": type(host.root).__name__,
+        "type": host.kind,
+        "library": host.library,
+        "parameters": count_parameters(model),
+        "stacks": {
+            name: {
+                "blocks": len(stack),
+                "pinned": {str(index): reason for index, reason in stack.pinned.items()},
+                "parameters": [count_parameters(block) for block in stack.blocks],
+            }
+            for name, stack in subject.stacks.items()
+        },
+        "record": None if host.record() is None else PrunedConfig.from_model(subject).to_dict(),
+    }
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters; shared ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _short(count: int) -> str:
+    """A number of parameters in short: 7.09 M."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """The facts for people, as visible text: a downloaded config may hold what steers a terminal."""
+    return plain_lines("\n".join(_lines(facts)), _LONGEST_LINE, _LONGEST_LINE**2)
+
+
+def _lines(facts: Mapping[str, Any]) -> list[str]:
+    total = facts["parameters"]
+    lines = [f"{facts['class']} ({facts['type']}, {facts['library']}): {total:,} parameters ({_short(total)})", ""]
+    inside = 0
+    for name, stack in facts["stacks"].items():
+        inside += sum(stack["parameters"])
+        lines.append(f"{plain(name)}: {stack['blocks']} blocks, {_short(sum(stack['parameters']))}")
+        first = 0
+        for count, group in itertools.groupby(stack["parameters"]):
+            last = first + len(list(group)) - 1
+            lines.append(
+                f"  block {first}: {_short(count)}"
+                if first == last
+                else f"  blocks {first}-{last}: {_short(count)} each"
+            )
+            first = last + 1
+        lines += [f"  block {index} is pinned: {plain(reason)}" for index, reason in stack["pinned"].items()]
+    lines += [f"outside the stacks: {_short(max(0, total - inside))}", ""]
+    record = facts["record"]
+    if record is None:
+        return [*lines, "not pruned before (no pruning record)"]
+    base = plain(record["base_model"] or "") or "a checkpoint that is not on the Hub"
+    if record["stacks"] or record["iterations"]:
+        lines.append(f"pruned {len(record['iterations'])} time(s), loaded from {base} before that:")
+    elif record["sparsity"] is None:
+        lines.append(f"nothing was removed or zeroed since {base} was loaded")
+    else:
+        lines.append(f"no blocks were removed; weights were zeroed after loading {base}:")
+    for name, stack in record["stacks"].items():
+        kept = stack["kept"]
+        lines.append(f"  {plain(name)}: {len(kept)} of {stack['length']} blocks are left: {' '.join(map(str, kept))}")
+    matrices = (record["sparsity"] or {}).get("matrices", {})
+    if matrices:
+        zeros, size = (sum(entry[key] for entry in matrices.values()) for key in ("zeros", "size"))
+        lines.append(
+            f"  zeros by the record: {100 * zeros / max(1, size):.2f} % of {_short(size)} weights in "
+            f"{len(matrices)} matrices"
+        )
+    return lines

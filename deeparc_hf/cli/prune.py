@@ -9,23 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, MissingDependencyError
-from .common import (
-    PLAN_FILE,
-    batches_of,
-    device_of,
-    output_folder,
-    public_names,
-    refuse_bad_record,
-    save,
-    say,
-    whole_folder,
-)
+from .common import PLAN_FILE, output_folder, public_names, say, whole_folder
+from .inspect import count_parameters
 from .options import common_options, data_options, given_settings, output_options, setting_options
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..healing.sites import Healing
     from ..pruning.config import MPruneConfig
     from ..pruning.plan import PruningPlan
+    from .job import Job
 
 __all__ = ["add"]
 
@@ -96,71 +90,53 @@ def _out(args: argparse.Namespace) -> Path | None:
 def _prune(args: argparse.Namespace) -> int:
     config = _config(args)
     out = _out(args)
+    from ..checkpoint.record import check_record
     from ..pruning.prune import analyze, apply_healed, check_settings
-    from .inspection import count_parameters
-    from .sources import find_source, load_model, skeleton
+    from .job import Job
 
-    # what can be refused is refused before the weights are read
-    source = find_source(args.model)
-    frame = skeleton(source, args.auto_class)
-    refuse_bad_record(frame, 1)
-    check_settings(frame, config)
-    device = device_of(args.device)
-    batches, processor = batches_of(args, source, frame, config.calibration_samples, config.seed)
-    model = load_model(source, args.auto_class).to(device)
+    def check(frame: nn.Module) -> None:
+        check_record(frame, 1)
+        check_settings(frame, config)
+
+    job = Job.of(args, config, check)
+    model = job.load()
     before = count_parameters(model)
-    plan = analyze(model, batches, config)
+    plan = analyze(model, job.batches, config)
     if not args.json:
         print(plan)
     if not plan.removed:
         say(_nothing_to_remove(plan))
-    removed = sum(stack.facts.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
-    after = before - removed
-    healings: list[Healing] = []
+    after = before - sum(stack.facts.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
+    healings: Sequence[Healing] = ()
     if plan.removed and not args.dry_run:
-        _, healings = apply_healed(model, plan, batches, example=next(iter(batches)))
-        for healing in () if args.json else healings:
-            print(f"Healing: {healing}")
+        _, healings = apply_healed(model, plan, job.batches, example=next(iter(job.batches)))
         after = count_parameters(model)
     files: list[str] = []
     if out is not None:
         with whole_folder(out) as folder:
             if not args.dry_run:
-                save(model, processor, folder)
-            _write_findings(folder, plan, args, before, after, device, healings)
+                job.save(model, folder)
+            _write_findings(folder, job, plan, (before, after), healings)
             files = sorted(path.name for path in folder.iterdir())
-    _show(args, plan, before, after, files, healings)
-    return 0
-
-
-def _show(
-    args: argparse.Namespace, plan: PruningPlan, before: int, after: int, files: list[str], healings: Sequence[Healing]
-) -> None:
     if args.json:
         result = {
-            "model": args.model,
-            "data": args.data,
-            "dry_run": args.dry_run,
-            "out": args.out,
+            **{name: getattr(args, name) for name in ("model", "data", "dry_run", "out")},
             "files": files,
             "parameters": {"before": before, "after": after},
             "plan": plan.to_dict(),
             "healing": [healing.to_dict() for healing in healings],
         }
         print(json.dumps(result, indent=1))
-    else:
-        print(f"parameters: {before:,} -> {after:,} ({100 * (after - before) / before:+.1f} %)")
-        print(f"written to {args.out}: {', '.join(files)}" if files else "dry run: nothing was written")
+        return 0
+    for healing in healings:
+        print(f"Healing: {healing}")
+    print(f"parameters: {before:,} -> {after:,} ({100 * (after - before) / before:+.1f} %)")
+    print(f"written to {args.out}: {', '.join(files)}" if files else "dry run: nothing was written")
+    return 0
 
 
 def _write_findings(
-    folder: Path,
-    plan: PruningPlan,
-    args: argparse.Namespace,
-    before: int,
-    after: int,
-    device: Any,
-    healings: Sequence[Healing],
+    folder: Path, job: Job, plan: PruningPlan, parameters: tuple[int, int], healings: Sequence[Healing]
 ) -> None:
     """The plan, the report, and the heatmap where matplotlib is installed."""
     from ..pruning.heatmap import save_heatmap
@@ -168,18 +144,18 @@ def _write_findings(
 
     thresholds = {stack.threshold for stack in plan.stacks.values()}
     rows = [
-        Measurement("original", blocks=plan.num_blocks, parameters=before),
+        Measurement("original", blocks=plan.num_blocks, parameters=parameters[0]),
         Measurement(
-            "pruned, if carried out" if args.dry_run else "pruned",
+            "pruned, if carried out" if job.args.dry_run else "pruned",
             blocks=plan.num_kept,
-            parameters=after,
+            parameters=parameters[1],
             frozen=plan.num_frozen,
             threshold=thresholds.pop() if len(thresholds) == 1 else None,
             k=plan.config.k,
         ),
     ]
     plan.to_json(folder / PLAN_FILE)
-    write_report(folder, plan, rows, public_names(args), healings=healings, device=device)
+    write_report(folder, plan, rows, public_names(job.args), healings=healings, device=job.device)
     try:
         save_heatmap(plan, folder / HEATMAP_FILE)
     except MissingDependencyError as error:

@@ -145,7 +145,7 @@ def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
         config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
         cls = _model_class(config, auto_class)
         model, info = cls.from_pretrained(source.reference, config=config, output_loading_info=True, **source.loading)
-    for name in describe(model)[2]:
+    for name in describe(model).stacks:
         missing = sorted(key for key in info["missing_keys"] if key.startswith(f"{name}."))
         if missing:
             raise CalibrationError(

@@ -9,17 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .common import (
-    SPARSITY_FILE,
-    batches_of,
-    device_of,
-    output_folder,
-    public_names,
-    refuse_bad_record,
-    save,
-    say,
-    whole_folder,
-)
+from .common import SPARSITY_FILE, output_folder, public_names, say, whole_folder
 from .options import common_options, data_options, given_settings, output_options, setting_options
 
 if TYPE_CHECKING:
@@ -27,22 +17,11 @@ if TYPE_CHECKING:
 
     from ..sparsity.config import WandaConfig
     from ..sparsity.report import SparsityReport
-    from .sources import ModelSource
+    from .job import Job
 
 __all__ = ["add"]
 
 FORMAT_VERSION = 1
-# a folder with none of these has no tokenizer or processor, though transformers may make one up for it
-_PROCESSOR_FILES = (
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-)
 
 
 def add(commands: Any, argv: Sequence[str]) -> None:
@@ -77,27 +56,22 @@ def _sparsify(args: argparse.Namespace) -> int:
     _settle_data(args, config)
     out = output_folder(args)
     from ..architectures import describe
+    from ..checkpoint.record import check_record
     from ..sparsity.sparsify import matrices_for, sparsify_model
-    from .sources import find_source, load_model, skeleton
+    from .job import Job
 
-    # what can be refused is refused before the weights are read
-    source = find_source(args.model)
-    frame = skeleton(source, args.auto_class)
-    refuse_bad_record(frame)
-    host, _, stacks = describe(frame)
-    matrices_for(host, stacks, config)
-    device = device_of(args.device)
-    if args.data is None:
-        batches, processor = None, _processor(source, frame)
-    else:
-        batches, processor = batches_of(args, source, frame, config.calibration_samples, config.seed)
-    model = load_model(source, args.auto_class).to(device)
-    report = sparsify_model(model, batches, config)
+    def check(frame: nn.Module) -> None:
+        check_record(frame)
+        matrices_for(describe(frame), config)
+
+    job = Job.of(args, config, check)
+    model = job.load()
+    report = sparsify_model(model, job.batches, config)
     if not args.json:
         print(report)
     with whole_folder(out) as folder:
-        save(model, processor, folder)
-        _write_report(folder, report, args, device)
+        job.save(model, folder)
+        _write_report(folder, report, job)
         files = sorted(path.name for path in folder.iterdir())
     if args.json:
         result = {"model": args.model, "data": args.data, "out": args.out, "files": files, "sparsity": report.to_dict()}
@@ -125,47 +99,14 @@ def _settle_data(args: argparse.Namespace, config: WandaConfig) -> None:
         args.data = None
 
 
-def _processor(source: ModelSource, frame: nn.Module) -> Any:
-    """The tokenizer or image processor to save with the checkpoint where no data has needed it; None where there is
-    none.
-    """
-    if source.library == "timm":
-        return None
-    import transformers
-    from transformers.utils import cached_file
-
-    from ..architectures import describe
-    from .sources import LoadingError, loading
-
-    loaders = {"input_ids": transformers.AutoTokenizer, "pixel_values": transformers.AutoImageProcessor}
-    loader = loaders.get(describe(frame)[0].root.main_input_name, transformers.AutoProcessor)
-    try:
-        with loading(f"the tokenizer or processor of {source.given}"):
-            if any(
-                cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False, **source.loading)
-                for name in _PROCESSOR_FILES
-            ):
-                return loader.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
-            say(f"info: {source.given} has no files of a tokenizer or processor, so none are saved.")
-    except LoadingError as error:
-        say(f"info: {' '.join(str(error).split())} The checkpoint is saved without it.")
-    return None
-
-
-def _write_report(folder: Path, report: SparsityReport, args: argparse.Namespace, device: Any) -> None:
+def _write_report(folder: Path, report: SparsityReport, job: Job) -> None:
     """The report, as JSON and as Markdown, with what it was made from and with."""
     from ..core.environment import hardware, package_versions
 
-    names, machine, versions = public_names(args), hardware(device), package_versions()
-    data = {
-        "format_version": FORMAT_VERSION,
-        **report.to_dict(),
-        "versions": versions,
-        "hardware": machine,
-        "extra": names,
-    }
+    names, machine, versions = public_names(job.args), hardware(job.device), package_versions()
+    made_with = {"versions": versions, "hardware": machine, "extra": names}
+    data = {"format_version": FORMAT_VERSION, **report.to_dict(), **made_with}
     (folder / SPARSITY_FILE).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
     facts = "\n".join(f"- {key}: {value}" for key, value in {**names, **machine, **versions}.items())
-    (folder / SPARSITY_FILE).with_suffix(".md").write_text(
-        f"{report.to_markdown()}\n## Made with\n\n{facts}\n", "utf-8"
-    )
+    text = f"{report.to_markdown()}\n## Made with\n\n{facts}\n"
+    (folder / SPARSITY_FILE).with_suffix(".md").write_text(text, "utf-8")

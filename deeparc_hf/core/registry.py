@@ -31,7 +31,7 @@ class Registry(Generic[T]):
         base: the class that every entry must derive from.
     """
 
-    def __init__(self, kind: str, package: str, base: type[T]) -> None:
+    def __init__(self, kind: str, package: str, base: type) -> None:
         self.kind = kind
         self.package = package
         self.base = base

@@ -79,14 +79,15 @@ class Distillation:
         self._model = weakref.ref(model)
         self._teacher = teacher
         self._config = config
-        self._host, _, self._stacks = describe(teacher)
+        described = describe(teacher)
+        self._host, self._stacks = described.host, described.stacks
         self._sites = list(sites) if config.hidden else []
         self._seen: dict[tuple[str, int], Tensor] = {}
         self._listening = False
         self._axes: Mapping[str, Axes | str] = {}
         self._follows_items: bool | None = None  # whether the model's loss is divided by num_items_in_batch
         self._checked = False
-        own = describe(model)[2]
+        own = describe(model).stacks
         blocks = [own[site.stack].blocks[kept] for site, kept in self._sites]
         self._trains = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
         self._handles = _attach(

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import Host, Stack, describe
-from ..checkpoint.record import PrunedConfig, current_record
+from ..architectures import Host, Layout, Stack, Subject, describe
+from ..checkpoint.record import PrunedConfig, current_layout
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.progress_bars import sample_bar
 from ..core.transaction import Transaction
@@ -39,8 +39,7 @@ __all__ = ["apply_healing", "fit_sites", "heal_model", "note_healing"]
 
 
 def fit_sites(
-    host: Host,
-    stacks: Mapping[str, Stack],
+    subject: Subject,
     removed: Mapping[str, Sequence[int]],
     dataloader: Iterable[Any],
     max_samples: int,
@@ -54,8 +53,7 @@ def fit_sites(
     with the blocks before it removed and healed already.
 
     Args:
-        host: the unpruned model.
-        stacks: its stacks.
+        subject: the unpruned model.
         removed: the blocks that go, by stack.
         dataloader: calibration batches.
         max_samples: samples of this process.
@@ -65,6 +63,7 @@ def fit_sites(
     Raises:
         CalibrationError: if there are too few samples, or an iterator for more than one site.
     """
+    host, stacks = subject.host, subject.stacks
     in_order = {name: removed[name] for name in stacks if name in removed}
     watched = [SiteFit(host, stacks[site.stack], site) for site in sites_of(in_order)]
     if len(watched) > 1 and isinstance(dataloader, Iterator):
@@ -92,7 +91,7 @@ def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) 
     ending = healing.ending
     if healing.reason is not None or ending is None or healing.change is None:
         return
-    module = block.get_submodule(ending.map)
+    module: Any = block.get_submodule(ending.map)
     norm = None if ending.batch_norm is None else block.get_submodule(ending.batch_norm)
     final = None if ending.final is None else block.get_submodule(ending.final)
     touched = [m for m in (module, norm, final) if m is not None]
@@ -218,7 +217,7 @@ def _hooked(handles: Sequence[Any]) -> Any:
             handle.remove()
 
 
-def _refit_norm(norm: nn.Module, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:
+def _refit_norm(norm: Any, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:
     """Give a BatchNorm the statistics of the changed map, so that it computes what it would have, and trains on from
     there.
     """
@@ -257,28 +256,16 @@ def heal_model(
     Raises:
         SurgeryError: if nothing was removed, or the kept blocks' weights are not those of the original.
     """
-    host, _, stacks = describe(original)
-    record, own = PrunedConfig.from_model(model), describe(model)[2]
-    before = current_record(host, stacks).kept
-    removed: dict[str, list[int]] = {}
-    places: dict[str, list[int]] = {}
-    for name, stack in stacks.items():
-        originals = before.get(name, tuple(range(len(stack))))
-        kept = record.kept.get(name, originals)
-        if name not in own or not set(kept) <= set(originals):
-            raise SurgeryError(
-                f"The two models do not belong together: {name!r} of the pruned one does not come from the original."
-            )
-        places[name] = [originals.index(block) for block in kept]
-        removed[name] = [index for index in range(len(stack)) if index not in places[name]]
-    if not any(removed.values()):
+    whole, smaller = describe(original), describe(model)
+    step = _step_between(whole, smaller)
+    if not step.removed:
         raise SurgeryError(
             "No block was removed from the model, so there is nothing to heal. Give the pruned model first, then the "
             "original."
         )
-    for name, indices in places.items():
-        for block, index in zip(own[name].blocks, indices, strict=True):
-            ours, theirs = block.state_dict(), stacks[name].blocks[index].state_dict()
+    for name, indices in step.kept.items():
+        for block, index in zip(smaller.stacks[name].blocks, indices, strict=True):
+            ours, theirs = block.state_dict(), whole.stacks[name].blocks[index].state_dict()
             odd = [key for key in ours if key not in theirs or not torch.equal(ours[key].to(theirs[key]), theirs[key])]
             if odd:
                 raise SurgeryError(
@@ -286,20 +273,34 @@ def heal_model(
                     f"after the removal, and its sites are fitted on the original's activations. Heal right after the "
                     f"removal (heal='lstsq' of prune_model)."
                 )
-    healings = fit_sites(host, stacks, removed, dataloader, samples, progress=progress)
+    healings = fit_sites(whole, step.removed, dataloader, samples, progress=progress)
     with Transaction() as undo:
         for healing in healings:
-            apply_healing(
-                healing, own[healing.site.stack].blocks[places[healing.site.stack].index(healing.site.kept)], undo
-            )
-        note_healing(model, healings)
+            blocks = smaller.stacks[healing.site.stack].blocks
+            apply_healing(healing, blocks[step.kept[healing.site.stack].index(healing.site.kept)], undo)
+        note_healing(smaller.host, healings)
     return healings
 
 
-def note_healing(model: nn.Module, healings: Sequence[Healing]) -> PrunedConfig:
+def _step_between(whole: Subject, smaller: Subject) -> Layout:
+    """Which blocks of a model another one has, that was pruned from it."""
+    record = PrunedConfig.from_model(smaller)
+    try:
+        step = record.layout.since(current_layout(whole))
+        odd = next((name for name in whole.stacks if name not in smaller.stacks), None)
+    except ValueError as error:
+        odd = str(error)
+    if odd is not None:
+        raise SurgeryError(
+            f"The two models do not belong together: {odd!r} of the pruned one does not come from the original."
+        )
+    return step
+
+
+def note_healing(host: Host, healings: Sequence[Healing]) -> PrunedConfig:
     """Have the model's record say what was healed, in the entry of the last pruning."""
-    host = describe(model)[0]
-    record = host.record()
-    record["iterations"][-1]["healing"] = [healing.to_dict() for healing in healings]
-    host.set_record(PrunedConfig.from_dict(record).with_mark(mark_of_model(host.root)).to_dict())
-    return PrunedConfig.from_model(model)
+    stored = host.record()
+    stored["iterations"][-1]["healing"] = [healing.to_dict() for healing in healings]
+    record = PrunedConfig.from_dict(stored).with_mark(mark_of_model(host.root))
+    host.set_record(record.to_dict())
+    return record

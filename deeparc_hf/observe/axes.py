@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import Host, Stack
 from ..errors import CalibrationError
 from .batches import batch_size, padding_masks
-from .forward import evaluating, forward, given_hidden_states, hidden_states, removed, senses
+from .forward import evaluating, forward, given_hidden_states, hidden_states, removed
 from .trials import Changed, changed, trials
 
 __all__ = ["Axes", "Padding", "find_axes"]
@@ -351,7 +351,7 @@ def _with_padding(
     if far is None or not changed.padding:  # nothing is known but sizes
         if fits and positions == length:
             return replace(axes, mask="encoder")
-        return axes if reads_more and senses(host, stack) else replace(axes, unknown=True)
+        return axes if reads_more and host.senses(stack.name) else replace(axes, unknown=True)
     share = count // batch_size(trial)
     moved = axes.rows(far.float())[-share:].any(dim=2)  # the last sample's positions that its padding changes
     if not bool(moved.any()):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.generic import find_labels
 
 from ..architectures import Host
 from ..errors import CalibrationError
@@ -24,8 +23,8 @@ def columns(host: Host, batch: Any) -> list[Any]:
 
     So sentence-transformers collates pairs and triplets: anchor_input_ids, positive_input_ids, ...
     """
-    main = _main_input(host)
-    if not isinstance(batch, Mapping) or main in batch or host.library == "timm":
+    main = host.main_input
+    if not isinstance(batch, Mapping) or host.inputs_in(batch).get(main) is not None:
         return [batch]
     prefixes = [
         key.removesuffix(main)
@@ -48,29 +47,14 @@ def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
     Raises:
         CalibrationError: if the batch has no input for the model.
     """
-    main = _main_input(host)
     batch = columns(host, batch)[0]
     if isinstance(batch, Mapping):
-        known = _parameters(host)
-        inputs = {
-            key: value
-            for key, value in batch.items()
-            if isinstance(value, Tensor) or (key in known and value is not None)
-        }
-        if host.library == "timm":
-            inputs = _timm_input(inputs)
-        elif (main in inputs and not isinstance(inputs[main], Tensor)) or (
-            main not in inputs
-            and "inputs_embeds" not in inputs
-            and not known.keys() & inputs.keys() - set(_labels(host))
-        ):
-            raise CalibrationError(
-                f"A calibration batch has no {main!r} for {type(host.root).__name__}; found {_describe(batch)}. "
-                f"Tokenize or process the samples first, and collate them into tensors (DataCollatorWithPadding, an "
-                f"image processor)."
-            )
+        inputs = host.inputs_in(batch)
+        if not inputs:
+            what, advice = host.lacking
+            raise CalibrationError(f"A calibration batch has no {what}; found {_describe(batch)}. {advice}")
     else:
-        inputs = _positional(host, main, batch)
+        inputs = _positional(host, batch)
     parameter = next(host.root.parameters())
     return {key: _place(value, parameter) for key, value in inputs.items()}
 
@@ -120,14 +104,11 @@ def without_labels(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
     if host.needs_labels:
         return dict(inputs)
-    makes_decoder_inputs = (
-        host.library == "transformers" and host.root.config.is_encoder_decoder and "decoder_input_ids" not in inputs
-    )
-    known = _parameters(host)
+    known = host.parameters
     dropped = {
-        name for name in _labels(host) if name not in known or known[name].default is not inspect.Parameter.empty
+        name for name in host.label_names if name not in known or known[name].default is not inspect.Parameter.empty
     }
-    if makes_decoder_inputs:
+    if host.is_encoder_decoder and "decoder_input_ids" not in inputs:
         dropped.discard("labels")
     return {key: value for key, value in inputs.items() if key not in dropped}
 
@@ -160,42 +141,20 @@ def _goes_with(labels: Tensor, decoder_ids: Any) -> bool:
     return decoder_ids is None or (isinstance(decoder_ids, Tensor) and decoder_ids.shape == labels.shape)
 
 
-def _main_input(host: Host) -> str:
-    return "x" if host.library == "timm" else host.root.main_input_name
-
-
-def _parameters(host: Host) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(host.root.forward).parameters
-
-
-def _labels(host: Host) -> Iterable[str]:
-    """Names of the arguments that hold labels."""
-    return {"labels", *(find_labels(type(host.root)) if host.library == "transformers" else ())}
-
-
-def _timm_input(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    for key in ("x", "pixel_values", "image", "images"):
-        if key in inputs:
-            return {"x": inputs[key]}
-    raise CalibrationError(
-        f"A calibration batch has no images for a timm model; found {_describe(inputs)}. Give tuples (images, labels), "
-        f"or dicts with a tensor under 'pixel_values'."
-    )
-
-
-def _positional(host: Host, main: str, batch: Any) -> dict[str, Tensor]:
+def _positional(host: Host, batch: Any) -> dict[str, Tensor]:
     entries = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, Sequence) else []
     if isinstance(batch, str) or not entries or not isinstance(entries[0], Tensor):
         raise CalibrationError(
             f"Cannot use a calibration batch of type {type(batch).__name__}: found {_describe(batch)}. Give dicts of "
             f"tensors, or tuples whose first entry is the model's input tensor."
         )
-    if host.library == "transformers" and host.root.config.is_encoder_decoder:
+    if host.is_encoder_decoder:
         raise CalibrationError(
             f"{type(host.root).__name__} has an encoder and a decoder, and a batch of type {type(batch).__name__} does "
             f"not say which tensor is for which. Give dicts with input_ids, attention_mask and labels (or "
             f"decoder_input_ids)."
         )
+    main = host.main_input
     inputs = {main: entries[0]}
     if main == "input_ids" and len(entries) > 1 and isinstance(entries[1], Tensor):
         second = entries[1]

@@ -176,7 +176,7 @@ class Calibration:
     # ---- one pass ----
 
     def _close(self) -> None:
-        reading = None if self._pass is None else self._pass()
+        reading: Any = None if self._pass is None else self._pass()
         self._pass = None
         if reading is not None:
             reading.close()

@@ -4,9 +4,7 @@ can be skipped.
 
 from __future__ import annotations
 
-import inspect
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from ..architectures import Host, Stack
 from ..errors import CalibrationError, DeepArcError
@@ -28,13 +25,11 @@ __all__ = [
     "hidden_states",
     "removed",
     "require_weights",
-    "senses",
     "skipped",
     "with_hidden_states",
 ]
 
 _REGISTERED = ("_modules", "_buffers")
-_SENSES = re.compile(r"vision|visual|image|video|audio|speech")
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -107,7 +102,7 @@ def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) 
     Raises:
         CalibrationError: if it cannot.
     """
-    more = {"use_cache": False} if without_cache and _takes_cache(host) else {}
+    more = {"use_cache": False} if without_cache and host.takes_cache else {}
     bare = without_labels(host, inputs)
     try:
         try:
@@ -218,16 +213,6 @@ def require_weights(host: Host, error: type[DeepArcError] = CalibrationError, ot
     )
 
 
-def senses(host: Host, stack: Stack) -> bool:
-    """Whether a stack belongs to the part of a model that reads images or sound."""
-    config = getattr(host.root, "config", None)
-    named = {} if config is None else vars(config)
-    kinds = {type(part) for name, part in named.items() if isinstance(part, PreTrainedConfig) and _SENSES.search(name)}
-    parts = stack.name.split(".")
-    holders = (host.root.get_submodule(".".join(parts[:count])) for count in range(1, len(parts)))
-    return any(type(getattr(holder, "config", None)) in kinds for holder in holders)
-
-
 def _state(module: nn.Module) -> dict[str, Any]:
     own = vars(module)
     return {
@@ -251,10 +236,6 @@ def _put_back(module: nn.Module, state: Mapping[str, Any]) -> None:
 def _is_own(key: str) -> bool:
     # torch's and transformers' own bookkeeping has names that begin so (which hooks are installed, say)
     return not key.startswith("_")
-
-
-def _takes_cache(host: Host) -> bool:
-    return host.library == "transformers" and "use_cache" in inspect.signature(host.root.forward).parameters
 
 
 def _told(error: Exception) -> str:

@@ -47,14 +47,10 @@ def heads_of(host: Host, output: Any, inputs: Mapping[str, Any]) -> list[Head]:
                 f"compare. Fused losses (Liger kernels) leave them out: switch these off."
             )
         # a tuple (return_dict=False) begins with the logits, where the model has a head
-        if (
-            isinstance(output, (tuple, list))
-            and host.library == "transformers"
-            and host.root.base_model is not host.root
-        ):
+        if isinstance(output, (tuple, list)) and host.tuples_begin_with_logits:
             kind = _kind(config, "logits", value, inputs)
             return [Head("logits", kind, _rows(host, value, inputs, kind))]
-        distributes = host.library == "timm" and value.ndim == 2 and getattr(host.root, "num_classes", 0) > 1
+        distributes = value.ndim == 2 and host.classifies
         return [Head(str(name), "softmax" if distributes else "values", _rows(host, value, inputs, "values"))]
     return [
         Head(name, kind, _rows(host, value, inputs, kind))
@@ -70,7 +66,7 @@ def is_logits(name: str) -> bool:
 
 def shifts_labels(host: Host) -> bool:
     """Whether position t of the logits predicts the label at t + 1 (causal language models)."""
-    if host.library == "timm" or host.root.config.is_encoder_decoder:
+    if host.is_encoder_decoder:
         return False
     shifting = LOSS_MAPPING.get(getattr(host.root, "loss_type", None)) is ForCausalLMLoss
     return shifting or type(host.root).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -137,8 +133,7 @@ def _rows(host: Host, value: Tensor, inputs: Mapping[str, Any], kind: str) -> Te
         return value.reshape(len(value), -1)
     mask = label_mask(host, inputs)
     if mask is None or mask.shape != value.shape[:2]:
-        decodes = host.library == "transformers" and host.root.config.is_encoder_decoder
-        mask = padding_masks(inputs)["decoder" if decodes else None]
+        mask = padding_masks(inputs)["decoder" if host.is_encoder_decoder else None]
     flat = value.reshape(-1, value.shape[-1])
     if mask is None or mask.shape != value.shape[:2] or bool(mask.all()):
         return flat

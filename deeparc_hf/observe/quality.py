@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..architectures import describe
+from ..architectures import find_host
 from ..core.progress_bars import sample_bar
 from ..core.statistics import wilson_interval
 from ..errors import CalibrationError, DeepArcError
@@ -80,15 +79,14 @@ def _look(
     model: nn.Module, batches: Iterable[Any], max_samples: int, advance: Callable[[int], None]
 ) -> list[tuple[float, int, int | None]]:
     """Loss, size and number of right answers of each batch."""
-    host = describe(model)[0]
-    takes_cache = host.library == "transformers" and "use_cache" in inspect.signature(type(model).forward).parameters
+    host = find_host(model)
     found = []
     with evaluating(model):
         torch.manual_seed(0)  # a collator that masks tokens at random masks the same each time
         np.random.seed(0)
         random.seed(0)
         for inputs in calibration_inputs(host, batches, max_samples):
-            output = model(**inputs, **({"use_cache": False} if takes_cache else {}))
+            output = model(**inputs, **({"use_cache": False} if host.takes_cache else {}))
             loss = output.get("loss") if isinstance(output, Mapping) else None
             if loss is None:
                 raise CalibrationError("The model puts out no loss.")

@@ -80,7 +80,8 @@ def copied_iterator(iterator: Any) -> Any | None:
     if not isinstance(iterator, (*_OVER_SEQUENCES, *_OVER_ITERATORS)):
         return None
     try:
-        make, arguments, *state = iterator.__reduce__()
+        reduced: Any = iterator.__reduce__()
+        make, arguments, *state = reduced
     except TypeError:  # Python 3.14 copies no itertools
         return None
     if isinstance(iterator, _OVER_ITERATORS):

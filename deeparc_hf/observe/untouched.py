@@ -116,8 +116,8 @@ class _Walk:
     def __init__(self, model: nn.Module | None, is_stream: bool) -> None:
         self._seen: dict[int, Any] = {}  # holds on to what it has seen, so that no id is used twice
         alone = [
-            np.random.get_state.__self__,
-            random.getstate.__self__,
+            np.random.get_state.__self__,  # type: ignore[attr-defined]
+            random.getstate.__self__,  # type: ignore[attr-defined]
             torch.default_generator,
             *(model.modules() if model else ()),
         ]
@@ -279,7 +279,8 @@ class _Walk:
         if not own:
             return
         self._push(name, function.__dict__, True)
-        space, names, codes = function.__globals__, set(), [function.__code__]
+        names: set[str] = set()
+        space, codes = function.__globals__, [function.__code__]
         for code in codes:  # and the functions within it
             names.update(code.co_names)
             codes.extend(constant for constant in code.co_consts if isinstance(constant, types.CodeType))

@@ -226,15 +226,11 @@ class MPruneConfig(Settings):
                     f"each iteration."
                 )
             object.__setattr__(self, "iterations", max(1, len(self.num_blocks)))
-        totals = (
-            [target for target in self.num_blocks if isinstance(target, int)]
-            if isinstance(self.num_blocks, tuple)
-            else []
-        )
+        targets = self.num_blocks if isinstance(self.num_blocks, tuple) else ()
+        totals = [target for target in targets if isinstance(target, int)]
         if any(later > earlier for earlier, later in itertools.pairwise(totals)):
             raise ConfigError(
-                f"num_blocks lists the blocks that stay after each iteration, so it cannot rise, found "
-                f"{list(self.num_blocks)}."
+                f"num_blocks lists the blocks that stay after each iteration, so it cannot rise, found {list(targets)}."
             )
 
     def _check_metric(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from ..architectures import Host, Stack
+from ..architectures import Host, Stack, Subject
 from ..core.local_hooks import LocalHook
 from ..core.transaction import Transaction
 from ..observe.forward import evaluating
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def freeze_blocks(
-    host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]], transaction: Transaction | None = None
+    subject: Subject, frozen: Mapping[str, Sequence[int]], transaction: Transaction | None = None
 ) -> list[nn.Parameter]:
     """Freeze blocks, and everything that runs before the lowest block that is trained.
 
@@ -30,17 +30,17 @@ def freeze_blocks(
     embeddings is frozen with them. A model with an encoder and a decoder has a lowest trained block in each.
 
     Args:
-        host: the model.
-        stacks: its stacks.
+        subject: the model.
         frozen: the blocks to freeze, as indices into the stacks as they are now.
         transaction: takes the freezing back if it fails.
 
     Returns:
         The parameters that were trainable and no longer are.
     """
+    stacks, host = subject.stacks, subject.host
     chosen = [p for name, indices in frozen.items() for i in indices for p in stacks[name].blocks[i].parameters()]
     in_blocks = {id(p) for stack in stacks.values() for p in stack.container.parameters()}
-    for module in _upstream(host, stacks, frozen):
+    for module in _upstream(subject, frozen):
         # scalars (CLIP's temperature) belong to the head, wherever they are kept
         chosen += [p for p in module.parameters(recurse=False) if id(p) not in in_blocks and p.ndim > 0]
     changed = [p for p in {id(p): p for p in chosen}.values() if p.requires_grad]
@@ -93,8 +93,9 @@ def thaw(parameters: Iterable[nn.Parameter], transaction: Transaction) -> None:
         parameter.requires_grad_(True)
 
 
-def _upstream(host: Host, stacks: Mapping[str, Stack], frozen: Mapping[str, Sequence[int]]) -> list[nn.Module]:
+def _upstream(subject: Subject, frozen: Mapping[str, Sequence[int]]) -> list[nn.Module]:
     """Modules that run before the lowest trained block of their part of the model; embeddings wherever they are."""
+    host, stacks = subject.host, subject.stacks
     order = _execution_order(host)
     found: list[nn.Module] = [module for module in host.root.modules() if isinstance(module, nn.Embedding)]
     blocks = {id(m) for stack in stacks.values() for block in stack.blocks for m in block.modules()}

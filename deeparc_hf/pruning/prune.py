@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..architectures import Stack, describe
-from ..checkpoint.record import PrunedConfig, check_record
+from ..architectures import Stack, Subject, describe
+from ..checkpoint.record import PrunedConfig, check_record, current_record
 from ..core.progress_bars import doing, samples_in
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, CalibrationWarning, SurgeryError
@@ -20,11 +20,11 @@ from ..healing.sites import Healing
 from ..observe.forward import require_weights
 from ..observe.rows import StackObserver, observe
 from ..observe.skipping import StackSkipper, skip_blocks
-from ..similarity import SkippingMetric, metrics
+from ..similarity import SimilarityMetric, SkippingMetric, metrics
 from .config import MPruneConfig
 from .expressible import inexpressible
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
-from .surgery import apply_plan
+from .surgery import carry_out, refuse_wrapped
 
 __all__ = ["analyze", "apply_healed", "check_settings", "compare_blocks", "prune_model"]
 
@@ -63,7 +63,7 @@ def analyze(
 
 
 def compare_blocks(
-    model: nn.Module,
+    model: nn.Module | Subject,
     dataloader: Iterable[Any],
     config: MPruneConfig,
     *,
@@ -79,20 +79,22 @@ def compare_blocks(
         max_samples: samples of this process; None: `config.calibration_samples`.
         labels: by stack, what patterns call each block (`StackFacts.labels`).
     """
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     require_weights(host)
-    check_record(model, 0)
+    check_record(subject, 0)
     metric = metrics.get(config.similarity)
-    blank = _blank_facts(stacks, inexpressible(model), labels)
+    blank = _blank_facts(stacks, inexpressible(subject), labels)
     check_possible(blank, config)
     limit = config.calibration_samples if max_samples is None else max_samples
     if issubclass(metric, SkippingMetric):
         skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
         samples, found = skip_blocks(host, skippers, dataloader, limit, progress=progress, gather=gather)
     else:
+        metric = cast(type[SimilarityMetric], metric)
         observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
         samples, found = observe(host, observers, dataloader, limit, progress=progress, gather=gather)
-    frozen = PrunedConfig.from_model(model).frozen if host.record() is not None else {}
+    frozen = current_record(subject).frozen
     facts = {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):
         facts[name] = dataclasses.replace(
@@ -113,7 +115,7 @@ def compare_blocks(
     return plan
 
 
-def check_settings(model: nn.Module, config: MPruneConfig) -> None:
+def check_settings(model: nn.Module | Subject, config: MPruneConfig) -> None:
     """Check settings against a model, which may be on the meta device, before any work is done.
 
     Raises:
@@ -121,7 +123,8 @@ def check_settings(model: nn.Module, config: MPruneConfig) -> None:
             similarities.
         SurgeryError: if the model's settings can express no removal at all.
     """
-    stacks, refused = describe(model)[2], inexpressible(model)
+    subject = describe(model)
+    stacks, refused = subject.stacks, inexpressible(subject)
     check_possible(_blank_facts(stacks, refused, None), config)
     free = [
         (n, i)
@@ -132,7 +135,7 @@ def check_settings(model: nn.Module, config: MPruneConfig) -> None:
     if refused and not free:
         name, reasons = next(iter(refused.items()))
         index, reason = next(iter(reasons.items()))
-        raise SurgeryError(f"No block of {type(model).__name__} can be removed. {name}.{index}: {reason}.")
+        raise SurgeryError(f"No block of {subject.name} can be removed. {name}.{index}: {reason}.")
 
 
 def _blank_facts(
@@ -163,17 +166,12 @@ def prune_model(
     """`analyze`, then `apply_plan`: find redundant blocks and remove them, in place, all or nothing.
 
     With `heal="lstsq"` each removal site is healed (see `heal_model`), which goes through the data once more for each
-    site.
-
-    Args:
-        model, dataloader, config, progress, settings: as in `analyze`.
-        optimizer, verify: as in `remove_blocks`; the first batch is the example.
+    site. `model`, `dataloader`, `config`, `progress` and `settings` are those of `analyze`, `optimizer` and `verify`
+    those of `remove_blocks`, whose example is the first batch. Errors are those of `analyze` and `apply_plan`, and
+    leave the model as it is.
 
     Returns:
         The plan that was carried out; the model carries the record.
-
-    Raises:
-        As `analyze` and `apply_plan`; nothing is changed then.
     """
     config = MPruneConfig.from_settings(config, settings)
     if config.heal is not None and isinstance(dataloader, Iterator):
@@ -181,15 +179,21 @@ def prune_model(
             "heal goes through the calibration data again for each site, and an iterator can be used once. Give a list "
             "of batches."
         )
-    check_record(model)
+    subject = describe(model)
+    check_record(subject)
     batches = _NotingFirst(dataloader)
-    plan = analyze(model, batches, config, progress=progress)
-    apply_healed(model, plan, dataloader, optimizer=optimizer, example=batches.first, verify=verify, progress=progress)
+    plan = compare_blocks(subject, batches, config, progress=progress)
+    warn_if_drastic(plan)
+    if plan.removed:
+        refuse_wrapped(model)
+    apply_healed(
+        subject, plan, dataloader, optimizer=optimizer, example=batches.first, verify=verify, progress=progress
+    )
     return plan
 
 
 def apply_healed(
-    model: nn.Module,
+    model: nn.Module | Subject,
     plan: PruningPlan,
     dataloader: Iterable[Any],
     *,
@@ -214,24 +218,26 @@ def apply_healed(
     Returns:
         The record, and the outcome at each site.
     """
+    subject = describe(model)
+    if plan.removed:
+        refuse_wrapped(model)
     if plan.config.heal is None or not plan.removed:
         with transaction or Transaction() as undo:
             with doing(_REMOVING, progress and bool(plan.removed)):
-                record = apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
+                record = carry_out(subject, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
             done("removed")
         return record, []
-    host, _, stacks = describe(model)
     limit = plan.config.calibration_samples if max_samples is None else max_samples
-    healings = fit_sites(host, stacks, plan.removed, dataloader, limit, progress=progress, gather=gather)
-    blocks = {healing.site: stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
+    healings = fit_sites(subject, plan.removed, dataloader, limit, progress=progress, gather=gather)
+    blocks = {healing.site: subject.stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
     with transaction or Transaction() as undo:
         with doing(_REMOVING, progress):
-            apply_plan(model, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
+            carry_out(subject, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
         done("removed")
         for healing in healings:
             apply_healing(healing, blocks[healing.site], undo)
         done("healed")
-        return note_healing(model, healings), healings
+        return note_healing(subject.host, healings), healings
 
 
 class _NotingFirst:

@@ -4,19 +4,15 @@ the model.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
-from ..architectures import Family, Host, Stack
-from ..architectures.base import shrunk_settings
+from ..architectures import Host, Layout, Stack, Subject
 from ..architectures.entries import stale
-from ..architectures.hosts import RECORD_KEY
 from ..architectures.skeleton import compare, state_shapes
 from ..checkpoint.record import PrunedConfig
 from ..core.transaction import Transaction
@@ -45,14 +41,14 @@ class Builds:
     updates: list[tuple[str, str, Any]]
 
 
-def skeletons(host: Host, family: Family, stacks: Mapping[str, Stack], kept: Mapping[str, Sequence[int]]) -> Builds:
+def skeletons(subject: Subject, layout: Layout) -> Builds:
     """Build the settings before and after the removal, and compare.
 
     Raises:
         SurgeryError: if the settings do not describe the model, or cannot describe it without these blocks.
     """
-    settings, shrunk = shrunk_settings(host, family, stacks, kept)
-    name = type(host.root).__name__
+    host, name = subject.host, subject.name
+    settings, shrunk = subject.shrunk_settings(layout)
     try:
         before = host.build(settings)
     except Exception as error:
@@ -61,7 +57,7 @@ def skeletons(host: Host, family: Family, stacks: Mapping[str, Stack], kept: Map
             f"{type(error).__name__}: {error}"
         ) from error
     live, stock = state_shapes(host.root), state_shapes(before)
-    for stack in stacks:
+    for stack in subject.stacks:
         odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
         if odd:
             raise SurgeryError(
@@ -75,7 +71,7 @@ def skeletons(host: Host, family: Family, stacks: Mapping[str, Stack], kept: Map
             f"The settings of {name} (type {host.kind!r}) cannot express the removal: {type(error).__name__}: {error}. "
             f"Nothing was changed."
         ) from error
-    differences = compare(before, after, kept)
+    differences = compare(before, after, layout)
     if differences.problems:
         raise SurgeryError(
             f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. "
@@ -98,18 +94,18 @@ def tell_unproven(stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[in
                 )
 
 
-def require_told(host: Host, stacks: Mapping[str, Stack], builds: Builds, expectation: Expectation) -> None:
+def require_told(subject: Subject, builds: Builds, expectation: Expectation) -> None:
     """Refuse an entry of which only the forward pass shows that it names blocks, where that pass would not tell its old
     value from the new.
 
     Raises:
         SurgeryError: naming the entry.
     """
-    for entry in (entry for stack in stacks.values() for entry in stack.entries if entry.proof == "run"):
+    for entry in (entry for stack in subject.stacks.values() for entry in stack.entries if entry.proof == "run"):
         trial = stale(builds.settings, builds.shrunk, entry)
-        if trial is not None and not _tells(host, builds.after, trial, expectation):
+        if trial is not None and not _tells(subject.host, builds.after, trial, expectation):
             raise SurgeryError(
-                f"{entry} in the settings of {type(host.root).__name__} tells by number which blocks are of another "
+                f"{entry} in the settings of {subject.name} tells by number which blocks are of another "
                 f"kind. Whether the pruned model has it right shows only on inputs where that matters, and on the "
                 f"example it does not. Give a batch on which it does (a larger image, a longer text): example=batch. "
                 f"The model is as it was before."
@@ -125,8 +121,8 @@ def _tells(host: Host, after: nn.Module, settings: dict[str, Any], expectation: 
     attempt = Transaction()
     try:
         host.own_configs(attempt)
-        _patch_configs(host, after, other, ())
-        for path, attribute, value in compare(after, other, {}).updates:
+        host.follow_builds(after, other, (), attempt)
+        for path, attribute, value in compare(after, other, Layout({}, {})).updates:
             attempt.set(host.root.get_submodule(path), attribute, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeepArcWarning)
@@ -138,54 +134,8 @@ def _tells(host: Host, after: nn.Module, settings: dict[str, Any], expectation: 
     return False
 
 
-def install_configs(
-    host: Host,
-    before: nn.Module,
-    after: nn.Module,
-    kept: Mapping[str, Sequence[int]],
-    record: PrunedConfig,
-    transaction: Transaction,
-) -> None:
-    """Give the model copies of its configs, changed as the stock build's configs changed, and the record.
-
-    T5 and others hold several configs; each follows its own counterpart. Settings made at run time stay.
-    """
-    if host.library == "timm":
-        arguments = {**getattr(host.root, "_model_args", {}), **_changed(before, after)}
-        transaction.set(host.root, "_model_args", arguments)
-        transaction.set(host.root, RECORD_KEY, record.to_dict())
-        return
-    host.own_configs(transaction)
-    _patch_configs(host, before, after, tuple(f"{name}." for name in kept))
-    host.set_record(record.to_dict())  # into the copy
-
-
-def _patch_configs(host: Host, before: nn.Module, after: nn.Module, stacks: tuple[str, ...]) -> None:
-    """Change the configs outside of the stacks as two skeletons differ."""
-    patched: set[int] = set()
-    for path, module in host.root.named_modules():
-        for attribute, config in list(vars(module).items()):
-            if isinstance(config, PreTrainedConfig) and not path.startswith(stacks) and id(config) not in patched:
-                patched.add(id(config))
-                _patch(
-                    config,
-                    getattr(before.get_submodule(path), attribute),
-                    getattr(after.get_submodule(path), attribute),
-                )
-
-
-def _changed(before: nn.Module, after: nn.Module) -> dict[str, Any]:
-    old, new = getattr(before, "_model_args", {}), getattr(after, "_model_args", {})
-    return {key: value for key, value in new.items() if old.get(key) != value}
-
-
-def _patch(config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:
-    """Change in `config` what differs between two others."""
-    for key, value in vars(after).items():
-        old = vars(before).get(key)
-        if isinstance(value, PreTrainedConfig) and isinstance(old, PreTrainedConfig):
-            _patch(getattr(config, key), old, value)
-        elif old != value:
-            setattr(config, key, copy.deepcopy(value))
-    for key in vars(before).keys() - vars(after).keys():
-        vars(config).pop(key, None)
+def install_configs(subject: Subject, builds: Builds, record: PrunedConfig, transaction: Transaction) -> None:
+    """Give the model settings of its own, changed as the stock build's changed, and the record."""
+    subject.host.own_configs(transaction)
+    subject.host.follow_builds(builds.before, builds.after, subject.stacks, transaction)
+    subject.host.set_record(record.to_dict())

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import Family, Host, Stack, describe
+from ..architectures import Layout, Stack, Subject, describe
 from ..architectures.generation import follow_generation
-from ..checkpoint.record import PrunedConfig, current_record
+from ..checkpoint.record import PrunedConfig, current_layout, current_record
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
@@ -27,7 +27,7 @@ from .plan import PruningPlan, freezing_set
 from .rebuild import install_configs, require_told, skeletons, tell_unproven
 from .verify import expect
 
-__all__ = ["apply_plan", "follow_record", "forget_parameters", "remove_blocks"]
+__all__ = ["apply_plan", "carry_out", "follow_record", "forget_parameters", "refuse_wrapped", "remove_blocks"]
 
 
 def remove_blocks(
@@ -64,17 +64,14 @@ def remove_blocks(
     """
     if freeze not in ("none", "partial"):
         raise ConfigError(f"freeze must be 'none' or 'partial', found {freeze!r}.")
-    host, family, stacks = describe(model)
-    removed = _checked(stacks, blocks)
+    subject = describe(model)
+    removed = _checked(subject.stacks, blocks)
     frozen: Mapping[str, Sequence[int]] = {}
     if freeze == "partial":
-        frozen = freezing_set(
-            removed, {n: len(s) for n, s in stacks.items()}, {n: s.next_stack for n, s in stacks.items()}
-        )
+        frozen = freezing_set(removed, subject.lengths, {n: s.next_stack for n, s in subject.stacks.items()})
     entry = {"settings": {"freeze": freeze}, "removed": removed, "frozen": frozen}
-    return _operate(
-        model, host, family, stacks, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify
-    )
+    refuse_wrapped(model)
+    return _operate(subject, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify)
 
 
 def apply_plan(
@@ -91,7 +88,9 @@ def apply_plan(
     Args:
         model: the model that the plan was made for, or one with the same stacks.
         plan: from `analyze`.
-        optimizer, example, verify: as in `remove_blocks`.
+        optimizer: as in `remove_blocks`.
+        example: as in `remove_blocks`.
+        verify: as in `remove_blocks`.
         transaction: notes how to take the removal back later; it holds on to the removed blocks.
 
     Returns:
@@ -102,16 +101,32 @@ def apply_plan(
         PlanError: if the plan does not fit the model.
         SurgeryError, UnsupportedModelError: as in `remove_blocks`.
     """
-    host, family, stacks = describe(model)
+    subject = describe(model)
+    if plan.removed:
+        refuse_wrapped(model)
+    return carry_out(subject, plan, optimizer=optimizer, example=example, verify=verify, transaction=transaction)
+
+
+def carry_out(
+    subject: Subject,
+    plan: PruningPlan,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    verify: bool = True,
+    transaction: Transaction | None = None,
+) -> PrunedConfig:
+    """`apply_plan` on a described model, which is not described by it any more afterwards."""
+    stacks = subject.stacks
     for name, stack in plan.stacks.items():
         if name not in stacks or len(stacks[name]) != len(stack):
             found = f"{len(stacks[name])} blocks" if name in stacks else f"no such stack (it has {', '.join(stacks)})"
             raise PlanError(
-                f"The plan is for a model with {len(stack)} blocks in {name}; {type(host.root).__name__} has {found}. "
+                f"The plan is for a model with {len(stack)} blocks in {name}; {subject.name} has {found}. "
                 f"Call analyze on this model."
             )
     if not plan.removed:
-        return current_record(host, stacks)
+        return current_record(subject)
     removed = _checked(stacks, plan.removed)
     frozen = {name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}
     entry = {
@@ -122,10 +137,7 @@ def apply_plan(
         "frozen": frozen,
     }
     return _operate(
-        model,
-        host,
-        family,
-        stacks,
+        subject,
         removed,
         frozen,
         entry,
@@ -137,7 +149,10 @@ def apply_plan(
 
 
 def follow_record(
-    model: nn.Module, record: PrunedConfig, frozen: Mapping[str, Sequence[int]], transaction: Transaction | None = None
+    model: nn.Module | Subject,
+    record: PrunedConfig,
+    frozen: Mapping[str, Sequence[int]],
+    transaction: Transaction | None = None,
 ) -> list[nn.Parameter]:
     """Give a model the structure of a record, weights aside: those of a checkpoint are loaded before or after.
 
@@ -153,25 +168,20 @@ def follow_record(
     Raises:
         SurgeryError: if the model lacks a block that the record keeps.
     """
-    host, family, stacks = describe(model)
-    now = current_record(host, stacks).kept
-    removed: dict[str, list[int]] = {}
-    for name, stack in record.stacks.items():
-        originals = now.get(name, tuple(range(stack.length)))
-        if name not in stacks or not set(stack.kept) <= set(originals) or len(originals) != len(stacks[name]):
-            raise SurgeryError(
-                f"{host.label} lacks blocks of {name!r} that are to stay. Load the model from the checkpoint's own "
-                f"folder."
-            )
-        gone = [i for i, original in enumerate(originals) if original not in stack.kept]
-        if gone:
-            removed[name] = gone
-    if removed:
-        _operate(model, host, family, stacks, removed, {}, None, optimizer=None, transaction=transaction, known=record)
-    if not any(frozen.values()):
-        return []
-    host, _, stacks = describe(model)
-    return freeze_blocks(host, stacks, frozen, transaction)
+    subject = describe(model)
+    try:
+        step = record.layout.since(current_layout(subject))
+        odd = next((name for name in record.stacks if name not in subject.stacks), None)
+    except ValueError as error:
+        odd = str(error)
+    if odd is not None:
+        raise SurgeryError(
+            f"{subject.host.label} lacks blocks of {odd!r} that are to stay. Load the model from the checkpoint's own "
+            f"folder."
+        )
+    if step.removed:
+        _operate(subject, step.removed, {}, None, optimizer=None, transaction=transaction, known=record)
+    return freeze_blocks(describe(subject), frozen, transaction) if any(frozen.values()) else []
 
 
 def forget_parameters(
@@ -209,10 +219,7 @@ def _optimizer_restorer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 
 
 def _operate(
-    model: nn.Module,
-    host: Host,
-    family: Family,
-    stacks: Mapping[str, Stack],
+    subject: Subject,
     removed: Mapping[str, Sequence[int]],
     frozen: Mapping[str, Sequence[int]],
     entry: Mapping[str, Any] | None,
@@ -226,34 +233,28 @@ def _operate(
     """Remove blocks. With a record that is `known` from a checkpoint, which was verified when it was made, nothing is
     verified again.
     """
-    _refuse_wrapped(model)
-    lengths = {name: len(stack) for name, stack in stacks.items()}
-    kept = {name: [i for i in range(length) if i not in removed.get(name, ())] for name, length in lengths.items()}
-    builds = skeletons(host, family, stacks, kept)
-    entry = {
-        **(entry or {}),
-        "parameters": _parameters(host.root, removed),
-    }
-    record = known or current_record(host, stacks).compose(lengths, removed, entry)
-    expectation = expect(host, stacks, removed, example) if verify and known is None else None
+    host, stacks = subject.host, subject.stacks
+    step = Layout.without(subject.lengths, removed)
+    builds = skeletons(subject, step)
+    entry = {**(entry or {}), "parameters": _parameters(host.root, step)}
+    record = known or current_record(subject).compose(step, entry)
+    expectation = expect(subject, removed, example) if verify and known is None else None
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
-        install_configs(host, builds.before, builds.after, kept, record, transaction)
-        follow_generation(host.root, stacks, kept, transaction)
+        install_configs(subject, builds, record, transaction)
+        follow_generation(host.root, stacks, step, transaction)
         for path, attribute, value in builds.updates:
             transaction.set(host.root.get_submodule(path), attribute, value)
-        for name, stack in stacks.items():
-            if name in removed:
-                transaction.keep_children(stack.container, [modules[name][i] for i in kept[name]])
+        for name in removed:
+            transaction.keep_children(stacks[name].container, [modules[name][i] for i in step.kept[name]])
         if expectation is not None:
             expectation.check()
-            require_told(host, stacks, builds, expectation)
+            require_told(subject, builds, expectation)
         if known is None:
             tell_unproven(stacks, removed)
         changed = []
         if any(frozen.values()):
-            now = {name: [kept[name].index(i) for i in indices] for name, indices in frozen.items()}
-            changed = freeze_blocks(host, stacks, now, transaction)
+            changed = freeze_blocks(subject, step.places(frozen), transaction)
         if optimizer is not None:
             lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
             still_used = {id(p) for p in host.root.parameters()}
@@ -266,10 +267,10 @@ def _operate(
     return record
 
 
-def _parameters(root: nn.Module, removed: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Number of parameters before and after these blocks go; what they share with others stays."""
-    gone = tuple(f"{name}.{index}." for name, indices in removed.items() for index in indices)
-    left = {id(p): p.numel() for path, p in root.named_parameters(remove_duplicate=False) if not path.startswith(gone)}
+def _parameters(root: nn.Module, step: Layout) -> dict[str, int]:
+    """Number of parameters before and after a removal; what the blocks that go share with others stays."""
+    paths = step.renamed_keys(dict(root.named_parameters(remove_duplicate=False)))
+    left = {id(parameter): parameter.numel() for parameter in paths.values()}
     return {"before": sum(p.numel() for p in root.parameters()), "after": sum(left.values())}
 
 
@@ -318,7 +319,9 @@ def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -
     return checked
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def refuse_wrapped(model: nn.Module | Subject) -> None:
+    """Refuse a model whose wrapper (DistributedDataParallel, FSDP, DeepSpeed) would not follow a removal."""
+    model = model.root if isinstance(model, Subject) else model
     names = {type(module).__name__ for module in (model, getattr(model, "module", None)) if module is not None}
     parameters = [type(p).__name__ for p in model.parameters()]
     if "DistributedDataParallel" in names:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
-from ..architectures import Host, Stack
+from ..architectures import Host, Subject
 from ..errors import CalibrationError, DeepArcWarning, SurgeryError
 from ..observe.batches import cut, forward_kwargs
-from ..observe.forward import evaluating, forward, require_weights, senses, skipped
+from ..observe.forward import evaluating, forward, require_weights, skipped
 
 __all__ = ["Expectation", "expect"]
 
@@ -64,12 +64,12 @@ class Expectation:
             raise SurgeryError(
                 f"The pruned model cannot run: {type(cause).__name__}: {cause}. The model is as it was before."
             ) from error
-        error = _generation_error(self.host, self.inputs) if self.generated else None
-        if error is not None:
+        failure = _generation_error(self.host, self.inputs) if self.generated else None
+        if failure is not None:
             warnings.warn(
-                f"{type(self.host.root).__name__} can no longer generate with a cache ({type(error).__name__}: "
-                f"{error}), in stock transformers too: T5 and its like need at least as many encoder blocks as decoder "
-                f"blocks for that. Keep more encoder blocks, remove decoder blocks too, or generate with "
+                f"{type(self.host.root).__name__} can no longer generate with a cache ({type(failure).__name__}: "
+                f"{failure}), in stock transformers too: T5 and its like need at least as many encoder blocks as "
+                f"decoder blocks for that. Keep more encoder blocks, remove decoder blocks too, or generate with "
                 f"use_cache=False.",
                 DeepArcWarning,
                 stacklevel=5,
@@ -104,15 +104,14 @@ class Expectation:
             )
 
 
-def expect(
-    host: Host, stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]], batch: Any = None
-) -> Expectation:
+def expect(subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = None) -> Expectation:
     """Run the original with blocks skipped, on a sample of `batch` or on small made-up inputs.
 
     Raises:
         SurgeryError: if the model has no weights, there is nothing to run on or the model cannot run on it, a block is
             no residual block, or the inputs do not reach a block that goes, or a part of the model that sees or hears.
     """
+    host, stacks = subject.host, subject.stacks
     if batch is None and host.merges_inputs:
         raise SurgeryError(
             f"{type(host.root).__name__} merges images into its text, and which of its blocks do so may be told by "
@@ -143,7 +142,7 @@ def expect(
                 f"The removal cannot be verified: {type(host.root).__name__} cannot run on {where} with these blocks "
                 f"skipped. {problem} " + ("Nothing was changed." if batch is not None else _WAYS)
             ) from error
-    _require_reached(host, stacks, removed, inputs, ran)
+    _require_reached(subject, removed, inputs, ran)
     return Expectation(host, inputs, output, {len(indices) for indices in removed.values()})
 
 
@@ -155,11 +154,7 @@ def _noting(ran: set[str], path: str) -> Any:
 
 
 def _require_reached(
-    host: Host,
-    stacks: Mapping[str, Stack],
-    removed: Mapping[str, Sequence[int]],
-    inputs: Mapping[str, Any],
-    ran: set[str],
+    subject: Subject, removed: Mapping[str, Sequence[int]], inputs: Mapping[str, Any], ran: set[str]
 ) -> None:
     """Refuse inputs that do not show what a removal does: what sees or hears may feed any block, by its place."""
     idle = [
@@ -167,7 +162,7 @@ def _require_reached(
         for path in (f"{name}.{index}" for name, indices in removed.items() for index in indices)
         if path not in ran
     ]
-    idle += [name for name, stack in stacks.items() if f"{name}.0" not in ran and senses(host, stack)]
+    idle += [name for name, stack in subject.stacks.items() if f"{name}.0" not in ran and subject.host.senses(name)]
     if idle:
         raise SurgeryError(
             f"The removal cannot be verified: the inputs ({', '.join(inputs)}) do not reach {idle[0]}. Give a batch "
@@ -180,9 +175,9 @@ def _generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None
     or the model does not generate.
     """
     root = host.root
-    if host.library != "transformers" or not root.can_generate():
+    if not host.generates:
         return None
-    given = {key: inputs[key][:1] for key in (root.main_input_name, "attention_mask") if key in inputs}
+    given = {key: inputs[key][:1] for key in (host.main_input, "attention_mask") if key in inputs}
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()  # advice on generation settings is beside the point here
     try:

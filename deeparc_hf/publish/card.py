@@ -79,12 +79,16 @@ def create_model_card(
         model_name: the model's name; default: that of the repository, or the folder's.
         repo_id: where the model will be on the Hub, for the code in the card; default: the Trainer's hub_model_id, or
             the model's name.
-        language, license, license_name, license_link, tags: metadata of the same names. The licence is that of the base
-            model by default, where the Hub can be asked for it.
+        language: metadata of that name, as the four below.
+        license: default: that of the base model, where the Hub can be asked for it.
+        license_name: of a licence that the Hub does not know.
+        license_link: where it stands.
+        tags: more than those that tell what was done.
         finetuned_from: Hub id of the model that was pruned, where the record does not know it.
         tasks: the pipeline tag; default: by the model's class.
         dataset_tags: Hub ids of the data, where the data set does not know it.
-        dataset, dataset_args: names of the data for people, and its configuration.
+        dataset: names of the data for people.
+        dataset_args: their configurations.
         command: the command or the steps by which the model was made.
         processing_class: the tokenizer or image processor that goes with a model.
         reports: for a model: the folder of its run, whose reports are read.
@@ -95,7 +99,8 @@ def create_model_card(
         `deeparc_hf.push_to_hub`.
 
     Raises:
-        RecordError: if the record or a report is malformed. UnsupportedModelError: if the model is of an unknown kind.
+        RecordError: if the record or a report is malformed.
+        UnsupportedModelError: if the model is of an unknown kind.
         ConfigError: if the Hub would refuse what is given (a licence that it does not know, say).
     """
     told = Told.among(locals())

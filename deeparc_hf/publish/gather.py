@@ -79,18 +79,17 @@ def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
 
 def content_of_model(model: nn.Module, processing_class: Any = None) -> CardContent:
     """The content for a live model, without reports."""
-    host, _, stacks = describe(model)
-    root = host.root
-    timm = getattr(root, "config", None) is None
-    named = (getattr(root, "pretrained_cfg", None) or {}).get("architecture") if timm else None
+    subject = describe(model)
+    root = subject.root
+    library, identity = subject.host.library, subject.host.identity()
     weights = next((str(p.dtype).removeprefix("torch.") for p in root.parameters() if p.is_floating_point()), None)
     content = _of_record(
-        current_record(host, stacks),
+        current_record(subject),
         mark_of_model(root),
-        library="timm" if timm else "transformers",
-        architecture=named or type(root).__name__,
-        labels=None if timm else getattr(root.config, "id2label", None),
-        headless=timm and getattr(root, "num_classes", None) == 0,
+        library=library,
+        architecture=identity["architecture"] if library == "timm" else type(root).__name__,
+        labels=identity.get("id2label"),
+        headless=library == "timm" and identity["num_classes"] == 0,
         processor=_kind_of(processing_class),
         dtype=_dtype(weights),
     )

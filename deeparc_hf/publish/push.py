@@ -67,7 +67,8 @@ def push_to_hub(
 
     A README.md that somebody wrote or edited stays, with a warning: in the folder (it goes along as it is), and on the
     Hub. One that holds metadata alone (a licence that was set on the Hub's page) is no such card: its metadata is taken
-    over into the new one.
+    over into the new one. What the new card says is given as to `create_model_card`: model_name, language, license,
+    license_name, license_link, tags, finetuned_from, tasks, dataset_tags, dataset, dataset_args and command.
 
     Args:
         trainer_or_model: a Trainer (its hub_* arguments are the defaults here), a model, or the folder of a checkpoint.
@@ -84,17 +85,15 @@ def push_to_hub(
             one.
         reports: for a model: the folder of its run, whose reports go along.
         overwrite: replace a README.md that somebody wrote or edited, too.
-        model_name, language, license, license_name, license_link, tags, finetuned_from, tasks, dataset_tags, dataset,
-        dataset_args,
-            command: as in `create_model_card`, for the new card.
 
     Returns:
         What the Hub says of the commit; None in processes other than the first.
 
     Raises:
-        ConfigError: if there is nothing to publish, or the Hub would refuse the card. RecordError: if the record or a
-            report is malformed. huggingface_hub's own errors, with a line of help, if the Hub refuses or the upload
-            breaks off.
+        ConfigError: if there is nothing to publish, or the Hub would refuse the card.
+        RecordError: if the record or a report is malformed.
+        huggingface_hub.errors.HfHubHTTPError: with a line of help, if the Hub refuses; other errors of
+            huggingface_hub if the upload breaks off.
     """
     told = Told.among(locals())
     source = Source.of(trainer_or_model)

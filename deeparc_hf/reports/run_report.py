@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..architectures import describe
+from ..architectures import Subject, describe
 from ..core.environment import hardware, package_versions
 from ..core.files import finite, write_whole
 from ..core.markdown import made_with, table
@@ -41,11 +41,12 @@ STAGES_TEXT = (
 )
 
 
-def structure_facts(model: nn.Module) -> dict[str, Any]:
+def structure_facts(model: nn.Module | Subject) -> dict[str, Any]:
     """Number of blocks of each stack, and number of parameters, of a model as it is now."""
+    subject = describe(model)
     return {
-        "blocks": {name: len(stack) for name, stack in describe(model)[2].items()},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "blocks": subject.lengths,
+        "parameters": sum(parameter.numel() for parameter in subject.root.parameters()),
     }
 
 

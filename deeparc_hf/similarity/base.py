@@ -135,7 +135,7 @@ class RowBuffer:
         full = self._count // self.size - 1
         self._parts = [joined[:, full * self.size :]]
         self._count -= full * self.size
-        return list(joined[:, : full * self.size].split(self.size, dim=1))
+        return list(torch.split(joined[:, : full * self.size], self.size, dim=1))
 
     def rest(self) -> Tensor | None:
         """All that is left, as one group of shape (L, n, D); None if nothing came."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,9 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} is not a PEFT model with adapters that can be merged. Give what get_peft_model "
             f"returned."
         )
-    base = model.get_base_model()
-    weights = {
+    adapted: Any = model  # of PEFT, which this package does not import
+    base = adapted.get_base_model()
+    weights: dict[str, Any] = {
         path.removesuffix(".base_layer"): module for path, module in base.named_modules() if hasattr(module, "weight")
     }
     stored = getattr(getattr(base, "config", base), RECORD_KEY, None)
@@ -66,11 +68,11 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
                 f"By the record {entry['zeros']:,} weights of {name} are zero, but {int(masks[name].sum()):,} are. If "
                 f"the adapters are merged already, call model.unmerge_adapter() first."
             )
-    merged = model.merge_and_unload()
+    merged: nn.Module = adapted.merge_and_unload()
     host = find_host(merged)
     with torch.no_grad():
         for name, mask in masks.items():
-            zero_chosen(host.root.get_submodule(name).weight, mask)
+            zero_chosen(host.root.get_submodule(name).get_parameter("weight"), mask)
     return merged
 
 

@@ -194,7 +194,8 @@ def _of_convolution(module: nn.Module, x: Tensor) -> Tensor:
     """Sums of squares over all places where the kernel is laid, for each channel and kernel position: (groups, channels
     x kernel).
     """
-    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    kernel: tuple[int, ...] = module.kernel_size
+    stride, dilation = module.stride, module.dilation
     if x.ndim == len(kernel) + 1:  # no batch dimension
         x = x[None]
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode

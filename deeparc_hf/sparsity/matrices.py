@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import Host, Stack
+from ..architectures import Host, Stack, Subject
 from ..errors import ConfigError, UnsupportedModelError
 
 __all__ = ["Matrix", "find_matrices", "is_sharded", "matrices_named"]
@@ -75,12 +75,11 @@ class Matrix:
         return rows.reshape(self.weight.shape)
 
 
-def find_matrices(host: Host, stacks: Mapping[str, Stack], targets: Sequence[str] | None = None) -> list[Matrix]:
+def find_matrices(subject: Subject, targets: Sequence[str] | None = None) -> list[Matrix]:
     """The linear maps of all blocks, in the order of the blocks.
 
     Args:
-        host: the model.
-        stacks: its stacks.
+        subject: the model.
         targets: patterns (fnmatch) of the module paths of those that are wanted; None: all.
 
     Raises:
@@ -88,12 +87,13 @@ def find_matrices(host: Host, stacks: Mapping[str, Stack], targets: Sequence[str
         UnsupportedModelError: if one that is wanted cannot have single weights zeroed: fused experts, packed, tied or
             sharded weights, a map that computes with something else than its weight. The message names it.
     """
+    host = subject.host
     if is_sharded(host.root):
         raise UnsupportedModelError(
             f"The parameters of {host.label} are sharded (FSDP, DeepSpeed), so no process sees whole rows of a matrix. "
             f"Call sparsify_model before the model is wrapped, or train in DistributedDataParallel."
         )
-    found, refused = _survey(host, stacks)
+    found, refused = _survey(subject)
     _check_patterns(targets, [matrix.name for matrix in found] + list(refused), host)
     for name, reason in refused.items():
         if _wanted(name, targets, host):
@@ -113,9 +113,9 @@ def find_matrices(host: Host, stacks: Mapping[str, Stack], targets: Sequence[str
     return wanted
 
 
-def matrices_named(host: Host, stacks: Mapping[str, Stack], names: Collection[str]) -> dict[str, Matrix]:
+def matrices_named(subject: Subject, names: Collection[str]) -> dict[str, Matrix]:
     """Those of some linear maps that the model has, by their exact module paths."""
-    return {matrix.name: matrix for matrix in _survey(host, stacks)[0] if matrix.name in names}
+    return {matrix.name: matrix for matrix in _survey(subject)[0] if matrix.name in names}
 
 
 def is_sharded(root: nn.Module) -> bool:
@@ -127,12 +127,12 @@ def is_sharded(root: nn.Module) -> bool:
     return any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in root.parameters())
 
 
-def _survey(host: Host, stacks: Mapping[str, Stack]) -> tuple[list[Matrix], dict[str, str]]:
+def _survey(subject: Subject) -> tuple[list[Matrix], dict[str, str]]:
     """All linear maps of the blocks, and those whose weights cannot be zeroed one by one, each with the reason."""
     found: list[Matrix] = []
     refused: dict[str, str] = {}
-    owners = _owners(host.root)
-    for name, module, stack, block in _modules(stacks):
+    owners = _owners(subject.root)
+    for name, module, stack, block in _modules(subject.stacks):
         reason = _refusal(module)
         if reason is None and _is_matrix(module):
             others = [path for owner, path in owners[id(module._parameters["weight"])].items() if owner != id(module)]

@@ -33,7 +33,8 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
     Raises:
         UnsupportedModelError: if there is no such device, or nothing can be turned; nothing is changed then.
     """
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host = subject.host
     device = next(host.root.parameters()).device
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise UnsupportedModelError(
@@ -44,7 +45,7 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
     turned = 0
     with Transaction() as transaction, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor.*prototype.*")
-        for matrix in find_matrices(host, stacks):
+        for matrix in find_matrices(subject):
             reason = _obstacle(matrix.module, matrix.weight)
             if reason is None:
                 try:

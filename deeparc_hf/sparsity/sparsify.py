@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import Host, Stack, describe
+from ..architectures import Host, Stack, Subject, describe
 from ..architectures.hosts import is_adapted
 from ..checkpoint.record import PrunedConfig, current_record
 from ..core.environment import package_versions
@@ -69,11 +69,18 @@ def sparsify_model(
         ConfigError: if a target matches nothing, or a pattern does not fit a map.
         UnsupportedModelError: if a map's weights cannot be zeroed one by one (fused experts, quantized, tied, sharded).
     """
-    return sparsify(model, dataloader, WandaConfig.from_settings(config, settings), progress=progress)[0]
+    config = WandaConfig.from_settings(config, settings)
+    if isinstance(model, nn.Module) and is_adapted(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries PEFT adapters, and the zeros would be filled when they are merged. Merge "
+            f"them first: model.merge_and_unload(). Or sparsify the model before the adapters are added, and merge "
+            f"with merge_keeping_zeros."
+        )
+    return sparsify(model, dataloader, config, progress=progress)[0]
 
 
 def sparsify(
-    model: nn.Module,
+    model: nn.Module | Subject,
     dataloader: Iterable[Any] | None,
     config: WandaConfig,
     *,
@@ -92,15 +99,10 @@ def sparsify(
         sparsification.
     """
     gather = gather or _alone
-    if isinstance(model, nn.Module) and is_adapted(model):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} carries PEFT adapters, and the zeros would be filled when they are merged. Merge "
-            f"them first: model.merge_and_unload(). Or sparsify the model before the adapters are added, and merge "
-            f"with merge_keeping_zeros."
-        )
-    host, _, stacks = describe(model)
-    record = current_record(host, stacks)  # a record that does not fit is refused before any work is done
-    matrices = matrices_for(host, stacks, config)
+    subject = describe(model)
+    host = subject.host
+    record = current_record(subject)  # a record that does not fit is refused before any work is done
+    matrices = matrices_for(subject, config)
     require_weights(host, UnsupportedModelError)
     earlier = (record.sparsity or {}).get("matrices", {})
     work = _Work(host, config, gather, progress, earlier)
@@ -111,9 +113,8 @@ def sparsify(
             if not work.method.needs_inputs:
                 work.choose(matrices, None)
             else:
-                samples = work.with_inputs(
-                    stacks, matrices, dataloader, config.calibration_samples if max_samples is None else max_samples
-                )
+                limit = config.calibration_samples if max_samples is None else max_samples
+                samples = work.with_inputs(subject.stacks, matrices, dataloader, limit)
         measured = {m.name: MatrixSparsity.measured(m, work.asked[m.name]) for m in matrices}
         entry = {name: {"zeros": int(mask.sum()), "size": mask.numel()} for name, mask in work.masks.items()}
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
@@ -124,13 +125,13 @@ def sparsify(
     return SparsityReport(config, measured, samples), work.masks
 
 
-def matrices_for(host: Host, stacks: Mapping[str, Stack], config: WandaConfig) -> list[Matrix]:
+def matrices_for(subject: Subject, config: WandaConfig) -> list[Matrix]:
     """The matrices that the settings mean.
 
     Raises:
         ConfigError, UnsupportedModelError: as `find_matrices`, and if a pattern does not fit one of them.
     """
-    matrices = find_matrices(host, stacks, config.targets)
+    matrices = find_matrices(subject, config.targets)
     for matrix in matrices if config.group is not None else ():
         inputs, size = matrix.rows().shape[1], (config.group or (1, 1))[1]
         if inputs % size:
@@ -142,15 +143,14 @@ def matrices_for(host: Host, stacks: Mapping[str, Stack], config: WandaConfig) -
     return matrices
 
 
-def recorded_matrices(model: nn.Module, record: PrunedConfig) -> dict[str, tuple[Matrix, int]]:
+def recorded_matrices(model: nn.Module | Subject, record: PrunedConfig) -> dict[str, tuple[Matrix, int]]:
     """The matrices that a record lists as sparse, with their number of zeros.
 
     Raises:
         RecordError: if the model lacks one, or has fewer zeros in it than the record says.
     """
-    host, _, stacks = describe(model)
     entries = (record.sparsity or {}).get("matrices", {})
-    own = matrices_named(host, stacks, entries)
+    own = matrices_named(describe(model), entries)
     found = {}
     for name, entry in entries.items():
         if name not in own or own[name].weight.numel() != entry["size"]:

@@ -41,7 +41,7 @@ class SessionCallback(TrainerCallback, ExportableState):
     session: Session | None = None
     _run: Member | None = None
 
-    def __init__(self, calibration: Dataset | Iterable[Any] | None) -> None:
+    def __init__(self, calibration: Dataset[Any] | Iterable[Any] | None) -> None:
         self.calibration = calibration
         self.saved_progress: dict[str, Any] | None = None
 

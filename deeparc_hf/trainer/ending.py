@@ -8,6 +8,7 @@ from typing import Any
 
 from ..pruning.config import MPruneConfig
 from ..reports.attempts import Attempt
+from ..reports.run_report import structure_facts
 from .evaluations import compared_metrics, last_evaluation, value_text
 from .machine import Progress
 from .session import Session
@@ -33,7 +34,7 @@ def end_facts(progress: Progress, session: Session, config: MPruneConfig, metric
     evaluations = {"before": last_evaluation(first.evaluations), "after": last_evaluation(last.evaluations, best)}
     named = metric if config.gated or config.metric else args.metric_for_best_model
     metrics = compared_metrics(evaluations["before"], evaluations["after"], named)
-    structure = session.structure()
+    structure = structure_facts(session.subject)
     return {
         "blocks": {"before": sum(first.blocks.values()), "after": sum(structure["blocks"].values())},
         "parameters": {"before": first.parameters, "after": structure["parameters"]},

@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import PreTrainedModel
 
-from ..architectures import Host, Stack, describe, find_host
+from ..architectures import Host, Layout, Stack, Subject, describe, find_host
 from ..architectures.hosts import RECORD_KEY
-from ..checkpoint.record import PrunedConfig, same_structure
-from ..core.compat import checkpoint_key_namer, running_method
+from ..checkpoint.record import PrunedConfig, current_layout, same_structure
+from ..core.compat import running_method
 from ..core.local_hooks import LocalHook
 from ..core.transaction import Transaction
 from ..errors import RecordError, SurgeryError
@@ -53,7 +52,7 @@ class Structure:
     record: PrunedConfig | None = None
     frozen: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
-    def freeze(self, model: nn.Module) -> list[nn.Parameter]:
+    def freeze(self, model: nn.Module | Subject) -> list[nn.Parameter]:
         """Freeze the blocks in a model of this structure; the parameters that were trainable and no longer are."""
         changed = [] if self.record is None else follow_record(model, self.record, self.frozen)
         note_frozen(model, changed)
@@ -108,7 +107,7 @@ def guard(
         optimizer: one that exists already; it follows too.
         trainer: the Trainer; None: whoever loads weights.
     """
-    root = find_host(model).root
+    root = _root(model)
     follower = next((follower for follower in _followers(root) if follower.belongs_to(trainer)), None) or _attach(
         root, trainer
     )
@@ -122,7 +121,7 @@ def guard_successors(model: nn.Module, trainer: Any, output: str | Path | None =
 
     It makes a new one when a training begins, and loads a checkpoint into it before any callback is asked.
     """
-    kind, known = type(find_host(model).root), weakref.ref(trainer)
+    kind, known = type(_root(model)), weakref.ref(trainer)
 
     def notice(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         maker = known()
@@ -151,27 +150,31 @@ def _followers(root: nn.Module) -> list[Follower]:
     return [hook.act for hook in hooks if isinstance(hook, LocalHook) and isinstance(hook.act, Follower)]
 
 
-def note_frozen(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+def _root(model: nn.Module | Subject) -> nn.Module:
+    return model.root if isinstance(model, Subject) else find_host(model).root
+
+
+def note_frozen(model: nn.Module | Subject, parameters: Iterable[nn.Parameter]) -> None:
     """Note what a run froze, as long as the model lives: a later run in the same process must be able to thaw it."""
-    _frozen.setdefault(find_host(model).root, []).extend(map(weakref.ref, parameters))
+    _frozen.setdefault(_root(model), []).extend(map(weakref.ref, parameters))
 
 
-def thaw_noted(model: nn.Module, transaction: Transaction | None = None) -> None:
+def thaw_noted(model: nn.Module | Subject, transaction: Transaction | None = None) -> None:
     """Make trainable again what runs have frozen, and nothing that the user has frozen."""
-    noted = [parameter() for parameter in _frozen.pop(find_host(model).root, [])]
+    noted = [parameter() for parameter in _frozen.pop(_root(model), [])]
     with transaction or Transaction() as transaction:
         thaw([parameter for parameter in noted if parameter is not None], transaction)
 
 
 def let_frozen_statistics_go(model: nn.Module) -> None:
     """Have the statistics of BatchNorms that a run froze follow the model's mode again: its training is over."""
-    root = find_host(model).root
+    root = _root(model)
     noted = [parameter() for parameter in _frozen.get(root, [])]
     let_statistics_go(root, [parameter for parameter in noted if parameter is not None])
 
 
 def settle(
-    model: nn.Module,
+    model: nn.Module | Subject,
     start: Structure,
     accepted: Structure,
     current: Structure,
@@ -194,24 +197,25 @@ def settle(
     Raises:
         SurgeryError: if the model was neither loaded from the checkpoint, nor is it the one that the run began with.
     """
-    host, _, stacks = describe(model)
-    loaded = {name: stack.blocks for name, stack in stacks.items()}
+    subject = describe(model)
+    loaded = {name: stack.blocks for name, stack in subject.stacks.items()}
     provisional = None
-    for follower in _followers(host.root):
+    for follower in _followers(subject.root):
         if follower.provisional is not None:
             provisional, follower.provisional = follower.provisional, None
             provisional.roll_back()
-    live = record_of(model)
+    subject = describe(subject)
+    live = record_of(subject)
     if at_start is not None and same_structure(live, start.record):
         at_start()
     if provisional is None and same_structure(live, current.record):
-        return (Transaction() if same_structure(accepted.record, current.record) else None), current.freeze(model)
+        return (Transaction() if same_structure(accepted.record, current.record) else None), current.freeze(subject)
     if not same_structure(live, start.record):
         raise SurgeryError(
             "The model was pruned otherwise than the one in the checkpoint that is resumed: their records differ. "
             f"Build the model as it was built when the run began. Or: {_ADVICE}"
         )
-    lengths = {} if current.record is None else {name: len(stack.kept) for name, stack in current.record.stacks.items()}
+    lengths = {} if current.record is None else current.record.layout.counts
     found = {name: len(blocks) for name, blocks in loaded.items() if name in lengths}
     if found != lengths or current.record is None:
         raise SurgeryError(
@@ -219,21 +223,23 @@ def settle(
             f"{_ADVICE}"
         )
     if accepted.record is not None:
-        follow_record(model, accepted.record, {})
-    if accepted.record is not None:
-        find_host(model).set_record(accepted.record.to_dict())  # which removed nothing, it may be, but zeroed weights
+        follow_record(subject, accepted.record, {})
+        subject = describe(subject)
+        subject.host.set_record(accepted.record.to_dict())  # which removed nothing, it may be, but zeroed weights
     undo = Transaction()
-    follow_record(model, current.record, {}, undo)
-    find_host(model).set_record(current.record.to_dict())  # weights may have been zeroed since the accepted one
-    for name, stack in describe(model)[2].items():
+    follow_record(subject, current.record, {}, undo)
+    subject = describe(subject)
+    subject.host.set_record(current.record.to_dict())  # weights may have been zeroed since the accepted one
+    for name, stack in subject.stacks.items():
         if name in lengths:
             _take_over(loaded[name], stack.blocks)
-    return undo, current.freeze(model)
+    return undo, current.freeze(subject)
 
 
-def record_of(model: nn.Module) -> PrunedConfig | None:
+def record_of(model: nn.Module | Subject) -> PrunedConfig | None:
     """The record that a model carries; None if it carries none."""
-    return None if find_host(model).record() is None else PrunedConfig.from_model(model)
+    subject = describe(model)
+    return None if subject.host.record() is None else PrunedConfig.from_model(subject)
 
 
 def _take_over(sources: Sequence[nn.Module], targets: Sequence[nn.Module]) -> None:
@@ -281,24 +287,24 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
     """Give a model the blocks that a state dict has, which is about to be loaded into it."""
-    host, _, stacks = describe(module)
-    _name_as_the_model_does(host, state_dict, prefix)
+    subject = describe(module)
+    stacks = subject.stacks
+    _name_as_the_model_does(subject.host, state_dict, prefix)
     held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
     if _is_shard(module, state_dict, prefix, stacks, held):
         return
     _refuse_incomplete(stacks, held)
     if all(not blocks or len(blocks) == len(stacks[name]) for name, blocks in held.items()):
         return
-    record = PrunedConfig({}) if host.record() is None else PrunedConfig.from_model(module)
-    likely = _records_in(follower.output)
-    kept = {}
+    record = record_of(subject) or PrunedConfig({})
+    now, likely = current_layout(subject), _records_in(follower.output)
+    removed = {}
     for name, stack in stacks.items():
         blocks = held[name]
         if not blocks or len(blocks) == len(stack):
             continue
-        original = record.kept.get(name, tuple(range(len(stack))))
-        hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(original)]
-        likely_places = [[original.index(block) for block in hint] for hint in hints]
+        hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(now.kept[name])]
+        likely_places = [now.places({name: hint})[name] for hint in hints]
         places = _places_for(stack, blocks, likely_places) if len(blocks) < len(stack) else None
         if places is None:
             raise SurgeryError(
@@ -306,19 +312,12 @@ def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], p
                 + (", and they do not fit" if len(blocks) < len(stack) else "")
                 + f". {_ADVICE}"
             )
-        kept[name] = tuple(original[place] for place in places)
-    target = record.compose(
-        {name: len(stack) for name, stack in stacks.items()},
-        {
-            name: [i for i, o in enumerate(record.kept.get(name, range(len(stacks[name])))) if o not in stay]
-            for name, stay in kept.items()
-        },
-        {},
-    )
+        removed[name] = [place for place in range(len(stack)) if place not in places]
+    target = record.compose(Layout.without(subject.lengths, removed), {})
     follower.provisional = undo = follower.provisional or Transaction()
     before = list(module.parameters())
     try:
-        follow_record(module, target, {}, undo)
+        follow_record(subject, target, {}, undo)
     except (SurgeryError, RecordError) as error:
         raise SurgeryError(f"The model cannot follow the checkpoint that is loaded: {error} {_ADVICE}") from error
     optimizer = None if follower.optimizer is None else follower.optimizer()
@@ -338,14 +337,13 @@ def _name_as_the_model_does(host: Host, state_dict: dict[str, Any], prefix: str)
     given = [key for key in state_dict if key.startswith(prefix)]
     if not given or all(key in own for key in given):
         return
-    if isinstance(host.root, PreTrainedModel):
-        namer = checkpoint_key_namer(host.root)
-        for key in given:
-            if key not in own:
-                renamed = f"{prefix}{namer(key.removeprefix(prefix))}"
-                # a tensor that would have to be fused with others keeps its name, and is refused below
-                if renamed not in state_dict and own.get(renamed) == state_dict[key].shape:
-                    state_dict[renamed] = state_dict.pop(key)
+    namer = host.key_namer()
+    for key in given:
+        if key not in own:
+            renamed = f"{prefix}{namer(key.removeprefix(prefix))}"
+            # a tensor that would have to be fused with others keeps its name, and is refused below
+            if renamed not in state_dict and own.get(renamed) == state_dict[key].shape:
+                state_dict[renamed] = state_dict.pop(key)
     if not own.keys() & state_dict.keys():
         raise SurgeryError(
             f"The checkpoint that is loaded is of another model: not one of its tensors ({given[0]}, ...) is one of "
@@ -406,7 +404,7 @@ def _is_shard(
     """
     if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
         return True
-    own = {id(tensor): set() for tensor in module.state_dict(keep_vars=True).values()}
+    own: dict[int, set[str]] = {id(tensor): set() for tensor in module.state_dict(keep_vars=True).values()}
     for key, tensor in module.state_dict(keep_vars=True).items():
         own[id(tensor)].add(f"{prefix}{key}")
     inside = tuple(f"{prefix}{name}." for name in stacks)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..architectures import describe
+from ..architectures import Subject, describe
 from ..errors import ConfigError, DeepArcWarning
 
 __all__ = ["refuse_copies", "warn_of_copies"]
@@ -47,11 +47,11 @@ def refuse_copies(callbacks: Iterable[Any]) -> None:
             )
 
 
-def warn_of_copies(callbacks: Iterable[Any], model: nn.Module) -> bool:
+def warn_of_copies(callbacks: Iterable[Any], model: nn.Module | Subject) -> bool:
     """Warn of callbacks that hold what looks like a copy of the model's weights; whether there is one."""
-    host, _, stacks = describe(model)
-    parameters = dict(host.root.named_parameters())
-    inside = {name for name in parameters if any(name.startswith(f"{stack}.") for stack in stacks)}
+    subject = describe(model)
+    parameters = dict(subject.root.named_parameters())
+    inside = {name for name in parameters if any(name.startswith(f"{stack}.") for stack in subject.stacks)}
     found = [
         (callback, name)
         for callback in callbacks

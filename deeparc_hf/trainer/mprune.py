@@ -76,7 +76,11 @@ class MPruneCallback(SessionCallback):
     _run: PruningRun | None
 
     def __init__(
-        self, config: MPruneConfig | None = None, *, calibration: Dataset | Iterable[Any] | None = None, **settings: Any
+        self,
+        config: MPruneConfig | None = None,
+        *,
+        calibration: Dataset[Any] | Iterable[Any] | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(calibration)
         self.config = MPruneConfig.from_settings(config, settings)
@@ -183,7 +187,7 @@ class MPruneCallback(SessionCallback):
     ) -> None:
         run = self._run
         waits = run is not None and not run.progress.is_over
-        if waits and self._others and warn_of_copies(self._others, run.session.model):
+        if waits and self._others and warn_of_copies(self._others, run.session.subject):
             self._others = []  # they have been told of
         super().on_epoch_begin(args, state, control, **kwargs)
 
@@ -195,8 +199,8 @@ class MPruneCallback(SessionCallback):
             return self._saved_progress(state)
         run = self._run
         if run is not None and not run.ended and run.session.model is model and run.progress.in_retraining:
-            then = run.progress.record
-            if same_structure(record_of(model), None if then is None else PrunedConfig.from_dict(then)):
+            then = None if run.progress.record is None else PrunedConfig.from_dict(run.progress.record)
+            if same_structure(record_of(run.session.subject), then):
                 return run.progress
         return Progress(k=self.config.k)
 

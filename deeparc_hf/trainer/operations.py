@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..architectures import Layout
 from ..checkpoint.record import PrunedConfig
 from ..core.distributed import agree, follow_in_wrapper, gather
 from ..core.progress_bars import doing, shows_bars
@@ -28,7 +29,7 @@ from .rehearsal import rehearse
 from .reporter import Reporter, lists
 from .session import Event, Session
 from .snapshots import drop_unused, free_name, read_plans, restore_weights, save_snapshot, set_groups
-from .teacher import Teaching
+from .teacher import Teaching, removed_since
 
 __all__ = ["Operations"]
 
@@ -73,10 +74,10 @@ class Operations:
 
     def begin(self) -> None:
         """Note how the model is when the run begins, and freeze what its record says, if that was asked for."""
-        p, record = self._progress, record_of(self._model)
+        p, record = self._progress, record_of(self._session.subject)
         thaw_noted(self._model)  # what an earlier training of this model froze
-        check_settings(self._model, self._config.for_iteration(0))
-        rehearse(self._model, self._calibration, "MPruneCallback")
+        check_settings(self._session.subject, self._config.for_iteration(0))
+        rehearse(self._session.subject, self._calibration, "MPruneCallback")
         p.start = p.base = p.record = None if record is None else record.to_dict()
         if self._config.freeze != "record":
             return
@@ -86,7 +87,7 @@ class Operations:
                 "freeze='partial'."
             )
         p.frozen = p.base_frozen = lists(record.frozen)
-        Structure(record, record.frozen).freeze(self._model)
+        Structure(record, record.frozen).freeze(self._session.subject)
         follow_in_wrapper(self._model)
 
     def resume(self, plan: PruningPlan | None, over: bool, rehearsed: bool) -> None:
@@ -103,11 +104,11 @@ class Operations:
         structures = Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen)
         if over:
             self.teaching.retire()
-        self._undo, _ = settle(self._model, *structures, at_start=self.teaching.wake)
+        self._undo, _ = settle(self._session.subject, *structures, at_start=self.teaching.wake)
         self.teaching.follow()
         follow_in_wrapper(self._model)
         if rehearsed:
-            rehearse(self._model, self._calibration, "MPruneCallback")
+            rehearse(self._session.subject, self._calibration, "MPruneCallback")
         self.plan = self._accepted_plan = plan
         if not self._config.gated or not (p.in_retraining or p.verdict is False):
             return
@@ -127,17 +128,17 @@ class Operations:
 
     def forget_zeros(self) -> bool:
         """Leave zeroed weights out of the model's record; whether there were any in it."""
-        live = self._session.host.record()
+        live = self._session.subject.host.record()
         if live is None or not live.get("sparsity"):
             return False
-        self._session.host.set_record({**live, "sparsity": None})
+        self._session.subject.host.set_record({**live, "sparsity": None})
         return True
 
     def note_zeros(self) -> None:
         """Have the progress know what the model's record says of zeroed weights: another callback may have zeroed some
         since.
         """
-        p, live = self._progress, self._session.host.record()
+        p, live = self._progress, self._session.subject.host.record()
         if live is not None:
             p.record = {**(p.record or live), "sparsity": live.get("sparsity")}
 
@@ -146,7 +147,7 @@ class Operations:
     def compare(self, iteration: int, k: int) -> dict[str, Any] | None:
         with self._calibration.reading():
             plan = compare_blocks(
-                self._model,
+                self._session.subject,
                 self._calibration,
                 self._config.for_iteration(iteration).replace(k=k),
                 progress=shows_bars(self._args),
@@ -175,7 +176,7 @@ class Operations:
         p, plan = self._progress, PruningPlan.from_dict(planned)
         self._save_before(plan, f"step-{step}")
         self.stages.begin(step)
-        live = self._session.host.record()
+        live = self._session.subject.host.record()
         if live is not None:
             p.base = live  # what it says of zeroed weights is part of what comes back
         undo = Transaction()
@@ -183,7 +184,7 @@ class Operations:
             thaw_noted(self._model, guard)
             trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
             record, self._healings = apply_healed(
-                self._model,
+                self._session.subject,
                 plan,
                 self._calibration,
                 optimizer=self._optimizer,
@@ -198,9 +199,8 @@ class Operations:
         note_frozen(self._model, [parameter for parameter in trainable if not parameter.requires_grad])
         self.plan = plan
         p.record = record.to_dict()
-        p.frozen = {
-            name: [stack.kept.index(i) for i in stack.frozen] for name, stack in plan.stacks.items() if stack.frozen
-        }
+        left = Layout.without({name: len(stack) for name, stack in plan.stacks.items()}, plan.removed)
+        p.frozen = lists(left.places({name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}))
         self.teaching.follow()
         follow_in_wrapper(self._model)
         self._session.tell(Event.PRUNED)
@@ -267,7 +267,7 @@ class Operations:
             set_groups(self._session.folder, str(p.snapshot), self._model, self._optimizer)
         p.record, p.frozen = p.base, p.base_frozen
         base = None if p.base is None else PrunedConfig.from_dict(p.base)
-        Structure(base, p.base_frozen).freeze(self._model)
+        Structure(base, p.base_frozen).freeze(self._session.subject)
         self._undo, self.plan = None, self._accepted_plan
         self.teaching.follow()
         follow_in_wrapper(self._model)
@@ -309,12 +309,7 @@ class Operations:
         p = self._progress
         if p.record is None or p.record == p.start:
             return {}
-        start = {} if p.start is None else PrunedConfig.from_dict(p.start).kept
-        now = PrunedConfig.from_dict(p.record)
-        first = {name: start.get(name, tuple(range(stack.length))) for name, stack in now.stacks.items()}
-        return {
-            name: tuple(first[name].index(original) for original in stack.kept) for name, stack in now.stacks.items()
-        }
+        return dict(removed_since(p.start, p.record).kept)
 
     def _example(self) -> Any:
         """A calibration batch to verify a removal on."""

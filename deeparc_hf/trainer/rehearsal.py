@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import Host, Stack, describe
+from ..architectures import Host, Subject, describe
 from ..core.distributed import gather
 from ..errors import CalibrationError
 from ..observe.axes import find_axes
@@ -21,7 +21,7 @@ from ..observe.forward import did_not_run, evaluating, forward
 __all__ = ["rehearse"]
 
 
-def rehearse(model: nn.Module, calibration: Calibration, name: str) -> None:
+def rehearse(model: nn.Module | Subject, calibration: Calibration, name: str) -> None:
     """Run the model on the first calibration batch of every process. Nothing is left of it.
 
     Args:
@@ -33,13 +33,14 @@ def rehearse(model: nn.Module, calibration: Calibration, name: str) -> None:
         CalibrationError: in every process, if there is no batch, or the model cannot take it, or it does not reach
             every block; the message names `calibration`, with a line of code.
     """
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host = subject.host
 
     def work() -> int:
         with calibration.reading(), evaluating(host.root):
             try:
                 batch = calibration.first()
-                return 0 if batch is None else _run(host, stacks, batch)
+                return 0 if batch is None else _run(subject, batch)
             except torch.OutOfMemoryError:  # the Trainer may try a smaller batch
                 raise
             except CalibrationError as error:
@@ -54,8 +55,9 @@ def rehearse(model: nn.Module, calibration: Calibration, name: str) -> None:
         raise CalibrationError(f"The calibration data gave no samples. {_way_out(host, name, calibration)}")
 
 
-def _run(host: Host, stacks: dict[str, Stack], batch: Any) -> int:
+def _run(subject: Subject, batch: Any) -> int:
     """The number of samples of a batch on which the model ran, all its blocks included."""
+    host, stacks = subject.host, subject.stacks
     ran: set[tuple[str, int]] = set()
 
     def noting(key: tuple[str, int]) -> Callable[..., None]:
@@ -80,13 +82,7 @@ def _run(host: Host, stacks: dict[str, Stack], batch: Any) -> int:
 
 def _way_out(host: Host, name: str, calibration: Calibration) -> str:
     """How to calibrate on data of its own, as a line of code."""
-    if host.library == "timm":
-        batch = "(images,)"
-    else:
-        main = host.root.main_input_name
-        batch = '"input_ids": ids, "attention_mask": mask' if main == "input_ids" else f'"{main}": tensor'
-        labels = ', "labels": labels' if host.root.config.is_encoder_decoder else ""
-        batch = f"{{{batch}{labels}}}"
+    batch = host.batch_code
     if calibration.is_given:
         return f"Give calibration batches as {type(host.root).__name__} takes them: {name}(calibration=[{batch}, ...])."
     return (

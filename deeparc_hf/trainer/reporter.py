@@ -15,7 +15,7 @@ from ..healing.sites import Healing
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, first_threshold
 from ..reports.attempts import Attempt, Evaluation
-from ..reports.run_report import RUN_REPORT, quality_text, write_run_report
+from ..reports.run_report import RUN_REPORT, quality_text, structure_facts, write_run_report
 from .ending import advice, end_facts, end_lines
 from .machine import Progress, Verdict
 from .schedule import needed_epochs
@@ -52,7 +52,12 @@ class Reporter:
     def open(self, plan: PruningPlan | None = None) -> None:
         """Begin the notes on the model as it is now: before the first pruning, or after one."""
         p, session = self._progress, self._session
-        now = {**session.structure(), "step": session.step, "epoch": session.epoch, "frozen": lists(p.frozen)}
+        now = {
+            **structure_facts(session.subject),
+            "step": session.step,
+            "epoch": session.epoch,
+            "frozen": lists(p.frozen),
+        }
         if plan is None:
             p.attempts.append(Attempt("before pruning", **now))
             return
@@ -117,7 +122,7 @@ class Reporter:
 
     def note_stages(self) -> None:
         """Have the model's record know what each step of the pruning at hand did."""
-        record, host = self._progress.record, self._session.host
+        record, host = self._progress.record, self._session.subject.host
         if record is None:
             return
         if self._attempt.stages:
@@ -165,7 +170,7 @@ class Reporter:
 
     def _log(self, **figures: float | None) -> None:
         """Send the figures of the pruning at hand to the logs, and write the report."""
-        structure = self._session.structure()
+        structure = structure_facts(self._session.subject)
         figures = {
             "iteration": self._attempt.iteration,
             "k": self._attempt.k,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import default_logdir, get_reporting_integration_callbacks
 
-from ..architectures import Host, Stack, describe
+from ..architectures import Subject, describe
 from ..checkpoint.record import PrunedConfig, current_record
 from ..errors import DeepArcWarning
 from .evaluations import Evaluations
@@ -105,8 +104,7 @@ class Session:
         self.zeroed_at: int | None = None
         self.evaluations = Evaluations(args, self.loader)
         self._trackers = Trackers()
-        self._described: tuple[Host, dict[str, Stack]] | None = None
-        self._lengths: dict[str, int] = {}  # of the stacks when they were described
+        self._subject: nn.Module | Subject = self.model
 
     @property
     def step(self) -> int:
@@ -146,37 +144,14 @@ class Session:
     # ---- the model ----
 
     @property
-    def host(self) -> Host:
-        return self._describe()[0]
-
-    @property
-    def stacks(self) -> dict[str, Stack]:
-        return self._describe()[1]
-
-    def _describe(self) -> tuple[Host, dict[str, Stack]]:
-        """The model's host and stacks, found again where its structure has changed since."""
-        if self._described is not None:
-            host, stacks = self._described
-            with suppress(AttributeError):  # a module that is not there any more
-                if all(
-                    host.root.get_submodule(name) is stack.container and len(stack) == self._lengths[name]
-                    for name, stack in stacks.items()
-                ):
-                    return host, stacks
-        host, _, stacks = describe(self.model)
-        self._described, self._lengths = (host, stacks), {name: len(stack) for name, stack in stacks.items()}
-        return host, stacks
+    def subject(self) -> Subject:
+        """The model as it is now, described."""
+        self._subject = describe(self._subject)
+        return self._subject
 
     def record(self) -> PrunedConfig:
         """The model's record; an empty one where it carries none."""
-        return current_record(self.host, self.stacks)
-
-    def structure(self) -> dict[str, Any]:
-        """Number of blocks of each stack, and number of parameters."""
-        return {
-            "blocks": {name: len(stack) for name, stack in self.stacks.items()},
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-        }
+        return current_record(self.subject)
 
     # ---- the user ----
 
@@ -226,7 +201,7 @@ class Trackers:
             self._callbacks = [cls() for cls in get_reporting_integration_callbacks(args.report_to)]
             for callback in self._callbacks:
                 if getattr(callback, "logging_dir", "") is None:
-                    callback.logging_dir = _logging_dir(args)
+                    callback.logging_dir = _logging_dir(args)  # type: ignore[attr-defined]
         for callback in self._callbacks:
             callback.on_log(args, state, control, model=model, logs=dict(logs))
 

@@ -145,7 +145,7 @@ class SparsityRun(Member):
         if self.progress.phase == SPARSE:
             self.session.zeroed_at = self.progress.step
         if self._is_to_come and self._calibration is not None:
-            rehearse(self.session.model, self._calibration, "WandaCallback")
+            rehearse(self.session.subject, self._calibration, "WandaCallback")
 
     def begin_again(self) -> None:
         """The Trainer begins the run anew (auto_find_batch_size), with weights that may be zeroed already."""
@@ -265,7 +265,7 @@ class SparsityRun(Member):
         session = self.session
         known = {"step": session.step, "epoch": session.epoch, "sparse": self.progress.phase != WAITING}
         evaluation = session.evaluations.evaluation(session.model, metrics, loader, **known)
-        blocks = sum(map(len, session.stacks.values()))
+        blocks = sum(session.subject.lengths.values())
         self.progress.evaluations.append({**evaluation.to_dict(), "blocks": blocks})
         self._write()
 
@@ -323,7 +323,7 @@ class SparsityRun(Member):
             return
         self._zeros.check(self.session.model)
         try:
-            matrices = recorded_matrices(self.session.model, self.session.record())
+            matrices = recorded_matrices(self.session.subject, self.session.record())
         except RecordError as error:
             raise SparsityError(f"Zeroed weights were lost: {error}") from error
         lost = [name for name, (matrix, _) in matrices.items() if not self._zeros.holds(matrix.weight)]
@@ -348,7 +348,7 @@ class SparsityRun(Member):
         Its weights are loaded. They may not be in their places yet (MPruneCallback sees to that), but they are the
         parameters that stay.
         """
-        host = self.session.host
+        host = self.session.subject.host
         if resumed and (self.progress.sparsity is not None or host.record() is not None):
             # whatever the model in memory was, its weights are now those of the checkpoint
             record = self.session.record()
@@ -371,7 +371,7 @@ class SparsityRun(Member):
         if not self.config.keep_zeros:
             return
         record = self.session.record()
-        for name, (matrix, _) in recorded_matrices(self.session.model, record).items():
+        for name, (matrix, _) in recorded_matrices(self.session.subject, record).items():
             self._keeping = True
             if not self._zeros.holds(matrix.weight):
                 self._zeros.add(matrix.weight, recorded_mask(matrix, record.sparsity["matrices"][name]["zeros"]))
@@ -392,7 +392,7 @@ class SparsityRun(Member):
         p, session, calibration = self.progress, self.session, self._calibration
         with nullcontext() if calibration is None else calibration.reading():
             self.report, masks = sparsify(
-                session.model,
+                session.subject,
                 calibration,
                 self.config,
                 progress=shows_bars(session.args),
@@ -402,7 +402,7 @@ class SparsityRun(Member):
         if self.config.keep_zeros:
             self._keeping = True
             for name, mask in masks.items():
-                self._zeros.add(session.host.root.get_submodule(name).weight, mask)
+                self._zeros.add(session.subject.root.get_submodule(name).weight, mask)
         else:
             self._forget()
         p.phase, p.step, p.epoch, p.report = SPARSE, session.step, session.epoch, self.report.to_dict()
@@ -415,7 +415,7 @@ class SparsityRun(Member):
 
     def _forget(self) -> None:
         """Zeros that are not kept are not in the record."""
-        self.session.host.set_record(dataclasses.replace(self.session.record(), sparsity=None).to_dict())
+        self.session.subject.host.set_record(dataclasses.replace(self.session.record(), sparsity=None).to_dict())
 
     def _write(self) -> None:
         p, session = self.progress, self.session

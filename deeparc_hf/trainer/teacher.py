@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
+from ..architectures import Layout
 from ..checkpoint.record import PrunedConfig
 from ..distillation.loss import Distillation, make_teacher
 from ..errors import ConfigError, SurgeryError
@@ -13,7 +17,7 @@ from .machine import Progress
 from .session import Session
 from .snapshots import restore_weights
 
-__all__ = ["Teaching"]
+__all__ = ["Teaching", "removed_since"]
 
 
 class Teaching:
@@ -125,12 +129,12 @@ class Teaching:
 
     def _sites(self) -> tuple[list[tuple[Site, int]], bool]:
         """Where blocks are missing that the teacher has, and whether any are."""
-        p = self._progress
-        now = PrunedConfig.from_dict(p.record)
-        start = {} if p.start is None else PrunedConfig.from_dict(p.start).kept
-        removed, places = {}, {}
-        for name, stack in now.stacks.items():
-            first = start.get(name, tuple(range(stack.length)))
-            places[name] = [first.index(original) for original in stack.kept]
-            removed[name] = [index for index in range(len(first)) if index not in places[name]]
-        return [(site, places[site.stack].index(site.kept)) for site in sites_of(removed)], any(removed.values())
+        step = removed_since(self._progress.start, self._progress.record)
+        places = [step.places({site.stack: [site.kept]})[site.stack][0] for site in sites_of(step.removed)]
+        return list(zip(sites_of(step.removed), places, strict=True)), bool(step.removed)
+
+
+def removed_since(start: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Layout:
+    """Which blocks of the model that a run began with are left, by the records (None: it carried none)."""
+    before = Layout({}, {}) if start is None else PrunedConfig.from_dict(start).layout
+    return PrunedConfig.from_dict(now).layout.since(before)

@@ -67,7 +67,11 @@ class WandaCallback(SessionCallback):
     _run: SparsityRun | None
 
     def __init__(
-        self, config: WandaConfig | None = None, *, calibration: Dataset | Iterable[Any] | None = None, **settings: Any
+        self,
+        config: WandaConfig | None = None,
+        *,
+        calibration: Dataset[Any] | Iterable[Any] | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(calibration)
         self.config = WandaConfig.from_settings(config, settings)
@@ -106,10 +110,10 @@ class WandaCallback(SessionCallback):
                 f"zeros stay without this callback. Leave it out, and merge the adapters with "
                 f"deeparc_hf.sparsity.adapters.merge_keeping_zeros(model) afterwards."
             )
-        host, _, stacks = describe(model)
-        check_record(model, 0)
-        if self.asked or not (host.record() or {}).get("sparsity"):
-            matrices_for(host, stacks, self.config)  # what is not supported is refused before any work is done
+        subject = describe(model)
+        check_record(subject, 0)
+        if self.asked or not (subject.host.record() or {}).get("sparsity"):
+            matrices_for(subject, self.config)  # what is not supported is refused before any work is done
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

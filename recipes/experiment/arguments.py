@@ -4,6 +4,7 @@ wins.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from deeparc_hf.core.interrupts import work_begins
+from deeparc_hf.core.settings import setting
+from deeparc_hf.distillation.config import DistillConfig
 from deeparc_hf.errors import ConfigError, MissingDependencyError
 from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.publish.vocabulary import check_language, check_license
 from deeparc_hf.sparsity.config import WandaConfig
 
-__all__ = ["DataArguments", "PruningArguments", "parse", "read_config"]
+__all__ = ["DataArguments", "PruningArguments", "did_you_mean", "parse", "parse_settings", "read_config"]
 
 
 @dataclass
@@ -30,92 +33,77 @@ class DataArguments:
     """
 
     model: str = field(metadata={"help": "Hub id or folder of the model"})
-    model_revision: str | None = field(default=None, metadata={"help": "commit, tag or branch of the model"})
-    dataset: str | None = field(default=None, metadata={"help": "Hub id of the data"})
-    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
-    dataset_revision: str | None = field(default=None, metadata={"help": "its commit"})
-    train_file: str | None = field(
-        default=None, metadata={"help": "local file (.csv, .jsonl, .parquet, .txt) or folder, not the Hub"}
+    model_revision: str | None = setting(None, "commit, tag or branch of the model")
+    dataset: str | None = setting(None, "Hub id of the data")
+    dataset_config: str | None = setting(None, "its configuration")
+    dataset_revision: str | None = setting(None, "its commit")
+    train_file: str | None = setting(None, "local file (.csv, .jsonl, .parquet, .txt) or folder, not the Hub")
+    validation_file: str | None = setting(None, "local file to judge prunings on")
+    test_file: str | None = setting(None, "local file for the figures of the tables")
+    train_split: str = setting("train", "split to train and calibrate on")
+    validation_split: str = setting(
+        "validation", "split to judge prunings on; 10%% of the training split if there is none"
     )
-    validation_file: str | None = field(default=None, metadata={"help": "local file to judge prunings on"})
-    test_file: str | None = field(default=None, metadata={"help": "local file for the figures of the tables"})
-    train_split: str = field(default="train", metadata={"help": "split to train and calibrate on"})
-    validation_split: str = field(
-        default="validation",
-        metadata={"help": "split to judge prunings on; 10%% of the training split if there is none"},
-    )
-    test_split: str = field(
-        default="test", metadata={"help": "split for the figures of the tables; the validation split if there is none"}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "the first so many, shuffled by the seed"})
-    max_validation_samples: int | None = field(
-        default=None, metadata={"help": "the first so many, shuffled by the seed"}
-    )
-    max_test_samples: int | None = field(default=None, metadata={"help": "the first so many, shuffled by the seed"})
-    repo_id: str | None = field(default=None, metadata={"help": "publish the result there, on the Hub"})
-    repo_private: bool = field(default=False, metadata={"help": "make that repository private"})
-    license: str | None = field(default=None, metadata={"help": "licence of the result, for its card"})
-    language: str | None = field(default=None, metadata={"help": "language of the model, for its card"})
+    test_split: str = setting("test", "split for the figures of the tables; the validation split if there is none")
+    max_train_samples: int | None = setting(None, "the first so many, shuffled by the seed")
+    max_validation_samples: int | None = setting(None, "the first so many, shuffled by the seed")
+    max_test_samples: int | None = setting(None, "the first so many, shuffled by the seed")
+    repo_id: str | None = setting(None, "publish the result there, on the Hub")
+    repo_private: bool = setting(False, "make that repository private")
+    license: str | None = setting(None, "licence of the result, for its card")
+    language: str | None = setting(None, "language of the model, for its card")
 
     def __post_init__(self) -> None:
         check_license(self.license)  # what the Hub would refuse at the end is said before any work is done
         check_language([] if self.language is None else [self.language])
 
 
+def _several(help: str) -> Any:
+    """A field that takes any number of values."""
+    return field(default_factory=list, metadata={"help": help})
+
+
+def _as_in(settings: type, name: str) -> Any:
+    """A field with the default and the help of a setting of the package."""
+    spec = next(spec for spec in dataclasses.fields(settings) if spec.name == name)
+    return setting(spec.default, spec.metadata.get("cli", spec.metadata["help"]))
+
+
 @dataclass
 class PruningArguments:
     """What is done to the model. Names and meanings are those of MPruneConfig, DistillConfig and WandaConfig."""
 
-    finetune_epochs: float = field(
-        default=1.0, metadata={"help": "epochs of fine-tuning before anything is removed; 0: the model is fine-tuned"}
+    finetune_epochs: float = setting(
+        1.0, "epochs of fine-tuning before anything is removed; 0: the model is fine-tuned"
     )
-    iterations: int = field(
-        default=1, metadata={"help": "prunings, each with its own retraining and its own row in the table; 0: none"}
+    iterations: int = setting(1, "prunings, each with its own retraining and its own row in the table; 0: none")
+    retrain_epochs: int = setting(3, "epochs after each pruning; 0: blocks are removed (and healed), no more")
+    threshold: float | None = setting(None, "similarity from which blocks are redundant")
+    num_blocks: list[str] | None = setting(
+        None, "blocks that stay: N for each iteration, or STACK=N for each stack (of one iteration)"
     )
-    retrain_epochs: int = field(
-        default=3, metadata={"help": "epochs after each pruning; 0: blocks are removed (and healed), no more"}
-    )
-    threshold: float | None = field(default=None, metadata={"help": "similarity from which blocks are redundant"})
-    num_blocks: list[str] | None = field(
-        default=None,
-        metadata={"help": "blocks that stay: N for each iteration, or STACK=N for each stack (of one iteration)"},
-    )
-    keep_ratio: float | None = field(
-        default=None, metadata={"help": "share of the blocks that stays, of each iteration"}
-    )
-    k: int = field(default=1, metadata={"help": "stride of removal"})
-    k_max: int = field(default=3, metadata={"help": "largest stride that is tried when a pruning is taken back"})
-    freeze: str = field(default="none", metadata={"help": "none, or partial (the seed's Part)"})
-    similarity: str = field(
-        default="cka", metadata={"help": "cka (debiased), cka_biased (the seed's), cosine or effect"}
-    )
-    rows: str | None = field(default=None, metadata={"help": "tokens, mean or first"})
-    linkage: str = field(default="leader", metadata={"help": "leader or adjacent"})
-    keep: str = field(default="leader", metadata={"help": "member of a cluster that stays: leader or last"})
-    heal: str | None = field(default=None, metadata={"help": "lstsq repairs each removal in closed form"})
-    distill_alpha: float | None = field(
-        default=None, metadata={"help": "weight of the unpruned model's teaching during the retraining"}
-    )
-    distill_temperature: float = field(default=2.0, metadata={"help": "temperature of the teaching"})
-    metric: str | None = field(default=None, metadata={"help": "metric of the gate"})
-    max_drop: float | None = field(default=None, metadata={"help": "a pruning that costs more is taken back"})
-    calibration_samples: int = field(
-        default=512, metadata={"help": "samples of the training data to compare blocks on"}
-    )
-    protect: list[str] = field(default_factory=list, metadata={"help": "patterns of blocks that must stay"})
-    sparsity: list[float] = field(
-        default_factory=list, metadata={"help": "Wanda grid: shares of zeros, each tried on each model of the table"}
-    )
-    sparsity_pattern: str | None = field(default=None, metadata={"help": "2:4 or 4:8, one more entry of the grid"})
-    sparsity_method: str = field(default="wanda", metadata={"help": "wanda or magnitude"})
-    sparsity_retrain: list[float] = field(
-        default_factory=list, metadata={"help": "shares of the grid that are retrained too; a pattern's is 0.5"}
-    )
-    sparsity_original: bool = field(
-        default=True, metadata={"help": "zero weights of the original too, not only of the pruned models"}
-    )
-    sparsity_samples: int = field(default=128, metadata={"help": "calibration samples of the zeroing"})
-    repeats: int = field(default=3, metadata={"help": "warm evaluations behind each time"})
+    keep_ratio: float | None = setting(None, "share of the blocks that stays, of each iteration")
+    k: int = _as_in(MPruneConfig, "k")
+    k_max: int = _as_in(MPruneConfig, "k_max")
+    freeze: str = setting("none", "none, or partial (the seed's Part)")
+    similarity: str = setting("cka", "cka (debiased), cka_biased (the seed's), cosine or effect")
+    rows: str | None = _as_in(MPruneConfig, "rows")
+    linkage: str = _as_in(MPruneConfig, "linkage")
+    keep: str = _as_in(MPruneConfig, "keep")
+    heal: str | None = _as_in(MPruneConfig, "heal")
+    distill_alpha: float | None = setting(None, "weight of the unpruned model's teaching during the retraining")
+    distill_temperature: float = _as_in(DistillConfig, "temperature")
+    metric: str | None = setting(None, "metric of the gate")
+    max_drop: float | None = _as_in(MPruneConfig, "max_drop")
+    calibration_samples: int = _as_in(MPruneConfig, "calibration_samples")
+    protect: list[str] = _several("patterns of blocks that must stay")
+    sparsity: list[float] = _several("Wanda grid: shares of zeros, each tried on each model of the table")
+    sparsity_pattern: str | None = setting(None, "2:4 or 4:8, one more entry of the grid")
+    sparsity_method: str = _as_in(WandaConfig, "method")
+    sparsity_retrain: list[float] = _several("shares of the grid that are retrained too; a pattern's is 0.5")
+    sparsity_original: bool = setting(True, "zero weights of the original too, not only of the pruned models")
+    sparsity_samples: int = _as_in(WandaConfig, "calibration_samples")
+    repeats: int = setting(3, "warm evaluations behind each time")
 
     def __post_init__(self) -> None:
         self._check_retraining()
@@ -125,20 +113,16 @@ class PruningArguments:
 
     def pruning(self, iteration: int, baseline: float | None = None) -> MPruneConfig:
         """The settings of one iteration, counted from 0: a training of its own, which prunes at once."""
-        distill = (
-            None
-            if self.distill_alpha is None
-            else {"alpha": self.distill_alpha, "temperature": self.distill_temperature}
-        )
+        teaching = {"alpha": self.distill_alpha, "temperature": self.distill_temperature}
         return MPruneConfig(
             threshold=self.threshold,
             num_blocks=self._target(iteration),
             keep_ratio=self.keep_ratio,
             retrain_epochs=max(1, self.retrain_epochs),  # with 0 no training is there to ask
             baseline=baseline if self.max_drop is not None else None,
-            distill=distill,
+            distill=None if self.distill_alpha is None else teaching,
             protect=tuple(self.protect),
-            **{name: getattr(self, name) for name in _SAME},
+            **{name: getattr(self, name) for name in _OF_EACH_ITERATION},
         )
 
     def grid(self) -> list[WandaConfig]:
@@ -191,17 +175,9 @@ class PruningArguments:
         return counts
 
 
-_SAME = (
-    "k",
-    "k_max",
-    "freeze",
-    "similarity",
-    "rows",
-    "linkage",
-    "keep",
-    "heal",
-    "metric",
-    "max_drop",
+# settings of MPruneConfig that are the same in each iteration
+_OF_EACH_ITERATION = (
+    *("k", "k_max", "freeze", "similarity", "rows", "linkage", "keep", "heal", "metric", "max_drop"),
     "calibration_samples",
 )
 
@@ -222,38 +198,42 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None, description:
     Raises:
         ConfigError: if the file is not a mapping, or it or the command line names something that there is not.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    path, rest = _config_of(argv)
-    unset, rest = _unset(rest, types)
-    words = [] if path is None else _words(read_config(path), types, path, unset)
+    found = parse_settings(types, argv, description)
+    work_begins()  # a recipe has imported its libraries before it parses
+    return tuple(each(**{name: found[name] for name in _names([each])}) for each in types)
+
+
+def parse_settings(
+    types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None
+) -> dict[str, Any]:
+    """What `parse` makes its instances of: the settings of all types by name, of their types, not checked further."""
+    known = _names(types)
+    path, rest = _config_of(sys.argv[1:] if argv is None else argv)
+    unset, rest = _unset(rest, known)
+    words = [] if path is None else _words(read_config(path), known, path, unset)
     parser = HfArgumentParser(types, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file with the same names; what is given on the command line wins")
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        [*words, *rest], return_remaining_strings=True, look_for_args_file=False
-    )
+    found, unknown = parser.parse_known_args([*words, *rest])
     if unknown:
-        known = [option for option in parser._option_string_actions if option.startswith("--")]
-        raise ConfigError(f"There is no argument {unknown[0]!r}.{_hint(unknown[0].partition('=')[0], known)}")
-    work_begins()  # a recipe has imported its libraries before it parses
-    return tuple(parsed[: len(types)])  # behind them comes --config
+        options = [f"--{name}" for name in known]
+        raise ConfigError(f"There is no argument {unknown[0]!r}.{did_you_mean(unknown[0].partition('=')[0], options)}")
+    return vars(found)
+
+
+def _names(types: Iterable[type]) -> set[str]:
+    return {spec.name for each in types for spec in dataclasses.fields(each) if spec.init}
 
 
 def _config_of(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The file that --config names, and the other arguments."""
-    path, rest, words = None, [], iter(argv)
-    for word in words:
-        if word == "--config":
-            path = Path(next(words, ""))
-        elif word.startswith("--config="):
-            path = Path(word.partition("=")[2])
-        else:
-            rest.append(word)
-    return path, rest
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, nargs="?", const=Path())
+    found, rest = parser.parse_known_args(argv)
+    return found.config, rest
 
 
-def _unset(argv: Sequence[str], types: Sequence[type]) -> tuple[set[str], list[str]]:
+def _unset(argv: Sequence[str], known: Collection[str]) -> tuple[set[str], list[str]]:
     """The settings that `--NAME null` takes back, and the other arguments."""
-    known = {spec.name for each in types for spec in dataclasses.fields(each) if spec.init}
     unset, rest, words = set(), [], list(argv)
     while words:
         word = words.pop(0)
@@ -288,13 +268,12 @@ def read_config(path: Path, what: str = "--config") -> Mapping[str, Any]:
     return data
 
 
-def _words(data: Mapping[str, Any], types: Sequence[type], path: Path, unset: Collection[str] = ()) -> list[str]:
+def _words(data: Mapping[str, Any], known: Collection[str], path: Path, unset: Collection[str]) -> list[str]:
     """The entries of a config file as words of a command line, but for those that are taken back."""
-    known = {spec.name for each in types for spec in dataclasses.fields(each) if spec.init}
     words = []
     for key, value in data.items():
         if key not in known:
-            raise ConfigError(f"{path}: there is no setting {str(key)!r}.{_hint(str(key), known)}")
+            raise ConfigError(f"{path}: there is no setting {str(key)!r}.{did_you_mean(str(key), known)}")
         if key in unset:
             continue
         if isinstance(value, Mapping):
@@ -306,6 +285,7 @@ def _words(data: Mapping[str, Any], types: Sequence[type], path: Path, unset: Co
     return words
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error about a name that there is not: the nearest one, if any is near."""
     near = difflib.get_close_matches(word, sorted(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

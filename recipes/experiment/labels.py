@@ -9,7 +9,7 @@ from deeparc_hf.errors import ConfigError
 
 from .splits import Splits
 
-__all__ = ["classes_of", "encode_labels"]
+__all__ = ["accuracy", "classes_of", "encode_labels", "label_settings"]
 
 _MOST = 10_000
 
@@ -101,6 +101,17 @@ def classes_of(config: Any) -> list[str] | None:
     labels = getattr(config, "id2label", None) or {}
     names = [str(labels[index]) for index in sorted(labels)]
     return None if not names or all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
+
+
+def label_settings(names: Sequence[str]) -> dict[str, Any]:
+    """The settings of a model's config that say which classes there are."""
+    numbers = {name: index for index, name in enumerate(names)}
+    return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers}
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Share of right answers, for compute_metrics."""
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def _numbered(names: list[str]) -> bool:

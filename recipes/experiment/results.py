@@ -13,6 +13,7 @@ from typing import Any
 from deeparc_hf.checkpoint.weights_mark import mark_of_files
 from deeparc_hf.core.environment import hardware, package_versions
 from deeparc_hf.core.files import finite, write_whole
+from deeparc_hf.core.markdown import table
 from deeparc_hf.core.statistics import wilson_interval
 from deeparc_hf.publish import CARD_FILE
 from deeparc_hf.publish.gather import EVALUATIONS_FILE
@@ -26,6 +27,7 @@ __all__ = [
     "against_original",
     "read_rows",
     "results_table",
+    "shown",
     "whereabouts",
     "write_evaluations",
     "write_results",
@@ -151,27 +153,27 @@ def results_table(rows: Sequence[Row], metrics: Sequence[str] | None = None) -> 
     titles = [*(f"epoch {epoch + 1}" for epoch in range(first)), *(["last epoch"] if first < epochs else [])]
     header = ["model", *titles, *names, "blocks", "parameters"]
     header += ["evaluation time (s)", "training time (s)", "freeze", "threshold", "K", "zeros (%)"]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    lines = []
     for row in rows:
-        shown = [f"{value:.4f}" for value in row.validation[:first]] + ["-"] * (first - len(row.validation))
+        validation = [f"{value:.4f}" for value in row.validation[:first]] + ["-"] * (first - len(row.validation))
         if first < epochs:
-            shown.append(f"{row.validation[-1]:.4f}" if row.validation else "-")
+            validation.append(f"{row.validation[-1]:.4f}" if row.validation else "-")
         lines.append(
             [
                 row.name + (f" ({row.verdict})" if row.verdict else ""),
-                *shown,
+                *validation,
                 *(_metric(row.measured, name) for name in names),
                 " + ".join(map(str, row.blocks.values())),
                 f"{row.parameters:,}",
-                _shown(row.measured.seconds),
-                _shown(row.training_seconds),
+                shown(row.measured.seconds, ",.2f"),
+                shown(row.training_seconds, ",.2f"),
                 str(row.frozen),
-                "-" if row.threshold is None else f"{row.threshold:.4f}",
-                "-" if row.k is None else str(row.k),
-                "-" if row.sparsity is None else f"{100 * row.sparsity:.1f}",
+                shown(row.threshold, ".4f"),
+                shown(row.k),
+                shown(row.sparsity and 100 * row.sparsity, ".1f"),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(header, lines)
 
 
 def against_original(rows: Sequence[Row]) -> list[str]:
@@ -226,11 +228,11 @@ def write_results(
         f"Freeze: blocks that were not trained. One run with one seed."
     )
     parts += [*against_original(rows), *(f"{name}: {speed}" for name, speed in speeds.items()), *notes]
-    shown = {**hardware(), **package_versions()}
+    made_with = {**hardware(), **package_versions()}
     parts += [
         "## Made with",
         f"```json\n{json.dumps(facts, indent=1)}\n```",
-        "\n".join(f"- {key}: {value}" for key, value in shown.items()),
+        "\n".join(f"- {key}: {value}" for key, value in made_with.items()),
     ]
     write_whole(folder / f"{RESULTS}.md", "\n\n".join(parts) + "\n")
     write_whole(folder / f"{RESULTS}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
@@ -303,5 +305,6 @@ def _metric(measured: Measured, name: str) -> str:
     return f"{value:.4f}" + ("" if interval is None else f" ({interval[0]:.4f} .. {interval[1]:.4f})")
 
 
-def _shown(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:,.2f}"
+def shown(value: float | None, form: str = "") -> str:
+    """A figure as a table shows it."""
+    return "-" if value is None else format(value, form)

@@ -17,16 +17,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader, Subset
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.progress_bars import shows_bars
 from deeparc_hf.errors import ConfigError
 from deeparc_hf.pruning.config import MPruneConfig
+from deeparc_hf.pruning.prune import analyze, apply_healed
 from deeparc_hf.publish import create_model_card
+from deeparc_hf.publish.gather import PLAN_FILE
 from deeparc_hf.publish.push import push_to_hub
-from deeparc_hf.reports.plan_report import timed_evaluation
+from deeparc_hf.reports.plan_report import Measurement, timed_evaluation, write_report
 from deeparc_hf.reports.provenance import TIMES, dataset_facts, training_facts
 from deeparc_hf.reports.run_report import structure_facts
 from deeparc_hf.sparsity.config import WandaConfig
@@ -35,8 +39,8 @@ from deeparc_hf.trainer import MPruneCallback, WandaCallback
 from deeparc_hf.trainer.follow_checkpoint import Structure, record_of
 
 from .arguments import DataArguments, PruningArguments
-from .at_once import calibration_batches, remove_at_once
 from .results import RESULTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results
+from .splits import Splits
 
 __all__ = ["Experiment"]
 
@@ -58,13 +62,13 @@ class Experiment:
         training: the Trainer's arguments; epochs and output folders are set for each training.
         load: a model by Hub id or folder.
         trainer: makes a Trainer of a model, arguments and callbacks, with the training and validation data.
-        test: the data that the tables are measured on; nothing is decided on it.
+        splits: the data as the Trainer takes it. The tables are measured on the test data; nothing is decided on it.
         calibration: data to compare blocks on and to zero weights by, a part or a view of the training data; default:
             the training data.
         measure: metrics of a Trainer's model on the test data; default: Trainer.evaluate. The same work is timed.
-        asked: how it was asked for (`asked_for`), for the report; its command is for the card too.
+        provenance: how it was asked for (`provenance.provenance`), for the report; its command is for the card too.
         told: what else the card is told (`create_model_card`).
-        notes: sentences beneath the table.
+        notes: sentences beneath the table, after those about the splits.
         average_tokens: whether the model's loss follows the number of tokens of all processes. Where it does not, the
             Trainer would multiply it by their number (`average_tokens_across_devices`).
         finish: called with the rows in the end, in the first process.
@@ -75,10 +79,10 @@ class Experiment:
     training: TrainingArguments
     load: Loader
     trainer: TrainerMaker
-    test: Any
+    splits: Splits
     measure: Callable[[Trainer], Measured] | None = None
     calibration: Any = None
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     told: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     average_tokens: bool = False
@@ -102,8 +106,8 @@ class Experiment:
             self._clean_up()
             for row in [row for row in rows if row.folder is not None]:
                 speed = speeds.get(row.name)
-                judged = "same as" in self.asked.get("data", {}).get("test", {})
-                write_evaluations(self._out / row.folder, row, rows[0], dataset_facts(self.test), speed, judged=judged)
+                judged = "same as" in self.provenance.get("data", {}).get("test", {})
+                write_evaluations(self._out / row.folder, row, rows[0], dataset_facts(self._test), speed, judged=judged)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
             write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes)
             self._publish(last)
@@ -115,6 +119,8 @@ class Experiment:
         return rows
 
     def __post_init__(self) -> None:
+        self.notes = [*self.splits.notes, *self.notes]
+        self._test = self.splits.test
         self._revision: str | None = None  # commit of the model on the Hub
         if self.training.push_to_hub:
             raise ConfigError(
@@ -162,9 +168,8 @@ class Experiment:
         if self.pruning.retrain_epochs == 0:
             return self._removal(iteration, name, before)
         baseline = None
-        if (
-            self.pruning.max_drop is not None
-        ):  # of the original, on the data that judges: drops must not add up over the iterations
+        if self.pruning.max_drop is not None:
+            # of the original, on the data that judges: drops must not add up over the iterations
             baseline = self._judged(self.trainer(self.load(self._place(original)), self._args(SCRATCH, 1), []))
         callback = MPruneCallback(self.pruning.pruning(iteration, baseline), calibration=self.calibration)
         tries = 1 if self.pruning.max_drop is None else self.pruning.k_max - self.pruning.k + 1
@@ -178,13 +183,12 @@ class Experiment:
                 name, "every pruning was taken back" if len(callback.attempts) > 1 else "nothing could be removed"
             )
         attempt = standing[-1]
-        thresholds = set(attempt["thresholds"].values())
         folder = self._save(trainer, name)
         return Row(
             name,
             **self._facts_of(trainer),
             frozen=sum(map(len, attempt["frozen"].values())),
-            threshold=thresholds.pop() if len(thresholds) == 1 else None,
+            threshold=_only(attempt["thresholds"].values()),
             k=attempt["k"],
             training_seconds=attempt["training_seconds"],
             validation=tuple(epochs[-self.pruning.retrain_epochs :]),
@@ -195,16 +199,19 @@ class Experiment:
     def _removal(self, iteration: int, name: str, before: Row) -> Row | None:
         """One pruning without a retraining; None where nothing could be removed."""
         trainer = self.trainer(self.load(self._place(before)), self._args(name, 1), [])
-        config = self.pruning.pruning(iteration)
-        removal = remove_at_once(trainer.model, self._batches(trainer, config), config, shows_bars(trainer.args))
-        if not removal.plan.removed:
+        config, bars = self.pruning.pruning(iteration), shows_bars(trainer.args)
+        batches = self._batches(trainer, config)
+        plan = analyze(trainer.model, batches, config, progress=bars)
+        if not plan.removed:
             return self._nothing(name, "nothing could be removed")
-        thresholds = {stack.threshold for stack in removal.plan.stacks.values()}
-        threshold = thresholds.pop() if len(thresholds) == 1 else None
+        _, healings = apply_healed(trainer.model, plan, batches, example=next(iter(batches)), progress=bars)
+        threshold = _only(stack.threshold for stack in plan.stacks.values())
         folder = self._save(trainer, name)
         row = Row(name, **self._facts_of(trainer), threshold=threshold, k=config.k, folder=folder)
         if self._main:
-            removal.write(self._out / folder, before, row)
+            plan.to_json(self._out / folder / PLAN_FILE)
+            measured = [_measurement("before", before), _measurement("removed", row)]
+            write_report(self._out / folder, plan, measured, healings=healings)
         return row
 
     def _nothing(self, name: str, why: str) -> None:
@@ -263,7 +270,7 @@ class Experiment:
         told = {
             "license": self.data.license,
             "language": self.data.language,
-            "command": self.asked.get("command"),
+            "command": self.provenance.get("command"),
             **self.told,
         }
         if dataset is not None and not Path(dataset).exists():  # cards name no local paths
@@ -271,9 +278,8 @@ class Experiment:
         if not Path(self.data.model).exists():
             told.setdefault("finetuned_from", self.data.model)
         create_model_card(folder, repo_id=self.data.repo_id, **told)
-        write_whole(
-            folder / TOLD, json.dumps({"repo_id": self.data.repo_id, **told}, indent=1) + "\n"
-        )  # to make it again
+        # to make it again
+        write_whole(folder / TOLD, json.dumps({"repo_id": self.data.repo_id, **told}, indent=1) + "\n")
         if self.data.repo_id is not None:
             push_to_hub(folder, self.data.repo_id, private=self.data.repo_private or None, **told)
 
@@ -329,7 +335,7 @@ class Experiment:
         if self.measure is not None:
             measure = self.measure
             return lambda: measure(trainer)
-        return lambda: Measured.of_metrics(trainer.evaluate(self.test, metric_key_prefix="test"), len(self.test))
+        return lambda: Measured.of_metrics(trainer.evaluate(self._test, metric_key_prefix="test"), len(self._test))
 
     def _judged(self, trainer: Trainer) -> float:
         metrics = trainer.evaluate()
@@ -345,21 +351,48 @@ class Experiment:
         return float(metrics[name])
 
     def _batches(self, trainer: Trainer, config: MPruneConfig | WandaConfig) -> Iterable[Any]:
-        """Calibration batches of the training data, the same in each process."""
-        return calibration_batches(trainer, config.calibration_samples, config.seed, self.calibration)
+        """Batches of randomly chosen samples, collated as for a training; one can go through them again and again, and
+        they are the same in each process.
+        """
+        loader = trainer.get_train_dataloader()
+        data = loader.dataset if self.calibration is None else self.calibration
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        chosen = Subset(data, order[: config.calibration_samples])
+        return DataLoader(chosen, batch_size=trainer.args.train_batch_size, collate_fn=loader.collate_fn)
 
     def _facts(self) -> dict[str, Any]:
         return {
-            **{key: value for key, value in self.asked.items() if key != "settings"},
+            **{key: value for key, value in self.provenance.items() if key != "settings"},
             "model": self.data.model if not Path(self.data.model).exists() else Path(self.data.model).name,
             "model revision": self._revision,
-            "settings": self.asked.get("settings"),
+            "settings": self.provenance.get("settings"),
             "pruning": dataclasses.asdict(self.pruning),
             "training": {
                 key: value for key, value in training_facts(self.training).items() if key != "epochs"
             },  # these are of pruning
-            "test data": dataset_facts(self.test),
+            "test data": dataset_facts(self._test),
         }
+
+
+def _only(values: Iterable[float]) -> float | None:
+    """The value that all of them are; None if they differ."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+def _measurement(label: str, row: Row) -> Measurement:
+    metrics = row.measured.metrics
+    return Measurement(
+        label,
+        blocks=sum(row.blocks.values()),
+        parameters=row.parameters,
+        accuracy=metrics.get("accuracy"),
+        samples=row.measured.samples,
+        evaluation_loss=metrics.get("loss"),
+        evaluation_seconds=row.measured.seconds,
+        threshold=row.threshold,
+        k=row.k,
+    )
 
 
 class _Clock(TrainerCallback):
@@ -371,16 +404,13 @@ class _Clock(TrainerCallback):
         self._metric = metric
         self._began = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *event: Any, **more: Any) -> None:
         self._began = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *event: Any, **more: Any) -> None:
         self.seconds += time.perf_counter() - self._began
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        metrics = kwargs.get("metrics") or {}
+    def on_evaluate(self, *event: Any, metrics: Mapping[str, float] | None = None, **more: Any) -> None:
         names = [self._metric] if self._metric else ["eval_accuracy", "eval_loss"]
-        found = [metrics[name] for name in names if name in metrics]
+        found = [metrics[name] for name in names if metrics and name in metrics]
         self.values += [float(value) for value in found[:1]]

@@ -4,7 +4,6 @@ the tables.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,12 @@ from typing import Any
 from deeparc_hf.errors import ConfigError
 from deeparc_hf.reports.provenance import dataset_facts
 
-from .arguments import DataArguments
+from .arguments import DataArguments, did_you_mean
 
 __all__ = ["Splits", "load_splits"]
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_USES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,13 @@ class Splits:
         Raises:
             ConfigError: if a split lacks one.
         """
-        for setting, column in columns.items():
-            for use in ("train", "validation", "test"):
-                there = getattr(self, use).column_names
-                if column is not None and column not in there:
-                    near = difflib.get_close_matches(column, there, n=1)
-                    hint = f" Did you mean {near[0]!r}?" if near else ""
-                    raise ConfigError(
-                        f"{setting}: there is no column {column!r} in the {use} data; there are "
-                        f"{', '.join(map(repr, there))}.{hint}"
-                    )
+        for setting, use, column in self._uses(columns):
+            there = getattr(self, use).column_names
+            if column not in there:
+                raise ConfigError(
+                    f"{setting}: there is no column {column!r} in the {use} data; there are "
+                    f"{', '.join(map(repr, there))}.{did_you_mean(column, there)}"
+                )
 
     def need_texts(self, **columns: str | None) -> None:
         """Make sure that every split has some columns, and a text in each of their rows.
@@ -76,21 +73,24 @@ class Splits:
             ConfigError: if a split lacks one, or a row has no text in it.
         """
         self.need(**columns)
-        for setting, column in columns.items():
-            for use in ("train", "validation", "test") if column is not None else ():
-                part = getattr(self, use)
-                kind = getattr(part.features[column], "dtype", None)
-                if kind not in ("string", "large_string"):
-                    raise ConfigError(
-                        f"{setting}: the column {column!r} of the {use} data holds {kind or 'something else'}, no "
-                        f"texts."
-                    )
-                empty = part.select_columns([column]).with_format("arrow")[:][column].null_count
-                if empty:
-                    rows = "1 row has" if empty == 1 else f"{empty:,} rows have"
-                    raise ConfigError(
-                        f"{setting}: {rows} no text in the column {column!r} of the {use} data. Leave such rows out."
-                    )
+        for setting, use, column in self._uses(columns):
+            part = getattr(self, use)
+            kind = getattr(part.features[column], "dtype", None)
+            if kind not in ("string", "large_string"):
+                raise ConfigError(
+                    f"{setting}: the column {column!r} of the {use} data holds {kind or 'something else'}, no texts."
+                )
+            empty = part.select_columns([column]).with_format("arrow")[:][column].null_count
+            if empty:
+                rows = "1 row has" if empty == 1 else f"{empty:,} rows have"
+                raise ConfigError(
+                    f"{setting}: {rows} no text in the column {column!r} of the {use} data. Leave such rows out."
+                )
+
+    @staticmethod
+    def _uses(columns: Mapping[str, str | None]) -> list[tuple[str, str, str]]:
+        given = {setting: column for setting, column in columns.items() if column is not None}
+        return [(setting, use, column) for setting, column in given.items() for use in _USES]
 
 
 def load_splits(data: DataArguments, seed: int) -> Splits:
@@ -102,102 +102,99 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
     Raises:
         ConfigError: if there is no data, or a split is not there.
     """
-    import datasets  # takes seconds
-
-    files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-    names = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
-    if data.train_file is not None:
-        loaded: Mapping[str, Any] = {use: _of_file(datasets, file) for use, file in files.items() if file is not None}
-        names = {use: use for use in names}
-    elif data.dataset is not None:
-        loaded = _of_hub(datasets, data)
-        for use, file in files.items():
-            if file is not None:  # a file instead of that split
-                names[use] = f"the file of {use}"
-                loaded[names[use]] = _of_file(datasets, file)
-    else:
-        raise ConfigError("There is no data: give dataset (a Hub id), or train_file.")
-    if names["train"] not in loaded:
-        raise ConfigError(
-            f"There is no split {names['train']!r} to train on; there are {', '.join(loaded)}. Give train_split."
-        )
-    train, notes = loaded[names["train"]], []
-    origins = {use: _origin(data, files[use], names[use], loaded.get(names[use])) for use in files}
+    given, names = _given(data)
+    if "train" not in given:
+        raise ConfigError(f"There is no split {data.train_split!r} to train on; there are {names}. Give train_split.")
+    if "test" not in given and data.test_split != DataArguments.test_split:
+        raise ConfigError(f"There is no split {data.test_split!r} to measure on; there are {names}. Give test_split.")
     for use in ("validation", "test"):
-        if names[use] in loaded and _same(origins, files, use, "train"):
+        if use in given and given[use].is_the_same_as(given["train"]):
             raise ConfigError(
                 f"The {use} data is the training data: figures would be of what was trained on. Give other data, or "
                 f"leave it out."
             )
-    if len(train) == 0:
-        raise ConfigError("The training data has no rows.")
-    if names["validation"] in loaded:
-        validation = loaded[names["validation"]]
-    else:
-        if len(train) < 2:
-            raise ConfigError(
-                "The training data has one row, and there is no validation data: nothing can be held out."
-            )
-        parts = train.train_test_split(0.1, seed=seed)
-        train, validation = parts["train"], parts["test"]
-        origins["validation"] = {**origins["train"], "part": f"a tenth, held out by seed {seed}"}
-        origins["train"] = {**origins["train"], "part": f"all but a tenth, by seed {seed}"}
+    parts, notes = dict(given), []
+    if "validation" not in given:
+        parts |= _held_out(given["train"], seed)
         notes.append(
             "There is no validation split: prunings were judged on a tenth of the training split, which was not "
             "trained on."
         )
-    if names["test"] not in loaded and data.test_split != DataArguments.test_split:
-        raise ConfigError(
-            f"There is no split {data.test_split!r} to measure on; there are {', '.join(loaded)}. Give test_split."
-        )
-    test = loaded.get(names["test"])
-    if test is None or (names["validation"] in loaded and _same(origins, files, "test", "validation")):
-        test = validation
-        origins["test"] = {**origins["validation"], "same as": "validation"}
+    if "test" not in given or ("validation" in given and given["test"].is_the_same_as(given["validation"])):
+        origin = {**parts["validation"].origin, "same as": "validation"}
+        parts["test"] = _Part(parts["validation"].rows, origin)
         notes.append(
             "There is no test split of its own: the figures are of the data that prunings were judged on, and so are "
             "optimistic."
         )
-    for use, part in (("validation", validation), ("test", test)):
-        if len(part) == 0:
-            raise ConfigError(f"The {use} data has no rows.")
-    limits = (data.max_train_samples, data.max_validation_samples, data.max_test_samples)
-    parts = [_first(part, limit, seed) for part, limit in zip((train, validation, test), limits, strict=True)]
-    sources = {use: {**origins[use], "rows": len(part)} for use, part in zip(files, parts, strict=True)}
-    return Splits(*parts, tuple(notes), sources)
+    rows, sources = {}, {}
+    for use in _USES:
+        if len(parts[use].rows) == 0:
+            raise ConfigError(f"The {'training' if use == 'train' else use} data has no rows.")
+        rows[use] = _first(parts[use].rows, getattr(data, f"max_{use}_samples"), seed)
+        sources[use] = {**parts[use].origin, "rows": len(rows[use])}
+    return Splits(**rows, notes=tuple(notes), sources=sources)
 
 
-def _origin(data: DataArguments, file: str | None, split: str, part: Any) -> dict[str, Any]:
-    """Where a split came from, as it may be published: files by their names, and no folders."""
-    if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            return {"file": "a folder"}
-        with path.open("rb") as stream:
-            return {"file": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+@dataclass(frozen=True)
+class _Part:
+    """Rows, where they came from as it may be published (files by their names, and no folders), and their file."""
+
+    rows: Any
+    origin: Mapping[str, Any]
+    file: str | None = None
+
+    def is_the_same_as(self, other: _Part) -> bool:
+        """Whether it is the same split of a data set, a file with the same content, or the same folder."""
+        if self.file is not None and other.file is not None and "sha256" not in self.origin:
+            return Path(self.file).resolve() == Path(other.file).resolve()
+        digests = self.origin.get("sha256"), other.origin.get("sha256")
+        if None not in digests:
+            return digests[0] == digests[1]
+        return self.file is other.file is None and self.origin["split"] == other.origin["split"]
+
+
+def _given(data: DataArguments) -> tuple[dict[str, _Part], str]:
+    """What is there of the three splits, and the names of all splits that there are. Files go before the data set."""
+    import datasets  # takes seconds
+
+    if data.train_file is None and data.dataset is None:
+        raise ConfigError("There is no data: give dataset (a Hub id), or train_file.")
+    loaded = _of_hub(datasets, data) if data.train_file is None else {}
+    parts = {}
+    for use in _USES:
+        file, split = getattr(data, f"{use}_file"), getattr(data, f"{use}_split")
+        if file is not None:
+            parts[use] = _Part(_of_file(datasets, file), _origin_of_file(Path(file)), file)
+        elif split in loaded:
+            parts[use] = _Part(loaded[split], _origin_of_split(data, split, loaded[split]))
+    return parts, ", ".join(loaded or parts)
+
+
+def _held_out(train: _Part, seed: int) -> dict[str, _Part]:
+    if len(train.rows) == 1:
+        raise ConfigError("The training data has one row, and there is no validation data: nothing can be held out.")
+    if len(train.rows) == 0:
+        raise ConfigError("The training data has no rows.")
+    parts = train.rows.train_test_split(0.1, seed=seed)
+    return {
+        "train": _Part(parts["train"], {**train.origin, "part": f"all but a tenth, by seed {seed}"}),
+        "validation": _Part(parts["test"], {**train.origin, "part": f"a tenth, held out by seed {seed}"}),
+    }
+
+
+def _origin_of_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {"file": "a folder"}
+    with path.open("rb") as stream:
+        return {"file": path.name, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _origin_of_split(data: DataArguments, split: str, rows: Any) -> dict[str, Any]:
     if data.dataset is None or Path(data.dataset).exists():
         return {"split": split}
-    known = {
-        "id": data.dataset,
-        "revision": data.dataset_revision,
-        "config": data.dataset_config,
-        "split": split,
-        **dataset_facts(part),
-    }
-    return {key: value for key, value in known.items() if value is not None}
-
-
-def _same(origins: Mapping[str, Mapping[str, Any]], files: Mapping[str, str | None], one: str, other: str) -> bool:
-    """Whether two splits are the same: of one data set by name, or files with the same content, or one folder."""
-    pair = files[one], files[other]
-    if None not in pair and "sha256" not in origins[one]:
-        return Path(str(pair[0])).resolve() == Path(str(pair[1])).resolve()
-    digests = [origins[use].get("sha256") for use in (one, other)]
-    return (
-        digests[0] == digests[1]
-        if None not in digests
-        else pair == (None, None) and origins[one]["split"] == origins[other]["split"]
-    )
+    known = {"id": data.dataset, "revision": data.dataset_revision, "config": data.dataset_config, "split": split}
+    return {key: value for key, value in {**known, **dataset_facts(rows)}.items() if value is not None}
 
 
 def _of_hub(datasets: Any, data: DataArguments) -> dict[str, Any]:
@@ -205,11 +202,7 @@ def _of_hub(datasets: Any, data: DataArguments) -> dict[str, Any]:
     try:
         return dict(datasets.load_dataset(data.dataset, data.dataset_config, revision=data.dataset_revision))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        given = {
-            "dataset": data.dataset,
-            "dataset_config": data.dataset_config,
-            "dataset_revision": data.dataset_revision,
-        }
+        given = {name: getattr(data, name) for name in ("dataset", "dataset_config", "dataset_revision")}
         named = ", ".join(f"{key}={value!r}" for key, value in given.items() if value is not None)
         raise ConfigError(f"The data ({named}) cannot be loaded: {' '.join(str(error).split())}") from error
 

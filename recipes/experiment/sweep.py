@@ -1,33 +1,213 @@
-"""A sweep: the cells of a grid, each a recipe in a process of its own. What is done is kept; a sweep that was stopped
-goes on.
+"""A sweep: the cells of a grid, each a recipe in a process of its own, and a table of what they gave, with the figures
+of earlier experiments beside them. What is done is kept; a sweep that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
+import itertools
 import json
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import Seq2SeqTrainingArguments
+
 from deeparc_hf.core.files import write_whole
+from deeparc_hf.core.markdown import table
+from deeparc_hf.errors import ConfigError
 
-from .results import RESULTS, read_rows
-from .sweep_file import Cell, SweepFile
-from .sweep_table import sweep_report
+from .arguments import DataArguments, PruningArguments, did_you_mean, parse_settings, read_config
+from .results import RESULTS, Row, read_rows, shown
 
-__all__ = ["CELL", "SWEEP", "Sweep"]
+__all__ = ["Cell", "Figures", "Sweep", "SweepFile", "recipe_types", "slug"]
 
 SWEEP, CELL, ORIGINAL = "sweep.md", "cell.json", "original"
 PATIENCE = 20.0  # seconds that a stopped recipe gets to end by itself
 TAIL = 12  # lines of a failed recipe's log that are shown
-_NO_EXTRA = ("--config", "--output_dir", "--repo_id")
+_KEYS = {"recipe", "config", "grid", "metrics", "scale", "seed", "title"}
+# set for each cell by the sweep, or of no use where all cells share one original (held-out data follow the seed)
+_NOT_IN_A_GRID = {"model", "finetune_epochs", "iterations", "output_dir", "sparsity_original", "repo_id", "seed"}
+_NOT_FOR_ALL_CELLS = ("--config", "--output_dir", "--repo_id")
+
+
+# ---- the file ----
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the recipe: its name, and the settings in which it differs from the others."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        """The settings on a command line; null leaves one out, as in a config file."""
+        given = {name: value for name, value in self.settings.items() if value is not None}
+        return [word for name, value in given.items() for word in (f"--{name}", *map(str, _list(value)))]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a row of the table tells of a model: one of ours, or one of the earlier experiments as it was printed.
+
+    Attributes:
+        blocks: of all stacks, or a list with those of each.
+        parameters: number of parameters.
+        metrics: by name.
+        seconds: evaluation time.
+        training_seconds: training time.
+        freeze: number of frozen blocks.
+        epochs: the main metric after each epoch, None where it was not printed.
+        slip: which of these figures is known to be wrong, and why.
+        note: anything else.
+    """
+
+    blocks: int | list[int] | None = None
+    parameters: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+    training_seconds: float | None = None
+    freeze: int | None = None
+    epochs: list[float | None] = field(default_factory=list)
+    slip: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """A recipe, its config, a grid of settings, and the figures of earlier experiments to compare with.
+
+    Attributes:
+        path: of the file.
+        recipe, config_path: of the recipe and its config file; in the file, relative to it.
+        config: what that file holds.
+        cells: the original first, then the cells of the grid.
+        metrics: names of the metrics to compare; the first is the main one.
+        scale: by metric, what to multiply our figures by to have them as the earlier experiments printed them (100:
+            percent).
+        seed: rows of the earlier experiments, by cell and by row of its table.
+        title: of the table.
+    """
+
+    path: Path
+    recipe: Path
+    config_path: Path
+    config: Mapping[str, Any]
+    cells: tuple[Cell, ...]
+    metrics: tuple[str, ...]
+    scale: Mapping[str, float]
+    seed: Mapping[str, Mapping[str, Figures]]
+    title: str
+
+    @classmethod
+    def read(cls, path: Path) -> SweepFile:
+        """Read a file.
+
+        Raises:
+            ConfigError: if it names something that there is not, or what it asks for makes no sense.
+        """
+        data = _named(read_config(path, "the sweep file"), str(path), _KEYS)
+        for key in ("recipe", "config", "grid"):
+            if key not in data:
+                raise ConfigError(f"{path}: {key} is missing.")
+        recipe, config_path = ((path.parent / str(data[key])).resolve() for key in ("recipe", "config"))
+        if not recipe.is_file():
+            raise ConfigError(f"{path}: there is no recipe {recipe}.")
+        settings = {spec.name for each in recipe_types(recipe) for spec in dataclasses.fields(each) if spec.init}
+        cells = (Cell(ORIGINAL, {}), *_cells(_named(data["grid"], f"{path}: grid", settings), path))
+        return cls(
+            path,
+            recipe,
+            config_path,
+            dict(read_config(config_path)),
+            cells,
+            tuple(_list(data.get("metrics", ["accuracy"]))),
+            _named(data.get("scale", {}), f"{path}: scale"),
+            _seed(data.get("seed", {}), [cell.name for cell in cells], path),
+            str(data.get("title", path.stem)),
+        )
+
+
+def recipe_types(path: Path) -> list[type]:
+    """The dataclasses of a recipe's arguments: its own, and those that all recipes share."""
+    name = f"_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look up their module
+    spec.loader.exec_module(module)
+    own = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == name]
+    return [DataArguments, *filter(dataclasses.is_dataclass, own), PruningArguments, Seq2SeqTrainingArguments]
+
+
+def _cells(grid: Mapping[str, Any], path: Path) -> list[Cell]:
+    """A cell for each combination of the values, in their order."""
+    choices = []
+    for setting, values in grid.items():
+        if setting in _NOT_IN_A_GRID:
+            raise ConfigError(
+                f"{path}: grid: {setting} is set by the sweep itself, or must be the same in all cells. Leave it out."
+            )
+        if not isinstance(values, Mapping):
+            values = {f"{setting}={','.join(map(str, _list(value)))}": value for value in _list(values)}
+        if not values:
+            raise ConfigError(f"{path}: grid: {setting} has no values.")
+        choices.append([(str(label), setting, value) for label, value in values.items()])
+    if not choices:
+        raise ConfigError(f"{path}: grid is empty. Give settings, each with the values to try.")
+    cells = [
+        Cell(" ".join(label for label, *_ in chosen if label), {setting: value for _, setting, value in chosen})
+        for chosen in itertools.product(*choices)
+    ]
+    names = [cell.name for cell in cells]
+    if len({*names, ORIGINAL}) != len(names) + 1:
+        raise ConfigError(
+            f"{path}: two cells of the grid have the same name: {', '.join(names)}. Name the values differently."
+        )
+    return cells
+
+
+def _seed(data: Any, cells: list[str], path: Path) -> dict[str, dict[str, Figures]]:
+    known = {spec.name for spec in dataclasses.fields(Figures)}
+    rows: dict[str, dict[str, Figures]] = {}
+    for cell, entries in _named(data, f"{path}: seed", cells).items():
+        for name, row in _named(entries, f"{path}: seed: {cell}").items():
+            where = f"{path}: seed: {cell}: {name}"
+            if not (name == ORIGINAL or str(name).startswith(("iteration ", "original, "))):
+                raise ConfigError(
+                    f"{where}: rows are named as in results.md: original, iteration 1, or iteration 1, 30 % zeros."
+                )
+            rows.setdefault(cell, {})[name] = Figures(**_named(row, where, known))
+    return rows
+
+
+def _named(value: Any, where: str, known: Iterable[str] | None = None) -> Mapping[str, Any]:
+    """What must be names and values, with no other names than those that are known."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} must hold names and values, found {value!r}.")
+    for key in value if known is not None else ():
+        if key not in known:
+            hint = did_you_mean(str(key), known) or f" There are {', '.join(sorted(known)[:20])}."
+            raise ConfigError(f"{where}: there is no {str(key)!r}.{hint}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+# ---- the run ----
 
 
 @dataclass
@@ -39,6 +219,10 @@ class Sweep:
         output: folder of the cells, their logs, and the table.
         extra: arguments for every cell; the grid's values win over them.
         say: takes what the user should read.
+        failed: names of the cells that failed.
+
+    Raises:
+        ConfigError: if an argument is the sweep's own business, or the settings of a cell make no sense.
     """
 
     file: SweepFile
@@ -48,13 +232,20 @@ class Sweep:
     failed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.file.check(self.extra, refused=_NO_EXTRA)
+        for name in (word.partition("=")[0] for word in self.extra):
+            if name in _NOT_FOR_ALL_CELLS:
+                raise ConfigError(f"{name} is not for all cells of a sweep. Leave it out.")
+        if self.file.config.get("repo_id"):
+            raise ConfigError(f"{self.file.config_path}: repo_id would publish every cell in one place. Leave it out.")
         self._folders: dict[str, str] = {}
         for cell in self.file.cells:  # different names may read the same as names of folders
             name, number = slug(cell.name), 2
             while name in self._folders.values():
                 name, number = f"{slug(cell.name)}.{number}", number + 1
             self._folders[cell.name] = name
+        types = recipe_types(self.file.recipe)
+        original, *_ = [self._settings(cell, types) for cell in self.file.cells]
+        self._fine_tunes = original.finetune_epochs != 0
 
     @property
     def table(self) -> Path:
@@ -63,7 +254,7 @@ class Sweep:
 
     def commands(self) -> list[tuple[str, list[str]]]:
         """The name and the command of each cell; the original comes first."""
-        shared = self._place(ORIGINAL) / ORIGINAL if self.file.setting("finetune_epochs", self.extra) != 0 else None
+        shared = self._place(ORIGINAL) / ORIGINAL if self._fine_tunes else None
         return [(cell.name, self._command(cell, shared)) for cell in self.file.cells]
 
     def run(self) -> int:
@@ -95,8 +286,6 @@ class Sweep:
         write_whole(self.table, text)
         return text
 
-    # ---- one cell ----
-
     def _do(self, cell: Cell, model: Path | None, original: str | None, lock: Any) -> str | None:
         """Run one cell if it is not done. Returns what tells this run of it from others; None if it failed."""
         place = self._place(cell.name)
@@ -107,10 +296,10 @@ class Sweep:
             "extra": list(self.extra),
         }
         wanted = json.loads(json.dumps({**wanted, "original": original}))
-        known = self._known(place)
-        if known is not None and self._finished(cell.name):
-            reason = _difference({**known, "run": None}, {**wanted, "run": None})
-            if reason is None:
+        known = _json(place / CELL)
+        if known is not None and "run" in known and self._finished(cell.name):
+            reason = _difference(known, wanted)
+            if not reason:
                 self.say(f"{cell.name}: done before")
                 return str(known["run"])
             self._put_away(place, f"{cell.name}: {reason} changed, so it is run again")
@@ -132,46 +321,37 @@ class Sweep:
         self.failed.append(cell.name)
         return None
 
+    def _words(self, cell: Cell) -> list[str]:
+        """The arguments of a cell that do not depend on what was done before."""
+        more = ["--iterations", "0"] if cell.name == ORIGINAL else ["--sparsity_original", "false"]
+        return ["--config", str(self.file.config_path), *self.extra, *cell.words, *more]
+
     def _command(self, cell: Cell, model: Path | None) -> list[str]:
-        words = [
-            sys.executable,
-            str(self.file.recipe),
-            "--config",
-            str(self.file.config_path),
-            *self.extra,
-            *_words(cell.settings),
-        ]
-        if cell.name == ORIGINAL:
-            words += ["--iterations", "0"]
-        else:
-            words += ["--sparsity_original", "false"]
-            if model is not None:
-                words += ["--model", str(model), "--finetune_epochs", "0"]
-        return [*words, "--output_dir", str(self._place(cell.name))]
+        words = self._words(cell)
+        if cell.name != ORIGINAL and model is not None:
+            words += ["--model", str(model), "--finetune_epochs", "0"]
+        return [sys.executable, str(self.file.recipe), *words, "--output_dir", str(self._place(cell.name))]
+
+    def _settings(self, cell: Cell, types: Sequence[type]) -> PruningArguments:
+        """The settings of a cell, checked before any work is done."""
+        try:
+            found = parse_settings(types, self._words(cell))
+            return PruningArguments(**{spec.name: found[spec.name] for spec in dataclasses.fields(PruningArguments)})
+        except ConfigError as error:
+            raise ConfigError(f"{self.file.path}, {cell.name}: {error}") from None
 
     def _place(self, name: str) -> Path:
         return self.output / "cells" / self._folders[name]
 
     def _finished(self, name: str) -> bool:
-        try:
-            results = json.loads((self._place(name) / f"{RESULTS}.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            return False
-        return bool(results.get("complete", True)) and (self._place(name) / CELL).is_file()
-
-    def _known(self, place: Path) -> dict[str, Any] | None:
-        try:
-            known = json.loads((place / CELL).read_text("utf-8"))
-        except (OSError, ValueError):
-            return None
-        return known if isinstance(known, dict) and "run" in known else None
+        results = _json(self._place(name) / f"{RESULTS}.json")
+        return results is not None and bool(results.get("complete", True)) and (self._place(name) / CELL).is_file()
 
     def _put_away(self, place: Path, why: str) -> None:
         aside = self.output / "set_aside"
         aside.mkdir(exist_ok=True)
-        number = 1
-        while (target := aside / f"{place.name}.{number}").exists():
-            number += 1
+        numbered = (aside / f"{place.name}.{number}" for number in itertools.count(1))
+        target = next(path for path in numbered if not path.exists())
         place.rename(target)
         self.say(f"{why}; what was there is now in {target}")
 
@@ -181,23 +361,17 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=_-]+", "-", name).strip("-.") or "cell"
 
 
-def shown(command: Sequence[str]) -> str:
-    """A command as one would type it."""
-    return shlex.join(command)
+def _json(path: Path) -> dict[str, Any] | None:
+    """The names and values in a file of JSON; None where there is no such file, or not a whole one."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
 
 
-def _words(settings: Mapping[str, Any]) -> list[str]:
-    words = []
-    for name, value in settings.items():
-        if value is None:  # left out, as in a config file
-            continue
-        words.append(f"--{name}")
-        words += [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
-    return words
-
-
-def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
-    """What differs between the arguments of then and of now, in words; None if nothing does."""
+def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between the arguments of then and of now, in words; empty if nothing does."""
     names = {
         "recipe": "the recipe",
         "config": "the config file",
@@ -206,14 +380,13 @@ def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | No
         "original": "the original",
     }
     parts = []
-    for key in wanted:
+    for key, name in names.items():
         then, now = known.get(key), wanted[key]
-        if then == now:
-            continue
         both = isinstance(then, Mapping) and isinstance(now, Mapping)
-        changed = sorted(name for name in {*then, *now} if then.get(name) != now.get(name)) if both else []
-        parts.append(names.get(key, key) + (f" ({', '.join(changed)})" if changed else ""))
-    return " and ".join(parts) or None
+        changed = sorted(each for each in {*then, *now} if then.get(each) != now.get(each)) if both else []
+        if then != now:
+            parts.append(name + (f" ({', '.join(changed)})" if changed else ""))
+    return " and ".join(parts)
 
 
 def _call(command: Sequence[str], log: Path, lock: Any) -> int:
@@ -222,7 +395,7 @@ def _call(command: Sequence[str], log: Path, lock: Any) -> int:
     """
     held = {} if lock is None else {"pass_fds": (lock.fileno(),)}
     with log.open("w", encoding="utf-8") as out:
-        out.write(shown(command) + "\n")
+        out.write(shlex.join(command) + "\n")
         out.flush()
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **held)
         try:
@@ -257,3 +430,105 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[Any]:
             )
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file
+
+
+# ---- the table ----
+
+
+def sweep_report(file: SweepFile, done: Mapping[str, Sequence[Row]], failed: Sequence[str] = ()) -> str:
+    """Markdown: a row for each cell and iteration.
+
+    Args:
+        file: the sweep.
+        done: the rows of the cells that are done.
+        failed: names of the cells that failed.
+    """
+    main, *rest = file.metrics
+    titles = ["blocks", "parameters", main, "change", "time / original", "freeze"]
+    header = [name for title in titles for name in ((title, f"seed: {title}") if file.seed else (title,))]
+    lines, others, remarks = [], [], []
+    for cell, name, ours, our_original, seed in _compared(file, done):
+        digits = 4 if file.scale.get(main, 1) == 1 else 3
+        cells = _figures(main, ours, our_original, digits)
+        if file.seed:
+            printed = _figures(main, seed, file.seed.get(ORIGINAL, {}).get(ORIGINAL, Figures()), digits)
+            printed[0] += " *" if seed.slip else ""
+            cells = [text for pair in zip(cells, printed, strict=True) for text in pair]
+        lines.append([cell, name, *cells])
+        pairs = [(metric, _number(ours.metrics.get(metric)), _number(seed.metrics.get(metric))) for metric in rest]
+        others += [[cell, name, *pair] for pair in pairs if pair[1:] != ("-", "-")]
+        if seed.training_seconds is not None:
+            spent = [shown(figures.training_seconds, ",.2f") for figures in (ours, seed)]
+            others.append([cell, name, "training time (s)", *spent])
+        if seed.slip:
+            remarks.append(f"- {cell}, {name}: \\* known slip: {seed.slip}")
+        if seed.note:
+            remarks.append(f"- {cell}, {name}: {seed.note}")
+    parts = [
+        f"# {file.title}",
+        _table(["cell", "model", *header], lines, 2),
+        "Change: of the metric, against the original. Time: warm evaluation time over that of the original, which each "
+        "cell measures in its own process. Metrics are of one run on the test samples; each cell's results.md has "
+        "intervals.",
+    ]
+    if file.seed:
+        parts.append(
+            "The seed's times are from other hardware, so only their ratios can be compared; its metrics are those "
+            "after its last epoch; * marks rows with a known slip."
+        )
+    missing = [cell.name for cell in file.cells if cell.name not in done and cell.name not in failed]
+    parts += [f"Failed: {', '.join(failed)}."] * bool(failed) + [f"Not run yet: {', '.join(missing)}."] * bool(missing)
+    if others:
+        parts += ["## Other figures", _table(["cell", "model", "figure", "here", "seed"], others, 3)]
+    if remarks:
+        parts += ["## About the seed's figures", "\n".join(remarks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _compared(
+    file: SweepFile, done: Mapping[str, Sequence[Row]]
+) -> Iterator[tuple[str, str, Figures, Figures, Figures]]:
+    """Of each row of the table: its cell, its name, our figures, those of our original, and the seed's."""
+    for cell in file.cells:
+        rows = {row.name: _printed(row, file.scale) for row in done.get(cell.name, ())}
+        seeds = file.seed.get(cell.name, {})
+        # the original, and what was zeroed of it, stand in the table once
+        own = [name for name in {**rows, **seeds} if cell.name == ORIGINAL or not name.startswith(ORIGINAL)]
+        for name in sorted(own, key=lambda name: "zeros" in name) or ["-"]:
+            ours, seed = rows.get(name, Figures()), seeds.get(name, Figures())
+            yield cell.name, name, ours, rows.get(ORIGINAL, Figures()), seed
+
+
+def _printed(row: Row, scale: Mapping[str, float]) -> Figures:
+    """One of our models, with its metrics as the earlier experiments printed them."""
+    known = {name: value for name, value in row.measured.metrics.items() if value is not None}
+    metrics = {name: scale.get(name, 1) * value for name, value in known.items()}
+    seconds, training = row.measured.seconds, row.training_seconds
+    return Figures(list(row.blocks.values()), row.parameters, metrics, seconds, training, row.frozen)
+
+
+def _figures(main: str, figures: Figures, original: Figures, digits: int) -> list[str]:
+    """Blocks, parameters, main metric, its change, ratio of times, frozen blocks."""
+    value, before = figures.metrics.get(main), original.metrics.get(main)
+    other = figures is not original
+    change = value - before if other and value is not None and before is not None else None
+    ratio = figures.seconds / original.seconds if other and figures.seconds and original.seconds else None
+    blocks = [] if figures.blocks is None else _list(figures.blocks)
+    parts = " + ".join(map(str, blocks)) or "-"
+    return [
+        f"{sum(blocks)} ({parts})" if len(blocks) > 2 else parts,  # of the many stages of a CNN their sum comes first
+        shown(figures.parameters, ","),
+        _number(value),
+        shown(change, f"+.{digits}f"),
+        shown(ratio, ".3f"),
+        shown(figures.freeze),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return shown(value, ".4f" if value is None or abs(value) < 10 else ".3f")
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]], left: int) -> str:
+    cells = [[cell.replace("|", "/") for cell in line] for line in (header, *lines)]
+    return table(cells[0], cells[1:], range(left))

@@ -16,9 +16,11 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deeparc_hf import find_stacks, load_pruned, remove_blocks
-from deeparc_hf.architectures import describe
+from deeparc_hf.architectures import Layout, describe
+from deeparc_hf.checkpoint.record import current_record
 from deeparc_hf.core.transaction import Transaction
 from deeparc_hf.errors import DeepArcWarning, SurgeryError, UnsupportedModelError
+from deeparc_hf.pruning.surgery import follow_record
 from tests.zoo import CAUSAL, SEQ2SEQ, TEXT, spread
 
 needs_gemma4 = pytest.mark.skipif(
@@ -238,15 +240,11 @@ def test_a_load_by_record_follows_as_the_removal_did(tmp_path):
     [(gpt_neo, "transformer.h"), pytest.param(gemma4, "model.layers", marks=needs_gemma4), (qwen2_moe, "model.layers")],
 )
 def test_a_removal_that_is_taken_back_leaves_the_entries_as_they_were(make, stack):
-    from deeparc_hf.pruning.prune import surgery
-
     model = made(make)
     before, logits = copy.deepcopy(model.config.to_dict()), outputs(model, text())
-    host, family, stacks = describe(model)
-    undo = Transaction()
-    surgery._operate(
-        model, host, family, stacks, {stack: [0, 3]}, {}, {"removed": {stack: [0, 3]}}, optimizer=None, transaction=undo
-    )
+    subject, undo = describe(model), Transaction()
+    smaller = current_record(subject).compose(Layout.without(subject.lengths, {stack: [0, 3]}), {})
+    follow_record(model, smaller, {}, undo)
     assert model.config.to_dict() != before
     undo.roll_back()
     assert model.config.to_dict() == before

@@ -11,7 +11,7 @@ import transformers as tf
 from torch import nn
 
 from deeparc_hf import load_pruned, remove_blocks
-from deeparc_hf.architectures import describe
+from deeparc_hf.architectures import Layout, describe
 from deeparc_hf.architectures.generation import follow_generation
 from deeparc_hf.core.transaction import Transaction
 from deeparc_hf.errors import DeepArcWarning, SurgeryError
@@ -89,9 +89,10 @@ def test_word_timestamps_are_made_of_the_heads_that_are_left():
 def test_a_generation_config_that_others_hold_is_left_alone_and_comes_back():
     model = whisper()
     shared = model.generation_config
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     undo = Transaction()
-    follow_generation(host.root, stacks, {ENCODER: range(4), DECODER: [0, 2, 3, 4]}, undo)
+    follow_generation(host.root, stacks, Layout.without(subject.lengths, {DECODER: [1]}), undo)
     assert model.generation_config.alignment_heads == [[0, 1], [1, 0], [1, 3], [3, 1]]
     assert shared.alignment_heads == HEADS
     undo.roll_back()

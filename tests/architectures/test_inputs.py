@@ -139,6 +139,6 @@ def test_a_config_that_holds_nonsense_raises_nothing():
 @pytest.mark.parametrize("name", ["canine", "speech_to_text"])
 def test_models_without_a_vocabulary_or_mels_are_pruned(name, freeze):
     model = VALID[name][0]().eval()
-    stack = next(iter(describe(model)[2]))
+    stack = next(iter(describe(model).stacks))
     remove_blocks(model, {stack: [2]}, freeze)
     assert len(model.get_submodule(stack)) == 3

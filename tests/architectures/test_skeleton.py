@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deeparc_hf import find_stacks, remove_blocks
+from deeparc_hf.architectures import Layout
 from deeparc_hf.architectures.skeleton import compare
 from tests.zoo import spread
 
@@ -116,7 +117,7 @@ def test_a_module_without_weights_that_all_blocks_share_is_no_obstacle(gone):
 def test_a_second_name_of_a_stack_is_not_compared():
     with torch.device("meta"):
         before, after = Aliased(SharingConfig()), Aliased(SharingConfig(num_hidden_layers=3))
-    assert compare(before, after, {"layers": [0, 2, 3]}).problems == []
+    assert compare(before, after, Layout({"layers": 4}, {"layers": (0, 2, 3)})).problems == []
 
 
 def test_parameters_that_kept_blocks_share_are_not_counted_as_removed():
@@ -134,7 +135,7 @@ def test_a_list_of_all_blocks_within_a_block_follows_if_it_lost_their_values(aft
             layer.values = values
         return model
 
-    found = compare(skeleton([5, 6, 7, 8], 4), skeleton(after, 3), {"layers": [0, 2, 3]})
+    found = compare(skeleton([5, 6, 7, 8], 4), skeleton(after, 3), Layout({"layers": 4}, {"layers": (0, 2, 3)}))
     assert (found.problems == []) is follows
     assert [update[2] for update in found.updates] == ([after] * 3 if follows else [])
 

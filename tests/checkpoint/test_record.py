@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deeparc_hf import PrunedConfig, remove_blocks
+from deeparc_hf.architectures import Layout
 from deeparc_hf.checkpoint.record import StackRecord
 from deeparc_hf.errors import DeepArcWarning, RecordError
 from tests.zoo import ZOO
@@ -225,13 +226,13 @@ def test_from_dict_leaves_its_input_alone():
 def test_two_prunings_compose_to_original_indices():
     empty = PrunedConfig({}, "org/model", "abc")
     first = empty.compose(
-        {"enc": 8, "dec": 4}, {"enc": [1, 2, 5]}, {"removed": {"enc": [1, 2, 5]}, "frozen": {"enc": [7]}, "note": "a"}
+        Layout.without({"enc": 8, "dec": 4}, {"enc": [1, 2, 5]}),
+        {"removed": {"enc": [1, 2, 5]}, "frozen": {"enc": [7]}, "note": "a"},
     )
     # left of enc: 0 3 4 6 7
     assert first.kept == {"enc": (0, 3, 4, 6, 7), "dec": (0, 1, 2, 3)}
     second = first.compose(
-        {"enc": 5, "dec": 4},
-        {"enc": [1, 3], "dec": [2]},
+        Layout.without({"enc": 5, "dec": 4}, {"enc": [1, 3], "dec": [2]}),
         {"removed": {"enc": [1, 3], "dec": [2]}, "frozen": {"enc": [2, 4]}},
     )
     # of these 1 and 3 are the original 3 and 6; 2 and 4 are 4 and 7
@@ -251,10 +252,11 @@ def test_frozen_blocks_are_given_as_the_model_counts_them_now():
     )
     assert record.frozen == {"enc": (1, 2)}
     later = record.compose(
-        {"enc": 3, "dec": 2}, {"enc": [1]}, {"removed": {"enc": [1]}, "frozen": {"enc": [2], "dec": [0]}}
+        Layout.without({"enc": 3, "dec": 2}, {"enc": [1]}),
+        {"removed": {"enc": [1]}, "frozen": {"enc": [2], "dec": [0]}},
     )
     assert later.frozen == {"enc": (1,), "dec": (0,)}
-    assert later.compose({"enc": 2, "dec": 2}, {"dec": [1]}, {"removed": {"dec": [1]}}).frozen == {}
+    assert later.compose(Layout.without({"enc": 2, "dec": 2}, {"dec": [1]}), {"removed": {"dec": [1]}}).frozen == {}
     assert PrunedConfig({}).frozen == {}
 
 

@@ -90,7 +90,7 @@ def test_rows_without_a_text_are_left_out_and_told(checkpoints, tmp_path):
     source = find_source(str(checkpoints / "bert"))
     with pytest.warns(CalibrationWarning, match="20 of the 40 chosen rows have no text in the column 'text'"):
         batches, _ = make_batches(source, skeleton(source), load_rows(str(file)), Columns("text"), samples=512, seed=0)
-    assert len(batches.rows) == 20
+    assert len(batches.dataset) == 20
 
 
 @pytest.mark.parametrize(

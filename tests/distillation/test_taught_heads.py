@@ -93,7 +93,7 @@ def test_labels_tell_what_the_logits_are_where_the_config_does_not():
     """Divergence by sigmoids for float labels, as by the config that transformers notes."""
     torch.manual_seed(0)
     model = tf.BertForSequenceClassification(tf.BertConfig(**TEXT, num_labels=3)).eval()
-    host = describe(model)[0]
+    host = describe(model).host
     batch = ZOO["bert"].batches(1)[0]
     with torch.no_grad():
         output = model(**batch)

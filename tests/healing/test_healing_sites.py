@@ -75,9 +75,9 @@ def test_sites_in_every_stack_leave_the_unpruned_model_as_it_was(name):
     model, batches = specimen.model(), specimen.batches(12)
     removed = {n: [i for i in range(1, len(s), 2) if i not in s.pinned] for n, s in find_stacks(model).items()}
     removed = {n: indices for n, indices in removed.items() if indices}
-    host, _, stacks = describe(model)
+    subject = describe(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    healings = fit_sites(host, stacks, removed, batches, 100)
+    healings = fit_sites(subject, removed, batches, 100)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert len(healings) > 1 and any(healing.reason is None for healing in healings)
@@ -85,7 +85,7 @@ def test_sites_in_every_stack_leave_the_unpruned_model_as_it_was(name):
 
 def test_an_error_on_the_way_leaves_the_unpruned_model_as_it_was():
     model, batches = ZOO["llama"].model(), ZOO["llama"].batches(12)
-    host, _, stacks = describe(model)
+    subject = describe(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     calls = []
 
@@ -98,11 +98,11 @@ def test_an_error_on_the_way_leaves_the_unpruned_model_as_it_was():
             yield from batches[3:]
 
     with pytest.raises(KeyboardInterrupt):
-        fit_sites(host, stacks, {LAYERS: [1, 3]}, Broken(), 100)
+        fit_sites(subject, {LAYERS: [1, 3]}, Broken(), 100)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(CalibrationError, match="once for each of the 2 sites"):
-        fit_sites(host, stacks, {LAYERS: [1, 3]}, iter(batches), 100)
+        fit_sites(subject, {LAYERS: [1, 3]}, iter(batches), 100)
 
 
 def test_two_towers():
@@ -160,7 +160,8 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
     by hand.
     """
     model = ZOO["llama"].model()
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     site = SiteFit(host, stacks[LAYERS], Site(LAYERS, 2, (3,)))
     width, size = model.config.hidden_size, model.config.intermediate_size
     site.endings = [Ending("mlp.down_proj", None, None, torch.ones(width))] * 2
@@ -190,7 +191,8 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
 
 def test_a_site_whose_samples_cannot_be_told_apart_is_left_alone():
     """Its reason stays, whatever is found out about its blocks."""
-    host, _, stacks = describe(ZOO["llama"].model())
+    subject = describe(ZOO["llama"].model())
+    host, stacks = subject.host, subject.stacks
     site = SiteFit(host, stacks[LAYERS], Site(LAYERS, 2, (3,)))
     site.orient(Axes(features=1, samples=None))
     site.settle([Ending("mlp.down_proj", None, None, torch.ones(32))] * 2)

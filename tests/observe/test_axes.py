@@ -107,7 +107,8 @@ def test_features_may_be_last_in_four_dimensions(name, stack, shape):
 
 def axes_of(item: Specimen | Odd, stack: str | None = None, batch: dict[str, Any] | None = None) -> Axes:
     model = item.model()
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = find_axes(host, stacks.values(), forward_kwargs(host, batch or samples(item)[0]))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -139,7 +140,8 @@ def test_a_convolutions_features_are_found_where_all_dimensions_are_equally_larg
         embedding_size=8, hidden_sizes=[8], depths=[3], layer_type="basic", downsample_in_first_stage=False
     )
     model = tf.ResNetModel(config).eval()
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     found = find_axes(host, stacks.values(), {"pixel_values": torch.randn(4, 3, 32, 32)})
     (axes,) = found.values()
     assert isinstance(axes, Axes) and (axes.features, axes.samples) == (1, 0)
@@ -277,7 +279,8 @@ def test_a_text_of_full_length_is_not_made_longer(name):
     model = spread(type(specimen.model())(config)).eval()
     longest: list[int] = []
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: longest.append(args[0].shape[1]))
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     ids = torch.randint(5, 110, (4, 16))
     (axes,) = find_axes(host, stacks.values(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}).values()
     assert isinstance(axes, Axes) and axes.mask == "encoder" and max(longest) == 16

@@ -39,7 +39,8 @@ class Keeper(SimilarityMetric):
 
 
 def keep(model, batches, rows, side_limit=None, samples=10**6):
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     observers = [StackObserver(stack, Keeper(), rows) for stack in stacks.values()]
     for observer in observers:
         observer.metric.tokens_per_sample = side_limit
@@ -176,7 +177,8 @@ def test_calibration_samples_bounds_the_data_to_the_sample():
 def test_memory_does_not_grow_with_the_samples():
     specimen = ZOO["bert"]
     model, batches = specimen.model(), specimen.batches(1, 64)
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     sizes = []
     for repeats in (30, 120):
         (observer,) = [StackObserver(stack, metrics.get("cka")(), "tokens") for stack in stacks.values()]

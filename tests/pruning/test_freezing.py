@@ -39,7 +39,7 @@ def test_backward_stops_below_the_lowest_trainable_block(name):
     first, last = next(iter(stacks)), list(stacks)[-1]
     frozen = {n: list(range(len(s))) for n, s in stacks.items()}
     frozen[last] = frozen[last][:-1]
-    freeze_blocks(describe(model)[0], stacks, frozen)
+    freeze_blocks(describe(model), frozen)
     seen = []
     for index in (0, 1):
         stacks[first].blocks[index].register_forward_hook(
@@ -95,9 +95,9 @@ def test_freezing_twice_adds_nothing():
     model = ZOO["resnet"].model()
     stacks = find_stacks(model)
     frozen = {name: [0] for name in stacks}
-    assert freeze_blocks(describe(model)[0], stacks, frozen)
+    assert freeze_blocks(describe(model), frozen)
     hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
-    assert freeze_blocks(describe(model)[0], stacks, frozen) == []
+    assert freeze_blocks(describe(model), frozen) == []
     assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks > 0
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from deeparc_hf import MPruneConfig, PrunedConfig, PruningPlan, create_model_card, remove_blocks, save_pruned
 from deeparc_hf.cli import main
-from deeparc_hf.cli.inspection import facts_of, facts_text
+from deeparc_hf.cli.inspect import facts_of, facts_text
 from deeparc_hf.core.plain_text import allowed, is_plain, listed, plain, plain_lines, quoted
 from deeparc_hf.errors import DeepArcError, DeepArcWarning, RecordError
 from deeparc_hf.publish.gather import content_of_folder

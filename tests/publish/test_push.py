@@ -197,7 +197,7 @@ def test_a_card_that_cannot_be_made_is_a_warning_and_the_run_goes_on(hub, publis
     assert "model.safetensors" in hub.files("owner/broken")
 
 
-# ---- timm, README, the cache ----
+# ---- timm, the documents, the cache ----
 
 
 @pytest.mark.parametrize("name", ["timm_resnet", "wrapped"])
@@ -268,9 +268,9 @@ def test_what_was_downloaded_is_there_offline(hub, publisher, published):
     assert error.value.type == "LocalEntryNotFoundError"
 
 
-def test_the_readmes_code_publishes(hub, tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    blocks = re.findall(r"<!-- hub -->\n```python\n(.*?)```", readme, re.DOTALL)
+def test_the_code_in_the_documents_publishes(hub, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "publishing.md").read_text("utf-8")
+    blocks = re.findall(r"<!-- hub -->\n```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 2
     with Client(hub.environment("hf_me")) as publisher:
         publisher.run(BEGIN)

@@ -15,8 +15,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from deeparc_hf.errors import ConfigError
 from experiment.arguments import DataArguments, PruningArguments, parse
-from experiment.sweep import Sweep
-from experiment.sweep_file import SweepFile, recipe_types
+from experiment.sweep import Sweep, SweepFile, recipe_types
 
 from .tiny import RECIPES, ROOT
 

@@ -14,8 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from deeparc_hf import PrunedConfig
 from deeparc_hf.errors import ConfigError
-from experiment.generation import generation_metrics
-from experiment.questions import first_answers
+from experiment.generation import first_answers, generation_metrics
 from experiment.results import read_rows
 from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO

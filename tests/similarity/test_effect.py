@@ -42,7 +42,8 @@ def _one_thread():
 
 def effects_of(model: nn.Module, batches: list[dict[str, Tensor]], gather=None) -> dict[str, Tensor]:
     """The effect of each block, by stack."""
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     skippers = [StackSkipper(host, stack, Effect(len(stack))) for stack in stacks.values()]
     _, found = skip_blocks(host, skippers, batches, 10**6, progress=False, gather=gather)
     return {name: effects(observed.sums) for name, observed in zip(stacks, found, strict=True)}
@@ -246,7 +247,8 @@ def test_blocks_that_work_in_place_are_given_back_what_they_got():
     specimen = ZOO["timm_vit"]
     model, batches = specimen.model(), specimen.batches()
     expected = effects_of(model, batches)["blocks"]
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     stack = stacks["blocks"]
     for index, block in enumerate(stack.blocks):
         stack.container[index] = InPlace(block)
@@ -260,7 +262,8 @@ def test_processes_add_up():
     specimen = ZOO["bert"]
     model, batches = specimen.model(), specimen.batches()
     whole = effects_of(model, batches)["bert.encoder.layer"]
-    host, _, stacks = describe(model)
+    subject = describe(model)
+    host, stacks = subject.host, subject.stacks
     stack = stacks["bert.encoder.layer"]
 
     def seen(share: list[dict[str, Tensor]]) -> tuple[int, list[Observed]]:
@@ -346,7 +349,8 @@ def test_what_is_not_finite_is_named():
 
 def test_a_block_that_changes_the_shape_cannot_be_skipped():
     specimen = ZOO["timm_resnet"]
-    host, _, stacks = describe(specimen.model())
+    subject = describe(specimen.model())
+    host, stacks = subject.host, subject.stacks
     stack = stacks["layer2"]
     assert 0 in stack.pinned
     free = type(stack)(stack.name, stack.container)

@@ -20,8 +20,8 @@ from .test_sparsify import made
 
 
 def found(model, targets=None):
-    host, _, stacks = describe(model)
-    return find_matrices(host, stacks, targets)
+    subject = describe(model)
+    return find_matrices(subject, targets)
 
 
 @pytest.mark.parametrize("name", ZOO)

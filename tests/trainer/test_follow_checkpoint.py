@@ -377,8 +377,8 @@ def test_what_the_run_froze_is_frozen_again_and_told():
     model = followed("bert", donor)
     _, frozen = settle(model, Structure(), Structure(), Structure(record, {"bert.encoder.layer": [1]}))
     reference, _ = pruned("bert")
-    host, _, stacks = describe(reference)
-    freeze_blocks(host, stacks, {"bert.encoder.layer": [1]})
+    subject = describe(reference)
+    freeze_blocks(subject, {"bert.encoder.layer": [1]})
     expected = {name for name, parameter in reference.named_parameters() if not parameter.requires_grad}
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == expected
     assert {id(p) for p in frozen} == {id(p) for name, p in model.named_parameters() if name in expected}

@@ -16,11 +16,10 @@ from torch.nn.modules.module import _global_module_registration_hooks
 from transformers import Trainer
 
 from deeparc_hf import find_stacks, remove_blocks
-from tests.trainers import arguments, pruning, text_data, train
+from tests.trainers import arguments, image_data, pruning, text_data, train
 from tests.zoo import ZOO
 
 from .test_resume import STACK, blocks, equal, scripted
-from .test_resume_families import images
 from .test_resume_faults import Interrupt
 
 STAGE = "resnet.encoder.stages.2.layers"
@@ -105,7 +104,7 @@ def test_batch_norms_that_a_training_froze_are_pickled_and_follow_the_mode_again
         tmp_path,
         pruning(protect="*.stages.0.*", keep_ratio=0.9, freeze="partial"),
         Statistics(),
-        data=images(),
+        data=image_data(),
         num_train_epochs=1,
     )
     frozen = [name for name in seen[0] if torch.equal(seen[0][name], seen[-1][name])]

@@ -14,11 +14,10 @@ from torch.nn.modules.module import _global_module_registration_hooks
 from transformers import Trainer
 
 from deeparc_hf.errors import ConfigError
-from tests.trainers import arguments, pruning, text_data, train, without_stages
+from tests.trainers import arguments, image_data, pruning, text_data, train, without_stages
 from tests.zoo import ZOO
 
 from .test_resume import blocks, equal, scripted
-from .test_resume_families import images
 
 
 def trainable(model):
@@ -129,7 +128,7 @@ def test_what_one_training_froze_the_next_one_trains(tmp_path, new_trainer):
 @pytest.mark.parametrize("name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deit", "dinov2"))])
 def test_models_whose_checkpoints_name_tensors_otherwise(tmp_path, name):
     """transformers saves these under older names, and the Trainer does not rename them when it loads a checkpoint."""
-    data = images().map(lambda row: {"labels": row["labels"] % 2})
+    data = image_data().map(lambda row: {"labels": row["labels"] % 2})
 
     def go(folder, resume=None):
         torch.manual_seed(0)
@@ -156,7 +155,11 @@ def test_models_whose_checkpoints_name_tensors_otherwise(tmp_path, name):
 
 
 def test_the_best_vit_is_really_loaded(tmp_path):
-    data, model, values = images().map(lambda row: {"labels": row["labels"] % 2}), ZOO["vit"].model(), iter([0.9, 0.5])
+    data, model, values = (
+        image_data().map(lambda row: {"labels": row["labels"] % 2}),
+        ZOO["vit"].model(),
+        iter([0.9, 0.5]),
+    )
     trainer = train(
         model,
         tmp_path,

@@ -9,8 +9,8 @@ pytest.importorskip("nltk")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("rouge_score")
 
-from deeparc_hf.errors import ConfigError
-from experiment.generation import TITLES, GenerationScores, bootstrap_intervals, generation_metrics, scores_table
+from experiment.generation import TITLES, bootstrap_intervals, generation_metrics, scores_table
+from experiment.results import Measured, Row
 from tests.recipes.experiment.test_generation import random_pairs
 
 
@@ -48,25 +48,21 @@ def test_draws_of_empty_references_only_do_not_count():
     assert found["length_ratio"] == (1.0, 5 / 4) and found["precision_1"] == (4 / 5, 1.0)
 
 
-def some_scores(**changes) -> GenerationScores:
-    values = {name: (index + 1) / 16 for index, name in enumerate(TITLES)}
-    return GenerationScores(**{**values, "samples": 1500, "backend": "libraries", **changes})
+def some_row(name: str, encoder: int, without: str | None = None, **intervals: tuple[float, float]) -> Row:
+    values = {title: (index + 1) / 16 for index, title in enumerate(TITLES) if title != without}
+    blocks = {"encoder.block": encoder, "decoder.block": 3}
+    return Row(name, blocks, 222903552, Measured(values, 1500, intervals))
 
 
 def test_table():
-    left_out = some_scores(meteor=None, reasons={"meteor": "no WordNet."})
-    intervals = {"teacher": {"bleu": (0.05, 0.07123)}}
-    found = scores_table(
-        {"teacher": some_scores(), "a|b": left_out},
-        encoders={"teacher": 12, "a|b": 6},
-        parameters={"teacher": 222903552},
-        intervals=intervals,
-    )
+    rows = [some_row("original", 12, bleu=(0.05, 0.07123)), some_row("iteration 1", 6, "meteor")]
+    found = scores_table(rows, {"meteor": "no WordNet."})
     expected = r"""
-|  | teacher | a\|b |
+|  | original | iteration 1 |
 | --- | ---: | ---: |
 | Num of encoder | 12 | 6 |
-| Num of parameter | 222,903,552 | - |
+| Num of decoder | 3 | 3 |
+| Num of parameter | 222,903,552 | 222,903,552 |
 | BLEU | 0.0625 (0.0500 to 0.0712) | 0.0625 |
 | Precision 1-gram | 0.1250 | 0.1250 |
 | Precision 2-gram | 0.1875 | 0.1875 |
@@ -80,22 +76,13 @@ def test_table():
 | ROUGE-Lsum F1 | 0.6875 | 0.6875 |
 | METEOR | 0.7500 | - |
 
-Num of parameter is not known of a|b.
-
-METEOR is left out for a|b: no WordNet.
+METEOR is left out for iteration 1: no WordNet.
 
 In brackets: 95 % bootstrap intervals over the texts, n = 1,500."""
     assert found == expected.lstrip()
 
 
 def test_table_of_what_needs_no_notes_has_none():
-    lines = scores_table({"teacher": some_scores()}).splitlines()
-    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == ["", "---", *TITLES.values()]
-
-
-def test_table_refuses_what_is_not_its_own():
-    with pytest.raises(ConfigError, match="at least one model"):
-        scores_table({})
-    for name in ("encoders", "decoders", "parameters", "intervals"):
-        with pytest.raises(ConfigError, match="student is none of the table's columns, which are: teacher"):
-            scores_table({"teacher": some_scores()}, **{name: {"student": {}}})
+    lines = scores_table([some_row("original", 12)], {}).splitlines()
+    sizes = ["Num of encoder", "Num of decoder", "Num of parameter"]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == ["", "---", *sizes, *TITLES.values()]

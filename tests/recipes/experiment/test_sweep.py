@@ -19,8 +19,7 @@ import yaml
 from deeparc_hf.errors import ConfigError
 from experiment.arguments import PruningArguments
 from experiment.command import run
-from experiment.sweep import Sweep, slug
-from experiment.sweep_file import SweepFile
+from experiment.sweep import Sweep, SweepFile, slug
 
 ROOT = Path(__file__).parents[3]
 GRID = {"num_blocks": {"three": 3, "two": 2}, "width": {"": 1, "wide": 9}}

@@ -20,50 +20,25 @@ from transformers import TrainingArguments
 from .arguments import DataArguments, PruningArguments
 from .splits import Splits
 
-__all__ = ["asked_for", "command_of"]
+__all__ = ["provenance", "published_command"]
 
-_PLACES = (
-    "model",
-    "dataset",
-    "train_file",
-    "validation_file",
-    "test_file",
-    "gguf_file",
-)  # a Hub id, a folder or a file
+_PLACES = ("model", "dataset", "train_file", "validation_file", "test_file", "gguf_file")  # a Hub id, folder or file
 _NOT_OURS = ("repo_id", "repo_private")
 # of TrainingArguments: what figures depend on
-_TRAINING = (
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "bf16",
-    "data_seed",
-    "eval_strategy",
-    "fp16",
-    "gradient_accumulation_steps",
-    "label_smoothing_factor",
-    "learning_rate",
-    "lr_scheduler_type",
-    "max_grad_norm",
-    "neftune_noise_alpha",
-    "optim",
-    "per_device_eval_batch_size",
-    "per_device_train_batch_size",
-    "save_strategy",
-    "seed",
-    "tf32",
-    "torch_compile",
-    "train_sampling_strategy",
-    "use_cpu",
-    "warmup_ratio",
-    "warmup_steps",
-    "weight_decay",
-)
+_TRAINING = {
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "lr_scheduler_type", "max_grad_norm", "optim"),
+    *("warmup_ratio", "warmup_steps", "weight_decay"),
+    *("gradient_accumulation_steps", "per_device_eval_batch_size", "per_device_train_batch_size"),
+    *("data_seed", "seed", "train_sampling_strategy"),
+    *("eval_strategy", "save_strategy"),
+    *("label_smoothing_factor", "neftune_noise_alpha"),
+    *("bf16", "fp16", "tf32", "torch_compile", "use_cpu"),
+}
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]+")
 _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
-def asked_for(
+def provenance(
     recipe: str, argv: Sequence[str] | None, data: DataArguments, own: Any, training: TrainingArguments, splits: Splits
 ) -> dict[str, Any]:
     """The facts for the report.
@@ -77,27 +52,18 @@ def asked_for(
         splits: the data.
     """
     words = sys.argv[1:] if argv is None else argv
-    settings = {
-        key: _told(key, value)
-        for key, value in {**_given(data), **dataclasses.asdict(own)}.items()
-        if key not in _NOT_OURS
-    }
-    known = {
-        spec.name: getattr(training, spec.name)
-        for spec in dataclasses.fields(training)
-        if spec.name in _TRAINING and spec.init
-    }
-    defaults = {spec.name: spec.default for spec in dataclasses.fields(training)}
+    settings = {**_changed(data), **dataclasses.asdict(own)}
+    trainer = {name: value for name, value in _changed(training).items() if name in _TRAINING}
     return {
         "recipe": Path(recipe).name,
-        "command": command_of(Path(recipe), words, [spec.name for spec in dataclasses.fields(own)]),
-        "settings": settings,
-        "trainer": {key: getattr(value, "value", value) for key, value in known.items() if value != defaults[key]},
+        "command": published_command(Path(recipe), words, [spec.name for spec in dataclasses.fields(own)]),
+        "settings": {name: _told(name, value) for name, value in settings.items() if name not in _NOT_OURS},
+        "trainer": {name: getattr(value, "value", value) for name, value in trainer.items()},
         "data": {use: dict(facts) for use, facts in splits.sources.items()},
     }
 
 
-def command_of(recipe: Path, argv: Sequence[str], own: Sequence[str] = ()) -> str:
+def published_command(recipe: Path, argv: Sequence[str], own: Sequence[str] = ()) -> str:
     """The command as others may type it: files by their names, FOLDER for folders; arguments that are on no list are
     left out.
 
@@ -162,7 +128,9 @@ def _place(value: str) -> str:
         return "FOLDER"
 
 
-def _given(data: DataArguments) -> dict[str, Any]:
-    """What was given of the data's settings."""
-    defaults = {spec.name: spec.default for spec in dataclasses.fields(data)}
-    return {key: value for key, value in dataclasses.asdict(data).items() if value != defaults[key]}
+def _changed(settings: Any) -> dict[str, Any]:
+    """The settings that are not the defaults."""
+    given = {
+        spec.name: (getattr(settings, spec.name), spec.default) for spec in dataclasses.fields(settings) if spec.init
+    }
+    return {name: value for name, (value, default) in given.items() if value != default}

@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from experiment.arguments import DataArguments
-from experiment.asked import asked_for, command_of
+from experiment.provenance import provenance, published_command
 from experiment.splits import Splits
 
 RECIPE = Path(__file__).parents[3] / "recipes" / "t5_qg.py"
@@ -57,7 +57,7 @@ def test_the_command_holds_no_places_and_no_tokens(tmp_path, given, shown):
     words = [word.replace("FILE", str(tmp_path / "train.csv")).replace("HERE", str(tmp_path)) for word in given]
     expected = shown.replace("HERE", str(tmp_path))  # a column may be called anything
     assert (
-        command_of(RECIPE, words, ["text_column", "prefix", "gguf_file"])
+        published_command(RECIPE, words, ["text_column", "prefix", "gguf_file"])
         == f"python recipes/t5_qg.py {expected}".strip()
     )
 
@@ -68,7 +68,7 @@ def test_the_command_holds_no_places_and_no_tokens(tmp_path, given, shown):
 def test_several_processes_are_told(monkeypatch, here, launcher):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-    assert command_of(RECIPE, []) == f"{launcher} recipes/t5_qg.py"
+    assert published_command(RECIPE, []) == f"{launcher} recipes/t5_qg.py"
 
 
 def test_facts(monkeypatch, tmp_path):
@@ -78,7 +78,7 @@ def test_facts(monkeypatch, tmp_path):
     training = TrainingArguments(
         str(tmp_path), seed=1, warmup_steps=7, hub_token="secret", run_name=str(tmp_path), use_cpu=True
     )
-    facts = asked_for(str(RECIPE), None, data, Own(gguf_file=str(tmp_path / "m.gguf")), training, splits)
+    facts = provenance(str(RECIPE), None, data, Own(gguf_file=str(tmp_path / "m.gguf")), training, splits)
     assert facts == {
         "recipe": "t5_qg.py",
         "command": "python recipes/t5_qg.py --seed 1",

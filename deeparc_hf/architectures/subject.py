@@ -1,0 +1,95 @@
+"""A described model: made once where a model comes in, handed on, and made anew when its structure has changed."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from .base import Family, Stack, families
+from .hosts import Host, find_host
+from .layout import Layout
+
+__all__ = ["Subject", "describe"]
+
+_Blocks = Mapping[str, tuple["weakref.ref[nn.Module]", ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One model, as `describe` has found it.
+
+    Attributes:
+        host: the model with its library.
+        family: what says which stacks it has.
+        stacks: by name, in forward order.
+    """
+
+    host: Host
+    family: Family
+    stacks: Mapping[str, Stack]
+    _blocks: _Blocks
+
+    @property
+    def root(self) -> nn.Module:
+        """The model of the library, which may stand in a wrapper."""
+        return self.host.root
+
+    @property
+    def name(self) -> str:
+        """The model's class, for messages."""
+        return type(self.root).__name__
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """By stack name, the number of blocks when the model was described."""
+        return {name: len(blocks) for name, blocks in self._blocks.items()}
+
+    def is_current(self) -> bool:
+        """Whether the model still has the blocks that were described. It costs next to nothing to ask."""
+        for name, known in self._blocks.items():
+            try:
+                container = self.root.get_submodule(name)
+            except AttributeError:
+                return False
+            blocks = list(container.children())
+            if container is not self.stacks[name].container or len(blocks) != len(known):
+                return False
+            # weak references: a description does not hold on to removed blocks
+            if any(reference() is not block for reference, block in zip(known, blocks, strict=True)):
+                return False
+        return True
+
+    def shrunk_settings(self, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The model's settings, and those of the model with only the blocks that a layout keeps."""
+        before = self.host.settings()
+        after = copy.deepcopy(before)
+        self.family.shrink(after, list(self.stacks.values()), layout.kept)
+        return before, after
+
+
+def describe(model: nn.Module | Subject) -> Subject:
+    """Describe a model: find its library, its family and its stacks.
+
+    Args:
+        model: as in `find_stacks`; or a description of it, which is handed back where the model has not changed since.
+
+    Raises:
+        UnsupportedModelError: as `find_stacks`.
+    """
+    if isinstance(model, Subject):
+        return model if model.is_current() else describe(model.root)
+    host = find_host(model)
+    for family in sorted((cls() for cls in families), key=lambda f: (-f.priority, f.name)):
+        if family.matches(host):
+            stacks = {stack.name: stack for stack in family.stacks(host)}
+            return Subject(host, family, stacks, {n: tuple(map(weakref.ref, s.blocks)) for n, s in stacks.items()})
+    raise UnsupportedModelError(
+        f"No family of deeparc_hf describes {host.label}, of {host.library}. Known families: "
+        f"{', '.join(families.names())}. To support it, add a family: one file, see 'add a family' in CONTRIBUTING.md."
+    )
