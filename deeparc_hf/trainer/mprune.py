@@ -115,7 +115,9 @@ class MPruneCallback(SessionCallback):
         return callback
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._run = None  # an interrupted run of another Trainer may have left it
+        if self._run is not None:  # an interrupted run of another Trainer may have left it
+            self._run.operations.teaching.forget()
+        self._run = self.session = None
         model = kwargs.get("model")
         if model is None:
             return

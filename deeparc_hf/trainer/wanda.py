@@ -94,7 +94,7 @@ class WandaCallback(SessionCallback):
         return callback
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._run = None  # an interrupted run of another Trainer may have left it
+        self._run = self.session = None  # an interrupted run of another Trainer may have left them
         model = kwargs.get("model")
         if is_sharded(args):
             raise UnsupportedModelError(
