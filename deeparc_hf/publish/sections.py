@@ -89,7 +89,7 @@ def iterations_note(content: CardContent) -> str:
     """What the columns are, and the hardware and batch of the times."""
     notes = ["Blocks: by stack." if len(content.record.stacks) > 1 else ""]
     if content.from_run:
-        inside = {e.split_of(key) for a in content.attempts for _, e in a.evaluations for key in e.metrics} - {None}
+        inside = {e.split_of(key) for a in content.attempts for e in a.evaluations for key in e.metrics} - {None}
         where = f" on {md(' and '.join(sorted(map(str, inside))))} data" if inside else ""
         notes.append(
             f"The last figure of each training{where}; the pruned models were trained for longer than the one before "
