@@ -13,6 +13,7 @@ from ..checkpoint.weights_mark import mark_of_model
 from ..core.distributed import gather
 from ..core.environment import package_versions
 from ..core.files import finite, write_whole
+from ..core.markdown import made_with, table
 from ..core.progress_bars import shows_bars
 from ..errors import ConfigError, RecordError, SparsityError
 from ..observe.calibration import Calibration
@@ -456,23 +457,19 @@ def _markdown(data: Mapping[str, Any]) -> str:
     if data["evaluations"]:
         parts.append(f"## Evaluations\n\n{_evaluations(data['evaluations'])}\n")
     if data["measured"]:
-        rows = [f"| {m['epoch']:g} | {m['step']} | {100 * m['share']:.4f} |" for m in data["measured"]]
-        head = "| epoch | step | zeros in the recorded matrices (%) |\n| ---: | ---: | ---: |"
-        parts.append("## Measured at the end of each epoch\n\n" + "\n".join([head, *rows]) + "\n")
-    facts = {**data["hardware"], **data["versions"]}
-    parts.append("## Made with\n\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()) + "\n")
+        rows = [[f"{m['epoch']:g}", str(m["step"]), f"{100 * m['share']:.4f}"] for m in data["measured"]]
+        shown = table(["epoch", "step", "zeros in the recorded matrices (%)"], rows, left=())
+        parts.append(f"## Measured at the end of each epoch\n\n{shown}\n")
+    parts.append(f"{made_with(data['hardware'], data['versions'])}\n")
     return "\n".join(parts)
 
 
 def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> str:
     names = [key for key in dict.fromkeys(key for e in evaluations for key in e["metrics"]) if not key.endswith(TIMES)]
-    lines = [
-        f"| epoch | step | blocks | weights | {' | '.join(names)} |",
-        f"| ---: | ---: | ---: | --- |{' ---: |' * len(names)}",
-    ]
+    rows = []
     for entry in evaluations:
         values = [entry["metrics"].get(name) for name in names]
-        zeroed = "zeroed" if entry["sparse"] else "not zeroed"
         shown = ["-" if value is None else f"{value:.4f}" for value in values]
-        lines.append(f"| {entry['epoch']:g} | {entry['step']} | {entry['blocks']} | {zeroed} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+        zeroed = "zeroed" if entry["sparse"] else "not zeroed"
+        rows.append([f"{entry['epoch']:g}", str(entry["step"]), str(entry["blocks"]), zeroed, *shown])
+    return table(["epoch", "step", "blocks", "weights", *names], rows, left=(3,))
