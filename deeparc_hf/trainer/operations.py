@@ -221,8 +221,8 @@ class Operations:
         note_frozen(self.model, [parameter for parameter in trainable if not parameter.requires_grad])
         self.plan = plan
         p.record = record.to_dict()
-        step = Layout.without({name: len(stack) for name, stack in plan.stacks.items()}, plan.removed)
-        p.frozen = lists(step.places({name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}))
+        layout = Layout.without({name: len(stack) for name, stack in plan.stacks.items()}, plan.removed)
+        p.frozen = lists(layout.places({name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}))
         self.teaching.follow()
         follow_in_wrapper(self.model)
         return record
