@@ -89,6 +89,13 @@ class PrunedConfig:
             {n: last[n] for n in self.stacks if isinstance(last.get(n), (list, tuple)) and last[n]}
         )
 
+    @property
+    def zeros(self) -> tuple[int, int, int] | None:
+        """Zeros, weights and number of the sparse matrices; None where nothing was zeroed."""
+        matrices = (self.sparsity or {}).get("matrices") or {}
+        zeros, size = (sum(matrix[key] for matrix in matrices.values()) for key in ("zeros", "size"))
+        return (zeros, size, len(matrices)) if matrices else None
+
     def _repr_html_(self) -> str:
         return record_html(self)
 

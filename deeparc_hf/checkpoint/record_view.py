@@ -59,8 +59,7 @@ def _blocks(found: Any) -> str:
 
 
 def _zeros(record: Any) -> list[str]:
-    matrices = (record.sparsity or {}).get("matrices", {})
-    if not matrices:
+    if record.zeros is None:
         return []
-    zeros, size = (sum(entry[key] for entry in matrices.values()) for key in ("zeros", "size"))
-    return [f"Zeroed weights: {100 * zeros / max(1, size):.2f} % of {size:,} in {len(matrices)} matrices."]
+    zeros, size, matrices = record.zeros
+    return [f"Zeroed weights: {100 * zeros / max(1, size):.2f} % of {size:,} in {matrices} matrices."]

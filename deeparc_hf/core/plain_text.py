@@ -3,7 +3,7 @@ printed or written.
 
 Names in a checkpoint may hold escape codes that steer a terminal, marks that turn the direction of a text, line breaks
 that forge a line of output, or a megabyte of anything. Here they become one line of visible text of limited length, or
-a word of a known list, or nothing. Markdown is the card's business (`card.text`), which starts from this.
+a word of a known list, or nothing. Markdown (`core.markdown`) starts from this.
 """
 
 from __future__ import annotations

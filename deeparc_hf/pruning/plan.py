@@ -104,6 +104,12 @@ class PruningPlan:
     def num_frozen(self) -> int:
         return sum(len(stack.frozen) for stack in self.stacks.values())
 
+    @property
+    def samples_text(self) -> str:
+        """The calibration samples behind the similarities, in words."""
+        count = f"{self.samples:,} calibration samples"
+        return count if self.samples else "calibration samples whose number is not known"
+
     def replan(self, **settings: Any) -> PruningPlan:
         """A plan from the same similarities with other settings, at once. What decides the similarities must stay.
 

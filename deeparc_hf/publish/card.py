@@ -37,6 +37,7 @@ __all__ = [
     "made_by_us",
     "make_card",
     "may_replace",
+    "render",
 ]
 
 CARD_FILE, PICTURE_FILE, QUALITY_FILE = "README.md", "similarity.png", "quality.png"

@@ -123,11 +123,7 @@ class CardContent:
     @property
     def zeros(self) -> tuple[int, int, int] | None:
         """Zeros, weights and number of the sparse matrices, by the record; None where nothing was zeroed."""
-        matrices = (self.record.sparsity or {}).get("matrices") or {}
-        if not matrices:
-            return None
-        zeros, size = (sum(entry[key] for entry in matrices.values()) for key in ("zeros", "size"))
-        return zeros, size, len(matrices)
+        return self.record.zeros
 
     @property
     def compared(self) -> bool:

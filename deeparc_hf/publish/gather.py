@@ -153,7 +153,7 @@ def _final_of_record(record: PrunedConfig, attempts: Sequence[Attempt], mark: st
     """What the record tells of the model as it is. Without the weights nothing, where some may be zeroed since."""
     if not attempts or not attempts[-1].evaluations or (mark is None and record.sparsity is not None):
         return ()
-    last = attempts[-1].evaluations[-1][1]
+    last = attempts[-1].evaluations[-1]
     return (last,) if mark in (None, last.mark) else ()
 
 
@@ -211,13 +211,13 @@ def _with_run(content: CardContent, entry: Entry, own: bool) -> CardContent:
     attempts = tuple(map(Attempt.read, entry["attempts"].items()))
     entry["attempts"].must_be(bool(attempts), "a list of at least the model before")
     final = _evaluations_in(entry, "final")
-    standing = [attempt for attempt in attempts[1:] if attempt.decision != "rolled back"]
+    standing = [attempt for attempt in attempts[1:] if not attempt.is_taken_back]
     last = content.attempts[-1] if content.attempts else None
     if standing:
         mine = last is not None and standing[-1].removed == last.removed and standing[-1].blocks == last.blocks
     else:  # nothing was pruned in that run, or all of it was taken back
         mine = content.left in ({}, attempts[0].blocks)
-    inside = tuple(evaluation for attempt in attempts for _, evaluation in attempt.evaluations)
+    inside = tuple(evaluation for attempt in attempts for evaluation in attempt.evaluations)
     if not mine or not (own or content.mark is None or _is_marked(content, entry, inside, final)):
         return content
     config = MPruneConfig.from_dict(entry["config"].value)

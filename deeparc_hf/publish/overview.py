@@ -62,7 +62,7 @@ def _before_in_run(content: CardContent, evaluation: Evaluation, key: str) -> Fi
     first = content.attempts[0] if content.attempts else None
     if first is None or first.k is not None or (content.removed and sum(first.blocks.values()) != content.blocks[0]):
         return None
-    same = [e for _, e in first.evaluations if e.data == evaluation.data and key in e.metrics and not e.sparse]
+    same = [e for e in first.evaluations if e.data == evaluation.data and key in e.metrics and not e.sparse]
     return same[-1].figure(key) if same and (content.removed or content.zeros) else None
 
 
@@ -113,7 +113,7 @@ def trained(content: CardContent) -> str | None:
     if left is not None and left == content.mark:
         healed = any(site.get("healed") for site in last.get("healing") or ())
         return f"**Not trained after the removal**: the weights are as {'the repair' if healed else 'it'} left them."
-    standing = [attempt for attempt in content.attempts if attempt.k is not None and attempt.decision != "rolled back"]
+    standing = [attempt for attempt in content.attempts if attempt.k is not None and not attempt.is_taken_back]
     seconds = standing[-1].training_seconds if standing and content.from_run else None
     if seconds or "retrained" in (last.get("stages") or {}) or last.get("metrics"):
         return "Trained after the removal."

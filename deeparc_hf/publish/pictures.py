@@ -41,7 +41,7 @@ def quality_series(content: CardContent) -> tuple[str, list[Series]]:
     name = bare(shown.key)
     key, inside = f"eval_{name}", []
     for attempt in content.attempts:
-        figures = [e.figure(key) for _, e in attempt.evaluations if key in e.metrics and not e.sparse]
+        figures = [e.figure(key) for e in attempt.evaluations if key in e.metrics and not e.sparse]
         if figures and attempt.parameters is not None:
             inside.append(Point(attempt.name, attempt.parameters, figures[-1]))
     series = [Series("validation data, in the training", inside)]

@@ -68,8 +68,9 @@ def summary(content: CardContent) -> str:
 
 
 def _how_chosen(content: CardContent) -> str:
-    metrics = {(noted.get("settings") or {}).get("similarity") for noted in content.record.iterations}
-    metric = metrics.pop() if len(metrics) == 1 else ""  # of all prunings, or of none
+    metrics = [(noted.get("settings") or {}).get("similarity") for noted in content.record.iterations]
+    same = bool(metrics) and all(metric == metrics[0] for metric in metrics)
+    metric = metrics[0] if same else ""  # of all prunings, or of none
     if metric is None:
         return " (chosen by hand)"
     return f" (found by {_METRICS.get(metric, md(metric))})" if isinstance(metric, str) and metric else ""
@@ -88,7 +89,7 @@ def iterations_note(content: CardContent) -> str:
     """What the columns are, and the hardware and batch of the times."""
     notes = ["Blocks: by stack." if len(content.record.stacks) > 1 else ""]
     if content.from_run:
-        inside = {e.split_of(key) for a in content.attempts for _, e in a.evaluations for key in e.metrics} - {None}
+        inside = {e.split_of(key) for a in content.attempts for e in a.evaluations for key in e.metrics} - {None}
         where = f" on {md(' and '.join(sorted(map(str, inside))))} data" if inside else ""
         notes.append(
             f"The last figure of each training{where}; the pruned models were trained for longer than the one before "
@@ -173,12 +174,9 @@ def _hardware(content: CardContent) -> str:
 def similarity_note(plan: PruningPlan) -> str:
     """How the blocks were compared."""
     c = plan.config
-    samples = (
-        f"{plan.samples:,} calibration samples" if plan.samples else "calibration samples whose number is not known"
-    )
     rows = "" if c.similarity == "effect" else f" (rows: {md(c.effective_rows)})"
     metric = _METRICS.get(c.similarity, md(c.similarity))
-    note = f"By {metric}{rows} on {samples}, before the last pruning, of the blocks that were left then."
+    note = f"By {metric}{rows} on {plan.samples_text}, before the last pruning, of the blocks that were left then."
     return f"{note} {_EFFECT}" if c.similarity == "effect" else note
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..core.markdown import code, md, table
 from ..core.tables import threshold_text
-from ..reports.attempts import Attempt, Evaluation, Figure, bare
-from ..reports.run_report import STAGES, loss_text, share_text
+from ..reports.attempts import STAGES, Attempt, Evaluation, Figure, bare
+from ..reports.run_report import loss_text, share_text
 from ..sparsity.report import sparsity_table
 from .content import CardContent
 
@@ -35,7 +35,7 @@ def main_metric(content: CardContent) -> str:
     asked = bare(content.run.get("metric") or "")
     if asked:
         return asked
-    inside = [e.metrics for a in content.attempts for _, e in a.evaluations]
+    inside = [e.metrics for a in content.attempts for e in a.evaluations]
     evaluations = inside or [e.metrics for e in content.final]  # the table is of those in the training
     names = list(dict.fromkeys(bare(key) for metrics in evaluations for key in metrics))
     return next(
@@ -110,9 +110,10 @@ def settings_table(content: CardContent) -> str | None:
     """Stride, threshold, frozen blocks and time of an evaluation, for each row of the table of iterations."""
     rows = []
     for attempt in iteration_rows(content):
-        seconds = next((e.seconds for _, e in reversed(attempt.evaluations) if e.seconds is not None), None)
-        thresholds = " ".join(map(threshold_text, attempt.thresholds)) or "-"
-        cells = [_or_dash(attempt.k, "d"), thresholds, str(attempt.frozen), _or_dash(seconds, ",.2f")]
+        seconds = next((e.seconds for e in reversed(attempt.evaluations) if e.seconds is not None), None)
+        thresholds = " ".join(map(threshold_text, sorted(set(attempt.thresholds.values())))) or "-"
+        frozen = sum(map(len, attempt.frozen.values()))
+        cells = [_or_dash(attempt.k, "d"), thresholds, str(frozen), _or_dash(seconds, ",.2f")]
         rows.append([md(attempt.name), *cells])
     header = ["model", "k", "threshold", "frozen blocks", "evaluation (s)"]
     return table(header, rows) if any(set(row[1:]) - {"-", "0"} for row in rows) else None
@@ -122,8 +123,8 @@ def _by_weights(attempt: Attempt) -> list[Attempt]:
     """A row for the model as it was, and one for it with zeroed weights,
     where some were zeroed while it was trained.
     """
-    dense = tuple(entry for entry in attempt.evaluations if not entry[1].sparse)
-    sparse = tuple(entry for entry in attempt.evaluations if entry[1].sparse)
+    dense = tuple(evaluation for evaluation in attempt.evaluations if not evaluation.sparse)
+    sparse = tuple(evaluation for evaluation in attempt.evaluations if evaluation.sparse)
     if not sparse:
         return [attempt]
     zeroed = dataclasses.replace(attempt, name=f"{attempt.name}, weights zeroed", evaluations=sparse)
@@ -138,10 +139,10 @@ def _by_weights(attempt: Attempt) -> list[Attempt]:
 def _by_epoch(attempt: Attempt, metric: str) -> dict[int, float]:
     """The last value within each epoch, counted from the attempt's beginning."""
     by_epoch = {}
-    for epoch, evaluation in attempt.evaluations:
+    for evaluation in attempt.evaluations:
         value = evaluation.metrics.get(f"eval_{metric}", evaluation.metrics.get(metric))
         if value is not None:
-            by_epoch[max(0, math.ceil(epoch - attempt.epoch - 1e-6))] = value
+            by_epoch[max(0, math.ceil(evaluation.epoch - attempt.epoch - 1e-6))] = value
     return by_epoch
 
 

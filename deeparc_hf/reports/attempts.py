@@ -1,11 +1,15 @@
-"""Reading the reports that lie beside a checkpoint: their evaluations, and the prunings that were tried. A downloaded
-checkpoint is hostile input: everything is checked, sizes are bounded, and texts are made plain.
+"""The evaluations of a training, and the prunings that were tried in it: as a run notes them, as its report tells them,
+and as a card reads them.
+
+Reports lie beside a checkpoint, and a downloaded checkpoint is hostile input: `read` checks everything, sizes are
+bounded, and texts are made plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from ..core.checks import Entry, is_number
@@ -13,10 +17,15 @@ from ..core.markdown import md
 from ..core.plain_text import plain
 from ..core.statistics import wilson_interval
 from .provenance import TIMES, VALIDATION
-from .run_report import STAGES
 
-__all__ = ["Attempt", "Evaluation", "Figure", "bare", "dataset_in", "texts_in"]
+__all__ = ["STAGES", "Attempt", "Evaluation", "Figure", "bare", "dataset_in", "texts_in"]
 
+STAGES = {
+    "before": "before",
+    "removed": "right after the removal",
+    "healed": "after healing",
+    "retrained": "after the retraining",
+}
 _MOST_EVALUATIONS = 2**20
 _MOST_METRICS = 4096
 
@@ -95,6 +104,8 @@ class Evaluation:
             their intervals, and the number of its blocks.
         stacks: number of blocks of each stack of the model that the evaluation is of; empty where it is not known.
         judged: whether prunings were judged on the same rows.
+        step, epoch: when in the training it was made; None: not in one.
+        times: those among the Trainer's metrics that are times, by name.
     """
 
     metrics: dict[str, float]
@@ -108,19 +119,53 @@ class Evaluation:
     before_blocks: int | None = None
     stacks: Mapping[str, int] = field(default_factory=dict)
     judged: bool = False
+    step: int | None = field(default=None, compare=False)
+    epoch: float = field(default=0.0, compare=False)
+    times: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, figures: Mapping[str, float], **known: Any) -> Evaluation:
+        """An evaluation by its metrics, times among them."""
+        times = {key: value for key, value in figures.items() if key.endswith(TIMES)}
+        seconds = [value for key, value in times.items() if key.endswith("_runtime")]
+        metrics = {key: value for key, value in figures.items() if key not in times}
+        return cls(metrics, seconds=seconds[0] if len(seconds) == 1 else None, times=times, **known)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All metrics, times too."""
+        return {**self.metrics, **self.times}
+
+    @property
+    def lasting(self) -> dict[str, float]:
+        """The metrics that are finite."""
+        return {key: value for key, value in self.metrics.items() if abs(value) < float("inf")}
+
+    @property
+    def is_of_evaluation_data(self) -> bool:
+        """Whether it is of the Trainer's evaluation data; others have another prefix (`metric_key_prefix`)."""
+        return any(key.startswith("eval_") for key in self.metrics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, as a run notes it."""
+        when = {} if self.step is None else {"step": self.step, "epoch": self.epoch, "sparse": self.sparse}
+        return {**when, "metrics": self.figures, "data": dict(self.data), "weights": self.mark}
+
+    @classmethod
+    def from_dict(cls, noted: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`."""
+        when = {key: noted[key] for key in ("step", "epoch", "sparse") if key in noted}
+        return cls.of(noted["metrics"], data=noted.get("data", {}), mark=noted.get("weights"), **when)
 
     @classmethod
     def read(cls, entry: Entry) -> Evaluation:
         """Read an evaluation: metrics, and where they are known data, weights, sparse, intervals, stacks, judged, and
         before.
         """
-        figures = _figures_in(entry.get("metrics"))
-        times = [value for key, value in figures.items() if key.endswith("_runtime")]
         before_blocks, stacks = entry.get("before_blocks"), entry.get("stacks")
-        return cls(
-            metrics={key: value for key, value in figures.items() if not key.endswith(TIMES)},
+        return cls.of(
+            _figures_in(entry.get("metrics")),
             data=dataset_in(entry.get("data")),
-            seconds=times[0] if len(times) == 1 else None,
             mark=plain(entry["weights"].value, 64) if entry["weights"].value else None,
             sparse=entry["sparse"].value is True,
             intervals=_intervals_in(entry.get("intervals")),
@@ -133,7 +178,7 @@ class Evaluation:
 
     def in_training(self) -> Evaluation:
         """One that the Trainer made while it trained: of validation data, unless its prefix says otherwise."""
-        if not any(key.startswith("eval_") for key in self.metrics):
+        if not self.is_of_evaluation_data:
             return self
         return replace(self, data={**self.data, "use": VALIDATION})
 
@@ -169,23 +214,69 @@ def bare(key: str) -> str:
     return key.removeprefix("eval_").removeprefix("test_")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
-    """One row of a run's report: the model before the first pruning, or a pruning that was tried."""
+    """One row of a run's report: the model before the first pruning, or a pruning that was tried.
+
+    Attributes:
+        name: of the row.
+        blocks, parameters: of the model then; blocks by stack. parameters is None where a record does not know it.
+        step, epoch: when in the training it began.
+        frozen: blocks that were not trained, by stack.
+        training_seconds: time of the training steps; None where it is not known.
+        evaluations: of the model then.
+        iteration, k, thresholds: number of the pruning among those that are accepted, its stride, and thresholds by
+            stack; None and empty for the model before the first pruning.
+        removed, plan_removed: blocks that it removed, by stack, numbered as the original model counts them, and as the
+            model did right before.
+        healing: what was healed, site by site.
+        stages: what each step did (`quality.measure_quality`, by stage).
+        metric, value, baseline, drop: what it was judged by; None where nothing was judged.
+        reason, decision: of the verdict; None before.
+    """
 
     name: str
     blocks: dict[str, int]
     parameters: int | None
-    frozen: int
-    k: int | None
-    thresholds: tuple[float, ...]
-    removed: dict[str, tuple[int, ...]]
-    epoch: float
-    evaluations: tuple[tuple[float, Evaluation], ...]
-    training_seconds: float | None
-    decision: str | None
-    reason: str | None
-    stages: dict[str, dict[str, Any]]
+    step: int = 0
+    epoch: float = 0.0
+    frozen: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    training_seconds: float | None = 0.0
+    evaluations: tuple[Evaluation, ...] = ()
+    iteration: int | None = None
+    k: int | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    plan_removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    healing: list[dict[str, Any]] = field(default_factory=list)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metric: str | None = None
+    value: float | None = None
+    baseline: float | None = None
+    drop: float | None = None
+    reason: str | None = None
+    decision: str | None = None
+
+    @property
+    def is_taken_back(self) -> bool:
+        return self.decision == "rolled back"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, a copy: an entry of the report's attempts."""
+        data = copy.deepcopy({spec.name: getattr(self, spec.name) for spec in fields(self)})
+        lacking = [name for name in ("reason", "decision") if data[name] is None]
+        if self.k is None:
+            lacking += ["iteration", "k", "thresholds", "removed", "plan_removed", "healing"]
+            lacking += [] if self.stages else ["stages"]
+        if self.metric is None:
+            lacking += ["metric", "value", "baseline", "drop"]
+        data["evaluations"] = [evaluation.to_dict() for evaluation in self.evaluations]
+        return {name: value for name, value in data.items() if name not in lacking}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Attempt:
+        """The inverse of `to_dict`."""
+        return cls(**{**data, "evaluations": tuple(map(Evaluation.from_dict, data["evaluations"]))})
 
     @classmethod
     def read(cls, entry: Entry) -> Attempt:
@@ -196,12 +287,14 @@ class Attempt:
             name=plain(entry["name"].value, 60),
             blocks=_counts(entry["blocks"]),
             parameters=entry["parameters"].whole(),
-            frozen=sum(map(len, _blocks(entry["frozen"]).values())),
+            frozen=_blocks(entry["frozen"]),
             k=None if k is None else k.whole(),
             thresholds=_thresholds(entry),
             removed=_blocks(entry.get("removed")),
             epoch=entry["epoch"].number(),
-            evaluations=tuple((e["epoch"].number(), Evaluation.read(e).in_training()) for e in evaluations),
+            evaluations=tuple(
+                replace(Evaluation.read(e).in_training(), epoch=e["epoch"].number()) for e in evaluations
+            ),
             training_seconds=entry["training_seconds"].number(),
             decision=plain(decision, 40) if decision else None,
             reason=plain(reason) if reason else None,
@@ -225,22 +318,19 @@ class Attempt:
             name=f"pruning {index + 1}",
             blocks=blocks,
             parameters=None if after is None else after.whole(),
-            frozen=sum(map(len, _blocks(entry.get("frozen")).values())),
+            frozen=_blocks(entry.get("frozen")),
             k=None if k is None else k.whole(),
             thresholds=_thresholds(entry),
             removed=_blocks(entry.get("removed")),
-            epoch=0.0,
-            evaluations=((0.0, evaluation),) if evaluation.metrics else (),
+            evaluations=(evaluation,) if evaluation.metrics else (),
             training_seconds=None,
-            decision=None,
-            reason=None,
             stages=_qualities_in(entry.get("stages")),
         )
 
 
-def _thresholds(entry: Entry) -> tuple[float, ...]:
+def _thresholds(entry: Entry) -> dict[str, float]:
     thresholds = entry.get("thresholds")
-    return () if thresholds is None else tuple(sorted({e.number() for e in thresholds.entries().values()}))
+    return {} if thresholds is None else {plain(name): e.number() for name, e in thresholds.entries().items()}
 
 
 def _blocks(entry: Entry | None) -> dict[str, tuple[int, ...]]:

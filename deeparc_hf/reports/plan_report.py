@@ -208,12 +208,9 @@ def _markdown(plan: PruningPlan, rows: Sequence[Measurement], data: Mapping[str,
     ]
     if rows:
         parts += ["## Measurements", iteration_table(rows), _measured(rows)]
-    samples = (
-        f"{plan.samples:,} calibration samples" if plan.samples else "calibration samples whose number is not known"
-    )
     parts += [
         "## How the blocks were compared",
-        f"By {plan.config.similarity} (rows: {plan.config.effective_rows}) on {samples}.",
+        f"By {plan.config.similarity} (rows: {plan.config.effective_rows}) on {plan.samples_text}.",
     ]
     parts += [fenced(str(plan), "text")]
     if data["healing"]:

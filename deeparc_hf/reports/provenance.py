@@ -7,9 +7,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import TrainingArguments
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 __all__ = ["TIMES", "VALIDATION", "dataset_facts", "same_data", "training_facts"]
 

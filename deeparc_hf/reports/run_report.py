@@ -17,10 +17,10 @@ from ..core.files import finite, write_whole
 from ..core.markdown import made_with, table
 from ..healing.sites import healing_text
 from ..pruning.config import MPruneConfig
+from .attempts import STAGES, Attempt
 
 __all__ = [
     "RUN_REPORT",
-    "STAGES",
     "STAGES_TEXT",
     "loss_text",
     "quality_text",
@@ -33,12 +33,6 @@ __all__ = [
 
 RUN_REPORT = "pruning_report"
 FORMAT_VERSION = 1
-STAGES = {
-    "before": "before",
-    "removed": "right after the removal",
-    "healed": "after healing",
-    "retrained": "after the retraining",
-}
 STAGES_TEXT = (
     "The loss that the model puts out, in eval mode, as the callback measured it, with its 95 % interval (normal, from "
     "the spread of the batches); where answers are classes, the share of right ones with its Wilson interval. All "
@@ -56,7 +50,7 @@ def structure_facts(model: nn.Module | Subject) -> dict[str, Any]:
     }
 
 
-def run_table(attempts: Sequence[Mapping[str, Any]], metric: str | None = None) -> str:
+def run_table(attempts: Sequence[Attempt], metric: str | None = None) -> str:
     """The Markdown table of a run: a row for each pruning that was tried, in the order of the run.
 
     Args:
@@ -68,22 +62,20 @@ def run_table(attempts: Sequence[Mapping[str, Any]], metric: str | None = None) 
     header += ["evaluation time (s)", "training time (s)", "verdict"]
     rows = []
     for attempt in attempts:
-        evaluations = attempt["evaluations"]
-        values = [(e["epoch"], e["metrics"].get(f"eval_{name}")) for e in evaluations]
-        runtime = evaluations[-1]["metrics"].get("eval_runtime") if evaluations else None
-        thresholds = sorted(set(attempt.get("thresholds", {}).values()))
+        values = [(e.epoch, e.metrics.get(f"eval_{name}")) for e in attempt.evaluations]
+        runtime = attempt.evaluations[-1].times.get("eval_runtime") if attempt.evaluations else None
         rows.append(
             [
-                attempt["name"],
-                str(attempt.get("k", "-")),
-                " ".join(f"{value:.4f}" for value in thresholds) or "-",
-                " + ".join(map(str, attempt["blocks"].values())),
-                f"{attempt['parameters']:,}",
-                str(sum(map(len, attempt["frozen"].values()))),
+                attempt.name,
+                "-" if attempt.k is None else str(attempt.k),
+                " ".join(f"{value:.4f}" for value in sorted(set(attempt.thresholds.values()))) or "-",
+                " + ".join(map(str, attempt.blocks.values())),
+                f"{attempt.parameters:,}",
+                str(sum(map(len, attempt.frozen.values()))),
                 ", ".join(f"{value:.4f} ({epoch:g})" for epoch, value in values if value is not None) or "-",
                 "-" if runtime is None else f"{runtime:,.2f}",
-                f"{attempt['training_seconds']:,.2f}",
-                attempt.get("decision") or "-",
+                f"{attempt.training_seconds:,.2f}",
+                attempt.decision or "-",
             ]
         )
     return table(header, rows, left=(0, len(header) - 1))
@@ -111,16 +103,16 @@ def share_text(quality: Mapping[str, Any] | None) -> str:
     return f"{100 * quality['accuracy']:.1f} % ({low:.1f} .. {high:.1f})"
 
 
-def stages_table(attempts: Sequence[Mapping[str, Any]]) -> str | None:
+def stages_table(attempts: Sequence[Attempt]) -> str | None:
     """The Markdown table of what each step of each pruning did to the model; None where nothing was measured."""
     rows = []
     for attempt in attempts:
-        if "k" not in attempt or not attempt.get("stages"):
+        if attempt.k is None or not attempt.stages:
             continue
-        stages = attempt["stages"]
+        stages = attempt.stages
         first = next(iter(stages.values()))
         cells = [_quality_cell(stages.get(stage)) for stage in STAGES]
-        rows.append([f"{attempt['name']} (k={attempt['k']})", *cells, f"{first['samples']:,}", first["data"]])
+        rows.append([f"{attempt.name} (k={attempt.k})", *cells, f"{first['samples']:,}", first["data"]])
     header = ["model", *STAGES.values(), "n", "measured on"]
     return table(header, rows, left=(0, len(header) - 1)) if rows else None
 
@@ -152,17 +144,16 @@ def write_run_report(
         "phase": progress["phase"],
         "reason": progress["reason"],
         "accepted": progress["accepted"],
-        "attempts": progress["attempts"],
+        "attempts": [attempt.to_dict() for attempt in progress["attempts"]],
         "zeroed_at": zeroed_at,
         "versions": package_versions(),
         **(facts or {"training": {}, "data": {}, "final": [], "weights": None, "end": None, "hardware": hardware()}),
     }
     write_whole(folder / f"{RUN_REPORT}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
-    write_whole(folder / f"{RUN_REPORT}.md", _markdown(data))
+    write_whole(folder / f"{RUN_REPORT}.md", _markdown(data, progress["attempts"]))
 
 
-def _markdown(data: Mapping[str, Any]) -> str:
-    attempts = data["attempts"]
+def _markdown(data: Mapping[str, Any], attempts: Sequence[Attempt]) -> str:
     tried = attempts[1:]
     tries = f"{len(tried)} attempt{'' if len(tried) == 1 else 's'}"
     summary = (
@@ -193,15 +184,14 @@ def _markdown(data: Mapping[str, Any]) -> str:
         taught = ", ".join(f"{key} {value}" for key, value in data["config"]["distill"].items() if value is not None)
         parts.append(f"The unpruned model taught during the retraining ({taught}).")
     for attempt in tried:
-        removed = "; ".join(f"{name}: {', '.join(map(str, blocks))}" for name, blocks in attempt["removed"].items())
+        removed = "; ".join(f"{name}: {', '.join(map(str, blocks))}" for name, blocks in attempt.removed.items())
         said = [
-            f"- {attempt['name']} (k={attempt['k']}, step {attempt['step']}) removed {removed}: "
-            f"{attempt.get('decision') or 'no verdict yet'}{': ' + attempt['reason'] if attempt.get('reason') else ''}."
+            f"- {attempt.name} (k={attempt.k}, step {attempt.step}) removed {removed}: "
+            f"{attempt.decision or 'no verdict yet'}{': ' + attempt.reason if attempt.reason else ''}."
         ]
         # these are numbered as the model was right before the pruning
         said += [
-            f"  - Healing, blocks numbered as before this pruning: {healing_text(site)}"
-            for site in attempt.get("healing", [])
+            f"  - Healing, blocks numbered as before this pruning: {healing_text(site)}" for site in attempt.healing
         ]
         parts.append("\n".join(said))
     if data["zeroed_at"] is not None:

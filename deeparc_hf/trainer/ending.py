@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import TrainerState, TrainingArguments
-
-from ..architectures import Subject
 from ..pruning.config import MPruneConfig
+from ..reports.attempts import Attempt
 from ..reports.run_report import structure_facts
-from .run_facts import lasting
-from .schedule import Progress
+from .evaluations import compared_metrics, last_evaluation, value_text
+from .machine import Progress
+from .session import Session
 
-__all__ = ["NEXT", "advice", "end_facts", "end_lines", "last_evaluation", "metrics_of", "value_text"]
+__all__ = ["NEXT", "advice", "end_facts", "end_lines"]
 
 NEXT = (
     'Next: trainer.evaluate(test_data, metric_key_prefix="test") on data that chose nothing, then '
@@ -24,52 +22,33 @@ NEXT = (
 )
 
 
-def end_facts(
-    progress: Progress,
-    model: nn.Module | Subject,
-    config: MPruneConfig,
-    args: TrainingArguments,
-    state: TrainerState,
-    metric: str,
-) -> dict[str, Any]:
+def end_facts(progress: Progress, session: Session, config: MPruneConfig, metric: str) -> dict[str, Any]:
     """The figures of a run's end, in plain JSON types: each before the first pruning and after the last one that was
     accepted.
     """
+    args, state = session.args, session.state
     attempts = progress.attempts
-    accepted = [attempt for attempt in attempts if attempt.get("decision") == "accepted"]
+    accepted = [attempt for attempt in attempts if attempt.decision == "accepted"]
     first, last = attempts[0], accepted[-1] if accepted else attempts[0]  # what is taken back leaves the first model
     best = state.best_global_step if args.load_best_model_at_end else None
-    evaluations = {"before": last_evaluation(first["evaluations"]), "after": last_evaluation(last["evaluations"], best)}
+    evaluations = {"before": last_evaluation(first.evaluations), "after": last_evaluation(last.evaluations, best)}
     named = metric if config.gated or config.metric else args.metric_for_best_model
-    metrics = metrics_of(evaluations["before"], evaluations["after"], named)
-    structure = structure_facts(model)
+    metrics = compared_metrics(evaluations["before"], evaluations["after"], named)
+    structure = structure_facts(session.subject)
     return {
-        "blocks": {"before": sum(first["blocks"].values()), "after": sum(structure["blocks"].values())},
-        "parameters": {"before": first["parameters"], "after": structure["parameters"]},
+        "blocks": {"before": sum(first.blocks.values()), "after": sum(structure["blocks"].values())},
+        "parameters": {"before": first.parameters, "after": structure["parameters"]},
         "metrics": metrics,
         "loss": None if metrics else _measured(accepted),
-        "evaluation_seconds": {
-            p: None if e is None else e["metrics"].get("eval_runtime") for p, e in evaluations.items()
-        },
+        "evaluation_seconds": {p: None if e is None else e.times.get("eval_runtime") for p, e in evaluations.items()},
         "training_seconds": {
-            "before": first["training_seconds"],
-            "after": sum(a["training_seconds"] for a in attempts[1:]),
+            "before": first.training_seconds,
+            "after": sum(attempt.training_seconds for attempt in attempts[1:]),
         },
         "accepted": len(accepted),
         "judged": config.gated,
-        "checkpoint": _checkpoint(progress, args, state),
+        "checkpoint": _checkpoint(progress, session),
     }
-
-
-def metrics_of(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, metric: str | None
-) -> dict[str, dict[str, float | None]]:
-    """The metrics by which evaluations are compared, each before and after: the named one, or the first that is no
-    loss; and the loss.
-    """
-    figures = {place: _figures(found) for place, found in (("before", before), ("after", after))}
-    names = _shown(metric, {**figures["before"], **figures["after"]})
-    return {name: {place: found.get(name) for place, found in figures.items()} for name in names}
 
 
 def end_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -98,11 +77,11 @@ def end_lines(facts: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def advice(facts: Mapping[str, Any], args: TrainingArguments) -> list[str]:
+def advice(facts: Mapping[str, Any], folder: Path) -> list[str]:
     """What there is to do next."""
     place = "is in memory (trainer.model) and in no checkpoint: trainer.save_model(folder) saves it"
     if facts["checkpoint"] is not None:
-        place = f"is in memory (trainer.model) and in {Path(args.output_dir, facts['checkpoint'])}"
+        place = f"is in memory (trainer.model) and in {folder / facts['checkpoint']}"
     lines = [f"The model {place}."]
     if not facts["judged"]:
         lines.append(
@@ -112,42 +91,20 @@ def advice(facts: Mapping[str, Any], args: TrainingArguments) -> list[str]:
     return [*lines, NEXT]
 
 
-def last_evaluation(evaluations: Sequence[Mapping[str, Any]], step: int | None = None) -> Mapping[str, Any] | None:
-    """The last evaluation on the Trainer's evaluation data, or the one at a step."""
-    own = [e for e in evaluations if any(key.startswith("eval_") for key in e["metrics"])]
-    own = [e for e in own if e["step"] == step] or own
-    return own[-1] if own else None
-
-
-def _figures(evaluation: Mapping[str, Any] | None) -> dict[str, float]:
-    found = {} if evaluation is None else lasting(evaluation["metrics"])
-    return {key.removeprefix("eval_"): value for key, value in found.items() if key.startswith("eval_")}
-
-
-def _shown(metric: str | None, figures: Mapping[str, float]) -> list[str]:
-    """The named metric, or else the first one that is no loss; and the loss."""
-    named = [name for name in figures if metric is not None and name == metric.removeprefix("eval_")]
-    others = [name for name in figures if not name.endswith("loss")]
-    return list(dict.fromkeys([*(named or others[:1]), *(name for name in figures if name == "loss")]))
-
-
-def _measured(accepted: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _measured(accepted: Sequence[Attempt]) -> dict[str, Any] | None:
     """The loss that the callback measured itself, where the Trainer has not evaluated."""
-    stages = [attempt.get("stages", {}) for attempt in accepted] or [{}]
+    stages = [attempt.stages for attempt in accepted] or [{}]
     before, after = stages[0].get("before"), stages[-1].get("retrained")
     if before is None or after is None or before["data"] != after["data"]:
         return None
     return {"before": before["loss"], "after": after["loss"], "samples": after["samples"], "data": after["data"]}
 
 
-def _checkpoint(progress: Progress, args: TrainingArguments, state: TrainerState) -> str | None:
+def _checkpoint(progress: Progress, session: Session) -> str | None:
     """The name of the checkpoint that holds the model as it is now; None where none does."""
-    if progress.attempts[-1].get("decision") == "rolled back" or state.is_hyper_param_search:
+    state = session.state
+    if progress.attempts[-1].is_taken_back or state.is_hyper_param_search:
         return None  # the last checkpoint is of before it was taken back
-    best = state.best_global_step if args.load_best_model_at_end else None
+    best = state.best_global_step if session.args.load_best_model_at_end else None
     name = f"checkpoint-{best or state.global_step}"
-    return name if Path(args.output_dir, name).is_dir() else None
-
-
-def value_text(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4g}"
+    return name if (session.folder / name).is_dir() else None

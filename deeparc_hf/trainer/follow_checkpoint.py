@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..architectures import Host, Layout, Subject, describe, find_host
+from ..architectures import Host, Layout, Stack, Subject, describe, find_host
 from ..architectures.hosts import RECORD_KEY
 from ..checkpoint.record import PrunedConfig, current_layout, same_structure
 from ..core.compat import running_method
@@ -29,7 +29,6 @@ from ..errors import RecordError, SurgeryError
 from ..pruning.freezing import let_statistics_go, thaw
 from ..pruning.surgery import follow_record, forget_parameters
 from ..publish.files import checkpoints_in
-from .held_blocks import blocks_in, is_shard, places_for, refuse_incomplete
 
 __all__ = [
     "Follower",
@@ -291,10 +290,10 @@ def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], p
     subject = describe(module)
     stacks = subject.stacks
     _name_as_the_model_does(subject.host, state_dict, prefix)
-    held = {name: blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
-    if is_shard(module, state_dict, prefix, stacks, held):
+    held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
+    if _is_shard(module, state_dict, prefix, stacks, held):
         return
-    refuse_incomplete(stacks, held)
+    _refuse_incomplete(stacks, held)
     if all(not blocks or len(blocks) == len(stacks[name]) for name, blocks in held.items()):
         return
     record = record_of(subject) or PrunedConfig({})
@@ -306,7 +305,7 @@ def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], p
             continue
         hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(now.kept[name])]
         likely_places = [now.places({name: hint})[name] for hint in hints]
-        places = places_for(stack, blocks, likely_places) if len(blocks) < len(stack) else None
+        places = _places_for(stack, blocks, likely_places) if len(blocks) < len(stack) else None
         if places is None:
             raise SurgeryError(
                 f"The checkpoint that is loaded holds {len(blocks)} blocks in {name}, the model has {len(stack)}"
@@ -360,3 +359,78 @@ def _records_in(output: Path | None) -> list[PrunedConfig]:
         with suppress(RecordError, OSError):
             found.append(PrunedConfig.from_pretrained(folder))
     return found
+
+
+# ---- what a state dict holds of a model's blocks, and which blocks of the model have the same shapes ----
+
+
+def _refuse_incomplete(stacks: Mapping[str, Stack], held: Mapping[str, Mapping[int, Mapping[str, Tensor]]]) -> None:
+    """Refuse a checkpoint that lacks tensors of its blocks: the Trainer would leave the model's own there, with a
+    warning.
+    """
+    for name, blocks in held.items():
+        whole = [set(block.state_dict()) for block in stacks[name].blocks]
+        for index, tensors in blocks.items():
+            if blocks and not any(keys <= tensors.keys() for keys in whole):
+                lacking = min(min(keys - tensors.keys()) for keys in whole)
+                raise SurgeryError(
+                    f"The checkpoint that is loaded holds the tensors of its blocks otherwise than the model does: "
+                    f"block {index} of {name} has no {lacking}, and the Trainer would leave what the model has there. "
+                    f"Training of this kind of model cannot be resumed: load the checkpoint with from_pretrained and "
+                    f"start a new training."
+                )
+
+
+def _blocks_in(state_dict: Mapping[str, Any], start: str) -> dict[int, dict[str, Tensor]]:
+    """Tensors of a stack in a state dict, by the index of their block."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in state_dict.items():
+        if key.startswith(start):
+            index, _, rest = key[len(start) :].partition(".")
+            if index.isdigit():
+                found.setdefault(int(index), {})[rest] = value
+    return found
+
+
+def _is_shard(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    stacks: Mapping[str, Stack],
+    held: Mapping[str, Mapping[int, Any]],
+) -> bool:
+    """Whether the state dict is one of several. Such a one cannot tell how many blocks a checkpoint has; `settle`
+    compares them later.
+    """
+    if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
+        return True
+    own: dict[int, set[str]] = {id(tensor): set() for tensor in module.state_dict(keep_vars=True).values()}
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        own[id(tensor)].add(f"{prefix}{key}")
+    inside = tuple(f"{prefix}{name}." for name in stacks)
+    # tied tensors are saved once
+    return any(
+        not keys & state_dict.keys() and not any(key.startswith(inside) for key in keys) for keys in own.values()
+    )
+
+
+def _places_for(
+    stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]], likely: Sequence[Sequence[int]] = ()
+) -> list[int] | None:
+    """Blocks of the stack, in order, that have the shapes of those in the checkpoint; None if there are not enough.
+
+    Those that a record names, if they fit; else the first ones that do.
+    """
+    shapes = [{key: tuple(value.shape) for key, value in block.state_dict().items()} for block in stack.blocks]
+    wanted = [{key: tuple(value.shape) for key, value in blocks[index].items()} for index in range(len(blocks))]
+    for places in likely:
+        if [shapes[place] for place in places] == wanted:
+            return list(places)
+    places = []
+    for shape in wanted:
+        start = places[-1] + 1 if places else 0
+        place = next((i for i in range(start, len(stack)) if shapes[i] == shape), None)
+        if place is None:
+            return None
+        places.append(place)
+    return places

@@ -1,28 +1,17 @@
-"""What the gate and the schedule need to know of the Trainer's arguments."""
+"""The metric that the gate judges by: which it is, whether a larger value is better, and whether it can be measured."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainingArguments
 
-from ..architectures.hosts import is_adapted
 from ..errors import ConfigError
 from ..pruning.config import MPruneConfig
-from .metric_names import larger_is_better
-from .schedule import same_metric
-from .untrained import untrained_weights
 
-__all__ = [
-    "check_gate",
-    "check_measured",
-    "direction_is_doubtful",
-    "forget_best",
-    "metric_of",
-    "pruned_untrained",
-    "steps_per_epoch",
-]
+__all__ = ["check_gate", "check_measured", "direction_is_doubtful", "find_metric", "larger_is_better", "metric_of"]
 
 
 def metric_of(config: MPruneConfig, args: TrainingArguments) -> tuple[str, bool]:
@@ -58,20 +47,6 @@ def direction_is_doubtful(config: MPruneConfig, args: TrainingArguments) -> str 
             f"callback greater_is_better={given} if so meant."
         )
     return None
-
-
-def pruned_untrained(config: MPruneConfig, model: nn.Module) -> str | None:
-    """Why it is doubtful to prune the model when the training begins, and what to do; None where it is not."""
-    # an adapter begins at random, and changes nothing then
-    names = untrained_weights(model) if config.start_epoch == 0 and not is_adapted(model) else []
-    if not names:
-        return None
-    which = " and ".join(names) if len(names) < 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more parameters"
-    return (
-        f"The model is pruned when the training begins (start_epoch=0), and it cannot do its task yet: {which} "
-        f"{'is' if len(names) == 1 else 'are'} as drawn at random. Such a model does not tell which blocks can go. "
-        f"Fine-tune it first: give start_epoch=1 or more, and as many more epochs of training."
-    )
 
 
 def _trainers_rule(name: str) -> bool:
@@ -132,16 +107,67 @@ def check_measured(config: MPruneConfig, args: TrainingArguments, trainer: Any) 
         )
 
 
-def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
-    """Optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
-    try:
-        batches = len(loader)
-    except TypeError:
+def same_metric(one: str | None, other: str | None) -> bool:
+    """Whether two names mean one metric: the Trainer's "eval_" may be there or not."""
+    return one is not None and other is not None and one.removeprefix("eval_") == other.removeprefix("eval_")
+
+
+def find_metric(metrics: Mapping[str, Any], name: str) -> float | None:
+    """A metric by its name, with or without the Trainer's "eval_"; None if it is not there."""
+    value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+    return None if value is None else float(value)
+
+
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(" ".join(lines).split())
+
+
+_SMALLER = _words(
+    "loss losses error errors err wer cer ter mer wil eer der rmse mse mae mape smape wape mase msle rmsle nrmse medae "
+    "mdape",
+    "perplexity perplexities ppl nll bpb bpc bpw bits crossentropy fid kid lpips hamming brier ece mce distance "
+    "distances divergence kl",
+    "kld jsd emd crps mpjpe deviation deviance residual regret toxicity latency false fpr fnr absrel sqrel",
+)
+_LARGER = _words(
+    "accuracy accuracies acc precision recall fbeta bleu sacrebleu gleu chrf rouge meteor cider spice bertscore bleurt "
+    "comet auc auroc",
+    "auprc aucpr prauc map ap mrr ndcg hit hits mcc matthews pearson pearsonr spearman spearmanr kendall kendalltau "
+    "correlation kappa",
+    "exact em r2 iou miou dice jaccard psnr ssim likelihood reward rewards sensitivity specificity tpr tnr ppv npv pck "
+    "correct wip",
+)
+# they say something only where nothing else does: a Brier score is an error
+_LARGER_ALONE = _words("score scores similarity match matches top")
+_FAMILIES = re.compile(r"(rouge|bleu|chrf|top|f)[0-9]+|rouge[a-z]*")
+_PHRASES = {"cross_entropy": False, "squared_error": False, "absolute_error": False, "pass_at": True}
+_NEGATED = ("neg", "negative")
+
+
+def larger_is_better(name: str) -> bool | None:
+    """Whether a larger value of a metric is better, by its name; None where the name does not say.
+
+    Names are read in parts: "eval_word_error_rate", "rougeLsum", "valid/wer". A first part "neg" or "negative" turns
+    the rest round, as in scikit-learn's "neg_mean_squared_error" and in "negative_log_likelihood".
+    """
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name.removeprefix("eval_"))
+    parts = [part for part in re.split(r"[^a-z0-9]+", spaced.lower()) if part]
+    if parts and parts[-1].endswith("loss"):
+        return False  # the Trainer's rule
+    turned = len(parts) > 1 and parts[0] in _NEGATED
+    found = _direction(parts[1:] if turned else parts)
+    return found if found is None else found != turned
+
+
+def _direction(parts: list[str]) -> bool | None:
+    joined = "_".join(parts)
+    smaller = any(part in _SMALLER for part in parts) or any(
+        phrase in joined for phrase, larger in _PHRASES.items() if not larger
+    )
+    larger = any(part in _LARGER or _FAMILIES.fullmatch(part) for part in parts)
+    larger = larger or any(phrase in joined for phrase, is_larger in _PHRASES.items() if is_larger)
+    if smaller and larger:
         return None
-    return max(-(-batches // args.gradient_accumulation_steps), 1)
-
-
-def forget_best(state: TrainerState) -> None:
-    """A checkpoint of another structure must not be the best."""
-    state.best_metric = state.best_model_checkpoint = None
-    state.best_global_step = None
+    if smaller or larger:
+        return larger
+    return True if any(part in _LARGER_ALONE for part in parts) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from transformers import TrainingArguments, get_scheduler
 
 from ..errors import DeepArcWarning
 from ..pruning.config import MPruneConfig
-from .schedule import Progress
+from .machine import Progress
+from .session import Session
 
 __all__ = ["LearningRate", "is_trainers_own", "resume_rewound", "rewind"]
 
@@ -24,59 +24,57 @@ class LearningRate:
 
     Args:
         config: the settings.
-        scheduler: the Trainer's, or the user's.
-        args: the Trainer's arguments.
+        session: the training, with the Trainer's scheduler or the user's.
         progress: where the run stands.
-        say: tells what is unusual.
     """
 
-    def __init__(
-        self,
-        config: MPruneConfig,
-        scheduler: Any,
-        args: TrainingArguments,
-        progress: Progress,
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, config: MPruneConfig, session: Session, progress: Progress) -> None:
         self._config = config
-        self._scheduler = scheduler
-        self._args = args
+        self._session = session
+        self._scheduler = session.scheduler
+        self._args = session.args
+        self._max_steps = session.state.max_steps
         self._progress = progress
-        self._say = say
         self._own = False  # whether the Trainer has made the schedule
         self._told: set[int] = set()  # lengths of schedules whose warm-up has been told of
 
-    def begin(self, max_steps: int) -> None:
+    def begin(self) -> None:
         """Look at the schedule of the whole training."""
-        self._own = is_trainers_own(self._scheduler, self._args, max_steps)
+        self._own = is_trainers_own(self._scheduler, self._args, self._max_steps)
 
-    def rewind(self, step: int, steps: int, max_steps: int) -> None:
+    def rewind(self, step: int, steps: int) -> None:
         """Give the steps that follow a learning rate that begins anew, unless they are the whole training."""
         p = self._progress
         p.rewound = None
-        if not self._config.rewind_lr or (step == 0 and steps == max_steps):
+        if not self._config.rewind_lr or (step == 0 and steps == self._max_steps):
             return
-        if rewind(self._scheduler, self._args, steps, own=self._own, whole=max_steps):
-            p.rewound = [step, steps, max_steps]
-            self._tell(steps, max_steps)
+        if rewind(self._scheduler, self._args, steps, own=self._own, whole=self._max_steps):
+            p.rewound = [step, steps, self._max_steps]
+            self._tell(steps)
 
-    def resume(self, step: int, max_steps: int) -> None:
+    def extend(self) -> None:
+        """The retraining at hand lasts as long as the training, which may be longer now."""
+        p = self._progress
+        p.rewound = p.rewound and [p.rewound[0], self._max_steps - p.rewound[0], self._max_steps]
+
+    def resume(self) -> None:
         """Put the schedule back that the progress of a resumed run tells of."""
         if self._progress.rewound is not None:
             began, steps, *whole = self._progress.rewound
-            whole = whole[0] if whole else max_steps
-            resume_rewound(self._scheduler, self._args, steps, step - began, own=self._own, whole=whole)
+            done, whole = self._session.step - began, whole[0] if whole else self._max_steps
+            resume_rewound(self._scheduler, self._args, steps, done, own=self._own, whole=whole)
 
-    def _tell(self, steps: int, whole: int) -> None:
+    def _tell(self, steps: int) -> None:
+        whole = self._max_steps
         asked, taken = self._args.get_warmup_steps(steps), warmup_steps(self._args, steps, whole)
         if not self._own or asked == taken or steps in self._told:
             return
         plain, shortened = (_fresh(self._scheduler, self._args, steps, warmup=warmup) for warmup in (asked, taken))
-        if [_content(f) for f in plain.lr_lambdas] != [
-            _content(f) for f in shortened.lr_lambdas
-        ]:  # it has a warm-up at all
+        if list(map(_content, plain.lr_lambdas)) != list(
+            map(_content, shortened.lr_lambdas)
+        ):  # it has a warm-up at all
             self._told.add(steps)
-            self._say(
+            self._session.say(
                 f"The learning rate's warm-up of {asked} steps would take more than half of a retraining of {steps} "
                 f"steps. It is shortened to {taken}, in proportion to the whole training's {whole} steps; a "
                 f"warmup_steps below 1 is a share of each."

@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 
 from ..core.distributed import gather
 from ..core.progress_bars import shows_bars
 from ..observe.calibration import Calibration
 from ..observe.quality import measure_quality
 from ..pruning.config import MPruneConfig
-from .schedule import Progress
-from .session import companions_on
+from .machine import Progress
+from .session import Session
 
 __all__ = ["Stages"]
 
@@ -40,30 +38,20 @@ class Stages:
 
     Args:
         config: the settings; as many samples are taken as for a calibration.
-        model: the model.
-        training: the training's data loader.
-        args: the Trainer's arguments.
+        session: the training.
         progress: where the run stands.
 
     Attributes:
         evaluation: the Trainer's data loader of its first evaluation in this run; None before.
     """
 
-    def __init__(
-        self,
-        config: MPruneConfig,
-        model: nn.Module,
-        training: DataLoader | None,
-        args: TrainingArguments,
-        progress: Progress,
-    ) -> None:
+    def __init__(self, config: MPruneConfig, session: Session, progress: Progress) -> None:
         self.evaluation: DataLoader | None = None
         self._config = config
-        self._model = model
-        self._training = training
-        self._size = args.eval_batch_size
+        self._session = session
+        self._size = session.args.eval_batch_size
         self._progress = progress
-        self._bars = shows_bars(args)
+        self._bars = shows_bars(session.args)
         self._data = TRAINING  # which data the entries of the pruning at hand are of
         self._found: dict[str, Any] = {}
 
@@ -78,10 +66,10 @@ class Stages:
         """
         self._data = EVALUATION if self.evaluation is not None else TRAINING
         attempt = self._progress.attempts[-1]
-        back = attempt.get("decision") == "rolled back"
-        last = attempt.get("stages", {}).get("before" if back else "retrained")
+        back = attempt.is_taken_back
+        last = attempt.stages.get("before" if back else "retrained")
         same = last is not None and (back or last["step"] == step) and last["data"] == self._data
-        same = same and companions_on(self._model).sparsified_at != step  # zeroed since, it may be
+        same = same and self._session.zeroed_at != step  # zeroed since, it may be
         self._found = {"before": last} if same else {}
         if not same:
             self.measure("before", step)
@@ -93,13 +81,13 @@ class Stages:
             return
         bar = _BARS[stage] if self._bars else None
         with source.reading():
-            found = measure_quality(self._model, source, source.samples, gather, bar)
+            found = measure_quality(self._session.model, source, source.samples, gather, bar)
         if found is not None:
             self._found[stage] = {**found, "data": self._data, "step": step}
 
     def end(self, step: int) -> None:
         """Measure the model after its retraining, once a step."""
-        stages = self._progress.attempts[-1].setdefault("stages", {})
+        stages = self._progress.attempts[-1].stages
         if stages.get("retrained", {}).get("step") == step:
             return
         known = [value["data"] for value in stages.values()]
@@ -114,17 +102,12 @@ class Stages:
 
     def _source(self) -> Calibration | None:
         if self._data == EVALUATION:
-            return (
-                None
-                if self.evaluation is None
-                else Calibration(None, self.evaluation, self._size, self._config, model=self._model)
-            )
-        used = self._config.calibration_samples
-        source = (
-            None
-            if self._training is None
-            else Calibration(None, self._training, self._size, self._config, used, model=self._model)
-        )
-        if source is None or not source.chooses or len(self._training.dataset) - used < _LEAST:
+            return None if self.evaluation is None else self._samples_of(self.evaluation, 0)
+        training, used = self._session.loader, self._config.calibration_samples
+        source = None if training is None else self._samples_of(training, used)
+        if source is None or not source.chooses or len(training.dataset) - used < _LEAST:
             return None
         return source
+
+    def _samples_of(self, loader: DataLoader, skipped: int) -> Calibration:
+        return Calibration(None, loader, self._size, self._config, skipped, model=self._session.model)

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
 
 from ..checkpoint.record import PrunedConfig, check_record, same_structure
 from ..core.compat import calling_trainer
@@ -16,20 +15,19 @@ from ..errors import ConfigError, DeepArcWarning, SurgeryError
 from ..observe.calibration import calibration_of
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
-from ..reports.phases import FINISHED, RETRAINING
+from .callback import SessionCallback
 from .follow_checkpoint import guard, guard_successors, record_of, thaw_noted
-from .gate import check_measured, pruned_untrained
+from .gate import check_measured
+from .machine import Phase, Progress
 from .model_copies import refuse_copies, warn_of_copies
 from .pruning_run import PruningRun
-from .schedule import Progress, needed_epochs
-from .session import companions_on, meet_companions
 from .sharded import is_sharded, prune_before_sharding
-from .write_card import tell_to_keep_card, write_card
+from .untrained import pruned_untrained
 
 __all__ = ["MPruneCallback"]
 
 
-class MPruneCallback(TrainerCallback, ExportableState):
+class MPruneCallback(SessionCallback):
     """Removes redundant blocks while a Trainer trains: the whole algorithm in one `trainer.train()`.
 
     After `start_epoch` epochs the blocks are compared on `calibration_samples` samples of the training data, chosen at
@@ -75,6 +73,8 @@ class MPruneCallback(TrainerCallback, ExportableState):
             and where a checkpoint is resumed that does not fit.
     """
 
+    _run: PruningRun | None
+
     def __init__(
         self,
         config: MPruneConfig | None = None,
@@ -82,23 +82,20 @@ class MPruneCallback(TrainerCallback, ExportableState):
         calibration: Dataset[Any] | Iterable[Any] | None = None,
         **settings: Any,
     ) -> None:
+        super().__init__(calibration)
         self.config = MPruneConfig.from_settings(config, settings)
-        self.calibration = calibration
         self.plan: PruningPlan | None = None
         self.record: PrunedConfig | None = None
-        self.saved_progress: dict[str, Any] | None = None  # as a checkpoint keeps it
-        self._run: PruningRun | None = None
         self._others: list[TrainerCallback] = []  # in the same Trainer
         self._sharded: Progress | None = None  # what was done before parameters were sharded
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are of the settings, not of a training."""
-        return {**self.__dict__, "_run": None, "_others": []}
+        return {**super().__getstate__(), "_others": []}
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        progress = self._run.progress if self._run is not None else None
-        return [] if progress is None else progress.attempts
+        attempts = [] if self._run is None else self._run.progress.attempts
+        return [attempt.to_dict() for attempt in attempts]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback, in trainer_state.json."""
@@ -118,7 +115,9 @@ class MPruneCallback(TrainerCallback, ExportableState):
         return callback
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._run = None  # an interrupted run of another Trainer may have left it
+        if self._run is not None:  # an interrupted run of another Trainer may have left it
+            self._run.operations.teaching.forget()
+        self._run = self.session = None
         model = kwargs.get("model")
         if model is None:
             return
@@ -138,7 +137,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
             )
             self.record = record_of(model)
             record = None if self.record is None else self.record.to_dict()
-            self._sharded = Progress(k=self.config.k, phase=FINISHED, accepted=1, record=record)
+            self._sharded = Progress(k=self.config.k, phase=Phase.DONE, goes_on=False, accepted=1, record=record)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -151,7 +150,7 @@ class MPruneCallback(TrainerCallback, ExportableState):
                     "Trainer is made, or call prune_model(model, dataloader, config) before the Trainer is made and "
                     "leave the callback out."
                 )
-            if state.global_step > 0 and self._saved(state).record != self._sharded.record:
+            if state.global_step > 0 and self._saved_progress(state).record != self._sharded.record:
                 raise SurgeryError(
                     "The model was pruned otherwise than the one in the checkpoint that is resumed. Make the Trainer "
                     "with the model, the calibration data and the settings that the run began with."
@@ -169,117 +168,55 @@ class MPruneCallback(TrainerCallback, ExportableState):
             self._others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
             refuse_copies(self._others)
             check_measured(self.config, args, trainer)
-        companions = meet_companions(kwargs["model"], state)
-        companions.prunes = True
-        if self.config.gated:
-            companions.pruning_starts, companions.judged_after = self.config.start_epoch, needed_epochs(self.config)
+        session = self._join(args, state, control, kwargs)
         calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
         before = self._run
         progress = self._progress(kwargs["model"], state)
         self._run = None  # until the new one has begun
         if before is not None:
             before.operations.teaching.stop()
-        run = PruningRun(self.config, calibration, args, kwargs, progress)
+        run = PruningRun(self.config, calibration, session, progress)
         if state.global_step > 0:
-            run.resume(state, control, self._saved_state(state).get("args", {}))
+            run.resume(self._saved(state)[0])
         else:
-            run.begin(state, before if before is not None and before.progress is progress else None)
+            run.begin(before if before is not None and before.progress is progress else None)
+        session.members.append(run)
         self._run = run
         self._publish()
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._run is not None:
-            if (
-                self._others
-                and self._run.progress.phase != FINISHED
-                and warn_of_copies(self._others, self._run.operations.subject)
-            ):
-                self._others = []  # they have been told of
-            self._run.epoch_begin(state, control)
-            self._publish()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            self._run.step_begin()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            self._run.operations.teaching.check()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._run is not None:
-            self._run.step_end(state, control)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            self._run.epoch_end(state, control)
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._run is None:
-            return
-        loader, metrics = kwargs.get("eval_dataloader"), kwargs.get("metrics") or {}
-        if not self._run.ended:
-            self._run.stages.notice(loader, metrics)
-            self._run.journal.facts.notice(metrics, loader)
-            self._run.evaluated(state, control, metrics, loader)
-            self._publish()
-        elif kwargs.get("model") is self._run.model:
-            self._run.journal.conclude_with(metrics, loader)
-            self._publish()
-
-    def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            write_card(args, state, control, kwargs.get("model"), kwargs.get("processing_class"))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            self._run.end(state, control)
-            self._publish()
-            tell_to_keep_card(args, self._run.model)
+        run = self._run
+        waits = run is not None and not run.progress.is_over
+        if waits and self._others and warn_of_copies(self._others, run.session.subject):
+            self._others = []  # they have been told of
+        super().on_epoch_begin(args, state, control, **kwargs)
 
     def _progress(self, model: Any, state: TrainerState) -> Progress:
         """Where the run stands: at its beginning, where a checkpoint says, or where auto_find_batch_size begins it
         again.
         """
         if state.global_step > 0:
-            return self._saved(state)
+            return self._saved_progress(state)
         run = self._run
-        if run is not None and not run.ended and run.model is model and run.progress.phase == RETRAINING:
+        if run is not None and not run.ended and run.session.model is model and run.progress.in_retraining:
             then = None if run.progress.record is None else PrunedConfig.from_dict(run.progress.record)
-            if same_structure(record_of(run.operations.subject), then):
+            if same_structure(record_of(run.session.subject), then):
                 return run.progress
         return Progress(k=self.config.k)
 
-    def _saved(self, state: TrainerState) -> Progress:
+    def _saved_progress(self, state: TrainerState) -> Progress:
         """Where the run stood when the checkpoint was saved."""
-        attributes = self._saved_state(state).get("attributes", {})
-        if not attributes.get("saved_progress"):
+        progress = self._saved(state)[1]
+        if not progress:
             raise SurgeryError(
                 "The run that is resumed began without MPruneCallback, so it is not known what was pruned when. Load "
                 "the model from the checkpoint's folder and start a new run with the callback, or resume without it."
             )
-        return Progress.from_dict(attributes["saved_progress"])
-
-    def _saved_state(self, state: TrainerState) -> dict[str, Any]:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        saved = saved[0] if isinstance(saved, list) and saved else saved
-        return saved if isinstance(saved, dict) else {}
+        return Progress.from_dict(progress)
 
     def _publish(self) -> None:
         if self._run is not None:
-            self.plan = self._run.operations.plan
-            record = self._run.progress.record
+            self.plan, record = self._run.operations.plan, self._run.progress.record
             self.record = None if record is None else PrunedConfig.from_dict(record)
-            companions_on(self._run.model).may_be_taken_back = self._run.may_be_taken_back

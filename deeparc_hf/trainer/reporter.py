@@ -6,196 +6,154 @@ from __future__ import annotations
 
 import copy
 import difflib
-import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-from tqdm.auto import tqdm
-from transformers import TrainerControl, TrainerState, TrainingArguments
-
-from ..architectures import Subject
-from ..checkpoint.record import PrunedConfig
 from ..checkpoint.weights_mark import mark_of_model
-from ..errors import ConfigError, DeepArcWarning, PlanError
+from ..errors import ConfigError, PlanError
+from ..healing.sites import Healing
 from ..pruning.config import MPruneConfig
-from ..pruning.plan import PruningPlan
-from ..reports.phases import FINISHED, RETRAINING
+from ..pruning.plan import PruningPlan, first_threshold
+from ..reports.attempts import Attempt, Evaluation
 from ..reports.run_report import RUN_REPORT, quality_text, structure_facts, write_run_report
 from .ending import advice, end_facts, end_lines
-from .run_facts import RunFacts, lasting
-from .schedule import Progress
-from .session import companions_on
-from .trackers import Trackers
+from .machine import Progress, Verdict
+from .schedule import needed_epochs
+from .session import Session
 
-__all__ = ["PLAN_FILE", "Journal", "lists"]
+__all__ = ["PLAN_FILE", "Reporter", "lists"]
 
 PLAN_FILE = "pruning_plan.json"
 
 
-class Journal:
+class Reporter:
     """Notes of one run; files are written and lines printed in the main process only.
 
     Args:
         config: the settings.
-        args: the Trainer's arguments.
-        model: the model.
+        session: the training.
         progress: where the notes are kept, so that checkpoints keep them too.
         metric: the gate's metric.
-        subject: gives the model as it is now, described.
-        loader: the training's data loader.
     """
 
-    def __init__(
-        self,
-        config: MPruneConfig,
-        args: TrainingArguments,
-        model: nn.Module,
-        progress: Progress,
-        metric: str,
-        subject: Callable[[], Subject],
-        loader: Any = None,
-    ) -> None:
-        self._subject = subject
+    def __init__(self, config: MPruneConfig, session: Session, progress: Progress, metric: str) -> None:
         self._config = config
-        self._args = args
-        self._model = model
+        self._session = session
         self._progress = progress
         self._metric = metric
-        self.facts = RunFacts(args, loader)
-        self._trackers = Trackers()
         self._end: dict[str, Any] | None = None  # the figures of the run's end
 
-    def open(self, state: TrainerState, plan: PruningPlan | None = None, record: PrunedConfig | None = None) -> None:
+    # ---- notes ----
+
+    @property
+    def _attempt(self) -> Attempt:
+        return self._progress.attempts[-1]
+
+    def open(self, plan: PruningPlan | None = None) -> None:
         """Begin the notes on the model as it is now: before the first pruning, or after one."""
-        p = self._progress
-        entry: dict[str, Any] = {"name": "before pruning"}
-        if plan is not None and record is not None:
-            entry = {
-                "name": f"pruning {p.accepted + 1}",
-                "iteration": p.accepted + 1,
-                "k": plan.config.k,
-                "thresholds": {name: stack.threshold for name, stack in plan.stacks.items()},
-                "removed": lists(record.iterations[-1]["removed"]),
-                "plan_removed": lists(plan.removed),
-            }
-        facts = {"step": state.global_step, "epoch": state.epoch or 0.0, "frozen": lists(p.frozen)}
+        p, session = self._progress, self._session
+        now = {
+            **structure_facts(session.subject),
+            "step": session.step,
+            "epoch": session.epoch,
+            "frozen": lists(p.frozen),
+        }
+        if plan is None:
+            p.attempts.append(Attempt("before pruning", **now))
+            return
+        number = p.accepted + 1
         p.attempts.append(
-            {**entry, **structure_facts(self._subject()), **facts, "training_seconds": 0.0, "evaluations": []}
+            Attempt(
+                f"pruning {number}",
+                **now,
+                iteration=number,
+                k=plan.config.k,
+                thresholds={name: stack.threshold for name, stack in plan.stacks.items()},
+                removed=lists(p.record["iterations"][-1]["removed"]),
+                plan_removed=lists(plan.removed),
+            )
         )
 
     def reopen(self) -> None:
         """Begin the notes on the pruning at hand anew, because its training begins anew."""
-        self._progress.attempts[-1].update(step=0, epoch=0.0, training_seconds=0.0, evaluations=[])
+        attempt = self._attempt
+        attempt.step, attempt.epoch, attempt.training_seconds, attempt.evaluations = 0, 0.0, 0.0, ()
 
     def add_training_time(self, seconds: float) -> None:
-        self._progress.attempts[-1]["training_seconds"] += seconds
+        self._attempt.training_seconds += seconds
 
-    def note(self, state: TrainerState, metrics: Mapping[str, Any], loader: Any = None) -> None:
+    def note(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note the figures of an evaluation, in the model's record too."""
-        p = self._progress
-        found = self.facts.evaluation(self._model, metrics, loader)
-        found["sparse"] = companions_on(self._model).sparsified_at >= 0
-        evaluations = p.attempts[-1]["evaluations"]
-        entry = {"step": state.global_step, "epoch": state.epoch or 0.0, **found}
-        evaluations.append(entry)
-        if p.phase == RETRAINING and p.record is not None:
-            self._record_metrics(found)
+        p, session = self._progress, self._session
+        known = {"step": session.step, "epoch": session.epoch, "sparse": session.zeroed_at is not None}
+        evaluation = session.evaluations.evaluation(session.model, metrics, loader, **known)
+        self._attempt.evaluations += (evaluation,)
+        if p.in_retraining and p.record is not None:
+            self._record_metrics(evaluation)
             self.note_stages()
-        self.report()
+        self.write()
 
-    def note_best(self, state: TrainerState) -> None:
+    def note_best(self) -> None:
         """Have the record tell the figures of the best checkpoint, whose weights the Trainer has loaded at the end."""
-        p = self._progress
-        best = [e for e in p.attempts[-1]["evaluations"] if e["step"] == state.best_global_step]
-        if self._args.load_best_model_at_end and best and p.record is not None and p.record["iterations"]:
-            for entry in best:
-                self._record_metrics(entry)
+        p, session = self._progress, self._session
+        best = [e for e in self._attempt.evaluations if e.step == session.state.best_global_step]
+        if session.args.load_best_model_at_end and best and p.record is not None and p.record["iterations"]:
+            for evaluation in best:
+                self._record_metrics(evaluation)
             self.note_stages()
 
     def conclude_with(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note an evaluation after the training's end: it is of the model that is left."""
-        p = self._progress
-        found = self.facts.conclude(self._model, metrics, loader)
-        if p.accepted and p.record is not None and any(key.startswith("eval_") for key in metrics):
-            self._record_metrics(found)
+        p, session = self._progress, self._session
+        evaluation = session.evaluations.conclude(session.model, metrics, loader)
+        if p.accepted and p.record is not None and evaluation.is_of_evaluation_data:
+            self._record_metrics(evaluation)
             self.note_stages()
-        self.report()
+        self.write()
 
-    def _record_metrics(self, found: Mapping[str, Any]) -> None:
+    def _record_metrics(self, evaluation: Evaluation) -> None:
         """Have the record tell an evaluation; several of the same weights, on several data sets, add up."""
-        entry = self._progress.record["iterations"][-1]  # type: ignore[index]
-        same = found["weights"] is not None and entry.get("weights") == found["weights"]
+        entry, data = self._progress.record["iterations"][-1], self._session.evaluations.data  # type: ignore[index]
+        same = evaluation.mark is not None and entry.get("weights") == evaluation.mark
         earlier = entry.get("metrics", {}) if same else {}
-        kept = {key: value for key, value in earlier.items() if key not in found["metrics"]}
-        entry.update(metrics={**kept, **lasting(found["metrics"])}, weights=found["weights"])
-        entry["data"] = {**self.facts.data, "evaluation": found["data"]} if not kept else self.facts.data
+        kept = {key: value for key, value in earlier.items() if key not in evaluation.metrics}
+        entry.update(metrics={**kept, **evaluation.lasting}, weights=evaluation.mark)
+        entry["data"] = data if kept else {**data, "evaluation": evaluation.data}
 
     def note_stages(self) -> None:
         """Have the model's record know what each step of the pruning at hand did."""
-        p = self._progress
-        if p.record is not None and p.attempts[-1].get("stages"):
-            p.record["iterations"][-1]["stages"] = copy.deepcopy(p.attempts[-1]["stages"])
-        host = self._subject().host
-        if p.record is not None:
-            p.record["sparsity"] = (host.record() or p.record).get("sparsity")  # weights may have been zeroed since
-            host.set_record(p.record)
-
-    def check_metric(self) -> None:
-        """Check, after an evaluation of the model as it is now, that the gate's metric was among its metrics.
-
-        Other evaluations have another prefix (`metric_key_prefix`).
-
-        Raises:
-            ConfigError: if not.
-        """
-        p = self._progress
-        if not self._config.gated or p.phase == FINISHED or p.measured_at is not None:
+        record, host = self._progress.record, self._session.subject.host
+        if record is None:
             return
-        if any(key.startswith("eval_") for entry in p.attempts[-1]["evaluations"] for key in entry["metrics"]):
-            raise self.no_metric()
+        if self._attempt.stages:
+            record["iterations"][-1]["stages"] = copy.deepcopy(self._attempt.stages)
+        record["sparsity"] = (host.record() or record).get("sparsity")  # weights may have been zeroed since
+        host.set_record(record)
 
-    def log(self, state: TrainerState, control: TrainerControl, **figures: float | None) -> None:
-        """Send the figures of the pruning at hand to the logs, and write the report."""
-        p = self._progress
-        facts = structure_facts(self._subject())
-        figures = {
-            "iteration": p.attempts[-1]["iteration"],
-            "k": p.attempts[-1]["k"],
-            "blocks": sum(facts["blocks"].values()),
-            "parameters": facts["parameters"],
-            "frozen_blocks": sum(map(len, p.frozen.values())),
-            **{f"loss_{stage}": found["loss"] for stage, found in p.attempts[-1].get("stages", {}).items()},
-            **figures,
-        }
-        shown = {f"pruning_{name}": value for name, value in figures.items() if value is not None}
-        self._trackers.log(self._args, state, control, self._model, shown)
-        self.report()
+    def judged(self, verdict: Verdict) -> None:
+        """Note a verdict."""
+        p, attempt = self._progress, self._attempt
+        attempt.metric, attempt.value, attempt.baseline = self._metric, p.value, p.baseline
+        attempt.drop, attempt.reason = None if p.value is None else verdict.drop, verdict.reason
 
-    def close(self) -> None:
-        """Write the report a last time, and close what is open."""
-        self.report()
-        self._trackers.close()
+    # ---- files ----
 
-    def report(self) -> None:
+    def write(self) -> None:
         """Write the run's report."""
-        if self._args.process_index == 0:
-            folder = Path(self._args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            zeroed = companions_on(self._model).sparsified_at
-            metric = self._metric if self._config.gated or self._config.metric else None
-            weights = mark_of_model(self._model) if self._progress.phase == FINISHED else None
-            facts = {**self.facts.to_dict(), "weights": weights, "end": self._end}
-            write_run_report(
-                folder, self._config, self._progress.to_dict(), metric, zeroed if zeroed >= 0 else None, facts
-            )
+        session, p = self._session, self._progress
+        if not session.is_main:
+            return
+        session.folder.mkdir(parents=True, exist_ok=True)
+        metric = self._metric if self._config.gated or self._config.metric else None
+        weights = mark_of_model(session.model) if p.is_over else None
+        facts = {**session.evaluations.to_dict(), "weights": weights, "end": self._end}
+        write_run_report(session.folder, self._config, p.for_report(), metric, session.zeroed_at, facts)
 
     def write_plan(self, plan: PruningPlan | None) -> None:
         """Write the plan that is carried out; None: it was taken back, and none is left."""
-        if self._args.process_index != 0:
+        file = self._session.folder / PLAN_FILE
+        if not self._session.is_main:
             return
-        file = Path(self._args.output_dir, PLAN_FILE)
         if plan is None:
             file.unlink(missing_ok=True)
         else:
@@ -205,94 +163,156 @@ class Journal:
     def read_plan(self) -> PruningPlan | None:
         """The plan of the pruning at hand, for a resumed run; None if the file is not there or tells of another."""
         try:
-            plan = PruningPlan.from_json(Path(self._args.output_dir, PLAN_FILE))
+            plan = PruningPlan.from_json(self._session.folder / PLAN_FILE)
         except (OSError, PlanError):
             return None
-        return plan if lists(plan.removed) == self._progress.attempts[-1].get("plan_removed") else None
+        return plan if lists(plan.removed) == self._attempt.plan_removed else None
 
-    def outline(self, length: str, *doubts: str | None) -> None:
+    def _log(self, **figures: float | None) -> None:
+        """Send the figures of the pruning at hand to the logs, and write the report."""
+        structure = structure_facts(self._session.subject)
+        figures = {
+            "iteration": self._attempt.iteration,
+            "k": self._attempt.k,
+            "blocks": sum(structure["blocks"].values()),
+            "parameters": structure["parameters"],
+            "frozen_blocks": sum(map(len, self._progress.frozen.values())),
+            **{f"loss_{stage}": quality["loss"] for stage, quality in self._attempt.stages.items()},
+            **figures,
+        }
+        self._session.log({f"pruning_{name}": value for name, value in figures.items() if value is not None})
+        self.write()
+
+    # ---- what the user is told ----
+
+    def outline(self, *doubts: str | None) -> None:
         """Tell what is going to happen, and what is doubtful, so that a mistake is seen at once."""
-        c = self._config
+        c, session = self._config, self._session
+        length = f"the training has {session.state.max_steps} steps"
+        if session.steps_per_epoch is not None:
+            epochs = session.state.max_steps / session.steps_per_epoch
+            length = f"{needed_epochs(c)} of the training's {epochs:g} epochs"
         parts = [f"{_count(c.start_epoch, 'epoch')} before the first pruning"] if c.start_epoch else []
         retraining = f"{_count(c.retrain_epochs, 'epoch')} of retraining{' each' if c.iterations > 1 else ''}"
         parts += [f"{_count(c.iterations, 'pruning')} with {retraining}"]
         gate = f"; {self._metric} may get worse by {c.max_drop:g}" if c.gated else ""
         more = ""
-        if c.gated and self._metric.removeprefix("eval_") != "loss" and not self._args.eval_on_start:
+        if c.gated and self._metric.removeprefix("eval_") != "loss" and not session.args.eval_on_start:
             more = (
                 f" The first evaluation shows whether {self._metric} is measured; eval_on_start=True makes one "
                 f"before the first step."
             )
-        self.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.{more}")
+        session.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.{more}")
         for doubt in doubts:
             if doubt is not None:
-                self.warn(doubt)
+                session.warn(doubt)
 
-    def tell_stages(self) -> None:
-        """Tell what the pruning at hand has done so far."""
+    def warn_of_changes(self, changed: Mapping[str, str]) -> None:
+        """Warn of settings that are others than those that a resumed run began with."""
+        rule = "they count from here on; what was done stays"
+        if self._progress.is_over:
+            rule = "this run is finished, so they count no more"
+        shown = ", ".join(f"{name} {change}" for name, change in changed.items())
+        self._session.warn(f"The run is resumed with other settings than it began with ({shown}): {rule}.")
+
+    def pruned(self, plan: PruningPlan, healings: Sequence[Healing], stages: dict[str, Any]) -> None:
+        """Begin the notes on a pruning, and tell what it has done."""
+        p, session = self._progress, self._session
+        self.open(plan)
+        self._attempt.healing, self._attempt.stages = [healing.to_dict() for healing in healings], stages
+        again = ", another try" if sum(a.iteration == p.accepted + 1 for a in p.attempts) > 1 else ""
+        against = ""
+        if self._config.gated and p.baseline is not None:
+            against = f" The baseline of {self._metric} is {p.baseline:.4g}."
+        session.say(
+            f"Pruning {p.accepted + 1}{again} (k={p.k}), at step {session.step}.{against} Blocks as they are "
+            f"numbered now:\n{plan}"
+        )
+        for healing in healings:
+            session.say(f"Healing: {healing}")
         self.note_stages()
-        found = self._progress.attempts[-1]["stages"]
-        if found:
+        if stages:
             names = {"before": "before", "removed": "right after the removal", "healed": "after healing"}
-            figures = ", ".join(f"{quality_text(value)} {names[stage]}" for stage, value in found.items())
-            data = next(iter(found.values()))
-            self.say(f"Loss on {data['samples']} samples ({data['data']}): {figures}.")
+            figures = ", ".join(f"{quality_text(quality)} {names[stage]}" for stage, quality in stages.items())
+            first = next(iter(stages.values()))
+            session.say(f"Loss on {first['samples']} samples ({first['data']}): {figures}.")
+        self.write_plan(plan)
+        self._log()
+
+    def nothing_removed(self, plan: PruningPlan) -> None:
+        """Tell that the training goes on as it would without pruning."""
+        first = first_threshold(plan)
+        why = "its pinned and protected blocks allow no removal"
+        if first is not None:
+            why = f"the first block would go at threshold {first:.4f}"
+        self._session.say(f"{plan}\nNothing is removed ({why}); the training goes on as it would without pruning.")
+        self.write_plan(plan)
+
+    def carried_out(self, accepted: bool) -> None:
+        """Tell and note that a pruning was accepted or taken back."""
+        attempt = self._attempt
+        attempt.decision = "accepted" if accepted else "rolled back"
+        attempt.reason = attempt.reason or "not judged (no max_drop)"
+        back = "" if accepted else f" The weights from step {attempt.step} are back."
+        self._session.say(f"Pruning {attempt.iteration} (k={attempt.k}) is {attempt.decision}: {attempt.reason}.{back}")
+        self._log(accepted=float(accepted), drop=attempt.drop)
 
     def warn_of_allowance(self) -> None:
         """Warn where the gate cannot reject anything."""
         baseline, allowed = float(self._progress.baseline or 0.0), float(self._config.max_drop or 0.0)
         if 0 <= baseline <= allowed:
             hint = f" Did you mean {allowed / 100:g}?" if baseline <= 1 < allowed else ""
-            self.warn(
+            self._session.warn(
                 f"max_drop {allowed:g} is not below the baseline of {baseline:.4g}, so no pruning can be "
                 f"rejected.{hint}"
             )
 
-    def conclude(self, state: TrainerState) -> None:
+    def conclude(self) -> None:
         """Tell how the run ended: what was lost and won, where the model lies, and what to do next."""
-        p = self._progress
-        ended_at = (
-            f"step {state.global_step}" if state.epoch is None else f"epoch {state.epoch:g} of {state.num_train_epochs}"
-        )
-        self._end = end_facts(p, self._subject(), self._config, self._args, state, self._metric)
-        first, last = p.attempts[0], structure_facts(self._subject())
-        blocks = f"{sum(first['blocks'].values())} -> {sum(last['blocks'].values())} blocks"
-        parameters = f"{first['parameters']:,} -> {last['parameters']:,} parameters"
+        p, session, state = self._progress, self._session, self._session.state
+        ended_at = f"step {session.step}"
+        if state.epoch is not None:
+            ended_at = f"epoch {state.epoch:g} of {state.num_train_epochs}"
+        self._end = end_facts(p, session, self._config, self._metric)
+        blocks, parameters = (self._end[name] for name in ("blocks", "parameters"))
         frozen = sum(map(len, p.frozen.values()))
-        stay = (
-            f" Still frozen in this process: {_count(frozen, 'block')} (a reload from the disk lifts that)."
-            if frozen
-            else ""
+        stay = ""
+        if frozen:
+            stay = f" Still frozen in this process: {_count(frozen, 'block')} (a reload from the disk lifts that)."
+        session.say(
+            f"Pruning is finished at {ended_at} ({p.reason}): {p.accepted} of {self._config.iterations} accepted, "
+            f"{blocks['before']} -> {blocks['after']} blocks, {parameters['before']:,} -> {parameters['after']:,} "
+            f"parameters.{stay} Report: {session.folder / RUN_REPORT}.md"
         )
-        accepted = f"{p.accepted} of {self._config.iterations} accepted"
-        self.say(
-            f"Pruning is finished at {ended_at} ({p.reason}): {accepted}, {blocks}, {parameters}.{stay} "
-            f"Report: {Path(self._args.output_dir, RUN_REPORT)}.md"
-        )
-        self.say("\n".join(f"  {line}" for line in end_lines(self._end)))
+        session.say("\n".join(f"  {line}" for line in end_lines(self._end)))
         if p.accepted and not state.is_hyper_param_search:
-            self.say("\n".join(advice(self._end, self._args)))
+            session.say("\n".join(advice(self._end, session.folder)))
 
-    def say(self, text: str) -> None:
-        """Print, without breaking a progress bar."""
-        if self._args.process_index == 0:
-            tqdm.write(text)
+    # ---- the gate's metric ----
 
-    def warn(self, text: str) -> None:
-        if self._args.process_index == 0:
-            warnings.warn(text, DeepArcWarning, stacklevel=4)
+    def check_metric(self) -> None:
+        """Check, after an evaluation of the model as it is now, that the gate's metric was among its metrics.
+
+        Raises:
+            ConfigError: if not.
+        """
+        p = self._progress
+        if not self._config.gated or p.is_over or p.measured_at is not None:
+            return
+        if any(evaluation.is_of_evaluation_data for evaluation in self._attempt.evaluations):
+            raise self.no_metric()
 
     def no_metric(self) -> ConfigError:
         """The error where evaluations do not give the gate's metric."""
-        keys = {key for evaluation in self._progress.attempts[-1]["evaluations"] for key in evaluation["metrics"]}
-        seen = sorted(key.removeprefix("eval_") for key in lasting(dict.fromkeys(keys, 0.0)))
+        keys = {key for evaluation in self._attempt.evaluations for key in evaluation.metrics}
+        seen = sorted(key.removeprefix("eval_") for key in keys)
         near = difflib.get_close_matches(self._metric.removeprefix("eval_"), seen, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else "Give metric=... one of these names."
         if seen == ["loss"]:
             hint = "Give the Trainer compute_metrics, or set metric='loss'."
-        found = ", ".join(seen) or "there was none"
         return ConfigError(
-            f"max_drop bounds {self._metric!r}, which was not among the metrics of the evaluation: {found}. {hint}"
+            f"max_drop bounds {self._metric!r}, which was not among the metrics of the evaluation: "
+            f"{', '.join(seen) or 'there was none'}. {hint}"
         )
 
 

@@ -1,118 +1,19 @@
-"""The schedule of a training with prunings in it, and the verdict on each of them. Pure: no model, no Trainer.
-
-The algorithm is MPruner's (arXiv 2408.13482): train, prune, retrain, judge; accept and prune the smaller model again
-with the same stride, or take the pruning back and try the next larger stride, which removes less.
-"""
+"""How long a training must be for the prunings that are asked of it, and what may change where it is resumed."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ConfigError, RecordError
+from transformers import TrainingArguments
+
+from ..errors import ConfigError
 from ..pruning.config import MPruneConfig
-from ..reports.phases import BEFORE, FINISHED, RETRAINING
-from .saved import Saved
+from .machine import Progress
 
-__all__ = [
-    "Progress",
-    "Verdict",
-    "check_epochs",
-    "find_metric",
-    "judge",
-    "needed_epochs",
-    "refuse_changes",
-    "same_metric",
-]
+__all__ = ["check_epochs", "needed_epochs", "refuse_changes", "steps_per_epoch"]
 
-_FOLDERS, _NAME = ("snapshot", "teacher"), re.compile(r"[\w-]+")
 _FIXED = ("start_epoch", "k", "metric", "greater_is_better", "baseline")
-
-
-@dataclass
-class Progress(Saved):
-    """Where a run stands: all that a resumed run needs to go on. JSON types only; lives in the Trainer's
-    trainer_state.json.
-
-    Attributes:
-        k: stride of the pruning at hand, or of the next one.
-        phase: BEFORE, RETRAINING or FINISHED.
-        accepted: number of prunings that were accepted.
-        boundary: optimizer step at which this phase ends.
-        steps_per_epoch: optimizer steps of an epoch, in which the boundaries are counted; None where the data has no
-            length.
-        pruned_at: optimizer step of the last pruning; None before the first.
-        baseline: the metric that later ones are compared with; None if not known yet.
-        measured_at: optimizer step at which the gate's metric was measured last.
-        value: that metric.
-        decision: verdict on the pruning at hand, from its boundary until it is carried out: "accept" or "reject"; None
-            before.
-        reason: why the run is FINISHED, or why the decision is what it is.
-        stopped: whether the training was asked to stop, because nothing is left to do.
-        rewound: step at which the learning rate was rewound last, the number of steps of its schedule, and that of the
-            whole training then; None if it was not.
-        start, base, record: records (as dicts) of the model when the run began, of the last accepted model, and as it
-            is now.
-        frozen, base_frozen: blocks that this run froze, by stack, in the model as it is now and in the last accepted
-            one.
-        snapshot: name of the folder with the accepted weights; None where nothing can be taken back.
-        teacher: name of the folder with the weights of the unpruned model, which teaches; None where none does.
-        attempts: what the report says of each pruning, and first of the model before them.
-    """
-
-    k: int
-    phase: str = BEFORE
-    accepted: int = 0
-    boundary: int = 0
-    steps_per_epoch: int | None = None
-    pruned_at: int | None = None
-    baseline: float | None = None
-    measured_at: int | None = None
-    value: float | None = None
-    decision: str | None = None
-    reason: str | None = None
-    stopped: bool = False
-    rewound: list[int] | None = None
-    start: dict[str, Any] | None = None
-    base: dict[str, Any] | None = None
-    record: dict[str, Any] | None = None
-    frozen: dict[str, list[int]] = field(default_factory=dict)
-    base_frozen: dict[str, list[int]] = field(default_factory=dict)
-    snapshot: str | None = None
-    teacher: str | None = None
-    attempts: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Progress:
-        """The inverse of `to_dict`.
-
-        Raises:
-            RecordError: if the data is not a progress, or was written by another version of this package.
-        """
-        fields = cls.fields_of(data)
-        whole = fields is not None and fields["phase"] in (BEFORE, RETRAINING, FINISHED) and type(fields["k"]) is int
-        # names of folders beside the checkpoint, and nowhere else
-        if not whole or not all(
-            fields[n] is None or (isinstance(fields[n], str) and _NAME.fullmatch(fields[n])) for n in _FOLDERS
-        ):
-            raise RecordError(
-                "The checkpoint's trainer_state.json does not tell where the pruning stood, or another version of "
-                "deeparc_hf wrote it. Resume with the version that wrote it, or start a new run from the checkpoint's "
-                "model."
-            )
-        return cls(**fields)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the gate says of a pruning: whether it stays, by how much the metric got worse, and why."""
-
-    accepted: bool
-    drop: float
-    reason: str
 
 
 def needed_epochs(config: MPruneConfig) -> int:
@@ -182,25 +83,10 @@ def refuse_changes(
     return changed
 
 
-def same_metric(one: str | None, other: str | None) -> bool:
-    """Whether two names mean one metric: the Trainer's "eval_" may be there or not."""
-    return one is not None and other is not None and one.removeprefix("eval_") == other.removeprefix("eval_")
-
-
-def find_metric(metrics: Mapping[str, Any], name: str) -> float | None:
-    """A metric by its name, with or without the Trainer's "eval_"; None if it is not there."""
-    value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
-    return None if value is None else float(value)
-
-
-def judge(config: MPruneConfig, name: str, baseline: float, value: float, greater_is_better: bool) -> Verdict:
-    """Whether a retrained model is good enough."""
-    drop = baseline - value if greater_is_better else value - baseline
-    allowed = float(config.max_drop or 0.0)
-    if not math.isfinite(value):
-        return Verdict(False, drop, f"{name} is {value:g} after the retraining, and was {baseline:.6g}")
-    # 0.8 - 0.7 is more than 0.1 for a computer, and for nobody else
-    accepted = drop <= allowed or math.isclose(drop, allowed, rel_tol=1e-9, abs_tol=1e-12)
-    change = f"{name} went from {baseline:.4g} to {value:.4g}"
-    change += f", {'worse' if drop > 0 else 'better'} by {abs(drop):.4g}" if drop else ", unchanged"
-    return Verdict(accepted, drop, f"{change} ({'' if accepted else 'only '}a drop of up to {allowed:g} is allowed)")
+def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
+    """Optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
+    try:
+        batches = len(loader)
+    except TypeError:
+        return None
+    return max(-(-batches // args.gradient_accumulation_steps), 1)

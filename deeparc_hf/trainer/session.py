@@ -1,59 +1,221 @@
-"""What the callbacks on one model must know of each other, whichever of them comes first in the Trainer's list."""
+"""One training of a model by a Trainer, as the callbacks of this package in it share it."""
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import TrainerState
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import default_logdir, get_reporting_integration_callbacks
 
-__all__ = ["Companions", "companions_on", "meet_companions"]
+from ..architectures import Subject, describe
+from ..checkpoint.record import PrunedConfig, current_record
+from ..errors import DeepArcWarning
+from .evaluations import Evaluations
+from .schedule import steps_per_epoch
+
+__all__ = ["Event", "Member", "Session", "Trackers"]
 
 
-@dataclass
-class Companions:
-    """Facts about one training of a model.
+class Event(StrEnum):
+    """What callbacks tell each other."""
+
+    PRUNED = "blocks were removed"
+    TAKEN_BACK = "blocks came back, with the zeros that they had"
+    ZEROED = "weights were zeroed"
+
+
+class Member:
+    """What one callback does in one training: it gets the Trainer's events, and hears what the other callbacks do.
 
     Attributes:
-        training: the Trainer's state object of that training.
-        may_be_taken_back: a pruning has not been judged yet; taking it back would bring back the weights from before
-            it.
-        pruning_starts, judged_after: epochs before the first pruning, and after the last verdict at the earliest; None:
-            nothing is judged.
-        prunes: blocks are removed in this training, and its end is told by the callback that removes them.
-        taken_back: number of prunings that were taken back: blocks came back, with the zeros that they had.
-        sparsity_to_come: weights are still to be zeroed in this training.
-        keeps_zeros: somebody keeps zeroed weights zero.
-        sparsified_at: optimizer step at which weights were zeroed last; -1: never.
-        card_told: whether it was told how the card is kept when the model is pushed.
+        ended: whether the training has ended.
+        removes_blocks: whether it removes blocks; it then tells the training's end.
+        keeps_zeros: whether it keeps zeroed weights zero.
+        pruning_starts, judged_after: epochs before the first pruning, and after the last verdict at the earliest;
+            None: nothing is judged.
     """
 
-    training: weakref.ref[TrainerState]
-    may_be_taken_back: bool = False
+    ended = False
+    removes_blocks = False
+    keeps_zeros = False
     pruning_starts: int | None = None
     judged_after: int | None = None
-    prunes: bool = False
-    taken_back: int = 0
-    sparsity_to_come: bool = False
-    keeps_zeros: bool = False
-    sparsified_at: int = -1
-    card_told: bool = False
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the training must not stop yet, because something is still to be done in it."""
+        return False
+
+    @property
+    def may_be_taken_back(self) -> bool:
+        """Whether the weights from before a pruning may come back."""
+        return False
+
+    def hear(self, event: Event) -> None:
+        """Something has happened to the model, just now."""
+
+    def epoch_begin(self) -> None: ...
+    def step_begin(self) -> None: ...
+    def before_optimizer(self) -> None: ...
+    def after_optimizer(self) -> None: ...
+    def step_end(self) -> None: ...
+    def epoch_end(self) -> None: ...
+    def evaluated(self, metrics: Mapping[str, Any], loader: Any) -> None: ...
+    def end(self) -> None: ...
+    def evaluated_after_end(self, metrics: Mapping[str, Any], loader: Any) -> None: ...
 
 
-_known: weakref.WeakKeyDictionary[nn.Module, Companions] = weakref.WeakKeyDictionary()
+class Session:
+    """One training.
 
+    Args:
+        args: the Trainer's arguments.
+        state: the Trainer's state, a new object for each training.
+        control: the Trainer's control.
+        event: what the Trainer hands to a callback when the training begins: model, optimizer, lr_scheduler,
+            train_dataloader.
 
-def meet_companions(model: nn.Module, state: TrainerState) -> Companions:
-    """The facts about a training that begins, shared by all callbacks in it; those of an earlier one, however it ended,
-    are gone.
+    Attributes:
+        control: the Trainer's control, as in the event at hand.
+        members: what takes part in it, in the order of the Trainer's callbacks.
+        zeroed_at: optimizer step at which weights were zeroed last; None: never.
+        evaluations: what its figures are of.
     """
-    known = _known.get(model)
-    if known is None or known.training() is not state:
-        known = _known[model] = Companions(weakref.ref(state))
-    return known
+
+    def __init__(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, event: Mapping[str, Any]
+    ) -> None:
+        self.args = args
+        self.state = state
+        self.control = control
+        self.model: nn.Module = event["model"]
+        self.optimizer = event.get("optimizer")
+        self.scheduler = event.get("lr_scheduler")
+        self.loader = event.get("train_dataloader")
+        self.steps_per_epoch = steps_per_epoch(self.loader, args)
+        self.folder = Path(args.output_dir)
+        self.members: list[Member] = []
+        self.zeroed_at: int | None = None
+        self.evaluations = Evaluations(args, self.loader)
+        self._trackers = Trackers()
+        self._subject: nn.Module | Subject = self.model
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return self.state.global_step
+
+    @property
+    def epoch(self) -> float:
+        return self.state.epoch or 0.0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and prints lines."""
+        return self.args.process_index == 0
+
+    # ---- what callbacks tell each other ----
+
+    def tell(self, event: Event) -> None:
+        """Let every member know what was done to the model."""
+        if event is Event.ZEROED:
+            self.zeroed_at = self.step
+        for member in self.members:
+            member.hear(event)
+
+    @property
+    def may_be_taken_back(self) -> bool:
+        return any(member.may_be_taken_back for member in self.members)
+
+    @property
+    def has_work(self) -> bool:
+        return any(member.has_work for member in self.members)
+
+    def forget_best(self) -> None:
+        """A checkpoint of another structure, or of other zeros, must not be the best."""
+        self.state.best_metric = self.state.best_model_checkpoint = self.state.best_global_step = None
+
+    # ---- the model ----
+
+    @property
+    def subject(self) -> Subject:
+        """The model as it is now, described."""
+        self._subject = describe(self._subject)
+        return self._subject
+
+    def record(self) -> PrunedConfig:
+        """The model's record; an empty one where it carries none."""
+        return current_record(self.subject)
+
+    # ---- the user ----
+
+    def say(self, text: str) -> None:
+        """Print, without breaking a progress bar."""
+        if self.is_main:
+            tqdm.write(text)
+
+    def warn(self, text: str) -> None:
+        if self.is_main:
+            warnings.warn(text, DeepArcWarning, stacklevel=4)
+
+    def log(self, figures: Mapping[str, float]) -> None:
+        """Send figures to the Trainer's logs."""
+        self._trackers.log(self.args, self.state, self.control, self.model, figures)
+
+    def close(self) -> None:
+        """Close what is open, once every member has heard of the training's end."""
+        if all(member.ended for member in self.members):
+            self._trackers.close()
 
 
-def companions_on(model: nn.Module) -> Companions:
-    """The facts about the training that began last."""
-    return _known[model]
+class Trackers:
+    """Logs figures as `Trainer.log` does.
+
+    A callback cannot call `Trainer.log`, so the trackers are met through transformers' own reporting callbacks, which
+    join the run that is open.
+    """
+
+    def __init__(self) -> None:
+        self._callbacks: list[TrainerCallback] | None = None
+
+    def log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        figures: Mapping[str, float],
+    ) -> None:
+        """Add figures to the log history, and send them to every tracker."""
+        logs: dict[str, Any] = dict(figures)
+        if state.epoch is not None:
+            logs["epoch"] = state.epoch
+        state.log_history.append({**logs, "step": state.global_step})
+        if self._callbacks is None:
+            self._callbacks = [cls() for cls in get_reporting_integration_callbacks(args.report_to)]
+            for callback in self._callbacks:
+                if getattr(callback, "logging_dir", "") is None:
+                    callback.logging_dir = _logging_dir(args)  # type: ignore[attr-defined]
+        for callback in self._callbacks:
+            callback.on_log(args, state, control, model=model, logs=dict(logs))
+
+    def close(self) -> None:
+        """Have what was logged written to the disk."""
+        for callback in self._callbacks or ():
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                writer.close()
+
+
+def _logging_dir(args: TrainingArguments) -> str:
+    """TensorBoard's folder of this training: the one that the Trainer's own callback has made when the training
+    began.
+    """
+    made = sorted(Path(args.output_dir, Path(default_logdir()).parent).glob("*"), key=lambda path: path.stat().st_mtime)
+    return str(made[-1]) if made else str(Path(args.output_dir, default_logdir()))

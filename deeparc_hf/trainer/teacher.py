@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainingArguments
 
 from ..architectures import Layout
 from ..checkpoint.record import PrunedConfig
@@ -15,7 +13,8 @@ from ..distillation.loss import Distillation, make_teacher
 from ..errors import ConfigError, SurgeryError
 from ..healing.sites import Site, sites_of
 from ..pruning.config import MPruneConfig
-from .schedule import Progress
+from .machine import Progress
+from .session import Session
 from .snapshots import restore_weights
 
 __all__ = ["Teaching", "removed_since"]
@@ -26,18 +25,18 @@ class Teaching:
 
     Args:
         config: the settings.
-        args: the Trainer's arguments.
-        model: the model, unwrapped.
+        session: the training.
         progress: where the run stands.
 
     Raises:
         ConfigError: if the teacher's term would not reach the loss.
     """
 
-    def __init__(self, config: MPruneConfig, args: TrainingArguments, model: nn.Module, progress: Progress) -> None:
+    def __init__(self, config: MPruneConfig, session: Session, progress: Progress) -> None:
+        args = session.args
         self._config = config.distill
-        self._output = Path(args.output_dir)
-        self._model = model
+        self._output = session.folder
+        self._model = session.model
         self._progress = progress
         self._teacher: nn.Module | None = None
         self._at_work: Distillation | None = None

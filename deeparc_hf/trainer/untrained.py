@@ -7,9 +7,26 @@ from contextlib import suppress
 
 from torch import nn
 
-__all__ = ["untrained_weights"]
+from ..architectures.hosts import is_adapted
+from ..pruning.config import MPruneConfig
+
+__all__ = ["pruned_untrained", "untrained_weights"]
 
 _DRAWN = 8  # changes in place that drawing a parameter takes at most
+
+
+def pruned_untrained(config: MPruneConfig, model: nn.Module) -> str | None:
+    """Why it is doubtful to prune the model when the training begins, and what to do; None where it is not."""
+    # an adapter begins at random, and changes nothing then
+    names = untrained_weights(model) if config.start_epoch == 0 and not is_adapted(model) else []
+    if not names:
+        return None
+    which = " and ".join(names) if len(names) < 3 else f"{names[0]}, {names[1]} and {len(names) - 2} more parameters"
+    return (
+        f"The model is pruned when the training begins (start_epoch=0), and it cannot do its task yet: {which} "
+        f"{'is' if len(names) == 1 else 'are'} as drawn at random. Such a model does not tell which blocks can go. "
+        f"Fine-tune it first: give start_epoch=1 or more, and as many more epochs of training."
+    )
 
 
 def untrained_weights(model: nn.Module) -> list[str]:

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..architectures import describe
 from ..architectures.hosts import is_adapted
@@ -18,15 +17,14 @@ from ..sparsity.config import WandaConfig
 from ..sparsity.methods import methods
 from ..sparsity.report import SparsityReport
 from ..sparsity.sparsify import matrices_for
+from .callback import SessionCallback
 from .sharded import is_sharded
-from .sparsity_progress import SparsityProgress
-from .sparsity_run import SparsityRun
-from .write_card import tell_to_keep_card, write_card
+from .sparsity_run import SparsityProgress, SparsityRun
 
 __all__ = ["WandaCallback"]
 
 
-class WandaCallback(TrainerCallback, ExportableState):
+class WandaCallback(SessionCallback):
     """Zeroes the weights that matter least while a Trainer trains, and keeps them zero for the rest of the training.
 
     After `start_epoch` epochs (0: when the training begins) the inputs of the linear maps are measured on
@@ -66,6 +64,8 @@ class WandaCallback(TrainerCallback, ExportableState):
         SparsityError: at the end of an epoch, and at every evaluation, if zeroed weights are not zero any more.
     """
 
+    _run: SparsityRun | None
+
     def __init__(
         self,
         config: WandaConfig | None = None,
@@ -73,16 +73,10 @@ class WandaCallback(TrainerCallback, ExportableState):
         calibration: Dataset[Any] | Iterable[Any] | None = None,
         **settings: Any,
     ) -> None:
+        super().__init__(calibration)
         self.config = WandaConfig.from_settings(config, settings)
-        self.calibration = calibration
         self.report: SparsityReport | None = None
         self.asked = config is not None or bool(settings.keys() - {"keep_zeros"})
-        self.saved_progress: dict[str, Any] | None = None  # as a checkpoint keeps it
-        self._run: SparsityRun | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are of the settings, not of a training."""
-        return {**self.__dict__, "_run": None}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the callback, in trainer_state.json."""
@@ -100,7 +94,7 @@ class WandaCallback(TrainerCallback, ExportableState):
         return callback
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._run = None  # an interrupted run of another Trainer may have left it
+        self._run = self.session = None  # an interrupted run of another Trainer may have left them
         model = kwargs.get("model")
         if is_sharded(args):
             raise UnsupportedModelError(
@@ -124,78 +118,29 @@ class WandaCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if isinstance(saved, list):
+        if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
             raise ConfigError(
                 "There is more than one WandaCallback in this Trainer. Leave one, or call sparsify_model before the "
                 "training."
             )
         progress, began_with, before = SparsityProgress(), None, None
         if state.global_step > 0:
-            attributes = saved.get("attributes", {}) if isinstance(saved, dict) else {}
-            if attributes.get("saved_progress"):
-                progress, began_with = SparsityProgress.from_dict(attributes["saved_progress"]), saved.get("args", {})
-        elif self._run is not None and not self._run.ended and self._run.model is kwargs["model"]:
+            settings, saved = self._saved(state)
+            if saved:
+                progress, began_with = SparsityProgress.from_dict(saved), settings
+        elif self._run is not None and not self._run.ended and self._run.session.model is kwargs["model"]:
             before, progress = self._run, self._run.progress  # auto_find_batch_size begins the same run again
+        session = self._join(args, state, control, kwargs)
         calibration = None
         if methods.get(self.config.method).needs_inputs:
             calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
-        run = SparsityRun(self.config, self.asked, calibration, args, kwargs, progress, state)
-        run.begin(state, kwargs.get("optimizer"), began_with)
+        run = SparsityRun(self.config, self.asked, calibration, session, progress)
+        run.begin(began_with)
         if before is not None:
             run.begin_again()
+        session.members.append(run)
         self._run, self.report = run, run.report
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def _publish(self) -> None:
         if self._run is not None:
-            self._run.epoch_begin(state, control)
             self.report = self._run.report or self.report
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            self._run.step_begin(state, control)
-            self.report = self._run.report or self.report
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            self._run.optimizer_step()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._run is not None:
-            self._run.step_end(state, control)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            self._run.epoch_end(state, control)
-            self.report = self._run.report or self.report
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._run is None:
-            return
-        loader, metrics = kwargs.get("eval_dataloader"), kwargs.get("metrics") or {}
-        if not self._run.ended:
-            self._run.facts.notice(metrics, loader)
-            self._run.evaluated(state, metrics, loader)
-        elif kwargs.get("model") is self._run.model:
-            self._run.conclude_with(metrics, loader)
-
-    def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            write_card(args, state, control, kwargs.get("model"), kwargs.get("processing_class"))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._run is not None:
-            self._run.end(state)
-            tell_to_keep_card(args, self._run.model)

@@ -363,4 +363,4 @@ def test_a_downloaded_record_cannot_steer_the_terminal(capsys, checkpoints, tmp_
     record = {"format_version": 1, "base_model": "\x1b[31mevil\nname", "stacks": {}}
     (tmp_path / "bert" / "config.json").write_text(json.dumps({**config, "pruning_config": record}))
     error = error_of(capsys, "inspect", tmp_path / "bert")
-    assert "\x1b" not in error and "base_model must be null or a text of at most 512 visible characters" in error
+    assert "\x1b" not in error and "base_model must be a text of at most 512 visible characters" in error

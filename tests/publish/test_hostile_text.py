@@ -7,9 +7,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import random
 import shutil
 import unicodedata
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +20,7 @@ from deeparc_hf.cli import main
 from deeparc_hf.cli.inspect import facts_of, facts_text
 from deeparc_hf.core.plain_text import allowed, is_plain, listed, plain, plain_lines, quoted
 from deeparc_hf.errors import DeepArcError, DeepArcWarning, RecordError
+from deeparc_hf.publish.card import render
 from deeparc_hf.publish.gather import content_of_folder
 from deeparc_hf.publish.metadata import metadata
 from tests.zoo import ZOO
@@ -220,6 +223,38 @@ def test_a_hostile_plan_is_refused_or_shown_as_text(tmp_path):
     check(str(error.value), 600)
     plan["stacks"][STACK]["pinned"] = {"0": HOSTILE}
     check(str(PruningPlan.from_dict(plan)))
+
+
+# ---- every entry of the files beside a checkpoint ----
+
+ODD = [None, 3, -1, "x", True, [], {}, [1], [None], [[1, 2]], {"a": 1}, {"a": None}, float("inf"), 10**400]
+KEPT = Path(__file__).parents[2] / "model_cards" / "minilm-emotion-pruned"
+FILES = ["config.json", "pruning_report.json", "sparsity_report.json", "pruning_plan.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_card_is_made_of_odd_files_or_the_file_is_refused(file, tmp_path):
+    """Each entry in turn holds something else: there is a card, or an error of ours, and never another one."""
+    folder = Path(shutil.copytree(KEPT, tmp_path / "model"))
+    data = json.loads((folder / file).read_text("utf-8"))
+    chance = random.Random(0)
+    told = refused = 0
+    for place, _ in chance.sample(sorted(set(places(data)), key=str), 60):
+        odd = copy.deepcopy(data)
+        inside = odd
+        for key in place[:-1]:
+            inside = inside[key]
+        inside[place[-1]] = chance.choice(ODD)
+        (folder / file).write_text(json.dumps(odd), "utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                check(str(render(content_of_folder(folder), "org/model")))
+                told += 1
+            except DeepArcError as error:
+                check(str(error))
+                refused += 1
+    assert told and refused
 
 
 # ---- records that could not be told afterwards ----

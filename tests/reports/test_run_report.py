@@ -11,15 +11,17 @@ import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from deeparc_hf import MPruneConfig, remove_blocks
+from deeparc_hf.reports.attempts import Attempt
 from deeparc_hf.reports.phases import FINISHED
 from deeparc_hf.reports.run_report import RUN_REPORT, run_table, structure_facts, write_run_report
-from deeparc_hf.trainer.schedule import Progress
-from deeparc_hf.trainer.trackers import Trackers
+from deeparc_hf.trainer.machine import Phase, Progress
+from deeparc_hf.trainer.session import Trackers
 from tests.zoo import ZOO
 
 
 def evaluation(step, epoch, **metrics):
-    return {"step": step, "epoch": epoch, "metrics": {f"eval_{name}": value for name, value in metrics.items()}}
+    figures = {f"eval_{name}": value for name, value in metrics.items()}
+    return {"step": step, "epoch": epoch, "sparse": False, "metrics": figures, "data": {}, "weights": None}
 
 
 BEFORE = {
@@ -42,6 +44,9 @@ FIRST = {
     "k": 2,
     "thresholds": {"encoder": 0.98, "decoder": 0.98},
     "removed": {"encoder": [1, 3], "decoder": [4]},
+    "plan_removed": {"encoder": [1, 3], "decoder": [4]},
+    "healing": [],
+    "stages": {},
     "blocks": {"encoder": 4, "decoder": 4},
     "parameters": 999,
     "step": 16,
@@ -52,7 +57,7 @@ FIRST = {
     "reason": "accuracy went from 0.75 to 0.5: worse by 0.25, more than max_drop 0.1",
 }
 SECOND = {
-    **FIRST,
+    **{key: value for key, value in FIRST.items() if key not in ("decision", "reason")},
     "k": 3,
     "thresholds": {"encoder": 0.91, "decoder": 0.875},
     "removed": {"encoder": [1]},
@@ -60,9 +65,13 @@ SECOND = {
     "step": 24,
     "frozen": {},
     "evaluations": [],
-    "decision": None,
-    "reason": None,
 }
+
+
+def read(*entries):
+    return [Attempt.from_dict(entry) for entry in entries]
+
+
 HEADER = ["model", "k", "threshold", "blocks", "parameters", "freeze"]
 
 
@@ -75,7 +84,7 @@ def cells(table):
 
 
 def test_table_has_a_row_for_each_attempt_with_the_planted_cells():
-    rows = cells(run_table([BEFORE, FIRST, SECOND], "accuracy"))
+    rows = cells(run_table(read(BEFORE, FIRST, SECOND), "accuracy"))
     assert rows[0][:6] == HEADER
     assert rows[0][6].startswith("accuracy ")
     assert set(rows[1]) == {"---", "---:"}
@@ -101,19 +110,19 @@ def test_table_has_a_row_for_each_attempt_with_the_planted_cells():
     ("metric", "shown"), [(None, "loss"), ("loss", "loss"), ("eval_loss", "loss"), ("eval_accuracy", "accuracy")]
 )
 def test_metric_is_the_loss_unless_named_with_or_without_prefix(metric, shown):
-    rows = cells(run_table([BEFORE], metric))
+    rows = cells(run_table(read(BEFORE), metric))
     assert rows[0][6].startswith(f"{shown} ")
     assert rows[2][6] == {"loss": "0.7000 (1), 0.6123 (2)", "accuracy": "0.5000 (1), 0.7500 (2)"}[shown]
 
 
 def test_fractional_epochs_and_zero_values_are_shown():
     attempt = {**BEFORE, "evaluations": [evaluation(4, 0.5, loss=0.0, runtime=0.0)]}
-    row = cells(run_table([attempt]))[2]
+    row = cells(run_table(read(attempt)))[2]
     assert row[6:8] == ["0.0000 (0.5)", "0.00"]
 
 
 def progress(attempts, **fields):
-    return Progress(k=1, phase=FINISHED, attempts=attempts, **fields).to_dict()
+    return Progress(k=1, phase=Phase.DONE, attempts=read(*attempts), **fields).for_report()
 
 
 def written(folder, *args):
@@ -150,7 +159,7 @@ def test_markdown_tells_the_table_the_gate_and_each_attempt(tmp_path):
     run = progress([BEFORE, FIRST, SECOND], accepted=1, baseline=0.75, reason="the training ended")
     _, text = written(tmp_path, MPruneConfig(max_drop=0.1), run, "accuracy")
     assert text.count("\n# ") == 0 and text.startswith("# ")
-    assert run_table([BEFORE, FIRST, SECOND], "accuracy") in text
+    assert run_table(read(BEFORE, FIRST, SECOND), "accuracy") in text
     for part in (
         "1 of 1 prunings accepted, 2 attempts",
         "(the training ended)",

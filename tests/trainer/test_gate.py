@@ -103,32 +103,6 @@ def test_if_nothing_is_accepted_the_end_is_the_fine_tuned_model(tmp_path):
     assert not (tmp_path / "pruning_plan.json").exists() and not (tmp_path / "_pruning_snapshots").exists()
 
 
-def test_the_run_ends_when_no_epochs_are_left_for_another_try(tmp_path):
-    model, callback, _, _ = gated(tmp_path, {4: 0.9, 1: 0.1, 2: 0.9}, {"threshold": 1e-6}, num_train_epochs=2)
-    assert verdicts(callback) == [(1, 1, "rolled back")] and blocks(model) == 4
-    assert "not enough epochs" in json.loads((tmp_path / "pruning_report.json").read_text())["reason"]
-
-
-def test_a_given_baseline_counts_and_smaller_may_be_better(tmp_path):
-    settings = {
-        "num_blocks": 2,
-        "metric": "accuracy",
-        "baseline": 0.5,
-        "greater_is_better": False,
-        "start_epoch": 0,
-        "k_max": 1,
-    }
-    _, callback, _, _ = gated(tmp_path, {2: 0.6}, settings)
-    assert verdicts(callback) == [(1, 1, "rolled back")] and callback.attempts[1]["drop"] == pytest.approx(0.1)
-
-
-def test_the_loss_is_the_metric_unless_another_is_named(tmp_path):
-    model = ZOO["bert"].model()
-    callback = pruning(num_blocks=3, start_epoch=1, max_drop=100.0)
-    train(model, tmp_path, callback, eval_strategy="epoch")
-    assert callback.attempts[1]["metric"] == "loss" and verdicts(callback) == [(1, 1, "accepted")]
-
-
 def test_the_baseline_is_measured_at_the_start_where_the_trainer_evaluates_there(tmp_path):
     _, callback, _, _ = gated(tmp_path, {4: 0.9, 2: 0.86}, {"num_blocks": 2, "start_epoch": 0}, eval_on_start=True)
     assert verdicts(callback) == [(1, 1, "accepted")] and callback.attempts[1]["baseline"] == 0.9

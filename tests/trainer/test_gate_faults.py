@@ -63,16 +63,6 @@ def test_an_evaluation_that_another_callback_switches_off_accepts_nothing(tmp_pa
         gated(tmp_path, NoEvaluation())
 
 
-def test_without_a_verdict_at_the_end_the_pruning_is_taken_back(tmp_path):
-    class NoEvaluation(tf.TrainerCallback):
-        def on_epoch_end(self, args, state, control, **kwargs):
-            control.should_evaluate = control.should_evaluate and state.epoch < 2
-
-    model, callback = gated(tmp_path, NoEvaluation(), settings={"num_blocks": 3}, num_train_epochs=2)
-    assert blocks(model) == 4 and callback.attempts[1]["decision"] == "rolled back"
-    assert "not measured" in callback.attempts[1]["reason"]
-
-
 @pytest.mark.parametrize(
     ("settings", "best"),
     [({}, {"metric_for_best_model": "loss"}), ({"greater_is_better": False}, {"metric_for_best_model": "accuracy"})],

@@ -9,8 +9,7 @@ from transformers import TrainingArguments
 
 from deeparc_hf import MPruneConfig
 from deeparc_hf.errors import ConfigError
-from deeparc_hf.trainer.gate import check_gate, direction_is_doubtful, metric_of
-from deeparc_hf.trainer.metric_names import larger_is_better
+from deeparc_hf.trainer.gate import check_gate, direction_is_doubtful, find_metric, larger_is_better, metric_of
 
 
 def words(*lines):
@@ -83,6 +82,14 @@ def test_the_gate_goes_the_right_way_or_says_that_it_is_not_sure(tmp_path, metri
     )  # nothing is judged
 
 
+@pytest.mark.parametrize(
+    ("metric", "best", "expected"), [(None, None, "loss"), (None, "wer", "wer"), ("f1", "wer", "f1")]
+)
+def test_the_loss_is_the_metric_unless_another_is_named(tmp_path, metric, best, expected):
+    arguments = {} if best is None else {"metric_for_best_model": best}
+    assert metric_of(*gate(tmp_path, metric, **arguments))[0] == expected
+
+
 def test_the_worst_checkpoint_is_not_delivered_as_the_best(tmp_path):
     arguments = {"metric_for_best_model": "wer", "load_best_model_at_end": True, "save_strategy": "epoch"}
     with pytest.raises(
@@ -92,3 +99,15 @@ def test_the_worst_checkpoint_is_not_delivered_as_the_best(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_gate(*gate(tmp_path, "wer", **arguments, greater_is_better=False))
+
+
+@pytest.mark.parametrize("name", ["accuracy", "eval_accuracy"])
+def test_metric_is_found_with_and_without_the_trainers_prefix(name):
+    assert find_metric({"eval_loss": 2.0, "eval_accuracy": 0.75, "accuracy": 0.1}, name) == 0.75
+
+
+def test_metric_that_is_not_there_is_none_and_zero_is_a_value():
+    assert find_metric({"eval_loss": 2.0, "accuracy": 0.5}, "accuracy") is None
+    assert find_metric({}, "loss") is None
+    found = find_metric({"eval_loss": 0}, "loss")
+    assert (found, type(found)) == (0.0, float)

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, BertModel, TrainerC
 from deeparc_hf import MPruneCallback, PrunedConfig, WandaCallback, load_pruned, sparsify_model
 from deeparc_hf.errors import ConfigError, DeepArcWarning, RecordError, SparsityError
 from deeparc_hf.sparsity.adapters import merge_keeping_zeros
-from deeparc_hf.trainer.sparsity_progress import SparsityProgress
+from deeparc_hf.trainer.sparsity_run import SparsityProgress
 from tests.trainers import pruning, train
 from tests.zoo import ZOO
 

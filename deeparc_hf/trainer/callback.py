@@ -1,0 +1,174 @@
+"""What the callbacks of this package have in common: a training is one session for all of them, and a push to the Hub
+brings a card that is made anew.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..core.compat import calling_trainer
+from ..core.plain_text import plain
+from ..errors import DeepArcWarning
+from ..publish.card import CARD_FILE, make_card, may_replace
+from ..publish.merging import kept_message
+from ..publish.overview import ENDING
+from .session import Member, Session
+
+__all__ = ["SessionCallback"]
+
+_SHOWN = ("epoch_begin", "step_begin", "epoch_end", "evaluated", "evaluated_after_end", "end")
+
+
+class SessionCallback(TrainerCallback, ExportableState):
+    """A callback whose work in one training is a `Member` of that training's session.
+
+    Args:
+        calibration: other data than the training data to calibrate on.
+
+    Attributes:
+        session: the training that began last in this process; None before.
+        saved_progress: where the callback's work stood, as a checkpoint keeps it.
+    """
+
+    session: Session | None = None
+    _run: Member | None = None
+
+    def __init__(self, calibration: Dataset[Any] | Iterable[Any] | None) -> None:
+        self.calibration = calibration
+        self.saved_progress: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are of the settings, not of a training."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "session")}
+
+    def _join(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, event: dict[str, Any]
+    ) -> Session:
+        """The session of the training that begins. The first callback in the Trainer's list makes it; the others find
+        it there. The Trainer's state tells trainings apart.
+        """
+        trainer = calling_trainer()
+        callbacks = [] if trainer is None else trainer.callback_handler.callbacks
+        sessions = [callback.session for callback in callbacks if isinstance(callback, SessionCallback)]
+        known = [session for session in sessions if session is not None and session.state is state]
+        self.session = known[0] if known else Session(args, state, control, event)
+        return self.session
+
+    def _saved(self, state: TrainerState) -> tuple[dict[str, Any], Any]:
+        """The settings that the checkpoint which is resumed notes, and where the work stood then; empty where it notes
+        nothing.
+        """
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        saved = saved[0] if isinstance(saved, list) and saved else saved
+        saved = saved if isinstance(saved, dict) else {}
+        return saved.get("args", {}), saved.get("attributes", {}).get("saved_progress")
+
+    def _tell(self, event: str, control: TrainerControl, *what: Any) -> None:
+        """Have the run act on an event of the Trainer."""
+        if self._run is not None and self.session is not None:
+            self.session.control = control
+            getattr(self._run, event)(*what)
+            if event in _SHOWN:
+                self._publish()
+
+    def _publish(self) -> None:
+        """Show what the run has come to in the callback's attributes."""
+
+    # ---- the Trainer's events ----
+
+    def on_epoch_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._tell("epoch_begin", control)
+
+    def on_step_begin(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._tell("step_begin", control)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._tell("before_optimizer", control)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._tell("after_optimizer", control)
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._tell("step_end", control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._tell("epoch_end", control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        loader, metrics = kwargs.get("eval_dataloader"), kwargs.get("metrics") or {}
+        if self._run is None or self.session is None:
+            return
+        if not self._run.ended:
+            self.session.evaluations.notice(metrics, loader)
+            self._tell("evaluated", control, metrics, loader)
+        elif kwargs.get("model") is self.session.model:
+            self._tell("evaluated_after_end", control, metrics, loader)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._run is not None:
+            # the last save of a training comes before its callbacks hear of its end
+            over = control.should_training_stop or 0 < state.max_steps <= state.global_step
+            _write_card(args, over, kwargs.get("model"), kwargs.get("processing_class"))
+
+    def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._tell("end", control)
+        session, run = self.session, self._run
+        if session is not None and run is not None and run is session.members[0] and args.push_to_hub:
+            session.say(_KEEP_CARD)  # once for all callbacks
+
+
+# `Trainer.push_to_hub` and `Trainer.save_model` write the Trainer's own draft over README.md right before they upload,
+# after the last event that a callback hears of; no argument of either keeps the card
+_KEEP_CARD = (
+    "To publish with the card of this model: deeparc_hf.push_to_hub(trainer). The Trainer's own push_to_hub() and "
+    "save_model() replace the card by their draft, unless you say before: "
+    "trainer.create_model_card = functools.partial(deeparc_hf.create_model_card, trainer)"
+)
+
+
+def _write_card(args: TrainingArguments, over: bool, model: nn.Module | None, processing_class: Any) -> None:
+    """Write the card of a model as it is now, from the reports in the output folder. One that somebody wrote or edited
+    stays, and is told.
+
+    A card that cannot be made is a warning: a training does not end because of it.
+
+    Args:
+        over: whether the training is over.
+    """
+    if args.process_index != 0 or model is None:
+        return
+    folder = Path(args.output_dir)
+    try:
+        if not may_replace(folder / CARD_FILE):
+            how = "delete it, or deeparc_hf.push_to_hub(trainer, overwrite=True)"
+            warnings.warn(kept_message(folder / CARD_FILE, how), DeepArcWarning, stacklevel=3)
+            return
+        make_card(
+            model,
+            folder / CARD_FILE,
+            repo_id=args.hub_model_id or folder.resolve().name,
+            processing_class=processing_class,
+            reports=folder,
+            own=True,
+            **({"phase": ENDING} if over else {}),
+        )
+    except DeepArcWarning:  # where warnings are errors
+        raise
+    except Exception as error:
+        warnings.warn(
+            f"The model card could not be made ({type(error).__name__}: {plain(error, 400)}). The push goes on with "
+            f"the README.md that is there, if any; deeparc_hf.create_model_card(trainer) makes the card when the cause "
+            f"is gone.",
+            DeepArcWarning,
+            stacklevel=3,
+        )
