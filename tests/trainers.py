@@ -23,10 +23,10 @@ def text_data(labels="class", rows=ROWS):
     return datasets.Dataset.from_dict(data)
 
 
-def image_data():
+def image_data(classes=5):
     pixels = torch.randn(ROWS, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return datasets.Dataset.from_dict(
-        {"pixel_values": pixels.numpy(), "labels": [i % 5 for i in range(ROWS)]}
+        {"pixel_values": pixels.numpy(), "labels": [i % classes for i in range(ROWS)]}
     ).with_format("torch")
 
 

@@ -390,7 +390,9 @@ def _facts_in(entry: Entry) -> StackFacts:
     similarity = tuple(tuple(row.numbers(len(rows))) for row in rows)
     for row, values in zip(rows, similarity, strict=True):
         row.must_be(all(abs(value) <= _LARGEST for value in values), f"numbers of at most {_LARGEST:g}")
-    labels, frozen, next_stack = (entry.get(key) for key in ("labels", "frozen_before", "next_stack"))
+    next_stack = entry.get("next_stack")
+    # plans of early versions lack these two
+    labels, frozen = (entry[key] if key in entry.mapping() else None for key in ("labels", "frozen_before"))
     labelled = () if labels is None else labels.wholes()
     if labels is not None:
         labels.must_be(len(labelled) in (0, len(rows)), f"{len(rows)} numbers, one for each block, or none")

@@ -144,7 +144,7 @@ class CardContent:
     @property
     def datasets(self) -> list[str]:
         """Hub ids of the data, each once."""
-        known = [*(self.told.dataset_tags), *(data["id"] for data in self.data.values() if "id" in data)]
+        known = [*(self.told.dataset_tags or ()), *(data["id"] for data in self.data.values() if "id" in data)]
         return [name for name in dict.fromkeys(map(hub_id, known)) if name is not None]
 
     @property

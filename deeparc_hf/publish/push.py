@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +112,10 @@ def push_to_hub(
         # what is wrong with the checkpoint or its card is said before anything is made on the Hub
         files = checkpoint_files(saved)
         settings = {"told": told, "processing_class": processing_class, "reports": reports, "revision": revision}
-        make = partial(_with_card, trainer_or_model, source, stage, files, card, overwrite=overwrite, **settings)
+
+        def make(name: str) -> dict[str, Path]:
+            return _with_card(trainer_or_model, source, stage, files, card, name, overwrite=overwrite, **settings)
+
         with hub_help(repo_id):
             api = HfApi(token=token)
             if create_pr and "/" not in repo_id:

@@ -132,13 +132,13 @@ class Progress(Saved):
             RecordError: if the data is not a progress, or was written by another version of this package.
         """
         fields = cls.fields_of(_from_first_version(data))
-        phases = [phase.value for phase in Phase]
-        whole = fields is not None and fields["phase"] in phases and type(fields["k"]) is int
-        # names of folders beside the checkpoint, and nowhere else
         attempts = _attempts_in(fields)
+        # names of folders beside the checkpoint, and nowhere else
         if (
-            not whole
+            fields is None
             or attempts is None
+            or fields["phase"] not in [phase.value for phase in Phase]
+            or type(fields["k"]) is not int
             or not all(
                 fields[n] is None or (isinstance(fields[n], str) and re.fullmatch(r"[\w-]+", fields[n]))
                 for n in ("snapshot", "teacher")

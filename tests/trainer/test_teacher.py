@@ -44,9 +44,10 @@ class Losses(TrainerCallback):
         self.hooks.append(len(model._forward_hooks))
 
 
-def teachers(*others):
-    """The models in memory that have the class of the first one, but for these."""
-    return [o for o in gc.get_objects() if type(o) is type(others[0]) and not any(o is other for other in others)]
+def in_memory():
+    """The models of BERT that are alive, skeletons without weights left out."""
+    found = [item for item in gc.get_objects() if type(item) is tf.BertForSequenceClassification]
+    return [model for model in found if not any(parameter.is_meta for parameter in model.parameters())]
 
 
 # ---- resume ----
@@ -142,7 +143,7 @@ def test_the_teacher_is_the_model_from_before_the_first_pruning(tmp_path):
             if state.epoch == 1:
                 kept["fine-tuned"] = copy.deepcopy(before.weights)
             if state.epoch == 2:
-                (teacher,) = teachers(model)
+                (teacher,) = [other for other in in_memory() if not any(other is one for one in known)]
                 kept["teacher"] = {key: value.clone() for key, value in teacher.state_dict().items()}
                 kept["mode"] = teacher.training, any(p.requires_grad for p in teacher.parameters())
 
@@ -151,8 +152,9 @@ def test_the_teacher_is_the_model_from_before_the_first_pruning(tmp_path):
             if state.epoch == 1:
                 self.weights = {key: value.clone() for key, value in model.state_dict().items()}
 
-    before, callback = Before(), pruning(**TWICE, distill=TAUGHT)
-    train(ZOO["bert"].model(), tmp_path, before, callback, Look(), num_train_epochs=3, learning_rate=1e-3)
+    model, before, callback = ZOO["bert"].model(), Before(), pruning(**TWICE, distill=TAUGHT)
+    known = in_memory()
+    train(model, tmp_path, before, callback, Look(), num_train_epochs=3, learning_rate=1e-3)
     assert equal(kept["teacher"], kept["fine-tuned"]) and kept["mode"] == (False, False)
     removed = callback.record.removed["bert.encoder.layer"]
     assert len(removed) == 2
@@ -160,12 +162,12 @@ def test_the_teacher_is_the_model_from_before_the_first_pruning(tmp_path):
 
 def test_after_the_training_the_teacher_is_gone(tmp_path):
     model, callback = ZOO["bert"].model(), pruning(num_blocks=2, distill=TAUGHT)
-    found = {}
+    known, found = in_memory(), {}
 
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if not found:
-                (teacher,) = teachers(model)
+                (teacher,) = [other for other in in_memory() if not any(other is one for one in known)]
                 found["teacher"] = weakref.ref(teacher)
             found["copy"] = copy.deepcopy(model)
 
