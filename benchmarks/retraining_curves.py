@@ -214,7 +214,7 @@ def markdown(curves: Sequence[Curve], args: argparse.Namespace, facts: dict[str,
         f"Blocks {args.remove} removed. Accuracy with its 95 % Wilson interval, then the loss, on held-out texts. Each "
         f"run has a warm-up\nover {100 * WARMUP:g} % of its steps and a linear decay of its own: AdamW, {RATE:g}, "
         f"batches of {BATCH} texts of like length, at most {LENGTH}\ntokens. Seconds include the evaluations, not the "
-        f"healing; the machine was shared."
+        "healing; the machine was shared."
     )
     said = (
         "Difference in accuracy at the ends of runs, on the same texts, with a 95 % bootstrap interval over the texts "

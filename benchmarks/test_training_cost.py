@@ -118,7 +118,7 @@ def test_an_idle_callback_costs_at_most_a_hundredth_of_a_step(tmp_path, capsys):
         )
         print(
             f"once, to compare the blocks on 64 samples: the time of {once / np.median(steps.seconds):.1f} training "
-            f"steps"
+            "steps"
         )
     assert share <= 0.01
 

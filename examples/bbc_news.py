@@ -212,8 +212,8 @@ def provenance(arguments: Arguments) -> str:
         f"batches of 64). Parameters are counted. Evaluation time: median of {arguments.repeats} warm evaluations, the "
         f"models in turn. Training time: fine-tuning for {arguments.epochs:g} epochs, retraining (with the pruning) "
         f"for {arguments.retrain_epochs:g}, on {arguments.train_samples} texts in batches of {arguments.batch_size}. "
-        f"Freeze: number of blocks that the retraining left frozen. The retrained model has been trained for longer "
-        f"than the fine-tuned one, and one seed says little about differences within the intervals."
+        "Freeze: number of blocks that the retraining left frozen. The retrained model has been trained for longer "
+        "than the fine-tuned one, and one seed says little about differences within the intervals."
     )
 
 

@@ -110,7 +110,7 @@ def _language(key: str, value: Any) -> Iterator[str]:
     elif not _LANGUAGE.fullmatch(value) and value not in LANGUAGES_BY_NAME:
         yield (
             f'"{key}" with value "{value}" is not valid. It must be an ISO 639-1, 639-2 or 639-3 code (two or three '
-            f"letters)"
+            "letters)"
         )
 
 

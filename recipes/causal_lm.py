@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
     if pruning.metric not in (None, "loss", "eval_loss"):
         raise ConfigError(
-            f"The gate of this recipe is on the loss (a larger metric counts as better otherwise), found "
+            "The gate of this recipe is on the loss (a larger metric counts as better otherwise), found "
             f"{pruning.metric!r}."
         )
     set_seed(training.seed)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     made_by = provenance(__file__, argv, data, text, training, splits)
     samples = (
         f"A sample is a block of {text.block_size} tokens. Perplexity is exp(mean loss of a token); its "
-        f"interval is over the blocks."
+        "interval is over the blocks."
     )
     told = {"provenance": made_by, "notes": [samples]}
     # average_tokens: this loss follows the number of tokens of all processes

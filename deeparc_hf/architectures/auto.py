@@ -48,7 +48,7 @@ class Auto(Family):
             raise UnsupportedModelError(
                 f"{host.label} cannot be rebuilt from its own config, so a pruned one could not be "
                 f"loaded either: {type(error).__name__}: {error}. Give the class an __init__(config) that needs "
-                f"nothing else."
+                "nothing else."
             ) from error
         search = _Search(host, settings, skeleton)
         stacks = []

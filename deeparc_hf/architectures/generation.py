@@ -50,7 +50,7 @@ def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], layout: Layo
             elif _OTHERS.search(key) and _whole(value):
                 warnings.warn(
                     f"generation_config.{key} = {value} may name blocks by their number. No forward pass shows it, so "
-                    f"it stays as it is. If it does, set it anew for "
+                    "it stays as it is. If it does, set it anew for "
                     f"{', '.join(f'the {layout.counts[n]} blocks of {n}' for n in inside)}, or to None.",
                     DeepArcWarning,
                     stacklevel=4,
@@ -72,7 +72,7 @@ def _follow(
         f"The blocks of {stack} that generation_config.{key} names are removed, and it goes with them: word timestamps "
         "(return_token_timestamps=True) are no longer possible. Keep one of the blocks "
         f"{sorted({layer for layer, _ in pairs})}, or choose other heads and set generation_config.{key} = [[layer, "
-        f"head], ...].",
+        "head], ...].",
         DeepArcWarning,
         stacklevel=5,
     )

@@ -558,11 +558,11 @@ def find_host(model: nn.Module) -> Host:
     if found:
         raise UnsupportedModelError(
             f"{type(model).__name__} holds {len(found)} models side by side ({', '.join(found)}). Prune each of them "
-            f"by itself."
+            "by itself."
         )
     raise UnsupportedModelError(
         f"{type(model).__name__} is neither a transformers model nor a timm model, and holds none. deeparc_hf prunes "
-        f"models whose own library can rebuild them smaller; see 'add a family' in CONTRIBUTING.md."
+        "models whose own library can rebuild them smaller; see 'add a family' in CONTRIBUTING.md."
     )
 
 
@@ -581,8 +581,8 @@ def _refuse_adapted(model: nn.Module) -> None:
     if is_adapted(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} carries PEFT adapters, and removing blocks would leave adapters behind that do "
-            f"not fit. Call model.merge_and_unload() and prune the merged model (its weights are still frozen: "
-            f".requires_grad_(True) to train them), or prune first and add the adapters afterwards."
+            "not fit. Call model.merge_and_unload() and prune the merged model (its weights are still frozen: "
+            ".requires_grad_(True) to train them), or prune first and add the adapters afterwards."
         )
 
 
@@ -603,5 +603,5 @@ def _refuse_quantized(root: nn.Module) -> None:
     method = getattr(method, "value", method)  # an enum member, whose str() is not the name that users know
     raise UnsupportedModelError(
         f"{type(root).__name__} is quantized{f' ({method})' if method else ''}. Load it without quantization_config "
-        f"(in bfloat16, say), prune it, save it, and quantize the pruned checkpoint."
+        "(in bfloat16, say), prune it, save it, and quantize the pruned checkpoint."
     )

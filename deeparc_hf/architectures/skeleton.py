@@ -69,7 +69,7 @@ def compare(before: nn.Module, after: nn.Module, layout: Layout) -> Differences:
         elif _class(counterpart) != _class(module):
             found.problems.append(
                 f"{old} is a {type(module).__name__}, but a reload would build a {type(counterpart).__name__} in its "
-                f"place"
+                "place"
             )
         else:
             _compare_tensors(old, module, counterpart, found)

@@ -79,7 +79,7 @@ class TimmFamily(Family):
             raise UnsupportedModelError(
                 f"{host.label} cannot be pruned by layers: found {sum(counts)} blocks, but timm's own entry point does "
                 f"not let {self.argument!r} be given ({error}), so a pruned checkpoint could not be rebuilt by stock "
-                f"timm. A newer timm may allow it: pip install -U timm."
+                "timm. A newer timm may allow it: pip install -U timm."
             ) from error
 
 

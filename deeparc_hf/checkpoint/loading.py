@@ -152,8 +152,8 @@ def _require_expressible(subject: Subject, settings: dict[str, Any], layout: Lay
     if host.merges_inputs:
         raise UnsupportedModelError(
             f"{host.label} merges images into its text, and which blocks do so may be told by their place, which only "
-            f"a forward pass shows. Load the whole model and call remove_blocks(model, ..., example=batch), or load a "
-            f"checkpoint that was pruned so."
+            "a forward pass shows. Load the whole model and call remove_blocks(model, ..., example=batch), or load a "
+            "checkpoint that was pruned so."
         )
     try:
         problems = compare(subject.root, host.build(settings), layout).problems
@@ -169,7 +169,7 @@ def _require_blocks(missing: Iterable[str], base: str, layout: Layout) -> None:
     if lacking:
         raise RecordError(
             f"{base} has no weights for {lacking[0]} (as the smaller model counts), which the record keeps. Download "
-            f"it again."
+            "it again."
         )
 
 
@@ -206,8 +206,8 @@ def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list
     if weights is None:
         raise UnsupportedModelError(
             f"{base} has neither {_WEIGHTS} nor {_INDEX}. load_pruned reads tensors by key, which pickled weights do "
-            f"not allow. Load the model with from_pretrained, save it again, and use that folder as the base; or call "
-            f"remove_blocks on it."
+            "not allow. Load the model with from_pretrained, save it again, and use that folder as the base; or call "
+            "remove_blocks on it."
         )
     yield None, weights
 
@@ -220,7 +220,7 @@ def _weight_map(base: str, index: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RecordError(
             f"The index of {base} ({_INDEX}) is malformed: {type(error).__name__}: {error}. Download the checkpoint "
-            f"again."
+            "again."
         ) from error
     for name in names:
         if not isinstance(name, str) or not _SHARD.fullmatch(name):

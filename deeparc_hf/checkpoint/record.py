@@ -123,7 +123,7 @@ class PrunedConfig:
         except MalformedError as error:
             raise RecordError(
                 f"The pruning record is malformed: {error}. Download the checkpoint again, or delete {RECORD_KEY!r} "
-                f"from its config.json to use it as a plain checkpoint."
+                "from its config.json to use it as a plain checkpoint."
             ) from None
 
     @classmethod
@@ -132,13 +132,13 @@ class PrunedConfig:
         if type(version) is int and version > FORMAT_VERSION:
             raise RecordError(
                 f"This checkpoint's pruning record has format version {quoted(version)}, newer than {FORMAT_VERSION}, "
-                f"which this version of deeparc_hf reads: pip install -U deeparc_hf."
+                "which this version of deeparc_hf reads: pip install -U deeparc_hf."
             )
         entry["format_version"].whole(1, FORMAT_VERSION)
         unknown = sorted(map(str, set(entry.value) - set(_KEYS)))
         if unknown:
             warnings.warn(
-                f"The pruning record has entries that this version of deeparc_hf does not know and ignores: "
+                "The pruning record has entries that this version of deeparc_hf does not know and ignores: "
                 f"{listed(unknown)}. pip install -U deeparc_hf may help.",
                 DeepArcWarning,
                 stacklevel=4,
@@ -192,7 +192,7 @@ class PrunedConfig:
         if record is None:
             raise RecordError(
                 f"{repo_or_path} has no pruning record ({RECORD_KEY!r} in its config.json): it was not pruned by "
-                f"deeparc_hf."
+                "deeparc_hf."
             )
         return cls.from_dict(record)
 

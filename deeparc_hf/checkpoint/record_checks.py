@@ -31,7 +31,7 @@ def refuse_full(count: int, more: int) -> None:
     if count + more > MAX_ENTRIES:
         raise RecordError(
             f"The model's record lists {count} prunings, and one of more than {MAX_ENTRIES} is not read again. Nothing "
-            f"was removed. Set pruning_config to None in the model's config to begin a new record."
+            "was removed. Set pruning_config to None in the model's config to begin a new record."
         )
 
 

@@ -47,7 +47,7 @@ def _card(args: argparse.Namespace) -> int:
     if args.out != "-" and not args.overwrite and not may_replace(out):
         raise ConfigError(
             f"{out} was written or edited by somebody, so it is not replaced. Give another file with -o, or "
-            f"--overwrite."
+            "--overwrite."
         )
     settings = {"repo_id": args.repo_id, **given_card(args)}
     if args.out == "-":

@@ -53,12 +53,12 @@ def output_folder(args: argparse.Namespace) -> Path:
         if foreign:
             raise ConfigError(
                 f"{args.out} holds {foreign[0]!r}, which this command did not write, so it is not replaced. Give "
-                f"another folder."
+                "another folder."
             )
         if not _of_an_earlier_run(out):
             raise ConfigError(
                 f"{args.out} holds files but neither {PLAN_FILE} nor {SPARSITY_FILE} as this command writes them: no "
-                f"earlier run wrote it, so it is not replaced. Give another folder."
+                "earlier run wrote it, so it is not replaced. Give another folder."
             )
     parent = next(path for path in out.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -182,7 +182,7 @@ def make_batches(
     else:
         raise UnsupportedModelError(
             f"{type(root).__name__} takes {main!r}; the command line prepares text and images only. Call prune_model "
-            f"from Python with your own batches."
+            "from Python with your own batches."
         )
     return DataLoader(rows.select(chosen), batch_size, collate_fn=collate), processor
 
@@ -205,7 +205,7 @@ def _with_text(rows: Any, chosen: list[int], column: str) -> list[int]:
     if len(full) < len(chosen):
         message = (
             f"{len(chosen) - len(full)} of the {len(chosen)} chosen rows have no text in the column {column!r}, "
-            f"and are left out."
+            "and are left out."
         )
         warnings.warn(message, CalibrationWarning, stacklevel=3)
     return full
@@ -219,7 +219,7 @@ def _text_columns(rows: Any, columns: Columns, needs_target: bool) -> Columns:
     text = columns.text or _guess(rows, [n for n in free if n.lower() in _TEXT_NAMES] or free, "text", "--text-column")
     if needs_target and columns.target is None:
         raise CalibrationError(
-            f"An encoder-decoder model needs what it is to write, to run its decoder on. Give the column with "
+            "An encoder-decoder model needs what it is to write, to run its decoder on. Give the column with "
             f"--target-column. Columns: {', '.join(rows.column_names)}."
         )
     for option, name in (
@@ -319,8 +319,8 @@ def _require_known_words(source: ModelSource, tokenizer: Any, ids: torch.Tensor)
     if len(words) and float((words == unknown).float().mean()) > 0.5:
         raise LoadingError(
             f"The tokenizer of {source.given} ({len(tokenizer)} entries) knows less than half of the calibration "
-            f"texts' tokens. Save the model's own tokenizer into its folder (tokenizer.save_pretrained), or give texts "
-            f"in its language."
+            "texts' tokens. Save the model's own tokenizer into its folder (tokenizer.save_pretrained), or give texts "
+            "in its language."
         )
 
 

@@ -173,11 +173,11 @@ def _nothing_to_remove(plan: PruningPlan) -> str:
         target = plan.config.target.replace("_", "-")
         return (
             f"{message} --{target} {_given(plan.config)} keeps all of its {plan.num_blocks} blocks: give a smaller "
-            f"number."
+            "number."
         )
     return (
         f"{message} The first block would go at threshold {first:.4f}: lower --threshold, or give --num-blocks or "
-        f"--keep-ratio."
+        "--keep-ratio."
     )
 
 

@@ -72,9 +72,9 @@ def loading(what: str) -> Iterator[None]:
             # torch's own words, and the traceback, advise to run the code in it
             raise UnsupportedModelError(
                 f"{what} holds its weights as pickles only (pytorch_model.bin), with more in them than tensors. "
-                f"Reading them could run code of whoever made them, so they are not read. Use a checkpoint with "
-                f"safetensors weights. If you made this one yourself, save it anew from the program that made it: "
-                f"model.save_pretrained(FOLDER) writes safetensors."
+                "Reading them could run code of whoever made them, so they are not read. Use a checkpoint with "
+                "safetensors weights. If you made this one yourself, save it anew from the program that made it: "
+                "model.save_pretrained(FOLDER) writes safetensors."
             ) from None
         raise LoadingError(f"Cannot load {what}: {plain(error, _LONGEST) or type(error).__name__}") from error
 
@@ -150,15 +150,15 @@ def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
         if missing:
             raise CalibrationError(
                 f"{source.given} has no weights for {missing[0]} and {len(missing) - 1} more tensors of {name}: its "
-                f"config.json describes blocks that the checkpoint does not hold. Download it again, or correct "
-                f"config.json."
+                "config.json describes blocks that the checkpoint does not hold. Download it again, or correct "
+                "config.json."
             )
         spare = sorted(key for key in info["unexpected_keys"] if key.startswith(f"{name}."))
         if spare:
             raise CalibrationError(
                 f"{source.given} holds weights for {spare[0]} and {len(spare) - 1} more tensors of {name}, for which "
-                f"its config.json has no place: the model that it describes is not the one that was saved. Correct "
-                f"config.json."
+                "its config.json has no place: the model that it describes is not the one that was saved. Correct "
+                "config.json."
             )
     return model.eval()
 
@@ -172,7 +172,7 @@ def _config(model: str, revision: str | None = None) -> tuple[dict[str, Any], Pa
         if (path / "adapter_config.json").is_file():
             raise UnsupportedModelError(
                 f"{model} is a PEFT adapter, not a whole model. Load it, call model.merge_and_unload(), save the "
-                f"result, give that folder."
+                "result, give that folder."
             )
         file = path / "config.json"
         if not file.is_file():
@@ -195,7 +195,7 @@ def silence(error: Exception) -> str:
     told = plain(error, _LONGEST)
     return (
         f"it is not in the cache, and the Hub ({constants.ENDPOINT}) does not answer ({told}). Check the connection, "
-        f"and HF_ENDPOINT if it is set"
+        "and HF_ENDPOINT if it is set"
     )
 
 

@@ -95,14 +95,14 @@ def _help(error: Exception, repo_id: str) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         return (
             f"{repo_id} is neither in the cache nor to be reached: check the connection, and that HF_HUB_OFFLINE "
-            f"is not set."
+            "is not set."
         )
     if isinstance(error, EntryNotFoundError):
         return f"{repo_id} lacks that file: it is not a checkpoint of transformers or timm, or not a whole one."
     if status in (401, 403):
         return (
             f"The token that is used may not do this to {repo_id}: log in (hf auth login) or set HF_TOKEN, with "
-            f"write access to it."
+            "write access to it."
         )
     if status == 412:
         return f"Others committed to {repo_id} at the same time, several times. Try again."

@@ -60,7 +60,7 @@ class Settings:
         if unknown:
             warnings.warn(
                 f"Settings that this version of deeparc_hf does not know are ignored: {listed(unknown)}. The file may "
-                f"come from a newer version: pip install -U deeparc_hf.",
+                "come from a newer version: pip install -U deeparc_hf.",
                 DeepArcWarning,
                 stacklevel=2,
             )

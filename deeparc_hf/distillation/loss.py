@@ -51,7 +51,7 @@ def make_teacher(model: nn.Module, dtype: str | None = None) -> nn.Module:
     except Exception as error:
         raise SurgeryError(
             f"{type(model).__name__} cannot be copied, and its copy was to teach ({type(error).__name__}: {error}). "
-            f"Leave distill out."
+            "Leave distill out."
         ) from error
     for parameter in teacher.parameters():
         parameter.grad = None
@@ -121,13 +121,13 @@ class Distillation:
         if not isinstance(output, Mapping):
             raise ConfigError(
                 f"{type(module).__name__} puts out a tuple, which does not say what is a logit. Set "
-                f"model.config.return_dict = True, or leave distill out."
+                "model.config.return_dict = True, or leave distill out."
             )
         if not any(is_logits(name) for name, value in output.items() if value is not None):
             raise ConfigError(
                 f"{type(module).__name__} puts out no logits in this training, so there is nothing to compare with the "
-                f"teacher's: its loss is fused with its head (TRL's SFTTrainer, Liger kernels). Train with the stock "
-                f"Trainer, without such a kernel, or leave distill out."
+                "teacher's: its loss is fused with its head (TRL's SFTTrainer, Liger kernels). Train with the stock "
+                "Trainer, without such a kernel, or leave distill out."
             )
         inputs = _named(module, args, kwargs)
         term = self._term(inputs, output)
@@ -180,7 +180,7 @@ class Distillation:
         if checks and not ran:
             raise ConfigError(
                 f"The forward of {type(self._teacher).__name__} was replaced by one that a copy of the model shares, "
-                f"so the copy cannot teach. Leave distill out, or leave the model's forward as it is."
+                "so the copy cannot teach. Leave distill out, or leave the model's forward as it is."
             )
         self._checked = True
         return output
@@ -208,12 +208,12 @@ class Distillation:
             if ours is None or theirs is None:
                 raise ConfigError(
                     f"A block beside the site {site} did not run in a training step, so hidden states cannot be "
-                    f"compared."
+                    "compared."
                 )
             if not ours.requires_grad and self._trains[number]:
                 raise ConfigError(
                     f"No gradient flows through what block {site.kept} of {site.stack} puts out. Set "
-                    f"use_reentrant=False for activation checkpointing, or leave hidden out of DistillConfig."
+                    "use_reentrant=False for activation checkpointing, or leave hidden out of DistillConfig."
                 )
             axes, shape = self._axes_of(site.stack, inputs), theirs.shape
             ours, theirs = (axes.rows(value).float() for value in (ours, theirs))
@@ -224,7 +224,7 @@ class Distillation:
             if padding.unknown:
                 raise ConfigError(
                     f"Which positions of {site.stack} are padding cannot be told, and they would be learnt from. Give "
-                    f"batches of texts of one length, or leave hidden out of DistillConfig."
+                    "batches of texts of one length, or leave hidden out of DistillConfig."
                 )
             if padding.mask is not None:
                 far = far[padding.mask.to(far.device)]

@@ -69,7 +69,7 @@ def fit_sites(
     if len(watched) > 1 and isinstance(dataloader, Iterator):
         raise CalibrationError(
             f"Healing goes through the calibration data once for each of the {len(watched)} sites, and an iterator can "
-            f"be used once. Give a list of batches."
+            "be used once. Give a list of batches."
         )
     healings: list[Healing] = []
     for number, watch in enumerate(watched, 1):
@@ -270,8 +270,8 @@ def heal_model(
             if odd:
                 raise SurgeryError(
                     f"{odd[0]} of block {index} of {name} is not the same in both models: the pruned one was trained "
-                    f"after the removal, and its sites are fitted on the original's activations. Heal right after the "
-                    f"removal (heal='lstsq' of prune_model)."
+                    "after the removal, and its sites are fitted on the original's activations. Heal right after the "
+                    "removal (heal='lstsq' of prune_model)."
                 )
     healings = fit_sites(whole, step.removed, dataloader, samples, progress=progress)
     with Transaction() as undo:

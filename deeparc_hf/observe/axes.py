@@ -293,7 +293,7 @@ def _axes_of(host: Host, seen: _Seen, again: _Seen | None, trial: Mapping[str, A
     if seen.features is None:
         return (
             f"its blocks put out a tensor of shape {shape}, and which of its dimensions is that of the features "
-            f"cannot be told"
+            "cannot be told"
         )
     far = None
     if again is not None and isinstance(again.output, Tensor) and again.output.shape == output.shape:

@@ -146,13 +146,13 @@ def _positional(host: Host, batch: Any) -> dict[str, Tensor]:
     if isinstance(batch, str) or not entries or not isinstance(entries[0], Tensor):
         raise CalibrationError(
             f"Cannot use a calibration batch of type {type(batch).__name__}: found {_describe(batch)}. Give dicts of "
-            f"tensors, or tuples whose first entry is the model's input tensor."
+            "tensors, or tuples whose first entry is the model's input tensor."
         )
     if host.is_encoder_decoder:
         raise CalibrationError(
             f"{type(host.root).__name__} has an encoder and a decoder, and a batch of type {type(batch).__name__} does "
-            f"not say which tensor is for which. Give dicts with input_ids, attention_mask and labels (or "
-            f"decoder_input_ids)."
+            "not say which tensor is for which. Give dicts with input_ids, attention_mask and labels (or "
+            "decoder_input_ids)."
         )
     main = host.main_input
     inputs = {main: entries[0]}

@@ -101,7 +101,7 @@ class Calibration:
         if isinstance(given, Mapping):
             raise CalibrationError(
                 f"calibration is a {type(given).__name__} with the keys {', '.join(map(repr, list(given)[:4]))}. Give "
-                f"one data set, or a list of batches: [batch, ...]."
+                "one data set, or a list of batches: [batch, ...]."
             )
         if given is None:
             self._take_from(loader)
@@ -231,8 +231,8 @@ class Calibration:
         if row and not kept:
             raise CalibrationError(
                 f"No column of the calibration data is one that the model takes: found {', '.join(map(repr, row))}. "
-                f"Tokenize or process it as the training data is, or set remove_unused_columns=False in "
-                f"TrainingArguments."
+                "Tokenize or process it as the training data is, or set remove_unused_columns=False in "
+                "TrainingArguments."
             )
         return kept
 

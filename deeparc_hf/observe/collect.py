@@ -117,7 +117,7 @@ def _require_enough(observers: Sequence[Observer], found: list[Observed], rows: 
     if all(observed.obstacle is not None for observed in found):
         raise CalibrationError(
             f"The blocks of {observers[0].stack.name} cannot be compared: {found[0].obstacle}. Name the blocks to "
-            f"remove yourself, with remove_blocks, or take similarity='effect', which looks at what the model puts out."
+            "remove yourself, with remove_blocks, or take similarity='effect', which looks at what the model puts out."
         )
     for observer, observed, count in zip(observers, found, rows, strict=True):
         if observed.obstacle is not None:
@@ -131,12 +131,12 @@ def _require_enough(observers: Sequence[Observer], found: list[Observed], rows: 
         if constant:
             raise CalibrationError(
                 f"{observer.label(constant[0])} puts out the same for every calibration sample, so it cannot be "
-                f"compared. Check that the samples differ and that the weights are loaded."
+                "compared. Check that the samples differ and that the weights are loaded."
             )
         if observed.unmasked:
             warnings.warn(
                 f"Which positions of {stack} are padding cannot be told from the attention_mask, so padding was "
-                f"compared like the rest. Give calibration samples of equal length.",
+                "compared like the rest. Give calibration samples of equal length.",
                 CalibrationWarning,
                 stacklevel=5,
             )

@@ -181,8 +181,8 @@ def did_not_run(stack: Stack, index: int) -> CalibrationError:
     """What to raise where a block was not reached."""
     return CalibrationError(
         f"Block {index} of {stack.name} did not run in the forward pass over a calibration batch. Give batches that "
-        f"reach every part of the model (text and images for a model of both), and switch layer skipping (LayerDrop) "
-        f"off."
+        "reach every part of the model (text and images for a model of both), and switch layer skipping (LayerDrop) "
+        "off."
     )
 
 
@@ -204,8 +204,8 @@ def require_weights(host: Host, error: type[DeepArcError] = CalibrationError, ot
     if any(hasattr(module, "_hf_hook") for module in host.root.modules()):
         raise error(
             f"{bare} of {host.label} is kept outside of the model by accelerate: on the disk, or on the CPU beside an "
-            f"accelerator. Load the model without offloading: leave device_map out, or give one without 'disk' and "
-            f"'cpu'."
+            "accelerator. Load the model without offloading: leave device_map out, or give one without 'disk' and "
+            "'cpu'."
         )
     raise error(
         f"{bare} of {host.label} has no weights (meta device). Load the model's checkpoint with "

@@ -44,7 +44,7 @@ def heads_of(host: Host, output: Any, inputs: Mapping[str, Any]) -> list[Head]:
         if name is None:
             raise CalibrationError(
                 f"{type(host.root).__name__} puts out a {type(output).__name__} without logits or hidden states to "
-                f"compare. Fused losses (Liger kernels) leave them out: switch these off."
+                "compare. Fused losses (Liger kernels) leave them out: switch these off."
             )
         # a tuple (return_dict=False) begins with the logits, where the model has a head
         if isinstance(output, (tuple, list)) and host.tuples_begin_with_logits:

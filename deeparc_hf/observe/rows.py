@@ -292,7 +292,7 @@ def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
         if found is None:
             problem = (
                 f"padding (token {pad}) but no attention_mask: the padding is compared like text, and the model "
-                f"attends to it. Put the tokenizer's attention_mask into the batches"
+                "attends to it. Put the tokenizer's attention_mask into the batches"
             )
         else:
             problem = (
@@ -304,7 +304,7 @@ def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
     ):  # many begin with that token
         problem = (
             f"padding (token {pad}) in decoder_input_ids but no decoder_attention_mask: the decoder's padding is "
-            f"compared like text. Put it into the batches, or give labels with -100 where there is padding"
+            "compared like text. Put it into the batches, or give labels with -100 where there is padding"
         )
     if problem is not None:
         warnings.warn(f"A calibration batch has {problem}.", CalibrationWarning, stacklevel=5)

@@ -376,7 +376,7 @@ def _once(name: str, value: Any) -> ReadOnceError:
     """What to raise where rows that calibration reads would be lost for the training."""
     return ReadOnceError(
         f"The training data can be read once only ({name} is a {type(value).__name__}): what calibration reads from "
-        f"it, the training would never see."
+        "it, the training would never see."
     )
 
 

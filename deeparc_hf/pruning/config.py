@@ -196,7 +196,7 @@ class MPruneConfig(Settings):
         if len(given) > 1:
             raise ConfigError(
                 f"Exactly one of threshold, num_blocks and keep_ratio counts, found {' and '.join(given)}. Give one of "
-                f"them."
+                "them."
             )
         targets = (
             self.num_blocks
@@ -223,7 +223,7 @@ class MPruneConfig(Settings):
             if self.iterations != 1:
                 raise ConfigError(
                     f"num_blocks lists {len(self.num_blocks)} targets for {self.iterations} iterations. Give one for "
-                    f"each iteration."
+                    "each iteration."
                 )
             object.__setattr__(self, "iterations", max(1, len(self.num_blocks)))
         targets = self.num_blocks if isinstance(self.num_blocks, tuple) else ()

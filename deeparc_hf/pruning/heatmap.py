@@ -112,7 +112,7 @@ def plot_plan(plan: Any, stack: str | None = None, ax: Any = None) -> Any:
     if ax is not None and len(chosen) != 1:
         raise ConfigError(
             f"ax is a place for one stack, and the plan has {len(chosen)}: {listed(chosen)}. Give stack=, or leave ax "
-            f"out."
+            "out."
         )
     try:
         from matplotlib import pyplot

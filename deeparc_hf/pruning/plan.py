@@ -122,7 +122,7 @@ class PruningPlan:
             if getattr(config, name) != getattr(self.config, name):
                 raise ConfigError(
                     f"replan cannot change {name.removeprefix('effective_')!r}, because the similarities depend on it. "
-                    f"Call analyze again."
+                    "Call analyze again."
                 )
         plan = make_plan({name: stack.facts for name, stack in self.stacks.items()}, config, self.samples)
         warn_if_drastic(plan)
@@ -243,7 +243,7 @@ def make_plan(facts: Mapping[str, StackFacts], config: MPruneConfig, samples: in
     if isinstance(config.num_blocks, tuple):
         raise PlanError(
             f"num_blocks lists {len(config.num_blocks)} targets, one for each iteration of a training with "
-            f"MPruneCallback. Give one target."
+            "MPruneCallback. Give one target."
         )
     protected = _matching(facts, config.protect, "protect")
     if config.target == "threshold":
@@ -298,8 +298,8 @@ def warn_if_drastic(plan: PruningPlan) -> None:
     if plan.config.target == "threshold" and plan.num_kept < plan.num_blocks / 2:
         warnings.warn(
             f"The threshold {plan.config.threshold:g} takes {plan.num_blocks - plan.num_kept} of {plan.num_blocks} "
-            f"blocks, and few models recover from that. The same similarity means different things in different "
-            f"models: give num_blocks or keep_ratio instead.",
+            "blocks, and few models recover from that. The same similarity means different things in different "
+            "models: give num_blocks or keep_ratio instead.",
             CalibrationWarning,
             stacklevel=3,
         )

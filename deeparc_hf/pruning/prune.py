@@ -263,7 +263,7 @@ def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:
             warnings.warn(
                 f"The blocks of {name} cannot be compared, so all of them stay: {obstacle}. To remove some, name them "
                 f"yourself, with remove_blocks, or take similarity='effect'. protect='{name}.*' says that they are to "
-                f"stay.",
+                "stay.",
                 CalibrationWarning,
                 stacklevel=4,
             )
@@ -287,7 +287,7 @@ def _facts(stack: Stack, matrix: torch.Tensor) -> StackFacts:
         if not bool(torch.isfinite(row[index])):
             raise CalibrationError(
                 f"Block {index} of {stack.name} hardly varies over the calibration samples, so it cannot be compared. "
-                f"Give more, and more different, samples, or compare other rows (rows='tokens')."
+                "Give more, and more different, samples, or compare other rows (rows='tokens')."
             )
     return StackFacts(
         similarity=tuple(tuple(row) for row in matrix.tolist()),

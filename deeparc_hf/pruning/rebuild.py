@@ -69,13 +69,13 @@ def skeletons(subject: Subject, layout: Layout) -> Builds:
     except Exception as error:
         raise SurgeryError(
             f"The settings of {name} (type {host.kind!r}) cannot express the removal: {type(error).__name__}: {error}. "
-            f"Nothing was changed."
+            "Nothing was changed."
         ) from error
     differences = compare(before, after, layout)
     if differences.problems:
         raise SurgeryError(
             f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. "
-            f"Nothing was changed. Remove other blocks, or protect these."
+            "Nothing was changed. Remove other blocks, or protect these."
         )
     return Builds(settings, shrunk, before, after, differences.updates)
 
@@ -87,8 +87,8 @@ def tell_unproven(stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[in
             if entry.proof == "none":
                 warnings.warn(
                     f"The config's {entry} may name blocks of {name}: it {_MAY[entry.form]}, and the model's code asks "
-                    f"for it. Nothing shows that it does, so it stays as it is. Compare the outputs before and after, "
-                    f"and edit the entry if need be.",
+                    "for it. Nothing shows that it does, so it stays as it is. Compare the outputs before and after, "
+                    "and edit the entry if need be.",
                     DeepArcWarning,
                     stacklevel=4,
                 )
@@ -106,9 +106,9 @@ def require_told(subject: Subject, builds: Builds, expectation: Expectation) -> 
         if trial is not None and not _tells(subject.host, builds.after, trial, expectation):
             raise SurgeryError(
                 f"{entry} in the settings of {subject.name} tells by number which blocks are of another "
-                f"kind. Whether the pruned model has it right shows only on inputs where that matters, and on the "
-                f"example it does not. Give a batch on which it does (a larger image, a longer text): example=batch. "
-                f"The model is as it was before."
+                "kind. Whether the pruned model has it right shows only on inputs where that matters, and on the "
+                "example it does not. Give a batch on which it does (a larger image, a longer text): example=batch. "
+                "The model is as it was before."
             )
 
 

@@ -123,7 +123,7 @@ def carry_out(
             found = f"{len(stacks[name])} blocks" if name in stacks else f"no such stack (it has {', '.join(stacks)})"
             raise PlanError(
                 f"The plan is for a model with {len(stack)} blocks in {name}; {subject.name} has {found}. "
-                f"Call analyze on this model."
+                "Call analyze on this model."
             )
     if not plan.removed:
         return current_record(subject)
@@ -177,7 +177,7 @@ def follow_record(
     if odd is not None:
         raise SurgeryError(
             f"{subject.host.label} lacks blocks of {odd!r} that are to stay. Load the model from the checkpoint's own "
-            f"folder."
+            "folder."
         )
     if step.removed:
         _operate(subject, step.removed, {}, None, optimizer=None, transaction=transaction, known=record)
@@ -304,7 +304,7 @@ def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -
             if index in stack.pinned:
                 raise SurgeryError(
                     f"Block {index} of {name} is pinned: {stack.pinned[index]}. Remove other blocks. Nothing was "
-                    f"changed."
+                    "changed."
                 )
         if len(set(indices)) != len(indices):
             raise SurgeryError(f"A block of {name} is named twice: {list(indices)}. Nothing was changed.")

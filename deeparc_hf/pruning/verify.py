@@ -69,8 +69,8 @@ class Expectation:
             warnings.warn(
                 f"{type(self.host.root).__name__} can no longer generate with a cache ({type(failure).__name__}: "
                 f"{failure}), in stock transformers too: T5 and its like need at least as many encoder blocks as "
-                f"decoder blocks for that. Keep more encoder blocks, remove decoder blocks too, or generate with "
-                f"use_cache=False.",
+                "decoder blocks for that. Keep more encoder blocks, remove decoder blocks too, or generate with "
+                "use_cache=False.",
                 DeepArcWarning,
                 stacklevel=5,
             )
@@ -105,7 +105,7 @@ class Expectation:
                 "The pruned model does not compute what the original computes with these blocks skipped (largest "
                 f"difference {difference:.3g}, outputs up to {scale:.3g}): something in "
                 f"{type(self.host.root).__name__} depends on a block's place. It cannot be pruned so; the model is as "
-                f"it was before."
+                "it was before."
             )
 
 
@@ -120,7 +120,7 @@ def expect(subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = 
     if batch is None and host.merges_inputs:
         raise SurgeryError(
             f"{type(host.root).__name__} merges images into its text, and which of its blocks do so may be told by "
-            f"their place; that shows only on a batch with images. Give one: example=batch. Nothing was changed."
+            "their place; that shows only on a batch with images. Give one: example=batch. Nothing was changed."
         )
     require_weights(host, SurgeryError, otherwise=" Or say verify=False: then its settings alone are checked.")
     inputs = host.example_inputs() if batch is None else cut(forward_kwargs(host, batch), 2)
@@ -171,7 +171,7 @@ def _require_reached(
     if idle:
         raise SurgeryError(
             f"The removal cannot be verified: the inputs ({', '.join(inputs)}) do not reach {idle[0]}. Give a batch "
-            f"that does: example=batch. Or say verify=False, and answer for it yourself. Nothing was changed."
+            "that does: example=batch. Or say verify=False, and answer for it yourself. Nothing was changed."
         )
 
 

@@ -197,7 +197,7 @@ def _read(path: Path, reader: Callable[[Entry], Any]) -> Any:
     except (MalformedError, DeepArcError) as error:
         raise RecordError(
             f"{path.name} is not what deeparc_hf writes there ({plain(error, 200)}). Delete the file, and the card is "
-            f"made without it."
+            "made without it."
         ) from error
 
 

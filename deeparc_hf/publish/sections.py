@@ -80,8 +80,8 @@ def steps_note(content: CardContent) -> str:
     """What the steps were measured on, and how."""
     return (
         f"Measured by the callback in eval mode on {steps_data(content)}; within a row all columns are of the same "
-        f"samples, which need not be all that the Trainer evaluates on. 95 % intervals: Wilson's for shares, normal "
-        f"for the loss, from the spread of the batches."
+        "samples, which need not be all that the Trainer evaluates on. 95 % intervals: Wilson's for shares, normal "
+        "for the loss, from the spread of the batches."
     )
 
 
@@ -93,7 +93,7 @@ def iterations_note(content: CardContent) -> str:
         where = f" on {md(' and '.join(sorted(map(str, inside))))} data" if inside else ""
         notes.append(
             f"The last figure of each training{where}; the pruned models were trained for longer than the one before "
-            f"pruning."
+            "pruning."
         )
         s = content.run
         if s.get("max_drop") is not None and s.get("baseline") is not None:
@@ -104,7 +104,7 @@ def iterations_note(content: CardContent) -> str:
         if s.get("zeroed_at") is not None:
             notes.append(
                 f"Weights were zeroed at optimizer step {s['zeroed_at']:,}: figures from there on are of the sparse "
-                f"model."
+                "model."
             )
     return " ".join(note for note in notes if note)
 
@@ -146,7 +146,7 @@ def evaluation_note(content: CardContent) -> str:
         notes.append(
             f"One evaluation of the test data takes {s['ratio']:.3f} of the time of the {reference} ({s['low']:.3f} .. "
             f"{s['high']:.3f}, {s['turns']:g} turns, both models warm in one process); {s['blocks']:.3f} of the blocks "
-            f"are left."
+            "are left."
         )
     return " ".join(notes)
 

@@ -83,7 +83,7 @@ def usage(content: CardContent, repo_id: str, revision: str | None = None) -> st
             "import timm\nimport torch\n\n"
             f"model = timm.create_model({json.dumps(at)}, pretrained=True).eval()\n"
             "with torch.no_grad():\n"
-            f"    print(model(torch.randn(1, "
+            "    print(model(torch.randn(1, "
             f"*model.pretrained_cfg['input_size'])){'.shape' if content.headless else '.argmax(-1)'})"
         )
     fits = content.processor == _NEEDS.get(task or "", "tokenizer")

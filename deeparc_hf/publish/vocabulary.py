@@ -68,8 +68,8 @@ def check_license(license: str | None) -> None:
         return
     raise ConfigError(
         f"The Hub knows no licence {quoted(license)}.{did_you_mean(license.lower(), LICENSES)} Give its id "
-        f"(apache-2.0, mit, cc-by-4.0, ...; they are listed at https://huggingface.co/docs/hub/repositories-licenses), "
-        f"or 'other' with license_name and license_link."
+        "(apache-2.0, mit, cc-by-4.0, ...; they are listed at https://huggingface.co/docs/hub/repositories-licenses), "
+        "or 'other' with license_name and license_link."
     )
 
 

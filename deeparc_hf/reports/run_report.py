@@ -197,7 +197,7 @@ def _markdown(data: Mapping[str, Any], attempts: Sequence[Attempt]) -> str:
     if data["zeroed_at"] is not None:
         parts.append(
             f"Weights were zeroed at step {data['zeroed_at']}: figures from there on are of a sparse model "
-            f"(sparsity_report.md)."
+            "(sparsity_report.md)."
         )
     for entry in data["final"]:
         shown = ", ".join(f"{key} {value:.6g}" for key, value in entry["metrics"].items())

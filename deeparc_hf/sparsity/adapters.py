@@ -36,7 +36,7 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
     if not is_adapted(model) or not hasattr(model, "merge_and_unload"):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a PEFT model with adapters that can be merged. Give what get_peft_model "
-            f"returned."
+            "returned."
         )
     adapted: Any = model  # of PEFT, which this package does not import
     base = adapted.get_base_model()
@@ -49,7 +49,7 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
     if not entries:
         raise SparsityError(
             f"The record of {type(base).__name__} lists no zeros, so there are none to keep. Call merge_and_unload(); "
-            f"or sparsify the base model first, with sparsify_model."
+            "or sparsify the base model first, with sparsify_model."
         )
     masks: dict[str, Tensor] = {}
     for name, entry in entries.items():
@@ -60,13 +60,13 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
         if type(weights[name]).__name__ == "ModulesToSaveWrapper":
             raise SparsityError(
                 f"{name} was trained as a whole (modules_to_save), so its zeros are lost. Leave it out there, and "
-                f"adapt it instead."
+                "adapt it instead."
             )
         masks[name] = weights[name].weight.detach() == 0
         if int(masks[name].sum()) < entry["zeros"]:
             raise SparsityError(
                 f"By the record {entry['zeros']:,} weights of {name} are zero, but {int(masks[name].sum()):,} are. If "
-                f"the adapters are merged already, call model.unmerge_adapter() first."
+                "the adapters are merged already, call model.unmerge_adapter() first."
             )
     merged: nn.Module = adapted.merge_and_unload()
     host = find_host(merged)

@@ -63,7 +63,7 @@ class WandaConfig(Settings):
         if self.pattern is not None and self.sparsity != 0.5:
             raise ConfigError(
                 f"The pattern {self.pattern} zeroes one half, found sparsity {self.sparsity:g} beside it. Give one of "
-                f"them."
+                "them."
             )
         if self.targets is not None and not self.targets:
             raise ConfigError("targets is an empty list, so nothing would be zeroed. Leave it out for all linear maps.")

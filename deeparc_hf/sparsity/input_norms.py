@@ -136,8 +136,8 @@ def finished_norms(matrices: Sequence[Matrix], parts: Sequence[Mapping[str, Tens
         if not found:
             raise CalibrationError(
                 f"{matrix.name} did not run in the forward passes over the calibration data, or the model uses its "
-                f"weight without calling it. Give batches that reach every part of the model, or leave it out: "
-                f"targets=[...] names the maps that are meant."
+                "weight without calling it. Give batches that reach every part of the model, or leave it out: "
+                "targets=[...] names the maps that are meant."
             )
         total = torch.stack([value.to(torch.float64) for value in found]).sum(dim=0)
         if not bool(torch.isfinite(total).all()):
@@ -158,7 +158,7 @@ def warn_unmasked(names: set[str]) -> None:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warnings.warn(
             f"The positions that {first}{more} computes on are not those of the attention mask, so padding counts "
-            f"among its inputs. Give batches of texts of about one length, or one text a batch.",
+            "among its inputs. Give batches of texts of about one length, or one text a batch.",
             CalibrationWarning,
             stacklevel=4,
         )

@@ -73,6 +73,6 @@ def _complaint(broken: Mapping[str, int]) -> str:
     more = f" and {len(broken) - 1} more matrices" if len(broken) > 1 else ""
     return (
         f"{sum(broken.values()):,} weights of {first}{more} that were zeroed are not zero any more: something other "
-        f"than the optimizer's steps has changed them (another callback, weights that were loaded or averaged). Put "
-        f"WandaCallback last in the list of callbacks, or set keep_zeros=False if the zeros are not to stay."
+        "than the optimizer's steps has changed them (another callback, weights that were loaded or averaged). Put "
+        "WandaCallback last in the list of callbacks, or set keep_zeros=False if the zeros are not to stay."
     )

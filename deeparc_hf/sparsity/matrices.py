@@ -91,14 +91,14 @@ def find_matrices(subject: Subject, targets: Sequence[str] | None = None) -> lis
     if is_sharded(host.root):
         raise UnsupportedModelError(
             f"The parameters of {host.label} are sharded (FSDP, DeepSpeed), so no process sees whole rows of a matrix. "
-            f"Call sparsify_model before the model is wrapped, or train in DistributedDataParallel."
+            "Call sparsify_model before the model is wrapped, or train in DistributedDataParallel."
         )
     found, refused = _survey(subject)
     _check_patterns(targets, [matrix.name for matrix in found] + list(refused), host)
     for name, reason in refused.items():
         if _wanted(name, targets, host):
             advice = (
-                f"To leave it out, name the maps that are meant: targets=[...], patterns of module "
+                "To leave it out, name the maps that are meant: targets=[...], patterns of module "
                 f"paths{_example(found)}."
             )
             raise UnsupportedModelError(
@@ -205,7 +205,7 @@ def _refusal(module: nn.Module) -> str | None:
         shape = tuple(module._parameters[fused[0]].shape)  # type: ignore[union-attr]
         return (
             f"{kind.__name__}.{fused[0]} holds several matrices in one tensor {shape}, as fused experts do, each "
-            f"with inputs of its own"
+            "with inputs of its own"
         )
     return None
 

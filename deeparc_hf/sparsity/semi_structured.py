@@ -39,7 +39,7 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         raise UnsupportedModelError(
             f"Semi-structured tensors need a CUDA device of compute capability 8.0 or higher, found {device}. The "
-            f"model computes the same without them: leave this step out, or model.to('cuda') first."
+            "model computes the same without them: leave this step out, or model.to('cuda') first."
         )
     left: dict[str, str] = {}
     turned = 0
@@ -63,7 +63,7 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
             name, reason = next(iter(left.items()))
             raise UnsupportedModelError(
                 f"None of the {len(left)} linear maps of {host.label} can be turned; of {name}, for example: {reason}. "
-                f"Sparsify the model with pattern='2:4' and load it in float16 or bfloat16."
+                "Sparsify the model with pattern='2:4' and load it in float16 or bfloat16."
             )
     return left
 

@@ -73,8 +73,8 @@ def sparsify_model(
     if isinstance(model, nn.Module) and is_adapted(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} carries PEFT adapters, and the zeros would be filled when they are merged. Merge "
-            f"them first: model.merge_and_unload(). Or sparsify the model before the adapters are added, and merge "
-            f"with merge_keeping_zeros."
+            "them first: model.merge_and_unload(). Or sparsify the model before the adapters are added, and merge "
+            "with merge_keeping_zeros."
         )
     return sparsify(model, dataloader, config, progress=progress)[0]
 
@@ -138,7 +138,7 @@ def matrices_for(subject: Subject, config: WandaConfig) -> list[Matrix]:
             raise ConfigError(
                 f"The pattern {config.pattern} needs a number of inputs divisible by {size}, but {matrix.name} has "
                 f"{inputs}. Leave it out: targets=[...], patterns of the module paths that are meant. Nothing was "
-                f"changed."
+                "changed."
             )
     return matrices
 
@@ -163,7 +163,7 @@ def recorded_matrices(model: nn.Module | Subject, record: PrunedConfig) -> dict[
             raise RecordError(
                 f"By the record {entry['zeros']:,} of the {entry['size']:,} weights of {name} are zero, but in the "
                 f"model {zeros:,} are: it was trained without WandaCallback, or the record belongs to other weights. "
-                f"Sparsify it again with sparsify_model."
+                "Sparsify it again with sparsify_model."
             )
         found[name] = (own[name], zeros)
     return found

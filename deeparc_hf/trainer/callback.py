@@ -167,8 +167,8 @@ def _write_card(args: TrainingArguments, over: bool, model: nn.Module | None, pr
     except Exception as error:
         warnings.warn(
             f"The model card could not be made ({type(error).__name__}: {plain(error, 400)}). The push goes on with "
-            f"the README.md that is there, if any; deeparc_hf.create_model_card(trainer) makes the card when the cause "
-            f"is gone.",
+            "the README.md that is there, if any; deeparc_hf.create_model_card(trainer) makes the card when the cause "
+            "is gone.",
             DeepArcWarning,
             stacklevel=3,
         )

@@ -61,7 +61,7 @@ class Structure:
 
 _ADVICE = (
     f"Load the model from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its "
-    f"config.json), then resume."
+    "config.json), then resume."
 )
 _frozen: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
 
@@ -374,10 +374,10 @@ def _refuse_incomplete(stacks: Mapping[str, Stack], held: Mapping[str, Mapping[i
             if blocks and not any(keys <= tensors.keys() for keys in whole):
                 lacking = min(min(keys - tensors.keys()) for keys in whole)
                 raise SurgeryError(
-                    f"The checkpoint that is loaded holds the tensors of its blocks otherwise than the model does: "
+                    "The checkpoint that is loaded holds the tensors of its blocks otherwise than the model does: "
                     f"block {index} of {name} has no {lacking}, and the Trainer would leave what the model has there. "
-                    f"Training of this kind of model cannot be resumed: load the checkpoint with from_pretrained and "
-                    f"start a new training."
+                    "Training of this kind of model cannot be resumed: load the checkpoint with from_pretrained and "
+                    "start a new training."
                 )
 
 

@@ -70,8 +70,8 @@ def check_gate(config: MPruneConfig, args: TrainingArguments) -> None:
     if config.start_epoch == 0 and config.baseline is None and not args.eval_on_start:
         raise ConfigError(
             f"max_drop compares with {metric} before the first pruning, which start_epoch=0 puts before every "
-            f"evaluation. Set eval_on_start=True in TrainingArguments, give baseline=..., or fine-tune first with "
-            f"start_epoch=1 or more."
+            "evaluation. Set eval_on_start=True in TrainingArguments, give baseline=..., or fine-tune first with "
+            "start_epoch=1 or more."
         )
     best = args.metric_for_best_model
     if args.load_best_model_at_end and (
@@ -82,7 +82,7 @@ def check_gate(config: MPruneConfig, args: TrainingArguments) -> None:
             f"load_best_model_at_end would deliver the checkpoint that is best by {best} "
             f"({'larger' if args.greater_is_better else 'smaller'} is better), which the gate may not accept. Set "
             f"metric_for_best_model={metric!r} and greater_is_better={greater_is_better} in TrainingArguments, or give "
-            f"the callback the same metric."
+            "the callback the same metric."
         )
 
 
@@ -103,7 +103,7 @@ def check_measured(config: MPruneConfig, args: TrainingArguments, trainer: Any) 
     ):
         raise ConfigError(
             f"max_drop bounds {name!r}, and the Trainer has no compute_metrics that could give it: it measures the "
-            f"loss alone. Give the Trainer compute_metrics, or set metric='loss'."
+            "loss alone. Give the Trainer compute_metrics, or set metric='loss'."
         )
 
 

@@ -77,7 +77,7 @@ class LearningRate:
             self._session.say(
                 f"The learning rate's warm-up of {asked} steps would take more than half of a retraining of {steps} "
                 f"steps. It is shortened to {taken}, in proportion to the whole training's {whole} steps; a "
-                f"warmup_steps below 1 is a share of each."
+                "warmup_steps below 1 is a share of each."
             )
 
 
@@ -124,8 +124,8 @@ def rewind(scheduler: Any, args: TrainingArguments, steps: int, *, own: bool, wh
         if scheduler is not None:
             warnings.warn(
                 f"The learning rate cannot be rewound for a {type(scheduler).__name__}: it goes on as it is in each "
-                f"retraining. Use one of transformers' schedules (lr_scheduler_type) or a LambdaLR, or set "
-                f"rewind_lr=False if this is what you want.",
+                "retraining. Use one of transformers' schedules (lr_scheduler_type) or a LambdaLR, or set "
+                "rewind_lr=False if this is what you want.",
                 DeepArcWarning,
                 stacklevel=2,
             )

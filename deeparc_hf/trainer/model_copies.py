@@ -42,7 +42,7 @@ def refuse_copies(callbacks: Iterable[Any]) -> None:
             option = " (sync_ref_model=False)" if _KNOWN[0] in names else ""
             raise ConfigError(
                 f"{names[0]} keeps a copy of the model in step with it, parameter by parameter, and MPruneCallback is "
-                f"going to remove blocks from the model alone. "
+                "going to remove blocks from the model alone. "
                 f"{_ADVICE.replace('Leave it out', f'Leave it out{option}')}"
             )
 
@@ -61,7 +61,7 @@ def warn_of_copies(callbacks: Iterable[Any], model: nn.Module | Subject) -> bool
     for callback, name in found:
         warnings.warn(
             f"{type(callback).__name__} holds what looks like a copy of the model's weights ({name}). If it goes "
-            f"through both side by side (an average of the weights, say), it will fail or pair other blocks after a "
+            "through both side by side (an average of the weights, say), it will fail or pair other blocks after a "
             f"pruning. {_ADVICE}",
             DeepArcWarning,
             stacklevel=3,

@@ -200,7 +200,7 @@ class Reporter:
         if c.gated and self._metric.removeprefix("eval_") != "loss" and not session.args.eval_on_start:
             more = (
                 f" The first evaluation shows whether {self._metric} is measured; eval_on_start=True makes one "
-                f"before the first step."
+                "before the first step."
             )
         session.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.{more}")
         for doubt in doubts:

@@ -52,7 +52,7 @@ def check_epochs(config: MPruneConfig, max_steps: int, steps_per_epoch: int | No
             f"The schedule needs {needed} epoch{'' if needed == 1 else 's'}{' and a step more' if short else ''} "
             f"({parts}{', the last of which may be shorter' if short else ''}), but the training has {given:g} (of "
             f"{steps_per_epoch} steps each). Set {remedy} in TrainingArguments, or lower start_epoch, iterations or "
-            f"retrain_epochs."
+            "retrain_epochs."
         )
 
 
@@ -78,7 +78,7 @@ def refuse_changes(
     if shown:
         raise ConfigError(
             f"A run cannot be resumed with these changes: {', '.join(shown)}. Resume with what it began with, or load "
-            f"the model from the checkpoint's folder and start a new run."
+            "the model from the checkpoint's folder and start a new run."
         )
     return changed
 

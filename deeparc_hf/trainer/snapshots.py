@@ -160,5 +160,5 @@ def _missing(output: Path, name: str, error: Exception) -> SurgeryError:
     return SurgeryError(
         f"The model from before a pruning is needed, and its snapshot {name} in the folder {FOLDER} of {output} cannot "
         f"be read ({type(error).__name__}: {error}). A run that ends well deletes it, unless keep_snapshots=True. "
-        f"Resume from a checkpoint that is older than the pruning, or put the folder back."
+        "Resume from a checkpoint that is older than the pruning, or put the folder back."
     )

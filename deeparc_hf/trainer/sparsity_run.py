@@ -160,8 +160,8 @@ class SparsityRun(Member):
         if self.config.keep_zeros and callable(getattr(inner, "eval", None)):
             raise ConfigError(
                 f"{type(inner).__name__} trains one set of weights, and evaluates and saves another that it makes of "
-                f"them (schedule-free optimizers do so): zeros would not be in what is saved. Use another optimizer, "
-                f"or call sparsify_model after the training."
+                "them (schedule-free optimizers do so): zeros would not be in what is saved. Use another optimizer, "
+                "or call sparsify_model after the training."
             )
 
     def _warn_of_changes(self, began_with: Mapping[str, Any]) -> None:
@@ -190,7 +190,7 @@ class SparsityRun(Member):
             raise ConfigError(
                 f"Weights are to be zeroed after {start} epochs, but the training has {epochs:g} (of "
                 f"{steps_per_epoch} steps each). Lower start_epoch, or train for longer: num_train_epochs (or "
-                f"max_steps) for start_epoch and for retraining."
+                "max_steps) for start_epoch and for retraining."
             )
 
     # ---- events ----
@@ -219,7 +219,7 @@ class SparsityRun(Member):
         waits = judged.judged_after is not None and start > (judged.pruning_starts or 0)
         if waits and judged.judged_after >= epochs:
             raise ConfigError(
-                f"Weights are zeroed when no pruning can be taken back any more (max_drop), which is after "
+                "Weights are zeroed when no pruning can be taken back any more (max_drop), which is after "
                 f"{judged.judged_after} epochs at the earliest, and the training has {epochs:g}. Train for longer, or "
                 f"set start_epoch to {judged.pruning_starts} or less: zeroing then comes before the first pruning."
             )
@@ -283,7 +283,7 @@ class SparsityRun(Member):
             why = "a pruning could still be taken back" if session.may_be_taken_back else early
             session.warn(
                 f"The training ended before the weights were zeroed ({why}). Call sparsify_model, or train for more "
-                f"epochs."
+                "epochs."
             )
         self.ended = True
         self._write()
@@ -331,7 +331,7 @@ class SparsityRun(Member):
         if lost:
             raise SparsityError(
                 f"The weight of {lost[0]} is another parameter than the one whose zeros were kept: something has put "
-                f"it there since. Change weights in place, or call sparsify_model afterwards."
+                "it there since. Change weights in place, or call sparsify_model afterwards."
             )
         zeros, size = sum(zeros for _, zeros in matrices.values()), sum(m.weight.numel() for m, _ in matrices.values())
         if size and note:

@@ -49,7 +49,7 @@ class Teaching:
         if self._config is not None and args.n_gpu > 1:
             raise ConfigError(
                 f"One process with {args.n_gpu} GPUs copies the model for each step (DataParallel), which a teacher "
-                f"cannot follow. Start one process for each GPU (torchrun or accelerate launch), or leave distill out."
+                "cannot follow. Start one process for each GPU (torchrun or accelerate launch), or leave distill out."
             )
 
     @property

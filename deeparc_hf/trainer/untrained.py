@@ -25,7 +25,7 @@ def pruned_untrained(config: MPruneConfig, model: nn.Module) -> str | None:
     return (
         f"The model is pruned when the training begins (start_epoch=0), and it cannot do its task yet: {which} "
         f"{'is' if len(names) == 1 else 'are'} as drawn at random. Such a model does not tell which blocks can go. "
-        f"Fine-tune it first: give start_epoch=1 or more, and as many more epochs of training."
+        "Fine-tune it first: give start_epoch=1 or more, and as many more epochs of training."
     )
 
 

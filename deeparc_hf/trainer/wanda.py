@@ -107,8 +107,8 @@ class WandaCallback(SessionCallback):
         if is_adapted(model):
             raise UnsupportedModelError(
                 f"{type(model).__name__} carries PEFT adapters: the matrices beneath them are not trained, so their "
-                f"zeros stay without this callback. Leave it out, and merge the adapters with "
-                f"deeparc_hf.sparsity.adapters.merge_keeping_zeros(model) afterwards."
+                "zeros stay without this callback. Leave it out, and merge the adapters with "
+                "deeparc_hf.sparsity.adapters.merge_keeping_zeros(model) afterwards."
             )
         subject = describe(model)
         check_record(subject, 0)

@@ -168,7 +168,7 @@ class PruningArguments:
             name, sign, number = entry.rpartition("=")
             if not sign or not name or not number.strip().isdigit():
                 raise ConfigError(
-                    f"num_blocks takes whole numbers, one for each iteration, or STACK=N for each stack, found "
+                    "num_blocks takes whole numbers, one for each iteration, or STACK=N for each stack, found "
                     f"{entry!r}."
                 )
             counts[name] = int(number)

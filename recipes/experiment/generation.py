@@ -180,7 +180,7 @@ def first_answers(answers: Sequence[Any], column: str) -> list[str]:
         if not isinstance(first, str) or not first.strip():
             raise ConfigError(
                 f"answer_column: a row of the column {column!r} holds {answer!r}, no answer. Leave such rows out "
-                f"(those of SQuAD 2 that cannot be answered, say), or write numbers as texts."
+                "(those of SQuAD 2 that cannot be answered, say), or write numbers as texts."
             )
         found.append(first)
     return found
@@ -270,7 +270,7 @@ def write_scores(folder: Path, rows: Sequence[Row], measure: QuestionMeasure) ->
     shown = [row for row in rows if row.sparsity is None]
     how = (
         f"On {shown[0].measured.samples:,} test questions, one reference each; BLEU and ROUGE by sacrebleu and "
-        f"rouge_score; one run with one seed."
+        "rouge_score; one run with one seed."
     )
     text = f"# Generated questions\n\n{scores_table(shown, measure.scores.reasons)}\n\n{how}\n"
     write_whole(folder / "scores.md", text)
@@ -291,7 +291,7 @@ def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
     if len(predictions) != len(references):
         raise ConfigError(
             f"There must be one reference a prediction, found {len(predictions)} predictions, {len(references)} "
-            f"references."
+            "references."
         )
     if not predictions:
         raise ConfigError("Scores need at least one prediction, found none.")

@@ -74,7 +74,7 @@ def image_processor(model: str, revision: str | None, image_size: int | None) ->
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{model}: cannot load an image processor ({' '.join(str(error).split())[:200]}). Give image_size, for "
-            f"plain scaling to that size and to [-1, 1]."
+            "plain scaling to that size and to [-1, 1]."
         ) from error
 
 

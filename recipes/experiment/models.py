@@ -60,12 +60,12 @@ def load_model(
         if whole and info["missing_keys"]:
             raise ConfigError(
                 f"{name} has no weights for {min(info['missing_keys'])}: it is not fine-tuned for this task, and they "
-                f"would be drawn at random. Give finetune_epochs, or a fine-tuned model."
+                "would be drawn at random. Give finetune_epochs, or a fine-tuned model."
             )
     elif whole:
         raise ConfigError(
             f"There are no weights in {name}, and nothing is going to be trained first. Give finetune_epochs, or a "
-            f"fine-tuned model."
+            "fine-tuned model."
         )
     else:
         known = {key: value for key, value in settings.items() if key not in _OF_CHECKPOINTS}

@@ -225,7 +225,7 @@ def write_results(
     parts.append(
         f"Metrics: on {counts} test samples, with 95 % intervals where they are known. Epochs: the main metric on the "
         f"validation data after each epoch of the training that led to the row. Evaluation time: warm, {times}. "
-        f"Freeze: blocks that were not trained. One run with one seed."
+        "Freeze: blocks that were not trained. One run with one seed."
     )
     parts += [*against_original(rows), *(f"{name}: {speed}" for name, speed in speeds.items()), *notes]
     made_with = {**hardware(), **package_versions()}

@@ -146,7 +146,7 @@ class Experiment:
         if earlier:
             raise ConfigError(
                 f"{self._out} holds {earlier[0]} of an earlier experiment. Give another output_dir, or delete that "
-                f"folder."
+                "folder."
             )
 
     # ---- steps ----

@@ -111,7 +111,7 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
         if use in given and given[use].is_the_same_as(given["train"]):
             raise ConfigError(
                 f"The {use} data is the training data: figures would be of what was trained on. Give other data, or "
-                f"leave it out."
+                "leave it out."
             )
     parts, notes = dict(given), []
     if "validation" not in given:

@@ -275,7 +275,7 @@ class Sweep:
         if self.failed:
             self.say(
                 f"Failed: {', '.join(self.failed)}. Start the sweep again to try these once more; what is done is not "
-                f"done again."
+                "done again."
             )
         return 1 if self.failed else 0
 
