@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from deeparc_hf import MPruneConfig, find_stacks, remove_blocks
 from deeparc_hf.architectures import Stack, describe
-from deeparc_hf.observe.forward import hidden_states
+from deeparc_hf.observe.hooks import hidden_states
 from deeparc_hf.observe.rows import StackObserver, observe
 from deeparc_hf.pruning.plan import StackFacts, make_plan
 from deeparc_hf.similarity import ROW_KINDS, metrics

@@ -30,7 +30,7 @@ from ..errors import ConfigError, SurgeryError
 from ..healing.sites import Site
 from ..observe.axes import Axes, find_axes
 from ..observe.batches import without_labels
-from ..observe.forward import hidden_states
+from ..observe.hooks import hidden_states, hooked
 from ..observe.outputs import heads_of, is_logits, label_mask
 from ..similarity.divergence import divergence
 from .config import DistillConfig
@@ -171,12 +171,8 @@ class Distillation:
         if not self._checked:
             block = next(iter(self._stacks.values())).blocks[0]
             checks = [block.register_forward_pre_hook(lambda *_: ran.append(True))]
-        try:
-            with torch.no_grad():
-                output = self._teacher(**given, **more)
-        finally:
-            for check in checks:
-                check.remove()
+        with hooked(checks), torch.no_grad():
+            output = self._teacher(**given, **more)
         if checks and not ran:
             raise ConfigError(
                 f"The forward of {type(self._teacher).__name__} was replaced by one that a copy of the model shares, "

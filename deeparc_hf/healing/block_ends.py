@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
-from ..observe.forward import hidden_states
+from ..observe.hooks import hidden_states, hooked
 
 __all__ = ["Ending", "at_home", "find_ending", "rows"]
 
@@ -153,9 +153,5 @@ def _observed(block: nn.Module, run: Callable[[], Any], change: tuple[str, Tenso
             return output
 
         handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-    try:
-        output = hidden_states(run())
-    finally:
-        for handle in handles:
-            handle.remove()
-    return output, leaves
+    with hooked(handles):
+        return hidden_states(run()), leaves

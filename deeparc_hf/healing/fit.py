@@ -16,7 +16,7 @@ from ..architectures import Host, Stack
 from ..errors import CalibrationError
 from ..observe.axes import Axes
 from ..observe.batches import batch_size
-from ..observe.forward import hidden_states
+from ..observe.hooks import hidden_states
 from .block_ends import Ending, at_home, rows
 from .ridge import RidgeSums, Solution, solve
 from .sites import Healing, Site

@@ -14,7 +14,7 @@ in their place).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,8 @@ from ..core.progress_bars import sample_bar
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, SurgeryError
 from ..observe.batches import batch_size, cut
-from ..observe.forward import evaluating, forward, skipped
+from ..observe.forward import evaluating, forward
+from ..observe.hooks import hooked, skipped
 from ..observe.rows import calibration_inputs, with_axes
 from .block_ends import Ending, find_ending
 from .fit import SiteFit
@@ -121,7 +122,7 @@ def _find_endings(host: Host, watched: Sequence[SiteFit], inputs: Mapping[str, A
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         calls[module] = (tuple(a.clone() if isinstance(a, Tensor) else a for a in args), dict(kwargs))
 
-    with _hooked([block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]):
+    with hooked([block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]):
         forward(host, inputs, without_cache=True)
     found: dict[nn.Module, Ending | str] = {}
     for block in blocks:
@@ -191,7 +192,7 @@ def _pass(
         *(() if before else watch.hooks("kept")),
         watch.last.register_forward_hook(_enough),
     ]
-    with _hooked(handles), suppress(_EnoughError):
+    with hooked(handles), suppress(_EnoughError):
         forward(host, inputs, without_cache=True)
     if not before:
         return
@@ -203,18 +204,9 @@ def _pass(
         for stack, index in before:
             # not all of them need run before the site: a model of texts and images has two towers
             inside.enter_context(skipped(stack, index, must_run=False))
-        inside.enter_context(_hooked([*watch.hooks("kept"), watch.kept.register_forward_hook(_enough)]))
+        inside.enter_context(hooked([*watch.hooks("kept"), watch.kept.register_forward_hook(_enough)]))
         with suppress(_EnoughError):
             forward(host, inputs, without_cache=True)
-
-
-@contextmanager
-def _hooked(handles: Sequence[Any]) -> Any:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _refit_norm(norm: Any, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:

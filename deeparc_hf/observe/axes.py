@@ -29,7 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import Host, Stack
 from ..errors import CalibrationError
 from .batches import batch_size, padding_masks
-from .forward import evaluating, forward, given_hidden_states, hidden_states, removed
+from .forward import evaluating, forward
+from .hooks import given_hidden_states, hidden_states, hooked
 from .trials import Changed, changed, trials
 
 __all__ = ["Axes", "Padding", "find_axes"]
@@ -204,7 +205,7 @@ def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask
             block.register_forward_pre_hook(before(stack), with_kwargs=True),
             block.register_forward_hook(after(stack)),
         ]
-    with removed(handles):
+    with hooked(handles):
         torch.manual_seed(0)  # ViLT takes its patches in a random order
         forward(host, inputs, without_cache=True)
     # after the pass: within it, what transformers collects of each block would be collected again
@@ -236,7 +237,7 @@ def _features(block: nn.Module, args: Any, kwargs: Any, output: Tensor) -> int |
             ran.append(module)
 
     def run(handles: Sequence[Any]) -> Tensor | None:
-        with removed(handles):
+        with hooked(handles):
             try:
                 found = hidden_states(block(*_copied(args), **_copied(kwargs)))
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -24,7 +23,8 @@ from ..similarity import SimilarityMetric
 from .axes import Axes, Padding, find_axes
 from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable, padding_masks
 from .collect import Observed, collect
-from .forward import did_not_run, evaluating, forward, hidden_states
+from .forward import evaluating, forward
+from .hooks import did_not_run, hidden_states, hooked
 
 __all__ = ["StackObserver", "calibration_inputs", "observe", "with_axes"]
 
@@ -223,7 +223,12 @@ def _look(
         )
         for observer in observers:
             observer.settle(axes.get(observer.stack.name))
-        with _hooked(observers):
+        handles = (
+            block.register_forward_hook(observer.hook(index))
+            for observer in observers
+            for index, block in enumerate(observer.stack.blocks)
+        )
+        with hooked(handles):
             for inputs in batches:
                 for observer in observers:
                     observer.begin(inputs)
@@ -266,19 +271,6 @@ def calibration_inputs(host: Host, dataloader: Iterable[Any], max_samples: int) 
         yield inputs
         if seen >= max_samples:
             break
-
-
-@contextmanager
-def _hooked(observers: list[StackObserver]) -> Iterator[None]:
-    handles = []
-    try:
-        for observer in observers:
-            for index, block in enumerate(observer.stack.blocks):
-                handles.append(block.register_forward_hook(observer.hook(index)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:

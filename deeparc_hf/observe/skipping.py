@@ -21,7 +21,8 @@ from ..similarity import SkippingMetric
 from ..similarity.divergence import Head
 from .batches import batch_size
 from .collect import Observed, collect
-from .forward import evaluating, forward, skipped
+from .forward import evaluating, forward
+from .hooks import skipped
 from .outputs import heads_of
 from .rows import calibration_inputs
 

@@ -14,6 +14,7 @@ from ..architectures import Host, Stack, Subject
 from ..core.local_hooks import LocalHook
 from ..core.transaction import Transaction
 from ..observe.forward import evaluating
+from ..observe.hooks import hooked
 
 __all__ = ["freeze_blocks", "let_statistics_go", "thaw"]
 
@@ -148,16 +149,12 @@ def _execution_order(host: Host) -> dict[int, int]:
     inputs = None if any(p.device.type == "meta" for p in host.root.parameters()) else host.example_inputs()
     if inputs is None:
         return registered
-    handles = [module.register_forward_pre_hook(note) for module in host.root.modules()]
     try:
-        with evaluating(host.root):
+        with hooked(m.register_forward_pre_hook(note) for m in host.root.modules()), evaluating(host.root):
             host.root(**inputs)
     except Exception as error:
         logger.info("Freezing follows the order in which modules are registered: %s: %s", type(error).__name__, error)
         return registered
-    finally:
-        for handle in handles:
-            handle.remove()
     return order
 
 

@@ -21,7 +21,8 @@ from transformers.utils import logging as hf_logging
 from ..architectures import Host, Subject
 from ..errors import CalibrationError, DeepArcWarning, SurgeryError
 from ..observe.batches import cut, forward_kwargs
-from ..observe.forward import evaluating, forward, require_weights, skipped
+from ..observe.forward import evaluating, forward, require_weights
+from ..observe.hooks import hooked, skipped
 
 __all__ = ["Expectation", "expect"]
 
@@ -130,10 +131,12 @@ def expect(subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = 
         )
     ran: set[str] = set()
     with ExitStack() as hooks:
-        for name, stack in stacks.items():
-            for index, block in enumerate(stack.blocks):
-                handle = block.register_forward_pre_hook(_noting(ran, f"{name}.{index}"))
-                hooks.callback(handle.remove)
+        handles = (
+            block.register_forward_pre_hook(_noting(ran, f"{name}.{index}"))
+            for name, stack in stacks.items()
+            for index, block in enumerate(stack.blocks)
+        )
+        hooks.enter_context(hooked(handles))
         for name, indices in removed.items():
             for index in indices:
                 hooks.enter_context(skipped(stacks[name], index, must_run=False))

@@ -20,7 +20,7 @@ from torch.nn import functional
 from ..errors import CalibrationError, CalibrationWarning
 from ..observe.axes import Axes
 from ..observe.batches import padding_masks
-from ..observe.forward import given_hidden_states
+from ..observe.hooks import given_hidden_states, hooked
 from .matrices import Matrix
 
 __all__ = ["InputNorms", "finished_norms", "warn_unmasked"]
@@ -56,17 +56,10 @@ class InputNorms:
     def observing(self) -> Iterator[None]:
         """Hooks on the maps and on their blocks; gone afterwards."""
         blocks = {(matrix.stack.name, matrix.block): matrix.stack.blocks[matrix.block] for matrix in self._matrices}
-        handles = [
-            block.register_forward_pre_hook(self._entering(name), with_kwargs=True)
-            for (name, _), block in blocks.items()
-        ]
-        try:
-            for matrix in self._matrices:
-                handles.append(matrix.module.register_forward_pre_hook(self._hook(matrix), with_kwargs=True))
+        of_blocks = [(block, self._entering(name)) for (name, _), block in blocks.items()]
+        of_maps = [(matrix.module, self._hook(matrix)) for matrix in self._matrices]
+        with hooked(m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in [*of_blocks, *of_maps]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def sums(self) -> dict[str, Tensor]:
         """Sums of squares by matrix, on the CPU: shape (groups, inputs). Those of several processes are added up."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host, Stack
-from ..observe.forward import forward, hidden_states, removed
+from ..observe.forward import forward
+from ..observe.hooks import hidden_states, hooked
 
 __all__ = ["block_by_block"]
 
@@ -188,7 +189,7 @@ def _run_through(host: Host, stack: Stack, inputs: Inputs, index: int) -> None:
 
 def _forward_until(host: Host, inputs: Inputs, handles: Sequence[Any]) -> None:
     """A forward pass, as far as the hooks let it go; the hooks are removed."""
-    with removed(handles), suppress(_ReachedError):
+    with hooked(handles), suppress(_ReachedError):
         forward(host, inputs, without_cache=True)
 
 

@@ -16,7 +16,8 @@ from ..errors import CalibrationError
 from ..observe.axes import find_axes
 from ..observe.batches import batch_size, forward_kwargs
 from ..observe.calibration import Calibration
-from ..observe.forward import did_not_run, evaluating, forward
+from ..observe.forward import evaluating, forward
+from ..observe.hooks import did_not_run, hooked
 
 __all__ = ["rehearse"]
 
@@ -67,12 +68,8 @@ def _run(subject: Subject, batch: Any) -> int:
     if batch_size(inputs) == 0:
         return 0
     blocks = [(stack, index, block) for stack in stacks.values() for index, block in enumerate(stack.blocks)]
-    hooks = [block.register_forward_pre_hook(noting((stack.name, index))) for stack, index, block in blocks]
-    try:
+    with hooked(block.register_forward_pre_hook(noting((stack.name, index))) for stack, index, block in blocks):
         forward(host, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for stack, index, _ in blocks:
         if (stack.name, index) not in ran:
             raise did_not_run(stack, index)
