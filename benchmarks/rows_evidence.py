@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from deeparc_hf import MPruneConfig, find_stacks, remove_blocks
 from deeparc_hf.architectures import Stack, describe
+from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.hooks import hidden_states
 from deeparc_hf.observe.rows import StackObserver, observe
 from deeparc_hf.pruning.plan import StackFacts, make_plan
@@ -189,7 +190,8 @@ def similarities(
     subject = describe(model)
     host, stacks = subject.host, subject.stacks
     observers = [(choice, _observer(stack, choice)) for choice in choices for stack in stacks.values()]
-    observe(host, [observer for _, observer in observers], data.batches(batch_size), len(data))
+    calibration = Calibration(data.batches(batch_size), len(data))
+    observe(host, [observer for _, observer in observers], calibration)
     facts: dict[Choice, dict[str, StackFacts]] = {choice: {} for choice in choices}
     for choice, observer in observers:
         matrix = observer.metric.matrix(observer.metric.finish()).tolist()

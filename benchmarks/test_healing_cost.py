@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from deeparc_hf.architectures import describe
 from deeparc_hf.healing.heal import fit_sites
 from deeparc_hf.healing.ridge import RidgeSums, solve
+from deeparc_hf.observe.calibration import Calibration
 
 from .measuring import THREADS, interval
 
@@ -48,7 +49,7 @@ def test_healing_costs_at_most_half_a_forward_pass_more(capsys):
                 model(**batch)
         plain.append(time.perf_counter() - start)
         start = time.perf_counter()
-        fit_sites(subject, {"bert.encoder.layer": [3, 4]}, batches, TEXTS)
+        fit_sites(subject, {"bert.encoder.layer": [3, 4]}, Calibration(batches, TEXTS))
         healed.append(time.perf_counter() - start)
     # the solves do not grow with the data: their time is taken off, and told
     x, e = torch.randn(4000, 1537), torch.randn(4000, 384)

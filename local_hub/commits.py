@@ -84,9 +84,8 @@ async def commit(call: Call) -> web.Response:
     revision, as_pull = call.parts["revision"], call.flag("create_pr")
     user = check_may_push(call, revision)
     header, operations = _parsed(await call.request.read(), call.kind)
-    contents = await asyncio.to_thread(
-        _kept, call, operations
-    )  # before the lock: nobody waits while contents are written
+    # before the lock: nobody waits while contents are written
+    contents = await asyncio.to_thread(_kept, call, operations)
     async with call.lock():
         start = _start(call, revision, header.get("parentCommit"), as_pull=as_pull)
         files = _applied(call.repo.commit(start).files, operations, contents)

@@ -22,9 +22,8 @@ BLOCK = re.compile(r"^((?:.*?\.)?(?:layers|layer[1-4]?|blocks|block|h)\.\d+)\.")
 CROSS = re.compile(
     r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj|crossattention\.self\.(key|value)|crossattention\.c_attn)$"
 )
-NO_TEXT = re.compile(
-    r"pos_(key|query)_proj$|^vision_model\."
-)  # DeBERTa's tables of distances, CLIP's patches of images
+# DeBERTa's tables of distances, CLIP's patches of images
+NO_TEXT = re.compile(r"pos_(key|query)_proj$|^vision_model\.")
 LINEAR = (nn.Linear, nn.Conv2d, nn.Conv1d, Conv1D)
 
 Batch = Mapping[str, Tensor]

@@ -50,9 +50,8 @@ def test_public_names_are_sorted_and_complete():
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_and_their_public_members_are_documented(name):
     value = getattr(deeparc_hf, name)
-    assert value.__doc__ and not value.__doc__.startswith(
-        f"{name}("
-    )  # a dataclass without a docstring gets its signature
+    # a dataclass without a docstring gets its signature
+    assert value.__doc__ and not value.__doc__.startswith(f"{name}(")
     assert name in value.__module__ or value.__module__.startswith("deeparc_hf")
 
 

@@ -141,7 +141,7 @@ class PrunedConfig:
                 "The pruning record has entries that this version of deeparc_hf does not know and ignores: "
                 f"{listed(unknown)}. pip install -U deeparc_hf may help.",
                 DeepArcWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         stacks = {name: StackRecord(*stack_in(name, stack)) for name, stack in entry["stacks"].named().items()}
         iterations = entry["iterations"].items() if "iterations" in entry.value else []
@@ -297,7 +297,7 @@ class PrunedConfig:
         )
 
     def with_mark(self, mark: str | None) -> PrunedConfig:
-        """The record with a mark of the weights as its last pruning left them (`fingerprint`): it tells whether they
+        """The record with a mark of the weights as its last pruning left them (`weights_mark`): it tells whether they
         were trained since.
         """
         last = {key: value for key, value in self.iterations[-1].items() if key != "left"}

@@ -21,6 +21,7 @@ from ..architectures import find_host
 from ..core.hub_help import no_answer
 from ..core.plain_text import plain
 from ..errors import CalibrationError, CalibrationWarning, MissingDependencyError, UnsupportedModelError
+from ..observe.calibration import chosen_rows
 from .common import say
 from .sources import LoadingError, ModelSource, loading, silence
 
@@ -161,7 +162,7 @@ def make_batches(
     """
     if len(rows) == 0:
         raise CalibrationError("The calibration data has no rows. Give another file or split.")
-    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    chosen = chosen_rows(len(rows), samples, seed)
     root = find_host(model).root
     main = "pixel_values" if source.library == "timm" else root.main_input_name
     if main == "pixel_values":

@@ -91,6 +91,7 @@ def _prune(args: argparse.Namespace) -> int:
     config = _config(args)
     out = _out(args)
     from ..checkpoint.record import check_record
+    from ..observe.calibration import Calibration
     from ..pruning.prune import analyze, apply_healed, check_settings
     from .job import Job
 
@@ -101,7 +102,8 @@ def _prune(args: argparse.Namespace) -> int:
     job = Job.of(args, config, check)
     model = job.load()
     before = count_parameters(model)
-    plan = analyze(model, job.batches, config)
+    calibration = Calibration(job.batches, config.calibration_samples)
+    plan = analyze(model, calibration, config)
     if not args.json:
         print(plan)
     if not plan.removed:
@@ -109,7 +111,7 @@ def _prune(args: argparse.Namespace) -> int:
     after = before - sum(stack.facts.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
     healings: Sequence[Healing] = ()
     if plan.removed and not args.dry_run:
-        _, healings = apply_healed(model, plan, job.batches, example=next(iter(job.batches)))
+        _, healings = apply_healed(model, plan, calibration)
         after = count_parameters(model)
     files: list[str] = []
     if out is not None:

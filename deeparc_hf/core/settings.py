@@ -114,6 +114,13 @@ class Settings:
             value = getattr(self, spec.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{spec.name} must be a finite number, found {value}.")
+            # no float can hold it, and none could be shown
+            if (
+                type(value) is int
+                and float in (hint := hints[spec.name], *typing.get_args(hint))
+                and abs(value) > 1e300
+            ):
+                raise ConfigError(f"{spec.name} must be a finite number, found {shown(value)}.")
             if not _fits(value, hints[spec.name]):
                 raise ConfigError(
                     f"{spec.name} must be {_words(hints[spec.name])}, found {quoted(value)} ({type(value).__name__})."

@@ -1,6 +1,6 @@
 """Healing: where blocks were removed, the last linear map of the kept block before them is refitted in closed form.
 
-The block's sum before its end (`endings.Ending`), s = scale * map(x) + rest, should have become that of the last
+The block's sum before its end (`block_ends.Ending`), s = scale * map(x) + rest, should have become that of the last
 removed block. A change of the map is fitted by ridge least squares, from the map's inputs x to what is missing, on one
 pass over calibration data for each site, padding left out, in float64. Where a norm makes the output of the sum (BERT),
 the kept block's norm takes over the parameters of the last removed block's. No parameter is added, so the checkpoint
@@ -13,7 +13,7 @@ in their place).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -25,13 +25,13 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import Host, Layout, Stack, Subject, describe
 from ..checkpoint.record import PrunedConfig, current_layout
 from ..checkpoint.weights_mark import mark_of_model
-from ..core.progress_bars import sample_bar
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, SurgeryError
 from ..observe.batches import batch_size, cut
+from ..observe.calibration import Calibration
 from ..observe.forward import evaluating, forward
 from ..observe.hooks import hooked, skipped
-from ..observe.rows import calibration_inputs, with_axes
+from ..observe.rows import with_axes
 from .block_ends import Ending, find_ending
 from .fit import SiteFit
 from .sites import Healing, sites_of
@@ -42,11 +42,9 @@ __all__ = ["apply_healing", "fit_sites", "heal_model", "note_healing"]
 def fit_sites(
     subject: Subject,
     removed: Mapping[str, Sequence[int]],
-    dataloader: Iterable[Any],
-    max_samples: int,
+    calibration: Calibration,
     *,
     progress: bool = True,
-    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
 ) -> list[Healing]:
     """Fit the changes of all sites, one site after another in forward order. Changes nothing.
 
@@ -56,10 +54,8 @@ def fit_sites(
     Args:
         subject: the unpruned model.
         removed: the blocks that go, by stack.
-        dataloader: calibration batches.
-        max_samples: samples of this process.
+        calibration: the data, which is gone through once for each site.
         progress: show a progress bar for each site, in samples.
-        gather: runs a function in every process and returns all results.
 
     Raises:
         CalibrationError: if there are too few samples, or an iterator for more than one site.
@@ -67,7 +63,7 @@ def fit_sites(
     host, stacks = subject.host, subject.stacks
     in_order = {name: removed[name] for name in stacks if name in removed}
     watched = [SiteFit(host, stacks[site.stack], site) for site in sites_of(in_order)]
-    if len(watched) > 1 and isinstance(dataloader, Iterator):
+    if len(watched) > 1 and not calibration.can_repeat:
         raise CalibrationError(
             f"Healing goes through the calibration data once for each of the {len(watched)} sites, and an iterator can "
             "be used once. Give a list of batches."
@@ -81,9 +77,9 @@ def fit_sites(
             if _is_before(in_order, name, index, watch)
         ]
         healed = list(zip(watched, healings, strict=False))
-        with sample_bar(f"Healing site {number} of {len(watched)}", progress, dataloader, max_samples) as advance:
-            work = partial(_look, host, watched, watch, before, healed, dataloader, max_samples, advance)
-            healings.append(watch.finish([work()] if gather is None else gather(work)))
+        with calibration.bar(f"Healing site {number} of {len(watched)}", progress) as advance:
+            look = partial(_look, host, watched, watch, before, healed, calibration, advance)
+            healings.append(watch.finish(calibration.together(look)))
     return healings
 
 
@@ -152,14 +148,13 @@ def _look(
     watch: SiteFit,
     before: Sequence[tuple[Stack, int]],
     healed: Sequence[tuple[SiteFit, Healing]],
-    dataloader: Iterable[Any],
-    max_samples: int,
+    calibration: Calibration,
     advance: Callable[[int], None],
 ) -> Any:
     """Watch one site over this process's data."""
     seen = 0
     with evaluating(host.root):
-        batches, axes = with_axes(host, [watch.stack], calibration_inputs(host, dataloader, max_samples))
+        batches, axes = with_axes(host, [watch.stack], calibration.inputs(host))
         watch.orient(axes.get(watch.stack.name))
         for inputs in batches:
             if seen == 0 and watch is watched[0]:
@@ -265,7 +260,7 @@ def heal_model(
                     "after the removal, and its sites are fitted on the original's activations. Heal right after the "
                     "removal (heal='lstsq' of prune_model)."
                 )
-    healings = fit_sites(whole, step.removed, dataloader, samples, progress=progress)
+    healings = fit_sites(whole, step.removed, Calibration(dataloader, samples), progress=progress)
     with Transaction() as undo:
         for healing in healings:
             blocks = smaller.stacks[healing.site.stack].blocks

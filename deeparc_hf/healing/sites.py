@@ -47,9 +47,8 @@ class Healing:
     change: Tensor | None = field(default=None, repr=False)  # (d_out, d_in)
     intercept: Tensor | None = field(default=None, repr=False)  # (d_out,)
     final: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # what the final module takes over
-    statistics: tuple[Tensor, Tensor] | None = field(
-        default=None, repr=False
-    )  # mean and variance of the changed map's output
+    # mean and variance of the changed map's output
+    statistics: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
     ending: Ending | None = field(default=None, repr=False)
 
     def __str__(self) -> str:

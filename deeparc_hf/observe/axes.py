@@ -344,10 +344,11 @@ def _with_padding(
     axes = replace(axes, asked=True)
     text = text.reshape(-1, text.shape[-1])
     length = text.shape[1]
+    # images beside the text
     reads_more = "input_ids" in trial and any(
         isinstance(v, Tensor) and v.is_floating_point() and v.ndim > 2 and "embeds" not in key
         for key, v in trial.items()
-    )  # images beside the text
+    )
     fits = len(text) == count and positions >= length
     if far is None or not changed.padding:  # nothing is known but sizes
         if fits and positions == length:
@@ -359,9 +360,8 @@ def _with_padding(
         # some embeddings are zero where the text is padded; what reads something else does not change either
         if fits and positions == length and stack.side != "decoder" and not reads_more:
             return replace(axes, mask="encoder")
-        return (
-            axes if fits or "input_ids" in trial else replace(axes, unknown=True)
-        )  # sound, in fewer frames than samples
+        # sound, in fewer frames than samples
+        return axes if fits or "input_ids" in trial else replace(axes, unknown=True)
     if not fits:
         return replace(axes, unknown=True)
     padded = ~text[-share:]

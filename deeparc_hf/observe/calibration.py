@@ -1,185 +1,92 @@
-"""Calibration data inside a training: read beside the training, which afterwards finds its data as if nobody had read
-from it.
-"""
+"""Calibration: the data that a model is looked at on, how much of it, and the processes that look."""
 
 from __future__ import annotations
 
-import inspect
-import math
-import random
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import chain, islice
-from typing import Any, Protocol
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import chain
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard, SkipBatchSampler
-from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    TrainerState,
-    TrainingArguments,
-    default_data_collator,
-)
-from transformers.utils import find_labels
+from torch import Tensor
 
-from ..core.distributed import process_count, process_index
-from ..core.progress_bars import samples_in
-from ..errors import CalibrationError
-from .row_copies import apart
-from .untouched import ReadOnceError, untouched
+from ..architectures import Host
+from ..core.progress_bars import sample_bar, samples_in
+from ..errors import CalibrationWarning
+from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable, padding_masks
 
-__all__ = ["Calibration", "Sampling", "calibration_of", "kept_columns"]
+__all__ = ["Calibration", "chosen_rows"]
 
-# dimensions of what a model reads, in a batch; a row has one less
-_DIMENSIONS = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4, "input_features": 3, "input_values": 2}
-_LABELS = ("labels", "label", "label_ids")
+logger = logging.getLogger(__name__)
 
-
-class Sampling(Protocol):
-    """What a config says of calibration: how many samples, and the seed of their choice."""
-
-    @property
-    def calibration_samples(self) -> int: ...
-
-    @property
-    def seed(self) -> int: ...
+T = TypeVar("T")
 
 
 class Calibration:
-    """Where a training takes its calibration batches from. Several processes share them out.
-
-    Of a data set with a length the rows are chosen at random, with the config's seed, and collated as the training's
-    are. Of a stream the first ones are taken; and where a loader makes whole batches by a rule of its own (a batch
-    sampler of the user's, batch_size=None, a list), its batches. Whatever the data set, the collator and the sampler
-    keep, they keep as before each pass (`untouched`).
+    """Batches, and how many samples of them this process looks at.
 
     Args:
-        given: a data set, an iterable of batches, or None for the training data.
-        loader: the training's data loader; its collator serves a data set that was given too.
-        batch_size: samples of a batch.
-        config: how many samples, and the seed of their choice.
-        skip: leave so many of the chosen samples out, and take the next: they are others than those of a calibration.
-        model: the training's model.
-        columns: the columns that a collator is to see of a data set that was given; None: all.
-        processing_class: makes the collator where there is no loader, as the Trainer does.
+        batches: in the forms that `forward_kwargs` takes. An iterator can be gone through once, anything else again.
+        samples: the most samples that this process looks at.
 
     Attributes:
         example: the first batch of the last pass; None before.
     """
 
-    def __init__(
-        self,
-        given: Dataset | Iterable[Any] | None,
-        loader: DataLoader | Iterable[Any] | None,
-        batch_size: int,
-        config: Sampling,
-        skip: int = 0,
-        *,
-        model: nn.Module | None = None,
-        columns: frozenset[str] | None = None,
-        processing_class: Any = None,
-    ) -> None:
-        if given is None and loader is None:
-            raise CalibrationError("There is no training data to calibrate on. Give the callback calibration=...")
-        self._again = getattr(config, "iterations", 1) > 1 or getattr(config, "heal", None) is not None
-        self.is_given = given is not None
-        self._batch_size = batch_size
-        self._config = config
-        self._skip = skip
-        self._model = model
-        self._columns = columns if self.is_given else None
-        self._data = loader if given is None else given
-        self._sampler: Any = None
-        self._shared_out = False  # whether each process has a share of its own already
-        self._collate = _row_collator(loader, processing_class)
-        self._rows = self.is_given and _is_dataset(given)
-        if isinstance(given, Mapping):
-            raise CalibrationError(
-                f"calibration is a {type(given).__name__} with the keys {', '.join(map(repr, list(given)[:4]))}. Give "
-                "one data set, or a list of batches: [batch, ...]."
-            )
-        if given is None:
-            self._take_from(loader)
-        self._once: Iterator[Any] | None = None
-        self._pass: weakref.ref[Iterator[Any]] | None = None
-        if isinstance(given, Iterator):
-            self._read_once(given)
+    def __init__(self, batches: Iterable[Any], samples: int) -> None:
+        self._batches = batches
+        self._samples = samples
         self.example: Any = None
 
     @property
     def samples(self) -> int:
         """The most samples that this process looks at."""
-        return math.ceil(self._config.calibration_samples / process_count())
-
-    @property
-    def chooses(self) -> bool:
-        """Whether rows are chosen one by one, so that others than those of a calibration can be had."""
-        return self._rows and not isinstance(self._data, IterableDataset) and hasattr(self._data, "__len__")
+        return self._samples
 
     @property
     def num_samples(self) -> int | None:
-        """The samples that this process goes through, for progress bars; None where that is not known."""
-        count, index = process_count(), process_index()
-        if self.chooses:
-            return len(range(index, min(max(0, len(self._data) - self._skip), self._config.calibration_samples), count))
-        return None if self._rows or self._sampler is not None or count > 1 else samples_in(self._data)
+        """The samples that there are; None where only going through them would tell."""
+        return samples_in(self._batches)
+
+    @property
+    def can_repeat(self) -> bool:
+        """Whether the data can be gone through again."""
+        return not isinstance(self._batches, Iterator)
 
     def __iter__(self) -> Iterator[Any]:
-        return self.batches()
+        return self._noted(iter(self._batches))
 
-    def batches(self) -> Iterator[Any]:
-        """This process's share of the batches, from the start each time. Read them within `reading`."""
-        self._close()
-        if self._once is not None:
-            return self._noted(self._once)
-        reading = self._noted(self._untouched())
-        self._pass = weakref.ref(reading)
-        return reading
+    def together(self, look: Callable[[], T]) -> list[T]:
+        """What looking gives in each process: in this one, where the others have no data of their own."""
+        return [look()]
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Afterwards no pass is open, and the random states of the process are as before."""
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        parameters = () if self._model is None else self._model.parameters()
-        with torch.random.fork_rng(
-            devices=sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-        ):
-            try:
-                yield
-            finally:
-                self._close()
-                random.setstate(python_state)
-                np.random.set_state(numpy_state)
+    def bar(self, what: str, show: bool) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar over the samples, as `sample_bar`."""
+        return sample_bar(what, show, self, self.samples)
 
-    def first(self) -> Any:
-        """The first batch, which later passes give too; None if there is none.
+    def inputs(self, host: Host) -> Iterator[dict[str, Any]]:
+        """What the model takes of each batch, labels included, on its device; the last one cut so that no more than
+        `samples` come.
 
-        Raises:
-            CalibrationError: if the data can be read once only, and would be lost for the training or for a later pass.
+        A batch that cannot be cut (patches of several images in one tensor) is left out instead, unless it is the
+        first.
         """
-        try:
-            self.example = next(self.batches(), None)
-        except ReadOnceError:
-            if not self.is_given:
-                raise
-            self._read_once(self._fetch())
-            self.example = next(self.batches(), None)
-        if self._once is not None and self.example is not None:
-            self._once = chain([self.example], self._once)
-        return self.example
-
-    # ---- one pass ----
-
-    def _close(self) -> None:
-        reading: Any = None if self._pass is None else self._pass()
-        self._pass = None
-        if reading is not None:
-            reading.close()
+        seen = 0
+        for batch in chain.from_iterable(columns(host, batch) for batch in self):
+            inputs = forward_kwargs(host, batch)
+            if batch_size(inputs) > self.samples - seen and not is_cuttable(inputs) and seen:
+                break
+            inputs = cut(inputs, self.samples - seen)
+            size = batch_size(inputs)
+            if size == 0:
+                continue
+            _warn_unmasked(host, inputs)
+            seen += size
+            yield inputs
+            if seen >= self.samples:
+                break
 
     def _noted(self, batches: Iterator[Any]) -> Iterator[Any]:
         for number, batch in enumerate(batches):
@@ -187,154 +94,47 @@ class Calibration:
                 self.example = batch
             yield batch
 
-    def _untouched(self) -> Iterator[Any]:
-        roots = [("the collator", self._collate), ("the sampler", self._sampler), ("the data", self._data)]
-        roots = [
-            (name, root) for name, root in roots if not isinstance(root, (list, tuple))
-        ]  # rows and batches are copied
-        is_stream = isinstance(getattr(self._data, "dataset", self._data), IterableDataset)
-        with untouched(roots, self._model, is_stream=is_stream) as check:
-            for batch in self._fetch():
-                check()
-                yield batch
 
-    def _fetch(self) -> Iterator[Any]:
-        count, index = process_count(), process_index()
-        if self.chooses:
-            generator = torch.Generator().manual_seed(self._config.seed)
-            chosen = torch.randperm(len(self._data), generator=generator)[self._skip :][
-                : self._config.calibration_samples
-            ].tolist()
-            share = chosen[index::count]
-            return iter(self._loader(Subset(self._data, share), batch_size=self._batch_size) if share else ())
-        torch.manual_seed(self._config.seed)  # samplers draw from it
-        if self._rows:
-            batches: Iterable[Any] = self._loader(self._data, batch_size=self._batch_size)
-        elif self._sampler is not None:
-            batches = self._loader(self._data, **self._sampler)
-        else:
-            batches = self._data
-        return islice(iter(batches), *((None,) if self._shared_out else (index, None, count)))
-
-    def _loader(self, data: Any, **how: Any) -> DataLoader:
-        return DataLoader(data, collate_fn=self._collated, generator=torch.Generator(), **how)
-
-    def _collated(self, rows: Any) -> Any:
-        if self._columns is not None:
-            rows = [self._without_unused(row) for row in rows]
-        return self._collate(apart(rows))
-
-    def _without_unused(self, row: Any) -> Any:
-        if not isinstance(row, Mapping):
-            return row
-        kept = {key: value for key, value in row.items() if key in self._columns}
-        if row and not kept:
-            raise CalibrationError(
-                f"No column of the calibration data is one that the model takes: found {', '.join(map(repr, row))}. "
-                "Tokenize or process it as the training data is, or set remove_unused_columns=False in "
-                "TrainingArguments."
-            )
-        return kept
-
-    def _read_once(self, batches: Iterator[Any]) -> None:
-        if self._again:
-            raise CalibrationError(
-                "calibration is an iterator, or leads to one, which can be gone through once, but every iteration "
-                "compares the blocks anew, and healing goes through it again. Give a list of batches, a data loader or "
-                "a data set."
-            )
-        self._once = batches
-
-    # ---- the training's loader ----
-
-    def _take_from(self, loader: Any) -> None:
-        """Find out how the training makes its batches."""
-        if not isinstance(loader, DataLoader):
-            return  # any iterable of batches
-        self._data, inner = loader.dataset, loader.batch_sampler
-        self._shared_out = isinstance(self._data, IterableDatasetShard) or isinstance(
-            loader.sampler if inner is None else inner, BatchSamplerShard
-        )
-        is_stream = isinstance(self._data, IterableDataset)
-        if inner is None and loader.batch_size is None:  # the data set gives whole batches
-            self._collate = loader.collate_fn
-            self._sampler = {"batch_size": None, **({} if is_stream else {"sampler": loader.sampler})}
-            return
-        while isinstance(inner, (BatchSamplerShard, SkipBatchSampler)):
-            inner = inner.batch_sampler
-        self._rows = is_stream or type(inner).__iter__ is BatchSampler.__iter__
-        if not self._rows:  # which rows go together is the sampler's business
-            self._sampler = {"batch_sampler": loader.batch_sampler}
-
-
-def calibration_of(
-    given: Dataset | Iterable[Any] | None,
-    config: Sampling,
-    args: TrainingArguments,
-    state: TrainerState,
-    event: Mapping[str, Any],
-) -> Calibration:
-    """The calibration data of a training that begins.
+def chosen_rows(rows: int, samples: int, seed: int, skip: int = 0) -> list[int]:
+    """Which rows of a data set are looked at: chosen at random with a seed, the same in every process.
 
     Args:
-        given: as `Calibration` takes it.
-        event: what the Trainer hands to a callback: model, train_dataloader, processing_class.
+        rows: the length of the data set.
+        samples: how many are wanted.
+        skip: leave so many of the chosen ones out, and take the next.
     """
-    model, loader = event["model"], event.get("train_dataloader")
-    columns = None if given is None else kept_columns(model, args, loader)
-    size, processing_class = state.train_batch_size or args.train_batch_size, event.get("processing_class")
-    return Calibration(given, loader, size, config, model=model, columns=columns, processing_class=processing_class)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return order[skip:][:samples].tolist()
 
 
-def kept_columns(model: nn.Module, args: TrainingArguments, loader: Any) -> frozenset[str] | None:
-    """The columns of a data set that the Trainer would hand to its collator; None: all.
-
-    Those of the training data as it goes into the collator are among them: some trainers have columns of their own.
-    """
-    if not args.remove_unused_columns:
-        return None
-    labels = find_labels(type(model)) if args.label_names is None else args.label_names
-    training = getattr(getattr(loader, "dataset", None), "column_names", None)
-    names = [*inspect.signature(model.forward).parameters, *_LABELS[1:], *labels]
-    return frozenset([*names, *(training if isinstance(training, list) else ())])
-
-
-def _row_collator(loader: Any, processing_class: Any) -> Callable[[Any], Any]:
-    """What makes a batch of rows: the loader's collator, where it has one for rows,
-    else what the Trainer would take.
-    """
-    if isinstance(loader, DataLoader) and not (loader.batch_sampler is None and loader.batch_size is None):
-        return loader.collate_fn
-    if isinstance(processing_class, PreTrainedTokenizerBase):
-        return DataCollatorWithPadding(processing_class)
-    return default_data_collator
-
-
-def _is_dataset(data: Any) -> bool:
-    """Whether what a user gives is a data set, whose items are samples, and not an iterable of batches."""
-    if isinstance(data, (list, tuple)):
-        return bool(data) and _is_row(data[0])
-    if isinstance(data, (Dataset, IterableDataset)) or type(data).__module__.partition(".")[0] == "datasets":
-        return True
-    return hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (DataLoader, Tensor, str))
+def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
+    """Warn of padding that no mask tells of."""
+    pad = getattr(getattr(host.root, "config", None), "pad_token_id", None)
+    masks = padding_masks(inputs)
+    ids, decoded = inputs.get("input_ids"), inputs.get("decoder_input_ids")
+    problem = None
+    if _holds(ids, pad) and masks["encoder"] is None:
+        found = inputs.get("attention_mask")
+        if found is None:
+            problem = (
+                f"padding (token {pad}) but no attention_mask: the padding is compared like text, and the model "
+                "attends to it. Put the tokenizer's attention_mask into the batches"
+            )
+        else:
+            problem = (
+                f"padding (token {pad}) and an attention_mask of shape {tuple(found.shape)}, which does not say where "
+                f"it is: the padding is compared like text. Give the tokenizer's own, of shape {tuple(ids.shape)}"
+            )
+    elif (
+        isinstance(decoded, Tensor) and _holds(decoded[..., 1:], pad) and masks["decoder"] is None
+    ):  # many begin with that token
+        problem = (
+            f"padding (token {pad}) in decoder_input_ids but no decoder_attention_mask: the decoder's padding is "
+            "compared like text. Put it into the batches, or give labels with -100 where there is padding"
+        )
+    if problem is not None:
+        warnings.warn(f"A calibration batch has {problem}.", CalibrationWarning, stacklevel=5)
 
 
-def _is_row(item: Any) -> bool:
-    """Whether an item of a list is a sample, as the Trainer takes a list of samples, and not a batch."""
-    if isinstance(item, (list, tuple)):
-        return len(item) > 1 and _dimensions(item[-1]) == 0
-    if not isinstance(item, Mapping):
-        return False
-    labels = [_dimensions(item[name]) for name in _LABELS if name in item]
-    for name, dimensions in _DIMENSIONS.items():
-        if name in item:
-            # images of one channel may lack its dimension: then a label for each of them tells
-            return _dimensions(item[name]) == dimensions - 1 and not (name == "pixel_values" and 1 in labels)
-    return 0 in labels or not any(isinstance(value, (Tensor, np.ndarray)) for value in item.values())
-
-
-def _dimensions(value: Any) -> int:
-    """Dimensions of a tensor, an array or nested lists."""
-    if isinstance(value, (list, tuple)):
-        return 1 + (_dimensions(value[0]) if value else 0)
-    return value.ndim if isinstance(value, (Tensor, np.ndarray)) else 0
+def _holds(ids: Any, token: Any) -> bool:
+    return isinstance(ids, Tensor) and isinstance(token, int) and bool((ids == token).any())

@@ -7,7 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..architectures import Stack
 from ..errors import CalibrationError, CalibrationWarning
 from ..similarity import BlockMetric
+from .calibration import Calibration
 
 __all__ = ["Observed", "Observer", "collect"]
 
@@ -76,15 +77,14 @@ class Observer(Protocol):
 def collect(
     look: Callable[[], tuple[int, list[Observed]]],
     observers: Sequence[Observer],
-    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    calibration: Calibration,
 ) -> tuple[int, list[Observed]]:
     """Look at calibration data in every process, and put together what they saw.
 
     Args:
         look: goes through the data of this process; gives its number of samples, and what each observer saw.
         observers: one a stack.
-        gather: runs a function in every process of a distributed run and returns all results, one a process. None: one
-            process.
+        calibration: the data, which knows the processes that look.
 
     Returns:
         The number of samples, and what was seen of each stack, over all processes.
@@ -92,7 +92,7 @@ def collect(
     Raises:
         CalibrationError: if that is too little, or something put out the same for every sample.
     """
-    parts = [look()] if gather is None else gather(look)
+    parts = calibration.together(look)
     seen = sum(part[0] for part in parts)
     found = [Observed.merged([part[1][i] for part in parts]) for i in range(len(observers))]
     # processes with fewer rows each than the metric needs have no sums, however many rows they have together

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import find_host
-from ..core.progress_bars import sample_bar
 from ..core.statistics import wilson_interval
 from ..errors import CalibrationError, DeepArcError
 from .batches import batch_size
+from .calibration import Calibration
 from .forward import evaluating
-from .rows import calibration_inputs
 
 __all__ = ["measure_quality"]
 
@@ -26,18 +25,14 @@ _Z = 1.959964  # of the normal distribution, for an interval of 95 %
 
 def measure_quality(
     model: nn.Module,
-    batches: Iterable[Any],
-    max_samples: int,
-    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
+    calibration: Calibration,
     bar: str | None = None,
 ) -> dict[str, Any] | None:
     """Measure a model in eval mode. It is left as it was, and so are the random states.
 
     Args:
         model: the model; it must put out a loss where it is given labels.
-        batches: in the forms that `analyze` takes, with labels.
-        max_samples: samples of this process.
-        gather: as in `observe`.
+        calibration: the data, with labels.
         bar: title of a progress bar; None for no bar.
 
     Returns:
@@ -49,14 +44,14 @@ def measure_quality(
 
     def look() -> list[tuple[float, int, int | None]] | None:
         try:
-            with sample_bar(bar or "", bar is not None, batches, max_samples) as advance:
-                return _look(model, batches, max_samples, advance)
+            with calibration.bar(bar or "", bar is not None) as advance:
+                return _look(model, calibration, advance)
         except torch.OutOfMemoryError:  # the Trainer may try a smaller batch
             raise
         except (DeepArcError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return None  # labels that the model cannot take: the training has a loss of its own
 
-    parts = [look()] if gather is None else gather(look)
+    parts = calibration.together(look)
     found = [entry for part in parts if part for entry in part]
     if not found or any(part is None for part in parts):
         return None
@@ -76,7 +71,7 @@ def measure_quality(
 
 
 def _look(
-    model: nn.Module, batches: Iterable[Any], max_samples: int, advance: Callable[[int], None]
+    model: nn.Module, calibration: Calibration, advance: Callable[[int], None]
 ) -> list[tuple[float, int, int | None]]:
     """Loss, size and number of right answers of each batch."""
     host = find_host(model)
@@ -85,7 +80,7 @@ def _look(
         torch.manual_seed(0)  # a collator that masks tokens at random masks the same each time
         np.random.seed(0)
         random.seed(0)
-        for inputs in calibration_inputs(host, batches, max_samples):
+        for inputs in calibration.inputs(host):
             output = model(**inputs, **({"use_cache": False} if host.takes_cache else {}))
             loss = output.get("loss") if isinstance(output, Mapping) else None
             if loss is None:

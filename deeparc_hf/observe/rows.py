@@ -8,8 +8,7 @@ untouched.
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -17,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host, Stack
-from ..core.progress_bars import sample_bar
-from ..errors import CalibrationError, CalibrationWarning
+from ..errors import CalibrationError
 from ..similarity import SimilarityMetric
 from .axes import Axes, Padding, find_axes
-from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable, padding_masks
+from .batches import batch_size
+from .calibration import Calibration
 from .collect import Observed, collect
 from .forward import evaluating, forward
 from .hooks import did_not_run, hidden_states, hooked
 
-__all__ = ["StackObserver", "calibration_inputs", "observe", "with_axes"]
+__all__ = ["StackObserver", "observe", "with_axes"]
 
 logger = logging.getLogger(__name__)
 
@@ -177,22 +176,17 @@ class StackObserver:
 def observe(
     host: Host,
     observers: Iterable[StackObserver],
-    dataloader: Iterable[Any],
-    max_samples: int,
+    calibration: Calibration,
     *,
     progress: bool = True,
-    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
 ) -> tuple[int, list[Observed]]:
     """Run the model over calibration batches and feed the observers.
 
     Args:
         host: the model.
         observers: one a stack.
-        dataloader: batches; see `batches.forward_kwargs` for their forms.
-        max_samples: stop after this many samples.
+        calibration: the data.
         progress: show a progress bar, in samples.
-        gather: runs a function in every process of a distributed run and returns all results, one a process; each then
-            looks at its own batches, and what they saw is put together. None: one process.
 
     Returns:
         The number of samples seen, and what was seen of each stack, over all processes.
@@ -204,23 +198,15 @@ def observe(
     observers = list(observers)
 
     def look() -> tuple[int, list[Observed]]:
-        seen = _look(host, observers, dataloader, max_samples, progress)
-        return seen, [observer.observed() for observer in observers]
+        return _look(host, observers, calibration, progress), [observer.observed() for observer in observers]
 
-    return collect(look, observers, gather)
+    return collect(look, observers, calibration)
 
 
-def _look(
-    host: Host, observers: list[StackObserver], dataloader: Iterable[Any], max_samples: int, progress: bool
-) -> int:
+def _look(host: Host, observers: list[StackObserver], calibration: Calibration, progress: bool) -> int:
     seen = 0
-    with (
-        evaluating(host.root),
-        sample_bar("Comparing blocks", progress, dataloader, max_samples) as advance,
-    ):
-        batches, axes = with_axes(
-            host, [observer.stack for observer in observers], calibration_inputs(host, dataloader, max_samples)
-        )
+    with evaluating(host.root), calibration.bar("Comparing blocks", progress) as advance:
+        batches, axes = with_axes(host, [observer.stack for observer in observers], calibration.inputs(host))
         for observer in observers:
             observer.settle(axes.get(observer.stack.name))
         handles = (
@@ -249,58 +235,3 @@ def with_axes(
     for first in batches:
         return chain([first], batches), find_axes(host, stacks, first)
     return iter(()), {}
-
-
-def calibration_inputs(host: Host, dataloader: Iterable[Any], max_samples: int) -> Iterator[dict[str, Any]]:
-    """What the model takes of each batch, labels included, on its device; the last one cut so that no more than
-    `max_samples` come.
-
-    A batch that cannot be cut (patches of several images in one tensor) is left out instead, unless it is the first.
-    """
-    seen = 0
-    for batch in chain.from_iterable(columns(host, batch) for batch in dataloader):
-        inputs = forward_kwargs(host, batch)
-        if batch_size(inputs) > max_samples - seen and not is_cuttable(inputs) and seen:
-            break
-        inputs = cut(inputs, max_samples - seen)
-        size = batch_size(inputs)
-        if size == 0:
-            continue
-        _warn_unmasked(host, inputs)
-        seen += size
-        yield inputs
-        if seen >= max_samples:
-            break
-
-
-def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
-    """Warn of padding that no mask tells of."""
-    pad = getattr(getattr(host.root, "config", None), "pad_token_id", None)
-    masks = padding_masks(inputs)
-    ids, decoded = inputs.get("input_ids"), inputs.get("decoder_input_ids")
-    problem = None
-    if _holds(ids, pad) and masks["encoder"] is None:
-        found = inputs.get("attention_mask")
-        if found is None:
-            problem = (
-                f"padding (token {pad}) but no attention_mask: the padding is compared like text, and the model "
-                "attends to it. Put the tokenizer's attention_mask into the batches"
-            )
-        else:
-            problem = (
-                f"padding (token {pad}) and an attention_mask of shape {tuple(found.shape)}, which does not say where "
-                f"it is: the padding is compared like text. Give the tokenizer's own, of shape {tuple(ids.shape)}"
-            )
-    elif (
-        isinstance(decoded, Tensor) and _holds(decoded[..., 1:], pad) and masks["decoder"] is None
-    ):  # many begin with that token
-        problem = (
-            f"padding (token {pad}) in decoder_input_ids but no decoder_attention_mask: the decoder's padding is "
-            "compared like text. Put it into the batches, or give labels with -100 where there is padding"
-        )
-    if problem is not None:
-        warnings.warn(f"A calibration batch has {problem}.", CalibrationWarning, stacklevel=5)
-
-
-def _holds(ids: Any, token: Any) -> bool:
-    return isinstance(ids, Tensor) and isinstance(token, int) and bool((ids == token).any())

@@ -8,23 +8,22 @@ samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..architectures import Host, Stack
-from ..core.progress_bars import sample_bar
 from ..errors import CalibrationError
 from ..similarity import SkippingMetric
 from ..similarity.divergence import Head
 from .batches import batch_size
+from .calibration import Calibration
 from .collect import Observed, collect
 from .forward import evaluating, forward
 from .hooks import skipped
 from .outputs import heads_of
-from .rows import calibration_inputs
 
 __all__ = ["StackSkipper", "skip_blocks"]
 
@@ -50,7 +49,7 @@ class StackSkipper:
         """Skip each block in turn on one batch.
 
         Args:
-            inputs: as `observe.forward` takes them.
+            inputs: as `forward.forward` takes them.
             full: what the whole model puts out for them.
 
         Raises:
@@ -86,42 +85,36 @@ class StackSkipper:
 def skip_blocks(
     host: Host,
     skippers: Iterable[StackSkipper],
-    dataloader: Iterable[Any],
-    max_samples: int,
+    calibration: Calibration,
     *,
     progress: bool = True,
-    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
 ) -> tuple[int, list[Observed]]:
     """Run the model over calibration batches, whole and with each block skipped, and feed the metrics.
 
     Args:
         host: the model.
         skippers: one a stack.
-        dataloader, max_samples, progress, gather: as in `observe.observe`.
+        calibration, progress: as in `rows.observe`.
 
     Returns:
         The number of samples seen, and what was seen of each stack, over all processes.
 
     Raises:
-        CalibrationError: as `observe.observe`; and if an output of the model is not finite, or a block cannot be
+        CalibrationError: as `rows.observe`; and if an output of the model is not finite, or a block cannot be
             skipped.
     """
     skippers = list(skippers)
 
     def look() -> tuple[int, list[Observed]]:
-        seen = _look(host, skippers, dataloader, max_samples, progress)
-        return seen, [skipper.observed() for skipper in skippers]
+        return _look(host, skippers, calibration, progress), [skipper.observed() for skipper in skippers]
 
-    return collect(look, skippers, gather)
+    return collect(look, skippers, calibration)
 
 
-def _look(host: Host, skippers: list[StackSkipper], dataloader: Iterable[Any], max_samples: int, progress: bool) -> int:
+def _look(host: Host, skippers: list[StackSkipper], calibration: Calibration, progress: bool) -> int:
     seen = 0
-    with (
-        evaluating(host.root),
-        sample_bar("Skipping blocks", progress, dataloader, max_samples) as advance,
-    ):
-        for inputs in calibration_inputs(host, dataloader, max_samples):
+    with evaluating(host.root), calibration.bar("Skipping blocks", progress) as advance:
+        for inputs in calibration.inputs(host):
             full = heads_of(host, forward(host, inputs, without_cache=True), inputs)
             check_finite(host, full)
             for skipper in skippers:

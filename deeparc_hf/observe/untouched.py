@@ -78,8 +78,8 @@ def untouched(
 
     Kept are attributes (of objects, and of the user's own classes and functions), closures, globals that the user's own
     functions name, the contents of containers, states of random generators, places in files, small tensors and arrays.
-    Not kept are the random states of the process (`observe.evaluating` does that), and rows that are changed in place
-    beyond the limits above: read copies (`copies.apart`).
+    Not kept are the random states of the process (`forward.evaluating` does that), and rows that are changed in place
+    beyond the limits above: read copies (`row_copies.apart`).
 
     Args:
         roots: the objects, each with what messages call it.

@@ -12,11 +12,12 @@ from torch import nn
 
 from ..architectures import Stack, Subject, describe
 from ..checkpoint.record import PrunedConfig, check_record, current_record
-from ..core.progress_bars import doing, samples_in
+from ..core.progress_bars import doing
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, CalibrationWarning, SurgeryError
 from ..healing.heal import apply_healing, fit_sites, note_healing
 from ..healing.sites import Healing
+from ..observe.calibration import Calibration
 from ..observe.forward import require_weights
 from ..observe.rows import StackObserver, observe
 from ..observe.skipping import StackSkipper, skip_blocks
@@ -57,26 +58,24 @@ def analyze(
         CalibrationError: if the data is empty or too little, or a block's output is constant, NaN or infinite.
         UnsupportedModelError, ConfigError, PlanError: see these.
     """
-    plan = compare_blocks(model, dataloader, MPruneConfig.from_settings(config, settings), progress=progress)
+    config = MPruneConfig.from_settings(config, settings)
+    plan = compare_blocks(model, Calibration(dataloader, config.calibration_samples), config, progress=progress)
     warn_if_drastic(plan)
     return plan
 
 
 def compare_blocks(
     model: nn.Module | Subject,
-    dataloader: Iterable[Any],
+    calibration: Calibration,
     config: MPruneConfig,
     *,
     progress: bool = True,
-    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
-    max_samples: int | None = None,
     labels: Mapping[str, tuple[int, ...]] | None = None,
 ) -> PruningPlan:
     """`analyze` for one of several processes, or for a later pruning of one training.
 
     Args:
-        gather: as in `observe`.
-        max_samples: samples of this process; None: `config.calibration_samples`.
+        calibration: the data, which knows the processes that look.
         labels: by stack, what patterns call each block (`StackFacts.labels`).
     """
     subject = describe(model)
@@ -86,14 +85,13 @@ def compare_blocks(
     metric = metrics.get(config.similarity)
     blank = _blank_facts(stacks, inexpressible(subject), labels)
     check_possible(blank, config)
-    limit = config.calibration_samples if max_samples is None else max_samples
     if issubclass(metric, SkippingMetric):
         skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
-        samples, found = skip_blocks(host, skippers, dataloader, limit, progress=progress, gather=gather)
+        samples, found = skip_blocks(host, skippers, calibration, progress=progress)
     else:
         metric = cast(type[SimilarityMetric], metric)
         observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
-        samples, found = observe(host, observers, dataloader, limit, progress=progress, gather=gather)
+        samples, found = observe(host, observers, calibration, progress=progress)
     frozen = current_record(subject).frozen
     facts = {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):
@@ -181,38 +179,34 @@ def prune_model(
         )
     subject = describe(model)
     check_record(subject)
-    batches = _NotingFirst(dataloader)
-    plan = compare_blocks(subject, batches, config, progress=progress)
+    calibration = Calibration(dataloader, config.calibration_samples)
+    plan = compare_blocks(subject, calibration, config, progress=progress)
     warn_if_drastic(plan)
     if plan.removed:
         refuse_wrapped(model)
-    apply_healed(
-        subject, plan, dataloader, optimizer=optimizer, example=batches.first, verify=verify, progress=progress
-    )
+    apply_healed(subject, plan, calibration, optimizer=optimizer, verify=verify, progress=progress)
     return plan
 
 
 def apply_healed(
     model: nn.Module | Subject,
     plan: PruningPlan,
-    dataloader: Iterable[Any],
+    calibration: Calibration,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     example: Any = None,
     verify: bool = True,
     transaction: Transaction | None = None,
     progress: bool = True,
-    gather: Callable[[Callable[[], Any]], list[Any]] | None = None,
-    max_samples: int | None = None,
     done: Callable[[str], None] = lambda stage: None,
 ) -> tuple[PrunedConfig, list[Healing]]:
     """Carry a plan out, and heal its removal sites where its settings say so. All or nothing.
 
     Args:
-        model, plan, optimizer, example, verify, transaction: as in `apply_plan`.
-        dataloader: calibration batches for the fit.
+        model, plan, optimizer, example, verify, transaction: as in `apply_plan`; the example is the calibration's where
+            none is given.
+        calibration: the data for the fit.
         progress: show progress on a terminal.
-        gather, max_samples: as in `compare_blocks`.
         done: called right after the removal ("removed"), and after the healing ("healed").
 
     Returns:
@@ -221,14 +215,14 @@ def apply_healed(
     subject = describe(model)
     if plan.removed:
         refuse_wrapped(model)
+    example = calibration.example if example is None else example
     if plan.config.heal is None or not plan.removed:
         with transaction or Transaction() as undo:
             with doing(_REMOVING, progress and bool(plan.removed)):
                 record = carry_out(subject, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
             done("removed")
         return record, []
-    limit = plan.config.calibration_samples if max_samples is None else max_samples
-    healings = fit_sites(subject, plan.removed, dataloader, limit, progress=progress, gather=gather)
+    healings = fit_sites(subject, plan.removed, calibration, progress=progress)
     blocks = {healing.site: subject.stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
     with transaction or Transaction() as undo:
         with doing(_REMOVING, progress):
@@ -238,21 +232,6 @@ def apply_healed(
             apply_healing(healing, blocks[healing.site], undo)
         done("healed")
         return note_healing(subject.host, healings), healings
-
-
-class _NotingFirst:
-    """Batches as they are, of which the first is kept."""
-
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.num_samples = samples_in(batches)
-        self.first: Any = None
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Any]:
-        for number, batch in enumerate(self._batches):
-            if number == 0:
-                self.first = batch
-            yield batch
 
 
 def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:

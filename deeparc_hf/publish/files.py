@@ -69,9 +69,8 @@ def outdated(there: Iterable[str], files: Mapping[str, Path]) -> list[str]:
 
 def _refuse_foreign_link(folder: Path, name: str, path: Path) -> None:
     target = path.resolve()
-    in_cache = (
-        folder.resolve().parent.name == "snapshots" and target.parent.name == "blobs"
-    )  # huggingface_hub's cache is made of links
+    # huggingface_hub's cache is made of links
+    in_cache = folder.resolve().parent.name == "snapshots" and target.parent.name == "blobs"
     if not target.is_relative_to(folder.resolve()) and not in_cache:
         raise ConfigError(
             f"{name} in the folder is a link to a file elsewhere, which is not published. Put the file itself there."

@@ -53,9 +53,8 @@ def metadata(content: CardContent) -> ModelCardData:
 def _tags(content: CardContent) -> list[str]:
     tags = ["deeparc"]
     if content.removed:
-        metric = allowed(
-            (content.config or {}).get("similarity"), list(similarities.names())
-        )  # a public word: of those that are known
+        # a public word: of those that are known
+        metric = allowed((content.config or {}).get("similarity"), list(similarities.names()))
         tags += ["pruned", "depth-pruning", *([metric] if metric else [])]
     if content.zeros is not None:
         tags += ["sparse", *([plain(content.sparsity.config.method, 40)] if content.sparsity is not None else [])]

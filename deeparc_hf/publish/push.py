@@ -181,7 +181,7 @@ def _with_card(
         target.write_text(str(card), "utf-8")
     elif written is not None and not overwrite and not may_replace(written):
         how = "push_to_hub(..., overwrite=True) (--overwrite)"
-        warnings.warn(kept_message(written, how), DeepArcWarning, stacklevel=3)
+        warnings.warn(kept_message(written, how), DeepArcWarning, stacklevel=4)
         shutil.copy(written, target)
     made = {name: stage / name for name in (CARD_FILE, PICTURE_FILE, QUALITY_FILE)}
     told_by = {} if folder is None else {name: folder / name for name in content.reports}

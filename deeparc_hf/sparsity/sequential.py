@@ -63,7 +63,7 @@ def block_by_block(
     inputs_of: Callable[[Any], Inputs],
     visit: Callable[[int, Callable[[], Iterator[tuple[Inputs, Callable[[], None]]]]], None],
     last: int,
-    gather: Callable[[Callable[[], Any]], list[Any]] = lambda work: [work()],
+    together: Callable[[Callable[[], Any]], list[Any]] = lambda work: [work()],
 ) -> None:
     """Visit the blocks of a stack in their order, up to the block `last`.
 
@@ -75,10 +75,10 @@ def block_by_block(
         visit: called with a block's index and a function that gives, for each batch, its inputs and what runs the block
             on it. It may change the block.
         last: index of the last block that is visited.
-        gather: runs a function in every process and returns all results; `visit` is called in all of them alike.
+        together: runs a function in every process and returns all results; `visit` is called in all of them alike.
     """
-    if all(gather(lambda: all(independent(host, stack, inputs_of(batch)) for batch in batches[:1]))):
-        _replay(host, stack, batches, inputs_of, visit, last, gather)
+    if all(together(lambda: all(independent(host, stack, inputs_of(batch)) for batch in batches[:1]))):
+        _replay(host, stack, batches, inputs_of, visit, last, together)
     else:
         for index in range(last + 1):
 
@@ -91,7 +91,7 @@ def block_by_block(
 
 
 def _replay(
-    host: Host, stack: Stack, batches: Sequence[Any], inputs_of: Any, visit: Any, last: int, gather: Any
+    host: Host, stack: Stack, batches: Sequence[Any], inputs_of: Any, visit: Any, last: int, together: Any
 ) -> None:
     blocks = stack.blocks
     calls: list[list[_Call]] = []
@@ -113,11 +113,11 @@ def _replay(
             # a block may work on its input in place
             yield inputs_of(batch), partial(noted[index].on(state.clone()).run, blocks[index])
 
-    gather(begin)
+    together(begin)
     for index in range(last + 1):
         visit(index, partial(passes, index))
         if index < last:
-            gather(partial(advance, index))
+            together(partial(advance, index))
 
 
 def _calls(host: Host, stack: Stack, inputs: Inputs, last: int, disturbed: bool = False) -> list[_Call]:

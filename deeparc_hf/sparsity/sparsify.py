@@ -16,13 +16,14 @@ from ..architectures import Host, Stack, Subject, describe
 from ..architectures.hosts import is_adapted
 from ..checkpoint.record import PrunedConfig, current_record
 from ..core.environment import package_versions
-from ..core.progress_bars import bar, sample_bar
+from ..core.progress_bars import bar
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, ConfigError, RecordError, UnsupportedModelError
 from ..observe.axes import Axes
 from ..observe.batches import batch_size
+from ..observe.calibration import Calibration
 from ..observe.forward import evaluating, forward, require_weights
-from ..observe.rows import calibration_inputs, with_axes
+from ..observe.rows import with_axes
 from .config import WandaConfig
 from .input_norms import InputNorms, finished_norms, warn_unmasked
 from .masks import choose_lowest, choose_pattern, zero_chosen
@@ -33,7 +34,6 @@ from .sequential import block_by_block
 
 __all__ = ["matrices_for", "recorded_mask", "recorded_matrices", "sparsify", "sparsify_model"]
 
-Gather = Callable[[Callable[[], Any]], list[Any]]
 
 _MEASURING = "Measuring inputs"
 
@@ -76,36 +76,33 @@ def sparsify_model(
             "them first: model.merge_and_unload(). Or sparsify the model before the adapters are added, and merge "
             "with merge_keeping_zeros."
         )
-    return sparsify(model, dataloader, config, progress=progress)[0]
+    calibration = None if dataloader is None else Calibration(dataloader, config.calibration_samples)
+    return sparsify(model, calibration, config, progress=progress)[0]
 
 
 def sparsify(
     model: nn.Module | Subject,
-    dataloader: Iterable[Any] | None,
+    calibration: Calibration | None,
     config: WandaConfig,
     *,
     progress: bool = True,
-    gather: Gather | None = None,
-    max_samples: int | None = None,
 ) -> tuple[SparsityReport, dict[str, Tensor]]:
     """`sparsify_model` for one of several processes, whose zeros are the same in all.
 
     Args:
-        gather: runs a function in every process and returns all results.
-        max_samples: samples of this process; None: `config.calibration_samples`.
+        calibration: the data; None for a method that needs none.
 
     Returns:
         The report, and the masks by matrix: True where the weight is to be zero, by this or by an earlier
         sparsification.
     """
-    gather = gather or _alone
     subject = describe(model)
     host = subject.host
     record = current_record(subject)  # a record that does not fit is refused before any work is done
     matrices = matrices_for(subject, config)
     require_weights(host, UnsupportedModelError)
     earlier = (record.sparsity or {}).get("matrices", {})
-    work = _Work(host, config, gather, progress, earlier)
+    work = _Work(host, config, calibration, progress, earlier)
     with Transaction() as transaction:
         work.transaction = transaction
         samples = 0
@@ -113,8 +110,7 @@ def sparsify(
             if not work.method.needs_inputs:
                 work.choose(matrices, None)
             else:
-                limit = config.calibration_samples if max_samples is None else max_samples
-                samples = work.with_inputs(subject.stacks, matrices, dataloader, limit)
+                samples = work.with_inputs(subject.stacks, matrices)
         measured = {m.name: MatrixSparsity.measured(m, work.asked[m.name]) for m in matrices}
         entry = {name: {"zeros": int(mask.sum()), "size": mask.numel()} for name, mask in work.masks.items()}
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
@@ -185,7 +181,12 @@ class _Work:
     """One sparsification: measures, chooses, zeroes; `transaction` brings the weights back if it fails."""
 
     def __init__(
-        self, host: Host, config: WandaConfig, gather: Gather, progress: bool, earlier: Mapping[str, Any]
+        self,
+        host: Host,
+        config: WandaConfig,
+        calibration: Calibration | None,
+        progress: bool,
+        earlier: Mapping[str, Any],
     ) -> None:
         self.method: SparsityMethod = methods.get(config.method)()
         self.masks: dict[str, Tensor] = {}
@@ -194,21 +195,21 @@ class _Work:
         self._host = host
         self._config = config
         self._earlier = earlier
-        self._gather = gather
+        self._calibration = calibration
         self._progress = progress
         self._unmasked: set[str] = set()
         self._axes: Mapping[str, Axes | str] = {}
 
-    def with_inputs(self, stacks: Mapping[str, Stack], matrices: Sequence[Matrix], dataloader: Any, limit: int) -> int:
+    def with_inputs(self, stacks: Mapping[str, Stack], matrices: Sequence[Matrix]) -> int:
         """Choose by the inputs that the calibration data brings; returns the number of samples over all processes."""
-        if dataloader is None:
+        if self._calibration is None:
             raise CalibrationError(
                 f"The method {self._config.method!r} needs calibration data. Give a dataloader, or method='magnitude'."
             )
         samples = (
-            self._block_by_block(stacks, matrices, dataloader, limit)
+            self._block_by_block(stacks, matrices, self._calibration)
             if self._config.sequential
-            else self._at_once(matrices, dataloader, limit)
+            else self._at_once(matrices, self._calibration)
         )
         warn_unmasked(self._unmasked)
         return samples
@@ -234,13 +235,13 @@ class _Work:
                 int(mask.sum()),
             )
 
-    def _at_once(self, matrices: Sequence[Matrix], dataloader: Iterable[Any], limit: int) -> int:
+    def _at_once(self, matrices: Sequence[Matrix], calibration: Calibration) -> int:
         def look() -> tuple[int, dict[str, Tensor]]:
             seen = 0
             stacks = {matrix.stack.name: matrix.stack for matrix in matrices}
-            batches, axes = with_axes(self._host, stacks.values(), calibration_inputs(self._host, dataloader, limit))
+            batches, axes = with_axes(self._host, stacks.values(), calibration.inputs(self._host))
             norms = InputNorms(matrices, axes)
-            with norms.observing(), sample_bar(_MEASURING, self._progress, dataloader, limit) as advance:
+            with norms.observing(), calibration.bar(_MEASURING, self._progress) as advance:
                 for inputs in batches:
                     norms.batch(inputs)
                     forward(self._host, inputs)
@@ -249,37 +250,36 @@ class _Work:
             self._unmasked |= norms.unmasked
             return seen, norms.sums()
 
-        parts = self._gather(look)
+        parts = calibration.together(look)
         samples = _require_samples(sum(part[0] for part in parts))
         self.choose(matrices, finished_norms(matrices, [part[1] for part in parts]))
         return samples
 
-    def _block_by_block(
-        self, stacks: Mapping[str, Stack], matrices: Sequence[Matrix], dataloader: Iterable[Any], limit: int
-    ) -> int:
+    def _block_by_block(self, stacks: Mapping[str, Stack], matrices: Sequence[Matrix], calibration: Calibration) -> int:
         batches: list[dict[str, Any]] = []
 
         def collect() -> int:
             # kept where they came from rather than on the accelerator
-            batches.extend(_on_cpu(inputs) for inputs in calibration_inputs(self._host, dataloader, limit))
+            batches.extend(_on_cpu(inputs) for inputs in calibration.inputs(self._host))
             return sum(map(batch_size, batches))
 
-        samples = _require_samples(sum(self._gather(collect)))
+        samples = _require_samples(sum(calibration.together(collect)))
         device = next(self._host.root.parameters()).device
         _, self._axes = with_axes(self._host, stacks.values(), (_to(device, inputs) for inputs in batches[:1]))
         with bar(_MEASURING, self._progress, len({(m.stack.name, m.block) for m in matrices}), "block") as shown:
             for stack in stacks.values():
                 own = [matrix for matrix in matrices if matrix.stack.name == stack.name]
                 if own:
-                    visit = partial(self._visit, own, shown)
+                    visit = partial(self._visit, own, shown, calibration)
                     last = max(matrix.block for matrix in own)
-                    block_by_block(self._host, stack, batches, partial(_to, device), visit, last, self._gather)
+                    block_by_block(self._host, stack, batches, partial(_to, device), visit, last, calibration.together)
         return samples
 
     def _visit(
         self,
         own: Sequence[Matrix],
         shown: Any,
+        calibration: Calibration,
         index: int,
         passes: Callable[[], Iterator[tuple[Mapping[str, Any], Callable[[], Any]]]],
     ) -> None:
@@ -295,14 +295,10 @@ class _Work:
                     run()
             return norms.sums()
 
-        parts = self._gather(look)
+        parts = calibration.together(look)
         self._unmasked |= norms.unmasked
         self.choose(here, finished_norms(here, parts))
         shown.update()
-
-
-def _alone(work: Callable[[], Any]) -> list[Any]:
-    return [work()]
 
 
 def _bring_back(weight: Tensor, mask: Tensor, values: Tensor) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ..core.distributed import gather
 from ..core.progress_bars import shows_bars
-from ..observe.calibration import Calibration
 from ..observe.quality import measure_quality
+from ..observe.training_calibration import TrainingCalibration
 from ..pruning.config import MPruneConfig
 from .machine import Progress
 from .session import Session
@@ -81,7 +80,7 @@ class Stages:
             return
         bar = _BARS[stage] if self._bars else None
         with source.reading():
-            found = measure_quality(self._session.model, source, source.samples, gather, bar)
+            found = measure_quality(self._session.model, source, bar)
         if found is not None:
             self._found[stage] = {**found, "data": self._data, "step": step}
 
@@ -100,7 +99,7 @@ class Stages:
         """What was measured since `begin`."""
         return dict(self._found)
 
-    def _source(self) -> Calibration | None:
+    def _source(self) -> TrainingCalibration | None:
         if self._data == EVALUATION:
             return None if self.evaluation is None else self._samples_of(self.evaluation, 0)
         training, used = self._session.loader, self._config.calibration_samples
@@ -109,5 +108,5 @@ class Stages:
             return None
         return source
 
-    def _samples_of(self, loader: DataLoader, skipped: int) -> Calibration:
-        return Calibration(None, loader, self._size, self._config, skipped, model=self._session.model)
+    def _samples_of(self, loader: DataLoader, skipped: int) -> TrainingCalibration:
+        return TrainingCalibration(None, loader, self._size, self._config, skipped, model=self._session.model)

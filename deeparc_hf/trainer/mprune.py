@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..checkpoint.record import PrunedConfig, check_record, same_structure
 from ..core.compat import calling_trainer
 from ..errors import ConfigError, DeepArcWarning, SurgeryError
-from ..observe.calibration import calibration_of
+from ..observe.training_calibration import calibration_of
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from .callback import SessionCallback

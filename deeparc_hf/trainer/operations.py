@@ -16,8 +16,8 @@ from ..core.progress_bars import doing, shows_bars
 from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
 from ..healing.sites import Healing
-from ..observe.calibration import Calibration
 from ..observe.forward import evaluating
+from ..observe.training_calibration import TrainingCalibration
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, warn_if_drastic
 from ..pruning.prune import apply_healed, check_settings, compare_blocks
@@ -52,7 +52,12 @@ class Operations:
     """
 
     def __init__(
-        self, config: MPruneConfig, calibration: Calibration, session: Session, progress: Progress, reporter: Reporter
+        self,
+        config: MPruneConfig,
+        calibration: TrainingCalibration,
+        session: Session,
+        progress: Progress,
+        reporter: Reporter,
     ) -> None:
         self.plan: PruningPlan | None = None
         self.stages = Stages(config, session, progress)
@@ -151,8 +156,6 @@ class Operations:
                 self._calibration,
                 self._config.for_iteration(iteration).replace(k=k),
                 progress=shows_bars(self._args),
-                gather=gather,
-                max_samples=self._calibration.samples,
                 labels=self._labels(),
             )
         plan = PruningPlan.from_dict(agree(plan.to_dict))
@@ -191,8 +194,6 @@ class Operations:
                 example=self._example(),
                 transaction=undo,
                 progress=shows_bars(self._args),
-                gather=gather,
-                max_samples=self._calibration.samples,
                 done=lambda stage: self.stages.measure(stage, step),
             )
         self._undo = undo if self._config.gated else None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core.distributed import agree
-from ..observe.calibration import Calibration
+from ..observe.training_calibration import TrainingCalibration
 from ..pruning.config import MPruneConfig
 from .gate import check_gate, direction_is_doubtful, find_metric, metric_of
 from .machine import Machine, Phase, Progress
@@ -35,7 +35,9 @@ class PruningRun(Member):
 
     removes_blocks = True
 
-    def __init__(self, config: MPruneConfig, calibration: Calibration, session: Session, progress: Progress) -> None:
+    def __init__(
+        self, config: MPruneConfig, calibration: TrainingCalibration, session: Session, progress: Progress
+    ) -> None:
         self.config = config
         self.session = session
         self.progress = progress

@@ -15,14 +15,14 @@ from ..core.distributed import gather
 from ..errors import CalibrationError
 from ..observe.axes import find_axes
 from ..observe.batches import batch_size, forward_kwargs
-from ..observe.calibration import Calibration
 from ..observe.forward import evaluating, forward
 from ..observe.hooks import did_not_run, hooked
+from ..observe.training_calibration import TrainingCalibration
 
 __all__ = ["rehearse"]
 
 
-def rehearse(model: nn.Module | Subject, calibration: Calibration, name: str) -> None:
+def rehearse(model: nn.Module | Subject, calibration: TrainingCalibration, name: str) -> None:
     """Run the model on the first calibration batch of every process. Nothing is left of it.
 
     Args:
@@ -77,7 +77,7 @@ def _run(subject: Subject, batch: Any) -> int:
     return batch_size(inputs)
 
 
-def _way_out(host: Host, name: str, calibration: Calibration) -> str:
+def _way_out(host: Host, name: str, calibration: TrainingCalibration) -> str:
     """How to calibrate on data of its own, as a line of code."""
     batch = host.batch_code
     if calibration.is_given:

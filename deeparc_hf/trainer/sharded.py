@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
-from ..core.distributed import agree, gather
+from ..core.distributed import agree
 from ..core.progress_bars import shows_bars
 from ..errors import ConfigError
-from ..observe.calibration import Calibration, kept_columns
+from ..observe.training_calibration import TrainingCalibration, kept_columns
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import apply_healed, compare_blocks
@@ -57,7 +57,7 @@ def prune_before_sharding(
             "train in DistributedDataParallel."
         )
     columns = kept_columns(model, args, None)
-    source = Calibration(
+    source = TrainingCalibration(
         calibration,
         None,
         args.train_batch_size,
@@ -66,9 +66,9 @@ def prune_before_sharding(
         columns=columns,
         processing_class=processing_class,
     )
-    bars, most = shows_bars(args), source.samples
+    bars = shows_bars(args)
     with source.reading():
-        plan = compare_blocks(model, source, config, progress=bars, gather=gather, max_samples=most)
+        plan = compare_blocks(model, source, config, progress=bars)
         plan = PruningPlan.from_dict(agree(plan.to_dict))
-        apply_healed(model, plan, source, example=source.example, progress=bars, gather=gather, max_samples=most)
+        apply_healed(model, plan, source, progress=bars)
     return plan

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.weights_mark import mark_of_model
-from ..core.distributed import gather
 from ..core.environment import package_versions
 from ..core.files import finite, write_whole
 from ..core.markdown import made_with, table
 from ..core.progress_bars import shows_bars
 from ..errors import ConfigError, RecordError, SparsityError
-from ..observe.calibration import Calibration
+from ..observe.training_calibration import TrainingCalibration
 from ..reports.attempts import Evaluation
 from ..reports.provenance import TIMES
 from ..sparsity.config import WandaConfig
@@ -104,7 +103,7 @@ class SparsityRun(Member):
         self,
         config: WandaConfig,
         asked: bool,
-        calibration: Calibration | None,
+        calibration: TrainingCalibration | None,
         session: Session,
         progress: SparsityProgress,
     ) -> None:
@@ -392,14 +391,8 @@ class SparsityRun(Member):
     def _sparsify(self) -> None:
         p, session, calibration = self.progress, self.session, self._calibration
         with nullcontext() if calibration is None else calibration.reading():
-            self.report, masks = sparsify(
-                session.subject,
-                calibration,
-                self.config,
-                progress=shows_bars(session.args),
-                gather=gather,
-                max_samples=None if calibration is None else calibration.samples,
-            )
+            bars = shows_bars(session.args)
+            self.report, masks = sparsify(session.subject, calibration, self.config, progress=bars)
         if self.config.keep_zeros:
             self._keeping = True
             for name, mask in masks.items():

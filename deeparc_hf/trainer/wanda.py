@@ -12,7 +12,7 @@ from ..architectures import describe
 from ..architectures.hosts import is_adapted
 from ..checkpoint.record import check_record
 from ..errors import ConfigError, UnsupportedModelError
-from ..observe.calibration import calibration_of
+from ..observe.training_calibration import calibration_of
 from ..sparsity.config import WandaConfig
 from ..sparsity.methods import methods
 from ..sparsity.report import SparsityReport

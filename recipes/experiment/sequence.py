@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -25,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.progress_bars import shows_bars
 from deeparc_hf.errors import ConfigError
+from deeparc_hf.observe.calibration import Calibration, chosen_rows
 from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.pruning.prune import analyze, apply_healed
 from deeparc_hf.publish import create_model_card
@@ -200,11 +200,11 @@ class Experiment:
         """One pruning without a retraining; None where nothing could be removed."""
         trainer = self.trainer(self.load(self._place(before)), self._args(name, 1), [])
         config, bars = self.pruning.pruning(iteration), shows_bars(trainer.args)
-        batches = self._batches(trainer, config)
-        plan = analyze(trainer.model, batches, config, progress=bars)
+        calibration = Calibration(self._batches(trainer, config), config.calibration_samples)
+        plan = analyze(trainer.model, calibration, config, progress=bars)
         if not plan.removed:
             return self._nothing(name, "nothing could be removed")
-        _, healings = apply_healed(trainer.model, plan, batches, example=next(iter(batches)), progress=bars)
+        _, healings = apply_healed(trainer.model, plan, calibration, progress=bars)
         threshold = _only(stack.threshold for stack in plan.stacks.values())
         folder = self._save(trainer, name)
         row = Row(name, **self._facts_of(trainer), threshold=threshold, k=config.k, folder=folder)
@@ -356,8 +356,7 @@ class Experiment:
         """
         loader = trainer.get_train_dataloader()
         data = loader.dataset if self.calibration is None else self.calibration
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed)).tolist()
-        chosen = Subset(data, order[: config.calibration_samples])
+        chosen = Subset(data, chosen_rows(len(data), config.calibration_samples, config.seed))
         return DataLoader(chosen, batch_size=trainer.args.train_batch_size, collate_fn=loader.collate_fn)
 
     def _facts(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRa
 from deeparc_hf import analyze, heal_model, prune_model, remove_blocks, sparsify_model
 from deeparc_hf.core import progress_bars as bars_module
 from deeparc_hf.core.progress_bars import bar, samples_in, shows_bars
-from deeparc_hf.observe.calibration import Calibration
+from deeparc_hf.observe.training_calibration import TrainingCalibration
 from deeparc_hf.pruning.config import MPruneConfig
 from tests.trainers import pruning, text_data, train
 from tests.zoo import ZOO
@@ -78,12 +78,12 @@ TENSORS = TensorDataset(torch.zeros(70, 4))
         (DataLoader(Stream(), 8), None),
         (iter([torch.zeros(4, 3)]), None),
         ("nonsense", None),
-        (Calibration(text_data(rows=ROWS), None, 8, MPruneConfig(calibration_samples=32)), 32),
-        (Calibration(text_data(rows=ROWS), None, 8, MPruneConfig()), ROWS),
-        (Calibration(text_data(rows=ROWS), None, 8, MPruneConfig(), skip=30), 10),
-        (Calibration(text_data(rows=ROWS), None, 8, MPruneConfig(), skip=90), 0),
-        (Calibration([torch.zeros(4, 3)], None, 8, MPruneConfig()), 4),
-        (Calibration(Stream(), None, 8, MPruneConfig()), None),
+        (TrainingCalibration(text_data(rows=ROWS), None, 8, MPruneConfig(calibration_samples=32)), 32),
+        (TrainingCalibration(text_data(rows=ROWS), None, 8, MPruneConfig()), ROWS),
+        (TrainingCalibration(text_data(rows=ROWS), None, 8, MPruneConfig(), skip=30), 10),
+        (TrainingCalibration(text_data(rows=ROWS), None, 8, MPruneConfig(), skip=90), 0),
+        (TrainingCalibration([torch.zeros(4, 3)], None, 8, MPruneConfig()), 4),
+        (TrainingCalibration(Stream(), None, 8, MPruneConfig()), None),
     ],
 )
 def test_samples_are_counted_where_they_can_be(batches, samples):

@@ -9,6 +9,7 @@ import transformers as tf
 
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import ConfigError
+from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.outputs import heads_of
 from deeparc_hf.observe.quality import measure_quality
 from tests.trainers import pruning, text_data, train
@@ -103,4 +104,4 @@ def test_labels_tell_what_the_logits_are_where_the_config_does_not():
         "softmax"
     ]
     assert [head.kind for head in heads_of(host, output, floats)] == ["sigmoid"]
-    assert measure_quality(model, [floats], 8)["samples"] == 8 and model.config.problem_type is None
+    assert measure_quality(model, Calibration([floats], 8))["samples"] == 8 and model.config.problem_type is None

@@ -14,6 +14,7 @@ from deeparc_hf.errors import CalibrationError, SurgeryError
 from deeparc_hf.healing.heal import fit_sites
 from deeparc_hf.healing.ridge import RidgeSums, solve
 from deeparc_hf.healing.sites import Site, healing_text, sites_of
+from deeparc_hf.observe.calibration import Calibration
 from tests.trainer.test_resume import equal, scripted
 from tests.trainers import train
 from tests.zoo import ZOO
@@ -141,7 +142,7 @@ def test_how_these_blocks_end_is_found(name):
     model = specimen.model()
     subject = describe(model)
     stack, index = removable(model)
-    (healing,) = fit_sites(subject, {stack: [index]}, specimen.batches(12), 100)
+    (healing,) = fit_sites(subject, {stack: [index]}, Calibration(specimen.batches(12), 100))
     assert healing.ending is not None, healing.reason
     assert (healing.ending.final is not None) == (
         name in ("bert", "roberta", "bart", "deberta_v2", "resnet", "wrapped_resnext")
@@ -219,7 +220,7 @@ def test_zeroed_weights_are_left_alone():
 
 def left_alone(model, batches=None):
     subject = describe(model)
-    (healing,) = fit_sites(subject, {"bert.encoder.layer": [2]}, batches or ZOO["bert"].batches(4), 100)
+    (healing,) = fit_sites(subject, {"bert.encoder.layer": [2]}, Calibration(batches or ZOO["bert"].batches(4), 100))
     assert healing.change is None
     return healing.reason
 

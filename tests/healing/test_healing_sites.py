@@ -16,6 +16,7 @@ from deeparc_hf.healing.fit import SiteFit
 from deeparc_hf.healing.heal import fit_sites
 from deeparc_hf.healing.sites import Site
 from deeparc_hf.observe.axes import Axes
+from deeparc_hf.observe.calibration import Calibration
 from tests.zoo import ZOO, spread
 
 LAYERS = "model.layers"
@@ -77,7 +78,7 @@ def test_sites_in_every_stack_leave_the_unpruned_model_as_it_was(name):
     removed = {n: indices for n, indices in removed.items() if indices}
     subject = describe(model)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    healings = fit_sites(subject, removed, batches, 100)
+    healings = fit_sites(subject, removed, Calibration(batches, 100))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert len(healings) > 1 and any(healing.reason is None for healing in healings)
@@ -98,11 +99,11 @@ def test_an_error_on_the_way_leaves_the_unpruned_model_as_it_was():
             yield from batches[3:]
 
     with pytest.raises(KeyboardInterrupt):
-        fit_sites(subject, {LAYERS: [1, 3]}, Broken(), 100)
+        fit_sites(subject, {LAYERS: [1, 3]}, Calibration(Broken(), 100))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(CalibrationError, match="once for each of the 2 sites"):
-        fit_sites(subject, {LAYERS: [1, 3]}, iter(batches), 100)
+        fit_sites(subject, {LAYERS: [1, 3]}, Calibration(iter(batches), 100))
 
 
 def test_two_towers():

@@ -65,8 +65,8 @@ def test_a_trainer_pushes_while_it_trains(hub, owner, tmp_path):
             report_to=[], use_cpu=True
         )
         data = [{'input_ids': [n] * 8, 'labels': n % 2} for n in range(16)]
-        model = transformers.BertForSequenceClassification(config)
-        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        classifier = transformers.BertForSequenceClassification(config)
+        trainer = transformers.Trainer(classifier, arguments, train_dataset=data)
         trainer.train()
         trainer.push_to_hub(finetuned_from='org/base', tasks='text-classification')
         """,

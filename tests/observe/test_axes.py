@@ -197,9 +197,8 @@ def test_where_patches_of_all_images_are_packed_the_language_blocks_are_compared
         CalibrationWarning, match=r"model\.visual\.blocks cannot be compared, so all of them stay: the positions of all"
     ):
         analyze(model, data, keep_ratio=0.9, rows="mean")
-    analyze(
-        model, data, keep_ratio=0.9, rows="mean", protect="model.visual.*"
-    )  # without a warning: nothing of it was to go
+    # without a warning: nothing of it was to go
+    analyze(model, data, keep_ratio=0.9, rows="mean", protect="model.visual.*")
 
 
 def test_a_batch_that_cannot_be_cut_is_taken_whole_or_left_out():

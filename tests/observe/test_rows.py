@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from deeparc_hf import analyze, find_stacks
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError, CalibrationWarning
+from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.rows import StackObserver, observe
 from deeparc_hf.similarity import SimilarityMetric, metrics
 from tests.zoo import TEXT, VOCAB, ZOO, spread
@@ -45,7 +46,7 @@ def keep(model, batches, rows, side_limit=None, samples=10**6):
     observers = [StackObserver(stack, Keeper(), rows) for stack in stacks.values()]
     for observer in observers:
         observer.metric.tokens_per_sample = side_limit
-    observe(host, observers, batches, samples, progress=False)
+    observe(host, observers, Calibration(batches, samples), progress=False)
     return observers
 
 
@@ -190,7 +191,7 @@ def test_memory_does_not_grow_with_the_samples():
     sizes = []
     for repeats in (30, 120):
         (observer,) = [StackObserver(stack, metrics.get("cka")(), "tokens") for stack in stacks.values()]
-        observe(host, [observer], batches * repeats, 10**6, progress=False)
+        observe(host, [observer], Calibration(batches * repeats, 10**6), progress=False)
         sizes.append(bytes_of(observer.metric))
     # two groups of 512 rows of four blocks, in the storage of three; 120 batches have more than 100 groups
     assert min(sizes) > 0 and max(sizes) <= 3 * 512 * 4 * 32 * 4 + 10_000

@@ -97,6 +97,7 @@ BAD_VALUES = [
     ("threshold", 1000, ["threshold", "(0, 1]", "1000"]),
     ("threshold", math.nan, ["threshold", "nan"]),
     ("threshold", math.inf, ["threshold", "inf"]),
+    ("max_drop", 10**400, ["max_drop must be a finite number", "a huge number"]),
     ("threshold", "0.9", ["threshold", "float", "'0.9'", "str"]),
     ("threshold", True, ["threshold", "float", "True", "bool"]),
     ("threshold", [0.9], ["threshold", "float", "list"]),

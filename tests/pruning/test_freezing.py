@@ -84,9 +84,8 @@ def test_unfreezing_a_batch_norm_lets_its_statistics_move_again():
 
 def test_each_side_of_an_encoder_decoder_has_its_own_lowest_trained_block():
     model = ZOO["bart"].model()
-    remove_blocks(
-        model, {"model.decoder.layers": [2]}, freeze="partial"
-    )  # the decoder's last: only block 1 is beside it
+    # the decoder's last: only block 1 is beside it
+    remove_blocks(model, {"model.decoder.layers": [2]}, freeze="partial")
     parts = {".".join(name.split(".")[:4]) for name in trainable(model)}
     assert parts == {"model.decoder.layers.1"}
 

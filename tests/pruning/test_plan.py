@@ -1,6 +1,6 @@
 """Plans: worked by hand where the answer is known, by brute force over all thresholds where a target is given.
 
-JSON, tables and replan: test_plan_io.py.
+JSON, tables and replan: test_plan_files.py.
 """
 
 from __future__ import annotations

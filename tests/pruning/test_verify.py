@@ -143,9 +143,8 @@ def test_a_verdict_does_not_depend_on_whether_the_model_has_run(ran_before):
     remove_blocks(pruned, {name: [1]}, example=batch)
     with torch.no_grad():
         torch.testing.assert_close(pruned(**batch).logits, expected(**batch).logits)
-    refused(
-        model(), {name: [3]}, "does not compute what the original computes", example=batch
-    )  # the output is taken from block -2
+    # the output is taken from block -2
+    refused(model(), {name: [3]}, "does not compute what the original computes", example=batch)
 
 
 def test_verifying_and_comparing_leave_a_models_own_switches_alone():

@@ -20,7 +20,7 @@ from .tiny import RECIPES, ROOT, make_tiny, write_sweep
 
 GRID = {
     "num_blocks": {"two": 2}
-}  # with the original two cells: three would take longer, and tests/experiments has them
+}  # with the original two cells: three would take longer, and tests/recipes/experiment has them
 SEED = {
     "original": {"original": {"blocks": 4, "metrics": {"accuracy": 0.9}, "seconds": 10.0}},
     "two": {"iteration 1": {"blocks": 2, "metrics": {"accuracy": 0.8}, "seconds": 5.0, "slip": "of a test"}},
@@ -77,9 +77,8 @@ def test_a_sweep_of_a_real_recipe(undisturbed):
     assert names["original"] == ["original", "original, 50 % zeros"]
     assert names["two"] == ["original", "iteration 1", "iteration 1, 50 % zeros"]  # the original is zeroed once
     first, again = read_rows(cells / "original")[0], read_rows(cells / "two")[0]
-    assert (
-        first.measured.metrics["accuracy"] == again.measured.metrics["accuracy"]
-    )  # every cell starts from the same original
+    # every cell starts from the same original
+    assert first.measured.metrics["accuracy"] == again.measured.metrics["accuracy"]
     assert first.training_seconds is not None and again.training_seconds is None
     rows = {(row[0], row[1]): row[2:] for row in without_times((undisturbed / "out" / "sweep.md").read_text())}
     ours = read_rows(cells / "two")[1]

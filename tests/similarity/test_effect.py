@@ -7,6 +7,9 @@ from __future__ import annotations
 import copy
 import math
 import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from deeparc_hf import analyze, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError, CalibrationWarning, ConfigError
+from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.collect import Observed
 from deeparc_hf.observe.skipping import StackSkipper, skip_blocks
 from deeparc_hf.similarity import SkippingMetric, metrics
@@ -40,12 +44,24 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def effects_of(model: nn.Module, batches: list[dict[str, Tensor]], gather=None) -> dict[str, Tensor]:
+class InProcesses(Calibration):
+    """Data that several processes share out, each of which looks at its own in its own way."""
+
+    def __init__(self, looks: list[Callable[[], Any]]) -> None:
+        super().__init__([], 10**6)
+        self._looks = looks
+
+    def together(self, look: Callable[[], Any]) -> list[Any]:
+        return [own() for own in self._looks]
+
+
+def effects_of(model: nn.Module, given: list[dict[str, Tensor]] | Calibration) -> dict[str, Tensor]:
     """The effect of each block, by stack."""
+    calibration = given if isinstance(given, Calibration) else Calibration(given, 10**6)
     subject = describe(model)
     host, stacks = subject.host, subject.stacks
     skippers = [StackSkipper(host, stack, Effect(len(stack))) for stack in stacks.values()]
-    _, found = skip_blocks(host, skippers, batches, 10**6, progress=False, gather=gather)
+    _, found = skip_blocks(host, skippers, calibration, progress=False)
     return {name: effects(observed.sums) for name, observed in zip(stacks, found, strict=True)}
 
 
@@ -253,7 +269,7 @@ def test_blocks_that_work_in_place_are_given_back_what_they_got():
     for index, block in enumerate(stack.blocks):
         stack.container[index] = InPlace(block)
     skipper = StackSkipper(host, stack, Effect(len(stack)))
-    _, (found,) = skip_blocks(host, [skipper], batches, 100, progress=False)
+    _, (found,) = skip_blocks(host, [skipper], Calibration(batches, 100), progress=False)
     torch.testing.assert_close(effects(found.sums), expected)
 
 
@@ -274,9 +290,7 @@ def test_processes_add_up():
         return sum(len(batch["input_ids"]) for batch in share), [skipper.observed()]
 
     for shares in ([batches[:2], batches[2:]], [batches, []]):
-        found = effects_of(model, [], lambda work, shares=shares: [seen(share) for share in shares])[
-            "bert.encoder.layer"
-        ]
+        found = effects_of(model, InProcesses([partial(seen, share) for share in shares]))["bert.encoder.layer"]
         torch.testing.assert_close(found, whole, rtol=1e-9, atol=0)
 
 
@@ -321,9 +335,8 @@ def test_the_model_and_the_random_states_are_left_as_they_were(failure):
     assert count_hooks(model) == hooks
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert calls[:1] and (
-        failure is not None or len(calls) == len(batches) * 5
-    )  # one pass, and one for each of 4 blocks
+    # one pass, and one for each of 4 blocks
+    assert calls[:1] and (failure is not None or len(calls) == len(batches) * 5)
 
 
 def count_hooks(model: nn.Module) -> int:
@@ -358,7 +371,9 @@ def test_a_block_that_changes_the_shape_cannot_be_skipped():
         CalibrationError,
         match=r"Block 0 of layer2 cannot be skipped: it is given a tensor of shape .* no residual block",
     ):
-        skip_blocks(host, [StackSkipper(host, free, Effect(len(free)))], specimen.batches(), 100, progress=False)
+        skip_blocks(
+            host, [StackSkipper(host, free, Effect(len(free)))], Calibration(specimen.batches(), 100), progress=False
+        )
 
 
 def test_a_model_that_always_puts_out_the_same_is_refused():

@@ -156,9 +156,8 @@ def test_zeroed_weights_are_plain_zeros_and_the_others_stay(dtype):
     expected = weight.detach().masked_fill(mask, 0)
     zero_chosen(weight, mask)
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    assert torch.equal(
-        weight.detach().view(integers), expected.view(integers)
-    )  # by their bits: -0.0 equals 0.0, NaN nothing
+    # by their bits: -0.0 equals 0.0, NaN nothing
+    assert torch.equal(weight.detach().view(integers), expected.view(integers))
 
 
 @pytest.mark.parametrize(

@@ -162,9 +162,8 @@ def test_each_block_runs_at_most_three_times_a_batch_and_a_few_times_for_the_tri
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
     sparsify_model(model, data, progress=False)
-    assert (
-        max(runs) <= 3 * len(data) + 3 + 6
-    )  # a trial of each block, and two passes and four runs to find out what its dimensions mean
+    # a trial of each block, and two passes and four runs to find out what its dimensions mean
+    assert max(runs) <= 3 * len(data) + 3 + 6
 
 
 def living(shape):

@@ -21,8 +21,8 @@ from transformers import BatchEncoding, Trainer, default_data_collator
 
 from deeparc_hf import WandaCallback
 from deeparc_hf.errors import CalibrationError
-from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.row_copies import apart
+from deeparc_hf.observe.training_calibration import TrainingCalibration
 from deeparc_hf.observe.untouched import untouched
 from deeparc_hf.pruning.config import MPruneConfig
 from tests.stateful import (
@@ -129,7 +129,7 @@ def test_what_was_read_is_read_again(name):
     expected = batches(*made())
     data, collator = made()
     loader = DataLoader(data, SIZE, shuffle=True, collate_fn=collator)
-    calibration = Calibration(None, loader, SIZE, MPruneConfig(threshold=1.0, calibration_samples=24))
+    calibration = TrainingCalibration(None, loader, SIZE, MPruneConfig(threshold=1.0, calibration_samples=24))
     found = []
     with calibration.reading():
         for _ in range(2):

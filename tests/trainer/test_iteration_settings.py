@@ -148,9 +148,8 @@ def test_without_a_list_every_iteration_has_the_same_settings(settings):
 def test_replace_keeps_lists_and_checks_them():
     config = MPruneConfig(num_blocks=[6, 4], freeze=["enc.0"])
     assert config.replace(k=2) == MPruneConfig(num_blocks=[6, 4], freeze=["enc.0"], k=2)
-    assert config.replace(threshold=0.9) == MPruneConfig(
-        threshold=0.9, freeze=["enc.0"]
-    )  # the list brought its iterations along
+    # the list brought its iterations along
+    assert config.replace(threshold=0.9) == MPruneConfig(threshold=0.9, freeze=["enc.0"])
     assert config.replace(freeze=["enc.1"]).freeze == ("enc.1",)
     with pytest.raises(ConfigError, match="2 targets for 5 iterations"):
         config.replace(iterations=5)

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from deeparc_hf import PrunedConfig, WandaCallback, heal_model, remove_blocks
 from deeparc_hf.core.statistics import wilson_interval
+from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.quality import measure_quality
 from deeparc_hf.trainer.measures import EVALUATION, TRAINING, Stages
 from tests.trainers import arguments, pruning, text_data, train
@@ -157,15 +158,15 @@ def test_a_run_resumed_at_a_pruning_says_on_which_data_it_measured(tmp_path):
 
 def test_a_model_without_a_loss_of_its_own_is_not_measured():
     model = ZOO["timm_vit"].model()
-    assert measure_quality(model, [(torch.randn(4, 3, 32, 32), torch.zeros(4))], 8) is None
+    assert measure_quality(model, Calibration([(torch.randn(4, 3, 32, 32), torch.zeros(4))], 8)) is None
     batch = {key: torch.tensor(value) for key, value in text_data()[:8].items()}
     bert = ZOO["bert"].model().train()
-    assert measure_quality(bert, [batch], 8)["loss_interval"] is None and bert.training
-    assert measure_quality(bert, [{**batch, "labels": torch.full((8,), 99)}], 8) is None  # no such class
+    assert measure_quality(bert, Calibration([batch], 8))["loss_interval"] is None and bert.training
+    assert measure_quality(bert, Calibration([{**batch, "labels": torch.full((8,), 99)}], 8)) is None  # no such class
     del batch["labels"]
-    assert measure_quality(bert, [batch], 8) is None
+    assert measure_quality(bert, Calibration([batch], 8)) is None
     llama = ZOO["llama"].model()
-    found = measure_quality(llama, [{**b, "labels": b["input_ids"]} for b in ZOO["llama"].batches()], 20)
+    found = measure_quality(llama, Calibration([{**b, "labels": b["input_ids"]} for b in ZOO["llama"].batches()], 20))
     assert found["samples"] == 20 and found["accuracy"] is None and found["loss"] > 0
 
 

@@ -77,9 +77,8 @@ def test_the_gate_goes_the_right_way_or_says_that_it_is_not_sure(tmp_path, metri
     assert metric_of(config, args)[1] is greater
     found = direction_is_doubtful(config, args)
     assert (found is None) if doubt is None else (doubt in found)
-    assert (
-        direction_is_doubtful(config.replace(max_drop=None, greater_is_better=None), args) is None
-    )  # nothing is judged
+    # nothing is judged
+    assert direction_is_doubtful(config.replace(max_drop=None, greater_is_better=None), args) is None
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,8 @@ from tests.zoo import ZOO
 STEPS = 8  # of an epoch
 TWICE = {"start_epoch": 1, "iterations": 2, "num_blocks": [3, 2]}
 _FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}
-CHECKPOINTING = (
-    "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
-)  # transformers 5.0
+# transformers 5.0
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _FIELDS else "gradient_checkpointing"
 
 
 def weights(model):
@@ -317,9 +316,8 @@ def found_batch_size(folder, step, **settings):
 
 @pytest.mark.parametrize(("start_epoch", "step"), [(0, 0), (0, 3), (1, 0), (1, STEPS + 1)])
 def test_a_batch_size_that_is_found_does_not_prune_twice(tmp_path, start_epoch, step):
-    run = found_batch_size(
-        tmp_path, step, start_epoch=start_epoch, keep_ratio=0.75
-    )  # of 4, and then 2 of 3 if it were done twice
+    # of 4, and then 2 of 3 if it were done twice
+    run = found_batch_size(tmp_path, step, start_epoch=start_epoch, keep_ratio=0.75)
     assert blocks(run.model) == run.model.config.num_hidden_layers == 3
     assert len(run.callback.record.iterations) == 1 and len(run.callback.attempts) == 2
     assert run.callback.attempts[-1]["decision"] == "accepted"

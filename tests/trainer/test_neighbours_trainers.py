@@ -228,9 +228,8 @@ def test_a_model_with_adapters_is_refused_with_advice_when_the_trainer_is_made(t
     model = peft.get_peft_model(ZOO["bert"].model(), peft.LoraConfig(r=2, target_modules=["query", "value"]))
     with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
         Trainer(model, arguments(tmp_path), train_dataset=text_data(), callbacks=[pruning(**TWICE)])
-    merged = model.merge_and_unload().requires_grad_(
-        True
-    )  # the advice is good, but PEFT leaves what it has merged frozen
+    # the advice is good, but PEFT leaves what it has merged frozen
+    merged = model.merge_and_unload().requires_grad_(True)
     train(merged, tmp_path, pruning(**TWICE), num_train_epochs=3, save_strategy="epoch")
     assert len(merged.bert.encoder.layer) == merged.config.num_hidden_layers == 2
     assert is_reloaded_by_stock(tmp_path / f"checkpoint-{3 * STEPS}", merged)

@@ -16,7 +16,7 @@ from transformers import Trainer, default_data_collator
 from deeparc_hf import WandaCallback, analyze, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError, ConfigError, PlanError, SurgeryError
-from deeparc_hf.observe.calibration import Calibration
+from deeparc_hf.observe.training_calibration import TrainingCalibration
 from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.pruning.expressible import inexpressible
 from deeparc_hf.trainer.rehearsal import rehearse
@@ -178,7 +178,7 @@ def test_nothing_is_left_of_a_rehearsal(capsys):
             [m.training for m in model.modules()],
             random_states(),
         )
-        calibration = Calibration(list(ZOO[name].batches()), None, 8, MPruneConfig(num_blocks=2), model=model)
+        calibration = TrainingCalibration(list(ZOO[name].batches()), None, 8, MPruneConfig(num_blocks=2), model=model)
         rehearse(model, calibration, "MPruneCallback")
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert [m.training for m in model.modules()] == modes and random_states() == states

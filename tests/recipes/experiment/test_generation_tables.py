@@ -42,9 +42,8 @@ def test_intervals_hold_the_value_shrink_with_n_and_follow_the_seed():
 
 
 def test_draws_of_empty_references_only_do_not_count():
-    found = bootstrap_intervals(
-        ["a b c d", "e"], ["a b c d", ""], resamples=200
-    )  # a quarter of the draws has no reference
+    # a quarter of the draws has no reference
+    found = bootstrap_intervals(["a b c d", "e"], ["a b c d", ""], resamples=200)
     assert found["length_ratio"] == (1.0, 5 / 4) and found["precision_1"] == (4 / 5, 1.0)
 
 

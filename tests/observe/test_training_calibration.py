@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerState, default_data_collator
 
 from deeparc_hf import WandaCallback
 from deeparc_hf.errors import CalibrationError
-from deeparc_hf.observe.calibration import Calibration, calibration_of
+from deeparc_hf.observe.training_calibration import TrainingCalibration, calibration_of
 from deeparc_hf.pruning.config import MPruneConfig
 from tests.trainer.test_neighbours_trainers import texts, tokenizer
 from tests.trainers import arguments, pruning, text_data
@@ -103,7 +103,7 @@ def test_columns_of_which_the_model_takes_none_are_named(tmp_path):
 
 def batches_of(given, loader=None, **settings):
     config = MPruneConfig(**{"num_blocks": 2, "calibration_samples": 16, **settings})
-    return list(Calibration(given, loader, SIZE, config).batches())
+    return list(TrainingCalibration(given, loader, SIZE, config).batches())
 
 
 IMAGES = [{"pixel_values": torch.randn(3, 8, 8), "labels": i % 2} for i in range(16)]
@@ -156,12 +156,12 @@ def test_an_iterator_serves_once_and_its_first_batch_is_not_lost():
             return self.batches
 
     for given in (iter(BATCHES["texts"]), Through()):
-        calibration = Calibration(given, None, SIZE, MPruneConfig(num_blocks=2))
+        calibration = TrainingCalibration(given, None, SIZE, MPruneConfig(num_blocks=2))
         assert calibration.first() is BATCHES["texts"][0]
         assert len(list(calibration.batches())) == 2
     for make in (lambda: iter(BATCHES["texts"]), Through):
         with pytest.raises(CalibrationError, match="gone through once"):
-            Calibration(make(), None, SIZE, MPruneConfig(num_blocks=[3, 2], iterations=2)).first()
+            TrainingCalibration(make(), None, SIZE, MPruneConfig(num_blocks=[3, 2], iterations=2)).first()
 
 
 class Whole(Rows):
@@ -187,12 +187,12 @@ LOADERS = {
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_batches_that_a_loader_makes_by_its_own_rule_are_taken_whole(name):
-    calibration = Calibration(None, LOADERS[name](), SIZE, MPruneConfig(num_blocks=2))
+    calibration = TrainingCalibration(None, LOADERS[name](), SIZE, MPruneConfig(num_blocks=2))
     found = [batch["input_ids"].tolist() for batch in calibration.batches()]
     assert found == [TENSORS[first : first + SIZE]["input_ids"].tolist() for first in (32, 0, 16)]
     assert not calibration.chooses  # no others can be had for a measure
     with pytest.raises(CalibrationError, match="read once"):
-        Calibration(None, iter(LOADERS["list"]()), SIZE, MPruneConfig(num_blocks=2)).first()
+        TrainingCalibration(None, iter(LOADERS["list"]()), SIZE, MPruneConfig(num_blocks=2)).first()
 
 
 @pytest.mark.parametrize("name", ["batch sampler", "no batch size", "list"])
