@@ -144,7 +144,7 @@ class Evaluation:
     @property
     def is_of_evaluation_data(self) -> bool:
         """Whether it is of the Trainer's evaluation data; others have another prefix (`metric_key_prefix`)."""
-        return any(key.startswith("eval_") for key in self.metrics)
+        return any(key.startswith("eval_") for key in self.figures)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as a run notes it."""

@@ -41,13 +41,15 @@ STAGES_TEXT = (
 )
 
 
-def structure_facts(model: nn.Module | Subject) -> dict[str, Any]:
-    """Number of blocks of each stack, and number of parameters, of a model as it is now."""
-    subject = describe(model)
-    return {
-        "blocks": subject.lengths,
-        "parameters": sum(parameter.numel() for parameter in subject.root.parameters()),
-    }
+def structure_facts(model: nn.Module, subject: Subject | None = None) -> dict[str, Any]:
+    """Number of blocks of each stack, and number of parameters, of a model as it is now.
+
+    Args:
+        model: all of it, with what a user has put around the library's model.
+        subject: its description, where there is one.
+    """
+    lengths = describe(model if subject is None else subject).lengths
+    return {"blocks": lengths, "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
 def run_table(attempts: Sequence[Attempt], metric: str | None = None) -> str:
@@ -62,7 +64,7 @@ def run_table(attempts: Sequence[Attempt], metric: str | None = None) -> str:
     header += ["evaluation time (s)", "training time (s)", "verdict"]
     rows = []
     for attempt in attempts:
-        values = [(e.epoch, e.metrics.get(f"eval_{name}")) for e in attempt.evaluations]
+        values = [(e.epoch, e.figures.get(f"eval_{name}")) for e in attempt.evaluations]
         runtime = attempt.evaluations[-1].times.get("eval_runtime") if attempt.evaluations else None
         rows.append(
             [

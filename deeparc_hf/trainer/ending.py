@@ -34,7 +34,7 @@ def end_facts(progress: Progress, session: Session, config: MPruneConfig, metric
     evaluations = {"before": last_evaluation(first.evaluations), "after": last_evaluation(last.evaluations, best)}
     named = metric if config.gated or config.metric else args.metric_for_best_model
     metrics = compared_metrics(evaluations["before"], evaluations["after"], named)
-    structure = structure_facts(session.subject)
+    structure = structure_facts(session.model, session.subject)
     return {
         "blocks": {"before": sum(first.blocks.values()), "after": sum(structure["blocks"].values())},
         "parameters": {"before": first.parameters, "after": structure["parameters"]},

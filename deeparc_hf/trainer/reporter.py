@@ -53,7 +53,7 @@ class Reporter:
         """Begin the notes on the model as it is now: before the first pruning, or after one."""
         p, session = self._progress, self._session
         now = {
-            **structure_facts(session.subject),
+            **structure_facts(session.model, session.subject),
             "step": session.step,
             "epoch": session.epoch,
             "frozen": lists(p.frozen),
@@ -125,7 +125,8 @@ class Reporter:
         record, host = self._progress.record, self._session.subject.host
         if record is None:
             return
-        if self._attempt.stages:
+        # a pruning that was taken back is none of the record's, whose last entry is the accepted one before it
+        if self._attempt.stages and not self._attempt.is_taken_back:
             record["iterations"][-1]["stages"] = copy.deepcopy(self._attempt.stages)
         record["sparsity"] = (host.record() or record).get("sparsity")  # weights may have been zeroed since
         host.set_record(record)
@@ -166,11 +167,13 @@ class Reporter:
             plan = PruningPlan.from_json(self._session.folder / PLAN_FILE)
         except (OSError, PlanError):
             return None
-        return plan if lists(plan.removed) == self._attempt.plan_removed else None
+        # the first row is of no pruning: no plan is its own
+        is_own = self._attempt.k is not None and lists(plan.removed) == self._attempt.plan_removed
+        return plan if is_own else None
 
     def _log(self, **figures: float | None) -> None:
         """Send the figures of the pruning at hand to the logs, and write the report."""
-        structure = structure_facts(self._session.subject)
+        structure = structure_facts(self._session.model, self._session.subject)
         figures = {
             "iteration": self._attempt.iteration,
             "k": self._attempt.k,

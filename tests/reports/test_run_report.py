@@ -8,10 +8,12 @@ from importlib import metadata
 
 import pytest
 import torch
+from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from deeparc_hf import MPruneConfig, remove_blocks
-from deeparc_hf.reports.attempts import Attempt
+from deeparc_hf.architectures import describe
+from deeparc_hf.reports.attempts import Attempt, Evaluation
 from deeparc_hf.reports.phases import FINISHED
 from deeparc_hf.reports.run_report import RUN_REPORT, run_table, structure_facts, write_run_report
 from deeparc_hf.trainer.machine import Phase, Progress
@@ -113,6 +115,18 @@ def test_metric_is_the_loss_unless_named_with_or_without_prefix(metric, shown):
     rows = cells(run_table(read(BEFORE), metric))
     assert rows[0][6].startswith(f"{shown} ")
     assert rows[2][6] == {"loss": "0.7000 (1), 0.6123 (2)", "accuracy": "0.5000 (1), 0.7500 (2)"}[shown]
+
+
+def test_a_speed_may_be_the_metric():
+    row = cells(
+        run_table(read({**BEFORE, "evaluations": [evaluation(4, 0.5, samples_per_second=80.0)]}), "samples_per_second")
+    )[2]
+    assert row[6] == "80.0000 (0.5)"
+
+
+def test_an_evaluation_that_tells_times_alone_is_one_of_the_evaluation_data():
+    assert Evaluation.of({"eval_runtime": 1.0}, data={}).is_of_evaluation_data is True
+    assert Evaluation.of({"test_runtime": 1.0}, data={}).is_of_evaluation_data is False
 
 
 def test_fractional_epochs_and_zero_values_are_shown():
@@ -224,6 +238,12 @@ def test_structure_facts_count_the_model_as_it_is():
     whole = structure_facts(model)["parameters"]
     remove_blocks(model, {"encoder.block": [2]})
     assert structure_facts(model) == {"blocks": {**names, "encoder.block": 3}, "parameters": whole - gone}
+
+
+def test_structure_facts_count_what_a_user_has_put_around_the_model():
+    model = nn.Sequential(ZOO["t5"].model(), nn.Linear(7, 3))
+    whole = sum(p.numel() for p in model.parameters())
+    assert structure_facts(model)["parameters"] == structure_facts(model, describe(model))["parameters"] == whole
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------

@@ -143,6 +143,18 @@ def test_what_is_taken_back_shows_too_and_the_next_try_starts_from_the_same(tmp_
     assert first["before"] == second["before"] and first["before"]["step"] == 8 and second["removed"]["step"] == 16
 
 
+def test_the_record_keeps_to_itself_what_a_pruning_did_that_was_taken_back(tmp_path):
+    """An evaluation after the end is noted in the record, whose last pruning is the accepted one."""
+    model = ZOO["bert"].model()
+    callback = pruning(num_blocks=[3, 2], start_epoch=1, k_max=1, max_drop=0.1, metric="accuracy")
+    planted = Planted(model, of_4=[0.9], of_3=[0.9, 0.9], of_2=[0.1])
+    trainer = train(model, tmp_path, callback, num_train_epochs=3, eval_strategy="epoch", compute_metrics=planted)
+    assert [attempt["decision"] for attempt in callback.attempts[1:]] == ["accepted", "rolled back"]
+    assert callback.attempts[1]["stages"] != callback.attempts[2]["stages"]
+    trainer.evaluate()
+    assert PrunedConfig.from_model(trainer.model).iterations[-1]["stages"] == callback.attempts[1]["stages"]
+
+
 def test_a_run_resumed_at_a_pruning_says_on_which_data_it_measured(tmp_path):
     settings = {"num_blocks": 3, "start_epoch": 1}
     options = {"data": text_data(rows=560), "num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "epoch"}
