@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..core.compat import calling_trainer
 from ..core.plain_text import plain
 from ..errors import DeepArcWarning
 from ..publish.card import CARD_FILE, make_card, may_replace
@@ -52,14 +51,8 @@ class SessionCallback(TrainerCallback, ExportableState):
     def _join(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, event: dict[str, Any]
     ) -> Session:
-        """The session of the training that begins. The first callback in the Trainer's list makes it; the others find
-        it there. The Trainer's state tells trainings apart.
-        """
-        trainer = calling_trainer()
-        callbacks = [] if trainer is None else trainer.callback_handler.callbacks
-        sessions = [callback.session for callback in callbacks if isinstance(callback, SessionCallback)]
-        known = [session for session in sessions if session is not None and session.state is state]
-        self.session = known[0] if known else Session(args, state, control, event)
+        """The session of the training that begins. The first callback that is told of the beginning makes it."""
+        self.session = Session.of(state) or Session(args, state, control, event)
         return self.session
 
     def _saved(self, state: TrainerState) -> tuple[dict[str, Any], Any]:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["Machine", "Phase", "Progress", "Saved", "Verdict", "World", "judge"]
 
 
+_ALL_ACCEPTED = "every pruning that was asked for is accepted"
+
+
 class Phase(StrEnum):
     """What a run is doing: waiting for the step at which it prunes, retraining, judged and about to carry the verdict
     out, or done.
@@ -402,8 +405,8 @@ class Machine:
     def _judge(self, step: int) -> None:
         p, gated = self.progress, self.config.gated
         p.phase, p.verdict = Phase.JUDGED, self._is_accepted()
-        if gated and p.verdict and p.accepted + 1 == self.config.iterations:
-            self._finish("every pruning that was asked for is accepted")
+        if gated and p.verdict and p.accepted + 1 >= self.config.iterations:
+            self._finish(_ALL_ACCEPTED)
         elif gated and step + self._retraining > self._max_steps:
             self._finish("there are not enough epochs left for one more retraining")
         elif p.verdict:
@@ -413,7 +416,11 @@ class Machine:
         else:
             p.next_plan = self.world.weaker()
             if p.next_plan is None:
-                self._finish(f"no stride up to k_max={self.config.k_max} removes anything else")
+                self._finish(self._no_stride_left)
+
+    @property
+    def _no_stride_left(self) -> str:
+        return f"no stride up to k_max={self.config.k_max} removes anything else"
 
     def _finish(self, reason: str, stop: bool = True) -> None:
         p = self.progress
@@ -421,8 +428,13 @@ class Machine:
 
     def _carry_out(self, step: int, at_end: bool = False) -> None:
         p, accepted = self.progress, bool(self.progress.verdict)
-        if not accepted and p.goes_on and p.next_plan is None:
-            p.next_plan = self.world.weaker()  # the first version of the format did not keep it
+        if p.goes_on and self.config.gated:  # the settings may ask for less than when the verdict was made
+            if accepted and p.accepted + 1 >= self.config.iterations:
+                self._finish(_ALL_ACCEPTED)
+            elif not accepted and p.next_plan is None:
+                p.next_plan = self.world.weaker()  # the first version of the format did not keep it
+                if p.next_plan is None:
+                    self._finish(self._no_stride_left)
         if accepted:
             self.world.accept()
         else:
@@ -430,7 +442,7 @@ class Machine:
         p.accepted += accepted
         p.verdict, p.phase = None, Phase.WAITING if p.goes_on else Phase.DONE
         self.world.carried_out(accepted)
-        if p.phase is Phase.DONE and not at_end:
+        if p.phase is Phase.DONE and not at_end and not p.stopped:
             self.world.rewind(step, self._max_steps - step)  # the training goes on for another callback
 
     def _prune(self, step: int) -> None:

@@ -22,6 +22,9 @@ from .schedule import steps_per_epoch
 __all__ = ["Event", "Member", "Session", "Trackers"]
 
 
+_SESSION = "deeparc_hf_session"  # of the Trainer's state; no field, so it is in no trainer_state.json
+
+
 class Event(StrEnum):
     """What callbacks tell each other."""
 
@@ -105,6 +108,18 @@ class Session:
         self.evaluations = Evaluations(args, self.loader)
         self._trackers = Trackers()
         self._subject: nn.Module | Subject = self.model
+        # every callback of a training is given this object, also one that stands inside another
+        setattr(state, _SESSION, self)
+
+    @classmethod
+    def of(cls, state: TrainerState) -> Session | None:
+        """The session of the training whose state this is; None where none has begun."""
+        known = getattr(state, _SESSION, None)
+        return known if isinstance(known, cls) and known.state is state else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle of a Trainer's state carries no training."""
+        return type(None), ()
 
     @property
     def step(self) -> int:

@@ -332,6 +332,34 @@ def test_other_settings_on_a_resume_count_from_there_on(verdict):
         assert (progress.phase, progress.boundary, progress.next_plan) == (Phase.RETRAINING, boundary, None)
 
 
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "lowered", "left", "reason"),
+    [
+        # rejected at k=2 with k=3 still to try, and now k_max is 2: it must not be tried at k=2 again
+        ({"k": 2, "verdict": False}, {"k_max": 2}, 4, "no stride up to k_max=2 removes anything else"),
+        # the second of three is accepted, and now two are all that is asked for
+        (
+            {"k": 1, "verdict": True, "accepted": 1},
+            {"iterations": 2},
+            3,
+            "every pruning that was asked for is accepted",
+        ),
+    ],
+    ids=["k_max", "iterations"],
+)
+def test_a_resume_that_asks_for_less_does_not_prune_again(fields, lowered, left, reason, others):
+    machine, world, progress = made(schedule(True, 3, 1, 3).replace(**lowered), Phase.JUDGED, next_plan={"x": 1})
+    world.others = others
+    for name, value in fields.items():
+        setattr(progress, name, value)
+    machine.resume(changed=True)
+    machine.epoch_begins(8)
+    assert progress.phase is Phase.DONE and progress.reason == reason and world.blocks[-1] == left
+    assert not any(done[0] == "prune" for done in world.did)
+    assert progress.stopped is not others and (("rewind", 8, 12) in world.did) is others
+
+
 def test_a_training_that_begins_again_retrains_from_its_first_step():
     for phase, verdict in ((Phase.RETRAINING, None), (Phase.JUDGED, False)):
         machine, world, progress = made(schedule(True, 1, 1, 1), phase, verdict=verdict, value=0.1, measured_at=8)

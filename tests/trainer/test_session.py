@@ -4,7 +4,9 @@ about the model.
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -85,6 +87,42 @@ def test_callbacks_in_one_trainer_share_a_session_in_each_of_its_trainings(tmp_p
     callbacks[0].config = callbacks[0].config.replace(num_blocks=2)
     trainer.train()
     assert len({id(session) for session in look.sessions}) == 2 and len(look.sessions) == 16
+
+
+class Both(TrainerCallback):
+    """Hands each event on to callbacks of its own."""
+
+    def __init__(self, *callbacks):
+        self.callbacks = callbacks
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def hand_on(*args, **kwargs):
+            for callback in self.callbacks:
+                getattr(callback, name)(*args, **kwargs)
+
+        return hand_on
+
+
+@pytest.mark.parametrize("inside", [(0, 1), (0,), (1,)], ids=str)
+def test_callbacks_inside_another_one_share_the_session_too(tmp_path, inside):
+    callbacks = [pruning(num_blocks=3), zeroing(start_epoch=1)]
+    nested = Both(*(callbacks[i] for i in inside))
+    listed = [callbacks[i] for i in range(2) if i not in inside]
+    look = Members(*callbacks)
+    train(ZOO["bert"].model(), tmp_path, nested, *listed, look, data=text_data(rows=32), num_train_epochs=2)
+    assert len({id(session) for session in look.sessions}) == 1 and len(look.sessions) == 8
+
+
+def test_a_copy_of_the_state_carries_no_training(tmp_path):
+    trainer = train(ZOO["bert"].model(), tmp_path, pruning(num_blocks=3), data=text_data(rows=32), num_train_epochs=1)
+    assert Session.of(trainer.state) is not None
+    for copied in (copy.deepcopy(trainer.state), pickle.loads(pickle.dumps(trainer.state))):  # noqa: S301
+        assert Session.of(copied) is None and copied.global_step == trainer.state.global_step
+    trainer.state.save_to_json(str(tmp_path / "state.json"))
+    assert "session" not in (tmp_path / "state.json").read_text()
 
 
 def test_callbacks_of_different_trainers_on_one_model_do_not_meet(tmp_path):
