@@ -184,9 +184,10 @@ class Session:
         self._trackers.log(self.args, self.state, self.control, self.model, figures)
 
     def close(self) -> None:
-        """Close what is open, once every member has heard of the training's end."""
+        """Close what is open and let the optimizer go, once every member has heard of the training's end."""
         if all(member.ended for member in self.members):
             self._trackers.close()
+            self.optimizer = self.scheduler = None  # a callback that is kept for its report holds on to the session
 
 
 class Trackers:

@@ -142,6 +142,15 @@ def test_nothing_is_kept_of_a_training_once_its_trainer_is_gone(tmp_path):
     assert known() is None
 
 
+def test_a_callback_that_is_kept_for_its_report_does_not_keep_the_optimizer(tmp_path):
+    callback = zeroing()
+    trainer = train(ZOO["bert"].model(), tmp_path, callback, data=text_data(rows=32), num_train_epochs=1)
+    optimizer = weakref.ref(trainer.optimizer)
+    del trainer
+    gc.collect()
+    assert optimizer() is None and callback.report is not None
+
+
 def test_zeroing_waits_for_the_verdict_and_the_training_for_the_zeroing(tmp_path):
     """Each learns from the session what the other still has to do."""
     model, told = ZOO["bert"].model(), []
