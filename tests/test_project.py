@@ -12,8 +12,11 @@ import subprocess
 import sys
 import tomllib
 import warnings
+from collections import defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 import yaml
 
@@ -89,6 +92,19 @@ def test_types_are_strict_behind_every_public_name():
     strict = {module for part in overrides if part.get("disallow_untyped_defs") for module in part["module"]}
     assert strict >= {"deeparc_hf", *(getattr(deeparc_hf, name).__module__ for name in PUBLIC)}
     assert (Path(deeparc_hf.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("depth", [2, 3], ids=["folders", "modules"])
+def test_no_two_parts_of_the_package_import_each_other(depth):
+    """The layers allow neighbours to import each other; circles they must not make."""
+    graph, imports = grimp.build_graph("deeparc_hf"), defaultdict(set)
+    for module in graph.modules:
+        part = ".".join(module.split(".")[:depth])
+        imports[part] |= {".".join(m.split(".")[:depth]) for m in graph.find_modules_directly_imported_by(module)} - {
+            part
+        }
+    assert len(imports) > 10
+    TopologicalSorter(imports).prepare()  # raises CycleError, which names them
 
 
 def test_an_unknown_name_is_an_attribute_error():
