@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 for name, value in {
@@ -18,6 +19,13 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # models are tiny: more threads only get into each other's way
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """What is imported by now is no garbage: accelerate collects after each training, and need not look there."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

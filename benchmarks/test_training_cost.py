@@ -123,6 +123,7 @@ def test_an_idle_callback_costs_at_most_a_hundredth_of_a_step(tmp_path, capsys):
     assert share <= 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.benchmark
 @pytest.mark.usefixtures("threads")
 def test_partial_freezing_saves_what_the_frozen_share_allows(tmp_path, capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -34,10 +36,14 @@ def hardware(device: torch.device | str | None = None) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that a pruning depends on, and of Python."""
+    return dict(_installed())
+
+
+@cache
+def _installed() -> dict[str, str]:
+    # reports are written at every event of a training, and each look at the metadata reads and parses a file
     versions = {"python": platform.python_version()}
     for name in ("deeparc_hf", "transformers", "torch", "accelerate", "timm"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return versions

@@ -200,7 +200,7 @@ def test_a_card_that_cannot_be_made_is_a_warning_and_the_run_goes_on(hub, publis
 # ---- timm, the documents, the cache ----
 
 
-@pytest.mark.parametrize("name", ["timm_resnet", "wrapped"])
+@pytest.mark.parametrize("name", ["timm_resnet", pytest.param("wrapped", marks=pytest.mark.slow)])
 def test_timm_models_are_trained_and_published_in_timms_own_layout(hub, publisher, stock, tmp_path, name):
     """Both callbacks in one training, as for transformers' models."""
     publisher.run(

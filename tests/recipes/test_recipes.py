@@ -64,8 +64,10 @@ LAUNCHERS = {
 }
 
 
-# torchrun is met in test_t5_qg.py too
-@pytest.mark.parametrize("launcher", ["python", "accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
+# test_sweep.py starts recipes by python
+@pytest.mark.parametrize(
+    "launcher", ["accelerate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("python", "torchrun"))]
+)
 def test_a_recipe_finds_what_lies_beside_it_however_it_is_started(launcher, tmp_path):
     """From any folder, and where it was copied to with what lies beside it."""
     copied = tmp_path / "my recipes"

@@ -93,6 +93,7 @@ def test_a_sweep_of_a_real_recipe(undisturbed):
     assert rows["two", "iteration 1"][8] == "0.500"  # the seed's ratio of times
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_the_second_cell_and_started_again(undisturbed):
     output = undisturbed / "again"
     # the cell before it is done: that of the other sweep

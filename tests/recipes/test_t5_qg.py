@@ -152,6 +152,7 @@ def test_more_decoder_than_encoder_blocks_can_be_measured(place):
     assert rows[-1].blocks == {"encoder.block": 2, "decoder.block": 3} and 0 <= rows[-1].measured.metrics["bleu"] <= 1
 
 
+@pytest.mark.slow
 def test_two_processes_give_every_question_once_and_in_order(place):
     command = [
         sys.executable,

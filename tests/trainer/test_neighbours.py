@@ -314,7 +314,10 @@ def found_batch_size(folder, step, **settings):
     return SimpleNamespace(model=model, callback=callback, trainer=trainer, notes=notes)
 
 
-@pytest.mark.parametrize(("start_epoch", "step"), [(0, 0), (0, 3), (1, 0), (1, STEPS + 1)])
+@pytest.mark.parametrize(
+    ("start_epoch", "step"),
+    [(0, 0), pytest.param(0, 3, marks=pytest.mark.slow), pytest.param(1, 0, marks=pytest.mark.slow), (1, STEPS + 1)],
+)
 def test_a_batch_size_that_is_found_does_not_prune_twice(tmp_path, start_epoch, step):
     # of 4, and then 2 of 3 if it were done twice
     run = found_batch_size(tmp_path, step, start_epoch=start_epoch, keep_ratio=0.75)
@@ -339,7 +342,7 @@ def test_a_batch_size_that_is_found_lets_frozen_blocks_thaw_at_the_next_pruning(
     assert blocks(run.model) == 2 and frozen == {stack.kept.index(i) for i in stack.frozen}
 
 
-@pytest.mark.parametrize(("start_epoch", "step"), [(0, 0), (1, STEPS + 2)])
+@pytest.mark.parametrize(("start_epoch", "step"), [pytest.param(0, 0, marks=pytest.mark.slow), (1, STEPS + 2)])
 def test_a_batch_size_that_is_found_leaves_the_way_back_open(tmp_path, start_epoch, step):
     """Pruned, out of memory, trained, and the gate rejects: the model from before the pruning must come back."""
     untrained = weights(ZOO["bert"].model())

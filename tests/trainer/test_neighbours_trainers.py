@@ -48,7 +48,9 @@ def count(model):
     return len(model.model.encoder.layers) + len(model.model.decoder.layers)
 
 
-@pytest.mark.parametrize(("name", "second"), [("t5", "rolled back"), ("bart", "accepted")])
+@pytest.mark.parametrize(
+    ("name", "second"), [pytest.param("t5", "rolled back", marks=pytest.mark.slow), ("bart", "accepted")]
+)
 def test_the_gate_judges_by_what_a_seq2seq_model_generates(tmp_path, name, second):
     model, notes, values = ZOO[name].model(), Notes(2 * STEPS), []
     planted = {7: 0.5, 4: 0.45, 3: 0.1 if second == "rolled back" else 0.4}

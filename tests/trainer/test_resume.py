@@ -104,8 +104,14 @@ def whole(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("saving", ["steps", "epoch"])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("name", "saving"),
+    [
+        *((name, "epoch") for name in RUNS),
+        ("two prunings, frozen", "steps"),
+        *(pytest.param(name, "steps", marks=pytest.mark.slow) for name in RUNS if name != "two prunings, frozen"),
+    ],
+)
 def test_every_checkpoint_leads_to_the_same_end(tmp_path, whole, name, saving):
     arguments = {"save_strategy": saving, "save_steps": 4}
     folder, model, callback, _ = whole(name, **arguments)

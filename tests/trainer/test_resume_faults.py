@@ -244,6 +244,7 @@ def test_the_best_model_is_delivered_from_the_last_checkpoint_too(tmp_path):
         assert equal(whole.state_dict(), go(again, str(again / f"checkpoint-{step}")).state_dict()), step
 
 
+@pytest.mark.slow
 def test_saving_by_steps_and_evaluating_by_epochs(tmp_path):
     """A checkpoint at the end of an epoch is saved after the epoch's evaluation, which draws random numbers."""
     data = text_data(rows=32)  # 4 steps an epoch
@@ -325,7 +326,7 @@ def test_a_gated_run_in_one_process_twice(tmp_path):
     assert blocks(model) == 3 and callback.attempts[1]["decision"] == "rolled back"
 
 
-@pytest.mark.parametrize("only_model", [False, True])
+@pytest.mark.parametrize("only_model", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_model_init(tmp_path, only_model):
     """The Trainer makes a new model when training begins, and loads the checkpoint into it before any callback is
     asked.

@@ -183,7 +183,7 @@ def test_a_resume_with_other_settings_warns_and_the_report_tells_those_that_coun
     assert '"sparsity": 0.8' not in (tmp_path / "sparsity_report.json").read_text()
 
 
-@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ctrl_c_and_a_resume_from_before_the_zeroing_in_one_process(tmp_path, both):
     def callbacks(*more):
         return [*([pruning(num_blocks=3, start_epoch=1)] if both else []), zeroing(start_epoch=2), *more]
