@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from deeparc_hf import sparsify_model
-from deeparc_hf.sparsity.keep_zeros import Zeros
-from deeparc_hf.sparsity.masks import choose_lowest, choose_pattern, zero_chosen
+from deeparc_hf.sparsity.masks import Zeros, choose_lowest, choose_pattern, zero_chosen
 from deeparc_hf.sparsity.methods import methods
 
 from .measuring import THREADS, interval

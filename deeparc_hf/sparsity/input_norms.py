@@ -9,95 +9,172 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..architectures import Subject
+from ..core.progress_bars import bar
 from ..errors import CalibrationError, CalibrationWarning
 from ..observe.axes import Axes
-from ..observe.batches import padding_masks
+from ..observe.batches import batch_size, padding_masks
+from ..observe.calibration import Calibration
+from ..observe.forward import forward
 from ..observe.hooks import given_hidden_states, hooked
-from .matrices import Matrix
+from ..observe.rows import with_axes
+from .matrices import CONVOLUTIONS, Matrix
+from .sequential import Passes, block_by_block
 
-__all__ = ["InputNorms", "finished_norms", "warn_unmasked"]
+__all__ = ["measured_inputs"]
 
 _CHUNK = 8192  # positions that are squared in float64 at a time
+_MEASURING = "Measuring inputs"
 
 
-class InputNorms:
+def measured_inputs(
+    subject: Subject, matrices: Sequence[Matrix], calibration: Calibration, sequential: bool, progress: bool
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Measure the inputs of linear maps of a model that is evaluating: block by block, where each block may be changed
+    before the next are run, or all in one pass.
+
+    Yields:
+        The number of samples over all processes, and the norms of some maps: shape (d_in,), or (d_out, d_in) where
+        groups of rows have inputs of their own.
+
+    Raises:
+        CalibrationError: if there is no data, a map did not run, or its inputs hold NaN or infinity.
+    """
+    unmasked: set[str] = set()  # maps whose inputs include padding
+    yield from (_block_by_block if sequential else _at_once)(subject, matrices, calibration, progress, unmasked)
+    if unmasked:
+        more = f" and {len(unmasked) - 1} more" if len(unmasked) > 1 else ""
+        warnings.warn(
+            f"The positions that {min(unmasked)}{more} computes on are not those of the attention mask, so padding "
+            "counts among its inputs. Give batches of texts of about one length, or one text a batch.",
+            CalibrationWarning,
+            stacklevel=4,
+        )
+
+
+def _at_once(
+    subject: Subject, matrices: Sequence[Matrix], calibration: Calibration, progress: bool, unmasked: set[str]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    host = subject.host
+
+    def look() -> tuple[int, dict[str, Tensor]]:
+        sizes: list[int] = []
+        stacks = {matrix.stack.name: matrix.stack for matrix in matrices}
+        batches, axes = with_axes(host, stacks.values(), calibration.inputs(host))
+
+        def passes() -> Passes:
+            for inputs in batches:
+                yield inputs, partial(forward, host, inputs)
+                sizes.append(batch_size(inputs))
+                advance(sizes[-1])
+
+        with calibration.bar(_MEASURING, progress) as advance:
+            sums = _Inputs(matrices, axes, unmasked).sums(passes)
+        return sum(sizes), sums
+
+    parts = calibration.together(look)
+    samples = _require_samples(sum(seen for seen, _ in parts))
+    yield samples, _norms(matrices, [sums for _, sums in parts])
+
+
+def _block_by_block(
+    subject: Subject, matrices: Sequence[Matrix], calibration: Calibration, progress: bool, unmasked: set[str]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    host = subject.host
+    on_device = partial(_to, next(host.root.parameters()).device)
+    batches: list[dict[str, Any]] = []
+
+    def collect() -> int:
+        # kept where they came from rather than on the accelerator; copies, as a loader may fill the same tensors again
+        batches.extend(_to("cpu", inputs, copy=True) for inputs in calibration.inputs(host))
+        return sum(map(batch_size, batches))
+
+    samples = _require_samples(sum(calibration.together(collect)))
+    _, axes = with_axes(host, subject.stacks.values(), map(on_device, batches[:1]))
+    blocks: dict[str, dict[int, list[Matrix]]] = {}
+    for matrix in matrices:
+        blocks.setdefault(matrix.stack.name, {}).setdefault(matrix.block, []).append(matrix)
+    with bar(_MEASURING, progress, sum(map(len, blocks.values())), "block") as shown:
+        for name, wanted in blocks.items():
+            visits = block_by_block(host, subject.stacks[name], batches, on_device, max(wanted), calibration.together)
+            for index, passes in enumerate(visits):
+                if index in wanted:
+                    observed = _Inputs(wanted[index], axes, unmasked)
+                    parts = calibration.together(partial(observed.sums, passes))
+                    yield samples, _norms(wanted[index], parts)
+                    shown.update()
+
+
+class _Inputs:
     """Observes the inputs of matrices during forward passes.
 
     Args:
         matrices: the maps to observe.
         axes: what the dimensions of the blocks' outputs mean, by stack (`find_axes`).
+        unmasked: takes the names of the maps whose inputs include padding.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], axes: Mapping[str, Axes | str]) -> None:
-        self._matrices = list(matrices)
+    def __init__(self, matrices: Sequence[Matrix], axes: Mapping[str, Axes | str], unmasked: set[str]) -> None:
+        self._matrices = matrices
         self._axes = axes
-        self._inputs: Mapping[str, Any] = {}
+        self._unmasked = unmasked
         self._sums: dict[str, Tensor] = {}
+        # of the batch at hand
+        self._inputs: Mapping[str, Any] = {}
         self._masks: dict[str, Tensor | None] = {}  # by stack, in the order of its blocks' outputs
-        self._lost: set[str] = set()  # stacks of which it is not known which positions of the batch are padding
-        self._encoder_mask: Tensor | None = None
+        self._lost: set[str] = set()  # stacks of which it is not known which positions are padding
         self._foreign: set[int] = set()  # storage of the encoder's output, as decoder blocks are handed it
-        self.unmasked: set[str] = set()  # maps whose inputs include padding
 
-    def batch(self, inputs: Mapping[str, Any]) -> None:
-        """Say which batch comes next."""
-        self._inputs, self._masks, self._lost = inputs, {}, set()
-        self._encoder_mask = padding_masks(inputs)["encoder"]
-
-    @contextmanager
-    def observing(self) -> Iterator[None]:
-        """Hooks on the maps and on their blocks; gone afterwards."""
-        blocks = {(matrix.stack.name, matrix.block): matrix.stack.blocks[matrix.block] for matrix in self._matrices}
-        of_blocks = [(block, self._entering(name)) for (name, _), block in blocks.items()]
-        of_maps = [(matrix.module, self._hook(matrix)) for matrix in self._matrices]
-        with hooked(m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in [*of_blocks, *of_maps]):
-            yield
-
-    def sums(self) -> dict[str, Tensor]:
+    def sums(self, passes: Callable[[], Passes]) -> dict[str, Tensor]:
         """Sums of squares by matrix, on the CPU: shape (groups, inputs). Those of several processes are added up."""
+        blocks = {(matrix.stack.name, matrix.block): matrix.stack.blocks[matrix.block] for matrix in self._matrices}
+        of_blocks = [(block, partial(self._enter, name)) for (name, _), block in blocks.items()]
+        of_maps = [(matrix.module, partial(self._take, matrix)) for matrix in self._matrices]
+        with hooked(m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in [*of_blocks, *of_maps]):
+            for inputs, run in passes():
+                self._inputs, self._masks, self._lost = inputs, {}, set()
+                run()
         return {name: value.cpu() for name, value in self._sums.items()}
 
-    def _entering(self, stack: str) -> Any:
-        def enter(block: nn.Module, args: Any, kwargs: Any) -> None:
-            values = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
-            self._foreign = {
-                v.data_ptr() for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()
-            }
-            hidden, axes = given_hidden_states(args, kwargs), self._axes.get(stack)
-            if isinstance(hidden, Tensor) and isinstance(axes, Axes):
-                self._masks[stack], unknown = axes.mask_of(self._inputs, hidden.shape)
-                if unknown:
-                    self._lost.add(stack)
+    def _enter(self, stack: str, block: nn.Module, args: Any, kwargs: Any) -> None:
+        values = [*args[1:], *(value for key, value in kwargs.items() if key != "hidden_states")]
+        self._foreign = {
+            v.data_ptr() for v in values if isinstance(v, Tensor) and v.ndim == 3 and v.is_floating_point()
+        }
+        hidden, axes = given_hidden_states(args, kwargs), self._axes.get(stack)
+        if isinstance(hidden, Tensor) and isinstance(axes, Axes):
+            self._masks[stack], unknown = axes.mask_of(self._inputs, hidden.shape)
+            if unknown:
+                self._lost.add(stack)
 
-        return enter
-
-    def _hook(self, matrix: Matrix) -> Any:
-        def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            convolution = isinstance(module, (nn.Conv1d, nn.Conv2d))
-            if convolution:
-                self._note_padding(matrix, x)
-            squares = _of_convolution(module, x) if convolution else _of_rows(self._rows(matrix, x))[None]
-            known = self._sums.get(matrix.name)
-            self._sums[matrix.name] = squares if known is None else known + squares
-
-        return take
+    def _take(self, matrix: Matrix, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        if isinstance(module, CONVOLUTIONS):
+            mask = self._masks.get(matrix.stack.name)
+            # over the positions of a text: its kernel reaches over their ends
+            if mask is not None and x.ndim == 3 and len(x) == len(mask) and not bool(mask.all()):
+                self._unmasked.add(matrix.name)
+            squares = _of_convolution(module, x)
+        else:
+            squares = _of_rows(self._rows(matrix, x))[None]
+        known = self._sums.get(matrix.name)
+        self._sums[matrix.name] = squares if known is None else known + squares
 
     def _rows(self, matrix: Matrix, x: Tensor) -> Tensor:
         """The unpadded positions of a map's input, (..., d_in) -> (N, d_in)."""
         mask = self._masks.get(matrix.stack.name)
         if matrix.stack.name in self._lost:
-            self.unmasked.add(matrix.name)
+            self._unmasked.add(matrix.name)
         if matrix.stack.side == "decoder" and x.data_ptr() in self._foreign:
-            mask = self._encoder_mask  # keys and values of the cross-attention
+            mask = padding_masks(self._inputs)["encoder"]  # keys and values of the cross-attention
         rows = x.reshape(-1, x.shape[-1])
         if mask is None or bool(mask.all()):
             return rows
@@ -106,23 +183,12 @@ class InputNorms:
         unpadded = len(rows) == int(mask.sum())
         # what has another number of samples, or just one (tables of positions), knows no padding
         if not unpadded and (x.ndim == 2 or len(x) == len(mask) > 1):
-            self.unmasked.add(matrix.name)
+            self._unmasked.add(matrix.name)
         return rows
 
-    def _note_padding(self, matrix: Matrix, x: Tensor) -> None:
-        """A convolution over the positions of a text: its kernel reaches over their ends."""
-        mask = self._masks.get(matrix.stack.name)
-        if mask is not None and x.ndim == 3 and len(x) == len(mask) and not bool(mask.all()):
-            self.unmasked.add(matrix.name)
 
-
-def finished_norms(matrices: Sequence[Matrix], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The norms of what several processes saw: shape (d_in,), or (d_out, d_in) where groups of rows have inputs of
-    their own.
-
-    Raises:
-        CalibrationError: if a map did not run, or its inputs hold NaN or infinity.
-    """
+def _norms(matrices: Sequence[Matrix], parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The norms of what several processes saw."""
     norms = {}
     for matrix in matrices:
         found = [part[matrix.name] for part in parts if matrix.name in part]
@@ -144,17 +210,17 @@ def finished_norms(matrices: Sequence[Matrix], parts: Sequence[Mapping[str, Tens
     return norms
 
 
-def warn_unmasked(names: set[str]) -> None:
-    """Warn of maps whose inputs were counted with their padding."""
-    if names:
-        first = min(names)
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warnings.warn(
-            f"The positions that {first}{more} computes on are not those of the attention mask, so padding counts "
-            "among its inputs. Give batches of texts of about one length, or one text a batch.",
-            CalibrationWarning,
-            stacklevel=4,
+def _require_samples(samples: int) -> int:
+    if samples == 0:
+        raise CalibrationError(
+            "The calibration data gave no samples. Give a dataloader that is not empty; an iterator can be used only "
+            "once."
         )
+    return samples
+
+
+def _to(device: torch.device | str, inputs: Mapping[str, Any], copy: bool = False) -> dict[str, Any]:
+    return {k: value.to(device, copy=copy) if isinstance(value, Tensor) else value for k, value in inputs.items()}
 
 
 def _accumulating(x: Tensor) -> torch.dtype:
@@ -171,15 +237,12 @@ def _of_rows(rows: Tensor) -> Tensor:
 def _padding(module: nn.Module) -> list[int]:
     """Positions that a convolution adds on both sides, the last dimension first, as `pad` takes them."""
     sides: list[int] = []
-    for size, dilation, number in zip(
-        reversed(module.kernel_size), reversed(module.dilation), range(len(module.kernel_size)), strict=True
-    ):
+    for place in reversed(range(len(module.kernel_size))):
         if module.padding == "same":
-            total = dilation * (size - 1)
+            total = module.dilation[place] * (module.kernel_size[place] - 1)
             sides += [total // 2, total - total // 2]
         else:
-            both = 0 if module.padding == "valid" else module.padding[-1 - number]
-            sides += [both, both]
+            sides += [0 if module.padding == "valid" else module.padding[place]] * 2
     return sides
 
 

@@ -1,4 +1,4 @@
-"""From scores to masks: which weights of a linear map are zeroed.
+"""From scores to masks: which weights of a linear map are zeroed; and weights that stay zero.
 
 Every way to choose gives exactly what a stable sort gives. It is chosen for speed: a sort orders all, where only a
 border is needed.
@@ -6,13 +6,16 @@ border is needed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import ConfigError
+from ..errors import ConfigError, SparsityError
 
-__all__ = ["choose_lowest", "choose_pattern", "zero_chosen", "zero_others"]
+__all__ = ["Zeros", "choose_lowest", "choose_pattern", "zero_chosen"]
 
 CHUNK = 1 << 16  # scores at a time: with what is made of them they stay in a core's cache
 _DEVICE_CHUNK = 1 << 24  # on an accelerator, which needs many at a time; bounds what a sort takes beside the scores
@@ -63,18 +66,69 @@ def choose_pattern(score: Tensor, keep: int, group: int) -> Tensor:
 
 
 def zero_chosen(weight: Tensor, mask: Tensor) -> None:
-    """Zero the weights that `mask` marks, in place; see `zero_others`."""
-    zero_others(weight, ~mask)
-
-
-def zero_others(weight: Tensor, kept: Tensor) -> None:
-    """Zero the weights that `kept` does not mark, in place: what `weight.masked_fill_(~kept, 0)` does, in a fraction of
-    the time on a CPU.
+    """Zero the weights that `mask` marks, in place: what `weight.masked_fill_(mask, 0)` does, in a fraction of the time
+    on a CPU.
 
     The fill branches at every weight, and no processor predicts such a mask. Here the bits of a weight, as an integer,
     are multiplied by 0 or 1 instead. A zeroed weight becomes +0, also where it was negative or not finite.
     """
+    _zero_others(weight, ~mask)
+
+
+def _zero_others(weight: Tensor, kept: Tensor) -> None:
     weight.detach().view(_INTEGERS[weight.element_size()]).mul_(kept)
+
+
+class Zeros:
+    """Which weights of which parameters are to be zero.
+
+    Masks belong to parameters and not to names: a later pruning may renumber blocks, and a removed parameter is
+    forgotten as soon as nothing else holds it. A mask takes one byte for each weight.
+    """
+
+    def __init__(self) -> None:
+        self._kept = WeakTensorKeyDictionary()  # parameter: True where it is not zeroed
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        """Keep the weights zero where the mask is True, beside those that are kept zero already."""
+        self._kept[parameter] = self._kept[parameter] & ~mask if self.holds(parameter) else ~mask
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        """Whether zeros of this parameter are kept."""
+        return parameter in self._kept
+
+    def apply(self) -> None:
+        """Zero the weights."""
+        for parameter, kept in self._items():
+            _zero_others(parameter, kept)
+
+    def check(self, model: nn.Module) -> None:
+        """Check that all of the weights are zero.
+
+        Raises:
+            SparsityError: naming the matrices in which they are not.
+        """
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        # those of blocks that were removed, but may come back, are not the model's now
+        counts = {names[id(p)]: int((p.detach()[~kept] != 0).sum()) for p, kept in self._items() if id(p) in names}
+        broken = {name: count for name, count in counts.items() if count}
+        if broken:
+            more = f" and {len(broken) - 1} more matrices" if len(broken) > 1 else ""
+            raise SparsityError(
+                f"{sum(broken.values()):,} weights of {next(iter(broken))}{more} that were zeroed are not zero any "
+                "more: something other than the optimizer's steps has changed them (another callback, weights that "
+                "were loaded or averaged). Put WandaCallback last in the list of callbacks, or set keep_zeros=False "
+                "if the zeros are not to stay."
+            )
+
+    def _items(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for parameter, kept in self._kept.items():
+            if kept.device != parameter.device:
+                kept = self._kept[parameter] = kept.to(parameter.device)
+            yield parameter, kept
 
 
 def _mark_lowest(score: Tensor, count: int, group: int) -> Tensor:

@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import Host, Stack, Subject
 from ..errors import ConfigError, UnsupportedModelError
 
-__all__ = ["Matrix", "find_matrices", "is_sharded", "matrices_named"]
+__all__ = ["CONVOLUTIONS", "Matrix", "find_matrices", "is_sharded", "matrices_named"]
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _PACKED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 _ROUTER = re.compile(r"Router|Gating|Gate$")
 _GATES = ("gate", "router", "shared_expert_gate")
@@ -57,7 +57,7 @@ class Matrix:
     @property
     def groups(self) -> int:
         """Number of groups of output rows that meet inputs of their own: those of a convolution, else 1."""
-        return self.module.groups if isinstance(self.module, _CONVOLUTIONS) else 1
+        return self.module.groups if isinstance(self.module, CONVOLUTIONS) else 1
 
     def rows(self, weight: Tensor | None = None) -> Tensor:
         """The weight, or a tensor of its shape, as a view of shape (d_out, d_in); a convolution's inputs are channel x
@@ -176,7 +176,7 @@ def _owners(root: nn.Module) -> dict[int, dict[int, str]]:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, *_CONVOLUTIONS))
+    return isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS))
 
 
 def _refusal(module: nn.Module) -> str | None:
@@ -212,7 +212,7 @@ def _refusal(module: nn.Module) -> str | None:
 
 def _computes_plainly(module: nn.Module) -> bool:
     """Whether a Linear or a convolution computes as torch's own: weight standardization, say, would undo zeros."""
-    base = next(b for b in (nn.Linear, *_CONVOLUTIONS) if isinstance(module, b))
+    base = next(b for b in (nn.Linear, *CONVOLUTIONS) if isinstance(module, b))
     if type(module).forward is base.forward:
         return getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
     return base is nn.Linear and _tried(module)

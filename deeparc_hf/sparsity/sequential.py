@@ -8,11 +8,10 @@ instead: nothing is held, but time grows with the square of the number of blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +20,21 @@ from ..architectures import Host, Stack
 from ..observe.forward import forward
 from ..observe.hooks import hidden_states, hooked
 
-__all__ = ["block_by_block"]
+__all__ = ["Inputs", "Passes", "block_by_block"]
 
 Inputs = Mapping[str, Any]
+Passes = Iterable[tuple[Inputs, Callable[[], Any]]]  # for each batch: its inputs, and what runs the model on them
 
 
 class _ReachedError(Exception):
     """Ends a forward pass where no more of it is needed."""
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """What a block was called with. The hidden states are the first argument, or go by that name."""
 
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    kwargs: dict[str, Any]
 
     @property
     def hidden(self) -> Any:
@@ -44,16 +43,11 @@ class _Call:
     def on(self, hidden: Tensor | None) -> _Call:
         """The same call on other hidden states; None: without any, for keeping."""
         if self.args:
-            return replace(self, args=(hidden, *self.args[1:]))
-        return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})
+            return _Call((hidden, *self.args[1:]), self.kwargs)
+        return _Call((), {**self.kwargs, "hidden_states": hidden})
 
     def run(self, block: nn.Module) -> Any:
         return block(*self.args, **self.kwargs)
-
-    def others(self) -> Any:
-        """Everything but the hidden states."""
-        call = self.on(None)
-        return call.args, dict(call.kwargs)
 
 
 def block_by_block(
@@ -61,39 +55,26 @@ def block_by_block(
     stack: Stack,
     batches: Sequence[Any],
     inputs_of: Callable[[Any], Inputs],
-    visit: Callable[[int, Callable[[], Iterator[tuple[Inputs, Callable[[], None]]]]], None],
     last: int,
-    together: Callable[[Callable[[], Any]], list[Any]] = lambda work: [work()],
-) -> None:
-    """Visit the blocks of a stack in their order, up to the block `last`.
+    together: Callable[[Callable[[], Any]], list[Any]],
+) -> Iterator[Callable[[], Passes]]:
+    """Go through the blocks of a stack in their order, up to the block `last`; each may be changed before the next.
 
     Args:
         host: the model, evaluating.
         stack: the stack.
         batches: the calibration batches; they are gone through again and again.
         inputs_of: what the model takes of a batch, on its device.
-        visit: called with a block's index and a function that gives, for each batch, its inputs and what runs the block
-            on it. It may change the block.
-        last: index of the last block that is visited.
-        together: runs a function in every process and returns all results; `visit` is called in all of them alike.
+        last: index of the last block that is wanted.
+        together: runs a function in every process and returns all results; all go through the blocks alike.
+
+    Yields:
+        For each block what gives, for each batch, its inputs and what runs the block on it.
     """
-    if all(together(lambda: all(independent(host, stack, inputs_of(batch)) for batch in batches[:1]))):
-        _replay(host, stack, batches, inputs_of, visit, last, together)
-    else:
+    if not all(together(lambda: all(independent(host, stack, inputs_of(batch)) for batch in batches[:1]))):
         for index in range(last + 1):
-
-            def passes(index: int = index) -> Iterator[tuple[Inputs, Callable[[], None]]]:
-                for batch in batches:
-                    inputs = inputs_of(batch)
-                    yield inputs, partial(_run_through, host, stack, inputs, index)
-
-            visit(index, passes)
-
-
-def _replay(
-    host: Host, stack: Stack, batches: Sequence[Any], inputs_of: Any, visit: Any, last: int, together: Any
-) -> None:
-    blocks = stack.blocks
+            yield partial(_passes_through, host, stack, batches, inputs_of, index)
+        return
     calls: list[list[_Call]] = []
     hidden: list[Tensor] = []
 
@@ -105,40 +86,38 @@ def _replay(
 
     def advance(index: int) -> None:
         for number, noted in enumerate(calls):
-            hidden[number] = hidden_states(noted[index].on(hidden[number]).run(blocks[index]))
+            hidden[number] = hidden_states(noted[index].on(hidden[number]).run(stack.blocks[index]))
             noted[index] = _Call((), {})  # not needed any more
 
-    def passes(index: int) -> Iterator[tuple[Inputs, Callable[[], None]]]:
+    def passes(index: int) -> Passes:
         for batch, noted, state in zip(batches, calls, hidden, strict=True):
             # a block may work on its input in place
-            yield inputs_of(batch), partial(noted[index].on(state.clone()).run, blocks[index])
+            yield inputs_of(batch), partial(noted[index].on(state.clone()).run, stack.blocks[index])
 
     together(begin)
     for index in range(last + 1):
-        visit(index, partial(passes, index))
+        yield partial(passes, index)
         if index < last:
             together(partial(advance, index))
 
 
-def _calls(host: Host, stack: Stack, inputs: Inputs, last: int, disturbed: bool = False) -> list[_Call]:
-    """The calls of the blocks up to `last` in a forward pass, hidden states only in the first,
-    which may be disturbed.
+def _calls(
+    host: Host, stack: Stack, inputs: Inputs, last: int, whole: bool = False, disturbed: bool = False
+) -> list[_Call]:
+    """The calls of the blocks up to `last` in a forward pass, which may be disturbed in the first; hidden states only
+    in the first, unless the calls are wanted `whole`.
     """
     calls: list[_Call] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = _Call(args, kwargs)
-        if calls:
-            calls.append(call.on(None))
-        else:
-            calls.append(call.on(call.hidden.clone()))  # the block may work on it in place
+        first = not calls
+        keeps = (whole or first) and isinstance(call.hidden, Tensor)
+        calls.append(call.on(call.hidden.clone() if keeps else None))  # the block may work on it in place
         if len(calls) > last:
             raise _ReachedError
-        if disturbed and len(calls) == 1:
-            # another order of the features: whatever is chosen by them is chosen otherwise
-            call = call.on(call.hidden.flip(-1 if call.hidden.ndim == 3 else 1) * 1.5)
-            return call.args, dict(call.kwargs)
-        return None
+        # another order of the features: whatever is chosen by them is chosen otherwise
+        return call.on(call.hidden.flip(-1 if call.hidden.ndim == 3 else 1) * 1.5) if disturbed and first else None
 
     _forward_until(
         host, inputs, [block.register_forward_pre_hook(note, with_kwargs=True) for block in stack.blocks[: last + 1]]
@@ -152,39 +131,41 @@ def independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
     What else they are called with must not change when the input of the first block does.
     """
     blocks = stack.blocks
-    seen: list[_Call] = []
     outputs: list[Any] = []
-
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        call = _Call(args, dict(kwargs))
-        seen.append(call.on(call.hidden.clone()) if isinstance(call.hidden, Tensor) else call)
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
         hidden = hidden_states(output)
         outputs.append(hidden.clone() if isinstance(hidden, Tensor) else None)
 
-    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
-    handles += [block.register_forward_hook(keep) for block in blocks]
-    _forward_until(host, inputs, handles)
-    if len(seen) != len(blocks) or not all(isinstance(call.hidden, Tensor) and _plain(call.others()) for call in seen):
+    with hooked(block.register_forward_hook(keep) for block in blocks):
+        seen = _calls(host, stack, inputs, len(blocks), whole=True)
+    if len(seen) != len(blocks) or not all(_plain(call.on(None)) for call in seen):
         return False
-    if any(output is None for output in outputs):
+    given = [call.hidden for call in seen]
+    if not all(isinstance(hidden, Tensor) for hidden in [*given, *outputs]) or not all(
+        map(torch.equal, outputs, given[1:])
+    ):
         return False
-    if not all(torch.equal(output, call.hidden) for output, call in zip(outputs, seen[1:], strict=False)):
-        return False
-    if not torch.equal(hidden_states(seen[0].on(seen[0].hidden.clone()).run(blocks[0])), outputs[0]):
+    if not torch.equal(hidden_states(seen[0].on(given[0].clone()).run(blocks[0])), outputs[0]):
         return False
     again = _calls(host, stack, inputs, len(blocks) - 1, disturbed=True)
-    return all(_same(one.others(), other.others()) for one, other in zip(seen, again, strict=True))
+    return all(_same(one.on(None), other.on(None)) for one, other in zip(seen, again, strict=True))
 
 
-def _run_through(host: Host, stack: Stack, inputs: Inputs, index: int) -> None:
-    """Run the model up to the end of one block."""
+def _passes_through(
+    host: Host, stack: Stack, batches: Sequence[Any], inputs_of: Callable[[Any], Inputs], index: int
+) -> Passes:
+    """Runs of the model up to the end of one block."""
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _ReachedError
 
-    _forward_until(host, inputs, [stack.blocks[index].register_forward_hook(stop)])
+    def run(inputs: Inputs) -> None:
+        _forward_until(host, inputs, [stack.blocks[index].register_forward_hook(stop)])
+
+    for batch in batches:
+        inputs = inputs_of(batch)
+        yield inputs, partial(run, inputs)
 
 
 def _forward_until(host: Host, inputs: Inputs, handles: Sequence[Any]) -> None:

@@ -5,37 +5,29 @@ in the record.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..architectures import Host, Stack, Subject, describe
+from ..architectures import Subject, describe
 from ..architectures.hosts import is_adapted
 from ..checkpoint.record import PrunedConfig, current_record
 from ..core.environment import package_versions
-from ..core.progress_bars import bar
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, ConfigError, RecordError, UnsupportedModelError
-from ..observe.axes import Axes
-from ..observe.batches import batch_size
 from ..observe.calibration import Calibration
-from ..observe.forward import evaluating, forward, require_weights
-from ..observe.rows import with_axes
+from ..observe.forward import evaluating, require_weights
 from .config import WandaConfig
-from .input_norms import InputNorms, finished_norms, warn_unmasked
+from .input_norms import measured_inputs
 from .masks import choose_lowest, choose_pattern, zero_chosen
 from .matrices import Matrix, find_matrices, matrices_named
-from .methods import SparsityMethod, methods
+from .methods import methods
 from .report import MatrixSparsity, SparsityReport
-from .sequential import block_by_block
 
 __all__ = ["matrices_for", "recorded_mask", "recorded_matrices", "sparsify", "sparsify_model"]
-
-
-_MEASURING = "Measuring inputs"
 
 
 def sparsify_model(
@@ -102,23 +94,28 @@ def sparsify(
     matrices = matrices_for(subject, config)
     require_weights(host, UnsupportedModelError)
     earlier = (record.sparsity or {}).get("matrices", {})
-    work = _Work(host, config, calibration, progress, earlier)
+    own = {matrix.name: matrix for matrix in matrices}
+    asked: dict[str, int] = {}
+    masks: dict[str, Tensor] = {}
     with Transaction() as transaction:
-        work.transaction = transaction
-        samples = 0
         with evaluating(host.root):
-            if not work.method.needs_inputs:
-                work.choose(matrices, None)
-            else:
-                samples = work.with_inputs(subject.stacks, matrices)
-        measured = {m.name: MatrixSparsity.measured(m, work.asked[m.name]) for m in matrices}
-        entry = {name: {"zeros": int(mask.sum()), "size": mask.numel()} for name, mask in work.masks.items()}
+            for seen, norms in _measured(subject, matrices, calibration, config, progress):
+                samples = seen
+                for name, norm in norms.items():
+                    weight, mask = own[name].weight.detach(), _chosen(own[name], config, norm)
+                    asked[name], masks[name] = int(mask.sum()), mask
+                    if name in earlier:
+                        masks[name] = mask | recorded_mask(own[name], earlier[name]["zeros"])
+                    transaction.on_failure(partial(_bring_back, weight, mask, weight[mask]))
+                    zero_chosen(weight, mask)
+        found = {name: MatrixSparsity.measured(matrix, asked[name]) for name, matrix in own.items()}
+        entry = {name: {"zeros": int(mask.sum()), "size": mask.numel()} for name, mask in masks.items()}
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
         host.own_configs(transaction)
         host.set_record(
             dataclasses.replace(record, sparsity=sparsity, versions=record.versions or package_versions()).to_dict()
         )
-    return SparsityReport(config, measured, samples), work.masks
+    return SparsityReport(config, found, samples), masks
 
 
 def matrices_for(subject: Subject, config: WandaConfig) -> list[Matrix]:
@@ -128,8 +125,9 @@ def matrices_for(subject: Subject, config: WandaConfig) -> list[Matrix]:
         ConfigError, UnsupportedModelError: as `find_matrices`, and if a pattern does not fit one of them.
     """
     matrices = find_matrices(subject, config.targets)
-    for matrix in matrices if config.group is not None else ():
-        inputs, size = matrix.rows().shape[1], (config.group or (1, 1))[1]
+    _, size = config.group or (1, 1)
+    for matrix in matrices:
+        inputs = matrix.rows().shape[1]
         if inputs % size:
             raise ConfigError(
                 f"The pattern {config.pattern} needs a number of inputs divisible by {size}, but {matrix.name} has "
@@ -177,148 +175,37 @@ def recorded_mask(matrix: Matrix, count: int) -> Tensor:
     return matrix.shaped(chosen if rest == 0 and int(chosen.sum()) == count else zeros)
 
 
-class _Work:
-    """One sparsification: measures, chooses, zeroes; `transaction` brings the weights back if it fails."""
-
-    def __init__(
-        self,
-        host: Host,
-        config: WandaConfig,
-        calibration: Calibration | None,
-        progress: bool,
-        earlier: Mapping[str, Any],
-    ) -> None:
-        self.method: SparsityMethod = methods.get(config.method)()
-        self.masks: dict[str, Tensor] = {}
-        self.asked: dict[str, int] = {}
-        self.transaction = Transaction()
-        self._host = host
-        self._config = config
-        self._earlier = earlier
-        self._calibration = calibration
-        self._progress = progress
-        self._unmasked: set[str] = set()
-        self._axes: Mapping[str, Axes | str] = {}
-
-    def with_inputs(self, stacks: Mapping[str, Stack], matrices: Sequence[Matrix]) -> int:
-        """Choose by the inputs that the calibration data brings; returns the number of samples over all processes."""
-        if self._calibration is None:
-            raise CalibrationError(
-                f"The method {self._config.method!r} needs calibration data. Give a dataloader, or method='magnitude'."
-            )
-        samples = (
-            self._block_by_block(stacks, matrices, self._calibration)
-            if self._config.sequential
-            else self._at_once(matrices, self._calibration)
+def _measured(
+    subject: Subject,
+    matrices: Sequence[Matrix],
+    calibration: Calibration | None,
+    config: WandaConfig,
+    progress: bool,
+) -> Iterable[tuple[int, Mapping[str, Tensor | None]]]:
+    """The number of samples, and the norms of inputs by matrix, as they become known; None where the method needs
+    none.
+    """
+    if not methods.get(config.method).needs_inputs:
+        return [(0, {matrix.name: None for matrix in matrices})]
+    if calibration is None:
+        raise CalibrationError(
+            f"The method {config.method!r} needs calibration data. Give a dataloader, or method='magnitude'."
         )
-        warn_unmasked(self._unmasked)
-        return samples
+    return measured_inputs(subject, matrices, calibration, config.sequential, progress)
 
-    def choose(self, matrices: Sequence[Matrix], norms: Mapping[str, Tensor] | None) -> None:
-        """Choose the weights of some matrices by their scores, and zero them."""
-        group = self._config.group
-        for matrix in matrices:
-            weight = matrix.weight.detach()
-            if not bool(torch.isfinite(weight).all()):
-                raise CalibrationError(
-                    f"The weights of {matrix.name} hold NaN or infinity, so they cannot be compared. Check the model."
-                )
-            norm = None if norms is None else norms[matrix.name].to(weight.device)
-            score = self.method.score(matrix.rows(weight), norm)
-            chosen = choose_lowest(score, self._config.sparsity) if group is None else choose_pattern(score, *group)
-            mask = matrix.shaped(chosen)
-            known = recorded_mask(matrix, self._earlier[matrix.name]["zeros"]) if matrix.name in self._earlier else None
-            self.transaction.on_failure(partial(_bring_back, weight, mask, weight[mask]))
-            zero_chosen(weight, mask)
-            self.masks[matrix.name], self.asked[matrix.name] = (
-                mask | known if known is not None else mask,
-                int(mask.sum()),
-            )
 
-    def _at_once(self, matrices: Sequence[Matrix], calibration: Calibration) -> int:
-        def look() -> tuple[int, dict[str, Tensor]]:
-            seen = 0
-            stacks = {matrix.stack.name: matrix.stack for matrix in matrices}
-            batches, axes = with_axes(self._host, stacks.values(), calibration.inputs(self._host))
-            norms = InputNorms(matrices, axes)
-            with norms.observing(), calibration.bar(_MEASURING, self._progress) as advance:
-                for inputs in batches:
-                    norms.batch(inputs)
-                    forward(self._host, inputs)
-                    seen += batch_size(inputs)
-                    advance(batch_size(inputs))
-            self._unmasked |= norms.unmasked
-            return seen, norms.sums()
-
-        parts = calibration.together(look)
-        samples = _require_samples(sum(part[0] for part in parts))
-        self.choose(matrices, finished_norms(matrices, [part[1] for part in parts]))
-        return samples
-
-    def _block_by_block(self, stacks: Mapping[str, Stack], matrices: Sequence[Matrix], calibration: Calibration) -> int:
-        batches: list[dict[str, Any]] = []
-
-        def collect() -> int:
-            # kept where they came from rather than on the accelerator
-            batches.extend(_on_cpu(inputs) for inputs in calibration.inputs(self._host))
-            return sum(map(batch_size, batches))
-
-        samples = _require_samples(sum(calibration.together(collect)))
-        device = next(self._host.root.parameters()).device
-        _, self._axes = with_axes(self._host, stacks.values(), (_to(device, inputs) for inputs in batches[:1]))
-        with bar(_MEASURING, self._progress, len({(m.stack.name, m.block) for m in matrices}), "block") as shown:
-            for stack in stacks.values():
-                own = [matrix for matrix in matrices if matrix.stack.name == stack.name]
-                if own:
-                    visit = partial(self._visit, own, shown, calibration)
-                    last = max(matrix.block for matrix in own)
-                    block_by_block(self._host, stack, batches, partial(_to, device), visit, last, calibration.together)
-        return samples
-
-    def _visit(
-        self,
-        own: Sequence[Matrix],
-        shown: Any,
-        calibration: Calibration,
-        index: int,
-        passes: Callable[[], Iterator[tuple[Mapping[str, Any], Callable[[], Any]]]],
-    ) -> None:
-        here = [matrix for matrix in own if matrix.block == index]
-        if not here:
-            return
-        norms = InputNorms(here, self._axes)
-
-        def look() -> dict[str, Tensor]:
-            with norms.observing():
-                for inputs, run in passes():
-                    norms.batch(inputs)
-                    run()
-            return norms.sums()
-
-        parts = calibration.together(look)
-        self._unmasked |= norms.unmasked
-        self.choose(here, finished_norms(here, parts))
-        shown.update()
+def _chosen(matrix: Matrix, config: WandaConfig, norm: Tensor | None) -> Tensor:
+    """The weights of a matrix to zero by their scores, in the shape of its weight."""
+    weight = matrix.weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise CalibrationError(
+            f"The weights of {matrix.name} hold NaN or infinity, so they cannot be compared. Check the model."
+        )
+    method, group = methods.get(config.method)(), config.group
+    score = method.score(matrix.rows(weight), None if norm is None else norm.to(weight.device))
+    return matrix.shaped(choose_lowest(score, config.sparsity) if group is None else choose_pattern(score, *group))
 
 
 def _bring_back(weight: Tensor, mask: Tensor, values: Tensor) -> None:
     with torch.no_grad():
         weight[mask] = values
-
-
-def _require_samples(samples: int) -> int:
-    if samples == 0:
-        raise CalibrationError(
-            "The calibration data gave no samples. Give a dataloader that is not empty; an iterator can be used only "
-            "once."
-        )
-    return samples
-
-
-def _on_cpu(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies: a data loader may fill the same tensors again."""
-    return {key: value.to("cpu", copy=True) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-
-
-def _to(device: torch.device, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}

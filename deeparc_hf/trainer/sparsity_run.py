@@ -19,7 +19,7 @@ from ..observe.training_calibration import TrainingCalibration
 from ..reports.attempts import Evaluation
 from ..reports.provenance import TIMES
 from ..sparsity.config import WandaConfig
-from ..sparsity.keep_zeros import Zeros
+from ..sparsity.masks import Zeros
 from ..sparsity.report import SparsityReport
 from ..sparsity.sparsify import recorded_mask, recorded_matrices, sparsify
 from .ending import NEXT
