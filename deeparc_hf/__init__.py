@@ -15,67 +15,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .architectures import Stack, find_stacks
-    from .checkpoint.loading import load_pruned, save_pruned
-    from .checkpoint.record import PrunedConfig
-    from .distillation.config import DistillConfig
-    from .healing.heal import heal_model
-    from .pruning.config import MPruneConfig
-    from .pruning.plan import PruningPlan
-    from .pruning.prune import analyze, prune_model
-    from .pruning.surgery import apply_plan, remove_blocks
-    from .publish import create_model_card
-    from .publish.push import push_to_hub
-    from .sparsity.config import WandaConfig
-    from .sparsity.sparsify import sparsify_model
-    from .trainer import MPruneCallback, WandaCallback
+    from .architectures import Stack as Stack
+    from .architectures import find_stacks as find_stacks
+    from .checkpoint.loading import load_pruned as load_pruned
+    from .checkpoint.loading import save_pruned as save_pruned
+    from .checkpoint.record import PrunedConfig as PrunedConfig
+    from .distillation.config import DistillConfig as DistillConfig
+    from .healing.heal import heal_model as heal_model
+    from .pruning.config import MPruneConfig as MPruneConfig
+    from .pruning.plan import PruningPlan as PruningPlan
+    from .pruning.prune import analyze as analyze
+    from .pruning.prune import prune_model as prune_model
+    from .pruning.surgery import apply_plan as apply_plan
+    from .pruning.surgery import remove_blocks as remove_blocks
+    from .publish import create_model_card as create_model_card
+    from .publish.push import push_to_hub as push_to_hub
+    from .sparsity.config import WandaConfig as WandaConfig
+    from .sparsity.sparsify import sparsify_model as sparsify_model
+    from .trainer import MPruneCallback as MPruneCallback
+    from .trainer import WandaCallback as WandaCallback
 
 __version__ = "0.1.0.dev0"
 
-_HOMES = {
-    "DistillConfig": "distillation.config",
-    "MPruneCallback": "trainer",
-    "MPruneConfig": "pruning.config",
-    "PrunedConfig": "checkpoint.record",
-    "PruningPlan": "pruning.plan",
-    "Stack": "architectures",
-    "WandaCallback": "trainer",
-    "WandaConfig": "sparsity.config",
-    "analyze": "pruning.prune",
-    "apply_plan": "pruning.surgery",
-    "create_model_card": "publish",
-    "find_stacks": "architectures",
-    "heal_model": "healing.heal",
-    "load_pruned": "checkpoint.loading",
-    "prune_model": "pruning.prune",
-    "push_to_hub": "publish.push",
-    "remove_blocks": "pruning.surgery",
-    "save_pruned": "checkpoint.loading",
-    "sparsify_model": "sparsity.sparsify",
+_NAMES = {
+    "architectures": ["Stack", "find_stacks"],
+    "checkpoint.loading": ["load_pruned", "save_pruned"],
+    "checkpoint.record": ["PrunedConfig"],
+    "distillation.config": ["DistillConfig"],
+    "healing.heal": ["heal_model"],
+    "pruning.config": ["MPruneConfig"],
+    "pruning.plan": ["PruningPlan"],
+    "pruning.prune": ["analyze", "prune_model"],
+    "pruning.surgery": ["apply_plan", "remove_blocks"],
+    "publish": ["create_model_card"],
+    "publish.push": ["push_to_hub"],
+    "sparsity.config": ["WandaConfig"],
+    "sparsity.sparsify": ["sparsify_model"],
+    "trainer": ["MPruneCallback", "WandaCallback"],
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
-__all__ = [
-    "DistillConfig",
-    "MPruneCallback",
-    "MPruneConfig",
-    "PrunedConfig",
-    "PruningPlan",
-    "Stack",
-    "WandaCallback",
-    "WandaConfig",
-    "__version__",
-    "analyze",
-    "apply_plan",
-    "create_model_card",
-    "find_stacks",
-    "heal_model",
-    "load_pruned",
-    "prune_model",
-    "push_to_hub",
-    "remove_blocks",
-    "save_pruned",
-    "sparsify_model",
-]
+__all__ = sorted(["__version__", *_HOMES])
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import ConfigError, DeepArcWarning
+from .checks import MalformedError, read_json
 from .plain_text import did_you_mean, listed, quoted
 
 __all__ = ["Settings", "percent_hint", "setting", "shown"]
@@ -73,16 +74,11 @@ class Settings:
     @classmethod
     def from_json(cls, text_or_path: str | Path) -> Self:
         """Read from a JSON text, or from the file at a path."""
-        text = (
-            text_or_path
-            if isinstance(text_or_path, str) and text_or_path.lstrip().startswith("{")
-            else Path(text_or_path).read_text("utf-8")
-        )
+        is_text = isinstance(text_or_path, str) and text_or_path.lstrip().startswith("{")
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"These settings are not JSON: {error}.") from error
-        return cls.from_dict(data)
+            return cls.from_dict(read_json(text_or_path if is_text else Path(text_or_path)))
+        except MalformedError as error:
+            raise ConfigError(f"These settings are not JSON: {error.__cause__ or error}.") from error
 
     @classmethod
     def from_settings(cls, config: Self | None, settings: Mapping[str, Any]) -> Self:
@@ -111,19 +107,15 @@ class Settings:
         """Check each value against the type of its field."""
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
-            value = getattr(self, spec.name)
+            value, hint = getattr(self, spec.name), hints[spec.name]
+            takes_float = float in (hint, *typing.get_args(hint))
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{spec.name} must be a finite number, found {value}.")
-            # no float can hold it, and none could be shown
-            if (
-                type(value) is int
-                and float in (hint := hints[spec.name], *typing.get_args(hint))
-                and abs(value) > 1e300
-            ):
+            if type(value) is int and takes_float and abs(value) > 1e300:  # no float can hold it, none could be shown
                 raise ConfigError(f"{spec.name} must be a finite number, found {shown(value)}.")
-            if not _fits(value, hints[spec.name]):
+            if not _fits(value, hint):
                 raise ConfigError(
-                    f"{spec.name} must be {_words(hints[spec.name])}, found {quoted(value)} ({type(value).__name__})."
+                    f"{spec.name} must be {_words(hint)}, found {quoted(value)} ({type(value).__name__})."
                 )
 
     def _check_choices(self, more: Mapping[str, str] | None = None) -> None:
@@ -155,30 +147,18 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         key, item = typing.get_args(hint)
         return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
-    if hint is float:
-        # an int may be too large for a float
-        return (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and (isinstance(value, int) or math.isfinite(value))
-        )
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if hint is float:  # an int may be too large for one
+        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
     return isinstance(value, hint)
 
 
 def _words(hint: Any) -> str:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    return " or ".join(_word(option) for option in options)
-
-
-def _word(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_words, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:  # written as a list, by those who do not care
         return f"a list of {_words(typing.get_args(hint)[0])}"
-    return (
-        "None"
-        if hint is type(None)
-        else hint.__name__
-        if isinstance(hint, type) and not typing.get_args(hint)
-        else str(hint)
-    )
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
