@@ -15,13 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import DeepArcError, SurgeryError
 
 __all__ = ["agree", "follow_in_wrapper", "gather", "process_count", "process_index", "rebuild_reducer"]
-
-_pending: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
 
 
 def process_count() -> int:
@@ -73,18 +70,21 @@ def follow_in_wrapper(model: nn.Module) -> None:
     pass.
 
     The Trainer keeps the wrapper to itself, so it is met when it is called: a hook on all modules waits for it, and is
-    gone afterwards.
+    gone afterwards, or with the model. Two that wait do the same twice.
     """
     # one process that a launcher has started is wrapped too
-    if not (dist.is_available() and dist.is_initialized()) or model in _pending:
+    if not (dist.is_available() and dist.is_initialized()):
         return
+    followed = weakref.ref(model)
 
     def meet(module: nn.Module, args: Any) -> None:
-        if isinstance(module, DistributedDataParallel) and any(inner is model for inner in module.modules()):
-            _pending.pop(model).remove()
+        if followed() is None:
+            handle.remove()
+        elif isinstance(module, DistributedDataParallel) and any(inner is followed() for inner in module.modules()):
+            handle.remove()
             rebuild_reducer(module)
 
-    _pending[model] = register_module_forward_pre_hook(meet)
+    handle = register_module_forward_pre_hook(meet)
 
 
 def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
