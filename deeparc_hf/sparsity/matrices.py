@@ -24,6 +24,7 @@ from ..errors import ConfigError, UnsupportedModelError
 __all__ = ["CONVOLUTIONS", "Matrix", "find_matrices", "is_sharded", "matrices_named"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+_MAPS = (nn.Linear, Conv1D, *CONVOLUTIONS)
 _PACKED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 _ROUTER = re.compile(r"Router|Gating|Gate$")
 _GATES = ("gate", "router", "shared_expert_gate")
@@ -95,17 +96,22 @@ def find_matrices(subject: Subject, targets: Sequence[str] | None = None) -> lis
         )
     found, refused = _survey(subject)
     _check_patterns(targets, [matrix.name for matrix in found] + list(refused), host)
-    for name, reason in refused.items():
-        if _wanted(name, targets, host):
+
+    def is_wanted(name: str) -> bool:
+        return targets is None or any(_matches(name, pattern, host) for pattern in targets)
+
+    for name in filter(is_wanted, refused):
+        advice = ""
+        if found:
             advice = (
-                "To leave it out, name the maps that are meant: targets=[...], patterns of module "
-                f"paths{_example(found)}."
+                " To leave it out, name the maps that are meant: targets=[...], patterns of module paths such as "
+                f"'*.{found[0].role}'."
             )
-            raise UnsupportedModelError(
-                f"The weights of {name} of {host.label} cannot be zeroed one by one: {reason}. Nothing was changed."
-                f"{f' {advice}' if found else ''}"
-            )
-    wanted = [matrix for matrix in found if _wanted(matrix.name, targets, host)]
+        raise UnsupportedModelError(
+            f"The weights of {name} of {host.label} cannot be zeroed one by one: {refused[name]}. Nothing was changed."
+            f"{advice}"
+        )
+    wanted = [matrix for matrix in found if is_wanted(matrix.name)]
     if not wanted:
         raise UnsupportedModelError(
             f"The blocks of {host.label} hold no linear maps (Linear, Conv1D, Conv1d, Conv2d) to sparsify."
@@ -120,28 +126,26 @@ def matrices_named(subject: Subject, names: Collection[str]) -> dict[str, Matrix
 
 def is_sharded(root: nn.Module) -> bool:
     """Whether the parameters of a model are spread over processes."""
-    if any(
-        type(module).__name__.startswith(("FullyShardedDataParallel", "DeepSpeedEngine")) for module in root.modules()
-    ):
-        return True
-    return any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in root.parameters())
+    wrappers = ("FullyShardedDataParallel", "DeepSpeedEngine")
+    return any(type(module).__name__.startswith(wrappers) for module in root.modules()) or any(
+        type(parameter).__name__ == "DTensor" or hasattr(parameter, "ds_id") for parameter in root.parameters()
+    )
 
 
 def _survey(subject: Subject) -> tuple[list[Matrix], dict[str, str]]:
     """All linear maps of the blocks, and those whose weights cannot be zeroed one by one, each with the reason."""
     found: list[Matrix] = []
     refused: dict[str, str] = {}
-    owners = _owners(subject.root)
+    owners: dict[int, dict[int, str]] = defaultdict(dict)  # of each parameter, each with a path that leads to it
+    for path, module in subject.root.named_modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)][id(module)] = path
     for name, module, stack, block in _modules(subject.stacks):
-        reason = _refusal(module)
-        if reason is None and _is_matrix(module):
-            others = [path for owner, path in owners[id(module._parameters["weight"])].items() if owner != id(module)]
-            if others:
-                reason = f"its weight is tied to that of {others[0]}, which would get the zeros too"
-            else:
-                found.append(Matrix(name, module, stack, block))
+        reason = _refusal(module, owners)
         if reason is not None:
             refused[name] = reason
+        elif isinstance(module, _MAPS):
+            found.append(Matrix(name, module, stack, block))
     return found, refused
 
 
@@ -165,39 +169,25 @@ def _routes(block: nn.Module, path: str, module: nn.Module) -> bool:
     return name in _GATES and any("expert" in child for child in siblings if child != name)
 
 
-def _owners(root: nn.Module) -> dict[int, dict[int, str]]:
-    """The modules that hold each parameter, each with a path that leads to it."""
-    owners: dict[int, dict[int, str]] = defaultdict(dict)
-    for path, module in root.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[id(parameter)][id(module)] = path
-    return owners
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS))
-
-
-def _refusal(module: nn.Module) -> str | None:
+def _refusal(module: nn.Module, owners: Mapping[int, Mapping[int, str]]) -> str | None:
     """Why a module's weights cannot be zeroed one by one; None if they can, or if it has none that would be."""
     kind = type(module)
-    tensors = {**module._parameters, **module._buffers}
-    packed = [
-        name
-        for name, t in tensors.items()
-        if t is not None and t.ndim > 1 and (t.dtype in _PACKED or name.startswith("qweight"))
-    ]
+    packed = any(
+        t is not None and t.ndim > 1 and (t.dtype in _PACKED or name.startswith("qweight"))
+        for name, t in {**module._parameters, **module._buffers}.items()
+    )
     if packed or kind.__module__.startswith(("torch.ao.nn.quantized", "bitsandbytes.")):
         return f"it is packed by quantization ({kind.__name__}); sparsify the model first and quantize it afterwards"
-    if _is_matrix(module):
+    if isinstance(module, _MAPS):
         weight = module._parameters.get("weight")
         if weight is None:
             return f"its weight is computed from something else ({kind.__name__}, a parametrization)"
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
             return f"it stores its weight as {type(weight.data).__name__} of {weight.dtype}, and not as plain numbers"
-        own = kind.forward is not Conv1D.forward if isinstance(module, Conv1D) else not _computes_plainly(module)
-        return f"{kind.__name__} does not compute with its weight as it is stored" if own else None
+        if not _computes_plainly(module):
+            return f"{kind.__name__} does not compute with its weight as it is stored"
+        others = [path for owner, path in owners[id(weight)].items() if owner != id(module)]
+        return f"its weight is tied to that of {others[0]}, which would get the zeros too" if others else None
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention computes with its matrices in one fused call, whose inputs cannot be observed"
     fused = [name for name, p in module._parameters.items() if p is not None and p.ndim > 2 and max(p.shape[1:]) > 1]
@@ -211,8 +201,8 @@ def _refusal(module: nn.Module) -> str | None:
 
 
 def _computes_plainly(module: nn.Module) -> bool:
-    """Whether a Linear or a convolution computes as torch's own: weight standardization, say, would undo zeros."""
-    base = next(b for b in (nn.Linear, *CONVOLUTIONS) if isinstance(module, b))
+    """Whether a map computes as its library's own: weight standardization, say, would undo zeros."""
+    base = next(b for b in _MAPS if isinstance(module, b))
     if type(module).forward is base.forward:
         return getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
     return base is nn.Linear and _tried(module)
@@ -231,10 +221,6 @@ def _tried(module: nn.Linear) -> bool:
         return False
 
 
-def _wanted(name: str, targets: Sequence[str] | None, host: Host) -> bool:
-    return targets is None or any(_matches(name, pattern, host) for pattern in targets)
-
-
 def _matches(name: str, pattern: str, host: Host) -> bool:
     """Patterns may name modules with or without the prefix of the headless model ("bert.")."""
     return fnmatchcase(name, pattern) or fnmatchcase(name.removeprefix(f"{host.base_prefix}."), pattern)
@@ -250,7 +236,3 @@ def _check_patterns(targets: Sequence[str] | None, names: Sequence[str], host: H
             f"targets: {pattern!r} matches no linear map in the blocks of {host.label} (embeddings, heads, stems are "
             f"left alone). {hint} Found, for example: {', '.join(list(names)[:4])}."
         )
-
-
-def _example(found: Sequence[Matrix]) -> str:
-    return f" such as '*.{found[0].role}'" if found else ""

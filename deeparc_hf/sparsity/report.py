@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from ..core.markdown import table
 from ..core.plain_text import plain
 from ..core.tables import html_table
 from .config import WandaConfig
-from .matrices import Matrix
 
 __all__ = ["MatrixSparsity", "SparsityReport", "sparsity_table"]
 
@@ -42,19 +41,6 @@ class MatrixSparsity:
     stack: str
     role: str
 
-    @classmethod
-    def measured(cls, matrix: Matrix, asked: int) -> MatrixSparsity:
-        """Count the zeros of a matrix as it is now."""
-        weight = matrix.weight.detach()
-        return cls(asked, int((weight == 0).sum()), weight.numel(), matrix.stack.name, matrix.role)
-
-    @classmethod
-    def read(cls, entry: Entry) -> MatrixSparsity:
-        """The inverse of `dataclasses.asdict`. The numbers are checked, and the names made plain text."""
-        size = entry["size"].whole()
-        stack, role = plain(entry["stack"].value), plain(entry["role"].value)
-        return cls(entry["asked"].whole(), entry["zeros"].whole(0, size), size, stack, role)
-
 
 @dataclass(frozen=True)
 class SparsityReport:
@@ -75,12 +61,16 @@ class SparsityReport:
         """Share of all weights of the matrices that was to be zeroed; less than `config.sparsity` where rows do not
         divide evenly.
         """
-        return sum(m.asked for m in self.matrices.values()) / max(1, sum(m.size for m in self.matrices.values()))
+        return sum(m.asked for m in self.matrices.values()) / self._size
 
     @property
     def measured(self) -> float:
         """Share of all weights of the matrices that is zero."""
-        return sum(m.zeros for m in self.matrices.values()) / max(1, sum(m.size for m in self.matrices.values()))
+        return sum(m.zeros for m in self.matrices.values()) / self._size
+
+    @property
+    def _size(self) -> int:
+        return max(1, sum(m.size for m in self.matrices.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -99,8 +89,11 @@ class SparsityReport:
         Raises:
             MalformedError: if the data is not a report.
         """
-        entry = Entry(data)
-        matrices = {name: MatrixSparsity.read(matrix) for name, matrix in entry["matrices"].entries(2**16).items()}
+        entry, matrices = Entry(data), {}
+        for name, matrix in entry["matrices"].entries(2**16).items():
+            size, asked = matrix["size"].whole(), matrix["asked"].whole()
+            names = plain(matrix["stack"].value), plain(matrix["role"].value)
+            matrices[name] = MatrixSparsity(asked, matrix["zeros"].whole(0, size), size, *names)
         return cls(WandaConfig.from_dict(entry["config"].value), matrices, entry["samples"].whole())
 
     def to_json(self, path: str | Path) -> None:
@@ -109,7 +102,7 @@ class SparsityReport:
 
     def to_markdown(self) -> str:
         """Heading, what was done, and the table."""
-        return f"# Sparsity report\n\n{self._summary()}\n\n{sparsity_table(list(self.matrices.values()))}\n\n{NOTE}\n"
+        return f"# Sparsity report\n\n{self._summary()}\n\n{sparsity_table(self.matrices.values())}\n\n{NOTE}\n"
 
     def _summary(self) -> str:
         c = self.config
@@ -123,18 +116,18 @@ class SparsityReport:
         )
 
     def _repr_html_(self) -> str:
-        return html_table(self._summary(), _COLUMNS, _rows(list(self.matrices.values())))
+        return html_table(self._summary(), _COLUMNS, _rows(self.matrices.values()))
 
     def __str__(self) -> str:
-        return f"{self._summary()}\n{sparsity_table(list(self.matrices.values()))}"
+        return f"{self._summary()}\n{sparsity_table(self.matrices.values())}"
 
 
-def sparsity_table(matrices: Sequence[MatrixSparsity]) -> str:
+def sparsity_table(matrices: Iterable[MatrixSparsity]) -> str:
     """The Markdown table: a row for each kind of map of each stack."""
     return table(_COLUMNS, _rows(matrices), left=(0, 1))
 
 
-def _rows(matrices: Sequence[MatrixSparsity]) -> list[list[str]]:
+def _rows(matrices: Iterable[MatrixSparsity]) -> list[list[str]]:
     groups: dict[tuple[str, str], list[MatrixSparsity]] = {}
     for matrix in matrices:
         groups.setdefault((matrix.stack, matrix.role), []).append(matrix)

@@ -108,7 +108,10 @@ def sparsify(
                         masks[name] = mask | recorded_mask(own[name], earlier[name]["zeros"])
                     transaction.on_failure(partial(_bring_back, weight, mask, weight[mask]))
                     zero_chosen(weight, mask)
-        found = {name: MatrixSparsity.measured(matrix, asked[name]) for name, matrix in own.items()}
+        found = {
+            name: MatrixSparsity(asked[name], _zeros(matrix), matrix.weight.numel(), matrix.stack.name, matrix.role)
+            for name, matrix in own.items()
+        }
         entry = {name: {"zeros": int(mask.sum()), "size": mask.numel()} for name, mask in masks.items()}
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
         host.own_configs(transaction)
@@ -152,7 +155,7 @@ def recorded_matrices(model: nn.Module | Subject, record: PrunedConfig) -> dict[
             raise RecordError(
                 f"The record lists {name!r} with {entry['size']:,} weights as sparse, but the model {what}."
             )
-        zeros = int((own[name].weight.detach() == 0).sum())
+        zeros = _zeros(own[name])
         if zeros < entry["zeros"]:
             raise RecordError(
                 f"By the record {entry['zeros']:,} of the {entry['size']:,} weights of {name} are zero, but in the "
@@ -204,6 +207,10 @@ def _chosen(matrix: Matrix, config: WandaConfig, norm: Tensor | None) -> Tensor:
     method, group = methods.get(config.method)(), config.group
     score = method.score(matrix.rows(weight), None if norm is None else norm.to(weight.device))
     return matrix.shaped(choose_lowest(score, config.sparsity) if group is None else choose_pattern(score, *group))
+
+
+def _zeros(matrix: Matrix) -> int:
+    return int((matrix.weight.detach() == 0).sum())
 
 
 def _bring_back(weight: Tensor, mask: Tensor, values: Tensor) -> None:
