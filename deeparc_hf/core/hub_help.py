@@ -16,8 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ["hub_help", "is_connection_error", "no_answer", "notes_of", "upload_help"]
-
+__all__ = ["hub_help", "is_connection_error", "no_answer", "notes_of"]
 
 _BROKE_OFF = (
     "The upload broke off, and the repository is as its last commit left it. Check the connection and the space on the "
@@ -26,29 +25,25 @@ _BROKE_OFF = (
 
 
 @contextmanager
-def hub_help(repo_id: object) -> Iterator[None]:
-    """Add a note to errors of the Hub that leave the block: what to do about it."""
-    try:
-        yield
-    except Exception as error:
-        ours = isinstance(error, (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled))
-        if (ours or is_connection_error(error)) and not notes_of(error):
-            error.add_note(_help(error, str(repo_id)))
-        raise
+def hub_help(repo_id: object, uploads: bool = False) -> Iterator[None]:
+    """Add a note to errors of the Hub that leave the block: what to do about it.
 
-
-@contextmanager
-def upload_help(repo_id: object) -> Iterator[None]:
-    """Add a note to an upload that breaks off in the block, for which huggingface_hub and hf_xet raise bare errors of
-    Python.
+    Args:
+        repo_id: the repository.
+        uploads: add one to an upload that breaks off too, for which huggingface_hub and hf_xet raise bare errors of
+            Python.
     """
     try:
         yield
-    except (RuntimeError, ConnectionError) as error:
-        cause = error.__cause__
-        if not isinstance(error, HfHubHTTPError) and not is_connection_error(error) and not notes_of(error):
+    except Exception as error:
+        note, cause = None, error.__cause__
+        if isinstance(error, (HfHubHTTPError, EntryNotFoundError, OfflineModeIsEnabled)) or is_connection_error(error):
+            note = _help(error, str(repo_id))
+        elif uploads and isinstance(error, (RuntimeError, ConnectionError)):
             refused = isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 403)
-            error.add_note(_help(cause, str(repo_id)) if refused else _BROKE_OFF)  # type: ignore[arg-type]
+            note = _help(cause, str(repo_id)) if refused else _BROKE_OFF  # type: ignore[arg-type]
+        if note is not None and not notes_of(error):
+            error.add_note(note)
         raise
 
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..checkpoint.loading import save_pruned
 from ..core.distributed import process_index
-from ..core.hub_help import hub_help, upload_help
+from ..core.hub_help import hub_help
 from ..errors import ConfigError, DeepArcWarning
 from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, make_card
 from .files import REPORTS, checkpoint_files, outdated
@@ -211,7 +211,7 @@ def _commit(
         adds = [CommitOperationAdd(name, path) for name, path in sorted(mine.items())]
         goes = [CommitOperationDelete(name) for name in outdated(there, files)]
         try:
-            with upload_help(repo_id):
+            with hub_help(repo_id, uploads=True):
                 return api.create_commit(
                     repo_id,
                     [*adds, *goes],

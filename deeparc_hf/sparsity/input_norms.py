@@ -36,18 +36,21 @@ _MEASURING = "Measuring inputs"
 
 
 def measured_inputs(
-    subject: Subject, matrices: Sequence[Matrix], calibration: Calibration, sequential: bool, progress: bool
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    subject: Subject, matrices: Sequence[Matrix], calibration: Calibration | None, sequential: bool, progress: bool
+) -> Iterator[tuple[int, Mapping[str, Tensor | None]]]:
     """Measure the inputs of linear maps of a model that is evaluating: block by block, where each block may be changed
     before the next are run, or all in one pass.
 
     Yields:
         The number of samples over all processes, and the norms of some maps: shape (d_in,), or (d_out, d_in) where
-        groups of rows have inputs of their own.
+        groups of rows have inputs of their own. Without calibration data 0, and None for all of the maps.
 
     Raises:
         CalibrationError: if there is no data, a map did not run, or its inputs hold NaN or infinity.
     """
+    if calibration is None:
+        yield 0, dict.fromkeys(matrix.name for matrix in matrices)
+        return
     unmasked: set[str] = set()  # maps whose inputs include padding
     yield from (_block_by_block if sequential else _at_once)(subject, matrices, calibration, progress, unmasked)
     if unmasked:

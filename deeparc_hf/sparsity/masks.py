@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import ConfigError, SparsityError
+from ..errors import SparsityError
 
 __all__ = ["Zeros", "choose_lowest", "choose_pattern", "zero_chosen"]
 
@@ -33,13 +33,7 @@ def choose_lowest(score: Tensor, sparsity: float) -> Tensor:
 
     Returns:
         Bool, shape (d_out, d_in); True is zeroed.
-
-    Raises:
-        ConfigError: if the sparsity is not such a share.
     """
-    if not 0 <= sparsity < 1:
-        hint = f" Did you mean {sparsity / 100:g}?" if 2 <= sparsity < 100 else ""
-        raise ConfigError(f"sparsity must be in [0, 1), found {sparsity}.{hint}")
     return _mark_lowest(score, int(score.shape[1] * sparsity), score.shape[1])
 
 
@@ -52,16 +46,7 @@ def choose_pattern(score: Tensor, keep: int, group: int) -> Tensor:
 
     Returns:
         Bool, shape (d_out, d_in); True is zeroed.
-
-    Raises:
-        ConfigError: if the pattern is not one, or does not fit the number of inputs.
     """
-    if not 0 < keep < group:
-        raise ConfigError(f"A pattern N:M keeps N of M weights with 0 < N < M, found {keep}:{group}.")
-    if score.shape[1] % group:
-        raise ConfigError(
-            f"The pattern {keep}:{group} needs a number of inputs divisible by {group}, found {score.shape[1]}."
-        )
     return _mark_lowest(score, group - keep, group)
 
 

@@ -5,7 +5,7 @@ in the record.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -94,12 +94,18 @@ def sparsify(
     matrices = matrices_for(subject, config)
     require_weights(host, UnsupportedModelError)
     earlier = (record.sparsity or {}).get("matrices", {})
+    if not methods.get(config.method).needs_inputs:
+        calibration = None
+    elif calibration is None:
+        raise CalibrationError(
+            f"The method {config.method!r} needs calibration data. Give a dataloader, or method='magnitude'."
+        )
     own = {matrix.name: matrix for matrix in matrices}
     asked: dict[str, int] = {}
     masks: dict[str, Tensor] = {}
     with Transaction() as transaction:
         with evaluating(host.root):
-            for seen, norms in _measured(subject, matrices, calibration, config, progress):
+            for seen, norms in measured_inputs(subject, matrices, calibration, config.sequential, progress):
                 samples = seen
                 for name, norm in norms.items():
                     weight, mask = own[name].weight.detach(), _chosen(own[name], config, norm)
@@ -176,25 +182,6 @@ def recorded_mask(matrix: Matrix, count: int) -> Tensor:
     each, rest = divmod(count, len(zeros))
     chosen = zeros & (zeros.cumsum(dim=1) <= each)
     return matrix.shaped(chosen if rest == 0 and int(chosen.sum()) == count else zeros)
-
-
-def _measured(
-    subject: Subject,
-    matrices: Sequence[Matrix],
-    calibration: Calibration | None,
-    config: WandaConfig,
-    progress: bool,
-) -> Iterable[tuple[int, Mapping[str, Tensor | None]]]:
-    """The number of samples, and the norms of inputs by matrix, as they become known; None where the method needs
-    none.
-    """
-    if not methods.get(config.method).needs_inputs:
-        return [(0, {matrix.name: None for matrix in matrices})]
-    if calibration is None:
-        raise CalibrationError(
-            f"The method {config.method!r} needs calibration data. Give a dataloader, or method='magnitude'."
-        )
-    return measured_inputs(subject, matrices, calibration, config.sequential, progress)
 
 
 def _chosen(matrix: Matrix, config: WandaConfig, norm: Tensor | None) -> Tensor:
