@@ -126,13 +126,9 @@ def read_json(source: Path | str) -> Any:
     Raises:
         MalformedError: if the file is too large, or this is not JSON.
     """
+    if isinstance(source, Path) and source.stat().st_size > _MAX_FILE:
+        raise MalformedError(f"it is larger than {_MAX_FILE} bytes, so it is not read")
     try:
-        if isinstance(source, str):
-            return json.loads(source)
-        if source.stat().st_size > _MAX_FILE:
-            raise MalformedError(f"it is larger than {_MAX_FILE} bytes, so it is not read")
-        return json.loads(source.read_text("utf-8"))
-    except MalformedError:
-        raise
+        return json.loads(source if isinstance(source, str) else source.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise MalformedError(f"it is not JSON: {plain(error)}") from error

@@ -6,15 +6,14 @@ import math
 from statistics import NormalDist
 
 from ..errors import ConfigError
-from .settings import percent_hint
 
-__all__ = ["CONFIDENCE", "wilson_interval"]
+__all__ = ["wilson_interval"]
 
-CONFIDENCE = 0.95
+_CONFIDENCE = 0.95
 
 
-def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The score interval of a proportion (E. B. Wilson, Probable inference, the law of succession, and statistical
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (E. B. Wilson, Probable inference, the law of succession, and statistical
     inference, 1927).
 
     Unlike the textbook interval it stays within [0, 1] and is right near 0 and 1 and for small n.
@@ -22,7 +21,6 @@ def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> tup
     Args:
         correct: number of samples that were right.
         n: number of samples.
-        confidence: in (0, 1).
 
     Returns:
         Lower and upper bound of the share that is right.
@@ -32,9 +30,7 @@ def wilson_interval(correct: int, n: int, confidence: float = CONFIDENCE) -> tup
     """
     if n < 1 or not 0 <= correct <= n:
         raise ConfigError(f"An interval needs 0 <= correct <= n and n >= 1, found correct={correct}, n={n}.")
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence must be between 0 and 1, found {confidence}.{percent_hint(confidence)}")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
     share, weight = correct / n, z * z / n
     center = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / n + weight / (4 * n)) / (1 + weight)

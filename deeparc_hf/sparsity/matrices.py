@@ -6,7 +6,6 @@ inside them.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Host, Stack, Subject
+from ..core.plain_text import did_you_mean
 from ..errors import ConfigError, UnsupportedModelError
 
 __all__ = ["CONVOLUTIONS", "Matrix", "find_matrices", "is_sharded", "matrices_named"]
@@ -230,9 +230,8 @@ def _check_patterns(targets: Sequence[str] | None, names: Sequence[str], host: H
     for pattern in targets or ():
         if any(_matches(name, pattern, host) for name in names):
             continue
-        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else "A pattern covers the whole path: '*.query', say."
+        hint = did_you_mean(pattern, names, cutoff=0.5) or " A pattern covers the whole path: '*.query', say."
         raise ConfigError(
             f"targets: {pattern!r} matches no linear map in the blocks of {host.label} (embeddings, heads, stems are "
-            f"left alone). {hint} Found, for example: {', '.join(list(names)[:4])}."
+            f"left alone).{hint} Found, for example: {', '.join(list(names)[:4])}."
         )

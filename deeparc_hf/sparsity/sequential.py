@@ -139,14 +139,14 @@ def independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
 
     with hooked(block.register_forward_hook(keep) for block in blocks):
         seen = _calls(host, stack, inputs, len(blocks), whole=True)
-    if len(seen) != len(blocks) or not all(_plain(call.on(None)) for call in seen):
-        return False
     given = [call.hidden for call in seen]
-    if not all(isinstance(hidden, Tensor) for hidden in [*given, *outputs]) or not all(
-        map(torch.equal, outputs, given[1:])
+    if not (
+        len(seen) == len(blocks)
+        and all(_plain(call.on(None)) for call in seen)
+        and all(isinstance(hidden, Tensor) for hidden in [*given, *outputs])
+        and all(map(torch.equal, outputs, given[1:]))
+        and torch.equal(hidden_states(seen[0].on(given[0].clone()).run(blocks[0])), outputs[0])
     ):
-        return False
-    if not torch.equal(hidden_states(seen[0].on(given[0].clone()).run(blocks[0])), outputs[0]):
         return False
     again = _calls(host, stack, inputs, len(blocks) - 1, disturbed=True)
     return all(_same(one.on(None), other.on(None)) for one, other in zip(seen, again, strict=True))
