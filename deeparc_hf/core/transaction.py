@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import ExitStack
 from typing import Any
 
 from torch import nn
@@ -20,40 +20,36 @@ class Transaction:
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
 
     def set(self, owner: Any, attribute: str, value: Any) -> None:
         """`setattr` that can be taken back."""
         old = vars(owner).get(attribute, _MISSING)
         if old is _MISSING:
-            self._undo.append(lambda: delattr(owner, attribute))
+            self._undo.callback(delattr, owner, attribute)
         else:
-            self._undo.append(lambda: setattr(owner, attribute, old))
+            self._undo.callback(setattr, owner, attribute, old)
         setattr(owner, attribute, value)
 
     def on_failure(self, step: Callable[[], None]) -> None:
         """Have a change that is about to be made taken back by `step`."""
-        self._undo.append(step)
+        self._undo.callback(step)
 
     def keep_children(self, container: nn.ModuleList | nn.Sequential, kept: list[nn.Module]) -> None:
         """Leave only these children in a container, renumbered; the container stays the same object."""
-        children = list(container)
-        self._undo.append(lambda: _refill(container, children))
+        self._undo.callback(_refill, container, list(container))
         _refill(container, kept)
 
     def __enter__(self) -> Transaction:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *of: object) -> None:
         if kind is not None:
             self.roll_back()
 
     def roll_back(self) -> None:
         """Take all changes back, last first."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
 
 def _refill(container: nn.ModuleList | nn.Sequential, children: list[nn.Module]) -> None:

@@ -80,5 +80,5 @@ class WandaConfig(Settings):
         """N and M of the pattern."""
         if self.pattern is None:
             return None
-        keep, _, size = self.pattern.partition(":")
+        keep, size = self.pattern.split(":")
         return int(keep), int(size)

@@ -95,12 +95,8 @@ def find_matrices(subject: Subject, targets: Sequence[str] | None = None) -> lis
             "Call sparsify_model before the model is wrapped, or train in DistributedDataParallel."
         )
     found, refused = _survey(subject)
-    _check_patterns(targets, [matrix.name for matrix in found] + list(refused), host)
-
-    def is_wanted(name: str) -> bool:
-        return targets is None or any(_matches(name, pattern, host) for pattern in targets)
-
-    for name in filter(is_wanted, refused):
+    wanted = _targeted(targets, [*(matrix.name for matrix in found), *refused], host)
+    for name in (name for name in refused if name in wanted):
         advice = ""
         if found:
             advice = (
@@ -111,12 +107,12 @@ def find_matrices(subject: Subject, targets: Sequence[str] | None = None) -> lis
             f"The weights of {name} of {host.label} cannot be zeroed one by one: {refused[name]}. Nothing was changed."
             f"{advice}"
         )
-    wanted = [matrix for matrix in found if is_wanted(matrix.name)]
-    if not wanted:
+    chosen = [matrix for matrix in found if matrix.name in wanted]
+    if not chosen:
         raise UnsupportedModelError(
             f"The blocks of {host.label} hold no linear maps (Linear, Conv1D, Conv1d, Conv2d) to sparsify."
         )
-    return wanted
+    return chosen
 
 
 def matrices_named(subject: Subject, names: Collection[str]) -> dict[str, Matrix]:
@@ -221,17 +217,19 @@ def _tried(module: nn.Linear) -> bool:
         return False
 
 
-def _matches(name: str, pattern: str, host: Host) -> bool:
-    """Patterns may name modules with or without the prefix of the headless model ("bert.")."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name.removeprefix(f"{host.base_prefix}."), pattern)
-
-
-def _check_patterns(targets: Sequence[str] | None, names: Sequence[str], host: Host) -> None:
-    for pattern in targets or ():
-        if any(_matches(name, pattern, host) for name in names):
-            continue
-        hint = did_you_mean(pattern, names, cutoff=0.5) or " A pattern covers the whole path: '*.query', say."
-        raise ConfigError(
-            f"targets: {pattern!r} matches no linear map in the blocks of {host.label} (embeddings, heads, stems are "
-            f"left alone).{hint} Found, for example: {', '.join(list(names)[:4])}."
-        )
+def _targeted(targets: Sequence[str] | None, names: Sequence[str], host: Host) -> set[str]:
+    """The names that a pattern means, with or without the prefix of the headless model ("bert.")."""
+    if targets is None:
+        return set(names)
+    found: set[str] = set()
+    for pattern in targets:
+        bare = f"{host.base_prefix}."
+        matches = [n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n.removeprefix(bare), pattern)]
+        if not matches:
+            hint = did_you_mean(pattern, names, cutoff=0.5) or " A pattern covers the whole path: '*.query', say."
+            raise ConfigError(
+                f"targets: {pattern!r} matches no linear map in the blocks of {host.label} (embeddings, heads, stems "
+                f"are left alone).{hint} Found, for example: {', '.join(names[:4])}."
+            )
+        found.update(matches)
+    return found
