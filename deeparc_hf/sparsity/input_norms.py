@@ -92,22 +92,25 @@ def _block_by_block(
     subject: Subject, matrices: Sequence[Matrix], calibration: Calibration, progress: bool, unmasked: set[str]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     host = subject.host
-    on_device = partial(_to, next(host.root.parameters()).device)
-    batches: list[dict[str, Any]] = []
+    device = next(host.root.parameters()).device
+    held: list[dict[str, Any]] = []
 
     def collect() -> int:
         # kept where they came from rather than on the accelerator; copies, as a loader may fill the same tensors again
-        batches.extend(_to("cpu", inputs, copy=True) for inputs in calibration.inputs(host))
-        return sum(map(batch_size, batches))
+        held.extend(_to("cpu", inputs, copy=True) for inputs in calibration.inputs(host))
+        return sum(map(batch_size, held))
+
+    def batches() -> Iterator[dict[str, Any]]:
+        return (_to(device, inputs) for inputs in held)
 
     samples = _require_samples(sum(calibration.together(collect)))
-    _, axes = with_axes(host, subject.stacks.values(), map(on_device, batches[:1]))
+    _, axes = with_axes(host, subject.stacks.values(), batches())
     blocks: dict[str, dict[int, list[Matrix]]] = {}
     for matrix in matrices:
         blocks.setdefault(matrix.stack.name, {}).setdefault(matrix.block, []).append(matrix)
     with bar(_MEASURING, progress, sum(map(len, blocks.values())), "block") as shown:
         for name, wanted in blocks.items():
-            visits = block_by_block(host, subject.stacks[name], batches, on_device, max(wanted), calibration.together)
+            visits = block_by_block(host, subject.stacks[name], batches, max(wanted), calibration.together)
             for index, passes in enumerate(visits):
                 if index in wanted:
                     observed = _Inputs(wanted[index], axes, unmasked)

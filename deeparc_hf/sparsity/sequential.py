@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +54,7 @@ class _Call(NamedTuple):
 def block_by_block(
     host: Host,
     stack: Stack,
-    batches: Sequence[Any],
-    inputs_of: Callable[[Any], Inputs],
+    batches: Callable[[], Iterator[Inputs]],
     last: int,
     together: Callable[[Callable[[], Any]], list[Any]],
 ) -> Iterator[Callable[[], Passes]]:
@@ -63,24 +63,23 @@ def block_by_block(
     Args:
         host: the model, evaluating.
         stack: the stack.
-        batches: the calibration batches; they are gone through again and again.
-        inputs_of: what the model takes of a batch, on its device.
+        batches: gives the calibration batches, as the model takes them; they are gone through again and again.
         last: index of the last block that is wanted.
         together: runs a function in every process and returns all results; all go through the blocks alike.
 
     Yields:
         For each block what gives, for each batch, its inputs and what runs the block on it.
     """
-    if not all(together(lambda: all(independent(host, stack, inputs_of(batch)) for batch in batches[:1]))):
+    if not all(together(lambda: all(independent(host, stack, inputs) for inputs in islice(batches(), 1)))):
         for index in range(last + 1):
-            yield partial(_passes_through, host, stack, batches, inputs_of, index)
+            yield partial(_passes_through, host, stack, batches, index)
         return
     calls: list[list[_Call]] = []
     hidden: list[Tensor] = []
 
     def begin() -> None:
-        for batch in batches:
-            noted = _calls(host, stack, inputs_of(batch), last)
+        for inputs in batches():
+            noted = _calls(host, stack, inputs, last)
             hidden.append(noted[0].hidden)
             calls.append([noted[0].on(None), *noted[1:]])
 
@@ -90,9 +89,9 @@ def block_by_block(
             noted[index] = _Call((), {})  # not needed any more
 
     def passes(index: int) -> Passes:
-        for batch, noted, state in zip(batches, calls, hidden, strict=True):
+        for inputs, noted, state in zip(batches(), calls, hidden, strict=True):
             # a block may work on its input in place
-            yield inputs_of(batch), partial(noted[index].on(state.clone()).run, stack.blocks[index])
+            yield inputs, partial(noted[index].on(state.clone()).run, stack.blocks[index])
 
     together(begin)
     for index in range(last + 1):
@@ -152,9 +151,7 @@ def independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
     return all(_same(one.on(None), other.on(None)) for one, other in zip(seen, again, strict=True))
 
 
-def _passes_through(
-    host: Host, stack: Stack, batches: Sequence[Any], inputs_of: Callable[[Any], Inputs], index: int
-) -> Passes:
+def _passes_through(host: Host, stack: Stack, batches: Callable[[], Iterator[Inputs]], index: int) -> Passes:
     """Runs of the model up to the end of one block."""
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -163,8 +160,7 @@ def _passes_through(
     def run(inputs: Inputs) -> None:
         _forward_until(host, inputs, [stack.blocks[index].register_forward_hook(stop)])
 
-    for batch in batches:
-        inputs = inputs_of(batch)
+    for inputs in batches():
         yield inputs, partial(run, inputs)
 
 
