@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,7 @@ from deeparc_hf.errors import ConfigError, MissingDependencyError
 
 from .results import Measured, Row
 
-__all__ = [
-    "TITLES",
-    "GenerationScores",
-    "QuestionMeasure",
-    "bootstrap_intervals",
-    "first_answers",
-    "generation_metrics",
-    "scores_table",
-    "write_scores",
-]
+__all__ = ["TITLES", "QuestionMeasure", "TextScores", "first_answers", "scores_table", "write_scores"]
 
 TITLES = {
     "bleu": "BLEU",
@@ -62,44 +52,8 @@ _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _METEOR = {"alpha": 0.9, "beta": 3.0, "gamma": 0.5}
 
 
-@dataclass(frozen=True)
-class GenerationScores:
-    """Scores of generated texts against one reference each; all are in [0, 1] but the length ratio, which may be more.
-
-    Attributes:
-        bleu: corpus BLEU.
-        precision_1, precision_2, precision_3, precision_4: share of the predictions' n-grams that the references have
-            too.
-        brevity_penalty: 1 where the predictions are longer than the references in sum, less where they are shorter.
-        length_ratio: tokens of the predictions / tokens of the references.
-        rouge1, rouge2, rougeL, rougeLsum: means of F1.
-        meteor: mean METEOR; None where it was left out.
-        samples: number of predictions.
-        reasons: name of a score that is None -> why.
-    """
-
-    bleu: float
-    precision_1: float
-    precision_2: float
-    precision_3: float
-    precision_4: float
-    brevity_penalty: float
-    length_ratio: float
-    rouge1: float
-    rouge2: float
-    rougeL: float  # noqa: N815 - the metric's name of it
-    rougeLsum: float  # noqa: N815
-    meteor: float | None
-    samples: int
-    reasons: Mapping[str, str] = field(default_factory=dict)
-
-    def scores(self) -> dict[str, float | None]:
-        """The scores alone, by name, in the order of the table."""
-        return {name: getattr(self, name) for name in TITLES}
-
-
-def generation_metrics(predictions: Sequence[str], references: Sequence[str]) -> GenerationScores:
-    """Score generated texts against one reference each.
+class TextScores:
+    """Scores of generated texts against one reference each.
 
     Predictions may be empty, even all of them: they score 0, brevity penalty and length ratio included (the limits;
     the Hub's metric divides by zero there). References may be empty too, but not all: the length ratio would not be
@@ -109,62 +63,57 @@ def generation_metrics(predictions: Sequence[str], references: Sequence[str]) ->
         predictions: the generated texts.
         references: the text that each of them should be.
 
-    Raises:
-        ConfigError: if these are not equally many texts, or cannot be scored.
-        MissingDependencyError: if sacrebleu, rouge_score or nltk is missing.
-    """
-    _check(predictions, references)
-    bleu = _bleu(_bleu_counts(predictions, references).sum(axis=0).tolist())
-    rouge = _rouge_f1(predictions, references).mean(axis=0).tolist()
-    meteor, reason = _meteor(predictions, references)
-    return GenerationScores(
-        **bleu,
-        **dict(zip(_ROUGE, rouge, strict=True)),
-        meteor=None if meteor is None else float(meteor.mean()),
-        samples=len(predictions),
-        reasons={} if reason is None else {"meteor": reason},
-    )
-
-
-def bootstrap_intervals(
-    predictions: Sequence[str], references: Sequence[str], *, resamples: int = 1000, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the scores: the middle of their values over texts drawn anew, with replacement.
-
-    They tell how the scores would vary with other texts of the same kind, not with another training of the model.
-    BLEU's parts are computed from the summed counts of the texts drawn; a draw in which all references are empty has no
-    BLEU, and does not count for it.
-
-    Args:
-        predictions, references: as for `generation_metrics`.
-        resamples: how often texts are drawn.
-        seed: of the draws; models that are compared on the same texts are drawn alike.
-
-    Returns:
-        Name of a score -> lower and upper bound, in the order of the table, without scores that are left out.
+    Attributes:
+        reasons: name of a score that is left out -> why.
 
     Raises:
         ConfigError: if these are not equally many texts, or cannot be scored.
         MissingDependencyError: if sacrebleu, rouge_score or nltk is missing.
     """
-    _check(predictions, references)
-    if resamples < 1:
-        raise ConfigError(f"resamples must be at least 1, found {resamples}.")
-    counts = _bleu_counts(predictions, references)
-    meteor, _ = _meteor(predictions, references)
-    means = dict(zip(_ROUGE, _rouge_f1(predictions, references).T, strict=True))
-    if meteor is not None:
-        means["meteor"] = meteor
-    # sums of differences from the means keep their last digits
-    centers = {name: column.mean() for name, column in means.items()}
-    table = np.column_stack([counts, *(column - centers[name] for name, column in means.items())]).astype(np.float64)
-    rng, n = np.random.default_rng(seed), len(table)
-    drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ table for _ in range(resamples)])
-    width = counts.shape[1]
-    bleu = [_bleu(sums) for sums in drawn[:, :width].tolist() if sums[-1]]
-    values = {name: [scores[name] for scores in bleu] for name in bleu[0]} if bleu else {}
-    values |= {name: centers[name] + sums / n for name, sums in zip(means, drawn[:, width:].T, strict=True)}
-    return {name: tuple(np.percentile(values[name], (2.5, 97.5)).tolist()) for name in TITLES if name in values}
+
+    def __init__(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+        _check(predictions, references)
+        self._counts = _bleu_counts(predictions, references)
+        self._means = _rouge_f1(predictions, references)  # scores of each text; the score of all is their mean
+        meteor, reason = _meteor(predictions, references)
+        if meteor is not None:
+            self._means["meteor"] = meteor
+        self.reasons = {} if reason is None else {"meteor": reason}
+
+    def values(self) -> dict[str, float | None]:
+        """The scores by name, in the order of the table; None for one that is left out. All are in [0, 1] but the
+        length ratio, which may be more.
+        """
+        found = _bleu(self._counts.sum(axis=0).tolist())
+        found |= {name: float(column.mean()) for name, column in self._means.items()}
+        return {name: found.get(name) for name in TITLES}
+
+    def intervals(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+        """95 % intervals of the scores: the middle of their values over texts drawn anew, with replacement.
+
+        They tell how the scores would vary with other texts of the same kind, not with another training of the model.
+        BLEU's parts are computed from the summed counts of the texts drawn; a draw in which all references are empty
+        has no BLEU, and does not count for it.
+
+        Args:
+            resamples: how often texts are drawn.
+            seed: of the draws; models that are compared on the same texts are drawn alike.
+
+        Returns:
+            Name of a score -> lower and upper bound, in the order of the table, without scores that are left out.
+        """
+        if resamples < 1:
+            raise ConfigError(f"resamples must be at least 1, found {resamples}.")
+        # sums of differences from the means keep their last digits
+        centers = {name: column.mean() for name, column in self._means.items()}
+        differences = [column - centers[name] for name, column in self._means.items()]
+        table = np.column_stack([self._counts, *differences]).astype(np.float64)
+        rng, n, width = np.random.default_rng(seed), len(table), self._counts.shape[1]
+        drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ table for _ in range(resamples)])
+        bleu = [_bleu(sums) for sums in drawn[:, :width].tolist() if sums[-1]]
+        values = {name: [scores[name] for scores in bleu] for name in bleu[0]} if bleu else {}
+        values |= {name: centers[name] + sums / n for name, sums in zip(centers, drawn[:, width:].T, strict=True)}
+        return {name: tuple(np.percentile(values[name], (2.5, 97.5)).tolist()) for name in TITLES if name in values}
 
 
 def first_answers(answers: Sequence[Any], column: str) -> list[str]:
@@ -196,13 +145,13 @@ class QuestionMeasure:
         num_beams, max_new_tokens: of the search.
 
     Attributes:
-        scores: of the model that was measured last.
+        reasons: name of a score that was left out -> why.
     """
 
     def __init__(
         self, test: Any, references: Sequence[str], tokenizer: Any, *, num_beams: int, max_new_tokens: int
     ) -> None:
-        self.scores: GenerationScores | None = None
+        self.reasons: dict[str, str] = {}
         self._test = test
         self._references = list(references)
         self._tokenizer = tokenizer
@@ -211,12 +160,10 @@ class QuestionMeasure:
     def __call__(self, trainer: Trainer) -> Measured:
         """Loss and scores, with bootstrap intervals of the scores over the questions."""
         loss = trainer.evaluate(self._test, metric_key_prefix="test")["test_loss"]
-        predictions = self.generate(trainer)
-        self.scores = generation_metrics(predictions, self._references)
-        values = {name: value for name, value in self.scores.scores().items() if value is not None}
-        return Measured(
-            {"loss": loss, **values}, len(self._references), bootstrap_intervals(predictions, self._references)
-        )
+        scores = TextScores(self.generate(trainer), self._references)
+        self.reasons = scores.reasons
+        values = {name: value for name, value in scores.values().items() if value is not None}
+        return Measured({"loss": loss, **values}, len(self._references), scores.intervals())
 
     def generate(self, trainer: Trainer) -> list[str]:
         """The questions to all test rows, in their order: each process generates a part."""
@@ -245,11 +192,11 @@ def scores_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> str:
         rows: models with an encoder and a decoder, and their scores.
         reasons: name of a score that was left out -> why.
     """
-    lines = [
-        ["Num of encoder", *(f"{_blocks(row, 'encoder'):,}" for row in rows)],
-        ["Num of decoder", *(f"{_blocks(row, 'decoder'):,}" for row in rows)],
-        ["Num of parameter", *(f"{row.parameters:,}" for row in rows)],
-    ]
+    lines = []
+    for side in ("encoder", "decoder"):
+        blocks = [sum(count for name, count in row.blocks.items() if side in name) for row in rows]
+        lines.append([f"Num of {side}", *(f"{count:,}" for count in blocks)])
+    lines.append(["Num of parameter", *(f"{row.parameters:,}" for row in rows)])
     notes = []
     for score, title in TITLES.items():
         lines.append([title, *(_cell(row.measured, score) for row in rows)])
@@ -265,19 +212,13 @@ def scores_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> str:
 
 def write_scores(folder: Path, rows: Sequence[Row], measure: QuestionMeasure) -> None:
     """Write scores.md: a column for the original and for each iteration, the rows of the first experiments' table."""
-    if measure.scores is None:
-        return
     shown = [row for row in rows if row.sparsity is None]
     how = (
         f"On {shown[0].measured.samples:,} test questions, one reference each; BLEU and ROUGE by sacrebleu and "
         "rouge_score; one run with one seed."
     )
-    text = f"# Generated questions\n\n{scores_table(shown, measure.scores.reasons)}\n\n{how}\n"
+    text = f"# Generated questions\n\n{scores_table(shown, measure.reasons)}\n\n{how}\n"
     write_whole(folder / "scores.md", text)
-
-
-def _blocks(row: Row, side: str) -> int:
-    return sum(count for name, count in row.blocks.items() if side in name)
 
 
 def _cell(measured: Measured, score: str) -> str:
@@ -295,15 +236,11 @@ def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
         )
     if not predictions:
         raise ConfigError("Scores need at least one prediction, found none.")
-    if all(map(_blank, references)):
+    # whether tokenizer_13a finds nothing in them
+    if not any(text.replace("<skipped>", "").replace("-\n", "").strip() for text in references):
         raise ConfigError(
             "Scores need a reference that is not empty, found only empty ones: are these the right texts?"
         )
-
-
-def _blank(text: str) -> bool:
-    """Whether tokenizer_13a finds nothing in it."""
-    return not text.replace("<skipped>", "").replace("-\n", "").strip()
 
 
 def _library(name: str) -> Any:
@@ -344,11 +281,11 @@ def _bleu(sums: Sequence[float]) -> dict[str, float]:
     return {"bleu": mean * penalty, **named, "brevity_penalty": penalty, "length_ratio": ratio}
 
 
-def _rouge_f1(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """A row a text, a column for each kind of ROUGE."""
+def _rouge_f1(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """F1 of each text by the kinds of ROUGE."""
     scorer = _library("rouge_score.rouge_scorer").RougeScorer(list(_ROUGE), use_stemmer=False)
     rows = [scorer.score(target=wanted, prediction=text) for text, wanted in zip(predictions, references, strict=True)]
-    return np.array([[row[name].fmeasure for name in _ROUGE] for row in rows], dtype=np.float64)
+    return {name: np.array([row[name].fmeasure for row in rows], dtype=np.float64) for name in _ROUGE}
 
 
 def _meteor(predictions: Sequence[str], references: Sequence[str]) -> tuple[np.ndarray | None, str | None]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from deeparc_hf import PrunedConfig
 from deeparc_hf.errors import ConfigError
-from experiment.generation import first_answers, generation_metrics
+from experiment.generation import TextScores, first_answers
 from experiment.results import read_rows
 from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
@@ -134,11 +134,11 @@ def test_the_scores_are_those_of_the_saved_model(alone, place):
                 do_sample=False,
             )
         found.append(tokenizer.decode(ids[0], skip_special_tokens=True).strip())
-    scores = generation_metrics(found, [row["question"] for row in tests])
+    scores = TextScores(found, [row["question"] for row in tests]).values()
     measured = rows[-1].measured
     assert measured.samples == 13
-    assert measured.metrics["bleu"] == pytest.approx(scores.bleu) and measured.metrics["rougeL"] == pytest.approx(
-        scores.rougeL
+    assert measured.metrics["bleu"] == pytest.approx(scores["bleu"]) and measured.metrics["rougeL"] == pytest.approx(
+        scores["rougeL"]
     )
     assert PrunedConfig.from_pretrained(last).kept.keys() == {"encoder.block", "decoder.block"}
 

@@ -9,19 +9,19 @@ pytest.importorskip("nltk")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("rouge_score")
 
-from experiment.generation import TITLES, bootstrap_intervals, generation_metrics, scores_table
+from experiment.generation import TITLES, TextScores, scores_table
 from experiment.results import Measured, Row
-from tests.recipes.experiment.test_generation import random_pairs
+from tests.recipes.experiment.test_generation import random_pairs, scored
 
 
 @pytest.mark.parametrize("n", [1, 7, 60])
 def test_intervals_are_those_of_texts_drawn_anew(n, no_nltk_data):
     predictions, references = random_pairs(n, 3)
-    found = bootstrap_intervals(predictions, references, resamples=40, seed=4)
+    found = TextScores(predictions, references).intervals(resamples=40, seed=4)
     rng, drawn = np.random.default_rng(4), []
     for _ in range(40):
         chosen = rng.integers(n, size=n)
-        drawn.append(generation_metrics([predictions[i] for i in chosen], [references[i] for i in chosen]))
+        drawn.append(scored([predictions[i] for i in chosen], [references[i] for i in chosen]))
     assert list(found) == list(TITLES)[:11]
     for name, bounds in found.items():
         assert bounds == pytest.approx(np.percentile([getattr(row, name) for row in drawn], [2.5, 97.5]), rel=1e-9)
@@ -30,20 +30,20 @@ def test_intervals_are_those_of_texts_drawn_anew(n, no_nltk_data):
 def test_intervals_hold_the_value_shrink_with_n_and_follow_the_seed():
     texts = random_pairs(400, 2)
     few = [side[:40] for side in texts]
-    wide, narrow = bootstrap_intervals(*few), bootstrap_intervals(*texts)
+    wide, narrow = TextScores(*few).intervals(), TextScores(*texts).intervals()
     for found, sides in ((wide, few), (narrow, texts)):
-        point = generation_metrics(*sides).scores()
+        point = TextScores(*sides).values()
         assert all(low <= point[name] <= high for name, (low, high) in found.items())
     for name in ("bleu", "precision_1", "precision_4", "length_ratio", "rouge1", "rougeLsum"):
         # by about the root of 10
         assert 0.2 < (narrow[name][1] - narrow[name][0]) / (wide[name][1] - wide[name][0]) < 0.55
-    assert bootstrap_intervals(*few) == wide
-    assert bootstrap_intervals(*few, seed=1) != wide
+    assert TextScores(*few).intervals() == wide
+    assert TextScores(*few).intervals(seed=1) != wide
 
 
 def test_draws_of_empty_references_only_do_not_count():
     # a quarter of the draws has no reference
-    found = bootstrap_intervals(["a b c d", "e"], ["a b c d", ""], resamples=200)
+    found = TextScores(["a b c d", "e"], ["a b c d", ""]).intervals(resamples=200)
     assert found["length_ratio"] == (1.0, 5 / 4) and found["precision_1"] == (4 / 5, 1.0)
 
 
