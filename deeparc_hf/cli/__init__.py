@@ -7,16 +7,25 @@ appear whole or not at all. What takes seconds to import is imported by the comm
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import DeepArcError
-from . import card, env, inspect, prune, push, sparsify
 from .common import plain_warnings, say
 
 __all__ = ["main"]
+
+_COMMANDS = {  # each is a module of this name, with `add`
+    "inspect": "show stacks, pinned blocks, parameters and the pruning record of a model",
+    "prune": "remove redundant blocks of a model and save the smaller checkpoint",
+    "sparsify": "zero the weights of a model that matter least and save the checkpoint",
+    "card": "make the model card of a checkpoint from its record and reports",
+    "push": "publish a checkpoint on the Hub, with its card",
+    "env": "show versions and hardware",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +68,8 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"deeparc_hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (inspect, prune, sparsify, card, push, env):
-        command.add(commands, argv)
+    for name, what in _COMMANDS.items():
+        command = commands.add_parser(name, help=what)
+        if name in argv:  # the settings live beside the mathematics, which take seconds to import
+            importlib.import_module(f"{__name__}.{name}").add(command)
     return parser

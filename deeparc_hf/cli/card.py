@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import tempfile
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError
+from ..publish.card import CARD_FILE, create_model_card, may_replace
 from .common import say
 from .options import card_options, given_card
 
 __all__ = ["add"]
 
 
-def add(commands: Any, argv: Sequence[str]) -> None:
-    """Add the command to the parser of all commands."""
-    parser = commands.add_parser(
-        "card",
-        help="make the model card of a checkpoint from its record and reports",
-        description="Make the model card of a checkpoint from the record in its config.json and the reports beside it. "
-        "Reads no weights.",
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the command's options."""
+    parser.description = (
+        "Make the model card of a checkpoint from the record in its config.json and the reports beside it. Reads no "
+        "weights."
     )
     parser.set_defaults(run=_card)
     parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
@@ -34,8 +32,6 @@ def add(commands: Any, argv: Sequence[str]) -> None:
 
 
 def _card(args: argparse.Namespace) -> int:
-    from ..publish.card import CARD_FILE, create_model_card, may_replace
-
     folder = Path(args.path).expanduser()
     if not folder.is_dir():
         hint = (
@@ -51,8 +47,6 @@ def _card(args: argparse.Namespace) -> int:
         )
     settings = {"repo_id": args.repo_id, **given_card(args)}
     if args.out == "-":
-        import tempfile
-
         with tempfile.TemporaryDirectory() as scratch:
             print(create_model_card(folder, Path(scratch, CARD_FILE), **settings), end="")
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..core.checks import Entry, MalformedError, read_json
 from ..core.interrupts import work_begins
 from ..core.plain_text import plain_lines
 from ..errors import ConfigError, DeepArcWarning
@@ -74,10 +74,9 @@ def _of_an_earlier_run(out: Path) -> bool:
     if (out / PLAN_FILE).is_file():
         return True
     try:
-        data = json.loads((out / SPARSITY_FILE).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return "matrices" in Entry(read_json(out / SPARSITY_FILE)).mapping()
+    except (OSError, MalformedError):
         return False
-    return isinstance(data, dict) and "matrices" in data
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,17 +90,17 @@ def load_rows(data: str, split: str | None = None, subset: str | None = None) ->
     on_hub = not path.exists()
     if on_hub:
         _refuse_silence(data)
-    with (
-        loading(f"the data {data}{' (no such file or folder; looked for it on the Hub)' if on_hub else ''}"),
-        _with_cause(data),
-    ):
-        if path.is_file():
-            options = {"sep": "\t"} if suffix == ".tsv" else {}
-            found = datasets.load_dataset(_FORMATS[suffix], data_files=str(path), **options)
-        elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(str(path))
-        else:
-            found = datasets.load_dataset(str(path) if path.is_dir() else data, subset)
+    with loading(f"the data {data}{' (no such file or folder; looked for it on the Hub)' if on_hub else ''}"):
+        try:
+            if path.is_file():
+                options = {"sep": "\t"} if suffix == ".tsv" else {}
+                found = datasets.load_dataset(_FORMATS[suffix], data_files=str(path), **options)
+            elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+                found = datasets.load_from_disk(str(path))
+            else:
+                found = datasets.load_dataset(str(path) if path.is_dir() else data, subset)
+        except datasets.exceptions.DatasetGenerationError as error:  # what is wrong with a file is left to its cause
+            raise LoadingError(f"Cannot read the data {data}: {plain(error.__cause__ or error, 400)}") from error
     if isinstance(found, datasets.Dataset):
         return found
     name = split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
@@ -120,17 +119,6 @@ def _refuse_silence(data: str) -> None:
     silent = no_answer(data, "README.md", repo_type="dataset")
     if silent is not None and not Path(datasets.config.HF_DATASETS_CACHE, data.replace("/", "___")).is_dir():
         raise LoadingError(f"Cannot load the data {data}: there is no such file or folder, {silence(silent)}.")
-
-
-@contextmanager
-def _with_cause(data: str) -> Iterator[None]:
-    """Let an error tell what is wrong with a file, which the datasets library leaves to its cause."""
-    import datasets
-
-    try:
-        yield
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise LoadingError(f"Cannot read the data {data}: {plain(error.__cause__ or error, 400)}") from error
 
 
 def make_batches(
@@ -223,17 +211,12 @@ def _text_columns(rows: Any, columns: Columns, needs_target: bool) -> Columns:
             "An encoder-decoder model needs what it is to write, to run its decoder on. Give the column with "
             f"--target-column. Columns: {', '.join(rows.column_names)}."
         )
-    for option, name in (
-        ("--text-column", text),
-        ("--text-pair-column", columns.text_pair),
-        ("--target-column", columns.target),
-    ):
-        if name is not None:
-            _require(rows, name, option)
-            if name not in strings:
-                raise CalibrationError(
-                    f"{option}: {name!r} holds {_kind(rows, name)}, not text. Columns of text: {', '.join(strings)}."
-                )
+    for kind, name in {"text": text, "text-pair": columns.text_pair, "target": columns.target}.items():
+        if name is not None and name not in strings:
+            found = _kind(rows, name, f"--{kind}-column")
+            raise CalibrationError(
+                f"--{kind}-column: {name!r} holds {found}, not text. Columns of text: {', '.join(strings)}."
+            )
     return Columns(text, columns.text_pair, columns.target if needs_target else None)
 
 
@@ -247,11 +230,9 @@ def _image_column(rows: Any, given: str | None) -> tuple[str, Any]:
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     named = [name for name in images if name.lower() in _IMAGE_NAMES]
     name = given or _guess(rows, named or images, "images", "--image-column")
-    _require(rows, name, "--image-column")
-    if name not in images and getattr(rows.features[name], "dtype", None) != "string":
-        raise CalibrationError(
-            f"--image-column: {name!r} holds {_kind(rows, name)}, neither images nor paths of image files."
-        )
+    kind = _kind(rows, name, "--image-column")
+    if name not in images and kind != "string":
+        raise CalibrationError(f"--image-column: {name!r} holds {kind}, neither images nor paths of image files.")
     return name, rows.cast_column(name, Image(mode="RGB"))
 
 
@@ -263,12 +244,10 @@ def _guess(rows: Any, candidates: Sequence[str], what: str, option: str) -> str:
     )
 
 
-def _require(rows: Any, name: str, option: str) -> None:
+def _kind(rows: Any, name: str, option: str) -> str:
+    """What a column holds, which an option names and which must be there."""
     if name not in rows.column_names:
         raise CalibrationError(f"{option}: the data has no column {name!r}. Columns: {', '.join(rows.column_names)}.")
-
-
-def _kind(rows: Any, name: str) -> str:
     feature = rows.features[name]
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 

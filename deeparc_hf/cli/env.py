@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from typing import Any
+import platform
+
+from ..core.environment import hardware, package_versions
 
 __all__ = ["add"]
 
 
-def add(commands: Any, argv: Sequence[str]) -> None:
-    """Add the command to the parser of all commands."""
-    parser = commands.add_parser(
-        "env", help="show versions and hardware", description="Show versions and hardware, for a report of a fault."
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the command's options."""
+    parser.description = "Show versions and hardware, for a report of a fault."
     parser.set_defaults(run=_env)
     parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
 def _env(args: argparse.Namespace) -> int:
-    import platform
-
-    from ..core.environment import hardware, package_versions
-
     facts = {**package_versions(), "platform": platform.platform(), **hardware()}
     print(json.dumps(facts, indent=1) if args.json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
     return 0

@@ -5,35 +5,32 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
+from torch import nn
+
+from ..architectures import describe
+from ..checkpoint.record import PrunedConfig
 from ..core.plain_text import plain, plain_lines
 from .options import common_options
-
-if TYPE_CHECKING:
-    from torch import nn
+from .sources import find_source, skeleton
 
 __all__ = ["add", "count_parameters", "facts_of", "facts_text"]
 
 _LONGEST_LINE = 20_000  # the numbers of the blocks that are left, 4096 at most
 
 
-def add(commands: Any, argv: Sequence[str]) -> None:
-    """Add the command to the parser of all commands."""
-    parser = commands.add_parser(
-        "inspect",
-        help="show stacks, pinned blocks, parameters and the pruning record of a model",
-        description="Show the stacks of a model, its pinned blocks, its parameters and its pruning record. Reads no "
-        "weights.",
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the command's options."""
+    parser.description = (
+        "Show the stacks of a model, its pinned blocks, its parameters and its pruning record. Reads no weights."
     )
     parser.set_defaults(run=_inspect)
     common_options(parser)
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .sources import find_source, skeleton
-
     facts = facts_of(skeleton(find_source(args.model), args.auto_class))
     print(json.dumps({"model": args.model, **facts}, indent=1) if args.json else facts_text(facts))
     return 0
@@ -46,9 +43,6 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
         UnsupportedModelError: if the model cannot be pruned.
         RecordError: if it carries a record that is malformed or does not fit it.
     """
-    from ..architectures import describe
-    from ..checkpoint.record import PrunedConfig
-
     subject = describe(model)
     host = subject.host
     return {

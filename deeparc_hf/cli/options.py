@@ -7,10 +7,9 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ..core.settings import Settings
+from ..core.settings import Settings
 
 __all__ = [
     "card_options",

@@ -6,44 +6,37 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from ..checkpoint.record import check_record
 from ..errors import ConfigError, MissingDependencyError
+from ..healing.sites import Healing
+from ..observe.calibration import Calibration
+from ..pruning.config import MPruneConfig
+from ..pruning.heatmap import save_heatmap
+from ..pruning.plan import PruningPlan, first_threshold
+from ..pruning.prune import analyze, apply_healed, check_settings
+from ..reports.plan_report import Measurement, write_report
+from ..similarity import metrics
 from .common import PLAN_FILE, output_folder, public_names, say, whole_folder
 from .inspect import count_parameters
+from .job import Job
 from .options import common_options, data_options, given_settings, output_options, setting_options
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..healing.sites import Healing
-    from ..pruning.config import MPruneConfig
-    from ..pruning.plan import PruningPlan
-    from .job import Job
 
 __all__ = ["add"]
 
 HEATMAP_FILE = "heatmap.png"
 
 
-def add(commands: Any, argv: Sequence[str]) -> None:
-    """Add the command to the parser of all commands."""
-    parser = commands.add_parser(
-        "prune",
-        help="remove redundant blocks of a model and save the smaller checkpoint",
-        description="Compare the blocks of a model on data, remove redundant ones, and save a checkpoint that stock "
-        "libraries load. Use training data, never the data that you evaluate on.",
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the command's options."""
+    parser.description = (
+        "Compare the blocks of a model on data, remove redundant ones, and save a checkpoint that stock libraries "
+        "load. Use training data, never the data that you evaluate on."
     )
     parser.set_defaults(run=_prune)
     common_options(parser)
-    if "prune" in argv:  # the settings live beside the mathematics, which take seconds to import
-        _options(parser)
-
-
-def _options(parser: argparse.ArgumentParser) -> None:
-    from ..pruning.config import MPruneConfig
-    from ..similarity import metrics
-
     data_options(parser, required=True)
     setting_options(parser.add_argument_group("pruning"), MPruneConfig, {"similarity": metrics.names()})
     output = output_options(
@@ -55,8 +48,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(args: argparse.Namespace) -> MPruneConfig:
-    from ..pruning.config import MPruneConfig
-
     given = given_settings(args)
     if "num_blocks" in given:
         given["num_blocks"] = _num_blocks(given["num_blocks"])
@@ -90,10 +81,6 @@ def _out(args: argparse.Namespace) -> Path | None:
 def _prune(args: argparse.Namespace) -> int:
     config = _config(args)
     out = _out(args)
-    from ..checkpoint.record import check_record
-    from ..observe.calibration import Calibration
-    from ..pruning.prune import analyze, apply_healed, check_settings
-    from .job import Job
 
     def check(frame: nn.Module) -> None:
         check_record(frame, 1)
@@ -141,9 +128,6 @@ def _write_findings(
     folder: Path, job: Job, plan: PruningPlan, parameters: tuple[int, int], healings: Sequence[Healing]
 ) -> None:
     """The plan, the report, and the heatmap where matplotlib is installed."""
-    from ..pruning.heatmap import save_heatmap
-    from ..reports.plan_report import Measurement, write_report
-
     thresholds = {stack.threshold for stack in plan.stacks.values()}
     rows = [
         Measurement("original", blocks=plan.num_blocks, parameters=parameters[0]),
@@ -165,8 +149,6 @@ def _write_findings(
 
 
 def _nothing_to_remove(plan: PruningPlan) -> str:
-    from ..pruning.plan import first_threshold
-
     message = "info: nothing to remove, the model stays as it is."
     first = first_threshold(plan)
     if first is None:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
 
+from ..core.hub_help import notes_of
 from ..errors import ConfigError, DeepArcError
+from ..publish.push import push_to_hub
 from .options import card_options, given_card
 
 __all__ = ["add"]
 
 
-def add(commands: Any, argv: Sequence[str]) -> None:
-    """Add the command to the parser of all commands."""
-    parser = commands.add_parser(
-        "push",
-        help="publish a checkpoint on the Hub, with its card",
-        description="Publish the checkpoint in a folder on the Hub: weights, config, tokenizer, reports and a model "
-        "card made of them, in one commit. A README.md that somebody wrote or edited stays, unless --overwrite is "
-        "given. Log in first: hf auth login, or set HF_TOKEN.",
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the command's options."""
+    parser.description = (
+        "Publish the checkpoint in a folder on the Hub: weights, config, tokenizer, reports and a model card made of "
+        "them, in one commit. A README.md that somebody wrote or edited stays, unless --overwrite is given. Log in "
+        "first: hf auth login, or set HF_TOKEN."
     )
     parser.set_defaults(run=_push)
     parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
@@ -38,24 +36,15 @@ def add(commands: Any, argv: Sequence[str]) -> None:
 
 
 def _push(args: argparse.Namespace) -> int:
-    from ..core.hub_help import notes_of
-    from ..publish.push import push_to_hub
-
-    settings = {
-        "private": args.private,
-        "revision": args.revision,
-        "create_pr": args.create_pr,
-        "commit_message": args.message,
-    }
-    settings["overwrite"] = args.overwrite
+    settings = {name: getattr(args, name) for name in ("private", "revision", "create_pr", "overwrite")}
     try:
-        done = push_to_hub(args.path, args.repo_id, **settings, **given_card(args))
+        done = push_to_hub(args.path, args.repo_id, commit_message=args.message, **settings, **given_card(args))
     except DeepArcError:
         raise
     except ValueError as error:  # a name or metadata that the Hub would not take
         raise ConfigError(str(error)) from error
     except Exception as error:
-        if isinstance(error, (DeepArcError, OSError)) or not notes_of(error):
+        if isinstance(error, OSError) or not notes_of(error):
             raise
         said = str(error).rstrip(".") or type(error).__name__
         raise ConnectionError(

@@ -4,45 +4,37 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from ..architectures import describe
+from ..checkpoint.record import check_record
+from ..core.environment import hardware, package_versions
+from ..core.markdown import made_with
 from ..errors import ConfigError
+from ..sparsity.config import WandaConfig
+from ..sparsity.methods import methods
+from ..sparsity.report import SparsityReport
+from ..sparsity.sparsify import matrices_for, sparsify_model
 from .common import SPARSITY_FILE, output_folder, public_names, say, whole_folder
+from .job import Job
 from .options import common_options, data_options, given_settings, output_options, setting_options
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..sparsity.config import WandaConfig
-    from ..sparsity.report import SparsityReport
-    from .job import Job
 
 __all__ = ["add"]
 
 FORMAT_VERSION = 1
 
 
-def add(commands: Any, argv: Sequence[str]) -> None:
-    """Add the command to the parser of all commands."""
-    parser = commands.add_parser(
-        "sparsify",
-        help="zero the weights of a model that matter least and save the checkpoint",
-        description="Zero the weights that matter least in the linear maps of all blocks, and save a checkpoint that "
-        "stock libraries load. Zeros are stored and multiplied like other numbers: the checkpoint is neither smaller "
-        "nor faster by them. Use training data, never the data that you evaluate on.",
+def add(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the command's options."""
+    parser.description = (
+        "Zero the weights that matter least in the linear maps of all blocks, and save a checkpoint that stock "
+        "libraries load. Zeros are stored and multiplied like other numbers: the checkpoint is neither smaller nor "
+        "faster by them. Use training data, never the data that you evaluate on."
     )
     parser.set_defaults(run=_sparsify)
     common_options(parser)
-    if "sparsify" in argv:  # the settings live beside the mathematics, which take seconds to import
-        _options(parser)
-
-
-def _options(parser: argparse.ArgumentParser) -> None:
-    from ..sparsity.config import WandaConfig
-    from ..sparsity.methods import methods
-
     no_data = [method.name for method in methods if not method.needs_inputs]
     data_options(parser, required=False, note=f"; not needed with --method {' or '.join(no_data)}" if no_data else "")
     setting_options(parser.add_argument_group("sparsity"), WandaConfig, {"method": methods.names()})
@@ -50,15 +42,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sparsify(args: argparse.Namespace) -> int:
-    from ..sparsity.config import WandaConfig
-
     config = WandaConfig(**given_settings(args))
     _settle_data(args, config)
     out = output_folder(args)
-    from ..architectures import describe
-    from ..checkpoint.record import check_record
-    from ..sparsity.sparsify import matrices_for, sparsify_model
-    from .job import Job
 
     def check(frame: nn.Module) -> None:
         check_record(frame)
@@ -85,8 +71,6 @@ def _sparsify(args: argparse.Namespace) -> int:
 
 def _settle_data(args: argparse.Namespace, config: WandaConfig) -> None:
     """Refuse data that is missing, and leave data alone that is not needed."""
-    from ..sparsity.methods import methods
-
     if methods.get(config.method).needs_inputs:
         if args.data is None:
             without = [f"--method {method.name}" for method in methods if not method.needs_inputs]
@@ -101,12 +85,8 @@ def _settle_data(args: argparse.Namespace, config: WandaConfig) -> None:
 
 def _write_report(folder: Path, report: SparsityReport, job: Job) -> None:
     """The report, as JSON and as Markdown, with what it was made from and with."""
-    from ..core.environment import hardware, package_versions
-
     names, machine, versions = public_names(job.args), hardware(job.device), package_versions()
-    made_with = {"versions": versions, "hardware": machine, "extra": names}
-    data = {"format_version": FORMAT_VERSION, **report.to_dict(), **made_with}
-    (folder / SPARSITY_FILE).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
-    facts = "\n".join(f"- {key}: {value}" for key, value in {**names, **machine, **versions}.items())
-    text = f"{report.to_markdown()}\n## Made with\n\n{facts}\n"
+    data = {"format_version": FORMAT_VERSION, **report.to_dict(), "versions": versions, "hardware": machine}
+    (folder / SPARSITY_FILE).write_text(json.dumps({**data, "extra": names}, indent=1) + "\n", "utf-8")
+    text = f"{report.to_markdown()}\n{made_with(names, machine, versions)}\n"
     (folder / SPARSITY_FILE).with_suffix(".md").write_text(text, "utf-8")
