@@ -26,6 +26,7 @@ is.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from deeparc_hf.errors import ConfigError
     from experiment.arguments import DataArguments, PruningArguments, parse
-    from experiment.models import load_model
+    from experiment.models import loader
     from experiment.perplexity import PerplexityMeasure, block_losses, collate_blocks, token_blocks
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
@@ -61,33 +62,29 @@ def main(argv: list[str] | None = None) -> list[Any]:
             f"{pruning.metric!r}."
         )
     set_seed(training.seed)
-    source = {"revision": data.model_revision, **({"gguf_file": text.gguf_file} if text.gguf_file else {})}
-    tokenizer = AutoTokenizer.from_pretrained(data.model, **source)
+    source = {"gguf_file": text.gguf_file} if text.gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision, **source)
     splits = token_blocks(load_splits(data, training.seed), tokenizer, text.text_column, text.block_size)
     measure = PerplexityMeasure(splits.test)
 
+    load_unchecked = loader(AutoModelForCausalLM, data, pruning, gguf_file=text.gguf_file)
+
     def load(name: str) -> Any:
-        model = load_model(
-            AutoModelForCausalLM, name, whole=pruning.finetune_epochs == 0, **(source if name == data.model else {})
-        )
+        model = load_unchecked(name)
         longest = getattr(model.config, "max_position_embeddings", None)
         if longest is not None and text.block_size > longest:
             raise ConfigError(f"block_size is {text.block_size}, and the model takes {longest} tokens at most.")
         return model
 
-    def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:
-        return Trainer(
-            model=model,
-            args=args,
-            train_dataset=splits.train,
-            eval_dataset=splits.validation,
-            processing_class=tokenizer,
-            data_collator=collate_blocks,
-            compute_metrics=measure.metrics,
-            preprocess_logits_for_metrics=block_losses,
-            callbacks=callbacks,
-        )
-
+    trainer = partial(
+        Trainer,
+        train_dataset=splits.train,
+        eval_dataset=splits.validation,
+        processing_class=tokenizer,
+        data_collator=collate_blocks,
+        compute_metrics=measure.metrics,
+        preprocess_logits_for_metrics=block_losses,
+    )
     made_by = provenance(__file__, argv, data, text, training, splits)
     samples = (
         f"A sample is a block of {text.block_size} tokens. Perplexity is exp(mean loss of a token); its "

@@ -21,6 +21,7 @@ local file of these, or a folder of images by class.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -43,7 +44,6 @@ class ImageArguments:
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
     from transformers import (
-        AutoConfig,
         AutoModelForImageClassification,
         DefaultDataCollator,
         Trainer,
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from experiment.arguments import DataArguments, PruningArguments, parse
     from experiment.images import ImageEncoder, image_processor, with_images
-    from experiment.labels import accuracy, classes_of, encode_labels, label_settings
-    from experiment.models import load_model
+    from experiment.labels import accuracy, encode_labels
+    from experiment.models import loader, named_classes
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
@@ -64,40 +64,22 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
     training.remove_unused_columns = False  # the images' column is not one of the model's
     set_seed(training.seed)
-    order = None
-    if pruning.finetune_epochs == 0:  # the model's classes have their numbers
-        order = classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
-    splits, names = encode_labels(
-        with_images(load_splits(data, training.seed), image.image_column), image.label_column, order
-    )
+    splits = with_images(load_splits(data, training.seed), image.image_column)
+    splits, names = encode_labels(splits, image.label_column, named_classes(data, pruning))
     processor = image_processor(data.model, data.model_revision, image.image_size)
     plain = ImageEncoder(processor, image.image_column)
     changed = ImageEncoder(processor, image.image_column, mirror=image.mirror, shift=image.shift)
     train, seen = splits.train.with_transform(changed), splits.each(lambda part: part.with_transform(plain))
 
-    def load(name: str) -> Any:
-        fresh = name == data.model and pruning.finetune_epochs > 0  # a head of another task is replaced by a new one
-        return load_model(
-            AutoModelForImageClassification,
-            name,
-            revision=data.model_revision if name == data.model else None,
-            whole=not fresh,
-            ignore_mismatched_sizes=fresh,
-            **label_settings(names),
-        )
-
-    def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:
-        return Trainer(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=seen.validation,
-            processing_class=processor,
-            data_collator=DefaultDataCollator(),
-            compute_metrics=accuracy,
-            callbacks=callbacks,
-        )
-
+    trainer = partial(
+        Trainer,
+        train_dataset=train,
+        eval_dataset=seen.validation,
+        processing_class=processor,
+        data_collator=DefaultDataCollator(),
+        compute_metrics=accuracy,
+    )
+    load = loader(AutoModelForImageClassification, data, pruning, labels=names)
     made_by = provenance(__file__, argv, data, image, training, splits)
     # blocks are compared on the training images as they are
     return Experiment(data, pruning, training, load, trainer, seen, calibration=seen.train, provenance=made_by).run()

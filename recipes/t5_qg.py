@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from experiment.arguments import DataArguments, PruningArguments, parse
     from experiment.generation import QuestionMeasure, first_answers, write_scores
-    from experiment.models import load_model
+    from experiment.models import loader
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
@@ -77,10 +77,6 @@ def main(argv: list[str] | None = None) -> list[Any]:
     references = list(splits.test[text.question_column])
     splits = splits.map(encode)
 
-    def load(name: str) -> Any:
-        revision = data.model_revision if name == data.model else None
-        return load_model(AutoModelForSeq2SeqLM, name, revision=revision, whole=pruning.finetune_epochs == 0)
-
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> Seq2SeqTrainer:
         return Seq2SeqTrainer(
             model=model,
@@ -96,6 +92,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
         splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=text.max_target_length
     )
     made_by = provenance(__file__, argv, data, text, training, splits)
+    load = loader(AutoModelForSeq2SeqLM, data, pruning)
     experiment = Experiment(data, pruning, training, load, trainer, splits, measure, provenance=made_by)
     experiment.finish = lambda rows: write_scores(Path(training.output_dir), rows, measure)
     return experiment.run()

@@ -18,6 +18,7 @@ label column will do:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 
@@ -36,7 +37,6 @@ class TextArguments:
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
     from transformers import (
-        AutoConfig,
         AutoModelForSequenceClassification,
         AutoTokenizer,
         DataCollatorWithPadding,
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from experiment.arguments import DataArguments, PruningArguments, parse
-    from experiment.labels import accuracy, classes_of, encode_labels, label_settings
-    from experiment.models import load_model
+    from experiment.labels import accuracy, encode_labels
+    from experiment.models import loader, named_classes
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
@@ -58,10 +58,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     set_seed(training.seed)
     splits = load_splits(data, training.seed)
     splits.need_texts(text_column=text.text_column, text_pair_column=text.text_pair_column)
-    order = None
-    if pruning.finetune_epochs == 0:  # the model's classes have their numbers
-        order = classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
-    splits, names = encode_labels(splits, text.label_column, order)
+    splits, names = encode_labels(splits, text.label_column, named_classes(data, pruning))
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -70,29 +67,15 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     splits = splits.map(encode, keep=["labels"])
 
-    def load(name: str) -> Any:
-        fresh = name == data.model and pruning.finetune_epochs > 0  # a head of another task is replaced by a new one
-        return load_model(
-            AutoModelForSequenceClassification,
-            name,
-            revision=data.model_revision if name == data.model else None,
-            whole=not fresh,
-            ignore_mismatched_sizes=fresh,
-            **label_settings(names),
-        )
-
-    def trainer(model: Any, args: Any, callbacks: list[Any]) -> Trainer:
-        return Trainer(
-            model=model,
-            args=args,
-            train_dataset=splits.train,
-            eval_dataset=splits.validation,
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=accuracy,
-            callbacks=callbacks,
-        )
-
+    trainer = partial(
+        Trainer,
+        train_dataset=splits.train,
+        eval_dataset=splits.validation,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=accuracy,
+    )
+    load = loader(AutoModelForSequenceClassification, data, pruning, labels=names)
     made_by = provenance(__file__, argv, data, text, training, splits)
     return Experiment(data, pruning, training, load, trainer, splits, provenance=made_by).run()
 

@@ -29,7 +29,7 @@ from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.markdown import table
 from deeparc_hf.errors import ConfigError, MissingDependencyError
 
-from .results import Measured, Row
+from .results import Measured, Row, metric_cell
 
 __all__ = ["TITLES", "QuestionMeasure", "TextScores", "first_answers", "scores_table", "write_scores"]
 
@@ -199,7 +199,7 @@ def scores_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> str:
     lines.append(["Num of parameter", *(f"{row.parameters:,}" for row in rows)])
     notes = []
     for score, title in TITLES.items():
-        lines.append([title, *(_cell(row.measured, score) for row in rows)])
+        lines.append([title, *(metric_cell(row.measured, score, "to") for row in rows)])
         without = [row.name for row in rows if row.measured.metrics.get(score) is None]
         if without:
             reason = reasons.get(score, "the reason is not known.")
@@ -219,13 +219,6 @@ def write_scores(folder: Path, rows: Sequence[Row], measure: QuestionMeasure) ->
     )
     text = f"# Generated questions\n\n{scores_table(shown, measure.reasons)}\n\n{how}\n"
     write_whole(folder / "scores.md", text)
-
-
-def _cell(measured: Measured, score: str) -> str:
-    value, interval = measured.metrics.get(score), measured.intervals.get(score)
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if interval is None else f"{value:.4f} ({interval[0]:.4f} to {interval[1]:.4f})"
 
 
 def _check(predictions: Sequence[str], references: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from transformers import AutoConfig
 
 from deeparc_hf.errors import ConfigError
 
-__all__ = ["has_weights", "load_model"]
+from .arguments import DataArguments, PruningArguments
+from .labels import classes_of, label_settings
+
+__all__ = ["has_weights", "load_model", "loader", "named_classes"]
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _OF_CHECKPOINTS = ("ignore_mismatched_sizes",)
@@ -21,6 +25,42 @@ def has_weights(name: str) -> bool:
     """Whether there are weights behind a name: not in a folder that holds a config.json and none."""
     folder = Path(name)
     return not (folder / "config.json").is_file() or any(True for pattern in _WEIGHTS for _ in folder.glob(pattern))
+
+
+def named_classes(data: DataArguments, pruning: PruningArguments) -> list[str] | None:
+    """The classes of a model that is fine-tuned already, which have their numbers; None where it is trained first."""
+    if pruning.finetune_epochs > 0:
+        return None
+    return classes_of(AutoConfig.from_pretrained(data.model, revision=data.model_revision))
+
+
+def loader(
+    auto_class: Any,
+    data: DataArguments,
+    pruning: PruningArguments,
+    *,
+    labels: Sequence[str] | None = None,
+    gguf_file: str | None = None,
+) -> Callable[[str], Any]:
+    """How an experiment loads the model that it begins with, and those that it saved.
+
+    Args:
+        auto_class: AutoModelFor...
+        data: names the model to begin with, and its revision.
+        pruning: says whether that model is fine-tuned first; if it is not, it must be whole.
+        labels: names of a classifier's classes; a head of another task is replaced by a new one to fine-tune.
+        gguf_file: name of the GGUF file of the model to begin with.
+    """
+
+    def load(name: str) -> Any:
+        first = name == data.model
+        fresh = first and pruning.finetune_epochs > 0
+        settings: dict[str, Any] = {"revision": data.model_revision, "gguf_file": gguf_file} if first else {}
+        if labels is not None:
+            settings |= {**label_settings(labels), "ignore_mismatched_sizes": fresh}
+        return load_model(auto_class, name, whole=not fresh, **settings)
+
+    return load
 
 
 def load_model(

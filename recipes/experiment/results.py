@@ -25,6 +25,7 @@ __all__ = [
     "Row",
     "Speed",
     "against_original",
+    "metric_cell",
     "read_rows",
     "results_table",
     "shown",
@@ -101,14 +102,13 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return finite(json.loads(json.dumps(dataclasses.asdict(self))))
+        return finite(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:
         """The inverse of `to_dict`."""
-        found = dict(data["measured"])
-        intervals = {name: tuple(bounds) for name, bounds in found["intervals"].items()}
-        measured = Measured(**{**found, "intervals": intervals})
+        intervals = {name: tuple(bounds) for name, bounds in data["measured"]["intervals"].items()}
+        measured = Measured(**{**data["measured"], "intervals": intervals})
         return cls(**{**data, "measured": measured, "validation": tuple(data.get("validation", ()))})
 
 
@@ -162,7 +162,7 @@ def results_table(rows: Sequence[Row], metrics: Sequence[str] | None = None) -> 
             [
                 row.name + (f" ({row.verdict})" if row.verdict else ""),
                 *validation,
-                *(_metric(row.measured, name) for name in names),
+                *(metric_cell(row.measured, name, "..") for name in names),
                 " + ".join(map(str, row.blocks.values())),
                 f"{row.parameters:,}",
                 shown(row.measured.seconds, ",.2f"),
@@ -209,7 +209,7 @@ def write_results(
         facts: how it was made: arguments, data.
         notes: sentences beneath the table.
     """
-    data = {
+    data: dict[str, Any] = {
         "rows": [row.to_dict() for row in rows],
         "speeds": {name: dataclasses.asdict(speed) for name, speed in speeds.items()},
         "notes": list(notes),
@@ -228,14 +228,14 @@ def write_results(
         "Freeze: blocks that were not trained. One run with one seed."
     )
     parts += [*against_original(rows), *(f"{name}: {speed}" for name, speed in speeds.items()), *notes]
-    made_with = {**hardware(), **package_versions()}
+    made_with = {**data["hardware"], **data["versions"]}
     parts += [
         "## Made with",
         f"```json\n{json.dumps(facts, indent=1)}\n```",
         "\n".join(f"- {key}: {value}" for key, value in made_with.items()),
     ]
     write_whole(folder / f"{RESULTS}.md", "\n\n".join(parts) + "\n")
-    write_whole(folder / f"{RESULTS}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+    _write_json(folder / f"{RESULTS}.json", data)
 
 
 def write_evaluations(
@@ -253,16 +253,14 @@ def write_evaluations(
     if row.name != original.name:
         entry |= {"before": _test(original.measured.metrics), "before_intervals": _test(original.measured.intervals)}
         entry["before_blocks"] = sum(original.blocks.values())
-    entry |= {
-        "data": {**data, "rows": row.measured.samples},
-        "weights": mark_of_files(folder),
-        "stacks": dict(row.blocks),
-        "judged": judged,
-    }
+    entry |= {"data": {**data, "rows": row.measured.samples}, "weights": mark_of_files(folder)}
+    entry |= {"stacks": row.blocks, "judged": judged}
     report = {"evaluations": [entry], "speed": None if speed is None else dataclasses.asdict(speed)}
-    write_whole(
-        folder / EVALUATIONS_FILE, json.dumps(finite(json.loads(json.dumps(report))), indent=1, allow_nan=False) + "\n"
-    )
+    _write_json(folder / EVALUATIONS_FILE, report)
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
 
 def whereabouts(folder: Path, rows: Sequence[Row], published: str | None = None) -> str:
@@ -297,12 +295,11 @@ def read_rows(folder: Path) -> list[Row]:
     return [Row.from_dict(entry) for entry in json.loads((folder / f"{RESULTS}.json").read_text("utf-8"))["rows"]]
 
 
-def _metric(measured: Measured, name: str) -> str:
-    value = measured.metrics.get(name)
-    if value is None:
-        return "-"
-    interval = measured.intervals.get(name)
-    return f"{value:.4f}" + ("" if interval is None else f" ({interval[0]:.4f} .. {interval[1]:.4f})")
+def metric_cell(measured: Measured, name: str, to: str) -> str:
+    """A metric as a table shows it, with its interval where it has one; `to` stands between the bounds."""
+    value, interval = measured.metrics.get(name), measured.intervals.get(name)
+    bounds = "" if value is None or interval is None else f" ({interval[0]:.4f} {to} {interval[1]:.4f})"
+    return shown(value, ".4f") + bounds
 
 
 def shown(value: float | None, form: str = "") -> str:

@@ -12,7 +12,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 TOLD = "card.json"
 ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
-Loader = Callable[[str], nn.Module]
-TrainerMaker = Callable[[nn.Module, TrainingArguments, list[Any]], Trainer]
 
 
 @dataclass
@@ -61,7 +59,7 @@ class Experiment:
         pruning: what is done to the model.
         training: the Trainer's arguments; epochs and output folders are set for each training.
         load: a model by Hub id or folder.
-        trainer: makes a Trainer of a model, arguments and callbacks, with the training and validation data.
+        trainer: makes a Trainer of `model`, `args` and `callbacks`, with the training and validation data.
         splits: the data as the Trainer takes it. The tables are measured on the test data; nothing is decided on it.
         calibration: data to compare blocks on and to zero weights by, a part or a view of the training data; default:
             the training data.
@@ -77,8 +75,8 @@ class Experiment:
     data: DataArguments
     pruning: PruningArguments
     training: TrainingArguments
-    load: Loader
-    trainer: TrainerMaker
+    load: Callable[[str], nn.Module]
+    trainer: Callable[..., Trainer]
     splits: Splits
     measure: Callable[[Trainer], Measured] | None = None
     calibration: Any = None
@@ -152,14 +150,12 @@ class Experiment:
     # ---- steps ----
 
     def _original(self) -> Row:
-        model, folder, seconds, epochs = self.load(self.data.model), None, None, ()
-        self._revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+        folder, seconds, epochs = None, None, ()
+        trainer = self._trainer(None, ORIGINAL, self.pruning.finetune_epochs or 1)
+        self._revision = getattr(getattr(trainer.model, "config", None), "_commit_hash", None)
         if self.pruning.finetune_epochs > 0:
-            trainer = self.trainer(model, self._args(ORIGINAL, self.pruning.finetune_epochs), [])
             seconds, epochs = self._train(trainer)
-            folder = self._save(trainer, ORIGINAL)
-        else:
-            trainer = self.trainer(model, self._args(ORIGINAL, 1), [])
+            folder = self._save(trainer)
         return Row(ORIGINAL, **self._facts_of(trainer), training_seconds=seconds, validation=epochs, folder=folder)
 
     def _iteration(self, iteration: int, before: Row, original: Row) -> Row | None:
@@ -170,12 +166,10 @@ class Experiment:
         baseline = None
         if self.pruning.max_drop is not None:
             # of the original, on the data that judges: drops must not add up over the iterations
-            baseline = self._judged(self.trainer(self.load(self._place(original)), self._args(SCRATCH, 1), []))
+            baseline = self._judged(self._trainer(original, SCRATCH))
         callback = MPruneCallback(self.pruning.pruning(iteration, baseline), calibration=self.calibration)
         tries = 1 if self.pruning.max_drop is None else self.pruning.k_max - self.pruning.k + 1
-        trainer = self.trainer(
-            self.load(self._place(before)), self._args(name, self.pruning.retrain_epochs * tries), [callback]
-        )
+        trainer = self._trainer(before, name, self.pruning.retrain_epochs * tries, callback)
         _, epochs = self._train(trainer)
         standing = [attempt for attempt in callback.attempts[1:] if attempt.get("decision") == "accepted"]
         if not standing:
@@ -183,7 +177,7 @@ class Experiment:
                 name, "every pruning was taken back" if len(callback.attempts) > 1 else "nothing could be removed"
             )
         attempt = standing[-1]
-        folder = self._save(trainer, name)
+        folder = self._save(trainer)
         return Row(
             name,
             **self._facts_of(trainer),
@@ -198,7 +192,7 @@ class Experiment:
 
     def _removal(self, iteration: int, name: str, before: Row) -> Row | None:
         """One pruning without a retraining; None where nothing could be removed."""
-        trainer = self.trainer(self.load(self._place(before)), self._args(name, 1), [])
+        trainer = self._trainer(before, name)
         config, bars = self.pruning.pruning(iteration), shows_bars(trainer.args)
         calibration = Calibration(self._batches(trainer, config), config.calibration_samples)
         plan = analyze(trainer.model, calibration, config, progress=bars)
@@ -206,7 +200,7 @@ class Experiment:
             return self._nothing(name, "nothing could be removed")
         _, healings = apply_healed(trainer.model, plan, calibration, progress=bars)
         threshold = _only(stack.threshold for stack in plan.stacks.values())
-        folder = self._save(trainer, name)
+        folder = self._save(trainer)
         row = Row(name, **self._facts_of(trainer), threshold=threshold, k=config.k, folder=folder)
         if self._main:
             plan.to_json(self._out / folder / PLAN_FILE)
@@ -221,10 +215,9 @@ class Experiment:
         """The Wanda grid on one model: each share right after the zeroing, and retrained where that was asked for."""
         for config in self.pruning.grid():
             name = f"{row.name}, {config.pattern or f'{100 * config.sparsity:g} %'} zeros"
-            trainer = self.trainer(self.load(self._place(row)), self._args(SCRATCH, 1), [])
-            report = sparsify_model(
-                trainer.model, self._batches(trainer, config), config, progress=shows_bars(trainer.args)
-            )
+            trainer = self._trainer(row, SCRATCH)
+            batches, bars = self._batches(trainer, config), shows_bars(trainer.args)
+            report = sparsify_model(trainer.model, batches, config, progress=bars)
             facts = {"frozen": row.frozen, "threshold": row.threshold, "k": row.k}
             yield Row(name, **self._facts_of(trainer), **facts, sparsity=report.measured)
             if config.sparsity in self.pruning.sparsity_retrain:
@@ -232,13 +225,12 @@ class Experiment:
 
     def _sparse_retrained(self, row: Row, config: WandaConfig, name: str) -> Row:
         callback = WandaCallback(config, calibration=self.calibration)
-        model = self.load(self._place(row))
-        if row.frozen and (record := record_of(model)) is not None:  # as in the retraining before it
-            Structure(record, record.frozen).freeze(model)
-        trainer = self.trainer(model, self._args(name, self.pruning.retrain_epochs), [callback])
+        trainer = self._trainer(row, name, self.pruning.retrain_epochs, callback)
+        if row.frozen and (record := record_of(trainer.model)) is not None:  # as in the retraining before it
+            Structure(record, record.frozen).freeze(trainer.model)
         seconds, epochs = self._train(trainer)
         share = None if callback.report is None else callback.report.measured
-        folder = self._save(trainer, name)
+        folder = self._save(trainer)
         trained = {"training_seconds": seconds, "validation": epochs}
         return Row(name, **self._facts_of(trainer), frozen=row.frozen, sparsity=share, **trained, folder=folder)
 
@@ -246,8 +238,7 @@ class Experiment:
         """Time both models in turns: what disturbs one disturbs the other."""
         works = []
         for row in (original, last):
-            trainer = self.trainer(self.load(self._place(row)), self._args(SCRATCH, 1), [])
-            works.append(self._work(trainer))
+            works.append(self._work(self._trainer(row, SCRATCH)))
             works[-1]()  # warm
         ratios = []
         for turn in range(TURNS):
@@ -299,26 +290,24 @@ class Experiment:
     def _main(self) -> bool:
         return self.training.process_index == 0
 
-    def _args(self, name: str, epochs: float) -> TrainingArguments:
-        """The arguments of one training."""
+    def _trainer(self, row: Row | None, name: str, epochs: float = 1, *callbacks: TrainerCallback) -> Trainer:
+        """A Trainer of the model of a row (None: of the model that is given), with a folder of its own."""
         folder = self._out / name.replace(" ", "-").replace(",", "").replace("%", "percent").replace(":", "-")
         evaluates = "epoch" if self.training.eval_strategy == "no" else self.training.eval_strategy
         settings = {"eval_strategy": evaluates, "average_tokens_across_devices": self.average_tokens}
-        return dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, **settings)
-
-    def _place(self, row: Row) -> str:
-        return self.data.model if row.folder is None else str(self._out / row.folder)
+        args = dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, **settings)
+        place = self.data.model if row is None or row.folder is None else str(self._out / row.folder)
+        return self.trainer(model=self.load(place), args=args, callbacks=list(callbacks))
 
     def _train(self, trainer: Trainer) -> tuple[float, tuple[float, ...]]:
         """Train; time of the training in s, evaluations left out, and the main metric after each epoch."""
-        metric = self.pruning.metric
-        clock = _Clock(metric if metric is None or metric.startswith("eval_") else f"eval_{metric}")
+        clock = _Clock([self._metric] if self.pruning.metric else ["eval_accuracy", "eval_loss"])
         trainer.add_callback(clock)
         trainer.train()
         trainer.remove_callback(clock)
         return clock.seconds, tuple(clock.values)
 
-    def _save(self, trainer: Trainer, name: str) -> str:
+    def _save(self, trainer: Trainer) -> str:
         trainer.save_model()
         trainer.accelerator.wait_for_everyone()
         return Path(trainer.args.output_dir).name
@@ -337,18 +326,21 @@ class Experiment:
             return lambda: measure(trainer)
         return lambda: Measured.of_metrics(trainer.evaluate(self._test, metric_key_prefix="test"), len(self._test))
 
+    @property
+    def _metric(self) -> str:
+        """The metric that judges, as the evaluation names it."""
+        return f"eval_{(self.pruning.metric or 'loss').removeprefix('eval_')}"
+
     def _judged(self, trainer: Trainer) -> float:
         metrics = trainer.evaluate()
-        name = self.pruning.metric or "loss"
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        if name not in metrics:
+        if self._metric not in metrics:
             known = sorted(
                 key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not key.endswith(TIMES)
             )
             raise ConfigError(
                 f"metric={self.pruning.metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
             )
-        return float(metrics[name])
+        return float(metrics[self._metric])
 
     def _batches(self, trainer: Trainer, config: MPruneConfig | WandaConfig) -> Iterable[Any]:
         """Batches of randomly chosen samples, collated as for a training; one can go through them again and again, and
@@ -397,10 +389,10 @@ def _measurement(label: str, row: Row) -> Measurement:
 class _Clock(TrainerCallback):
     """The time of the training steps, and the main metric of each evaluation."""
 
-    def __init__(self, metric: str | None) -> None:
+    def __init__(self, metrics: Sequence[str]) -> None:
         self.seconds = 0.0
         self.values: list[float] = []
-        self._metric = metric
+        self._metrics = metrics  # the first of them that there is
         self._began = 0.0
 
     def on_step_begin(self, *event: Any, **more: Any) -> None:
@@ -410,6 +402,5 @@ class _Clock(TrainerCallback):
         self.seconds += time.perf_counter() - self._began
 
     def on_evaluate(self, *event: Any, metrics: Mapping[str, float] | None = None, **more: Any) -> None:
-        names = [self._metric] if self._metric else ["eval_accuracy", "eval_loss"]
-        found = [metrics[name] for name in names if metrics and name in metrics]
+        found = [metrics[name] for name in self._metrics if metrics and name in metrics]
         self.values += [float(value) for value in found[:1]]

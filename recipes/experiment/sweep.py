@@ -21,6 +21,7 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
+from deeparc_hf.core.checks import Entry, MalformedError, read_json
 from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.markdown import table
 from deeparc_hf.errors import ConfigError
@@ -244,7 +245,7 @@ class Sweep:
                 name, number = f"{slug(cell.name)}.{number}", number + 1
             self._folders[cell.name] = name
         types = recipe_types(self.file.recipe)
-        original, *_ = [self._settings(cell, types) for cell in self.file.cells]
+        original, *_ = [self._settings(cell, types) for cell in self.file.cells]  # all are checked
         self._fine_tunes = original.finetune_epochs != 0
 
     @property
@@ -289,13 +290,8 @@ class Sweep:
     def _do(self, cell: Cell, model: Path | None, original: str | None, lock: Any) -> str | None:
         """Run one cell if it is not done. Returns what tells this run of it from others; None if it failed."""
         place = self._place(cell.name)
-        wanted = {
-            "recipe": self.file.recipe.name,
-            "config": self.file.config,
-            "cell": cell.settings,
-            "extra": list(self.extra),
-        }
-        wanted = json.loads(json.dumps({**wanted, "original": original}))
+        wanted = {"recipe": self.file.recipe.name, "config": self.file.config, "cell": cell.settings}
+        wanted = json.loads(json.dumps({**wanted, "extra": list(self.extra), "original": original}))
         known = _json(place / CELL)
         if known is not None and "run" in known and self._finished(cell.name):
             reason = _difference(known, wanted)
@@ -364,28 +360,21 @@ def slug(name: str) -> str:
 def _json(path: Path) -> dict[str, Any] | None:
     """The names and values in a file of JSON; None where there is no such file, or not a whole one."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return dict(Entry(read_json(path)).mapping())
+    except (OSError, MalformedError):
         return None
-    return data if isinstance(data, dict) else None
 
 
 def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """What differs between the arguments of then and of now, in words; empty if nothing does."""
-    names = {
-        "recipe": "the recipe",
-        "config": "the config file",
-        "cell": "the grid",
-        "extra": "the arguments",
-        "original": "the original",
-    }
+    names = {"config": "config file", "cell": "grid", "extra": "arguments"}
     parts = []
-    for key, name in names.items():
-        then, now = known.get(key), wanted[key]
+    for key, now in wanted.items():
+        then = known.get(key)
         both = isinstance(then, Mapping) and isinstance(now, Mapping)
         changed = sorted(each for each in {*then, *now} if then.get(each) != now.get(each)) if both else []
         if then != now:
-            parts.append(name + (f" ({', '.join(changed)})" if changed else ""))
+            parts.append(f"the {names.get(key, key)}" + (f" ({', '.join(changed)})" if changed else ""))
     return " and ".join(parts)
 
 
