@@ -1,9 +1,10 @@
-"""Calibration data by name, as the command line takes it: files, folders and Hub data sets, turned into batches for a
-model.
+"""What a command is asked to work on: a model, and calibration data by name (files, folders and Hub data sets), turned
+into batches for the model.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import inspect
 import warnings
@@ -13,18 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers.utils import cached_file
 
 from ..architectures import find_host
+from ..checkpoint import loading as checkpoints
 from ..core.hub_help import no_answer
 from ..core.plain_text import plain
-from ..errors import CalibrationError, CalibrationWarning, MissingDependencyError, UnsupportedModelError
+from ..errors import CalibrationError, CalibrationWarning, ConfigError, MissingDependencyError, UnsupportedModelError
 from ..observe.calibration import chosen_rows
+from ..pruning.config import MPruneConfig
+from ..sparsity.config import WandaConfig
 from .common import say
-from .sources import LoadingError, ModelSource, loading, silence
+from .sources import LoadingError, ModelSource, find_source, load_model, loading, silence, skeleton
 
-__all__ = ["Columns", "load_rows", "make_batches", "processor_of"]
+__all__ = ["Columns", "Job", "load_rows", "make_batches"]
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _TEXT_NAMES = (
@@ -38,6 +44,75 @@ _PROCESSOR_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json"),
     *("preprocessor_config.json", "processor_config.json"),
 )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model that was asked for and the data for it, checked before its weights are read.
+
+    Attributes:
+        args: the command's arguments.
+        source: where the model comes from.
+        device: where the work is done.
+        batches: calibration batches; None where no data was given.
+        processor: the tokenizer or image processor to save with the checkpoint; None where there is none.
+    """
+
+    args: argparse.Namespace
+    source: ModelSource
+    device: torch.device
+    batches: DataLoader | None
+    processor: Any
+
+    @classmethod
+    def of(
+        cls, args: argparse.Namespace, config: MPruneConfig | WandaConfig, check: Callable[[nn.Module], object]
+    ) -> Job:
+        """What the arguments ask for.
+
+        Args:
+            args: those of `common_options`, `data_options` and `output_options`.
+            config: says how many samples, and the seed of their choice.
+            check: refuses a model, given without its weights, that the settings are not for.
+        """
+        source = find_source(args.model)
+        frame = skeleton(source, args.auto_class)
+        check(frame)
+        device = _device(args.device)
+        if args.data is None:
+            return cls(args, source, device, None, _processor_of(source, frame))
+        columns = Columns(args.text_column, args.text_pair_column, args.target_column, args.image_column)
+        batches, processor = make_batches(
+            source,
+            frame,
+            load_rows(args.data, args.split, args.subset),
+            columns,
+            samples=config.calibration_samples,
+            seed=config.seed,
+            batch_size=args.batch_size,
+            max_length=args.max_length,
+        )
+        return cls(args, source, device, batches, processor)
+
+    def load(self) -> nn.Module:
+        """The model with its weights, on the device."""
+        return load_model(self.source, self.args.auto_class).to(self.device)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Save the checkpoint with its record, and its tokenizer or image processor where there is one."""
+        checkpoints.save_pruned(model, folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device that was asked for, tried out."""
+    if name is None:
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"--device: cannot use {name!r}: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(frozen=True)
@@ -255,10 +330,8 @@ def _kind(rows: Any, name: str, option: str) -> str:
 def _text_collate(
     source: ModelSource, root: Any, columns: Columns, max_length: int | None
 ) -> tuple[Any, Callable[..., Any]]:
-    from transformers import AutoTokenizer
-
     with loading(f"the tokenizer of {source.given}"):
-        tokenizer = AutoTokenizer.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
+        tokenizer = source.load(transformers.AutoTokenizer)
     if not max_length:
         positions = getattr(root.config, "max_position_embeddings", None)
         known = positions if isinstance(positions, int) and positions > 0 else _LONGEST
@@ -314,10 +387,8 @@ def _image_collate(source: ModelSource, root: nn.Module, column: str) -> tuple[A
 
         transform = create_transform(**resolve_data_config(model=root), is_training=False)
         return None, lambda batch: {"pixel_values": torch.stack([transform(row[column]) for row in batch])}
-    from transformers import AutoImageProcessor
-
     with loading(f"the image processor of {source.given}"):
-        processor = AutoImageProcessor.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
+        processor = source.load(transformers.AutoImageProcessor)
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         pixels = processor(images=[row[column] for row in batch], return_tensors="pt")["pixel_values"]
@@ -326,15 +397,12 @@ def _image_collate(source: ModelSource, root: nn.Module, column: str) -> tuple[A
     return processor, collate
 
 
-def processor_of(source: ModelSource, model: nn.Module) -> Any:
+def _processor_of(source: ModelSource, model: nn.Module) -> Any:
     """The tokenizer or image processor to save with the checkpoint where no data has needed it; None where there is
     none.
     """
     if source.library == "timm":
         return None
-    import transformers
-    from transformers.utils import cached_file
-
     loaders = {"input_ids": transformers.AutoTokenizer, "pixel_values": transformers.AutoImageProcessor}
     loader = loaders.get(find_host(model).root.main_input_name, transformers.AutoProcessor)
     try:
@@ -343,7 +411,7 @@ def processor_of(source: ModelSource, model: nn.Module) -> Any:
                 cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False, **source.loading)
                 for name in _PROCESSOR_FILES
             ):
-                return loader.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
+                return source.load(loader)
             say(f"info: {source.given} has no files of a tokenizer or processor, so none are saved.")
     except LoadingError as error:
         say(f"info: {' '.join(str(error).split())} The checkpoint is saved without it.")

@@ -20,8 +20,8 @@ from ..pruning.prune import analyze, apply_healed, check_settings
 from ..reports.plan_report import Measurement, write_report
 from ..similarity import metrics
 from .common import PLAN_FILE, output_folder, public_names, say, whole_folder
+from .data import Job
 from .inspect import count_parameters
-from .job import Job
 from .options import common_options, data_options, given_settings, output_options, setting_options
 
 __all__ = ["add"]

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import constants
 from torch import nn
+from transformers.utils import cached_file
 
 from ..architectures import describe
 from ..core.hub_help import no_answer
@@ -28,6 +30,14 @@ __all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading"
 logger = logging.getLogger(__name__)
 
 _LONGEST = 1000  # of another library's message
+_NOT_THERE = (
+    "has no weights for {}: its config.json describes blocks that the checkpoint does not hold. Download it again, or "
+    "correct config.json."
+)
+_NO_PLACE = (
+    "holds weights for {}, for which its config.json has no place: the model that it describes is not the one that was "
+    "saved. Correct config.json."
+)
 _TIMM_SCHEMES = ("hf-hub", "hf_hub", "local-dir")
 
 
@@ -58,6 +68,10 @@ class ModelSource:
     def loading(self) -> dict[str, bool]:
         """What the loaders of transformers are to be told."""
         return {"local_files_only": True} if self.cached is not None else {}
+
+    def load(self, auto_class: Any) -> Any:
+        """Its config, tokenizer or processor, by a class of transformers."""
+        return auto_class.from_pretrained(self.reference, trust_remote_code=False, **self.loading)
 
 
 @contextmanager
@@ -120,10 +134,7 @@ def skeleton(source: ModelSource, auto_class: str | None = None) -> nn.Module:
     with loading(source.given), torch.device("meta"):
         if source.library == "timm":
             return _timm_model(source, pretrained=False)
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
-        cls = _model_class(config, auto_class)
+        config, cls = _config_and_class(source, auto_class)
         model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
         model.tie_weights()  # transformers 5.0 leaves this out on the meta device, and tied weights would count twice
         return model
@@ -136,30 +147,17 @@ def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
         LoadingError: if it cannot be loaded.
         CalibrationError: if the checkpoint lacks weights of a block, so that its similarities would be chance.
     """
-    if source.library == "timm":
-        with loading(source.given):
-            return _timm_model(source, pretrained=True).eval()
     with loading(source.given):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(source.reference, trust_remote_code=False, **source.loading)
-        cls = _model_class(config, auto_class)
+        if source.library == "timm":
+            return _timm_model(source, pretrained=True).eval()
+        config, cls = _config_and_class(source, auto_class)
         model, info = cls.from_pretrained(source.reference, config=config, output_loading_info=True, **source.loading)
     for name in describe(model).stacks:
-        missing = sorted(key for key in info["missing_keys"] if key.startswith(f"{name}."))
-        if missing:
-            raise CalibrationError(
-                f"{source.given} has no weights for {missing[0]} and {len(missing) - 1} more tensors of {name}: its "
-                "config.json describes blocks that the checkpoint does not hold. Download it again, or correct "
-                "config.json."
-            )
-        spare = sorted(key for key in info["unexpected_keys"] if key.startswith(f"{name}."))
-        if spare:
-            raise CalibrationError(
-                f"{source.given} holds weights for {spare[0]} and {len(spare) - 1} more tensors of {name}, for which "
-                "its config.json has no place: the model that it describes is not the one that was saved. Correct "
-                "config.json."
-            )
+        for keys, trouble in ((info["missing_keys"], _NOT_THERE), (info["unexpected_keys"], _NO_PLACE)):
+            found = sorted(key for key in keys if key.startswith(f"{name}."))
+            if found:
+                tensors = f"{found[0]} and {len(found) - 1} more tensors of {name}"
+                raise CalibrationError(f"{source.given} {trouble.format(tensors)}")
     return model.eval()
 
 
@@ -200,8 +198,6 @@ def silence(error: Exception) -> str:
 
 
 def _hub_config(model: str, revision: str | None) -> tuple[Path, Path | None]:
-    from transformers.utils import cached_file
-
     with loading(f"{model} (no such folder; looked for it on the Hub)"):
         silent = no_answer(model, "config.json", revision)
         if silent is None:
@@ -217,17 +213,18 @@ def _hub_config(model: str, revision: str | None) -> tuple[Path, Path | None]:
     return Path(found), Path(found).parent
 
 
-def _model_class(config: Any, auto_class: str | None) -> Any:
-    """The class to load: the one that was asked for, else the one that saved the checkpoint, else the bare model."""
-    import transformers
-
+def _config_and_class(source: ModelSource, auto_class: str | None) -> tuple[Any, Any]:
+    """The config, and the class to load: the one that was asked for, else the one that saved the checkpoint, else the
+    bare model.
+    """
+    config = source.load(transformers.AutoConfig)
     name = auto_class or next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     usable = isinstance(cls, type) and (issubclass(cls, transformers.PreTrainedModel) or hasattr(cls, "from_config"))
     if usable:
-        return cls
+        return config, cls
     if auto_class is None:
-        return transformers.AutoModel
+        return config, transformers.AutoModel
     near = difflib.get_close_matches(auto_class, [n for n in dir(transformers) if n.startswith("AutoModel")], n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"--auto-class: {auto_class!r} is not a model class of transformers.{hint}")

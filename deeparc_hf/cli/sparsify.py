@@ -18,7 +18,7 @@ from ..sparsity.methods import methods
 from ..sparsity.report import SparsityReport
 from ..sparsity.sparsify import matrices_for, sparsify_model
 from .common import SPARSITY_FILE, output_folder, public_names, say, whole_folder
-from .job import Job
+from .data import Job
 from .options import common_options, data_options, given_settings, output_options, setting_options
 
 __all__ = ["add"]
