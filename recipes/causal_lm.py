@@ -43,25 +43,22 @@ class LanguageArguments:
 
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
     from deeparc_hf.errors import ConfigError
-    from experiment.arguments import DataArguments, PruningArguments, parse
+    from experiment.arguments import begin
     from experiment.models import loader
     from experiment.perplexity import PerplexityMeasure, block_losses, collate_blocks, token_blocks
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
-    data, text, pruning, training = parse(
-        (DataArguments, LanguageArguments, PruningArguments, TrainingArguments), argv, __doc__
-    )
+    data, text, pruning, training = begin(LanguageArguments, argv, __doc__)
     if pruning.metric not in (None, "loss", "eval_loss"):
         raise ConfigError(
             "The gate of this recipe is on the loss (a larger metric counts as better otherwise), found "
             f"{pruning.metric!r}."
         )
-    set_seed(training.seed)
     source = {"gguf_file": text.gguf_file} if text.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision, **source)
     splits = token_blocks(load_splits(data, training.seed), tokenizer, text.text_column, text.block_size)

@@ -43,15 +43,9 @@ class ImageArguments:
 
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
-    from transformers import (
-        AutoModelForImageClassification,
-        DefaultDataCollator,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+    from transformers import AutoModelForImageClassification, DefaultDataCollator, Trainer
 
-    from experiment.arguments import DataArguments, PruningArguments, parse
+    from experiment.arguments import begin
     from experiment.images import ImageEncoder, image_processor, with_images
     from experiment.labels import accuracy, encode_labels
     from experiment.models import loader, named_classes
@@ -59,11 +53,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
-    data, image, pruning, training = parse(
-        (DataArguments, ImageArguments, PruningArguments, TrainingArguments), argv, __doc__
-    )
+    data, image, pruning, training = begin(ImageArguments, argv, __doc__)
     training.remove_unused_columns = False  # the images' column is not one of the model's
-    set_seed(training.seed)
     splits = with_images(load_splits(data, training.seed), image.image_column)
     splits, names = encode_labels(splits, image.label_column, named_classes(data, pruning))
     processor = image_processor(data.model, data.model_revision, image.image_size)

@@ -20,6 +20,7 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 import signal
 import sys
@@ -41,25 +42,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(own)
     sweep = Sweep(
-        SweepFile.read(args.config), args.output or Path("runs", f"sweep_{args.config.stem}"), extra, say=_say
+        SweepFile.read(args.config),
+        args.output or Path("runs", f"sweep_{args.config.stem}"),
+        extra,
+        say=functools.partial(print, flush=True),
     )
     if args.dry_run:
         for name, command in sweep.commands():
             print(f"# {name}\n{shlex.join(command)}")
         return 0
     work_begins()
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     code = sweep.run()
     print(f"{sweep.write()}\nThis table: {sweep.table}. The models and their cards: {sweep.output / 'cells'}")
     return code
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

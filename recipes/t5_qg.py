@@ -43,19 +43,16 @@ def main(argv: list[str] | None = None) -> list[Any]:
         DataCollatorForSeq2Seq,
         Seq2SeqTrainer,
         Seq2SeqTrainingArguments,
-        set_seed,
     )
 
-    from experiment.arguments import DataArguments, PruningArguments, parse
+    from experiment.arguments import begin
     from experiment.generation import QuestionMeasure, first_answers, write_scores
     from experiment.models import loader
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
-    types = (DataArguments, QuestionArguments, PruningArguments, Seq2SeqTrainingArguments)
-    data, text, pruning, training = parse(types, argv, __doc__)
-    set_seed(training.seed)
+    data, text, pruning, training = begin(QuestionArguments, argv, __doc__, Seq2SeqTrainingArguments)
     splits = load_splits(data, training.seed)
     splits.need_texts(context_column=text.context_column, question_column=text.question_column)
     splits.need(answer_column=text.answer_column)

@@ -36,26 +36,16 @@ class TextArguments:
 
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
 
-    from experiment.arguments import DataArguments, PruningArguments, parse
+    from experiment.arguments import begin
     from experiment.labels import accuracy, encode_labels
     from experiment.models import loader, named_classes
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
-    data, text, pruning, training = parse(
-        (DataArguments, TextArguments, PruningArguments, TrainingArguments), argv, __doc__
-    )
-    set_seed(training.seed)
+    data, text, pruning, training = begin(TextArguments, argv, __doc__)
     splits = load_splits(data, training.seed)
     splits.need_texts(text_column=text.text_column, text_pair_column=text.text_pair_column)
     splits, names = encode_labels(splits, text.label_column, named_classes(data, pruning))

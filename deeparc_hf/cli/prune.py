@@ -47,13 +47,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _config(args: argparse.Namespace) -> MPruneConfig:
-    given = given_settings(args)
-    if "num_blocks" in given:
-        given["num_blocks"] = _num_blocks(given["num_blocks"])
-    return MPruneConfig(**given)
-
-
 def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
     if len(given) == 1 and given[0].strip().isdigit():
         return int(given[0])
@@ -79,7 +72,10 @@ def _out(args: argparse.Namespace) -> Path | None:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    config = _config(args)
+    given = given_settings(args)
+    if "num_blocks" in given:
+        given["num_blocks"] = _num_blocks(given["num_blocks"])
+    config = MPruneConfig(**given)
     out = _out(args)
 
     def check(frame: nn.Module) -> None:

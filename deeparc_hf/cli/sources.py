@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from ..architectures import describe
 from ..core.hub_help import no_answer
-from ..core.plain_text import plain
+from ..core.plain_text import did_you_mean, plain
 from ..errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
 
 __all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "silence", "skeleton"]
@@ -53,7 +53,6 @@ class ModelSource:
         given: what the user wrote.
         library: "transformers" or "timm".
         reference: what the library's own loader takes.
-        config: the checkpoint's config.json; empty for a timm architecture without a checkpoint.
         cached: the folder in the Hub's cache, where the Hub does not answer and nothing but the cache is to be read;
             else None.
     """
@@ -61,7 +60,6 @@ class ModelSource:
     given: str
     library: str
     reference: str
-    config: dict[str, Any]
     cached: Path | None = None
 
     @property
@@ -95,13 +93,11 @@ def loading(what: str) -> Iterator[None]:
 
 def _is_refused_pickle(error: BaseException | None) -> bool:
     """Whether torch refused to unpickle something, anywhere in a chain of errors."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-            return True
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
         error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(each, pickle.UnpicklingError) or "weights_only" in str(each) for each in seen)
 
 
 def find_source(model: str) -> ModelSource:
@@ -117,14 +113,14 @@ def find_source(model: str) -> ModelSource:
     """
     scheme, _, rest = model.partition(":")
     if scheme == "timm":
-        return ModelSource(model, "timm", _architecture(rest), {})
+        return ModelSource(model, "timm", _architecture(rest))
     if scheme in _TIMM_SCHEMES:
         name, _, revision = rest.partition("@") if scheme != "local-dir" else (rest, "", "")
-        return ModelSource(model, "timm", model, *_config(name, revision or None))
+        return ModelSource(model, "timm", model, _config(name, revision or None)[1])
     config, cached = _config(model)
     if "model_type" in config or not {"architecture", "pretrained_cfg"} <= config.keys():
-        return ModelSource(model, "transformers", model, config, cached)
-    return ModelSource(model, "timm", f"{'local-dir' if Path(model).is_dir() else 'hf-hub'}:{model}", config, cached)
+        return ModelSource(model, "transformers", model, cached)
+    return ModelSource(model, "timm", f"{'local-dir' if Path(model).is_dir() else 'hf-hub'}:{model}", cached)
 
 
 def skeleton(source: ModelSource, auto_class: str | None = None) -> nn.Module:
@@ -225,8 +221,7 @@ def _config_and_class(source: ModelSource, auto_class: str | None) -> tuple[Any,
         return config, cls
     if auto_class is None:
         return config, transformers.AutoModel
-    near = difflib.get_close_matches(auto_class, [n for n in dir(transformers) if n.startswith("AutoModel")], n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(auto_class, [known for known in dir(transformers) if known.startswith("AutoModel")])
     raise ConfigError(f"--auto-class: {auto_class!r} is not a model class of transformers.{hint}")
 
 

@@ -4,18 +4,17 @@ wins.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from deeparc_hf.core.interrupts import work_begins
+from deeparc_hf.core.plain_text import did_you_mean
 from deeparc_hf.core.settings import setting
 from deeparc_hf.distillation.config import DistillConfig
 from deeparc_hf.errors import ConfigError, MissingDependencyError
@@ -23,7 +22,7 @@ from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.publish.vocabulary import check_language, check_license
 from deeparc_hf.sparsity.config import WandaConfig
 
-__all__ = ["DataArguments", "PruningArguments", "did_you_mean", "parse", "parse_settings", "read_config"]
+__all__ = ["DataArguments", "PruningArguments", "begin", "parse", "parse_settings", "read_config"]
 
 
 @dataclass
@@ -182,6 +181,17 @@ _OF_EACH_ITERATION = (
 )
 
 
+def begin(
+    own: type, argv: Sequence[str] | None, description: str | None, training: type = TrainingArguments
+) -> tuple[DataArguments, Any, PruningArguments, Any]:
+    """What a recipe begins with: model and data, its own settings, what is done to the model, and the Trainer's
+    arguments, whose seed is set. Arguments and errors are those of `parse`.
+    """
+    data, given, pruning, trainer = parse((DataArguments, own, PruningArguments, training), argv, description)
+    set_seed(trainer.seed)
+    return data, given, pruning, trainer
+
+
 def parse(types: Sequence[type], argv: Sequence[str] | None = None, description: str | None = None) -> tuple[Any, ...]:
     """Parse dataclasses from the command line and from a YAML file that `--config` names; the command line wins.
 
@@ -208,8 +218,7 @@ def parse_settings(
 ) -> dict[str, Any]:
     """What `parse` makes its instances of: the settings of all types by name, of their types, not checked further."""
     known = _names(types)
-    path, rest = _config_of(sys.argv[1:] if argv is None else argv)
-    unset, rest = _unset(rest, known)
+    path, unset, rest = _set_apart(sys.argv[1:] if argv is None else argv, known)
     words = [] if path is None else _words(read_config(path), known, path, unset)
     parser = HfArgumentParser(types, description=description, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file with the same names; what is given on the command line wins")
@@ -224,27 +233,23 @@ def _names(types: Iterable[type]) -> set[str]:
     return {spec.name for each in types for spec in dataclasses.fields(each) if spec.init}
 
 
-def _config_of(argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The file that --config names, and the other arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, nargs="?", const=Path())
-    found, rest = parser.parse_known_args(argv)
-    return found.config, rest
-
-
-def _unset(argv: Sequence[str], known: Collection[str]) -> tuple[set[str], list[str]]:
-    """The settings that `--NAME null` takes back, and the other arguments."""
-    unset, rest, words = set(), [], list(argv)
+def _set_apart(argv: Sequence[str], known: Collection[str]) -> tuple[Path | None, set[str], list[str]]:
+    """The file that --config names, the settings that `--NAME null` takes back, and the other arguments."""
+    path, unset, rest, words = None, set(), [], list(argv)
     while words:
         word = words.pop(0)
-        name, sign, value = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")  # both spellings are the same to the parser
-        if word.startswith("--") and name in known and "null" in (value, *([] if sign else words[:1])):
+        option, sign, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")  # both spellings are the same to the parser
+        value = value if sign else next(iter(words), "")
+        if option == "--config":
+            path = Path(value)
+        elif option.startswith("--") and name in known and value == "null":
             unset.add(name)
-            words = words if sign else words[1:]
         else:
             rest.append(word)
-    return unset, rest
+            continue
+        words = words if sign else words[1:]
+    return path, unset, rest
 
 
 def read_config(path: Path, what: str = "--config") -> Mapping[str, Any]:
@@ -283,9 +288,3 @@ def _words(data: Mapping[str, Any], known: Collection[str], path: Path, unset: C
         elif value is not None:
             words.append(f"--{key}={value}")  # in one word, for texts that begin with a dash
     return words
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error about a name that there is not: the nearest one, if any is near."""
-    near = difflib.get_close_matches(word, sorted(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""

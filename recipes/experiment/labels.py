@@ -45,7 +45,8 @@ def encode_labels(splits: Splits, column: str, order: Sequence[str] | None = Non
         names, numbers = [str(key) for key in keys], {key: index for index, key in enumerate(keys)}
     else:
         numbers = {name: index for index, name in enumerate(names)}
-    if order is not None and names != list(order) and not _numbered(names):
+    unnamed = names == [str(index) for index in range(len(names))]  # numbers from 0, which no name goes with
+    if order is not None and names != list(order) and not unnamed:
         if sorted(order) != sorted(names):
             raise ConfigError(
                 f"The model's classes are {', '.join(order[:20])}, the data's {', '.join(names[:20])}. Fine-tune it "
@@ -112,8 +113,3 @@ def label_settings(names: Sequence[str]) -> dict[str, Any]:
 def accuracy(prediction: Any) -> dict[str, float]:
     """Share of right answers, for compute_metrics."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def _numbered(names: list[str]) -> bool:
-    """Whether these are numbers from 0, which no name goes with."""
-    return names == [str(index) for index in range(len(names))]

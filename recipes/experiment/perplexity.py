@@ -42,7 +42,7 @@ def token_blocks(splits: Splits, tokenizer: Any, column: str, size: int) -> Spli
     splits.need(text_column=column)
     if getattr(splits.train.features[column], "dtype", None) not in ("string", "large_string"):
         raise ConfigError(f"text_column: {column!r} holds no texts.")
-    found = splits.each(lambda part: _cut(part, tokenizer, column, size))
+    found = splits.each(lambda part: _cut(part, _Cutter(tokenizer, size), column))
     for use in ("train", "validation", "test"):
         if len(getattr(found, use)) == 0:
             raise ConfigError(
@@ -100,16 +100,12 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _cut(part: Any, tokenizer: Any, column: str, size: int) -> Any:
+def _cut(part: Any, work: _Cutter, column: str) -> Any:
     from datasets import Features, List, Value
 
-    return part.map(
-        _Cutter(tokenizer, size),
-        batched=True,
-        input_columns=[column],
-        remove_columns=part.column_names,
-        features=Features({"input_ids": List(Value("int32"))}),
-    )
+    kinds = Features({"input_ids": List(Value("int32"))})
+    gone = part.column_names
+    return part.map(work, batched=True, input_columns=[column], remove_columns=gone, features=kinds)
 
 
 class _Cutter:

@@ -96,11 +96,10 @@ def _launcher() -> str:
 
 
 def _shown(name: str, value: str, recipe: Path) -> str:
-    return _config(Path(value), recipe) if name == "config" else str(_told(name, value))
-
-
-def _config(path: Path, recipe: Path) -> str:
-    """A config file: with its place where it is one of those that come with the recipes, unchanged."""
+    """A word of the command; a config file with its place where it is one of the recipes' own, unchanged."""
+    if name != "config":
+        return str(_told(name, value))
+    path = Path(value)
     shipped = recipe.resolve().parent / "configs" / path.name
     try:
         same = shipped.read_bytes() == path.read_bytes()
@@ -130,7 +129,5 @@ def _place(value: str) -> str:
 
 def _changed(settings: Any) -> dict[str, Any]:
     """The settings that are not the defaults."""
-    given = {
-        spec.name: (getattr(settings, spec.name), spec.default) for spec in dataclasses.fields(settings) if spec.init
-    }
-    return {name: value for name, (value, default) in given.items() if value != default}
+    given = {spec: getattr(settings, spec.name) for spec in dataclasses.fields(settings) if spec.init}
+    return {spec.name: value for spec, value in given.items() if value != spec.default}

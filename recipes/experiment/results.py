@@ -56,17 +56,17 @@ class Measured:
     seconds: float | None = None
 
     @classmethod
-    def of_metrics(cls, metrics: Mapping[str, Any], samples: int, prefix: str = "test_") -> Measured:
-        """From what Trainer.evaluate returns; an accuracy gets its Wilson interval."""
-        figures = {}
+    def of_metrics(cls, metrics: Mapping[str, Any], samples: int) -> Measured:
+        """From what Trainer.evaluate returns on the test data; an accuracy gets its Wilson interval."""
+        figures, intervals = {}, {}
         for key, value in metrics.items():
-            name = key.removeprefix(prefix)
-            if key.startswith(prefix) and isinstance(value, (int, float)) and not key.endswith(TIMES):
-                figures[name] = float(value)
-        shares = {name: value for name, value in figures.items() if name.endswith("accuracy") and 0 <= value <= 1}
-        return cls(
-            figures, samples, {name: wilson_interval(round(value * samples), samples) for name, value in shares.items()}
-        )
+            name = key.removeprefix("test_")
+            if name == key or not isinstance(value, (int, float)) or key.endswith(TIMES):
+                continue
+            figures[name] = float(value)
+            if name.endswith("accuracy") and 0 <= value <= 1:
+                intervals[name] = wilson_interval(round(value * samples), samples)
+        return cls(figures, samples, intervals)
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,9 @@ class Speed:
         )
 
 
-def results_table(rows: Sequence[Row], metrics: Sequence[str] | None = None) -> str:
-    """The rows as a Markdown table with the columns of the first experiments.
-
-    Args:
-        metrics: the metrics to show; default: all of them.
-    """
-    names = list(metrics or dict.fromkeys(name for row in rows for name in row.measured.metrics))
+def results_table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table with the columns of the first experiments."""
+    names = list(dict.fromkeys(name for row in rows for name in row.measured.metrics))
     epochs = max((len(row.validation) for row in rows), default=0)
     first = _FIRST if epochs > _EPOCHS else epochs  # of long trainings the first epochs, and the last one
     titles = [*(f"epoch {epoch + 1}" for epoch in range(first)), *(["last epoch"] if first < epochs else [])]

@@ -65,7 +65,6 @@ class Experiment:
             the training data.
         measure: metrics of a Trainer's model on the test data; default: Trainer.evaluate. The same work is timed.
         provenance: how it was asked for (`provenance.provenance`), for the report; its command is for the card too.
-        told: what else the card is told (`create_model_card`).
         notes: sentences beneath the table, after those about the splits.
         average_tokens: whether the model's loss follows the number of tokens of all processes. Where it does not, the
             Trainer would multiply it by their number (`average_tokens_across_devices`).
@@ -81,7 +80,6 @@ class Experiment:
     measure: Callable[[Trainer], Measured] | None = None
     calibration: Any = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    told: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     average_tokens: bool = False
     finish: Callable[[list[Row]], None] = lambda rows: None
@@ -102,10 +100,9 @@ class Experiment:
             rows += self._sparse(row)
         if self._main:
             self._clean_up()
+            facts, judged = dataset_facts(self._test), "same as" in self.splits.sources["test"]
             for row in [row for row in rows if row.folder is not None]:
-                speed = speeds.get(row.name)
-                judged = "same as" in self.provenance.get("data", {}).get("test", {})
-                write_evaluations(self._out / row.folder, row, rows[0], dataset_facts(self._test), speed, judged=judged)
+                write_evaluations(self._out / row.folder, row, rows[0], facts, speeds.get(row.name), judged=judged)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
             write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes)
             self._publish(last)
@@ -135,17 +132,12 @@ class Experiment:
                 "repo_id publishes the last model, and with finetune_epochs and iterations 0 none is made. Leave one "
                 "out."
             )
-        found = [
-            self._out / f"{RESULTS}.json",
-            *self._out.glob("original*/config.json"),
-            *self._out.glob("iteration-*/config.json"),
-        ]
-        earlier = [str(path.relative_to(self._out)) for path in found if path.is_file()]
-        if earlier:
-            raise ConfigError(
-                f"{self._out} holds {earlier[0]} of an earlier experiment. Give another output_dir, or delete that "
-                "folder."
-            )
+        for pattern in (f"{RESULTS}.json", "original*/config.json", "iteration-*/config.json"):
+            for earlier in filter(Path.is_file, self._out.glob(pattern)):
+                raise ConfigError(
+                    f"{self._out} holds {earlier.relative_to(self._out)} of an earlier experiment. Give another "
+                    "output_dir, or delete that folder."
+                )
 
     # ---- steps ----
 
@@ -257,17 +249,13 @@ class Experiment:
                 logger.warning(self.notes[-1])
             return
         folder = self._out / row.folder
+        told = {name: getattr(self.data, name) for name in ("license", "language")}
+        told["command"] = self.provenance.get("command")
         dataset = None if self.data.train_file is not None else self.data.dataset  # local files stand for it
-        told = {
-            "license": self.data.license,
-            "language": self.data.language,
-            "command": self.provenance.get("command"),
-            **self.told,
-        }
         if dataset is not None and not Path(dataset).exists():  # cards name no local paths
-            told.setdefault("dataset_tags", dataset)
+            told["dataset_tags"] = dataset
         if not Path(self.data.model).exists():
-            told.setdefault("finetuned_from", self.data.model)
+            told["finetuned_from"] = self.data.model
         create_model_card(folder, repo_id=self.data.repo_id, **told)
         # to make it again
         write_whole(folder / TOLD, json.dumps({"repo_id": self.data.repo_id, **told}, indent=1) + "\n")

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deeparc_hf.core.plain_text import did_you_mean
 from deeparc_hf.errors import ConfigError
 from deeparc_hf.reports.provenance import dataset_facts
 
-from .arguments import DataArguments, did_you_mean
+from .arguments import DataArguments
 
 __all__ = ["Splits", "load_splits"]
 
@@ -113,6 +114,9 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
                 f"The {use} data is the training data: figures would be of what was trained on. Give other data, or "
                 "leave it out."
             )
+    for use, part in given.items():
+        if len(part.rows) == 0:
+            raise ConfigError(f"The {'training' if use == 'train' else use} data has no rows.")
     parts, notes = dict(given), []
     if "validation" not in given:
         parts |= _held_out(given["train"], seed)
@@ -129,8 +133,6 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
         )
     rows, sources = {}, {}
     for use in _USES:
-        if len(parts[use].rows) == 0:
-            raise ConfigError(f"The {'training' if use == 'train' else use} data has no rows.")
         rows[use] = _first(parts[use].rows, getattr(data, f"max_{use}_samples"), seed)
         sources[use] = {**parts[use].origin, "rows": len(rows[use])}
     return Splits(**rows, notes=tuple(notes), sources=sources)
@@ -174,8 +176,6 @@ def _given(data: DataArguments) -> tuple[dict[str, _Part], str]:
 def _held_out(train: _Part, seed: int) -> dict[str, _Part]:
     if len(train.rows) == 1:
         raise ConfigError("The training data has one row, and there is no validation data: nothing can be held out.")
-    if len(train.rows) == 0:
-        raise ConfigError("The training data has no rows.")
     parts = train.rows.train_test_split(0.1, seed=seed)
     return {
         "train": _Part(parts["train"], {**train.origin, "part": f"all but a tenth, by seed {seed}"}),

@@ -24,9 +24,10 @@ from transformers import Seq2SeqTrainingArguments
 from deeparc_hf.core.checks import Entry, MalformedError, read_json
 from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.markdown import table
+from deeparc_hf.core.plain_text import did_you_mean
 from deeparc_hf.errors import ConfigError
 
-from .arguments import DataArguments, PruningArguments, did_you_mean, parse_settings, read_config
+from .arguments import DataArguments, PruningArguments, parse_settings, read_config
 from .results import RESULTS, Row, read_rows, shown
 
 __all__ = ["Cell", "Figures", "Sweep", "SweepFile", "recipe_types", "slug"]
@@ -490,10 +491,10 @@ def _compared(
 
 def _printed(row: Row, scale: Mapping[str, float]) -> Figures:
     """One of our models, with its metrics as the earlier experiments printed them."""
-    known = {name: value for name, value in row.measured.metrics.items() if value is not None}
-    metrics = {name: scale.get(name, 1) * value for name, value in known.items()}
-    seconds, training = row.measured.seconds, row.training_seconds
-    return Figures(list(row.blocks.values()), row.parameters, metrics, seconds, training, row.frozen)
+    given = row.measured.metrics
+    metrics = {name: scale.get(name, 1) * value for name, value in given.items() if value is not None}
+    blocks, seconds = list(row.blocks.values()), row.measured.seconds
+    return Figures(blocks, row.parameters, metrics, seconds, row.training_seconds, row.frozen)
 
 
 def _figures(main: str, figures: Figures, original: Figures, digits: int) -> list[str]:

@@ -110,11 +110,6 @@ def test_the_table_has_the_columns_of_the_first_experiments():
     assert lines[2][0] == SPARSE.name and lines[2][-1] == "30.0"
 
 
-def test_the_table_shows_the_metrics_that_are_asked_for():
-    header = cells(results_table([ORIGINAL], ["loss"]).splitlines()[0])
-    assert header == ["model", "epoch 1", "epoch 2", "loss", "blocks", "parameters", *SHOWN]
-
-
 def test_rows_come_back_from_the_disk_as_they_were(tmp_path):
     speed = Speed(0.75, 0.7, 0.8, 0.7, 5)
     write_results(
