@@ -90,9 +90,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
     made_by = provenance(__file__, argv, data, text, training, splits)
     load = loader(AutoModelForSeq2SeqLM, data, pruning)
-    experiment = Experiment(data, pruning, training, load, trainer, splits, measure, provenance=made_by)
-    experiment.finish = lambda rows: write_scores(Path(training.output_dir), rows, measure)
-    return experiment.run()
+    told = {"provenance": made_by, "finish": lambda rows: write_scores(Path(training.output_dir), rows, measure)}
+    return Experiment(data, pruning, training, load, trainer, splits, measure, **told).run()
 
 
 if __name__ == "__main__":

@@ -392,11 +392,10 @@ def _call(command: Sequence[str], log: Path, lock: Any) -> int:
             return process.wait()
         except BaseException:
             process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            process.kill()
+            process.wait()
             raise
 
 
