@@ -12,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -48,21 +47,40 @@ class Saved:
     """
 
     FORMAT_VERSION = 1
+    TELLS = ""  # what it tells, in the words of an error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, a copy."""
         return {"format_version": self.FORMAT_VERSION, **dataclasses.asdict(self)}  # type: ignore[call-overload]
 
     @classmethod
-    def fields_of(cls, data: Any) -> dict[str, Any] | None:
-        """The fields in what `to_dict` gave; None if it is anything else, or of another version of this package."""
-        known = {spec.name for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        whole = (
-            isinstance(data, Mapping)
-            and data.get("format_version") == cls.FORMAT_VERSION
-            and set(data) == known | {"format_version"}
-        )
-        return {name: data[name] for name in known} if whole else None
+    def from_dict(cls, data: Any) -> Self:
+        """The inverse of `to_dict`; earlier versions of the format are read too.
+
+        Raises:
+            RecordError: if the data is something else, or was written by another version of this package.
+        """
+        try:
+            fields = dict(cls.in_this_version(data))
+            known = {spec.name for spec in dataclasses.fields(cls)}  # type: ignore[arg-type]
+            if fields.pop("format_version") != cls.FORMAT_VERSION or fields.keys() != known:
+                raise ValueError
+            return cls.of_fields(fields)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise RecordError(
+                f"The checkpoint's trainer_state.json does not tell {cls.TELLS}, or another version of deeparc_hf "
+                "wrote it. Resume with the version that wrote it, or start a new run from the checkpoint's model."
+            ) from None
+
+    @classmethod
+    def in_this_version(cls, data: Any) -> Any:
+        """What an earlier version of the format holds, in today's; anything else as it is."""
+        return data
+
+    @classmethod
+    def of_fields(cls, fields: dict[str, Any]) -> Self:
+        """Made of JSON types; any of the usual errors if they do not hold what they are to hold."""
+        return cls(**fields)
 
 
 @dataclass
@@ -98,6 +116,7 @@ class Progress(Saved):
     """
 
     FORMAT_VERSION = 2
+    TELLS = "where the pruning stood"
 
     k: int
     phase: Phase = Phase.WAITING
@@ -128,30 +147,26 @@ class Progress(Saved):
         return {**super().to_dict(), "phase": self.phase.value, "attempts": attempts}
 
     @classmethod
-    def from_dict(cls, data: Any) -> Self:
-        """The inverse of `to_dict`; it also reads what the first version of the format holds.
+    def in_this_version(cls, data: Any) -> Any:
+        """Version 1 knew no JUDGED."""
+        if data["format_version"] != 1 or type(data["format_version"]) is not int:
+            return data
+        phase = {BEFORE: Phase.WAITING, BEING_RETRAINED: Phase.RETRAINING, FINISHED: Phase.DONE}[data["phase"]]
+        fields = dict(data)
+        verdict = {None: None, "accept": True, "reject": False}[fields.pop("decision")]
+        if verdict is not None:
+            phase = Phase.JUDGED
+        del fields["pruned_at"]
+        new = {"verdict": verdict, "goes_on": data["phase"] != FINISHED, "next_plan": None, "asked_at": None}
+        return {**fields, **new, "phase": phase.value, "format_version": cls.FORMAT_VERSION}
 
-        Raises:
-            RecordError: if the data is not a progress, or was written by another version of this package.
-        """
-        fields = cls.fields_of(_from_first_version(data))
-        attempts = _attempts_in(fields)
+    @classmethod
+    def of_fields(cls, fields: dict[str, Any]) -> Self:
         # names of folders beside the checkpoint, and nowhere else
-        if (
-            fields is None
-            or attempts is None
-            or fields["phase"] not in [phase.value for phase in Phase]
-            or type(fields["k"]) is not int
-            or not all(
-                fields[n] is None or (isinstance(fields[n], str) and re.fullmatch(r"[\w-]+", fields[n]))
-                for n in ("snapshot", "teacher")
-            )
-        ):
-            raise RecordError(
-                "The checkpoint's trainer_state.json does not tell where the pruning stood, or another version of "
-                "deeparc_hf wrote it. Resume with the version that wrote it, or start a new run from the checkpoint's "
-                "model."
-            )
+        names = [fields[key] for key in ("snapshot", "teacher") if fields[key] is not None]
+        if type(fields["k"]) is not int or not all(re.fullmatch(r"[\w-]+", name) for name in names):
+            raise ValueError
+        attempts = [Attempt.from_dict(entry) for entry in fields["attempts"]]
         return cls(**{**fields, "phase": Phase(fields["phase"]), "attempts": attempts})
 
     @property
@@ -169,29 +184,6 @@ class Progress(Saved):
         phase = FINISHED if self.is_over else BEING_RETRAINED if self.in_retraining else BEFORE
         told = {name: getattr(self, name) for name in ("baseline", "reason", "accepted", "attempts")}
         return {"phase": phase, **told}
-
-
-def _attempts_in(fields: Mapping[str, Any] | None) -> list[Attempt] | None:
-    try:
-        return None if fields is None else [Attempt.from_dict(entry) for entry in fields["attempts"]]
-    except (KeyError, TypeError, AttributeError):
-        return None
-
-
-def _from_first_version(data: Any) -> Any:
-    """A progress of format version 1, which knew no JUDGED, in today's format; anything else as it is."""
-    if not isinstance(data, Mapping) or data.get("format_version") != 1 or type(data["format_version"]) is not int:
-        return data
-    lacking = {"phase", "decision", "pruned_at"} - data.keys()
-    phases = {BEFORE: Phase.WAITING, BEING_RETRAINED: Phase.RETRAINING, FINISHED: Phase.DONE}
-    if lacking or data["phase"] not in list(phases) or data["decision"] not in (None, "accept", "reject"):
-        return None
-    judged = data["decision"] is not None
-    phase = Phase.JUDGED if judged else phases[data["phase"]]
-    kept = {name: value for name, value in data.items() if name not in ("decision", "pruned_at")}
-    verdict = data["decision"] == "accept" if judged else None
-    new = {"verdict": verdict, "goes_on": data["phase"] != FINISHED, "next_plan": None, "asked_at": None}
-    return {**kept, **new, "phase": phase.value, "format_version": Progress.FORMAT_VERSION}
 
 
 @dataclass(frozen=True)
@@ -219,43 +211,33 @@ def judge(config: MPruneConfig, name: str, baseline: float, value: float, greate
 class World(Protocol):
     """What a machine acts on: the model, its optimizer, and the reports. Plans are dicts, the same in every process."""
 
-    def compare(self, iteration: int, k: int) -> dict[str, Any] | None:
-        """The plan of an iteration, counted from 0, for the model as it is; None where nothing can be removed."""
-
-    def weaker(self) -> dict[str, Any] | None:
-        """The plan of the next larger stride that removes something else than was tried; None if there is none."""
-
-    def prune(self, plan: dict[str, Any], step: int) -> None:
-        """Carry a plan out, so that it can be taken back if it is to be judged."""
-
-    def rewind(self, step: int, steps: int) -> None:
-        """Give the steps that follow a step a learning rate that begins anew."""
-
-    def pruned(self) -> None:
-        """A plan was carried out, and its retraining begins."""
-
-    def judged(self, verdict: Verdict) -> None:
-        """The gate has spoken."""
-
-    def accept(self) -> None:
-        """Make the model as it is the one to go back to."""
-
-    def take_back(self) -> None:
-        """Go back to the last accepted model."""
-
-    def carried_out(self, accepted: bool) -> None:
-        """A pruning was accepted or taken back."""
-
-    def nothing_removed(self) -> None:
-        """The first comparison found nothing to remove: the training goes on without pruning."""
-
-    def others_go_on(self) -> bool:
-        """Whether another callback still has something to do in this training."""
-
-    def no_metric(self) -> Exception:
-        """The error where evaluations do not give the gate's metric."""
+    # the plan of an iteration, counted from 0, for the model as it is; None where nothing can be removed
+    def compare(self, iteration: int, k: int) -> dict[str, Any] | None: ...
+    # the plan of the next larger stride that removes something else than was tried; None if there is none
+    def weaker(self) -> dict[str, Any] | None: ...
+    # carry a plan out, so that it can be taken back if it is to be judged
+    def prune(self, plan: dict[str, Any], step: int) -> None: ...
+    # give the steps that follow a step a learning rate that begins anew
+    def rewind(self, step: int, steps: int) -> None: ...
+    # a plan was carried out, and its retraining begins
+    def pruned(self) -> None: ...
+    # the gate has spoken
+    def judged(self, verdict: Verdict) -> None: ...
+    # make the model as it is the one to go back to
+    def accept(self) -> None: ...
+    # go back to the last accepted model
+    def take_back(self) -> None: ...
+    # a pruning was accepted or taken back
+    def carried_out(self, accepted: bool) -> None: ...
+    # the first comparison found nothing to remove: the training goes on without pruning
+    def nothing_removed(self) -> None: ...
+    # whether another callback still has something to do in this training
+    def others_go_on(self) -> bool: ...
+    # the error where evaluations do not give the gate's metric
+    def no_metric(self) -> Exception: ...
 
 
+@dataclass(eq=False)
 class Machine:
     """The events of a training, and what follows from them. In every process they are the same: values and plans are
     agreed on before.
@@ -269,24 +251,14 @@ class Machine:
         retraining: optimizer steps of a retraining.
     """
 
-    def __init__(
-        self,
-        config: MPruneConfig,
-        progress: Progress,
-        world: World,
-        *,
-        metric: str,
-        greater_is_better: bool,
-        max_steps: int,
-        retraining: int,
-    ) -> None:
-        self.config = config
-        self.progress = progress
-        self.world = world
-        self._metric = metric
-        self._greater_is_better = greater_is_better
-        self._max_steps = max_steps
-        self._retraining = retraining
+    config: MPruneConfig
+    progress: Progress
+    world: World
+    _: KW_ONLY
+    metric: str
+    greater_is_better: bool
+    max_steps: int
+    retraining: int
 
     @property
     def is_last(self) -> bool:
@@ -325,7 +297,7 @@ class Machine:
             if p.phase is Phase.JUDGED and p.goes_on and not self.config.gated:
                 p.phase, p.verdict = Phase.RETRAINING, None  # nobody judged it: it may be the last one now
         if p.phase is Phase.RETRAINING and self.is_last:
-            p.boundary = self._max_steps  # the training may be longer now
+            p.boundary = self.max_steps  # the training may be longer now
 
     # ---- events ----
 
@@ -396,9 +368,9 @@ class Machine:
         if not self.config.gated:
             return True
         if p.value is None or p.baseline is None:
-            verdict = Verdict(False, math.nan, f"{self._metric} was not measured after the retraining began")
+            verdict = Verdict(False, math.nan, f"{self.metric} was not measured after the retraining began")
         else:
-            verdict = judge(self.config, self._metric, p.baseline, p.value, self._greater_is_better)
+            verdict = judge(self.config, self.metric, p.baseline, p.value, self.greater_is_better)
         self.world.judged(verdict)
         return verdict.accepted
 
@@ -407,20 +379,19 @@ class Machine:
         p.phase, p.verdict = Phase.JUDGED, self._is_accepted()
         if gated and p.verdict and p.accepted + 1 >= self.config.iterations:
             self._finish(_ALL_ACCEPTED)
-        elif gated and step + self._retraining > self._max_steps:
+        elif gated and step + self.retraining > self.max_steps:
             self._finish("there are not enough epochs left for one more retraining")
         elif p.verdict:
             p.next_plan = self.world.compare(p.accepted + 1, p.k)
             if p.next_plan is None:
                 self._finish("nothing more can be removed")
         else:
-            p.next_plan = self.world.weaker()
-            if p.next_plan is None:
-                self._finish(self._no_stride_left)
+            self._plan_weaker()
 
-    @property
-    def _no_stride_left(self) -> str:
-        return f"no stride up to k_max={self.config.k_max} removes anything else"
+    def _plan_weaker(self) -> None:
+        self.progress.next_plan = self.world.weaker()
+        if self.progress.next_plan is None:
+            self._finish(f"no stride up to k_max={self.config.k_max} removes anything else")
 
     def _finish(self, reason: str, stop: bool = True) -> None:
         p = self.progress
@@ -432,9 +403,7 @@ class Machine:
             if accepted and p.accepted + 1 >= self.config.iterations:
                 self._finish(_ALL_ACCEPTED)
             elif not accepted and p.next_plan is None:
-                p.next_plan = self.world.weaker()  # the first version of the format did not keep it
-                if p.next_plan is None:
-                    self._finish(self._no_stride_left)
+                self._plan_weaker()  # the first version of the format did not keep it
         if accepted:
             self.world.accept()
         else:
@@ -443,7 +412,7 @@ class Machine:
         p.verdict, p.phase = None, Phase.WAITING if p.goes_on else Phase.DONE
         self.world.carried_out(accepted)
         if p.phase is Phase.DONE and not at_end and not p.stopped:
-            self.world.rewind(step, self._max_steps - step)  # the training goes on for another callback
+            self.world.rewind(step, self.max_steps - step)  # the training goes on for another callback
 
     def _prune(self, step: int) -> None:
         p = self.progress
@@ -466,6 +435,6 @@ class Machine:
 
     def _retrain(self, step: int) -> None:
         """The retraining that begins at a step: when it ends, and its learning rate."""
-        steps = self._max_steps - step if self.is_last else self._retraining
+        steps = self.max_steps - step if self.is_last else self.retraining
         self.progress.boundary = step + steps
         self.world.rewind(step, steps)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.environment import package_versions
@@ -49,6 +49,8 @@ class SparsityProgress(Saved):
         measured: step, epoch and share of zeros at the end of each epoch since.
     """
 
+    TELLS = "what was zeroed"
+
     phase: str = WAITING
     step: int | None = None
     epoch: float | None = None
@@ -59,30 +61,13 @@ class SparsityProgress(Saved):
     measured: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def from_dict(cls, data: Any) -> SparsityProgress:
-        """The inverse of `to_dict`.
-
-        Raises:
-            RecordError: if the data is not a progress, or was written by another version of this package.
-        """
-        fields = cls.fields_of(data)
-        if fields is None or not _sound(fields):
-            raise RecordError(
-                "The checkpoint's trainer_state.json does not tell what was zeroed, or another version of deeparc_hf "
-                "wrote it. Resume with the version that wrote it, or start a new run from the checkpoint's model."
-            )
+    def of_fields(cls, fields: dict[str, Any]) -> Self:
+        lists = all(isinstance(fields[name], list) for name in ("evaluations", "measured"))
+        if fields["phase"] not in (WAITING, KEPT, SPARSE) or not lists:
+            raise ValueError
+        if fields["report"] is not None:
+            SparsityReport.from_dict(fields["report"])
         return cls(**fields)
-
-
-def _sound(fields: Mapping[str, Any]) -> bool:
-    """Whether the fields hold what they are to hold."""
-    lists = all(isinstance(fields[name], list) for name in ("evaluations", "measured"))
-    if fields["phase"] not in (WAITING, KEPT, SPARSE) or not lists:
-        return False
-    try:
-        return fields["report"] is None or SparsityReport.from_dict(fields["report"]) is not None
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
 
 
 class SparsityRun(Member):
