@@ -48,13 +48,6 @@ class SessionCallback(TrainerCallback, ExportableState):
         """Copies and pickles are of the settings, not of a training."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_run", "session")}
 
-    def _join(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, event: dict[str, Any]
-    ) -> Session:
-        """The session of the training that begins. The first callback that is told of the beginning makes it."""
-        self.session = Session.of(state) or Session(args, state, control, event)
-        return self.session
-
     def _saved(self, state: TrainerState) -> tuple[dict[str, Any], Any]:
         """The settings that the checkpoint which is resumed notes, and where the work stood then; empty where it notes
         nothing.

@@ -21,6 +21,7 @@ from .gate import check_measured
 from .machine import Phase, Progress
 from .model_copies import refuse_copies, warn_of_copies
 from .pruning_run import PruningRun
+from .session import Session
 from .sharded import is_sharded, prune_before_sharding
 from .untrained import pruned_untrained
 
@@ -168,7 +169,7 @@ class MPruneCallback(SessionCallback):
             self._others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
             refuse_copies(self._others)
             check_measured(self.config, args, trainer)
-        session = self._join(args, state, control, kwargs)
+        self.session = session = Session.of(state) or Session(args, state, control, kwargs)
         calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
         before = self._run
         progress = self._progress(kwargs["model"], state)

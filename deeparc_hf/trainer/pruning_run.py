@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..core.distributed import agree
 from ..observe.training_calibration import TrainingCalibration
@@ -55,7 +54,8 @@ class PruningRun(Member):
         )
         if config.gated:
             self.pruning_starts, self.judged_after = config.start_epoch, needed_epochs(config)
-        self._spare: SpareStep | None = None  # nothing is left to do, but the Trainer makes one more step
+        # the weights as they are to stay, where nothing is left to do, but the Trainer makes one more step
+        self._spare: dict[str, torch.Tensor] | None = None
         self._step_began = 0.0
 
     # ---- beginning ----
@@ -153,7 +153,11 @@ class PruningRun(Member):
     def step_end(self) -> None:
         control, step = self.session.control, self.session.step
         if self._spare is not None:
-            self._spare.undo()
+            live = self.session.model.state_dict()
+            with torch.no_grad():
+                for name, weight in self._spare.items():
+                    live[name].copy_(weight)
+            self._spare = {}
             control.should_evaluate = control.should_save = False
             return
         self.reporter.add_training_time(time.perf_counter() - self._step_began)
@@ -232,25 +236,5 @@ class PruningRun(Member):
 
     def _stop_after_a_step(self) -> None:
         """Stop where the Trainer cannot stop before it has made one more step: what that step does is taken back."""
-        self._spare = SpareStep(self.session.model)
+        self._spare = {name: weight.clone() for name, weight in self.session.model.state_dict().items()}
         self.session.control.should_training_stop = True
-
-
-class SpareStep:
-    """A step that the Trainer makes although nothing is left to do: what it does to the weights is undone.
-
-    Args:
-        model: the model, as it is to stay.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-    def undo(self) -> None:
-        """Put the weights back."""
-        live = self._model.state_dict()
-        with torch.no_grad():
-            for name, tensor in self._weights.items():
-                live[name].copy_(tensor)
-        self._weights = {}

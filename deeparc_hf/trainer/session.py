@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import default_logdir, get_reporting_integration_callbacks
 
 from ..architectures import Subject, describe
@@ -19,7 +19,7 @@ from ..errors import DeepArcWarning
 from .evaluations import Evaluations
 from .schedule import steps_per_epoch
 
-__all__ = ["Event", "Member", "Session", "Trackers"]
+__all__ = ["Event", "Member", "Session"]
 
 
 _SESSION = "deeparc_hf_session"  # of the Trainer's state; no field, so it is in no trainer_state.json
@@ -106,7 +106,7 @@ class Session:
         self.members: list[Member] = []
         self.zeroed_at: int | None = None
         self.evaluations = Evaluations(args, self.loader)
-        self._trackers = Trackers()
+        self._trackers: list[Any] | None = None  # made when something is logged first
         self._subject: nn.Module | Subject = self.model
         # every callback of a training is given this object, also one that stands inside another
         setattr(state, _SESSION, self)
@@ -180,53 +180,29 @@ class Session:
             warnings.warn(text, DeepArcWarning, stacklevel=4)
 
     def log(self, figures: Mapping[str, float]) -> None:
-        """Send figures to the Trainer's logs."""
-        self._trackers.log(self.args, self.state, self.control, self.model, figures)
+        """Add figures to the log history, and send them to every tracker, as `Trainer.log` does.
+
+        A callback cannot call that, so the trackers are met through transformers' own reporting callbacks, which join
+        the run that is open.
+        """
+        logs = {**figures, **({} if self.state.epoch is None else {"epoch": self.state.epoch})}
+        self.state.log_history.append({**logs, "step": self.step})
+        if self._trackers is None:
+            self._trackers = [cls() for cls in get_reporting_integration_callbacks(self.args.report_to)]
+            for tracker in self._trackers:
+                if getattr(tracker, "logging_dir", "") is None:
+                    tracker.logging_dir = _logging_dir(self.args)
+        for tracker in self._trackers:
+            tracker.on_log(self.args, self.state, self.control, model=self.model, logs=dict(logs))
 
     def close(self) -> None:
         """Close what is open and let the optimizer go, once every member has heard of the training's end."""
-        if all(member.ended for member in self.members):
-            self._trackers.close()
-            self.optimizer = self.scheduler = None  # a callback that is kept for its report holds on to the session
-
-
-class Trackers:
-    """Logs figures as `Trainer.log` does.
-
-    A callback cannot call `Trainer.log`, so the trackers are met through transformers' own reporting callbacks, which
-    join the run that is open.
-    """
-
-    def __init__(self) -> None:
-        self._callbacks: list[TrainerCallback] | None = None
-
-    def log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        figures: Mapping[str, float],
-    ) -> None:
-        """Add figures to the log history, and send them to every tracker."""
-        logs: dict[str, Any] = dict(figures)
-        if state.epoch is not None:
-            logs["epoch"] = state.epoch
-        state.log_history.append({**logs, "step": state.global_step})
-        if self._callbacks is None:
-            self._callbacks = [cls() for cls in get_reporting_integration_callbacks(args.report_to)]
-            for callback in self._callbacks:
-                if getattr(callback, "logging_dir", "") is None:
-                    callback.logging_dir = _logging_dir(args)  # type: ignore[attr-defined]
-        for callback in self._callbacks:
-            callback.on_log(args, state, control, model=model, logs=dict(logs))
-
-    def close(self) -> None:
-        """Have what was logged written to the disk."""
-        for callback in self._callbacks or ():
-            writer = getattr(callback, "tb_writer", None)
-            if writer is not None:
-                writer.close()
+        if not all(member.ended for member in self.members):
+            return
+        self.optimizer = self.scheduler = None  # a callback that is kept for its report holds on to the session
+        for tracker in self._trackers or ():
+            if getattr(tracker, "tb_writer", None) is not None:
+                tracker.tb_writer.close()  # what was logged is on the disk then
 
 
 def _logging_dir(args: TrainingArguments) -> str:

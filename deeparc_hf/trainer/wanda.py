@@ -18,6 +18,7 @@ from ..sparsity.methods import methods
 from ..sparsity.report import SparsityReport
 from ..sparsity.sparsify import matrices_for
 from .callback import SessionCallback
+from .session import Session
 from .sharded import is_sharded
 from .sparsity_run import SparsityProgress, SparsityRun
 
@@ -130,7 +131,7 @@ class WandaCallback(SessionCallback):
                 progress, began_with = SparsityProgress.from_dict(saved), settings
         elif self._run is not None and not self._run.ended and self._run.session.model is kwargs["model"]:
             before, progress = self._run, self._run.progress  # auto_find_batch_size begins the same run again
-        session = self._join(args, state, control, kwargs)
+        self.session = session = Session.of(state) or Session(args, state, control, kwargs)
         calibration = None
         if methods.get(self.config.method).needs_inputs:
             calibration = calibration_of(self.calibration, self.config, args, state, kwargs)

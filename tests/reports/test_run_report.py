@@ -17,7 +17,7 @@ from deeparc_hf.reports.attempts import Attempt, Evaluation
 from deeparc_hf.reports.phases import FINISHED
 from deeparc_hf.reports.run_report import RUN_REPORT, run_table, structure_facts, write_run_report
 from deeparc_hf.trainer.machine import Phase, Progress
-from deeparc_hf.trainer.session import Trackers
+from deeparc_hf.trainer.session import Session
 from tests.zoo import ZOO
 
 
@@ -251,6 +251,10 @@ def test_structure_facts_count_what_a_user_has_put_around_the_model():
 FIGURES = {"pruning_k": 2, "pruning_blocks": 9, "pruning_drop": -0.125}
 
 
+def session_of(args, state):
+    return Session(args, state, TrainerControl(), {"model": torch.nn.Linear(1, 1)})
+
+
 def events_in(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -267,7 +271,7 @@ def test_figures_join_the_log_history_without_any_tracker(tmp_path, monkeypatch)
     args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none")
     state = TrainerState(global_step=24, epoch=3.0)
     state.log_history = [{"loss": 1.0, "step": 20}]
-    Trackers().log(args, state, TrainerControl(), torch.nn.Linear(1, 1), FIGURES)
+    session_of(args, state).log(FIGURES)
     assert state.log_history == [{"loss": 1.0, "step": 20}, {**FIGURES, "epoch": 3.0, "step": 24}]
     assert list(tmp_path.rglob("events*")) == []
 
@@ -275,7 +279,7 @@ def test_figures_join_the_log_history_without_any_tracker(tmp_path, monkeypatch)
 def test_figures_before_the_first_epoch_have_no_epoch(tmp_path):
     state = TrainerState(global_step=0, epoch=None)
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    Trackers().log(args, state, TrainerControl(), torch.nn.Linear(1, 1), FIGURES)
+    session_of(args, state).log(FIGURES)
     assert state.log_history == [{**FIGURES, "step": 0}]
     assert FIGURES == {"pruning_k": 2, "pruning_blocks": 9, "pruning_drop": -0.125}
 
@@ -292,14 +296,14 @@ def test_tensorboard_gets_the_figures_where_the_training_writes_its_own(tmp_path
     if chosen:
         monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="tensorboard")
-    state, control, model = TrainerState(global_step=24, epoch=3.0), TrainerControl(), torch.nn.Linear(1, 1)
+    state, control = TrainerState(global_step=24, epoch=3.0), TrainerControl()
     own = TensorBoardCallback()  # the Trainer's
     own.on_train_begin(args, state, control)
     own.on_log(args, state, control, logs={"loss": 0.5})
-    trackers = Trackers()
-    trackers.log(args, state, control, model, FIGURES)
+    session = session_of(args, state)
+    session.log(FIGURES)
     state.global_step = 32
-    trackers.log(args, state, control, model, {"pruning_k": 3})
+    session.log({"pruning_k": 3})
     own.on_train_end(args, state, control)
     folder = tmp_path / "board" if chosen else tmp_path / "out"
     found = events_in(folder)
