@@ -113,15 +113,11 @@ def stages_table(attempts: Sequence[Attempt]) -> str | None:
             continue
         stages = attempt.stages
         first = next(iter(stages.values()))
-        cells = [_quality_cell(stages.get(stage)) for stage in STAGES]
+        pairs = [(loss_text(stages.get(stage)), share_text(stages.get(stage))) for stage in STAGES]
+        cells = [loss if share == "-" else f"{loss}; {share}" for loss, share in pairs]
         rows.append([f"{attempt.name} (k={attempt.k})", *cells, f"{first['samples']:,}", first["data"]])
     header = ["model", *STAGES.values(), "n", "measured on"]
     return table(header, rows, left=(0, len(header) - 1)) if rows else None
-
-
-def _quality_cell(quality: Mapping[str, Any] | None) -> str:
-    right = quality is not None and quality["accuracy"] is not None
-    return f"{loss_text(quality)}; {share_text(quality)}" if right else loss_text(quality)
 
 
 def write_run_report(
@@ -135,17 +131,14 @@ def write_run_report(
     """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all.
 
     Args:
-        progress: where the training stands: baseline, phase, reason, accepted, and its attempts.
+        progress: where the training stands (`Progress.for_report`).
         facts: settings and data of the training, the figures of its end, and the evaluations after it.
     """
     data = {
         "format_version": FORMAT_VERSION,
         "config": config.to_dict(),
         "metric": metric,
-        "baseline": progress["baseline"],
-        "phase": progress["phase"],
-        "reason": progress["reason"],
-        "accepted": progress["accepted"],
+        **progress,
         "attempts": [attempt.to_dict() for attempt in progress["attempts"]],
         "zeroed_at": zeroed_at,
         "versions": package_versions(),
@@ -157,12 +150,11 @@ def write_run_report(
 
 def _markdown(data: Mapping[str, Any], attempts: Sequence[Attempt]) -> str:
     tried = attempts[1:]
-    tries = f"{len(tried)} attempt{'' if len(tried) == 1 else 's'}"
+    why = f" ({data['reason']})" if data["reason"] else ""
     summary = (
-        f"{data['accepted']} of {data['config']['iterations']} prunings accepted, {tries}. State of the run: "
-        f"{data['phase']}"
+        f"{data['accepted']} of {data['config']['iterations']} prunings accepted, {len(tried)} "
+        f"attempt{'' if len(tried) == 1 else 's'}. State of the run: {data['phase']}{why}."
     )
-    summary += f" ({data['reason']})." if data["reason"] else "."
     parts = ["# Pruning report of a training", summary, run_table(attempts, data["metric"])]
     if data["config"]["max_drop"] is not None:
         baseline = "not known yet" if data["baseline"] is None else f"{data['baseline']:.6g}"
@@ -177,24 +169,16 @@ def _markdown(data: Mapping[str, Any], attempts: Sequence[Attempt]) -> str:
     )
     stages = stages_table(attempts)
     if stages is not None:
-        parts += [
-            "## What each step did",
-            stages,
-            STAGES_TEXT,
-        ]
+        parts += ["## What each step did", stages, STAGES_TEXT]
     if tried and data["config"].get("distill"):
         taught = ", ".join(f"{key} {value}" for key, value in data["config"]["distill"].items() if value is not None)
         parts.append(f"The unpruned model taught during the retraining ({taught}).")
     for attempt in tried:
         removed = "; ".join(f"{name}: {', '.join(map(str, blocks))}" for name, blocks in attempt.removed.items())
-        said = [
-            f"- {attempt.name} (k={attempt.k}, step {attempt.step}) removed {removed}: "
-            f"{attempt.decision or 'no verdict yet'}{': ' + attempt.reason if attempt.reason else ''}."
-        ]
+        verdict = f"{attempt.decision or 'no verdict yet'}{f': {attempt.reason}' if attempt.reason else ''}"
+        said = [f"- {attempt.name} (k={attempt.k}, step {attempt.step}) removed {removed}: {verdict}."]
         # these are numbered as the model was right before the pruning
-        said += [
-            f"  - Healing, blocks numbered as before this pruning: {healing_text(site)}" for site in attempt.healing
-        ]
+        said += [f"  - Healing, blocks numbered as before this pruning: {healing_text(s)}" for s in attempt.healing]
         parts.append("\n".join(said))
     if data["zeroed_at"] is not None:
         parts.append(

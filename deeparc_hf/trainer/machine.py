@@ -182,8 +182,8 @@ class Progress(Saved):
     def for_report(self) -> dict[str, Any]:
         """What a report tells of the run, in its words."""
         phase = FINISHED if self.is_over else BEING_RETRAINED if self.in_retraining else BEFORE
-        told = {name: getattr(self, name) for name in ("baseline", "reason", "accepted", "attempts")}
-        return {"phase": phase, **told}
+        rest = {name: getattr(self, name) for name in ("reason", "accepted", "attempts")}
+        return {"baseline": self.baseline, "phase": phase, **rest}
 
 
 @dataclass(frozen=True)

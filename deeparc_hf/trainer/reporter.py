@@ -52,27 +52,20 @@ class Reporter:
     def open(self, plan: PruningPlan | None = None) -> None:
         """Begin the notes on the model as it is now: before the first pruning, or after one."""
         p, session = self._progress, self._session
-        now = {
-            **structure_facts(session.model, session.subject),
-            "step": session.step,
-            "epoch": session.epoch,
-            "frozen": lists(p.frozen),
-        }
-        if plan is None:
-            p.attempts.append(Attempt("before pruning", **now))
-            return
-        number = p.accepted + 1
-        p.attempts.append(
-            Attempt(
-                f"pruning {number}",
-                **now,
-                iteration=number,
-                k=plan.config.k,
-                thresholds={name: stack.threshold for name, stack in plan.stacks.items()},
-                removed=lists(p.record["iterations"][-1]["removed"]),
-                plan_removed=lists(plan.removed),
-            )
-        )
+        known: dict[str, Any] = {"name": "before pruning"}
+        if plan is not None:
+            number = p.accepted + 1
+            known = {
+                "name": f"pruning {number}",
+                "iteration": number,
+                "k": plan.config.k,
+                "thresholds": {name: stack.threshold for name, stack in plan.stacks.items()},
+                "removed": lists(p.record["iterations"][-1]["removed"]),
+                "plan_removed": lists(plan.removed),
+            }
+        structure = structure_facts(session.model, session.subject)
+        frozen = lists(p.frozen)
+        p.attempts.append(Attempt(**known, **structure, step=session.step, epoch=session.epoch, frozen=frozen))
 
     def reopen(self) -> None:
         """Begin the notes on the pruning at hand anew, because its training begins anew."""
@@ -88,37 +81,36 @@ class Reporter:
         known = {"step": session.step, "epoch": session.epoch, "sparse": session.zeroed_at is not None}
         evaluation = session.evaluations.evaluation(session.model, metrics, loader, **known)
         self._attempt.evaluations += (evaluation,)
-        if p.in_retraining and p.record is not None:
-            self._record_metrics(evaluation)
-            self.note_stages()
+        if p.in_retraining:
+            self._record(evaluation)
         self.write()
 
     def note_best(self) -> None:
         """Have the record tell the figures of the best checkpoint, whose weights the Trainer has loaded at the end."""
-        p, session = self._progress, self._session
-        best = [e for e in self._attempt.evaluations if e.step == session.state.best_global_step]
-        if session.args.load_best_model_at_end and best and p.record is not None and p.record["iterations"]:
-            for evaluation in best:
-                self._record_metrics(evaluation)
-            self.note_stages()
+        session = self._session
+        if session.args.load_best_model_at_end:
+            self._record(*(e for e in self._attempt.evaluations if e.step == session.state.best_global_step))
 
     def conclude_with(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note an evaluation after the training's end: it is of the model that is left."""
-        p, session = self._progress, self._session
-        evaluation = session.evaluations.conclude(session.model, metrics, loader)
-        if p.accepted and p.record is not None and evaluation.is_of_evaluation_data:
-            self._record_metrics(evaluation)
-            self.note_stages()
+        evaluation = self._session.evaluations.conclude(self._session.model, metrics, loader)
+        if self._progress.accepted and evaluation.is_of_evaluation_data:
+            self._record(evaluation)
         self.write()
 
-    def _record_metrics(self, evaluation: Evaluation) -> None:
-        """Have the record tell an evaluation; several of the same weights, on several data sets, add up."""
-        entry, data = self._progress.record["iterations"][-1], self._session.evaluations.data  # type: ignore[index]
-        same = evaluation.mark is not None and entry.get("weights") == evaluation.mark
-        earlier = entry.get("metrics", {}) if same else {}
-        kept = {key: value for key, value in earlier.items() if key not in evaluation.metrics}
-        entry.update(metrics={**kept, **evaluation.lasting}, weights=evaluation.mark)
-        entry["data"] = data if kept else {**data, "evaluation": evaluation.data}
+    def _record(self, *evaluations: Evaluation) -> None:
+        """Have the record tell evaluations; several of the same weights, on several data sets, add up."""
+        record, data = self._progress.record, self._session.evaluations.data
+        if not evaluations or record is None or not record["iterations"]:
+            return
+        entry = record["iterations"][-1]
+        for evaluation in evaluations:
+            same = evaluation.mark is not None and entry.get("weights") == evaluation.mark
+            earlier = entry.get("metrics", {}) if same else {}
+            kept = {key: value for key, value in earlier.items() if key not in evaluation.metrics}
+            entry.update(metrics={**kept, **evaluation.lasting}, weights=evaluation.mark)
+            entry["data"] = data if kept else {**data, "evaluation": evaluation.data}
+        self.note_stages()
 
     def note_stages(self) -> None:
         """Have the model's record know what each step of the pruning at hand did."""

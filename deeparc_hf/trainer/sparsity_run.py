@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from ..checkpoint.weights_mark import mark_of_model
@@ -107,11 +107,7 @@ class SparsityRun(Member):
     @property
     def has_work(self) -> bool:
         """Whether weights are still to be zeroed."""
-        return not self.ended and self._is_to_come
-
-    @property
-    def _is_to_come(self) -> bool:
-        return self.progress.phase == WAITING and bool(self.progress.asked)
+        return not self.ended and self.progress.phase == WAITING and bool(self.progress.asked)
 
     # ---- beginning ----
 
@@ -129,7 +125,7 @@ class SparsityRun(Member):
         self._keep_recorded(resumed=began_with is not None)
         if self.progress.phase == SPARSE:
             self.session.zeroed_at = self.progress.step
-        if self._is_to_come and self._calibration is not None:
+        if self.has_work and self._calibration is not None:
             rehearse(self.session.subject, self._calibration, "WandaCallback")
 
     def begin_again(self) -> None:
@@ -150,11 +146,9 @@ class SparsityRun(Member):
 
     def _warn_of_changes(self, began_with: Mapping[str, Any]) -> None:
         now = self.config.to_dict()
-        changed = {
-            key: f"{began_with[key]} -> {now[key]}" for key in now if key in began_with and began_with[key] != now[key]
-        }
-        if changed:
-            shown = ", ".join(f"{name} {change}" for name, change in changed.items())
+        keys = [key for key in now if key in began_with and began_with[key] != now[key]]
+        if keys:
+            shown = ", ".join(f"{key} {began_with[key]} -> {now[key]}" for key in keys)
             rule = "they count from here on" if self.progress.phase == WAITING else "what was zeroed stays as it is"
             self.session.warn(
                 f"The run is resumed with other settings of sparsity than it began with ({shown}): {rule}."
@@ -170,7 +164,7 @@ class SparsityRun(Member):
                 )
             return
         epochs = self.session.state.max_steps / steps_per_epoch
-        if self._is_to_come and start > epochs:
+        if self.has_work and start > epochs:
             raise ConfigError(
                 f"Weights are to be zeroed after {start} epochs, but the training has {epochs:g} (of "
                 f"{steps_per_epoch} steps each). Lower start_epoch, or train for longer: num_train_epochs (or "
@@ -196,7 +190,7 @@ class SparsityRun(Member):
             ConfigError: if zeroing would wait for verdicts until the training is over.
         """
         session, start = self.session, self.config.start_epoch
-        if not self._is_to_come or session.steps_per_epoch is None:
+        if not self.has_work or session.steps_per_epoch is None:
             return
         epochs = session.state.max_steps / session.steps_per_epoch
         judged = next((member for member in session.members if member.judged_after is not None), Member())
@@ -207,11 +201,9 @@ class SparsityRun(Member):
                 f"{judged.judged_after} epochs at the earliest, and the training has {epochs:g}. Train for longer, or "
                 f"set start_epoch to {judged.pruning_starts} or less: zeroing then comes before the first pruning."
             )
-        when = (
-            f"after {judged.judged_after} epochs at the earliest, when prunings are judged"
-            if waits
-            else f"after {start} epochs"
-        )
+        when = f"after {start} epochs"
+        if waits:
+            when = f"after {judged.judged_after} epochs at the earliest, when prunings are judged"
         retraining = "" if start < epochs else ", at its end: nothing is retrained"
         what = self.config.pattern or f"{100 * self.config.sparsity:g} %"
         self.session.say(f"Zeroing: {self.config.method}, {what}, {when} (of the training's {epochs:g}){retraining}.")
@@ -262,7 +254,7 @@ class SparsityRun(Member):
         """Check a last time: the best checkpoint may have been loaded."""
         self.check()
         session, state = self.session, self.session.state
-        if self._is_to_come:
+        if self.has_work:
             early = "it ended early" if session.step < state.max_steps else "a pruning was judged too late"
             why = "a pruning could still be taken back" if session.may_be_taken_back else early
             session.warn(
@@ -295,7 +287,7 @@ class SparsityRun(Member):
 
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps. Blocks may have been removed since the weights were zeroed."""
-        self.progress.sparsity = _copy(self.session.record().sparsity)
+        self.progress.sparsity = copy.deepcopy(self.session.record().sparsity)
         return self.progress.to_dict()
 
     def check(self, note: bool = True) -> None:
@@ -319,9 +311,8 @@ class SparsityRun(Member):
             )
         zeros, size = sum(zeros for _, zeros in matrices.values()), sum(m.weight.numel() for m, _ in matrices.values())
         if size and note:
-            step = self.session.step
-            earlier = [entry for entry in self.progress.measured if entry["step"] != step]
-            now = {"step": step, "epoch": self.session.epoch, "share": zeros / size}
+            now = {"step": self.session.step, "epoch": self.session.epoch, "share": zeros / size}
+            earlier = [entry for entry in self.progress.measured if entry["step"] != now["step"]]
             self.progress.measured = [*earlier, now]
             self._write()
 
@@ -333,16 +324,14 @@ class SparsityRun(Member):
         Its weights are loaded. They may not be in their places yet (MPruneCallback sees to that), but they are the
         parameters that stay.
         """
-        host = self.session.subject.host
-        if resumed and (self.progress.sparsity is not None or host.record() is not None):
+        recorded = self.session.subject.host.record() is not None
+        if resumed and (recorded or self.progress.sparsity is not None):
             # whatever the model in memory was, its weights are now those of the checkpoint
-            record = self.session.record()
-            versions = record.versions or package_versions()
-            host.set_record(dataclasses.replace(record, sparsity=self.progress.sparsity, versions=versions).to_dict())
+            self._note_zeros(self.progress.sparsity)
         if self.session.record().sparsity is None:
             return
         if not self.config.keep_zeros:
-            self._forget()
+            self._note_zeros(None)
             return
         self._add_recorded()
         if self.progress.phase == WAITING and not self.progress.asked:
@@ -364,7 +353,7 @@ class SparsityRun(Member):
     @property
     def _is_due(self) -> bool:
         """Whether weights are to be zeroed now; where a pruning may be taken back, dense weights might come back."""
-        if not self._is_to_come or self.session.may_be_taken_back:
+        if not self.has_work or self.session.may_be_taken_back:
             return False
         return self.session.epoch >= self.config.start_epoch - 1e-9
 
@@ -383,18 +372,20 @@ class SparsityRun(Member):
             for name, mask in masks.items():
                 self._zeros.add(session.subject.root.get_submodule(name).weight, mask)
         else:
-            self._forget()
+            self._note_zeros(None)
         p.phase, p.step, p.epoch, p.report = SPARSE, session.step, session.epoch, self.report.to_dict()
-        p.sparsity = _copy(session.record().sparsity)
+        p.sparsity = copy.deepcopy(session.record().sparsity)
         session.forget_best()  # a checkpoint without the zeros must not be the best
         session.tell(Event.ZEROED)
         session.log({"sparsity_asked": self.report.asked, "sparsity_measured": self.report.measured})
         session.say(f"Weights are zeroed at step {p.step} (epoch {p.epoch:g}).\n{self.report}")
         self._write()
 
-    def _forget(self) -> None:
-        """Zeros that are not kept are not in the record."""
-        self.session.subject.host.set_record(dataclasses.replace(self.session.record(), sparsity=None).to_dict())
+    def _note_zeros(self, sparsity: Mapping[str, Any] | None) -> None:
+        """Have the record list zeros; those that are not kept are not in it."""
+        record = self.session.record()
+        versions = record.versions or package_versions()
+        self.session.subject.host.set_record(replace(record, sparsity=sparsity, versions=versions).to_dict())
 
     def _write(self) -> None:
         p, session = self.progress, self.session
@@ -409,18 +400,8 @@ class SparsityRun(Member):
         write_whole(session.folder / f"{SPARSITY_REPORT}.md", _markdown(data))
 
 
-def _copy(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
 def _markdown(data: Mapping[str, Any]) -> str:
-    """The report as Markdown: what was zeroed when, the metrics before and after, and how much was zero at the end of
-    each epoch.
-
-    Args:
-        data: as in sparsity_report.json.
-    """
-    parts = ["# Sparsity report of a training\n"]
+    """The report as Markdown, of what sparsity_report.json holds."""
     if data["report"] is None:
         parts = [
             "# Sparsity report\n\nThe zeros that the checkpoint's record listed when the training began are kept.\n"
