@@ -7,9 +7,8 @@ bounded, and texts are made plain.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ..core.checks import Entry, is_number
@@ -263,7 +262,7 @@ class Attempt:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, a copy: an entry of the report's attempts."""
-        data = copy.deepcopy({spec.name: getattr(self, spec.name) for spec in fields(self)})
+        data = asdict(self)
         lacking = [name for name in ("reason", "decision") if data[name] is None]
         if self.k is None:
             lacking += ["iteration", "k", "thresholds", "removed", "plan_removed", "healing"]

@@ -25,14 +25,7 @@ from ..errors import ConfigError
 from ..healing.sites import Healing, healing_text
 from ..pruning.plan import PruningPlan, StackPlan
 
-__all__ = [
-    "Measurement",
-    "Timing",
-    "blocks_strip",
-    "iteration_table",
-    "timed_evaluation",
-    "write_report",
-]
+__all__ = ["Measurement", "Timing", "blocks_strip", "iteration_table", "timed_evaluation", "write_report"]
 
 FORMAT_VERSION = 1
 _COLUMNS = {
@@ -199,20 +192,15 @@ def write_report(
 
 def _markdown(plan: PruningPlan, rows: Sequence[Measurement], data: Mapping[str, Any]) -> str:
     gone = plan.num_blocks - plan.num_kept
-    parts = [
-        "# Pruning report",
-        f"{gone} of {plan.num_blocks} blocks removed, {plan.num_frozen} of the others frozen."
-        if gone
-        else "No block was removed.",
-        fenced(blocks_strip(plan), "text"),
-    ]
+    removed = f"{gone} of {plan.num_blocks} blocks removed, {plan.num_frozen} of the others frozen."
+    parts = ["# Pruning report", removed if gone else "No block was removed.", fenced(blocks_strip(plan), "text")]
     if rows:
         parts += ["## Measurements", iteration_table(rows), _measured(rows)]
     parts += [
         "## How the blocks were compared",
         f"By {plan.config.similarity} (rows: {plan.config.effective_rows}) on {plan.samples_text}.",
+        fenced(str(plan), "text"),
     ]
-    parts += [fenced(str(plan), "text")]
     if data["healing"]:
         parts += ["## Healing", "\n".join(f"- {healing_text(site)}" for site in data["healing"])]
     parts += [made_with(data["extra"], data["hardware"], data["versions"])]
@@ -236,10 +224,8 @@ def _cell(row: Measurement, name: str) -> str:
     if value is None:
         return "-"
     if name == "accuracy":
-        shown = f"{100 * value:.2f} %"
-        return (
-            shown if row.interval is None else f"{shown} ({100 * row.interval[0]:.2f} to {100 * row.interval[1]:.2f})"
-        )
+        interval = "" if row.interval is None else " ({:.2f} to {:.2f})".format(*(100 * end for end in row.interval))
+        return f"{100 * value:.2f} %{interval}"
     if name in ("evaluation_seconds", "training_seconds"):
         return f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else f"{round(value, 4):g}"

@@ -101,10 +101,10 @@ class SessionCallback(TrainerCallback, ExportableState):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._run is not None:
+        if self._run is not None and args.process_index == 0 and kwargs.get("model") is not None:
             # the last save of a training comes before its callbacks hear of its end
             over = control.should_training_stop or 0 < state.max_steps <= state.global_step
-            _write_card(args, over, kwargs.get("model"), kwargs.get("processing_class"))
+            _write_card(args, over, kwargs["model"], kwargs.get("processing_class"))
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._tell("end", control)
@@ -122,17 +122,12 @@ _KEEP_CARD = (
 )
 
 
-def _write_card(args: TrainingArguments, over: bool, model: nn.Module | None, processing_class: Any) -> None:
+def _write_card(args: TrainingArguments, over: bool, model: nn.Module, processing_class: Any) -> None:
     """Write the card of a model as it is now, from the reports in the output folder. One that somebody wrote or edited
     stays, and is told.
 
     A card that cannot be made is a warning: a training does not end because of it.
-
-    Args:
-        over: whether the training is over.
     """
-    if args.process_index != 0 or model is None:
-        return
     folder = Path(args.output_dir)
     try:
         if not may_replace(folder / CARD_FILE):

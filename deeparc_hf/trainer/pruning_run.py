@@ -23,14 +23,7 @@ __all__ = ["PruningRun"]
 
 
 class PruningRun(Member):
-    """The prunings of one training.
-
-    Args:
-        config: the settings.
-        calibration: where the calibration batches come from.
-        session: the training.
-        progress: where the run stands.
-    """
+    """The prunings of one training."""
 
     removes_blocks = True
 
@@ -129,19 +122,16 @@ class PruningRun(Member):
     def epoch_begin(self) -> None:
         if self._spare is not None:
             return
-        self._warn_of_zeros()
-        self.reporter.check_metric()
-        self.machine.epoch_begins(self.session.step)
-        if self.progress.stopped:
-            self._stop_after_a_step()
-
-    def _warn_of_zeros(self) -> None:
-        """Zeros that nobody keeps will be lost, so the record must not list them."""
+        # zeros that nobody keeps will be lost, so the record must not list them
         if not any(member.keeps_zeros for member in self.session.members) and self.operations.forget_zeros():
             self.session.warn(
                 "The model's record lists zeroed weights, and nothing in this training keeps them zero. They are left "
                 "out of the record. To keep them, add WandaCallback() to the callbacks."
             )
+        self.reporter.check_metric()
+        self.machine.epoch_begins(self.session.step)
+        if self.progress.stopped:
+            self._stop_after_a_step()
 
     def step_begin(self) -> None:
         self.reporter.check_metric()

@@ -27,13 +27,8 @@ PLAN_FILE = "pruning_plan.json"
 
 
 class Reporter:
-    """Notes of one run; files are written and lines printed in the main process only.
-
-    Args:
-        config: the settings.
-        session: the training.
-        progress: where the notes are kept, so that checkpoints keep them too.
-        metric: the gate's metric.
+    """Notes of one run, which its progress keeps, and so checkpoints do; files are written and lines printed in the
+    main process only.
     """
 
     def __init__(self, config: MPruneConfig, session: Session, progress: Progress, metric: str) -> None:
@@ -183,8 +178,9 @@ class Reporter:
     def outline(self, *doubts: str | None) -> None:
         """Tell what is going to happen, and what is doubtful, so that a mistake is seen at once."""
         c, session = self._config, self._session
-        length = f"the training has {session.state.max_steps} steps"
-        if session.steps_per_epoch is not None:
+        if session.steps_per_epoch is None:
+            length = f"the training has {session.state.max_steps} steps"
+        else:
             epochs = session.state.max_steps / session.steps_per_epoch
             length = f"{needed_epochs(c)} of the training's {epochs:g} epochs"
         parts = [f"{_count(c.start_epoch, 'epoch')} before the first pruning"] if c.start_epoch else []
@@ -198,9 +194,8 @@ class Reporter:
                 "before the first step."
             )
         session.say(f"Pruning schedule: {', then '.join(parts)} ({length}){gate}.{more}")
-        for doubt in doubts:
-            if doubt is not None:
-                session.warn(doubt)
+        for doubt in filter(None, doubts):
+            session.warn(doubt)
 
     def warn_of_changes(self, changed: Mapping[str, str]) -> None:
         """Warn of settings that are others than those that a resumed run began with."""

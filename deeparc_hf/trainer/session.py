@@ -78,9 +78,7 @@ class Session:
     """One training.
 
     Args:
-        args: the Trainer's arguments.
         state: the Trainer's state, a new object for each training.
-        control: the Trainer's control.
         event: what the Trainer hands to a callback when the training begins: model, optimizer, lr_scheduler,
             train_dataloader.
 

@@ -74,11 +74,8 @@ class SparsityRun(Member):
     """The sparsification of one training.
 
     Args:
-        config: the settings.
         asked: whether a sparsification was asked for; otherwise a model that is sparse already is only kept so.
         calibration: where the calibration batches come from; None where none are needed.
-        session: the training.
-        progress: where the run stands.
 
     Attributes:
         report: what was asked for and measured when the weights were zeroed; None before.
@@ -223,7 +220,7 @@ class SparsityRun(Member):
         if not ends_epoch or not self._is_due:
             return
         control = session.control
-        control.should_evaluate = control.should_evaluate or self._evaluates
+        control.should_evaluate = control.should_evaluate or self.session.args.eval_strategy != "no"
         # what is saved now would be a dense model, which the evaluation of the sparse one would be taken for
         self._save_later, control.should_save = control.should_save, False
 
@@ -233,7 +230,7 @@ class SparsityRun(Member):
         self._save_later = False
         if self._is_due:
             self._sparsify()
-            control.should_evaluate = control.should_evaluate or self._evaluates
+            control.should_evaluate = control.should_evaluate or self.session.args.eval_strategy != "no"
         else:
             self.check()
 
@@ -309,9 +306,10 @@ class SparsityRun(Member):
                 f"The weight of {lost[0]} is another parameter than the one whose zeros were kept: something has put "
                 "it there since. Change weights in place, or call sparsify_model afterwards."
             )
-        zeros, size = sum(zeros for _, zeros in matrices.values()), sum(m.weight.numel() for m, _ in matrices.values())
+        size = sum(matrix.weight.numel() for matrix, _ in matrices.values())
         if size and note:
-            now = {"step": self.session.step, "epoch": self.session.epoch, "share": zeros / size}
+            share = sum(zeros for _, zeros in matrices.values()) / size
+            now = {"step": self.session.step, "epoch": self.session.epoch, "share": share}
             earlier = [entry for entry in self.progress.measured if entry["step"] != now["step"]]
             self.progress.measured = [*earlier, now]
             self._write()
@@ -356,11 +354,6 @@ class SparsityRun(Member):
         if not self.has_work or self.session.may_be_taken_back:
             return False
         return self.session.epoch >= self.config.start_epoch - 1e-9
-
-    @property
-    def _evaluates(self) -> bool:
-        strategy = self.session.args.eval_strategy
-        return str(getattr(strategy, "value", strategy)) != "no"
 
     def _sparsify(self) -> None:
         p, session, calibration = self.progress, self.session, self._calibration
