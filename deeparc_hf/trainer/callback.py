@@ -5,7 +5,7 @@ brings a card that is made anew.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class SessionCallback(TrainerCallback, ExportableState):
 
     session: Session | None = None
     _run: Member | None = None
+    _others: Sequence[TrainerCallback] = ()  # in the same Trainer
 
     def __init__(self, calibration: Dataset[Any] | Iterable[Any] | None) -> None:
         self.calibration = calibration
@@ -46,7 +47,7 @@ class SessionCallback(TrainerCallback, ExportableState):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are of the settings, not of a training."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "session")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "session", "_others")}
 
     def _saved(self, state: TrainerState) -> tuple[dict[str, Any], Any]:
         """The settings that the checkpoint which is resumed notes, and where the work stood then; empty where it notes
@@ -89,14 +90,14 @@ class SessionCallback(TrainerCallback, ExportableState):
         self._tell("epoch_end", control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        loader, metrics = kwargs.get("eval_dataloader"), kwargs.get("metrics") or {}
         if self._run is None or self.session is None:
             return
+        what = kwargs.get("metrics") or {}, kwargs.get("eval_dataloader")
         if not self._run.ended:
-            self.session.evaluations.notice(metrics, loader)
-            self._tell("evaluated", control, metrics, loader)
+            self.session.evaluations.notice(*what)
+            self._tell("evaluated", control, *what)
         elif kwargs.get("model") is self.session.model:
-            self._tell("evaluated_after_end", control, metrics, loader)
+            self._tell("evaluated_after_end", control, *what)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

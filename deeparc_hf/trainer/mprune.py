@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.record import PrunedConfig, check_record, same_structure
 from ..core.compat import calling_trainer
@@ -87,11 +87,7 @@ class MPruneCallback(SessionCallback):
         self.config = MPruneConfig.from_settings(config, settings)
         self.plan: PruningPlan | None = None
         self.record: PrunedConfig | None = None
-        self._others: list[TrainerCallback] = []  # in the same Trainer
         self._sharded: Progress | None = None  # what was done before parameters were sharded
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_others": []}
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -162,7 +158,7 @@ class MPruneCallback(SessionCallback):
                 "There is more than one MPruneCallback in this Trainer. One does all iterations: give it iterations=..."
             )
         trainer = calling_trainer()
-        self._others = []
+        self._others = ()
         if trainer is not None:
             # the optimizer stays when this Trainer trains again
             guard(kwargs["model"], args.output_dir, kwargs.get("optimizer"), trainer)
@@ -191,7 +187,7 @@ class MPruneCallback(SessionCallback):
         run = self._run
         waits = run is not None and not run.progress.is_over
         if waits and self._others and warn_of_copies(self._others, run.session.subject):
-            self._others = []  # they have been told of
+            self._others = ()  # they have been told of
         super().on_epoch_begin(args, state, control, **kwargs)
 
     def _progress(self, model: Any, state: TrainerState) -> Progress:

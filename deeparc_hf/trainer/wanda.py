@@ -124,20 +124,20 @@ class WandaCallback(SessionCallback):
                 "There is more than one WandaCallback in this Trainer. Leave one, or call sparsify_model before the "
                 "training."
             )
-        progress, began_with, before = SparsityProgress(), None, None
+        progress, began_with, again = SparsityProgress(), None, False
         if state.global_step > 0:
             settings, saved = self._saved(state)
             if saved:
                 progress, began_with = SparsityProgress.from_dict(saved), settings
         elif self._run is not None and not self._run.ended and self._run.session.model is kwargs["model"]:
-            before, progress = self._run, self._run.progress  # auto_find_batch_size begins the same run again
+            again, progress = True, self._run.progress  # auto_find_batch_size begins the same run again
         self.session = session = Session.of(state) or Session(args, state, control, kwargs)
         calibration = None
         if methods.get(self.config.method).needs_inputs:
             calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
         run = SparsityRun(self.config, self.asked, calibration, session, progress)
         run.begin(began_with)
-        if before is not None:
+        if again:
             run.begin_again()
         session.members.append(run)
         self._run, self.report = run, run.report
