@@ -15,6 +15,7 @@ from torch import Tensor
 from ..architectures import Stack
 from ..errors import CalibrationError, CalibrationWarning
 from ..similarity import BlockMetric
+from ..similarity.base import add_to
 from .calibration import Calibration
 
 __all__ = ["Observed", "Observer", "collect"]
@@ -50,8 +51,7 @@ class Observed:
         parts = [part for part in parts if part.count] or list(parts[:1])
         sums: dict[str, Tensor] = {}
         for part in parts:
-            for key, value in part.sums.items():
-                sums[key] = value if key not in sums else sums[key] + value
+            add_to(sums, part.sums)
         first = parts[0].constant
         constant = {
             i: row

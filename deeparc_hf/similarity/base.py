@@ -18,6 +18,7 @@ __all__ = [
     "RowBuffer",
     "SimilarityMetric",
     "SkippingMetric",
+    "add_to",
     "centered_grams",
     "metrics",
     "register",
@@ -108,6 +109,13 @@ class SkippingMetric(BlockMetric):
 
 metrics: Registry[BlockMetric] = Registry("similarity metric", "deeparc_hf.similarity", BlockMetric)
 register = metrics.register
+
+
+def add_to(sums: dict[str, Tensor], more: Mapping[str, Tensor | float]) -> None:
+    """Add to the sums of these names; numbers become float64."""
+    for name, value in more.items():
+        value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        sums[name] = sums[name] + value if name in sums else value
 
 
 class RowBuffer:

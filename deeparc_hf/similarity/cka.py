@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .base import RowBuffer, SimilarityMetric, centered_grams, register
+from .base import RowBuffer, SimilarityMetric, add_to, centered_grams, register
 
 # Rows of a group. More rows lower the variance; the work grows as GROUP * D per row, far below a forward pass.
 GROUP = 512
@@ -45,7 +45,7 @@ class DebiasedCKA(SimilarityMetric):
 
     def __init__(self) -> None:
         self._buffer = RowBuffer(GROUP)
-        self._hsic: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
 
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
         for group in self._buffer.add(rows):
@@ -55,12 +55,11 @@ class DebiasedCKA(SimilarityMetric):
         rest = self._buffer.rest()
         if rest is not None and rest.shape[1] >= self.min_rows:
             self._take(rest)
-        return {} if self._hsic is None else {"hsic": self._hsic}
+        return self._sums
 
     def _take(self, group: Tensor) -> None:
         # weighted by its rows, so that a group of another size counts for what it is worth
-        hsic = group.shape[1] * hsic_matrix(group)
-        self._hsic = hsic if self._hsic is None else self._hsic + hsic
+        add_to(self._sums, {"hsic": group.shape[1] * hsic_matrix(group)})
 
     @staticmethod
     def matrix(sums: Mapping[str, Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .base import RowBuffer, SimilarityMetric, centered_grams, register
+from .base import RowBuffer, SimilarityMetric, add_to, centered_grams, register
 from .cka import normalize
 
 GROUP = 64
@@ -25,8 +25,7 @@ class BiasedCKA(SimilarityMetric):
 
     def __init__(self) -> None:
         self._buffer = RowBuffer(GROUP)
-        self._sum: Tensor | None = None
-        self._groups = 0
+        self._sums: dict[str, Tensor] = {}
 
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
         _, counts = torch.unique_consecutive(samples, return_counts=True)
@@ -43,16 +42,11 @@ class BiasedCKA(SimilarityMetric):
         rest = self._buffer.rest()
         if rest is not None:
             self._take(rest)
-        if self._sum is None:
-            return {}
-        return {"cka": self._sum, "groups": torch.tensor(float(self._groups), dtype=torch.float64)}
+        return self._sums
 
     def _take(self, group: Tensor) -> None:
-        if group.shape[1] < self.min_rows:
-            return
-        cka = biased_cka(group)
-        self._sum = cka if self._sum is None else self._sum + cka
-        self._groups += 1
+        if group.shape[1] >= self.min_rows:
+            add_to(self._sums, {"cka": biased_cka(group), "groups": 1.0})
 
     @staticmethod
     def matrix(sums: Mapping[str, Tensor]) -> Tensor:

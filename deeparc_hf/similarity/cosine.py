@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .base import SimilarityMetric, register
+from .base import SimilarityMetric, add_to, register
 
 
 @register("cosine")
@@ -22,8 +22,7 @@ class Cosine(SimilarityMetric):
     min_rows = 1
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._rows = 0
+        self._sums: dict[str, Tensor] = {}
 
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
         stacked = torch.stack(list(rows), dim=1)  # (N, L, D)
@@ -34,14 +33,10 @@ class Cosine(SimilarityMetric):
         cosines = (directions @ directions.transpose(1, 2)).to(
             "cpu" if stacked.device.type == "mps" else stacked.device
         )
-        total = cosines.sum(dim=0, dtype=torch.float64)
-        self._sum = total if self._sum is None else self._sum + total
-        self._rows += len(stacked)
+        add_to(self._sums, {"cosine": cosines.sum(dim=0, dtype=torch.float64), "rows": float(len(stacked))})
 
     def finish(self) -> dict[str, Tensor]:
-        if self._sum is None:
-            return {}
-        return {"cosine": self._sum, "rows": torch.tensor(float(self._rows), dtype=torch.float64)}
+        return self._sums
 
     @staticmethod
     def matrix(sums: Mapping[str, Tensor]) -> Tensor:
