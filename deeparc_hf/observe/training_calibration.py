@@ -31,8 +31,7 @@ from ..core.distributed import gather, process_count, process_index
 from ..core.progress_bars import samples_in
 from ..errors import CalibrationError
 from .calibration import Calibration, chosen_rows
-from .row_copies import apart
-from .untouched import ReadOnceError, untouched
+from .untouched import ReadOnceError, apart, untouched
 
 __all__ = ["Sampling", "TrainingCalibration", "calibration_of", "kept_columns"]
 
@@ -68,6 +67,7 @@ class TrainingCalibration(Calibration):
         batch_size: samples of a batch.
         config: how many samples, and the seed of their choice.
         skip: leave so many of the chosen samples out, and take the next: they are others than those of a calibration.
+        again: whether the data is gone through more than once, so that an iterator will not do.
         model: the training's model.
         columns: the columns that a collator is to see of a data set that was given; None: all.
         processing_class: makes the collator where there is no loader, as the Trainer does.
@@ -84,6 +84,7 @@ class TrainingCalibration(Calibration):
         config: Sampling,
         skip: int = 0,
         *,
+        again: bool = False,
         model: nn.Module | None = None,
         columns: frozenset[str] | None = None,
         processing_class: Any = None,
@@ -91,7 +92,7 @@ class TrainingCalibration(Calibration):
         if given is None and loader is None:
             raise CalibrationError("There is no training data to calibrate on. Give the callback calibration=...")
         super().__init__(loader if given is None else given, config.calibration_samples)  # type: ignore[arg-type]
-        self._again = getattr(config, "iterations", 1) > 1 or getattr(config, "heal", None) is not None
+        self._again = again
         self.is_given = given is not None
         self._batch_size = batch_size
         self._config = config
@@ -277,18 +278,19 @@ def calibration_of(
     args: TrainingArguments,
     state: TrainerState,
     event: Mapping[str, Any],
+    again: bool = False,
 ) -> TrainingCalibration:
     """The calibration data of a training that begins.
 
     Args:
-        given: as `TrainingCalibration` takes it.
+        given, again: as `TrainingCalibration` takes them.
         event: what the Trainer hands to a callback: model, train_dataloader, processing_class.
     """
     model, loader = event["model"], event.get("train_dataloader")
     columns = None if given is None else kept_columns(model, args, loader)
     size, processing_class = state.train_batch_size or args.train_batch_size, event.get("processing_class")
     return TrainingCalibration(
-        given, loader, size, config, model=model, columns=columns, processing_class=processing_class
+        given, loader, size, config, again=again, model=model, columns=columns, processing_class=processing_class
     )
 
 

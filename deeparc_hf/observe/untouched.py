@@ -8,17 +8,20 @@ is put back, in place.
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import dataclasses
 import functools
 import io
+import itertools
 import random
 import sys
 import sysconfig
 import threading
 import types
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict, UserDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +36,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback
 
 from ..errors import CalibrationError
-from .row_copies import copied_iterator, is_bare_iterator, slots_of
 
-__all__ = ["ReadOnceError", "untouched"]
+__all__ = ["ReadOnceError", "apart", "untouched"]
 
 # what is beyond is taken for rows: objects, nearest first; entries of a container; bytes of a tensor, and of all
 # tensors
@@ -69,6 +71,21 @@ _CALLABLES = (
     property,
 )
 
+_OVER_SEQUENCES = tuple(
+    type(iterator)
+    for iterator in (
+        iter([]),
+        iter(()),
+        iter(range(0)),
+        iter(range(1 << 70)),
+        iter(""),
+        iter(b""),
+        reversed([]),
+        itertools.count(),
+    )
+)
+_OVER_ITERATORS = (zip, map, enumerate, filter)
+
 
 @contextmanager
 def untouched(
@@ -79,7 +96,7 @@ def untouched(
     Kept are attributes (of objects, and of the user's own classes and functions), closures, globals that the user's own
     functions name, the contents of containers, states of random generators, places in files, small tensors and arrays.
     Not kept are the random states of the process (`forward.evaluating` does that), and rows that are changed in place
-    beyond the limits above: read copies (`row_copies.apart`).
+    beyond the limits above: read copies (`apart`).
 
     Args:
         roots: the objects, each with what messages call it.
@@ -124,14 +141,14 @@ class _Walk:
         self._alone = {id(value) for value in alone}
         self._stream = is_stream
         self._queue: deque[tuple[str, Any, bool]] = deque()
-        self._restore: list[Callable[[], None]] = []
+        self._restore: list[Callable[[], Any]] = []
         self._copies: dict[int, Any] = {}
         self._large: list[tuple[str, Tensor, int]] = []
         self._bytes = 0
 
     def keep(self, name: str, root: Any) -> None:
         """Note what a root and all behind it hold."""
-        if is_bare_iterator(root):
+        if _is_bare_iterator(root):
             raise _once(name, root)
         self._push(name, root, True)
         while self._queue:
@@ -185,7 +202,7 @@ class _Walk:
     def _parts(self, name: str, parts: Iterable[Any], own: bool) -> None:
         """Look at what cannot be exchanged where it is held."""
         for part in parts:
-            if is_bare_iterator(part) and not self._is_cursor(part):
+            if _is_bare_iterator(part) and not self._is_cursor(part):
                 raise _once(name, part)
             self._push(name, part, own)
 
@@ -214,7 +231,7 @@ class _Walk:
             if type(value) in _PLAIN:
                 continue
             label = f"{name}.{key}" if isinstance(key, str) else name
-            if is_bare_iterator(value) and not self._is_cursor(value):
+            if _is_bare_iterator(value) and not self._is_cursor(value):
                 used[place] = self._stand_in(label, value)
             else:
                 self._push(label, value, own)
@@ -230,7 +247,7 @@ class _Walk:
 
     def _stand_in(self, name: str, iterator: Any) -> Any:
         if id(iterator) not in self._copies:
-            self._copies[id(iterator)] = copied_iterator(iterator)
+            self._copies[id(iterator)] = _copied_iterator(iterator)
             self._seen[id(iterator)] = iterator
         if self._copies[id(iterator)] is None:
             raise _once(name, iterator)
@@ -258,8 +275,8 @@ class _Walk:
                 functools.partial(_write_dict, attributes),
                 own,
             )
-        if slots_of(value):
-            self._entries(kind, lambda: _split(slots_of(value)), functools.partial(_write_slots, value), own)
+        if _slots_of(value):
+            self._entries(kind, lambda: _split(_slots_of(value)), functools.partial(_write_slots, value), own)
         self._push(kind, type(value), own)
 
     # ---- code ----
@@ -335,7 +352,7 @@ class _Walk:
         return True
 
     def _note(self, write: Callable[[Any], Any], state: Any) -> None:
-        self._restore.append(lambda: write(state) and None)
+        self._restore.append(functools.partial(write, state))
 
     def _afford(self, size: int) -> bool:
         if size > _ONE or self._bytes + size > _ALL:
@@ -354,13 +371,7 @@ class _Walk:
         if not self._afford(tensor.numel() * tensor.element_size()):
             self._large.append((name, tensor, tensor._version))
             return
-        content = tensor.detach().clone()
-
-        def restore() -> None:
-            if not torch.equal(tensor, content):
-                tensor.copy_(content)
-
-        self._restore.append(restore)
+        self._note(lambda kept: None if torch.equal(tensor, kept) else tensor.copy_(kept), tensor.detach().clone())
 
     def _file(self, name: str, file: io.IOBase) -> None:
         if file.closed or file in (sys.stdin, sys.stdout, sys.stderr) or not file.readable():
@@ -369,7 +380,7 @@ class _Walk:
             place = file.tell()
         except OSError as error:  # a pipe, or a text file in the middle of its lines
             raise _once(name, file) from error
-        self._restore.append(lambda: None if file.closed else file.seek(place) and None)
+        self._restore.append(lambda: None if file.closed else file.seek(place))
 
 
 def _once(name: str, value: Any) -> ReadOnceError:
@@ -432,7 +443,74 @@ def _write_set(target: set[Any], members: set[Any]) -> None:
 
 
 def _write_slots(target: Any, keys: Sequence[Any], values: Sequence[Any]) -> None:
-    for slot in slots_of(target).keys() - set(keys):
+    for slot in _slots_of(target).keys() - set(keys):
         slot.__delete__(target)
     for slot, value in zip(keys, values, strict=True):
         slot.__set__(target, value)
+
+
+# ---- copies ----
+
+
+def apart(row: Any) -> Any:
+    """A row as a collator may change it: containers, tensors and arrays are copied, and everything else is shared."""
+    kind = type(row)
+    if kind is dict:
+        return {key: apart(value) for key, value in row.items()}
+    if isinstance(row, UserDict):  # what a tokenizer gives
+        copied = copy.copy(row)
+        copied.data = apart(dict(row.data))
+        return copied
+    if isinstance(row, dict) or dataclasses.is_dataclass(row):
+        return copy.deepcopy(row)
+    if kind in (list, tuple):
+        return kind(apart(value) for value in row)
+    if isinstance(row, Tensor):
+        return row.clone()
+    if isinstance(row, np.ndarray):
+        return row.copy()
+    return row
+
+
+def _is_bare_iterator(value: Any) -> bool:
+    """Whether something is an iterator whose place cannot be read or set from outside: a generator, or what
+    `iter(rows)` gives.
+    """
+    if not hasattr(type(value), "__next__") or isinstance(value, (io.IOBase, Mapping)):
+        return False
+    return not hasattr(value, "__dict__") and not _slots_of(value)
+
+
+def _slots_of(value: Any) -> dict[Any, Any]:
+    """What an object keeps in `__slots__`, by the descriptors of the slots."""
+    found = {}
+    for cls in type(value).__mro__:
+        if "__slots__" not in vars(cls):
+            continue
+        for name, slot in vars(cls).items():
+            if hasattr(slot, "__set__") and hasattr(slot, "__objclass__") and name not in ("__dict__", "__weakref__"):
+                try:
+                    found[slot] = slot.__get__(value)
+                except AttributeError:  # nothing in it
+                    continue
+    return found
+
+
+def _copied_iterator(iterator: Any) -> Any | None:
+    """An iterator that goes on from the same place over the same rows; None where there is no such copy."""
+    if not isinstance(iterator, (*_OVER_SEQUENCES, *_OVER_ITERATORS)):
+        return None
+    try:
+        reduced: Any = iterator.__reduce__()
+        make, arguments, *state = reduced
+    except TypeError:  # Python 3.14 copies no itertools
+        return None
+    if isinstance(iterator, _OVER_ITERATORS):
+        pairs = [(part, _copied_iterator(part) if _is_bare_iterator(part) else part) for part in arguments]
+        if any(part is not None and copy is None for part, copy in pairs):
+            return None
+        arguments = tuple(copy for _, copy in pairs)
+    fresh = make(*arguments)
+    if state and state[0] is not None:
+        fresh.__setstate__(state[0])
+    return fresh

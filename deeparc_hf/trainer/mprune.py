@@ -166,7 +166,8 @@ class MPruneCallback(SessionCallback):
             refuse_copies(self._others)
             check_measured(self.config, args, trainer)
         self.session = session = Session.of(state) or Session(args, state, control, kwargs)
-        calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
+        again = self.config.iterations > 1 or self.config.heal is not None
+        calibration = calibration_of(self.calibration, self.config, args, state, kwargs, again)
         before = self._run
         progress = self._progress(kwargs["model"], state)
         self._run = None  # until the new one has begun

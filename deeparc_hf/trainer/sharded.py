@@ -62,6 +62,7 @@ def prune_before_sharding(
         None,
         args.train_batch_size,
         config,
+        again=config.heal is not None,
         model=model,
         columns=columns,
         processing_class=processing_class,

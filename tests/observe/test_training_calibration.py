@@ -161,7 +161,7 @@ def test_an_iterator_serves_once_and_its_first_batch_is_not_lost():
         assert len(list(calibration.batches())) == 2
     for make in (lambda: iter(BATCHES["texts"]), Through):
         with pytest.raises(CalibrationError, match="gone through once"):
-            TrainingCalibration(make(), None, SIZE, MPruneConfig(num_blocks=[3, 2], iterations=2)).first()
+            TrainingCalibration(make(), None, SIZE, MPruneConfig(num_blocks=[3, 2], iterations=2), again=True).first()
 
 
 class Whole(Rows):

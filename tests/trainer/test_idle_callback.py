@@ -21,9 +21,8 @@ from transformers import BatchEncoding, Trainer, default_data_collator
 
 from deeparc_hf import WandaCallback
 from deeparc_hf.errors import CalibrationError
-from deeparc_hf.observe.row_copies import apart
 from deeparc_hf.observe.training_calibration import TrainingCalibration
-from deeparc_hf.observe.untouched import untouched
+from deeparc_hf.observe.untouched import apart, untouched
 from deeparc_hf.pruning.config import MPruneConfig
 from tests.stateful import (
     COLLATORS,
