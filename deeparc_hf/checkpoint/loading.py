@@ -22,8 +22,7 @@ from ..architectures.hosts import RECORD_KEY, copy_attention
 from ..architectures.skeleton import compare
 from ..core.transaction import Transaction
 from ..errors import RecordError, UnsupportedModelError
-from .record import PrunedConfig, current_record
-from .record_sparsity import renumber_matrices
+from .record import PrunedConfig, current_record, renumbered
 
 __all__ = ["load_pruned", "save_pruned"]
 
@@ -72,7 +71,7 @@ def load_pruned(
     record = record.renamed(subject.host.base_prefix, subject.stacks)
     layout = _layout(record, subject)
     # what the base's own record says of zeroed weights comes with its weights, whatever the other record lists
-    record = dataclasses.replace(record, sparsity=renumber_matrices(current_record(subject).sparsity, layout))
+    record = dataclasses.replace(record, sparsity=renumbered(current_record(subject).sparsity, layout))
     _, settings = subject.shrunk_settings(layout)
     _require_expressible(subject, settings, layout)
     base, commit = subject.host.loaded_from(hub.get("cache_dir"))
@@ -118,9 +117,9 @@ def _adopt_generation_config(model: PreTrainedModel, base: str, hub: Mapping[str
 def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:
     if isinstance(source, PrunedConfig):
         return source
-    return (
-        PrunedConfig.from_dict(source) if isinstance(source, Mapping) else PrunedConfig.from_pretrained(source, **hub)
-    )
+    if isinstance(source, Mapping):
+        return PrunedConfig.from_dict(source)
+    return PrunedConfig.from_pretrained(source, **hub)
 
 
 def _layout(record: PrunedConfig, subject: Subject) -> Layout:

@@ -24,10 +24,17 @@ from ..core.hub_help import hub_help
 from ..core.plain_text import LIMIT, listed, quoted
 from ..errors import DeepArcWarning, RecordError
 from .record_checks import check_iteration, check_sparsity, refuse_full, stack_in
-from .record_sparsity import rename_matrices, renumber_matrices
 from .record_view import record_html
 
-__all__ = ["PrunedConfig", "StackRecord", "check_record", "current_layout", "current_record", "same_structure"]
+__all__ = [
+    "PrunedConfig",
+    "StackRecord",
+    "check_record",
+    "current_layout",
+    "current_record",
+    "renumbered",
+    "same_structure",
+]
 
 FORMAT_VERSION = 1
 _KEYS = ("format_version", "base_model", "base_revision", "stacks", "iterations", "sparsity", "versions")
@@ -53,8 +60,8 @@ class PrunedConfig:
         base_revision: its commit, if known.
         iterations: one entry a pruning, oldest first: settings, calibration samples, removed and frozen blocks
             (ORIGINAL indices) and, where measured, metrics.
-        sparsity: zeroed weights, if any: settings, and zeros and size of each matrix by module path
-            (`record_sparsity`).
+        sparsity: zeroed weights, if any: {"settings": {...}, "samples": n, "matrices": {module path: {"zeros": n,
+            "size": n}}}.
         versions: packages that made the last pruning.
     """
 
@@ -83,11 +90,8 @@ class PrunedConfig:
     @property
     def frozen(self) -> dict[str, tuple[int, ...]]:
         """Blocks that the last pruning froze, as indices of the model as it is now."""
-        last = self.iterations[-1].get("frozen") if self.iterations else None
-        last = last if isinstance(last, Mapping) else {}
-        return self.layout.places(
-            {n: last[n] for n in self.stacks if isinstance(last.get(n), (list, tuple)) and last[n]}
-        )
+        last = (self.iterations[-1].get("frozen") if self.iterations else None) or {}
+        return self.layout.places({name: last[name] for name in self.stacks if last.get(name)})
 
     @property
     def zeros(self) -> tuple[int, int, int] | None:
@@ -241,14 +245,14 @@ class PrunedConfig:
             renamed = {
                 key: {name(n): v for n, v in entry[key].items()}
                 for key in ("removed", "frozen", "thresholds")
-                if isinstance(entry.get(key), Mapping)
+                if entry.get(key)
             }
             iterations.append({**entry, **renamed})
         return dataclasses.replace(
             self,
             stacks={name(n): s for n, s in self.stacks.items()},
             iterations=tuple(iterations),
-            sparsity=rename_matrices(self.sparsity, prefix, names),
+            sparsity=_renamed_matrices(self.sparsity, prefix, names),
         )
 
     def check_fits(self, lengths: Mapping[str, int]) -> None:
@@ -292,7 +296,7 @@ class PrunedConfig:
             self.base_model,
             self.base_revision,
             (*self.iterations, entry),
-            renumber_matrices(self.sparsity, step),
+            renumbered(self.sparsity, step),
             package_versions(),
         )
 
@@ -341,3 +345,30 @@ def _structure(record: PrunedConfig | None) -> dict[str, Any] | None:
     if record is None or not (record.stacks or record.iterations):
         return None
     return dataclasses.replace(record, sparsity=None, versions={}).to_dict()
+
+
+def _renamed_matrices(
+    sparsity: Mapping[str, Any] | None, prefix: str, stacks: Iterable[str]
+) -> Mapping[str, Any] | None:
+    """Name matrices as a model with these stacks names them: with or without the prefix of the headless model."""
+    if sparsity is None:
+        return None
+    bare = {stack.removeprefix(f"{prefix}."): stack for stack in stacks}
+
+    def name(old: str) -> str:
+        path = old.removeprefix(f"{prefix}.")
+        stack = next((short for short in bare if path.startswith(f"{short}.")), None)
+        return old if stack is None else bare[stack] + path[len(stack) :]
+
+    matrices = sparsity.get("matrices", {})
+    renamed = {name(old): entry for old, entry in matrices.items()}
+    if len(renamed) < len(matrices):
+        raise RecordError("The pruning record lists the zeros of one matrix twice. Download the checkpoint again.")
+    return {**sparsity, "matrices": renamed}
+
+
+def renumbered(sparsity: Mapping[str, Any] | None, step: Layout) -> Mapping[str, Any] | None:
+    """What a record says of zeroed weights after blocks were removed: matrices of removed blocks are gone, the others
+    follow their blocks.
+    """
+    return None if sparsity is None else {**sparsity, "matrices": step.renamed_keys(sparsity.get("matrices", {}))}

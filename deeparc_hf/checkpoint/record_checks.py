@@ -52,54 +52,48 @@ def check_iteration(entry: Entry, lengths: Mapping[str, int]) -> None:
     Args:
         lengths: number of blocks of each stack of the original model.
     """
-    settings = entry.get("settings")
-    if settings is not None:
-        settings.named()
-        if (k := settings.get("k")) is not None:
+    for part in _given(entry, "settings", "metrics"):
+        part.named()
+    for settings in _given(entry, "settings"):
+        for k in _given(settings, "k"):
             k.whole()
-    if (metrics := entry.get("metrics")) is not None:
-        metrics.named()
-    for key in ("removed", "frozen"):
-        for name, blocks in _named(entry, key).items():
+    for part in _given(entry, "removed", "frozen"):
+        for name, blocks in part.named().items():
             length = lengths.get(name, MAX_BLOCKS)
             blocks.wholes(length - 1, most=length)
-    for threshold in _named(entry, "thresholds").values():
-        threshold.number()
-    if (samples := entry.get("samples")) is not None:
+    for part in _given(entry, "thresholds"):
+        for threshold in part.named().values():
+            threshold.number()
+    for samples in _given(entry, "samples"):
         samples.whole()
-    for count in _entries(entry, "parameters").values():
-        count.whole()
-    for key in ("weights", "left"):
-        if (mark := entry.get(key)) is not None:
-            mark.text(_MARK)
-    for data in _named(entry, "data", LIMIT).values():
-        _check_data(data)
-    for stage, quality in _entries(entry, "stages").items():
-        if stage in _STAGES and quality.value is not None:
+    for part in _given(entry, "parameters"):
+        for count in part.entries().values():
+            count.whole()
+    for mark in _given(entry, "weights", "left"):
+        mark.text(_MARK)
+    for part in _given(entry, "data"):
+        for data in part.named(limit=LIMIT).values():
+            if data.value is not None:
+                _check_data(data)
+    for part in _given(entry, "stages"):
+        part.entries()
+        for quality in _given(part, *_STAGES):
             _check_quality(quality)
-    if (healing := entry.get("healing")) is not None:
+    for healing in _given(entry, "healing"):
         for site in healing.items(MAX_BLOCKS):
             _check_site(site)
 
 
-def _named(entry: Entry, key: str, limit: int = MAX_TEXT) -> dict[str, Entry]:
-    part = entry.get(key)
-    return {} if part is None else part.named(limit=limit)
-
-
-def _entries(entry: Entry, key: str) -> dict[str, Entry]:
-    part = entry.get(key)
-    return {} if part is None else part.entries()
+def _given(entry: Entry, *keys: str) -> list[Entry]:
+    """Those of these entries of an object that are neither missing nor null."""
+    return [found for key in keys if (found := entry.get(key)) is not None]
 
 
 def _check_data(data: Entry) -> None:
     """What is known of a data set."""
-    if data.value is None:
-        return
-    for key in _TEXTS:
-        if (text := data.get(key)) is not None:
-            text.text()
-    if (rows := data.get("rows")) is not None:
+    for text in _given(data, *_TEXTS):
+        text.text()
+    for rows in _given(data, "rows"):
         rows.whole()
 
 
@@ -108,10 +102,9 @@ def _check_quality(quality: Entry) -> None:
     quality["loss"].number()
     quality["samples"].whole()
     quality["data"].text(LIMIT)
-    for key in ("loss_interval", "accuracy_interval"):
-        if (interval := quality.get(key)) is not None:
-            interval.numbers(2)
-    if (accuracy := quality.get("accuracy")) is not None:
+    for interval in _given(quality, "loss_interval", "accuracy_interval"):
+        interval.numbers(2)
+    for accuracy in _given(quality, "accuracy"):
         accuracy.number()
         quality["accuracy_interval"].numbers(2)
 
@@ -120,12 +113,11 @@ def _check_site(site: Entry) -> None:
     """What became of a removal site."""
     site["stack"].text()
     site["removed"].wholes(MAX_BLOCKS - 1)
-    for key in ("held_out", "strength"):
-        if (share := site.get(key)) is not None:
-            share.number()
+    for share in _given(site, "held_out", "strength"):
+        share.number()
     if site.get("kept") is not None or site["healed"].value:
         site["kept"].whole()
-    if (reason := site.get("reason")) is not None:
+    for reason in _given(site, "reason"):
         good = isinstance(reason.value, str) and len(reason.value) <= MAX_TEXT
         reason.must_be(good, f"a text of at most {MAX_TEXT} characters")
 
