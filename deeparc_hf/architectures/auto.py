@@ -20,8 +20,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError
-from .base import BlockEntry, CountKey, Family, Stack, register, set_count, signature_pins
-from .entries import classified, entries_of, follow, usual
+from .base import BlockEntry, CountKey, Family, Stack, nested, register, signature_pins
+from .entries import classified, entries_of, follow, names_stages, usual
 from .hosts import Host, TransformersHost
 from .layout import Layout
 from .skeleton import state_shapes
@@ -77,7 +77,7 @@ class Auto(Family):
             for entry in stack.entries:
                 if entry.proof != "none":
                     follow(settings, entry, len(stack), indices)
-            _shrink_stages(_holder(settings, stack.count), len(stack), indices)
+            _shrink_stages(nested(settings, stack.count.path if stack.count else ()), len(stack), indices)
         super().shrink(settings, stacks, kept)
 
 
@@ -112,9 +112,7 @@ class _Search:
         self._built: dict[Any, dict[str, tuple[int, ...]] | None] = {}
 
     def count(self, name: str, length: int) -> tuple[CountKey, tuple[BlockEntry, ...]] | None:
-        """The setting whose change by one changes the length of this stack by one, and nothing else; and the stack's
-        entries.
-        """
+        """The setting that counts this stack's blocks and nothing else, and the stack's entries."""
         for count in _count_candidates(self.settings, length):
             entries = entries_of(self.settings, count, length)
             for following in _choices(entries, count):
@@ -129,9 +127,7 @@ class _Search:
     def _try(
         self, name: str, length: int, count: CountKey, following: Sequence[BlockEntry]
     ) -> Literal["counts", "other", "unclear"]:
-        """Whether the count changes this stack and nothing else, where these entries follow; "other" if it does not
-        change this stack.
-        """
+        """Whether the count changes this stack alone, where these entries follow; "other": it does not change it."""
         if length == 1:
             removals: list[tuple[int, ...]] = [(0, 0)]  # one more
         else:
@@ -162,9 +158,8 @@ class _Search:
             trial = copy.deepcopy(self.settings)
             for entry in following:
                 follow(trial, entry, length, kept)
-            holder = _holder(trial, count)
-            _shrink_stages(holder, length, kept)
-            set_count(holder, count, len(kept))
+            _shrink_stages(nested(trial, count.path), length, kept)
+            count.write(trial, len(kept))
             try:
                 self._built[case] = state_shapes(self.host.build(trial))
             except Exception:
@@ -174,9 +169,7 @@ class _Search:
     def _proven(
         self, name: str, length: int, count: CountKey, entries: Sequence[BlockEntry], following: Sequence[BlockEntry]
     ) -> list[BlockEntry] | None:
-        """The entries that name blocks of the stack, with what shows it; None if one that has to follow is not read
-        block by block.
-        """
+        """The entries that name blocks of the stack, with proof; None if one that must follow is not read by block."""
         known = usual(entries, count)
         proven = []
         for entry in entries:
@@ -187,24 +180,17 @@ class _Search:
             rest = [other for other in following if other is not entry]
             if entry in following and (found is None or found.proof == "none"):
                 if self._try(name, length, count, rest) != "counts":
-                    # there is no shorter model without it, but neighbours read it too: a chain of sizes, no residual
-                    # blocks
+                    # no shorter model without it, but neighbours read it too: a chain of sizes, no residual blocks
                     return None
-            elif (
-                found is not None
-                and found.proof == "build"
-                and self._try(name, length, count, [*rest, entry]) != "counts"
-            ):
-                proven.append(entry.proven("none"))
             elif found is not None:
-                proven.append(found)
+                built = found.proof == "build"
+                unfit = built and self._try(name, length, count, [*rest, entry]) != "counts"
+                proven.append(entry.proven("none") if unfit else found)
         return proven
 
 
 def _choices(entries: Sequence[BlockEntry], count: CountKey) -> Iterator[list[BlockEntry]]:
-    """Which entries to try to have follow: the usual ones; all lists of values too; the usual ones and one more, or one
-    less.
-    """
+    """Which entries to have follow: the usual ones; all lists of values too; the usual ones and one more, or less."""
     known = usual(entries, count)
     others = [entry for entry in entries if entry.form == "values" and entry not in known]
     yield known
@@ -227,20 +213,11 @@ def _count_candidates(settings: dict[str, Any], length: int, path: tuple[str, ..
                 yield from (CountKey(path, key, index) for index, item in enumerate(value) if item == length)
 
 
-def _holder(settings: dict[str, Any], count: CountKey | None) -> dict[str, Any]:
-    holder = settings
-    for part in count.path if count else ():
-        holder = holder[part]
-    return holder
-
-
 def _shrink_stages(holder: dict[str, Any], length: int, kept: Sequence[int]) -> None:
-    """Vision backbones name the stem and every layer a stage and give some of them out; drop the removed layers'
-    stages.
-    """
-    names, out = holder.get("stage_names"), holder.get("out_indices")
-    if not isinstance(names, (list, tuple)) or len(names) != length + 1:
+    """Drop removed layers' stages: vision backbones name the stem and every layer one, and give out some of them."""
+    if not names_stages(holder, length):
         return
+    out = holder.get("out_indices")
     holder.pop("stage_names")
     holder.pop("out_features", None)
     if out is not None:

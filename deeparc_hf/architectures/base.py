@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,9 +20,10 @@ __all__ = [
     "CountKey",
     "Family",
     "Stack",
+    "chained",
     "families",
+    "nested",
     "register",
-    "set_count",
     "signature_pins",
 ]
 
@@ -44,6 +46,16 @@ class CountKey:
         where = ".".join((*self.path, self.key))
         return where if self.index is None else f"{where}[{self.index}]"
 
+    def write(self, settings: dict[str, Any], number: int) -> None:
+        """Write a number of blocks where the settings count them."""
+        holder = nested(settings, self.path)
+        if self.index is None:
+            holder[self.key] = number
+        else:
+            counts = list(holder[self.key])
+            counts[self.index] = number
+            holder[self.key] = counts
+
 
 @dataclass(frozen=True)
 class BlockEntry:
@@ -65,6 +77,13 @@ class BlockEntry:
 
     def proven(self, proof: Literal["build", "run", "none"]) -> BlockEntry:
         return replace(self, proof=proof)
+
+    def read(self, settings: dict[str, Any]) -> Any:
+        """Its value; None where it is missing."""
+        return nested(settings, self.path[:-1]).get(self.path[-1])
+
+    def write(self, settings: dict[str, Any], value: Any) -> None:
+        nested(settings, self.path[:-1])[self.path[-1]] = value
 
     def __str__(self) -> str:
         return ".".join(self.path)
@@ -146,20 +165,19 @@ class Family(ABC):
         for stack in stacks:
             if stack.count is None:
                 raise SurgeryError(f"The family {self.name!r} does not say which setting counts {stack.name}.")
-            holder = settings
-            for part in stack.count.path:
-                holder = holder[part]
-            set_count(holder, stack.count, len(kept[stack.name]))
+            stack.count.write(settings, len(kept[stack.name]))
 
 
-def set_count(holder: dict[str, Any], count: CountKey, number: int) -> None:
-    """Write a number of blocks where the settings count them."""
-    if count.index is None:
-        holder[count.key] = number
-    else:
-        counts = list(holder[count.key])
-        counts[count.index] = number
-        holder[count.key] = counts
+def nested(settings: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The settings at a path of keys."""
+    for part in path:
+        settings = settings[part]
+    return settings
+
+
+def chained(stacks: Sequence[Stack]) -> list[Stack]:
+    """Stacks of which each takes the output of the one before, as the stages of a CNN do."""
+    return [replace(stack, next_stack=after.name) for stack, after in itertools.pairwise(stacks)] + list(stacks[-1:])
 
 
 families: Registry[Family] = Registry("model family", "deeparc_hf.architectures", Family)

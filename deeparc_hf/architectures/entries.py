@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .base import BlockEntry, CountKey
+from .base import BlockEntry, CountKey, nested
 from .skeleton import differing
 
-__all__ = ["classified", "entries_of", "follow", "stale", "usual"]
+__all__ = ["classified", "entries_of", "follow", "names_stages", "stale", "usual"]
 
 _VALUES_NAME = re.compile(r"layer|block|types")
 _INDICES_NAME = re.compile(r"layer|block|ind(ex|ic)|idx")
@@ -38,9 +38,9 @@ def entries_of(settings: dict[str, Any], count: CountKey, length: int) -> list[B
     their own.
     """
     own = (*count.path, count.key)
-    skipped = {(*count.path, "out_indices")} if _names_stages(_at(settings, count.path), length) else set()
+    skipped = {(*count.path, "out_indices")} if names_stages(nested(settings, count.path), length) else set()
     levels = [count.path[:depth] for depth in range(len(count.path) + 1)]
-    found = [entry for path in levels for entry in _walk(_at(settings, path), length, path)]
+    found = [entry for path in levels for entry in _walk(nested(settings, path), length, path)]
     return [entry for entry in found if entry.path != own and entry.path not in skipped]
 
 
@@ -54,30 +54,30 @@ def follow(settings: dict[str, Any], entry: BlockEntry, length: int, kept: Seque
 
     A block that is kept twice stands for one more like it; indices stay the same then.
     """
-    holder, key = _at(settings, entry.path[:-1]), entry.path[-1]
-    value = holder.get(key)
-    if _form(value, length, entry.form):
-        new = {old: place for place, old in enumerate(kept)}
-        if entry.form == "values":
-            holder[key] = [value[i] for i in kept]
-        elif entry.form == "runs":
-            kinds = _repeated(value) or []
-            holder[key] = [[[kinds[i] for i in kept], 1]]
-        elif len(kept) > length:
-            return  # a block more, alike to the last
-        elif entry.form == "indices":
-            holder[key] = [new[i] for i in value if i in new]
-        else:
-            holder[key] = {type(k)(new[int(k)]): v for k, v in value.items() if int(k) in new}
+    value = entry.read(settings)
+    if not _form(value, length, entry.form):
+        return
+    new = {old: place for place, old in enumerate(kept)}
+    if entry.form == "values":
+        entry.write(settings, [value[i] for i in kept])
+    elif entry.form == "runs":
+        kinds = _repeated(value) or []
+        entry.write(settings, [[[kinds[i] for i in kept], 1]])
+    elif len(kept) > length:
+        return  # a block more, alike to the last
+    elif entry.form == "indices":
+        entry.write(settings, [new[i] for i in value if i in new])
+    else:
+        entry.write(settings, {type(k)(new[int(k)]): v for k, v in value.items() if int(k) in new})
 
 
 def stale(before: dict[str, Any], after: dict[str, Any], entry: BlockEntry) -> dict[str, Any] | None:
     """The settings after a removal with this entry as it was before; None if the entry is the same."""
-    old, new = _at(before, entry.path[:-1]).get(entry.path[-1]), _at(after, entry.path[:-1]).get(entry.path[-1])
-    if old == new:
+    old = entry.read(before)
+    if old == entry.read(after):
         return None
     trial = copy.deepcopy(after)
-    _at(trial, entry.path[:-1])[entry.path[-1]] = copy.deepcopy(old)
+    entry.write(trial, copy.deepcopy(old))
     return trial
 
 
@@ -116,12 +116,9 @@ def classified(
     asked = readers == "repeated" or _asked_for(whole, entry.path[-1])
     if entry.form == "values":
         # all alike, it does not matter which of them go
-        values = _at(settings, entry.path[:-1])[entry.path[-1]]
-        return (
-            entry.proven("none")
-            if asked and entry.path[:-1] == count.path and any(v != values[0] for v in values)
-            else None
-        )
+        values = entry.read(settings)
+        told = asked and entry.path[:-1] == count.path and any(v != values[0] for v in values)
+        return entry.proven("none") if told else None
     if known:
         return entry.proven("run" if asked else "build")
     return entry.proven("none") if asked and _named(entry) else None
@@ -143,8 +140,8 @@ def _readers(
     build.
     """
     trial = copy.deepcopy(settings)
-    old = _at(trial, entry.path[:-1])[entry.path[-1]]
-    _at(trial, entry.path[:-1])[entry.path[-1]] = value
+    old = entry.read(trial)
+    entry.write(trial, value)
     try:
         built = build(trial)
     except Exception:
@@ -159,9 +156,7 @@ def _readers(
 
 
 def _asked_for(whole: nn.Module, key: str) -> bool:
-    """Whether code of the model's classes, or of their modules,
-    names the entry anywhere but where modules are built.
-    """
+    """Whether code of the model's classes or their modules names the entry anywhere but where modules are built."""
     classes = {cls for module in whole.modules() for cls in type(module).__mro__}
     classes = {cls for cls in classes if not cls.__module__.startswith(("torch.", "builtins"))}
     functions = [f for cls in classes for n, f in vars(cls).items() if n != "__init__"]
@@ -188,7 +183,7 @@ def _names(code: types.CodeType, key: str) -> bool:
 
 def _trials(settings: dict[str, Any], entry: BlockEntry, length: int) -> Iterator[tuple[Any, set[int]]]:
     """Other values for an entry, of the same form, with the blocks that they concern."""
-    value = _at(settings, entry.path[:-1])[entry.path[-1]]
+    value = entry.read(settings)
     if entry.form == "values":
         yield from _changed_values(list(value))
     elif entry.form == "indices":
@@ -239,19 +234,15 @@ def _form(value: Any, length: int, form: str) -> bool:
         return len(value) == length
     if form == "indices":
         return all(type(v) is int and 0 <= v < length for v in value) and list(value) == sorted(set(value))
-    return _repeated(value) is not None and len(_repeated(value) or ()) == length
+    return len(_repeated(value) or ()) == length
 
 
 def _repeated(value: Sequence[Any]) -> list[Any] | None:
     """[[["global", "local"], 2]] written out; None if it has another form."""
     kinds: list[Any] = []
     for item in value:
-        if not (
-            isinstance(item, (list, tuple))
-            and len(item) == 2
-            and isinstance(item[0], (list, tuple))
-            and type(item[1]) is int
-        ):
+        pair = isinstance(item, (list, tuple)) and len(item) == 2
+        if not (pair and isinstance(item[0], (list, tuple)) and type(item[1]) is int):
             return None
         kinds += list(item[0]) * item[1]
     return kinds
@@ -263,18 +254,13 @@ def _named(entry: BlockEntry) -> bool:
     return bool((_INDICES_NAME if entry.form == "indices" else _VALUES_NAME).search(entry.path[-1]))
 
 
-def _names_stages(holder: Mapping[str, Any], length: int) -> bool:
+def names_stages(holder: Mapping[str, Any], length: int) -> bool:
+    """Whether settings name the stem and every block as a stage, as those of vision backbones do."""
     names = holder.get("stage_names")
     return isinstance(names, (list, tuple)) and len(names) == length + 1
 
 
 def _same(attribute: Any, value: Any) -> bool:
-    return isinstance(attribute, (list, tuple, dict)) and (
-        list(attribute) if isinstance(attribute, tuple) else attribute
-    ) == (list(value) if isinstance(value, tuple) else value)
-
-
-def _at(settings: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    for part in path:
-        settings = settings[part]
-    return settings
+    """Whether an attribute holds a whole list or dict, be it as a tuple."""
+    one, other = (list(held) if isinstance(held, tuple) else held for held in (attribute, value))
+    return isinstance(one, (list, dict)) and one == other

@@ -86,15 +86,10 @@ def _decoder(stacks: Mapping[str, Stack], path: str) -> str | None:
 
 
 def _pairs(key: str, value: Any, length: int) -> bool:
-    return (
-        "head" in key
-        and isinstance(value, (list, tuple))
-        and bool(value)
-        and all(
-            isinstance(p, (list, tuple)) and len(p) == 2 and all(type(i) is int for i in p) and 0 <= p[0] < length
-            for p in value
-        )
-    )
+    if "head" not in key or not isinstance(value, (list, tuple)) or not value:
+        return False
+    pairs = [pair for pair in value if isinstance(pair, (list, tuple)) and [type(i) for i in pair] == [int, int]]
+    return len(pairs) == len(value) and all(0 <= layer < length for layer, _ in pairs)
 
 
 def _whole(value: Any) -> bool:

@@ -254,22 +254,26 @@ class TransformersHost(Host):
 
     def own_configs(self, transaction: Transaction) -> None:
         copies: dict[int, Any] = {}
-        for module in self.root.modules():
-            for attribute, config in list(vars(module).items()):
-                if isinstance(config, PreTrainedConfig):
-                    transaction.set(module, attribute, copy.deepcopy(config, copies))
+        for _, module, attribute, config in self._configs():
+            transaction.set(module, attribute, copy.deepcopy(config, copies))
 
     def follow_builds(
         self, before: nn.Module, after: nn.Module, stacks: Iterable[str], transaction: Transaction
     ) -> None:
         # T5 and others hold several configs; each follows its own counterpart
         inside, patched = tuple(f"{name}." for name in stacks), set()
+        for path, _, attribute, config in self._configs():
+            if not path.startswith(inside) and id(config) not in patched:
+                patched.add(id(config))
+                old, new = (getattr(skeleton.get_submodule(path), attribute) for skeleton in (before, after))
+                _patch(config, old, new)
+
+    def _configs(self) -> Iterator[tuple[str, nn.Module, str, PreTrainedConfig]]:
+        """The configs that modules hold: path and module, attribute, config."""
         for path, module in self.root.named_modules():
             for attribute, config in list(vars(module).items()):
-                if isinstance(config, PreTrainedConfig) and not path.startswith(inside) and id(config) not in patched:
-                    patched.add(id(config))
-                    old, new = (getattr(skeleton.get_submodule(path), attribute) for skeleton in (before, after))
-                    _patch(config, old, new)
+                if isinstance(config, PreTrainedConfig):
+                    yield path, module, attribute, config
 
     def loaded_from(self, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str | None, str | None]:
         name = getattr(self.root.config, "_name_or_path", None)
@@ -463,11 +467,8 @@ class TimmHost(Host):
             path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "architecture": self.kind,
-            "pretrained_cfg": {},
-            "num_classes": getattr(self.root, "num_classes", None),
-        }
+        classes = getattr(self.root, "num_classes", None)
+        return {"architecture": self.kind, "pretrained_cfg": {}, "num_classes": classes}
 
     main_input = "x"
     batch_code = "(images,)"
@@ -486,8 +487,8 @@ class TimmHost(Host):
 
     def example_inputs(self) -> dict[str, Tensor]:
         parameter = next(self.root.parameters())
-        channels = timm_model_args(self.root).get("in_chans", 3)
-        size, cfg = timm_model_args(self.root).get("img_size"), self._pretrained_cfg()
+        given, cfg = timm_model_args(self.root), self._pretrained_cfg()
+        channels, size = given.get("in_chans", 3), given.get("img_size")
         if size is None:  # most CNNs take images of any size
             size = cfg["input_size"][1:] if cfg.get("fixed_input_size") and "input_size" in cfg else 64
         height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -542,7 +543,12 @@ def find_host(model: nn.Module) -> Host:
             "AutoModelForSequenceClassification.from_pretrained(...)."
         )
     model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-    _refuse_adapted(model)
+    if is_adapted(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries PEFT adapters, and removing blocks would leave adapters behind that do "
+            "not fit. Call model.merge_and_unload() and prune the merged model (its weights are still frozen: "
+            ".requires_grad_(True) to train them), or prune first and add the adapters afterwards."
+        )
     found: dict[str, Host] = {}
     for name, module in model.named_modules():
         if any(outer == "" or name.startswith(f"{outer}.") for outer in found):
@@ -577,29 +583,14 @@ def is_adapted(model: nn.Module) -> bool:
     )
 
 
-def _refuse_adapted(model: nn.Module) -> None:
-    if is_adapted(model):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} carries PEFT adapters, and removing blocks would leave adapters behind that do "
-            "not fit. Call model.merge_and_unload() and prune the merged model (its weights are still frozen: "
-            ".requires_grad_(True) to train them), or prune first and add the adapters afterwards."
-        )
-
-
 def _refuse_quantized(root: nn.Module) -> None:
     config = getattr(root, "config", None)
     quantization = getattr(config, "quantization_config", None) if isinstance(config, PreTrainedConfig) else None
-    if (
-        getattr(root, "hf_quantizer", None) is None
-        and not getattr(root, "is_quantized", False)
-        and quantization is None
-    ):
+    quantizer = getattr(root, "hf_quantizer", None)
+    if quantizer is None and not getattr(root, "is_quantized", False) and quantization is None:
         return
-    method = (
-        quantization.get("quant_method")
-        if isinstance(quantization, dict)
-        else getattr(quantization, "quant_method", "")
-    )
+    settings = quantization if isinstance(quantization, dict) else {}
+    method = settings.get("quant_method") or getattr(quantization, "quant_method", "")
     method = getattr(method, "value", method)  # an enum member, whose str() is not the name that users know
     raise UnsupportedModelError(
         f"{type(root).__name__} is quantized{f' ({method})' if method else ''}. Load it without quantization_config "

@@ -1,6 +1,4 @@
-"""Made-up inputs for a transformers model: plain, valid, and long enough that windows and switches by length show where
-they can.
-"""
+"""Made-up inputs for a transformers model: plain, valid, and long enough to show windows and switches by length."""
 
 from __future__ import annotations
 
@@ -36,9 +34,8 @@ def example_inputs(root: PreTrainedModel) -> dict[str, Tensor] | None:
     main = root.main_input_name
     if main not in taken:
         # a vision tower that is a model of its own may still have the name of the base class
-        main = next(
-            (name for name in ("pixel_values", "input_features") if name in taken), main if open_ended else None
-        )
+        towers = (name for name in ("pixel_values", "input_features") if name in taken)
+        main = next(towers, main if open_ended else None)
     makers = {
         "input_ids": _text,
         "pixel_values": _images,
@@ -52,11 +49,8 @@ def example_inputs(root: PreTrainedModel) -> dict[str, Tensor] | None:
         return None
     if "decoder_input_ids" in taken and root.config.is_encoder_decoder and maker is not _text:
         inputs["decoder_input_ids"] = _ids(root.config, min(_DECODED, _length(root.config)))
-    needed = {
-        name
-        for name, p in taken.items()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
+    single = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = {name for name, p in taken.items() if p.default is p.empty and p.kind in single}
     if needed - inputs.keys():
         return None
     return {
@@ -108,14 +102,10 @@ def most_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _length(config: PreTrainedConfig) -> int:
-    """How long a made-up text is: up to `_LENGTH`, or as long as its attention by blocks takes, where there are as many
-    positions.
-    """
+    """How long a made-up text is: `_LENGTH`, or what attention by blocks takes, and no more than its positions."""
     text = config.get_text_config()
     length = _LENGTH
-    if (
-        type(getattr(text, "index_topk", None)) is int
-    ):  # an indexer chooses nothing in a text that is shorter than its choice
+    if type(getattr(text, "index_topk", None)) is int:  # an indexer chooses nothing in a text as short as its choice
         length = max(length, text.index_topk + _FRAMES)
     if getattr(text, "attention_type", None) == "block_sparse":  # BigBird attends to everything in shorter texts
         length = (6 + 2 * text.num_random_blocks) * text.block_size
@@ -129,10 +119,8 @@ def _entries(config: PreTrainedConfig) -> list[tuple[str, Any]]:
 
 def pixels(vision: PreTrainedConfig) -> Tensor | None:
     """One image of the size that a config names; None if it names none."""
-    size = (
-        getattr(vision, "image_size", None)
-        or (getattr(vision, "pretrained_cfg", None) or {}).get("input_size", (3, 64, 64))[1:]
-    )
+    known = getattr(vision, "pretrained_cfg", None) or {}
+    size = getattr(vision, "image_size", None) or known.get("input_size", (3, 64, 64))[1:]
     if isinstance(size, Mapping):
         size = (size.get("height"), size.get("width"))
     sides = (size, size) if isinstance(size, int) else tuple(size)
@@ -146,11 +134,8 @@ def _images(config: PreTrainedConfig) -> dict[str, Tensor] | None:
     vision = getattr(config, "vision_config", config)
     images = pixels(vision)
     frames = getattr(vision, "num_frames", None)
-    if (
-        images is not None
-        and type(frames) is int
-        and any(hasattr(vision, name) for name in ("tubelet_size", "attention_type"))
-    ):
+    films = type(frames) is int and any(hasattr(vision, name) for name in ("tubelet_size", "attention_type"))
+    if images is not None and films:
         images = images.unsqueeze(1) * _random(1, frames, 1, 1, 1)  # VideoMAE, ViViT, TimeSformer
     return None if images is None else {"pixel_values": images}
 
@@ -169,9 +154,8 @@ def _features(config: PreTrainedConfig) -> dict[str, Tensor] | None:
         return {"input_features": _random(1, mels, 2 * positions)}
     if hasattr(config, "input_feat_per_channel"):  # Speech2Text, which shortens them fourfold
         frames = min(_FRAMES, positions) if positions else _FRAMES
-        return {
-            "input_features": _random(1, frames, config.input_feat_per_channel * getattr(config, "input_channels", 1))
-        }
+        values = config.input_feat_per_channel * getattr(config, "input_channels", 1)
+        return {"input_features": _random(1, frames, values)}
     if hasattr(config, "feature_projection_input_dim"):  # Wav2Vec2-BERT
         return {"input_features": _random(1, _FRAMES, config.feature_projection_input_dim)}
     return None
@@ -182,11 +166,8 @@ def _sound(config: PreTrainedConfig) -> dict[str, Tensor] | None:
     strides, kernels = getattr(config, "conv_stride", None), getattr(config, "conv_kernel", None)
     if isinstance(strides, (list, tuple)) and isinstance(kernels, (list, tuple)):
         return {"input_values": _random(1, math.prod(strides) * _FRAMES // 2 + max(kernels))}
-    if (
-        hasattr(config, "num_mel_bins")
-        and type(getattr(config, "max_length", None)) is int
-        and hasattr(config, "frequency_stride")
-    ):
+    spectrograms = hasattr(config, "num_mel_bins") and hasattr(config, "frequency_stride")
+    if spectrograms and type(getattr(config, "max_length", None)) is int:
         return {"input_values": _random(1, config.max_length, config.num_mel_bins)}
     return None
 

@@ -91,9 +91,7 @@ class Layout:
     def places(self, indices: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """Where blocks sit now, by stack; those that are gone are left out."""
         found = {name: self.kept.get(name, range(max(blocks, default=0) + 1)) for name, blocks in indices.items()}
-        return {
-            name: tuple(found[name].index(i) for i in blocks if i in found[name]) for name, blocks in indices.items()
-        }
+        return {n: tuple(found[n].index(i) for i in blocks if i in found[n]) for n, blocks in indices.items()}
 
     def indices(self, places: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """What the blocks at these places were called before, by stack."""

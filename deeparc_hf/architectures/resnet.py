@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import CountKey, Family, Stack, register, signature_pins
+from .base import CountKey, Family, Stack, chained, register, signature_pins
 from .hosts import Host
 
 
@@ -21,18 +21,17 @@ class ResNet(Family):
     def stacks(self, host: Host) -> list[Stack]:
         base = host.root.base_model
         prefix = f"{host.root.base_model_prefix}." if base is not host.root else ""
-        stages = list(base.encoder.stages)
-        names = [f"{prefix}encoder.stages.{i}.layers" for i in range(len(stages))]
-        return [
-            Stack(
-                name=names[i],
-                container=stage.layers,
-                pinned=stage_pins(list(stage.layers)),
-                count=CountKey((), "depths", i),
-                next_stack=names[i + 1] if i + 1 < len(names) else None,
-            )
-            for i, stage in enumerate(stages)
-        ]
+        return chained(
+            [
+                Stack(
+                    name=f"{prefix}encoder.stages.{i}.layers",
+                    container=stage.layers,
+                    pinned=stage_pins(list(stage.layers)),
+                    count=CountKey((), "depths", i),
+                )
+                for i, stage in enumerate(base.encoder.stages)
+            ]
+        )
 
 
 def stage_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:

@@ -92,11 +92,8 @@ def differing(
         found = Differences()
         _compare_tensors(path, first[path], second[path], found)
         own, new = _plain_attributes(first[path]), _plain_attributes(second[path])
-        changed = [
-            key
-            for key in own.keys() | new.keys()
-            if own.get(key) != new.get(key) and not ignored(own.get(key), new.get(key))
-        ]
+        values = [(own.get(key), new.get(key)) for key in own.keys() | new.keys()]
+        changed = any(old != now and not ignored(old, now) for old, now in values)
         if _class(first[path]) != _class(second[path]) or found.problems or changed:
             paths.add(path)
     return paths
@@ -115,16 +112,18 @@ def _modules(root: nn.Module, stacks: Iterable[str] = ()) -> dict[str, nn.Module
 
 
 def _compare_tensors(name: str, module: nn.Module, counterpart: nn.Module, found: Differences) -> None:
-    own = {k: tuple(v.shape) for k, v in module.named_parameters(recurse=False)}
-    own |= {k: tuple(v.shape) for k, v in module.named_buffers(recurse=False)}
-    new = {k: tuple(v.shape) for k, v in counterpart.named_parameters(recurse=False)}
-    new |= {k: tuple(v.shape) for k, v in counterpart.named_buffers(recurse=False)}
+    own, new = _own_shapes(module), _own_shapes(counterpart)
     # a buffer that is never saved may be missing from a reload: nothing that is left asks for it
     spare = module._non_persistent_buffers_set - new.keys()
     for key in sorted((own.keys() | new.keys()) - spare):
         if own.get(key) != new.get(key):
             label = f"{name}.{key}" if name else key
             found.problems.append(f"{label} has shape {own.get(key)}, but a reload would give it {new.get(key)}")
+
+
+def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
 def _compare_attributes(
@@ -145,9 +144,7 @@ def _compare_attributes(
 
 
 def _follows(old: Any, new: Any, length: int, kept: Sequence[int]) -> bool:
-    """Whether a block holds the whole list of the stack's values (GPT-Neo's attention_layers), which lost those of the
-    removed blocks.
-    """
+    """Whether a block holds the whole stack's values (GPT-Neo's attention_layers), less those of removed blocks."""
     whole = isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == length
     return whole and list(new) == [old[i] for i in kept]
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .base import Family, Stack, register, signature_pins
+from .base import Family, Stack, chained, register, signature_pins
 from .hosts import Host, TransformersHost
 from .resnet import stage_pins
 
@@ -41,16 +41,7 @@ class TimmFamily(Family):
         prefix = "timm_model." if isinstance(host, TransformersHost) else ""
         containers = self.containers(_timm_model(host))
         self._require_argument(host, [len(container) for _, container in containers])
-        names = [prefix + name for name, _ in containers]
-        return [
-            Stack(
-                name=names[i],
-                container=container,
-                pinned=self.pins(list(container)),
-                next_stack=names[i + 1] if i + 1 < len(names) else None,
-            )
-            for i, (_, container) in enumerate(containers)
-        ]
+        return chained([Stack(prefix + name, blocks, self.pins(list(blocks))) for name, blocks in containers])
 
     @abstractmethod
     def containers(self, model: nn.Module) -> list[tuple[str, Container]]:

@@ -201,9 +201,7 @@ class PrunedConfig:
         return cls.from_dict(record)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the record into the folder's config.json, beside what is there;
-        a config.json is made if there is none.
-        """
+        """Write the record into the folder's config.json, beside what is there; it is made if there is none."""
         path = Path(folder) / "config.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -330,9 +328,7 @@ def current_layout(subject: Subject) -> Layout:
 
 
 def check_record(model: nn.Module | Subject, prunings: int = 1) -> None:
-    """Refuse a record that is malformed, does not fit the model, or has no room for more prunings, before any work is
-    done.
-    """
+    """Refuse, before any work, a record that is malformed, does not fit the model or has no room for more prunings."""
     refuse_full(len(current_record(describe(model)).iterations), prunings)
 
 

@@ -15,9 +15,7 @@ _TARGETS = ("num_blocks", "keep_ratio", "threshold")
 
 
 def record_html(record: Any) -> str:
-    """What a record tells: the blocks that are left of each stack, each pruning, and zeroed weights; blocks by their
-    original numbers.
-    """
+    """What a record tells: what is left of each stack, each pruning, zeroed weights; blocks by original numbers."""
     base = record.base_model or "a checkpoint that is not on the Hub"
     times = len(record.iterations)
     what = f"Pruned {times} time{'s' * (times != 1)}" if record.stacks or times else "No block was removed"
@@ -26,18 +24,11 @@ def record_html(record: Any) -> str:
         for name, stack in record.stacks.items()
     ]
     prunings = [[number, *_pruning(entry)] for number, entry in enumerate(record.iterations, 1)]
-    parts = [
-        html_table(
-            f"{what}; before, {base}",
-            ["stack", "blocks before", "left", "these are left", "removed"],
-            stacks,
-            _zeros(record),
-        )
-    ]
+    headers = ["stack", "blocks before", "left", "these are left", "removed"]
+    parts = [html_table(f"{what}; before, {base}", headers, stacks, _zeros(record))]
     if prunings:
-        parts.append(
-            html_table("Prunings, oldest first", ["pruning", "removed", "frozen", "asked for", "samples"], prunings)
-        )
+        headers = ["pruning", "removed", "frozen", "asked for", "samples"]
+        parts.append(html_table("Prunings, oldest first", headers, prunings))
     return "\n".join(parts)
 
 

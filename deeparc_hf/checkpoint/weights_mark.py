@@ -41,9 +41,7 @@ def mark_of_model(model: nn.Module) -> str | None:
 
 
 def mark_of_files(folder: Path) -> str | None:
-    """The mark of the weights in a folder; None where there are none, or not all. Only a few values of each tensor are
-    read.
-    """
+    """The mark of the weights in a folder, of which little is read; None where there are none, or not all."""
     files = _files(folder)
     try:
         return None if files is None else _mark(tensor for file in files for tensor in _beginnings(file))
@@ -52,9 +50,7 @@ def mark_of_files(folder: Path) -> str | None:
 
 
 def dtype_of_files(folder: Path) -> str | None:
-    """The type of the first floating-point tensor in a folder's weights; None where there is none. Only headers are
-    read.
-    """
+    """The type of the first floating-point tensor in a folder's weights, by its header; None where there is none."""
     try:
         for file in _files(folder) or ():
             with safe_open(file, "pt") as stored:
