@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError
 from .base import BlockEntry, CountKey, Family, Stack, nested, register, signature_pins
-from .entries import classified, entries_of, follow, names_stages, usual
+from .entries import StockBuilds, entries_of, follow, names_stages, usual
 from .hosts import Host, TransformersHost
 from .layout import Layout
 from .skeleton import state_shapes
@@ -171,12 +171,13 @@ class _Search:
     ) -> list[BlockEntry] | None:
         """The entries that name blocks of the stack, with proof; None if one that must follow is not read by block."""
         known = usual(entries, count)
+        stock = StockBuilds(self.host.build, self.settings, self.skeleton, name, length, count)
         proven = []
         for entry in entries:
             if entry in known and entry in following and entry.form != "indices":
                 proven.append(entry.proven("build"))
                 continue
-            found = classified(self.host.build, self.settings, self.skeleton, name, length, entry, count)
+            found = stock.classified(entry)
             rest = [other for other in following if other is not entry]
             if entry in following and (found is None or found.proof == "none"):
                 if self._try(name, length, count, rest) != "counts":

@@ -13,6 +13,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -20,14 +21,13 @@ from torch import nn
 from .base import BlockEntry, CountKey, nested
 from .skeleton import differing
 
-__all__ = ["classified", "entries_of", "follow", "names_stages", "stale", "usual"]
+__all__ = ["StockBuilds", "entries_of", "follow", "names_stages", "stale", "usual"]
 
 _VALUES_NAME = re.compile(r"layer|block|types")
 _INDICES_NAME = re.compile(r"layer|block|ind(ex|ic)|idx")
 # counts, and lists of tokens, labels and stages, whatever their length
 _OTHER_NAME = re.compile(r"^(num|n)_|token|label|^(stage_names|out_features|architectures)$|suppress")
 
-Builder = Callable[[dict[str, Any]], nn.Module]
 Readers = Literal["own", "others", "outside", "repeated", "nobody", "unknown"]
 
 
@@ -81,78 +81,67 @@ def stale(before: dict[str, Any], after: dict[str, Any], entry: BlockEntry) -> d
     return trial
 
 
-def classified(
-    build: Builder,
-    settings: dict[str, Any],
-    whole: nn.Module,
-    name: str,
-    length: int,
-    entry: BlockEntry,
-    count: CountKey,
-) -> BlockEntry | None:
-    """What a stock build with the entry changed tells of it.
+@dataclass(frozen=True)
+class StockBuilds:
+    """What stock builds with changed entries tell of one stack.
 
-    Args:
+    Attributes:
         build: builds a skeleton from settings.
         settings, whole: the settings of the model, and their skeleton.
         name, length: of the stack.
-        entry: whose proof is found out.
         count: what counts the stack.
-
-    Returns:
-        The entry with its proof; None if it is none that names blocks of this stack.
     """
-    readers: Readers = "unknown"
-    for value, blocks in _trials(settings, entry, length):
-        readers = _readers(build, settings, whole, name, entry, value, blocks)
-        if readers != "unknown":
-            break
-    known = bool(usual([entry], count))
-    if readers == "own" or (readers == "others" and known):
-        # where blocks next to it read it too (a cache that is shared), the comparison of skeletons judges the removal
-        return entry.proven("build")
-    if readers in ("others", "outside"):
-        return None
-    asked = readers == "repeated" or _asked_for(whole, entry.path[-1])
-    if entry.form == "values":
-        # all alike, it does not matter which of them go
-        values = entry.read(settings)
-        told = asked and entry.path[:-1] == count.path and any(v != values[0] for v in values)
-        return entry.proven("none") if told else None
-    if known:
-        return entry.proven("run" if asked else "build")
-    return entry.proven("none") if asked and _named(entry) else None
 
+    build: Callable[[dict[str, Any]], nn.Module]
+    settings: dict[str, Any]
+    whole: nn.Module
+    name: str
+    length: int
+    count: CountKey
 
-def _readers(
-    build: Builder,
-    settings: dict[str, Any],
-    whole: nn.Module,
-    name: str,
-    entry: BlockEntry,
-    value: Any,
-    blocks: set[int],
-) -> Readers:
-    """Where a stock build differs when the entry has another value.
+    def classified(self, entry: BlockEntry) -> BlockEntry | None:
+        """The entry with its proof; None if it is none that names blocks of this stack."""
+        tried = (self._readers(entry, *trial) for trial in _trials(self.settings, entry, self.length))
+        readers = next((found for found in tried if found != "unknown"), "unknown")
+        known = bool(usual([entry], self.count))
+        if readers == "own" or (readers == "others" and known):
+            # where blocks next to it read it too (a cache that is shared), the comparison of skeletons judges the
+            # removal
+            return entry.proven("build")
+        if readers in ("others", "outside"):
+            return None
+        asked = readers == "repeated" or _asked_for(self.whole, entry.path[-1])
+        if entry.form == "values":
+            # all alike, it does not matter which of them go
+            values = entry.read(self.settings)
+            told = asked and entry.path[:-1] == self.count.path and any(v != values[0] for v in values)
+            return entry.proven("none") if told else None
+        if known:
+            return entry.proven("run" if asked else "build")
+        return entry.proven("none") if asked and _named(entry) else None
 
-    "own": in these blocks alone. "others": in other blocks too. "outside": outside of the stack. "repeated": only in
-    attributes that hold the whole entry, which a forward pass may ask. "nobody": nowhere. "unknown": there is no such
-    build.
-    """
-    trial = copy.deepcopy(settings)
-    old = entry.read(trial)
-    entry.write(trial, value)
-    try:
-        built = build(trial)
-    except Exception:
-        return "unknown"
-    found = differing(whole, built, lambda a, b: _same(a, old) and _same(b, value))
-    inside = [path[len(name) + 1 :].partition(".")[0] for path in found if path.startswith(f"{name}.")]
-    if inside:
-        return "own" if all(index.isdigit() and int(index) in blocks for index in inside) else "others"
-    if found:
-        return "outside"
-    return "repeated" if differing(whole, built) else "nobody"
+    def _readers(self, entry: BlockEntry, value: Any, blocks: set[int]) -> Readers:
+        """Where a stock build differs when the entry has another value.
+
+        "own": in these blocks alone. "others": in other blocks too. "outside": outside of the stack. "repeated": only
+        in attributes that hold the whole entry, which a forward pass may ask. "nobody": nowhere. "unknown": there is no
+        such build.
+        """
+        trial = copy.deepcopy(self.settings)
+        old = entry.read(trial)
+        entry.write(trial, value)
+        try:
+            built = self.build(trial)
+        except Exception:
+            return "unknown"
+        found = differing(self.whole, built, lambda a, b: _same(a, old) and _same(b, value))
+        start = f"{self.name}."
+        inside = [path.removeprefix(start).partition(".")[0] for path in found if path.startswith(start)]
+        if inside:
+            return "own" if all(index.isdigit() and int(index) in blocks for index in inside) else "others"
+        if found:
+            return "outside"
+        return "repeated" if differing(self.whole, built) else "nobody"
 
 
 def _asked_for(whole: nn.Module, key: str) -> bool:
