@@ -9,15 +9,14 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig
 
+from ..core.caller import warn_caller
 from ..core.transaction import Transaction
-from ..errors import DeepArcWarning
 from .base import Stack
 from .layout import Layout
 
@@ -48,12 +47,10 @@ def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], layout: Layo
             if decoder is not None and _pairs(key, value, layout.lengths[decoder]):
                 _follow(own, key, value, layout.kept[decoder], decoder)
             elif _OTHERS.search(key) and _whole(value):
-                warnings.warn(
+                warn_caller(
                     f"generation_config.{key} = {value} may name blocks by their number. No forward pass shows it, so "
                     "it stays as it is. If it does, set it anew for "
                     f"{', '.join(f'the {layout.counts[n]} blocks of {n}' for n in inside)}, or to None.",
-                    DeepArcWarning,
-                    stacklevel=4,
                 )
         transaction.set(module, "generation_config", own)
 
@@ -68,13 +65,11 @@ def _follow(
             logger.info("generation_config.%s: %d of %d heads are left.", key, len(left), len(pairs))
         return
     delattr(config, key)
-    warnings.warn(
+    warn_caller(
         f"The blocks of {stack} that generation_config.{key} names are removed, and it goes with them: word timestamps "
         "(return_token_timestamps=True) are no longer possible. Keep one of the blocks "
         f"{sorted({layer for layer, _ in pairs})}, or choose other heads and set generation_config.{key} = [[layer, "
         "head], ...].",
-        DeepArcWarning,
-        stacklevel=5,
     )
 
 

@@ -90,28 +90,45 @@ class Distillation:
         own = describe(model).stacks
         blocks = [own[site.stack].blocks[kept] for site, kept in self._sites]
         self._trains = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
-        self._handles = _attach(
-            self, model, blocks, [self._stacks[site.stack].blocks[site.removed[-1]] for site, _ in self._sites]
-        )
-        weakref.finalize(self, _remove, self._handles)
+        handles = [
+            model.register_forward_pre_hook(self._hook(Distillation._before)),
+            model.register_forward_hook(self._hook(torch.compiler.disable(Distillation._after)), with_kwargs=True),
+        ]
+        taught_by = [self._stacks[site.stack].blocks[site.removed[-1]] for site, _ in self._sites]
+        for who, watched in (("student", blocks), ("teacher", taught_by)):
+            for number, block in enumerate(watched):
+                handles.append(block.register_forward_hook(self._hook(Distillation._take, who, number)))
+        self._detach = weakref.finalize(self, _remove, handles)
 
     def stop(self) -> None:
         """Leave the model as it was."""
-        _remove(self._handles)
+        self._detach()
 
     # ---- what the hooks call ----
 
-    def before(self, module: nn.Module) -> None:
+    def _hook(self, act: Callable[..., Any], *first: Any) -> LocalHook:
+        """A hook that does nothing once the distillation is gone, and on copies of the model, which do not bring the
+        teacher along.
+        """
+        known = weakref.ref(self)
+
+        def hook(*args: Any) -> Any:
+            at_work = known()
+            return None if at_work is None else act(at_work, *first, *args)
+
+        return LocalHook(hook)
+
+    def _before(self, module: nn.Module, args: Any) -> None:
         if module is not self._model():
             return
         self._seen = {}
         self._listening = bool(self._sites) and module.training
 
-    def take(self, who: str, number: int, output: Any) -> None:
+    def _take(self, who: str, number: int, module: nn.Module, args: Any, output: Any) -> None:
         if self._listening:
             self._seen[who, number] = hidden_states(output)
 
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The output with the teacher's term in its loss; None where there is nothing to add to."""
         if module is not self._model() or not module.training or not torch.is_grad_enabled():
             return None
@@ -137,7 +154,8 @@ class Distillation:
                 "no say. Freeze fewer blocks, or give DistillConfig an alpha above 0."
             )
         term.register_hook(self._arrived)
-        return _with_loss(output, (1 - self._config.alpha) * loss + term)
+        output["loss"] = ((1 - self._config.alpha) * loss + term).reshape(loss.shape)
+        return output
 
     # ---- the term ----
 
@@ -161,7 +179,7 @@ class Distillation:
 
     def _ask(self, inputs: Mapping[str, Any], **more: Any) -> Any:
         """What the teacher puts out."""
-        given = {key: self._cast(value) for key, value in inputs.items() if key != "num_items_in_batch"}
+        given = self._cast(inputs)
         if not more:
             given = {key: value for key, value in without_labels(self._host, given).items() if key != "shift_labels"}
         if "use_cache" in inspect.signature(type(self._teacher).forward).parameters:
@@ -181,9 +199,14 @@ class Distillation:
         self._checked = True
         return output
 
-    def _cast(self, value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(next(self._teacher.parameters()).dtype) if floating else value
+    def _cast(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs in the teacher's precision."""
+        dtype = next(self._teacher.parameters()).dtype
+        return {
+            key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            for key, value in inputs.items()
+            if key != "num_items_in_batch"
+        }
 
     def _share(self, inputs: Mapping[str, Any]) -> Tensor | float:
         """The share of this micro-batch in the optimizer's step, where the model's own loss is scaled by it."""
@@ -230,10 +253,8 @@ class Distillation:
     def _axes_of(self, stack: str, inputs: Mapping[str, Any]) -> Axes:
         """What the dimensions of hidden states mean, found on the first batch."""
         if not self._axes:
-            listening, self._listening = self._listening, False
-            given = {key: self._cast(value) for key, value in inputs.items() if key != "num_items_in_batch"}
-            self._axes = find_axes(self._host, [self._stacks[site.stack] for site, _ in self._sites], given)
-            self._listening = listening
+            stacks = [self._stacks[site.stack] for site, _ in self._sites]
+            self._axes = find_axes(self._host, stacks, self._cast(inputs))
         axes = self._axes.get(stack)
         if not isinstance(axes, Axes):
             raise ConfigError(
@@ -245,44 +266,9 @@ class Distillation:
         self.reached = True
 
 
-def _attach(
-    distillation: Distillation, model: nn.Module, ours: Sequence[nn.Module], theirs: Sequence[nn.Module]
-) -> list[RemovableHandle]:
-    """Hooks that do nothing once the distillation is gone, and on copies of the model, which do not bring the teacher
-    along.
-    """
-    known = weakref.ref(distillation)
-
-    def before(module: nn.Module, args: Any) -> None:
-        at_work = known()
-        if at_work is not None:
-            at_work.before(module)
-
-    @torch.compiler.disable
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        at_work = known()
-        return None if at_work is None else at_work.after(module, args, kwargs, output)
-
-    def taking(who: str, number: int) -> Callable[..., None]:
-        def take(module: nn.Module, args: Any, output: Any) -> None:
-            at_work = known()
-            if at_work is not None:
-                at_work.take(who, number, output)
-
-        return take
-
-    handles = [
-        model.register_forward_pre_hook(LocalHook(before)),
-        model.register_forward_hook(LocalHook(after), with_kwargs=True),
-    ]
-    for who, blocks in (("student", ours), ("teacher", theirs)):
-        handles += [block.register_forward_hook(LocalHook(taking(who, number))) for number, block in enumerate(blocks)]
-    return handles
-
-
 def _remove(handles: list[RemovableHandle]) -> None:
-    while handles:
-        handles.pop().remove()
+    for handle in handles:
+        handle.remove()
 
 
 def _loss_of(output: Any) -> Tensor | None:
@@ -292,11 +278,6 @@ def _loss_of(output: Any) -> Tensor | None:
         return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
     first = output[0] if isinstance(output, (tuple, list)) and output else None
     return first if isinstance(first, Tensor) and first.ndim == 0 else None
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    output["loss"] = loss.reshape(output["loss"].shape)
-    return output
 
 
 def _mean(values: Tensor) -> Tensor:

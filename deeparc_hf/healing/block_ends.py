@@ -81,18 +81,15 @@ def _tried(block: nn.Module, run: Callable[[], Any], output: Tensor, leaves: lis
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(last.output.shape, generator=generator).to(last.output) * last.output.std() * 0.1
     output_changed, leaves_changed = _observed(block, run, (last.path, change))
-    batch_norm = None if norm is None else norm.path
     final, final_changed = leaves[-1], leaves_changed[-1]
+    effect, final_path, what = output_changed - output, None, "its output"
+    # an activation may let everything through on this batch, so it is looked for first
     if final is not last and final.path == final_changed.path and torch.equal(final.output, output):
-        # an activation may let everything through on this batch, so it is looked for first
-        scale = _scale(final_changed.input - final.input, change, last.module)
-        if scale is None:
-            return f"what goes into {final.path} is not a sum of its last map's output and something else"
-        return Ending(last.path, batch_norm, final.path, scale)
-    scale = _scale(output_changed - output, change, last.module)
+        effect, final_path, what = final_changed.input - final.input, final.path, f"what goes into {final.path}"
+    scale = _scale(effect, change, last.module)
     if scale is None:
-        return "its output is not a sum of its last map's output and something else"
-    return Ending(last.path, batch_norm, None, scale)
+        return f"{what} is not a sum of its last map's output and something else"
+    return Ending(last.path, None if norm is None else norm.path, final_path, scale)
 
 
 def at_home(tensor: Tensor) -> Tensor:
@@ -133,25 +130,22 @@ def _observed(block: nn.Module, run: Callable[[], Any], change: tuple[str, Tenso
     changed.
     """
     leaves: list[_Run] = []
-    inputs: dict[nn.Module, Tensor] = {}
-    handles = []
+    inputs: dict[nn.Module, Any] = {}
+    paths = {module: path for path, module in block.named_modules() if next(module.children(), None) is None}
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         value = args[0] if args else next(iter(kwargs.values()), None)
         inputs[module] = value.clone() if isinstance(value, Tensor) else value
 
-    for path, module in block.named_modules():
-        if next(module.children(), None) is not None:
-            continue
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not isinstance(inputs.get(module), Tensor):
+            return None
+        if change is not None and change[0] == paths[module]:
+            output = output + change[1]
+        leaves.append(_Run(paths[module], module, inputs[module], output.clone()))
+        return output
 
-        def after(module: nn.Module, args: Any, output: Any, path: str = path) -> Any:
-            if not isinstance(output, Tensor) or not isinstance(inputs.get(module), Tensor):
-                return None
-            if change is not None and change[0] == path:
-                output = output + change[1]
-            leaves.append(_Run(path, module, inputs[module], output.clone()))
-            return output
-
-        handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in paths]
+    handles += [module.register_forward_hook(after) for module in paths]
     with hooked(handles):
         return hidden_states(run()), leaves

@@ -5,7 +5,10 @@ and the change of the kept block's map that follows from it.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -66,11 +69,9 @@ class SiteFit:
                 return
         kept, last = endings
         assert isinstance(kept, Ending) and isinstance(last, Ending)
-        finals = [
-            None if e.final is None else type(b.get_submodule(e.final))
-            for e, b in ((kept, self.kept), (last, self.last))
-        ]
-        if finals[0] is not finals[1]:
+        ends = [(self.kept, kept.final), (self.last, last.final)]
+        kinds = [None if final is None else type(block.get_submodule(final)) for block, final in ends]
+        if kinds[0] is not kinds[1]:
             self.reason = "the kept block and the last removed one end in different ways"
             return
         self.endings = [kept, last]
@@ -108,33 +109,27 @@ class SiteFit:
     def hooks(self, which: str) -> list[Any]:
         """Hooks that note what the "kept" or the "last" removed block is about."""
 
-        def note(name: str) -> Any:
-            def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def noting_input(module: nn.Module, name: str) -> Any:
+            def note(module: nn.Module, args: Any, kwargs: Any) -> None:
                 # a copy: what comes behind may work on it in place
-                self.seen[name] = at_home((args[0] if args else next(iter(kwargs.values()))).detach()).to(
-                    torch.float64, copy=True
-                )
+                given = args[0] if args else next(iter(kwargs.values()))
+                self.seen[name] = at_home(given.detach()).to(torch.float64, copy=True)
 
-            return take
+            return module.register_forward_pre_hook(note, with_kwargs=True)
 
-        def output(name: str) -> Any:
-            def take(module: nn.Module, args: Any, result: Any) -> None:
-                self.seen[name] = at_home(hidden_states(result).detach())
-
-            return take
+        def note_output(module: nn.Module, args: Any, result: Any) -> None:
+            self.seen[f"{which} output"] = at_home(hidden_states(result).detach())
 
         block, ending = (self.kept, self.endings[0]) if which == "kept" else (self.last, self.endings[1])
-        handles = [self.module.register_forward_pre_hook(note("x"), with_kwargs=True)] if which == "kept" else []
+        handles = [noting_input(self.module, "x")] if which == "kept" else []
         if ending.final is not None:
-            handles.append(
-                block.get_submodule(ending.final).register_forward_pre_hook(note(f"{which} sum"), with_kwargs=True)
-            )
-        return [*handles, block.register_forward_hook(output(f"{which} output"))]
+            handles.append(noting_input(block.get_submodule(ending.final), f"{which} sum"))
+        return [*handles, block.register_forward_hook(note_output)]
 
     def take(self, inputs: Mapping[str, Any], first: int) -> None:
         """Add what a batch showed to the sums; `first` samples came before it."""
         module, scale = self.module, self.endings[0].scale
-        assert self.axes is not None
+        assert self.axes is not None and self.axes.samples is not None
         shape = self.seen["kept output"].shape
         mask, unknown = self.axes.mask_of(inputs, shape)
         if unknown:
@@ -142,13 +137,12 @@ class SiteFit:
             return
         count, size = shape[self.axes.samples], batch_size(inputs)
         numbers = first + torch.arange(count, device=self.seen["x"].device) // max(count // size, 1)
-        chosen = self.axes.as_put_out(
-            (numbers % _EACH == _EACH - 1)[:, None].expand(count, _positions(shape, self.axes)), shape
-        ).flatten()
+        positions = math.prod(shape) // (shape[self.axes.features] * count)  # of a sample
+        held_out = (numbers % _EACH == _EACH - 1)[:, None].expand(count, positions)
+        chosen = self.axes.as_put_out(held_out, shape).flatten()
         layout = [size for dimension, size in enumerate(shape) if dimension != self.axes.features]
-        own = list(
-            self.seen["x"].movedim(1, -1).shape[:-1] if isinstance(module, nn.Conv2d) else self.seen["x"].shape[:-1]
-        )
+        seen = self.seen["x"]
+        own = list((seen.movedim(1, -1) if isinstance(module, nn.Conv2d) else seen).shape[:-1])
         if own not in (layout, [math.prod(layout)]):
             self.reason = "its last map works on positions in another order than the block puts them out"
             return
@@ -168,16 +162,12 @@ class SiteFit:
             chosen_x = x if bool(pick.all()) else x[pick]
             inputs = nn.functional.pad(chosen_x, (0, 1), value=1.0) if self.has_intercept else chosen_x
             wanted, weight = missing[pick], torch.ones_like(inputs[:, :1]) if weights is None else weights[pick, None]
-            found = (
-                RidgeSums.of(inputs, wanted)
-                if weights is None
-                else RidgeSums.of(inputs * weight.sqrt(), wanted * weight.sqrt())
-            )
-            known = self.sums[part]
-            self.sums[part] = found if known is None else known + found
+            root = weight.sqrt()
+            found = RidgeSums.of(inputs, wanted) if weights is None else RidgeSums.of(inputs * root, wanted * root)
+            self.sums[part] = _total([self.sums[part], found])
             if self.endings[0].batch_norm is not None:  # its statistics are of all positions alike
                 plain = found if weights is None else RidgeSums.of(inputs, wanted)
-                self.plain = plain if self.plain is None else self.plain + plain
+                self.plain = _total([self.plain, plain])
             if part:
                 self._keep(inputs, sums[0][pick], outputs[0][pick], outputs[1][pick], weight)
 
@@ -190,19 +180,20 @@ class SiteFit:
 
     def finish(self, parts: Sequence[Any]) -> Healing:
         """Solve, and compare the block's output with and without the change."""
-        reason = next((part[0] for part in parts if part[0] is not None), None)
+        reasons, sums, held_rows, endings, plain = zip(*parts, strict=True)
+        reason = next((reason for reason in reasons if reason is not None), None)
         if reason is not None:
             return Healing(self.site, reason)
         # of one process for all: each has found them on a batch of its own, or on none
-        self.endings = next((part[3] for part in parts if part[3]), [])
-        fit, held = (_total([part[1][which] for part in parts]) for which in (False, True))
+        self.endings = next(filter(None, endings), [])
+        fit, held = (_total([of_process[part] for of_process in sums]) for part in (False, True))
         if fit is None or held is None or not self.endings:
             raise CalibrationError(
                 "Healing needs at least 5 calibration samples: each fifth is held out. Give some hundreds."
             )
         solution = solve(fit, held, self.has_intercept)
         found = Healing(self.site, positions=fit.count, strength=solution.strength, ending=self.endings[0])
-        found.held_out = self._distance(solution, [entry for part in parts for entry in part[2]])
+        found.held_out = self._distance(solution, list(chain.from_iterable(held_rows)))
         if solution.change is None or found.held_out >= 1.0:
             found.reason = "held-out positions do not come closer to the removed block's output"
             return found
@@ -213,7 +204,7 @@ class SiteFit:
         if final is not None:
             found.final = {name: p.detach().clone() for name, p in self.last.get_submodule(final).named_parameters()}
         if self.endings[0].batch_norm is not None:
-            found.statistics = self._statistics(_total([part[4] for part in parts]), found.change)
+            found.statistics = self._statistics(_total(plain), found.change)
         return found
 
     def _distance(self, solution: Solution, held: Sequence[tuple[Tensor, ...]]) -> float:
@@ -245,12 +236,6 @@ class SiteFit:
         return weight @ mean, ((weight @ covariance) * weight).sum(dim=1)
 
 
-def _positions(shape: Sequence[int], axes: Axes) -> int:
-    """Number of positions of a sample."""
-    assert axes.samples is not None
-    return math.prod(shape) // (shape[axes.features] * shape[axes.samples])
-
-
 def _weights(missing: Tensor, valid: Tensor) -> Tensor | None:
     """How much each position counts, shape (N,); None: all alike.
 
@@ -271,7 +256,4 @@ def _weights(missing: Tensor, valid: Tensor) -> Tensor | None:
 
 def _total(parts: Sequence[RidgeSums | None]) -> RidgeSums | None:
     found = [part for part in parts if part is not None]
-    total = found[0] if found else None
-    for part in found[1:]:
-        total = total + part  # type: ignore[operator]
-    return total
+    return reduce(operator.add, found) if found else None

@@ -62,6 +62,7 @@ def fit_sites(
     """
     host, stacks = subject.host, subject.stacks
     in_order = {name: removed[name] for name in stacks if name in removed}
+    order = {name: number for number, name in enumerate(stacks)}
     watched = [SiteFit(host, stacks[site.stack], site) for site in sites_of(in_order)]
     if len(watched) > 1 and not calibration.can_repeat:
         raise CalibrationError(
@@ -74,11 +75,11 @@ def fit_sites(
             (stacks[name], index)
             for name in in_order
             for index in sorted(in_order[name])
-            if _is_before(in_order, name, index, watch)
+            if (order[name], index) < (order[watch.site.stack], watch.site.kept)
         ]
         healed = list(zip(watched, healings, strict=False))
         with calibration.bar(f"Healing site {number} of {len(watched)}", progress) as advance:
-            look = partial(_look, host, watched, watch, before, healed, calibration, advance)
+            look = partial(_look, watched, watch, before, healed, calibration, advance)
             healings.append(watch.finish(calibration.together(look)))
     return healings
 
@@ -86,14 +87,20 @@ def fit_sites(
 def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) -> None:
     """Change the map of the kept block, in place; nothing where the site is left alone."""
     ending = healing.ending
-    if healing.reason is not None or ending is None or healing.change is None:
+    if ending is None or healing.change is None:
         return
     module: Any = block.get_submodule(ending.map)
     norm = None if ending.batch_norm is None else block.get_submodule(ending.batch_norm)
     final = None if ending.final is None else block.get_submodule(ending.final)
     touched = [m for m in (module, norm, final) if m is not None]
     state = [(tensor, tensor.detach().clone()) for m in touched for tensor in m.state_dict(keep_vars=True).values()]
-    transaction.on_failure(lambda: _restore(state))
+
+    def restore() -> None:
+        with torch.no_grad():
+            for tensor, old in state:
+                tensor.copy_(old)
+
+    transaction.on_failure(restore)
     with torch.no_grad():
         change = healing.change.T if isinstance(module, Conv1D) else healing.change.reshape(module.weight.shape)
         module.weight.add_(change.to(module.weight))
@@ -110,7 +117,7 @@ class _EnoughError(Exception):
     """Ends a forward pass where no more of it is needed."""
 
 
-def _find_endings(host: Host, watched: Sequence[SiteFit], inputs: Mapping[str, Any]) -> None:
+def _find_endings(watched: Sequence[SiteFit], inputs: Mapping[str, Any]) -> None:
     """Find how the blocks at the sites end, by running each of them by itself."""
     blocks = list(dict.fromkeys(block for watch in watched for block in (watch.kept, watch.last)))
     calls: dict[nn.Module, tuple[Any, Any]] = {}
@@ -119,7 +126,7 @@ def _find_endings(host: Host, watched: Sequence[SiteFit], inputs: Mapping[str, A
         calls[module] = (tuple(a.clone() if isinstance(a, Tensor) else a for a in args), dict(kwargs))
 
     with hooked([block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]):
-        forward(host, inputs, without_cache=True)
+        forward(watched[0].host, inputs, without_cache=True)
     found: dict[nn.Module, Ending | str] = {}
     for block in blocks:
         if block not in calls:
@@ -135,15 +142,7 @@ def _find_endings(host: Host, watched: Sequence[SiteFit], inputs: Mapping[str, A
         watch.settle([found[watch.kept], found[watch.last]])
 
 
-def _is_before(removed: Mapping[str, Sequence[int]], name: str, index: int, watch: SiteFit) -> bool:
-    """Whether a removed block runs before the kept block of a site."""
-    names = list(removed)
-    place, other = names.index(name), names.index(watch.site.stack)
-    return place < other or (place == other and index < watch.site.kept)
-
-
 def _look(
-    host: Host,
     watched: Sequence[SiteFit],
     watch: SiteFit,
     before: Sequence[tuple[Stack, int]],
@@ -152,15 +151,15 @@ def _look(
     advance: Callable[[int], None],
 ) -> Any:
     """Watch one site over this process's data."""
-    seen = 0
+    host, seen = watch.host, 0
     with evaluating(host.root):
         batches, axes = with_axes(host, [watch.stack], calibration.inputs(host))
         watch.orient(axes.get(watch.stack.name))
         for inputs in batches:
             if seen == 0 and watch is watched[0]:
-                _find_endings(host, watched, cut(inputs, 2))
+                _find_endings(watched, cut(inputs, 2))
             if watch.reason is None:
-                _pass(host, watch, before, healed, inputs)
+                _pass(watch, before, healed, inputs)
                 watch.take(inputs, seen)
             seen += batch_size(inputs)
             advance(batch_size(inputs))
@@ -172,11 +171,7 @@ def _enough(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _pass(
-    host: Host,
-    watch: SiteFit,
-    before: Sequence[tuple[Stack, int]],
-    healed: Sequence[tuple[SiteFit, Healing]],
-    inputs: Mapping[str, Any],
+    watch: SiteFit, before: Sequence[tuple[Stack, int]], healed: Sequence[tuple[SiteFit, Healing]], inputs: Any
 ) -> None:
     """Run the model on one batch up to the last removed block; what changes before the site calls for another run, up
     to the kept one.
@@ -188,7 +183,7 @@ def _pass(
         watch.last.register_forward_hook(_enough),
     ]
     with hooked(handles), suppress(_EnoughError):
-        forward(host, inputs, without_cache=True)
+        forward(watch.host, inputs, without_cache=True)
     if not before:
         return
     with ExitStack() as inside:
@@ -201,26 +196,20 @@ def _pass(
             inside.enter_context(skipped(stack, index, must_run=False))
         inside.enter_context(hooked([*watch.hooks("kept"), watch.kept.register_forward_hook(_enough)]))
         with suppress(_EnoughError):
-            forward(host, inputs, without_cache=True)
+            forward(watch.host, inputs, without_cache=True)
 
 
 def _refit_norm(norm: Any, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:
     """Give a BatchNorm the statistics of the changed map, so that it computes what it would have, and trains on from
     there.
     """
-    mean, variance = (value.clamp(min=0) if i else value for i, value in enumerate(statistics))
+    mean, variance = statistics[0], statistics[1].clamp(min=0)
     moved = mean - norm.running_mean.double().to(mean.device) + (0.0 if intercept is None else intercept)
     scale = scale.to(mean)
     norm.bias.add_((scale * moved).to(norm.bias))
     norm.weight.copy_(scale * (variance + norm.eps).sqrt())
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)
-
-
-def _restore(state: Sequence[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for tensor, old in state:
-            tensor.copy_(old)
 
 
 def heal_model(

@@ -73,13 +73,11 @@ class Solution:
             held-out error.
         strength: of the ridge, relative to the mean of the diagonal of x'x.
         held_out: squared error on the held-out positions with the change, relative to that without.
-        fitted: the same on the positions that the change was fitted on.
     """
 
     change: Tensor | None
     strength: float | None
     held_out: float
-    fitted: float
 
 
 def solve(fit: RidgeSums, held_out: RidgeSums, intercept: bool, strengths: Sequence[float] = STRENGTHS) -> Solution:
@@ -89,7 +87,7 @@ def solve(fit: RidgeSums, held_out: RidgeSums, intercept: bool, strengths: Seque
     Args:
         intercept: whether the last input is the constant 1, which is not shrunk.
     """
-    best = Solution(None, None, 1.0, 1.0)
+    best = Solution(None, None, 1.0)
     if held_out.errors <= 0 or fit.errors <= 0:
         return best
     shrunk = torch.ones(len(fit.inputs), dtype=torch.float64, device=fit.inputs.device)
@@ -103,5 +101,5 @@ def solve(fit: RidgeSums, held_out: RidgeSums, intercept: bool, strengths: Seque
         change = torch.cholesky_solve(fit.cross, factor)
         held = held_out.squared_error(change) / held_out.errors
         if held < best.held_out:
-            best = Solution(change, strength, held, fit.squared_error(change) / fit.errors)
+            best = Solution(change, strength, held)
     return best

@@ -64,9 +64,10 @@ class Healing:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, without tensors."""
-        facts = {"stack": self.site.stack, "kept": self.site.kept, "removed": list(self.site.removed)}
         return {
-            **facts,
+            "stack": self.site.stack,
+            "kept": self.site.kept,
+            "removed": list(self.site.removed),
             "healed": self.reason is None,
             "reason": self.reason,
             "held_out": self.held_out,

@@ -14,6 +14,7 @@ from ..similarity import ROW_KINDS, SkippingMetric, metrics
 __all__ = ["DEFAULT_THRESHOLD", "MPruneConfig"]
 
 DEFAULT_THRESHOLD = 0.98
+_TARGETS = ("threshold", "num_blocks", "keep_ratio")
 
 
 @dataclass(frozen=True)
@@ -184,28 +185,21 @@ class MPruneConfig(Settings):
 
     def replace(self, **settings: Any) -> MPruneConfig:
         """A copy with other settings. Giving one of threshold, num_blocks and keep_ratio unsets the other two."""
-        targets = ("threshold", "num_blocks", "keep_ratio")
-        if any(settings.get(name) is not None for name in targets):
+        if any(settings.get(name) is not None for name in _TARGETS):
             # a list of targets brought its number of iterations along
             iterations = {"iterations": 1} if isinstance(self.num_blocks, tuple) else {}
-            settings = {**dict.fromkeys(targets), **iterations, **settings}
+            settings = {**dict.fromkeys(_TARGETS), **iterations, **settings}
         return super().replace(**settings)
 
     def _check_target(self) -> None:
-        given = [name for name in ("threshold", "num_blocks", "keep_ratio") if getattr(self, name) is not None]
+        given = [name for name in _TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(
                 f"Exactly one of threshold, num_blocks and keep_ratio counts, found {' and '.join(given)}. Give one of "
                 "them."
             )
-        targets = (
-            self.num_blocks
-            if isinstance(self.num_blocks, tuple)
-            else []
-            if self.num_blocks is None
-            else [self.num_blocks]
-        )
-        counts = [list(target.values()) if isinstance(target, dict) else [target] for target in targets]
+        targets = self.num_blocks if isinstance(self.num_blocks, tuple) else (self.num_blocks,)
+        counts = [list(t.values()) if isinstance(t, dict) else [t] for t in targets if t is not None]
         if self.num_blocks is not None and (not counts or any(not group or min(group) < 1 for group in counts)):
             raise ConfigError(
                 f"num_blocks counts the blocks that stay, so it must be at least 1, found {self.num_blocks!r}."
@@ -249,12 +243,11 @@ class MPruneConfig(Settings):
             raise ConfigError(
                 f"max_drop must be 0 or more, found {self.max_drop:g}. It says how much worse the metric may become."
             )
-        if self.max_drop is None:
-            for name in ("baseline", "greater_is_better"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"{name} is of use only with max_drop, which is not set. Set max_drop, or leave {name} out."
-                    )
+        for name in ("baseline", "greater_is_better"):
+            if self.max_drop is None and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} is of use only with max_drop, which is not set. Set max_drop, or leave {name} out."
+                )
 
     def _check_threshold(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -129,10 +130,7 @@ def _chains(stacks: Mapping[str, Stack]) -> dict[str, list[Stack]]:
 
 
 def _shared(parts: Sequence[str], other: Sequence[str]) -> int:
-    count = 0
-    while count < min(len(parts), len(other)) and parts[count] == other[count]:
-        count += 1
-    return count
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, other, strict=False))))
 
 
 def _execution_order(host: Host) -> dict[int, int]:

@@ -163,13 +163,8 @@ def _draw(plan: Any, stacks: Mapping[str, Any], figure: Any, numbers: Mapping[st
 
 def _values(stacks: Mapping[str, Any]) -> list[float]:
     """The similarities of different blocks."""
-    return [
-        value
-        for stack in stacks.values()
-        for i, row in enumerate(stack.similarity)
-        for j, value in enumerate(row)
-        if i != j
-    ]
+    rows = [(i, row) for stack in stacks.values() for i, row in enumerate(stack.similarity)]
+    return [value for i, row in rows for j, value in enumerate(row) if i != j]
 
 
 def _below(stacks: Mapping[str, Any]) -> str:
@@ -200,15 +195,8 @@ def _draw_stack(axis: Any, name: str, stack: Any, scale: Scale, side: float, num
                 red, green, blue, _ = image.cmap(image.norm(shown[i][j])) if i != j else (1, 1, 1, 1)
                 dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.55
                 size = min(9.0, 13.0 * side / length)
-                axis.text(
-                    j,
-                    i,
-                    "1" if i == j else _short(value),
-                    ha="center",
-                    va="center",
-                    fontsize=size,
-                    color="white" if dark else "black",
-                )
+                written = {"ha": "center", "va": "center", "fontsize": size, "color": "white" if dark else "black"}
+                axis.text(j, i, "1" if i == j else _short(value), **written)
     for cluster in stack.clusters:
         if len(cluster) > 1:
             corner = (cluster[0] - 0.5, cluster[0] - 0.5)

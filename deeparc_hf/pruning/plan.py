@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ..core.caller import warn_caller
 from ..core.checks import MAX_BLOCKS, Entry, MalformedError, read_json
 from ..core.plain_text import plain, quoted
 from ..core.tables import html_table, text_table
@@ -296,28 +296,26 @@ def first_threshold(plan: PruningPlan) -> float | None:
 def warn_if_drastic(plan: PruningPlan) -> None:
     """Warn where a threshold, which nobody can know beforehand, takes more than half of the blocks."""
     if plan.config.target == "threshold" and plan.num_kept < plan.num_blocks / 2:
-        warnings.warn(
+        warn_caller(
             f"The threshold {plan.config.threshold:g} takes {plan.num_blocks - plan.num_kept} of {plan.num_blocks} "
             "blocks, and few models recover from that. The same similarity means different things in different "
             "models: give num_blocks or keep_ratio instead.",
             CalibrationWarning,
-            stacklevel=3,
         )
 
 
 def _frozen(
     facts: Mapping[str, StackFacts], removed: Mapping[str, Sequence[int]], config: MPruneConfig
 ) -> dict[str, tuple[int, ...]]:
-    lengths = {name: len(stack) for name, stack in facts.items()}
     if config.freeze == "partial":
+        lengths = {name: len(stack) for name, stack in facts.items()}
         return freezing_set(removed, lengths, {name: stack.next_stack for name, stack in facts.items()})
-    if config.freeze == "none":
-        return dict.fromkeys(facts, ())
+    chosen: dict[str, set[int]] = {}
     if config.freeze == "record":
         chosen = {name: set(stack.frozen) for name, stack in facts.items()}
-    else:
-        chosen = _matching(facts, config.freeze, "freeze")
-    if not any(removed.values()):
+    elif config.freeze != "none":
+        chosen = _matching(facts, config.freeze, "freeze")  # refuses a pattern that matches nothing
+    if not chosen or not any(removed.values()):
         return dict.fromkeys(facts, ())
     return {name: tuple(sorted(blocks - set(removed[name]))) for name, blocks in chosen.items()}
 
@@ -325,15 +323,14 @@ def _frozen(
 def _matching(facts: Mapping[str, StackFacts], patterns: Sequence[str], setting: str) -> dict[str, set[int]]:
     """The blocks that patterns name. A block that an earlier pruning of the same training removed may be named too."""
     matched: dict[str, set[int]] = {name: set() for name in facts}
+    gone = any(stack.labels for stack in facts.values())
     for pattern in patterns:
-        labels = {name: stack.labels or range(len(stack)) for name, stack in facts.items()}
         hits = [
-            (name, i)
-            for name in facts
-            for i, label in enumerate(labels[name])
+            (name, index)
+            for name, stack in facts.items()
+            for index, label in enumerate(stack.labels or range(len(stack)))
             if fnmatchcase(f"{name}.{label}", pattern)
         ]
-        gone = any(stack.labels for stack in facts.values())
         if not hits and not gone:
             first = next(iter(facts))
             raise PlanError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..architectures import Stack, Subject, describe
 from ..checkpoint.record import PrunedConfig, check_record, current_record
+from ..core.caller import warn_caller
 from ..core.progress_bars import doing
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, CalibrationWarning, SurgeryError
@@ -23,13 +23,11 @@ from ..observe.rows import StackObserver, observe
 from ..observe.skipping import StackSkipper, skip_blocks
 from ..similarity import SimilarityMetric, SkippingMetric, metrics
 from .config import MPruneConfig
-from .expressible import inexpressible
 from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
-from .surgery import carry_out, refuse_wrapped
+from .rebuild import inexpressible
+from .surgery import apply_plan, refuse_wrapped
 
 __all__ = ["analyze", "apply_healed", "check_settings", "compare_blocks", "prune_model"]
-
-_REMOVING = "Removing blocks and verifying the result"
 
 
 def analyze(
@@ -93,23 +91,24 @@ def compare_blocks(
         observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
         samples, found = observe(host, observers, calibration, progress=progress)
     frozen = current_record(subject).frozen
-    facts = {}
+    facts, obstacles = {}, {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):
+        pinned = blank[name].pinned
+        if observed.obstacle is None:
+            similarity = _similarity(name, metric.matrix(observed.sums))
+        else:  # all of its blocks stay, and none is similar to another
+            obstacles[name] = observed.obstacle
+            similarity = _similarity(name, torch.eye(len(stack), dtype=torch.float64))
+            pinned = {**dict.fromkeys(range(len(stack)), f"not compared: {observed.obstacle}"), **pinned}
         facts[name] = dataclasses.replace(
-            _facts(stack, metric.matrix(observed.sums)) if observed.obstacle is None else _not_compared(stack),
-            pinned=_pinned(blank[name], observed.obstacle),
-            labels=blank[name].labels,
+            blank[name],
+            similarity=similarity,
+            pinned=pinned,
+            parameters=tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks),
             frozen=frozen.get(name, ()),
         )
     plan = make_plan(facts, config, samples)
-    _tell_obstacles(
-        plan,
-        {
-            name: observed.obstacle
-            for name, observed in zip(stacks, found, strict=True)
-            if observed.obstacle is not None
-        },
-    )
+    _tell_obstacles(plan, obstacles)
     return plan
 
 
@@ -124,13 +123,8 @@ def check_settings(model: nn.Module | Subject, config: MPruneConfig) -> None:
     subject = describe(model)
     stacks, refused = subject.stacks, inexpressible(subject)
     check_possible(_blank_facts(stacks, refused, None), config)
-    free = [
-        (n, i)
-        for n, s in stacks.items()
-        for i in range(len(s))
-        if i not in s.pinned and i not in refused.get(n, {}) and len(s) > 1
-    ]
-    if refused and not free:
+    pinned = {name: stack.pinned.keys() | refused.get(name, {}).keys() for name, stack in stacks.items()}
+    if refused and all(len(pinned[name]) == len(stack) or len(stack) == 1 for name, stack in stacks.items()):
         name, reasons = next(iter(refused.items()))
         index, reason = next(iter(reasons.items()))
         raise SurgeryError(f"No block of {subject.name} can be removed. {name}.{index}: {reason}.")
@@ -216,22 +210,21 @@ def apply_healed(
     if plan.removed:
         refuse_wrapped(model)
     example = calibration.example if example is None else example
-    if plan.config.heal is None or not plan.removed:
-        with transaction or Transaction() as undo:
-            with doing(_REMOVING, progress and bool(plan.removed)):
-                record = carry_out(subject, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
-            done("removed")
-        return record, []
-    healings = fit_sites(subject, plan.removed, calibration, progress=progress)
-    blocks = {healing.site: subject.stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings}
+    healings: list[Healing] = []
+    heals = plan.config.heal is not None and bool(plan.removed)
+    if heals:
+        healings = fit_sites(subject, plan.removed, calibration, progress=progress)
+    blocks = [subject.stacks[healing.site.stack].blocks[healing.site.kept] for healing in healings]
     with transaction or Transaction() as undo:
-        with doing(_REMOVING, progress):
-            carry_out(subject, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
+        with doing("Removing blocks and verifying the result", progress and bool(plan.removed)):
+            record = apply_plan(subject, plan, optimizer=optimizer, example=example, verify=verify, transaction=undo)
         done("removed")
-        for healing in healings:
-            apply_healing(healing, blocks[healing.site], undo)
-        done("healed")
-        return note_healing(subject.host, healings), healings
+        if heals:
+            for healing, block in zip(healings, blocks, strict=True):
+                apply_healing(healing, block, undo)
+            done("healed")
+            record = note_healing(subject.host, healings)
+    return record, healings
 
 
 def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:
@@ -239,38 +232,19 @@ def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:
     named = plan.config.num_blocks if isinstance(plan.config.num_blocks, Mapping) else None
     for name, obstacle in obstacles.items():
         if len(plan.stacks[name].protected) < len(plan.stacks[name]) and (named is None or name in named):
-            warnings.warn(
+            warn_caller(
                 f"The blocks of {name} cannot be compared, so all of them stay: {obstacle}. To remove some, name them "
                 f"yourself, with remove_blocks, or take similarity='effect'. protect='{name}.*' says that they are to "
                 "stay.",
                 CalibrationWarning,
-                stacklevel=4,
             )
 
 
-def _not_compared(stack: Stack) -> StackFacts:
-    """No block is similar to another."""
-    return _facts(stack, torch.eye(len(stack), dtype=torch.float64))
-
-
-def _pinned(facts: StackFacts, obstacle: str | None) -> dict[int, str]:
-    """The blocks that must stay; all of a stack that cannot be compared."""
-    return {
-        **({} if obstacle is None else dict.fromkeys(range(len(facts)), f"not compared: {obstacle}")),
-        **facts.pinned,
-    }
-
-
-def _facts(stack: Stack, matrix: torch.Tensor) -> StackFacts:
+def _similarity(stack: str, matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:
     for index, row in enumerate(matrix):
         if not bool(torch.isfinite(row[index])):
             raise CalibrationError(
-                f"Block {index} of {stack.name} hardly varies over the calibration samples, so it cannot be compared. "
+                f"Block {index} of {stack} hardly varies over the calibration samples, so it cannot be compared. "
                 "Give more, and more different, samples, or compare other rows (rows='tokens')."
             )
-    return StackFacts(
-        similarity=tuple(tuple(row) for row in matrix.tolist()),
-        pinned=dict(stack.pinned),
-        parameters=tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks),
-        next_stack=stack.next_stack,
-    )
+    return tuple(tuple(row) for row in matrix.tolist())

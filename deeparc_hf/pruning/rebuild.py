@@ -15,11 +15,12 @@ from ..architectures import Host, Layout, Stack, Subject
 from ..architectures.entries import stale
 from ..architectures.skeleton import compare, state_shapes
 from ..checkpoint.record import PrunedConfig
+from ..core.caller import warn_caller
 from ..core.transaction import Transaction
-from ..errors import DeepArcWarning, SurgeryError
+from ..errors import DeepArcError, DeepArcWarning, SurgeryError
 from .verify import Expectation
 
-__all__ = ["Builds", "install_configs", "require_told", "skeletons", "tell_unproven"]
+__all__ = ["Builds", "inexpressible", "install_configs", "require_told", "skeletons", "tell_unproven"]
 
 _MAY = {
     "values": "has as many values as there are blocks",
@@ -80,17 +81,41 @@ def skeletons(subject: Subject, layout: Layout) -> Builds:
     return Builds(settings, shrunk, before, after, differences.updates)
 
 
+def inexpressible(subject: Subject) -> dict[str, dict[int, str]]:
+    """Blocks that cannot be removed, each with the reason: a stock loader would build something else than the model
+    without the block.
+
+    Each unpinned block is rehearsed on its own, on skeletons (see `architectures.skeleton`). Of those after a removal
+    one serves for all blocks that lead to the same settings, so that a model of equal blocks takes two.
+
+    Args:
+        subject: the model; it may be on the meta device.
+
+    Returns:
+        By stack, the reasons by block.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for name, stack in subject.stacks.items():
+        for index in range(len(stack)):
+            if index in stack.pinned or len(stack) == 1:
+                continue
+            try:
+                skeletons(subject, Layout.without(subject.lengths, {name: [index]}))
+            except DeepArcError as error:
+                problem = str(error).partition(" Nothing was changed.")[0].rpartition("cannot express the removal: ")[2]
+                found.setdefault(name, {})[index] = f"the model's settings cannot express its removal: {problem}"
+    return found
+
+
 def tell_unproven(stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[int]]) -> None:
     """Name the entries of the config that may name blocks, and that stay because nothing shows it."""
     for name in removed:
         for entry in stacks[name].entries:
             if entry.proof == "none":
-                warnings.warn(
+                warn_caller(
                     f"The config's {entry} may name blocks of {name}: it {_MAY[entry.form]}, and the model's code asks "
                     "for it. Nothing shows that it does, so it stays as it is. Compare the outputs before and after, "
-                    "and edit the entry if need be.",
-                    DeepArcWarning,
-                    stacklevel=4,
+                    "and edit the entry if need be."
                 )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from .plan import PruningPlan, freezing_set
 from .rebuild import install_configs, require_told, skeletons, tell_unproven
 from .verify import expect
 
-__all__ = ["apply_plan", "carry_out", "follow_record", "forget_parameters", "refuse_wrapped", "remove_blocks"]
+__all__ = ["apply_plan", "follow_record", "forget_parameters", "refuse_wrapped", "remove_blocks"]
 
 
 def remove_blocks(
@@ -75,7 +75,7 @@ def remove_blocks(
 
 
 def apply_plan(
-    model: nn.Module,
+    model: nn.Module | Subject,
     plan: PruningPlan,
     *,
     optimizer: torch.optim.Optimizer | None = None,
@@ -104,19 +104,6 @@ def apply_plan(
     subject = describe(model)
     if plan.removed:
         refuse_wrapped(model)
-    return carry_out(subject, plan, optimizer=optimizer, example=example, verify=verify, transaction=transaction)
-
-
-def carry_out(
-    subject: Subject,
-    plan: PruningPlan,
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    example: Any = None,
-    verify: bool = True,
-    transaction: Transaction | None = None,
-) -> PrunedConfig:
-    """`apply_plan` on a described model, which is not described by it any more afterwards."""
     stacks = subject.stacks
     for name, stack in plan.stacks.items():
         if name not in stacks or len(stacks[name]) != len(stack):
@@ -137,14 +124,7 @@ def carry_out(
         "frozen": frozen,
     }
     return _operate(
-        subject,
-        removed,
-        frozen,
-        entry,
-        optimizer=optimizer,
-        example=example,
-        verify=verify,
-        transaction=transaction,
+        subject, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify, transaction=transaction
     )
 
 
@@ -195,17 +175,6 @@ def forget_parameters(
     Removed ones leave their group (the groups stay, so a scheduler's rates still fit) and their state. Frozen ones lose
     only their state: group sizes then agree when training is resumed.
     """
-    if transaction is not None:
-        transaction.on_failure(_optimizer_restorer(optimizer))
-    gone = {id(p) for p in removed}
-    for group in optimizer.param_groups:
-        group["params"][:] = [p for p in group["params"] if id(p) not in gone]
-    forgotten = gone | {id(p) for p in frozen}
-    for parameter in [p for p in optimizer.state if id(p) in forgotten]:
-        del optimizer.state[parameter]
-
-
-def _optimizer_restorer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     groups = [list(group["params"]) for group in optimizer.param_groups]
     state = dict(optimizer.state)
 
@@ -215,7 +184,14 @@ def _optimizer_restorer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         optimizer.state.clear()
         optimizer.state.update(state)
 
-    return restore
+    if transaction is not None:
+        transaction.on_failure(restore)
+    gone = {id(p) for p in removed}
+    for group in optimizer.param_groups:
+        group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+    forgotten = gone | {id(p) for p in frozen}
+    for parameter in [p for p in optimizer.state if id(p) in forgotten]:
+        del optimizer.state[parameter]
 
 
 def _operate(

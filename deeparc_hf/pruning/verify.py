@@ -12,14 +12,16 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as hf_logging
 
 from ..architectures import Host, Subject
-from ..errors import CalibrationError, DeepArcWarning, SurgeryError
+from ..core.caller import warn_caller
+from ..errors import CalibrationError, SurgeryError
 from ..observe.batches import cut, forward_kwargs
 from ..observe.forward import evaluating, forward, require_weights
 from ..observe.hooks import hooked, skipped
@@ -34,22 +36,24 @@ _WAYS = (
 )
 
 
+@dataclass(eq=False)
 class Expectation:
     """What the original puts out with blocks skipped, to hold the pruned model against.
 
-    Args:
+    Attributes:
         host: the model.
         inputs: what it was run on.
         output: what it put out.
         gone: how many blocks go, of any stack: outputs with one entry a block are shorter by so many.
     """
 
-    def __init__(self, host: Host, inputs: dict[str, Any], output: Any, gone: set[int]) -> None:
-        self.host = host
-        self.inputs = inputs
-        self.output = output
-        self.gone = gone
-        self.generated = _generation_error(host, inputs) is None
+    host: Host
+    inputs: dict[str, Any]
+    output: Any
+    gone: set[int]
+
+    def __post_init__(self) -> None:
+        self.generated = _generation_error(self.host, self.inputs) is None
 
     def check(self) -> None:
         """Run the pruned model on the same inputs.
@@ -67,13 +71,11 @@ class Expectation:
             ) from error
         failure = _generation_error(self.host, self.inputs) if self.generated else None
         if failure is not None:
-            warnings.warn(
+            warn_caller(
                 f"{type(self.host.root).__name__} can no longer generate with a cache ({type(failure).__name__}: "
                 f"{failure}), in stock transformers too: T5 and its like need at least as many encoder blocks as "
                 "decoder blocks for that. Keep more encoder blocks, remove decoder blocks too, or generate with "
-                "use_cache=False.",
-                DeepArcWarning,
-                stacklevel=5,
+                "use_cache=False."
             )
         compared = 0
         for expected, found in _pairs(self.output, output, self.gone):
@@ -132,7 +134,7 @@ def expect(subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = 
     ran: set[str] = set()
     with ExitStack() as hooks:
         handles = (
-            block.register_forward_pre_hook(_noting(ran, f"{name}.{index}"))
+            block.register_forward_pre_hook(lambda *_, path=f"{name}.{index}": ran.add(path))
             for name, stack in stacks.items()
             for index, block in enumerate(stack.blocks)
         )
@@ -154,22 +156,12 @@ def expect(subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = 
     return Expectation(host, inputs, output, {len(indices) for indices in removed.values()})
 
 
-def _noting(ran: set[str], path: str) -> Any:
-    def note(module: nn.Module, args: Any) -> None:
-        ran.add(path)
-
-    return note
-
-
 def _require_reached(
     subject: Subject, removed: Mapping[str, Sequence[int]], inputs: Mapping[str, Any], ran: set[str]
 ) -> None:
     """Refuse inputs that do not show what a removal does: what sees or hears may feed any block, by its place."""
-    idle = [
-        path
-        for path in (f"{name}.{index}" for name, indices in removed.items() for index in indices)
-        if path not in ran
-    ]
+    gone = [f"{name}.{index}" for name, indices in removed.items() for index in indices]
+    idle = [path for path in gone if path not in ran]
     idle += [name for name, stack in subject.stacks.items() if f"{name}.0" not in ran and subject.host.senses(name)]
     if idle:
         raise SurgeryError(

@@ -292,7 +292,14 @@ def test_totals():
 # --- purity -----------------------------------------------------------------------------------------------------------
 
 
-PURE = ["pruning/plan.py", "pruning/clusters.py", "pruning/heatmap.py", "core/checks.py", "core/tables.py"]
+PURE = [
+    "pruning/plan.py",
+    "pruning/clusters.py",
+    "pruning/heatmap.py",
+    "core/caller.py",
+    "core/checks.py",
+    "core/tables.py",
+]
 MODELS = {"torch", "transformers", "timm", "numpy", "deeparc_hf"}
 
 
@@ -306,6 +313,7 @@ def test_plans_import_no_model_code(path):
         "clusters",
         "config",
         "heatmap",
+        "core.caller",
         "core.checks",
         "errors",
         "core.plain_text",

@@ -18,7 +18,7 @@ from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError, ConfigError, PlanError, SurgeryError
 from deeparc_hf.observe.training_calibration import TrainingCalibration
 from deeparc_hf.pruning.config import MPruneConfig
-from deeparc_hf.pruning.expressible import inexpressible
+from deeparc_hf.pruning.rebuild import inexpressible
 from deeparc_hf.trainer.rehearsal import rehearse
 from tests.trainers import arguments, pruning, text_data, train
 from tests.zoo import TEXT, VOCAB, ZOO, spread
