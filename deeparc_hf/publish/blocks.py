@@ -5,7 +5,9 @@ original's numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from ..architectures.layout import Layout
 from ..checkpoint.record import PrunedConfig
 from ..core.markdown import code, fenced, md, table
 from ..core.plain_text import plain
@@ -28,72 +30,68 @@ def strip(record: PrunedConfig) -> str:
     """A line for each stack with a mark for each original block, in groups of ten beneath their numbers, and what the
     marks mean.
     """
-    gone: dict[str, dict[int, int]] = {}
+    several = len(record.iterations) > 1
+    gone: dict[str, dict[int, str]] = {}
     for number, entry in enumerate(record.iterations, 1):
+        mark = "." if not several else str(number) if number < 10 else "+"
         for name, blocks in (entry.get("removed") or {}).items():
-            gone.setdefault(name, {}).update(dict.fromkeys(blocks, number))
+            gone.setdefault(name, {}).update(dict.fromkeys(blocks, mark))
     names = {name: plain(name, 60) for name in record.stacks}
     width = max(map(len, names.values()), default=0)
     longest = max((stack.length for stack in record.stacks.values()), default=0)
-    several = len(record.iterations) > 1
     ruler = " ".join(str(first).ljust(10) for first in range(0, longest, 10)).rstrip()
-    lines, stay = [f"{'block'.ljust(width)}  {ruler}"], False
+    lines, legend = [f"{'block'.ljust(width)}  {ruler}"], ["# kept"]
     for name, stack in record.stacks.items():
-        kept, frozen = set(stack.kept), {stack.kept[i] for i in record.frozen.get(name, ())}
-        marks = [
-            "*" if i in frozen else "#" if i in kept else _gone_mark(gone.get(name, {}).get(i), several)
-            for i in range(stack.length)
-        ]
-        stay = stay or bool(frozen)
-        lines.append(f"{names[name].ljust(width)}  {in_tens(marks)}  {len(kept)} of {stack.length} stay")
-    legend = ["# kept", *(["* kept, and frozen in the last retraining"] if stay else [])]
+        frozen = {stack.kept[i] for i in record.frozen.get(name, ())}
+        marks = {**gone.get(name, {}), **dict.fromkeys(stack.kept, "#"), **dict.fromkeys(frozen, "*")}
+        shown = in_tens([marks.get(i, ".") for i in range(stack.length)])
+        lines.append(f"{names[name].ljust(width)}  {shown}  {len(stack.kept)} of {stack.length} stay")
+    if any(record.frozen.values()):
+        legend.append("* kept, and frozen in the last retraining")
     legend.append("1 to 9 removed, in which pruning (+: a later one)" if several else ". removed")
     return fenced("\n".join([*lines, "", ", ".join(legend)]), "text")
 
 
-def _gone_mark(iteration: int | None, several: bool) -> str:
-    if not several or iteration is None:
-        return "."
-    return str(iteration) if iteration < 10 else "+"
-
-
-def repairs(record: PrunedConfig) -> list[str]:
-    """What became of each removal site, as lines of text. The record numbers them as the model did then; here they are
-    the original's.
+def repairs(record: PrunedConfig) -> str:
+    """What became of each removal site, as a list. The record numbers them as the model did then; here they are the
+    original's.
     """
-    now = {name: list(range(stack.length)) for name, stack in record.stacks.items()}
+    layout = Layout.whole({name: stack.length for name, stack in record.stacks.items()})
     lines = []
     for number, entry in enumerate(record.iterations, 1):
         when = f" (pruning {number})" if len(record.iterations) > 1 else ""
         for site in entry.get("healing") or ():
-            places = now.get(site["stack"], [])
-            if any(index >= len(places) for index in [*site["removed"], site.get("kept") or 0]):
-                continue  # of another model than the record tells of
-            removed = spans([places[index] for index in site["removed"]])
-            lines.append(f"{code(site['stack'])}{when}: {_repair(site, removed, places)}")
-        gone = entry.get("removed") or {}
-        now = {name: [block for block in places if block not in gone.get(name, ())] for name, places in now.items()}
-    return lines
+            places = layout.kept.get(site["stack"], ())
+            if all(index < len(places) for index in [*site["removed"], site.get("kept") or 0]):
+                lines.append(f"- {code(site['stack'])}{when}: {_repair(site, places)}")  # else of another model
+        gone = layout.removed, entry.get("removed") or {}
+        layout = Layout.without(layout.lengths, {n: [b for of in gone for b in of.get(n, ())] for n in layout.lengths})
+    return "\n".join(lines)
 
 
-def _repair(site: Mapping[str, object], removed: str, places: Sequence[int]) -> str:
+def _repair(site: Mapping[str, Any], places: Sequence[int]) -> str:
+    removed = spans([places[index] for index in site["removed"]])
     if not site.get("healed"):
         return f"{removed} removed, left as it is: {md(site.get('reason') or 'no reason noted')}"
     held = site.get("held_out")
-    left = "" if held is None else f"; {100 * held:.1f} % of the squared error is left on held-out samples"  # type: ignore[operator]
-    return f"{removed} removed, block {places[site['kept']]} refitted{left}"  # type: ignore[index]
+    left = "" if held is None else f"; {100 * held:.1f} % of the squared error is left on held-out samples"
+    return f"{removed} removed, block {places[site['kept']]} refitted{left}"
 
 
 def alt_text(content: CardContent) -> str:
     """What the heatmap shows, for those who do not see it."""
     parts = []
     for name, stack in content.plan.stacks.items():
-        values = [value for i, row in enumerate(stack.similarity) for j, value in enumerate(row) if i != j]
+        values = _of_pairs(stack)
         span = f", similarities from {min(values):.2f} to {max(values):.2f}" if values else ""
         removed = [content.numbers[name][index] for index in stack.removed]
         gone = f"{'block' if len(removed) == 1 else 'blocks'} {spans(removed)} removed" if removed else "none removed"
         parts.append(f"{md(name)}: {len(stack)} blocks{span}, {gone}")
     return f"Heatmap of the similarity of every two blocks. {'; '.join(parts)}."
+
+
+def _of_pairs(stack: StackPlan) -> list[float]:
+    return [value for i, row in enumerate(stack.similarity) for j, value in enumerate(row) if i != j]
 
 
 def similarity_tables(content: CardContent) -> str:
@@ -105,8 +103,9 @@ def similarity_tables(content: CardContent) -> str:
 def _similarity(name: str, stack: StackPlan, numbers: Sequence[int]) -> str:
     labels = [f"{number} (removed)" if index in stack.removed else str(number) for index, number in enumerate(numbers)]
     title = f"{code(name)} (threshold {threshold_text(stack.threshold)})"
-    others = [value for i, row in enumerate(stack.similarity) for j, value in enumerate(row) if i != j]
-    digits = 6 if any(0.9995 <= value < 1 for value in others) else 3  # some models' blocks are all but the same
+    digits = (
+        6 if any(0.9995 <= value < 1 for value in _of_pairs(stack)) else 3
+    )  # some models' blocks are all but the same
     if len(stack) > _WHOLE:
         rows = [[labels[i], labels[i + 1], f"{stack.similarity[i][i + 1]:.{digits}f}"] for i in range(len(stack) - 1)]
         return f"{title}, of neighbours:\n\n{table(['block', 'next block', 'similarity'], rows, left=(0, 1))}"

@@ -7,32 +7,31 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from torch import nn
 
 from ..core.files import write_whole
 from ..core.markdown import fenced, folded, md
-from ..errors import DeepArcWarning, MissingDependencyError
+from ..errors import ConfigError, DeepArcWarning, MissingDependencyError
 from ..pruning.heatmap import save_heatmap
-from . import blocks, sections, tables
+from . import blocks, overview, sections, tables
 from .content import CardContent
 from .gather import content_of_folder, content_of_model, with_reports
 from .merging import bare_metadata, kept_message, made_by_us, marked, may_replace, merged
 from .metadata import licences, metadata
-from .overview import overview, state
-from .pictures import quality_alt, quality_series, save_quality
-from .reproduce import reproduce
-from .source import Source
-from .told import Told
-from .usage import usage
+from .usage import reproduce, usage
+from .vocabulary import Told
 
 __all__ = [
     "CARD_FILE",
     "PICTURE_FILE",
     "QUALITY_FILE",
+    "Source",
     "create_model_card",
     "made_by_us",
     "make_card",
@@ -139,12 +138,10 @@ def make_card(
     told = told or Told()
     source = Source.of(trainer_or_model)
     content, default_name = _gather(source, processing_class, reports, own)
-    if phase is not None and content.run:
-        content = dataclasses.replace(content, run={**content.run, "phase": phase})
     name = (told.model_name or repo_id or default_name or "").rpartition("/")[2] or None
-    content = dataclasses.replace(content, name=name, told=told)
-    on_hub = [content.base, *(f"datasets/{each}" for each in content.datasets)]
-    content = dataclasses.replace(content, licences=licences(each for each in on_hub if each))
+    run = content.run if phase is None or not content.run else {**content.run, "phase": phase}
+    content = dataclasses.replace(content, name=name, told=told, run=run)
+    content = dataclasses.replace(content, licences=licences(content))
     target = Path(path) if path is not None else None if source.output is None else source.output / CARD_FILE
     pictures = () if target is None else _draw(content, target.parent)
     card = render(content, repo_id or default_name or name or "org/model", pictures, revision)
@@ -170,51 +167,77 @@ def render(
         pictures: names of the pictures beside the card.
     """
     title = content.name or (f"{content.base.rpartition('/')[2]}-pruned" if content.base else "Pruned model")
-    labels = ", ".join(md(label, 60) for label in content.labels[:_LABELS]) + (
-        ", ..." if len(content.labels) > _LABELS else ""
-    )
-    shares, loss = tables.steps_table(content)
-    metric, series = quality_series(content)
-    more = [part for part in (tables.epochs_table(content), tables.settings_table(content)) if part]
+    labels = ", ".join(md(label, 60) for label in content.labels[:_LABELS])
     try:
         card = ModelCard.from_template(
             metadata(content),
             template_path=str(TEMPLATE),
             title=md(title),
-            summary=sections.summary(content),
-            overview=overview(content),
-            state=state(content),
+            content=content,
+            pictures=pictures,
+            labels=f"{labels}, ..." if len(content.labels) > _LABELS else labels,
             usage=fenced(usage(content, repo_id, revision), "python"),
-            labels=labels,
-            removed=blocks.removed_text(content.record),
-            strip=blocks.strip(content.record) if content.removed else None,
-            repairs="\n".join(f"- {line}" for line in blocks.repairs(content.record)),
-            quality_picture=QUALITY_FILE if QUALITY_FILE in pictures else None,
-            quality_alt=md(quality_alt(metric, series), 1000),
-            steps=shares or loss,
-            steps_note=sections.steps_note(content),
-            steps_folded=folded("The loss", loss) if shares and loss else None,
-            iterations=tables.iterations_table(content),
-            iterations_note=sections.iterations_note(content),
-            iterations_folded=folded("Epochs, settings and times", "\n\n".join([*more, sections.times_note(content)]))
-            if more
-            else None,
-            evaluation=tables.evaluation_table(content),
-            evaluation_note=sections.evaluation_note(content),
-            similarities=folded("The numbers", blocks.similarity_tables(content)) if content.plan else None,
-            similarity_note=sections.similarity_note(content.plan) if content.plan else None,
-            alt=blocks.alt_text(content) if content.plan else None,
-            picture=PICTURE_FILE if PICTURE_FILE in pictures else None,
-            sparsity=tables.sparsity_section(content),
             reproduce=reproduce(content, repo_id),
-            limits=sections.limits(content),
-            made=sections.made(content),
-            citations=sections.citations(content),
+            folded=folded,
+            blocks=blocks,
+            overview=overview,
+            sections=sections,
+            tables=tables,
         )
     except ImportError as error:  # huggingface_hub asks for jinja2 when a card is made
         raise MissingDependencyError("A model card needs jinja2: pip install jinja2.") from error
-    body = re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
-    return marked(body)
+    return marked(re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the three.
+
+    Attributes:
+        folder: of the checkpoint; None for a live model.
+        model: the live model, without what an accelerator wraps around it; None for a folder.
+        trainer: the Trainer that the model is in; None where there is none.
+    """
+
+    folder: Path | None = None
+    model: nn.Module | None = None
+    trainer: Any = None
+
+    @classmethod
+    def of(cls, given: Any) -> Source:
+        """Tell which of the three was given.
+
+        Raises:
+            FileNotFoundError: if there is no such folder. ConfigError: if it is something else.
+        """
+        if isinstance(given, (str, os.PathLike)):
+            folder = Path(given)
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"There is no folder {folder}. Give a checkpoint's folder, a model or a Trainer."
+                )
+            return cls(folder=folder)
+        if isinstance(given, nn.Module):
+            return cls(model=given)
+        model = getattr(given, "model", None)
+        if not hasattr(given, "args") or not isinstance(model, nn.Module):
+            raise ConfigError(f"A Trainer, a model or a checkpoint's folder is needed, found a {type(given).__name__}.")
+        return cls(model=given.accelerator.unwrap_model(model), trainer=given)
+
+    @property
+    def args(self) -> Any:
+        """The arguments of the Trainer; None where there is none."""
+        return None if self.trainer is None else self.trainer.args
+
+    @property
+    def output(self) -> Path | None:
+        """The folder that its card and its reports lie in; None for a model by itself."""
+        return self.folder if self.args is None else Path(self.args.output_dir)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.args is None or self.args.process_index == 0
 
 
 def _gather(source: Source, processing_class: Any, reports: Any, own: bool) -> tuple[CardContent, str | None]:
@@ -232,14 +255,14 @@ def _gather(source: Source, processing_class: Any, reports: Any, own: bool) -> t
 
 def _draw(content: CardContent, folder: Path) -> tuple[str, ...]:
     """The pictures of a card, beside it; the names of those that there are."""
-    metric, series = quality_series(content)
-    wanted: list[tuple[str, Callable[[Path], None]]] = []
+    wanted: dict[str, Callable[[Path], None]] = {}
     if content.plan is not None:
-        wanted.append((PICTURE_FILE, partial(save_heatmap, content.plan, numbers=content.numbers)))
+        wanted[PICTURE_FILE] = partial(save_heatmap, content.plan, numbers=content.numbers)
+    metric, series = overview.quality_series(content)
     if series:
-        wanted.append((QUALITY_FILE, partial(save_quality, metric, series)))
+        wanted[QUALITY_FILE] = partial(overview.save_quality, metric, series)
     drawn = []
-    for name, save in wanted:
+    for name, save in wanted.items():
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / f".{name}.{os.getpid()}"
         try:

@@ -12,7 +12,7 @@ from ..pruning.plan import PruningPlan
 from ..reports.attempts import Attempt, Evaluation
 from ..reports.run_report import RUN_REPORT
 from ..sparsity.report import SparsityReport
-from .told import Told, hub_id
+from .vocabulary import Told, hub_id
 
 __all__ = ["RUN_FILE", "CardContent"]
 

@@ -82,6 +82,7 @@ def content_of_model(model: nn.Module, processing_class: Any = None) -> CardCont
     subject = describe(model)
     root = subject.root
     library, identity = subject.host.library, subject.host.identity()
+    kind = "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
     weights = next((str(p.dtype).removeprefix("torch.") for p in root.parameters() if p.is_floating_point()), None)
     content = _of_record(
         current_record(subject),
@@ -90,7 +91,7 @@ def content_of_model(model: nn.Module, processing_class: Any = None) -> CardCont
         architecture=identity["architecture"] if library == "timm" else type(root).__name__,
         labels=identity.get("id2label"),
         headless=library == "timm" and identity["num_classes"] == 0,
-        processor=_kind_of(processing_class),
+        processor=None if processing_class is None else kind,
         dtype=_dtype(weights),
     )
     before, now = content.parameters[0], sum(parameter.numel() for parameter in root.parameters())
@@ -99,12 +100,6 @@ def content_of_model(model: nn.Module, processing_class: Any = None) -> CardCont
 
 def _dtype(name: Any) -> str | None:
     return name if isinstance(name, str) and name in SIZES else None
-
-
-def _kind_of(processing_class: Any) -> str | None:
-    if processing_class is None:
-        return None
-    return "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
 
 
 def _of_record(record: PrunedConfig, mark: str | None, *, architecture: Any, labels: Any, **known: Any) -> CardContent:
@@ -125,36 +120,31 @@ def _of_record(record: PrunedConfig, mark: str | None, *, architecture: Any, lab
     names = [plain(label, 60) for label in labels.values()][:1000] if isinstance(labels, Mapping) else []
     if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         names = []  # nobody named them
+    # what the record tells of the model as it is; without the weights nothing, where some may be zeroed since
+    final = attempts[-1].evaluations[-1:] if attempts and (mark is not None or record.sparsity is None) else ()
     content = CardContent(
         record=record,
         mark=mark,
         architecture=plain(architecture, 100) if isinstance(architecture, str) else None,
         labels=tuple(names),
         attempts=tuple(attempts),
-        final=_final_of_record(record, attempts, mark),
+        final=tuple(evaluation for evaluation in final if mark in (None, evaluation.mark)),
         versions=record.versions,
         **known,
     )
     if not record.iterations:
         return content
-    first, last = (noted.get("parameters") or {} for noted in (record.iterations[0], record.iterations[-1]))
+    noted = content.last_pruning
+    first, last = (record.iterations[0].get("parameters") or {}, noted.get("parameters") or {})
     counted = (first["before"], last["after"]) if "before" in first and "after" in last else (None, None)
-    data = _data_in(Entry(content.last_pruning).get("data"))
-    return dataclasses.replace(content, parameters=counted, config=content.last_pruning.get("settings"), data=data)
+    data = _data_in(Entry(noted).get("data"))
+    return dataclasses.replace(content, parameters=counted, config=noted.get("settings"), data=data)
 
 
 def _order(stack: str) -> tuple[bool, list[Any]]:
     """Encoders come first, and stage 10 after stage 9."""
     parts = re.split(r"(\d{1,9})", stack)
     return "decoder" in stack, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
-
-
-def _final_of_record(record: PrunedConfig, attempts: Sequence[Attempt], mark: str | None) -> tuple[Evaluation, ...]:
-    """What the record tells of the model as it is. Without the weights nothing, where some may be zeroed since."""
-    if not attempts or not attempts[-1].evaluations or (mark is None and record.sparsity is not None):
-        return ()
-    last = attempts[-1].evaluations[-1]
-    return (last,) if mark in (None, last.mark) else ()
 
 
 def _data_in(entry: Entry | None) -> dict[str, dict[str, Any]]:
@@ -210,7 +200,7 @@ def _with_run(content: CardContent, entry: Entry, own: bool) -> CardContent:
     """With the report of a training (`run_report`)."""
     attempts = tuple(map(Attempt.read, entry["attempts"].items()))
     entry["attempts"].must_be(bool(attempts), "a list of at least the model before")
-    final = _evaluations_in(entry, "final")
+    final = _evaluations_in(entry.get("final"))
     standing = [attempt for attempt in attempts[1:] if not attempt.is_taken_back]
     last = content.attempts[-1] if content.attempts else None
     if standing:
@@ -261,9 +251,8 @@ def _renumbered(attempt: Attempt, before: int) -> Attempt:
     return dataclasses.replace(attempt, name=new)
 
 
-def _evaluations_in(entry: Entry, key: str, most: int = 256) -> tuple[Evaluation, ...]:
-    entries = entry.get(key)
-    return () if entries is None else tuple(map(Evaluation.read, entries.items(most)))
+def _evaluations_in(entry: Entry | None) -> tuple[Evaluation, ...]:
+    return () if entry is None else tuple(map(Evaluation.read, entry.items(256)))
 
 
 def _is_marked(content: CardContent, entry: Entry, *evaluations: Sequence[Evaluation]) -> bool:
@@ -313,14 +302,14 @@ def _with_report(content: CardContent, entry: Entry) -> CardContent:
     plan = PruningPlan.from_dict(entry["plan"].value)
     if content.from_run or _left(plan) != content.left:
         return content
-    rows = entry["measurements"].items()
-    counts = [None if row.get("parameters") is None else row["parameters"].whole() for row in rows]
+    measured = [row.get("parameters") for row in entry["measurements"].items()]
+    counts = [None if count is None else count.whole() for count in measured] or [None]
     before, now = content.parameters
     return _told_by(
         content,
         REPORT_FILE,
         REPORT_FILE.replace(".json", ".md"),
-        parameters=(before or (counts[0] if counts else None), now or (counts[-1] if counts else None)),
+        parameters=(before or counts[0], now or counts[-1]),
         hardware=texts_in(entry.get("hardware")),
         versions=texts_in(entry.get("versions")),
     )
@@ -342,7 +331,7 @@ def _with_sparsity(content: CardContent, entry: Entry) -> CardContent:
         return content
     evaluations = [each for each in entry["evaluations"].items(_MOST_EVALUATIONS) if each["sparse"].value]
     inside = tuple(Evaluation.read(each).in_training() for each in evaluations)
-    final = _evaluations_in(entry, "final")
+    final = _evaluations_in(entry.get("final"))
     if content.mark is not None and not content.from_run and not _is_marked(content, entry, inside, final):
         return content
     return _with_training(content, entry, inside, final or (inside[-1:] if content.mark is None else ()))

@@ -20,6 +20,7 @@ _STOCK_DRAFT = "This model card has been generated automatically according to th
 _TO_FILL_IN = "More information needed"  # in each of the draft's sections; somebody who edits it writes there
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---\s*", re.DOTALL)
 _LONGEST = 100_000
+_THEIRS = ("license", "license_name", "license_link", "pipeline_tag", "base_model")
 _LISTS = ("language", "tags", "datasets", "metrics")
 
 
@@ -38,19 +39,20 @@ def may_replace(file: Path) -> bool:
     """Whether a README.md may be replaced: it is a card as this package wrote it, the Trainer's draft, metadata alone,
     or not there.
     """
-    if not file.is_file():
-        return True
-    text = file.read_text("utf-8", errors="replace")
-    return (
-        made_by_us(text) or (_STOCK_DRAFT in text and text.count(_TO_FILL_IN) >= 3) or _only_metadata(text) is not None
-    )
+    text = _text_of(file)
+    draft = _STOCK_DRAFT in text and text.count(_TO_FILL_IN) >= 3
+    return made_by_us(text) or draft or _only_metadata(text) is not None
 
 
 def bare_metadata(file: Path) -> dict[str, Any]:
     """The metadata of a README.md that holds nothing else (a licence that was set on the Hub's page); none of any
     other.
     """
-    return (_only_metadata(file.read_text("utf-8", errors="replace")) or {}) if file.is_file() else {}
+    return _only_metadata(_text_of(file)) or {}
+
+
+def _text_of(file: Path) -> str:
+    return file.read_text("utf-8", errors="replace") if file.is_file() else ""
 
 
 def _only_metadata(text: str) -> dict[str, Any] | None:
@@ -84,12 +86,9 @@ def merged(card: ModelCard, theirs: Mapping[str, Any], told: Collection[str] = (
     ours = ModelCard(body).data.to_dict()
     for key, value in theirs.items():
         if key in _LISTS and key in ours:
-            ours[key] = list(
-                dict.fromkeys([*_many(ours[key]), *(entry for entry in _many(value) if isinstance(entry, str))])
-            )
-        elif key not in told and (
-            key not in ours or key in ("license", "license_name", "license_link", "pipeline_tag", "base_model")
-        ):
+            named = [entry for entry in _many(value) if isinstance(entry, str)]
+            ours[key] = list(dict.fromkeys([*_many(ours[key]), *named]))
+        elif key not in told and (key not in ours or key in _THEIRS):
             ours[key] = value
     return marked(f"---\n{yaml_dump(ours, sort_keys=False)}---\n\n{body[page.end() :] if page is not None else body}")
 

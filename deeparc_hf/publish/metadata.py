@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -14,9 +13,8 @@ from ..core.plain_text import allowed, plain
 from ..reports.attempts import bare
 from ..similarity import metrics as similarities
 from .content import CardContent
-from .told import hub_id
 from .usage import pipeline_tag, task_of
-from .vocabulary import LICENSES, METRICS
+from .vocabulary import LICENSES, METRICS, hub_id
 
 __all__ = ["licences", "metadata"]
 
@@ -105,11 +103,11 @@ def metric_words(key: str) -> tuple[str, str]:
     return max(known, key=len, default=name), name
 
 
-def licences(names: Iterable[str]) -> dict[str, str]:
-    """The licences of models ("org/name") and data sets ("datasets/org/name"), where their cards on the Hub name one.
-
-    Without a connection nothing is told, and nothing fails.
+def licences(content: CardContent) -> dict[str, str]:
+    """The licences of the base model ("org/name") and the data ("datasets/org/name"), where their cards on the Hub name
+    one. Without a connection nothing is told, and nothing fails.
     """
+    names = [*filter(None, [content.base]), *(f"datasets/{each}" for each in content.datasets)]
     known = {} if constants.HF_HUB_OFFLINE else {name: _licence(name) for name in names}
     return {name: licence for name, licence in known.items() if licence is not None}
 

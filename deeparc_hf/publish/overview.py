@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoint.weights_mark import SIZES
 from ..core.markdown import md, table
+from ..errors import MissingDependencyError
 from ..reports.attempts import Evaluation, Figure, bare
 from ..reports.phases import FINISHED
 from .content import CardContent
 from .tables import data_text, figure_text
 from .vocabulary import ERRORS
 
-__all__ = ["ENDING", "Headline", "headline", "overview", "state", "trained"]
+__all__ = ["ENDING", "overview", "quality_alt", "quality_series", "save_quality", "state"]
 
 ENDING = "ending"  # phase of a run that is pushed at its last step, before its callbacks hear that it is over
 _NOT = "not measured"
 
 
-class Headline(NamedTuple):
+class Point(NamedTuple):
+    """One model: what to call it, its number of parameters, and what was measured."""
+
+    name: str
+    parameters: int
+    figure: Figure
+
+
+class _Headline(NamedTuple):
     """The figure that stands for the quality of a model.
 
     Attributes:
         evaluation, key: where it is, and the name of the metric.
+        figure: that of the model as it is.
         before: that of the original on the same data; None where it was not measured.
     """
 
     evaluation: Evaluation
     key: str
-    before: Figure | None = None
-
-    @property
-    def figure(self) -> Figure:
-        """That of the model as it is."""
-        return self.evaluation.figure(self.key)
+    figure: Figure
+    before: Figure | None
 
 
-def headline(content: CardContent) -> Headline | None:
+def _headline(content: CardContent) -> _Headline | None:
     """The main metric on test data, else on data that prunings were not judged on, else on what there is."""
     asked = bare(content.run.get("metric") or "")
     measured = [(evaluation, key) for evaluation in content.final for key in evaluation.metrics]
@@ -44,7 +52,7 @@ def headline(content: CardContent) -> Headline | None:
         return None
     evaluation, key = min(measured, key=lambda pair: (_kind(bare(pair[1]), asked), _split(*pair)))
     before = evaluation.figure_before(key) if content.against_original else None
-    return Headline(evaluation, key, before or _before_in_run(content, evaluation, key))
+    return _Headline(evaluation, key, evaluation.figure(key), before or _before_in_run(content, evaluation, key))
 
 
 def _kind(name: str, asked: str) -> int:
@@ -74,6 +82,7 @@ def overview(content: CardContent) -> str:
     before = before or (now if not content.removed else None)
     change = f" ({100 * (now - before) / before:+.1f} %)" if before and now and before != now else ""
     bytes_each = SIZES.get(content.dtype or "")
+    counts = ["not known" if count is None else f"{count:,}" for count in (before, now)]
     sizes = [
         "not known" if count is None or bytes_each is None else f"{count * bytes_each / 1e6:,.1f}"
         for count in (before, now)
@@ -81,7 +90,7 @@ def overview(content: CardContent) -> str:
     rows = [
         _quality_row(content),
         ["time of one evaluation (measured in turns)", *times],
-        ["parameters", _count(before), _count(now) + change],
+        ["parameters", counts[0], counts[1] + change],
         [f"size of the weights (MB{f', {content.dtype}' if bytes_each else ''})", *sizes],
     ]
     if content.removed:
@@ -90,7 +99,7 @@ def overview(content: CardContent) -> str:
 
 
 def _quality_row(content: CardContent) -> list[str]:
-    shown = headline(content)
+    shown = _headline(content)
     if shown is None:
         return ["quality", _NOT, _NOT]
     name, n = bare(shown.key), shown.evaluation.data.get("rows")
@@ -100,11 +109,7 @@ def _quality_row(content: CardContent) -> list[str]:
     return [f"{md(name)} ({better}{data})", before, figure_text(shown.figure)]
 
 
-def _count(number: int | None) -> str:
-    return "not known" if number is None else f"{number:,}"
-
-
-def trained(content: CardContent) -> str | None:
+def _trained(content: CardContent) -> str | None:
     """Whether the model was trained after its last pruning, as far as that is known; None where nothing was removed."""
     if not content.removed or not content.record.iterations:
         return None
@@ -125,28 +130,98 @@ def trained(content: CardContent) -> str | None:
 
 def state(content: CardContent) -> str:
     """What was not measured or done, what it needs, and whether its training was over."""
-    shown = headline(content)
-    parts = [trained(content)]
+    shown = _headline(content)
+    parts = [_trained(content)]
     if shown is None:
         parts.append("No evaluation of these weights was noted.")
     elif shown.before is None and (content.removed or content.zeros is not None):
         parts.append("No original was measured beside it.")
-    judged = shown is not None and (shown.evaluation.judged or content.run.get("max_drop") is not None)
-    if shown is not None and judged and _split(shown.evaluation, shown.key) == 2:
+    gated = content.run.get("max_drop") is not None
+    if shown is not None and (shown.evaluation.judged or gated) and _split(shown.evaluation, shown.key) == 2:
         parts.append("Prunings were judged on the same data, so its figure is optimistic.")
     phase = content.run.get("phase")
     if phase == ENDING:
-        last = content.attempts[-1] if content.attempts else None
-        pending = (
-            last is not None
-            and last.k is not None
-            and last.decision is None
-            and content.run.get("max_drop") is not None
-        )
-        parts += (
-            ["It was saved at the last step of its training, before its last pruning was judged."] if pending else []
-        )
+        pending = any(last.k is not None and last.decision is None for last in content.attempts[-1:])
+        if pending and gated:
+            parts.append("It was saved at the last step of its training, before its last pruning was judged.")
     elif phase not in (None, FINISHED):
         parts.append(f"It was saved in the middle of its training (state: {md(phase)}).")
     parts.append(f"It loads with plain {content.library}: nothing of what made it is needed.")
     return " ".join(part for part in parts if part)
+
+
+def quality_series(content: CardContent) -> tuple[str, dict[str, list[Point]]]:
+    """Name of the main metric, and the models that were measured by it, by the data that it was measured on: two models
+    on each at least.
+    """
+    shown = _headline(content)
+    if shown is None or not content.removed:
+        return "", {}
+    name = bare(shown.key)
+    key, inside = f"eval_{name}", []
+    for attempt in content.attempts:
+        figures = [e.figure(key) for e in attempt.evaluations if key in e.metrics and not e.sparse]
+        if figures and attempt.parameters is not None:
+            inside.append(Point(attempt.name, attempt.parameters, figures[-1]))
+    series = {"validation data, in the training": inside}
+    before, now = content.parameters
+    if shown.evaluation.before and shown.before is not None and before and now:  # of the original
+        ends = [Point("original", before, shown.before), Point("this model", now, shown.figure)]
+        series[f"{shown.evaluation.split_of(shown.key) or 'evaluation'} data, at the end"] = ends
+    several = {data: points for data, points in series.items() if len({point.parameters for point in points}) > 1}
+    return name, several
+
+
+def quality_alt(content: CardContent) -> str:
+    """What the picture shows, for those who do not see it, as Markdown."""
+    metric, series = quality_series(content)
+    parts = [
+        f"{data}: " + ", ".join(f"{p.name} {p.figure.value:.4f} at {p.parameters:,} parameters" for p in points)
+        for data, points in series.items()
+    ]
+    return md(f"{metric} against number of parameters. {'; '.join(parts)}.", 1000)
+
+
+def save_quality(metric: str, series: Mapping[str, list[Point]], path: Path) -> None:
+    """Write the picture as a PNG.
+
+    Raises:
+        MissingDependencyError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            'A picture of the iterations needs matplotlib: pip install "deeparc_hf[plots]".'
+        ) from error
+    figure = Figure(figsize=(7.2, 3.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    looks = (("#1f6feb", "--", -13), ("#bf3989", "-", 7))  # colour, dashes, and where the names are, of two series
+    for (data, points), (colour, dash, above) in zip(series.items(), looks, strict=False):
+        points = sorted(points, key=lambda point: -point.parameters)
+        sizes, values = [point.parameters / 1e6 for point in points], [point.figure.value for point in points]
+        bounds = [point.figure.interval or (point.figure.value,) * 2 for point in points]
+        below = [max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]
+        above_it = [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]
+        look = {"fmt": f"o{dash}", "color": colour, "capsize": 4, "linewidth": 1.2}
+        axis.errorbar(sizes, values, yerr=[below, above_it], label=_plain(data), **look)
+        for point, size in zip(points, sizes, strict=True):
+            label, offset = _plain(point.name), (6, above)
+            axis.annotate(
+                label, (size, point.figure.value), xytext=offset, textcoords="offset points", fontsize=8, color=colour
+            )
+    axis.invert_xaxis()
+    axis.margins(x=0.18, y=0.15)
+    axis.set_xlabel("parameters (millions); smaller to the right", fontsize=9)
+    axis.set_ylabel(_plain(metric), fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    axis.tick_params(labelsize=8)
+    figure.savefig(path, format="png")
+
+
+def _plain(text: str) -> str:
+    """Text that does not begin a formula."""
+    return text.replace("$", r"\$")

@@ -18,11 +18,10 @@ from ..checkpoint.loading import save_pruned
 from ..core.distributed import process_index
 from ..core.hub_help import hub_help
 from ..errors import ConfigError, DeepArcWarning
-from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, make_card
+from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, Source, make_card
 from .files import REPORTS, checkpoint_files, outdated
 from .merging import bare_metadata, kept_message, may_replace, merged
-from .source import Source
-from .told import Told
+from .vocabulary import Told
 
 __all__ = ["push_to_hub"]
 

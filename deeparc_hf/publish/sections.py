@@ -9,18 +9,18 @@ from ..core.markdown import code, linked, md, plain, shared
 from ..pruning.plan import PruningPlan
 from ..reports.attempts import bare
 from .content import CardContent
-from .tables import steps_data
+from .tables import epochs_table, settings_table, steps_data
 
 __all__ = [
     "citations",
     "evaluation_note",
+    "iterations_more",
     "iterations_note",
     "limits",
     "made",
     "similarity_note",
     "steps_note",
     "summary",
-    "times_note",
 ]
 
 _METRICS = {
@@ -109,8 +109,13 @@ def iterations_note(content: CardContent) -> str:
     return " ".join(note for note in notes if note)
 
 
-def times_note(content: CardContent) -> str:
-    """Hardware and batch of the times in the tables of iterations."""
+def iterations_more(content: CardContent) -> str:
+    """The tables of iterations that are folded, if there are any, with hardware and batch of the times in them."""
+    parts = [part for part in (epochs_table(content), settings_table(content)) if part]
+    return "\n\n".join([*parts, _times_note(content)]) if parts else ""
+
+
+def _times_note(content: CardContent) -> str:
     frozen = "Frozen blocks were not trained."
     if not content.from_run:
         return frozen

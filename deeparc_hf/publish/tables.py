@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 from ..core.markdown import code, md, table
 from ..core.tables import threshold_text
@@ -207,18 +206,16 @@ def sparsity_section(content: CardContent) -> str | None:
     """What was zeroed, as asked for and as measured; None where nothing was."""
     if content.zeros is None:
         return None
-    zeros, size, matrices = content.zeros
-    parts = [f"{100 * zeros / max(1, size):.2f} % of the {size:,} weights of {matrices} matrices are zero."]
+    zeros, size, count = content.zeros
+    parts = [f"{100 * zeros / max(1, size):.2f} % of the {size:,} weights of {count} matrices are zero."]
     if content.sparsity is not None:
         c, samples = content.sparsity.config, content.sparsity.samples
         what = f"the {md(c.pattern)} pattern" if c.pattern else f"{100 * c.sparsity:g} % of each output row"
         how = "block by block" if c.sequential else "in one pass of the dense model"
         data = f"inputs measured {how} on {samples:,} samples" if samples else "without data"
         parts[0] += f" Asked for: {md(c.method)}, {what}, {data}."
-        parts.append(sparsity_table([_shown(m) for m in content.sparsity.matrices.values()]))
+        matrices = content.sparsity.matrices.values()
+        shown = [dataclasses.replace(m, stack=code(m.stack), role=code(m.role)) for m in matrices]
+        parts.append(sparsity_table(shown))
     parts.append("The zeros are stored like any other number: the checkpoint is neither smaller nor faster by them.")
     return "\n\n".join(parts)
-
-
-def _shown(matrix: Any) -> Any:
-    return dataclasses.replace(matrix, stack=code(matrix.stack), role=code(matrix.role))

@@ -1,16 +1,23 @@
-"""Words that the Hub takes in the metadata of a card: what it would refuse is refused here, before anything is made
-there.
+"""What only the person who publishes a model can tell (its licence, its language, the names of its data), and the words
+that the Hub takes for it: what it would refuse is refused here, before anything is made there.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ..core.plain_text import did_you_mean, quoted
 from ..errors import ConfigError
 
-__all__ = ["ERRORS", "LICENSES", "METRICS", "check_language", "check_license", "check_tags", "check_task"]
+__all__ = ["ERRORS", "LICENSES", "METRICS", "Told", "check_language", "check_license", "hub_id"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -59,11 +66,7 @@ METRICS = _words(
 
 
 def check_license(license: str | None) -> None:
-    """Refuse a licence that the Hub would refuse.
-
-    Raises:
-        ConfigError: naming the nearest id.
-    """
+    """Refuse a licence that the Hub would refuse, by a ConfigError that names the nearest id."""
     if license is None or license in LICENSES:
         return
     raise ConfigError(
@@ -73,25 +76,8 @@ def check_license(license: str | None) -> None:
     )
 
 
-def check_task(tasks: Iterable[str]) -> None:
-    """Refuse what is no task of the Hub.
-
-    Raises:
-        ConfigError: naming the nearest one.
-    """
-    for task in tasks:
-        if task not in TASKS:
-            raise ConfigError(
-                f"The Hub knows no task {quoted(task)}.{did_you_mean(task, TASKS)} They are listed at https://huggingface.co/tasks."
-            )
-
-
 def check_language(languages: Iterable[str]) -> None:
-    """Refuse what is no code of a language.
-
-    Raises:
-        ConfigError: if one is not.
-    """
+    """Refuse what is no code of a language, by a ConfigError."""
     for language in languages:
         if not _LANGUAGE.fullmatch(language):
             raise ConfigError(
@@ -99,12 +85,75 @@ def check_language(languages: Iterable[str]) -> None:
             )
 
 
-def check_tags(tags: Iterable[str]) -> None:
-    """Refuse tags that are no short visible texts.
+def _check_task(task: str) -> None:
+    if task not in TASKS:
+        raise ConfigError(
+            f"The Hub knows no task {quoted(task)}.{did_you_mean(task, TASKS)} They are listed at https://huggingface.co/tasks."
+        )
+
+
+def _check_tag(tag: str) -> None:
+    if not 0 < len(tag) <= _LONGEST_TAG or not tag.isprintable():
+        raise ConfigError(f"A tag is a visible text of at most {_LONGEST_TAG} characters, found {quoted(tag)}.")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What was told for a card, as `create_model_card` takes it. Of several values a single one may be given as it is.
 
     Raises:
-        ConfigError: if one is not.
+        ConfigError: if the Hub would refuse it; the message says which word is wrong.
     """
-    for tag in tags:
-        if not 0 < len(tag) <= _LONGEST_TAG or not tag.isprintable():
-            raise ConfigError(f"A tag is a visible text of at most {_LONGEST_TAG} characters, found {quoted(tag)}.")
+
+    model_name: str | None = None
+    language: str | Sequence[str] | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    tags: str | Sequence[str] | None = None
+    finetuned_from: str | None = None
+    tasks: str | Sequence[str] | None = None
+    dataset_tags: str | Sequence[str] | None = None
+    dataset: str | Sequence[str] | None = None
+    dataset_args: str | Sequence[str] | None = None
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("language", "tags", "tasks", "dataset_tags", "dataset", "dataset_args"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        check_license(self.license)
+        check_language(self.language or ())
+        for tag in self.tags or ():
+            _check_tag(tag)
+        for task in self.tasks or ():
+            _check_task(task)
+        for name in (self.finetuned_from, *(self.dataset_tags or ())):
+            if name is not None and (hub_id(name) is None or os.path.exists(name)):
+                raise ConfigError(
+                    f"{name!r} is not the id of a repository on the Hub (ORG/NAME). A card must not name local paths."
+                )
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> Self:
+        """What was told among the arguments of a function that names them as the fields are named."""
+        return cls(**{spec.name: arguments[spec.name] for spec in dataclasses.fields(cls)})
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys of a card's metadata that were told."""
+        called = {"finetuned_from": "base_model", "tasks": "pipeline_tag"}
+        told = [spec.name for spec in dataclasses.fields(self) if getattr(self, spec.name)]
+        return {called.get(name, name) for name in told}
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name without a revision, if it can be a Hub id."""
+    if not name:
+        return None
+    name = name.partition("@")[0]
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
