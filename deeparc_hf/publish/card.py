@@ -25,7 +25,7 @@ from .gather import content_of_folder, content_of_model, with_reports
 from .merging import bare_metadata, kept_message, made_by_us, marked, may_replace, merged
 from .metadata import licences, metadata
 from .usage import reproduce, usage
-from .vocabulary import Told
+from .vocabulary import Given
 
 __all__ = [
     "CARD_FILE",
@@ -103,11 +103,11 @@ def create_model_card(
         UnsupportedModelError: if the model is of an unknown kind.
         ConfigError: if the Hub would refuse what is given (a licence that it does not know, say).
     """
-    told = Told.among(locals())
+    given = Given.among(locals())
     return make_card(
         trainer_or_model,
         path,
-        told=told,
+        given=given,
         repo_id=repo_id,
         processing_class=processing_class,
         reports=reports,
@@ -119,7 +119,7 @@ def make_card(
     trainer_or_model: Any,
     path: str | os.PathLike[str] | None = None,
     *,
-    told: Told | None = None,
+    given: Given | None = None,
     repo_id: str | None = None,
     processing_class: Any = None,
     reports: str | os.PathLike[str] | None = None,
@@ -135,18 +135,18 @@ def make_card(
         own: as in `with_reports`.
         phase: of the run, where it is known better than its report says.
     """
-    told = told or Told()
+    given = given or Given()
     source = Source.of(trainer_or_model)
     content, default_name = _gather(source, processing_class, reports, own)
-    name = (told.model_name or repo_id or default_name or "").rpartition("/")[2] or None
+    name = (given.model_name or repo_id or default_name or "").rpartition("/")[2] or None
     run = content.run if phase is None or not content.run else {**content.run, "phase": phase}
-    content = dataclasses.replace(content, name=name, told=told, run=run)
+    content = dataclasses.replace(content, name=name, given=given, run=run)
     content = dataclasses.replace(content, licences=licences(content))
     target = Path(path) if path is not None else None if source.output is None else source.output / CARD_FILE
     pictures = () if target is None else _draw(content, target.parent)
     card = render(content, repo_id or default_name or name or "org/model", pictures, revision)
     if target is not None:
-        card = merged(card, bare_metadata(target), told.keys)
+        card = merged(card, bare_metadata(target), given.keys)
         if not source.writes:
             return card, content
         if may_replace(target) or overwrite:
@@ -210,6 +210,8 @@ class Source:
         Raises:
             FileNotFoundError: if there is no such folder. ConfigError: if it is something else.
         """
+        if isinstance(given, cls):
+            return given
         if isinstance(given, (str, os.PathLike)):
             folder = Path(given)
             if not folder.is_dir():

@@ -12,7 +12,7 @@ from ..pruning.plan import PruningPlan
 from ..reports.attempts import Attempt, Evaluation
 from ..reports.run_report import RUN_REPORT
 from ..sparsity.report import SparsityReport
-from .vocabulary import Told, hub_id
+from .vocabulary import Given, hub_id
 
 __all__ = ["RUN_FILE", "CardContent"]
 
@@ -48,7 +48,7 @@ class CardContent:
             measured.
         reports: names of the files that tell of this model.
         name: of the model.
-        told: what the publisher told.
+        given: what only the publisher can tell.
         licences: of the base model and the data, by Hub id ("org/name", "datasets/org/name").
     """
 
@@ -75,7 +75,7 @@ class CardContent:
     speed: Mapping[str, float] = field(default_factory=dict)
     reports: tuple[str, ...] = ()
     name: str | None = None
-    told: Told = field(default_factory=Told)
+    given: Given = field(default_factory=Given)
     licences: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -139,37 +139,37 @@ class CardContent:
     @property
     def base(self) -> str | None:
         """Hub id of the model that was pruned first; None where it is not known."""
-        return hub_id(self.told.finetuned_from or self.record.base_model)
+        return hub_id(self.given.finetuned_from or self.record.base_model)
 
     @property
     def datasets(self) -> list[str]:
         """Hub ids of the data, each once."""
-        known = [*(self.told.dataset_tags or ()), *(data["id"] for data in self.data.values() if "id" in data)]
+        known = [*(self.given.dataset_tags or ()), *(data["id"] for data in self.data.values() if "id" in data)]
         return [name for name in dict.fromkeys(map(hub_id, known)) if name is not None]
 
     @property
     def one_unnamed_set(self) -> bool:
-        """Whether what was told of the data is of the data that was evaluated on: of several sets it is not known which
+        """Whether what was given for the data is for the data that was evaluated on: of several it is not known which
         one is meant. The splits of one data set (validation and test, say) are not several.
         """
         unnamed = [(e.split_of(next(iter(e.metrics), "")), e.data) for e in self.final if "id" not in e.data]
         return all(data == other for split, data in unnamed for same, other in unnamed if split == same)
 
-    def told_of(self, data: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
-        """Hub id, name and configuration that were told of some data; None where it is not clear that it is meant."""
+    def given_for(self, data: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
+        """Hub id, name and configuration that were given for some data; None where it is not clear that it is meant."""
         if "id" in data or not self.one_unnamed_set:
             return None, None, None
-        ids, names, configs = self.told.dataset_tags, self.told.dataset, self.told.dataset_args
+        ids, names, configs = self.given.dataset_tags, self.given.dataset, self.given.dataset_args
         return ids[0] if len(ids) == 1 else None, names[0] if names else None, configs[0] if configs else None
 
     def id_of(self, data: Mapping[str, Any]) -> str | None:
-        """The Hub id of some data: as the data set itself knows it, else as it was told."""
-        return str(data["id"]) if "id" in data else self.told_of(data)[0]
+        """The Hub id of some data: as the data set itself knows it, else as it was given."""
+        return str(data["id"]) if "id" in data else self.given_for(data)[0]
 
     def words_of(self, data: Mapping[str, Any]) -> list[str]:
         """The name of some data for people and its configuration, as Markdown; empty where it has no name."""
-        _, told_name, told_config = self.told_of(data)
+        _, given_name, given_config = self.given_for(data)
         known = self.id_of(data)
-        name = linked(known, "datasets/") if known else md(told_name or "") if len(self.told.dataset) == 1 else ""
-        config = data.get("config") or (told_config if name else None)
+        name = linked(known, "datasets/") if known else md(given_name or "") if len(self.given.dataset) == 1 else ""
+        config = data.get("config") or (given_config if name else None)
         return [part for part in (name, md(config) if config else "") if part]

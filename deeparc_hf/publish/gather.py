@@ -191,7 +191,7 @@ def _read(path: Path, reader: Callable[[Entry], Any]) -> Any:
         ) from error
 
 
-def _told_by(content: CardContent, *files: str, **known: Any) -> CardContent:
+def _from_files(content: CardContent, *files: str, **known: Any) -> CardContent:
     """With what is told by files of these names, which are of this model."""
     return dataclasses.replace(content, reports=(*content.reports, *files), **known)
 
@@ -203,10 +203,9 @@ def _with_run(content: CardContent, entry: Entry, own: bool) -> CardContent:
     final = _evaluations_in(entry.get("final"))
     standing = [attempt for attempt in attempts[1:] if not attempt.is_taken_back]
     last = content.attempts[-1] if content.attempts else None
+    mine = content.left in ({}, attempts[0].blocks)  # nothing was pruned in that run, or all of it was taken back
     if standing:
         mine = last is not None and standing[-1].removed == last.removed and standing[-1].blocks == last.blocks
-    else:  # nothing was pruned in that run, or all of it was taken back
-        mine = content.left in ({}, attempts[0].blocks)
     inside = tuple(evaluation for attempt in attempts for evaluation in attempt.evaluations)
     if not mine or not (own or content.mark is None or _is_marked(content, entry, inside, final)):
         return content
@@ -217,7 +216,7 @@ def _with_run(content: CardContent, entry: Entry, own: bool) -> CardContent:
         attempts = (*earlier, *(_renumbered(attempt, len(earlier)) for attempt in attempts))
     before, now = content.parameters
     first = attempts[0].parameters if content.removed and not earlier else None if content.removed else now
-    return _told_by(
+    return _from_files(
         _with_training(content, entry, inside, final),
         RUN_FILE,
         f"{RUN_REPORT}.md",
@@ -305,7 +304,7 @@ def _with_report(content: CardContent, entry: Entry) -> CardContent:
     measured = [row.get("parameters") for row in entry["measurements"].items()]
     counts = [None if count is None else count.whole() for count in measured] or [None]
     before, now = content.parameters
-    return _told_by(
+    return _from_files(
         content,
         REPORT_FILE,
         REPORT_FILE.replace(".json", ".md"),
@@ -321,12 +320,12 @@ def _with_sparsity(content: CardContent, entry: Entry) -> CardContent:
         return content
     alone = "matrices" in entry.entries()
     entry.must_be(alone or "report" in entry.value, "the report of a sparsification")
-    zeroing = entry.value if alone else entry.value["report"]
-    report = None if zeroing is None else SparsityReport.from_dict(zeroing)
+    zeroing = entry if alone else entry.get("report")
+    report = None if zeroing is None else SparsityReport.from_dict(zeroing.value)
     if report is not None and abs(report.measured - content.zeros[0] / max(1, content.zeros[1])) > _SAME_SHARE:
         return content  # more was zeroed since, or it is of another model
     files = () if report is None else (SPARSITY_FILE, SPARSITY_FILE.replace(".json", ".md"))
-    content = _told_by(content, *files, sparsity=report, zeroed_in_training=not alone)
+    content = _from_files(content, *files, sparsity=report, zeroed_in_training=not alone)
     if "evaluations" not in entry.value:
         return content
     evaluations = [each for each in entry["evaluations"].items(_MOST_EVALUATIONS) if each["sparse"].value]
@@ -350,21 +349,21 @@ def _with_evaluations(content: CardContent, entry: Entry, beside: bool) -> CardC
         return content
     speed = entry.get("speed")
     figures = {} if speed is None else {key: speed[key].number() for key in _SPEED}
-    return _told_by(content, EVALUATIONS_FILE, final=_latest((*content.final, *mine)), speed=figures)
+    return _from_files(content, EVALUATIONS_FILE, final=_latest((*content.final, *mine)), speed=figures)
 
 
 def _with_plan(content: CardContent, entry: Entry) -> CardContent:
     """With the plan, if it is the one that the last pruning carried out."""
     plan = PruningPlan.from_dict(entry.value)
-    told = _told_by(content, PLAN_FILE, plan=plan)
+    fitting = _from_files(content, PLAN_FILE, plan=plan)
     fits = (
         bool(plan.removed)
         and _left(plan) == content.left
         # to the last digit
         and content.last_pruning.get("thresholds") == {name: stack.threshold for name, stack in plan.stacks.items()}
-        and all(len(numbers) == len(plan.stacks[name]) for name, numbers in told.numbers.items())
+        and all(len(numbers) == len(plan.stacks[name]) for name, numbers in fitting.numbers.items())
     )
-    return told if fits else content
+    return fitting if fits else content
 
 
 def _left(plan: PruningPlan) -> dict[str, int]:

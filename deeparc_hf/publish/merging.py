@@ -71,13 +71,13 @@ def _only_metadata(text: str) -> dict[str, Any] | None:
     return data if data and all(isinstance(key, str) for key in data) else None
 
 
-def merged(card: ModelCard, theirs: Mapping[str, Any], told: Collection[str] = ()) -> ModelCard:
-    """Our card with the metadata that somebody set before: theirs stay, lists add up, and what was told now counts
+def merged(card: ModelCard, theirs: Mapping[str, Any], given: Collection[str] = ()) -> ModelCard:
+    """Our card with the metadata that somebody set before: theirs stay, lists add up, and what was given now counts
     more.
 
     Args:
         theirs: the metadata that was there.
-        told: the keys that were given for this card.
+        given: the keys that were given for this card.
     """
     if not theirs:
         return card
@@ -88,7 +88,7 @@ def merged(card: ModelCard, theirs: Mapping[str, Any], told: Collection[str] = (
         if key in _LISTS and key in ours:
             named = [entry for entry in _many(value) if isinstance(entry, str)]
             ours[key] = list(dict.fromkeys([*_many(ours[key]), *named]))
-        elif key not in told and (key not in ours or key in _THEIRS):
+        elif key not in given and (key not in ours or key in _THEIRS):
             ours[key] = value
     return marked(f"---\n{yaml_dump(ours, sort_keys=False)}---\n\n{body[page.end() :] if page is not None else body}")
 

@@ -26,16 +26,16 @@ _WORD = re.compile(r"[\w.,:%+/ \[\]-]{1,100}", re.ASCII)
 
 def metadata(content: CardContent) -> ModelCardData:
     """The metadata of the card."""
-    told, base = content.told, content.base
+    given, base = content.given, content.base
     results = _results(content)
     kinds = list(dict.fromkeys(result.metric_type for result in results if not result.metric_type.endswith("loss")))
     known: dict[str, Any] = {
-        "language": list(told.language) or None,
-        "license": told.license or allowed(content.licences.get(base or ""), LICENSES),
-        "license_name": told.license_name,
-        "license_link": told.license_link,
+        "language": list(given.language) or None,
+        "license": given.license or allowed(content.licences.get(base or ""), LICENSES),
+        "license_name": given.license_name,
+        "license_link": given.license_link,
         "library_name": content.library,
-        "pipeline_tag": next(iter(told.tasks), None) or pipeline_tag(content),
+        "pipeline_tag": next(iter(given.tasks), None) or pipeline_tag(content),
         "tags": _tags(content),
         "base_model": base,
         "base_model_relation": "finetune" if base else None,
@@ -56,19 +56,19 @@ def _tags(content: CardContent) -> list[str]:
         tags += ["pruned", "depth-pruning", *([metric] if metric else [])]
     if content.zeros is not None:
         tags += ["sparse", *([plain(content.sparsity.config.method, 40)] if content.sparsity is not None else [])]
-    return list(dict.fromkeys([*tags, *(plain(tag, 80) for tag in content.told.tags)]))
+    return list(dict.fromkeys([*tags, *(plain(tag, 80) for tag in content.given.tags)]))
 
 
 def _results(content: CardContent) -> list[EvalResult]:
     """Every metric that was measured of the model as it is; of one that is known of test data, not that of validation
     data too.
     """
-    task = next(iter(content.told.tasks), None) or task_of(content)[0] or "other"
+    task = next(iter(content.given.tasks), None) or task_of(content)[0] or "other"
     keys = {key for evaluation in content.final for key in evaluation.metrics}
     results = []
     for evaluation in content.final:
         data, known = evaluation.data, hub_id(content.id_of(evaluation.data))
-        _, told_name, told_config = content.told_of(data)
+        _, given_name, given_config = content.given_for(data)
         for key, value in evaluation.metrics.items():
             if key.startswith("eval_") and f"test_{key.removeprefix('eval_')}" in keys:
                 continue
@@ -77,8 +77,8 @@ def _results(content: CardContent) -> list[EvalResult]:
                 EvalResult(
                     task_type=task,
                     dataset_type=known or UNKNOWN,
-                    dataset_name=plain(told_name or known or UNKNOWN, 96),
-                    dataset_config=_word(data.get("config")) or told_config,
+                    dataset_name=plain(given_name or known or UNKNOWN, 96),
+                    dataset_config=_word(data.get("config")) or given_config,
                     dataset_split=_word(evaluation.split_of(key)),
                     dataset_revision=_word(data.get("revision")),
                     metric_type=kind,

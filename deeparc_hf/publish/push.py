@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..errors import ConfigError, DeepArcWarning
 from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, Source, make_card
 from .files import REPORTS, checkpoint_files, outdated
 from .merging import bare_metadata, kept_message, may_replace, merged
-from .vocabulary import Told
+from .vocabulary import Given
 
 __all__ = ["push_to_hub"]
 
@@ -93,7 +94,7 @@ def push_to_hub(
         huggingface_hub.errors.HfHubHTTPError: with a line of help, if the Hub refuses; other errors of
             huggingface_hub if the upload breaks off.
     """
-    told = Told.among(locals())
+    given = Given.among(locals())
     source = Source.of(trainer_or_model)
     if (args := source.args) is not None:
         repo_id = repo_id or args.hub_model_id or Path(args.output_dir).resolve().name
@@ -109,27 +110,33 @@ def push_to_hub(
         if process_index() != 0 or not source.writes:
             return None
         # what is wrong with the checkpoint or its card is said before anything is made on the Hub
-        files = checkpoint_files(saved)
-        settings = {"told": told, "processing_class": processing_class, "reports": reports, "revision": revision}
-
-        def make(name: str) -> dict[str, Path]:
-            return _with_card(trainer_or_model, source, stage, files, card, name, overwrite=overwrite, **settings)
-
+        make = partial(
+            _with_card,
+            checkpoint_files(saved),
+            source,
+            stage,
+            card,
+            given=given,
+            processing_class=processing_class,
+            reports=reports,
+            revision=revision,
+            overwrite=overwrite,
+        )
         with hub_help(repo_id):
             api = HfApi(token=token)
             if create_pr and "/" not in repo_id:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
-            files = make(repo_id)
+            files = make(repo_id=repo_id)
             whole = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if whole != repo_id and card is None:  # the code in the card names the repository
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", DeepArcWarning)  # they were given above
-                    files = make(whole)
+                    files = make(repo_id=whole)
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(whole, branch=revision, exist_ok=True)
             what = "model" if source.model is None else type(source.model).__name__
             message = commit_message or f"Upload {what} with deeparc_hf"
-            keep = None if overwrite or card is not None else told.keys
+            keep = None if overwrite or card is not None else given.keys
             return _commit(api, whole, files, revision, create_pr, message, keep)
 
 
@@ -152,12 +159,10 @@ def _saved(source: Source, stage: Path, processing_class: Any) -> Path:
 
 
 def _with_card(
-    trainer_or_model: Any,
+    files: Mapping[str, Path],
     source: Source,
     stage: Path,
-    files: Mapping[str, Path],
     card: ModelCard | None,
-    repo_id: str,
     *,
     reports: str | os.PathLike[str] | None,
     overwrite: bool,
@@ -175,16 +180,16 @@ def _with_card(
     written = None if folder is None else folder / CARD_FILE
     if written is not None and written.is_file() and bare_metadata(written):
         shutil.copy(written, target)  # its metadata is taken over
-    content = make_card(trainer_or_model, target, repo_id=repo_id, reports=reports, overwrite=overwrite, **settings)[1]
+    content = make_card(source, target, reports=reports, overwrite=overwrite, **settings)[1]
     if card is not None:
         target.write_text(str(card), "utf-8")
     elif written is not None and not overwrite and not may_replace(written):
         how = "push_to_hub(..., overwrite=True) (--overwrite)"
-        warnings.warn(kept_message(written, how), DeepArcWarning, stacklevel=4)
+        warnings.warn(kept_message(written, how), DeepArcWarning, stacklevel=3)
         shutil.copy(written, target)
     made = {name: stage / name for name in (CARD_FILE, PICTURE_FILE, QUALITY_FILE)}
-    told_by = {} if folder is None else {name: folder / name for name in content.reports}
-    return {**files, **{name: path for name, path in {**told_by, **made}.items() if path.is_file()}}
+    read = {} if folder is None else {name: folder / name for name in content.reports}
+    return {**files, **{name: path for name, path in {**read, **made}.items() if path.is_file()}}
 
 
 def _commit(
@@ -194,19 +199,19 @@ def _commit(
     revision: str | None,
     create_pr: bool,
     message: str,
-    told: Collection[str] | None,
+    given: Collection[str] | None,
 ) -> CommitInfo:
     """One commit on the newest one: if another came first, again on that.
 
     Args:
-        told: the metadata that was given for the card; None if the card replaces whatever is there.
+        given: the metadata that was given for the card; None if the card replaces whatever is there.
     """
     for attempt in range(_TRIES):
         head = api.repo_info(repo_id, revision=revision).sha
         there = api.list_repo_files(repo_id, revision=head)
         mine: dict[str, Path | bytes] = dict(files)
-        if told is not None and CARD_FILE in there:
-            mine = _beside_theirs(api, repo_id, head, mine, told)
+        if given is not None and CARD_FILE in there:
+            mine = _beside_theirs(api, repo_id, head, mine, given)
         adds = [CommitOperationAdd(name, path) for name, path in sorted(mine.items())]
         goes = [CommitOperationDelete(name) for name in outdated(there, files)]
         try:
@@ -226,7 +231,7 @@ def _commit(
 
 
 def _beside_theirs(
-    api: HfApi, repo_id: str, head: str | None, files: Mapping[str, Path | bytes], told: Collection[str]
+    api: HfApi, repo_id: str, head: str | None, files: Mapping[str, Path | bytes], given: Collection[str]
 ) -> dict[str, Path | bytes]:
     """The files without our card where somebody wrote one on the Hub, and with the metadata that was set there."""
     ours = Path(str(files[CARD_FILE]))
@@ -235,7 +240,7 @@ def _beside_theirs(
         if not may_replace(ours):
             return dict(files)  # the one at hand was written by somebody, too
         if may_replace(theirs):
-            card = merged(ModelCard(ours.read_text("utf-8")), bare_metadata(theirs), told)
+            card = merged(ModelCard(ours.read_text("utf-8")), bare_metadata(theirs), given)
             return {**files, CARD_FILE: str(card).encode()}
     where = f"{CARD_FILE} of {repo_id} on the Hub"
     warnings.warn(kept_message(where, "push_to_hub(..., overwrite=True) (--overwrite)"), DeepArcWarning, stacklevel=4)

@@ -69,8 +69,9 @@ def summary(content: CardContent) -> str:
 
 def _how_chosen(content: CardContent) -> str:
     metrics = [(noted.get("settings") or {}).get("similarity") for noted in content.record.iterations]
-    same = bool(metrics) and all(metric == metrics[0] for metric in metrics)
-    metric = metrics[0] if same else ""  # of all prunings, or of none
+    metric = metrics[0] if metrics else ""
+    if any(other != metric for other in metrics):  # it is told of all prunings, or of none
+        return ""
     if metric is None:
         return " (chosen by hand)"
     return f" (found by {_METRICS.get(metric, md(metric))})" if isinstance(metric, str) and metric else ""
@@ -88,24 +89,25 @@ def steps_note(content: CardContent) -> str:
 def iterations_note(content: CardContent) -> str:
     """What the columns are, and the hardware and batch of the times."""
     notes = ["Blocks: by stack." if len(content.record.stacks) > 1 else ""]
-    if content.from_run:
-        inside = {e.split_of(key) for a in content.attempts for e in a.evaluations for key in e.metrics} - {None}
-        where = f" on {md(' and '.join(sorted(map(str, inside))))} data" if inside else ""
+    if not content.from_run:
+        return notes[0]
+    inside = {e.split_of(key) for a in content.attempts for e in a.evaluations for key in e.metrics} - {None}
+    where = f" on {md(' and '.join(sorted(map(str, inside))))} data" if inside else ""
+    notes.append(
+        f"The last figure of each training{where}; the pruned models were trained for longer than the one before "
+        "pruning."
+    )
+    run = content.run
+    if run.get("max_drop") is not None and run.get("baseline") is not None:
         notes.append(
-            f"The last figure of each training{where}; the pruned models were trained for longer than the one before "
-            "pruning."
+            f"A pruning was accepted while {md(run['metric'])} got worse by no more than {run['max_drop']:g} from "
+            f"{run['baseline']:.4g}."
         )
-        s = content.run
-        if s.get("max_drop") is not None and s.get("baseline") is not None:
-            notes.append(
-                f"A pruning was accepted while {md(s['metric'])} got worse by no more than {s['max_drop']:g} from "
-                f"{s['baseline']:.4g}."
-            )
-        if s.get("zeroed_at") is not None:
-            notes.append(
-                f"Weights were zeroed at optimizer step {s['zeroed_at']:,}: figures from there on are of the sparse "
-                "model."
-            )
+    if run.get("zeroed_at") is not None:
+        notes.append(
+            f"Weights were zeroed at optimizer step {run['zeroed_at']:,}: figures from there on are of the sparse "
+            "model."
+        )
     return " ".join(note for note in notes if note)
 
 
@@ -235,11 +237,11 @@ def made(content: CardContent) -> str:
 
 def _made_from(content: CardContent, data: Mapping[str, Any]) -> str:
     words = content.words_of(data)
-    told = " (as told by who published this)" if words and "id" not in data else ""
+    given = " (as told by who published this)" if words and "id" not in data else ""
     rows = f", {data['rows']:,} rows" if "rows" in data else ""
     commit = f", commit {code(data['revision'])}" if "revision" in data else ""
     parts = [*(words or ["not named"]), *([md(data["split"])] if "split" in data else [])]
-    return f"{', '.join(parts)}{told}{rows}{commit}{_licence(content, f'datasets/{content.id_of(data)}')}"
+    return f"{', '.join(parts)}{given}{rows}{commit}{_licence(content, f'datasets/{content.id_of(data)}')}"
 
 
 def _licence(content: CardContent, name: str) -> str:

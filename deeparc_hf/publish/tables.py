@@ -61,21 +61,17 @@ def iterations_table(content: CardContent) -> str | None:
         unknown = first is None or value is None or attempt.k is None
         changes.append(None if unknown else value - first)
     seconds = [attempt.training_seconds or None for attempt in attempts]
-    columns: list[tuple[str, list[str]]] = [
-        ("model", [md(attempt.name) for attempt in attempts]),
-        ("blocks", [" + ".join(map(str, attempt.blocks.values())) or "-" for attempt in attempts]),
-        ("parameters", [_or_dash(attempt.parameters, ",") for attempt in attempts]),
+    columns = [
+        (True, "model", [md(attempt.name) for attempt in attempts]),
+        (True, "blocks", [" + ".join(map(str, attempt.blocks.values())) or "-" for attempt in attempts]),
+        (True, "parameters", [_or_dash(attempt.parameters, ",") for attempt in attempts]),
+        (measured, md(metric), list(map(_number, last))),
+        (first is not None, "change", [_or_dash(change, "+.4f") for change in changes]),
+        (any(seconds), "training (s)", [_or_dash(value, ",.1f") for value in seconds]),
+        (verdicts, "verdict", [md(attempt.decision or "-") for attempt in attempts]),
     ]
-    if measured:
-        columns.append((md(metric), list(map(_number, last))))
-    if first is not None:
-        columns.append(("change", [_or_dash(change, "+.4f") for change in changes]))
-    if any(seconds):
-        columns.append(("training (s)", [_or_dash(value, ",.1f") for value in seconds]))
-    if verdicts:
-        columns.append(("verdict", [md(attempt.decision or "-") for attempt in attempts]))
-    titles, cells = zip(*columns, strict=True)
-    return table(titles, zip(*cells, strict=True), left=(0, len(columns) - 1) if verdicts else (0,))
+    _, titles, cells = zip(*(column for column in columns if column[0]), strict=True)
+    return table(titles, zip(*cells, strict=True), left=(0, len(titles) - 1) if verdicts else (0,))
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -81,29 +81,28 @@ def usage(content: CardContent, repo_id: str, revision: str | None = None) -> st
             "    print(model(torch.randn(1, "
             f"*model.pretrained_cfg['input_size'])){'.shape' if content.headless else '.argmax(-1)'})"
         )
-    fits = content.processor == ("image processor" if task == "image-classification" else "tokenizer")
-    if task in _PIPELINES and fits:
+    needed = "image processor" if task == "image-classification" else "tokenizer"
+    if task in _PIPELINES and content.processor == needed:
         return f'from transformers import pipeline\n\nmodel = pipeline("{task}", {name})\n{_PIPELINES[task]}'
-    if task == "text2text-generation" and fits:
-        return (
-            f"from transformers import {auto_class}, AutoTokenizer\n\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
-            f"model = {auto_class}.from_pretrained({name})\n"
-            'inputs = tokenizer("A text of the kind that the model was trained on.", return_tensors="pt")\n'
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))"
-        )
-    lines = [f"from transformers import {auto_class}", "", f"model = {auto_class}.from_pretrained({name})"]
-    if content.processor == "tokenizer":
-        lines[0] += ", AutoTokenizer"
-        lines.insert(2, f"tokenizer = AutoTokenizer.from_pretrained({name})")
-    return "\n".join([*lines, "print(model.config)"])
+    tokenized = content.processor == "tokenizer"
+    lines = [f"from transformers import {auto_class}{', AutoTokenizer' if tokenized else ''}", ""]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"] if tokenized else []
+    lines.append(f"model = {auto_class}.from_pretrained({name})")
+    if task == "text2text-generation" and tokenized:
+        lines += [
+            'inputs = tokenizer("A text of the kind that the model was trained on.", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0], skip_special_tokens=True))",
+        ]
+    else:
+        lines.append("print(model.config)")
+    return "\n".join(lines)
 
 
 def reproduce(content: CardContent, repo_id: str) -> str:
     """The settings, and the ways to make the model, or its structure, again."""
     parts = []
-    if content.told.command:
-        parts += ["Made by:", fenced(content.told.command, "bash")]
+    if content.given.command:
+        parts += ["Made by:", fenced(content.given.command, "bash")]
     if content.removed and not content.compared:
         chosen = {name: list(blocks) for name, blocks in content.record.removed.items() if blocks}
         by_hand = f"from deeparc_hf import remove_blocks\n\nremove_blocks(model, {_python(chosen)})"

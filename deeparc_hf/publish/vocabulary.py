@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..core.plain_text import did_you_mean, quoted
 from ..errors import ConfigError
 
-__all__ = ["ERRORS", "LICENSES", "METRICS", "Told", "check_language", "check_license", "hub_id"]
+__all__ = ["ERRORS", "LICENSES", "METRICS", "Given", "check_language", "check_license", "hub_id"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -98,8 +98,8 @@ def _check_tag(tag: str) -> None:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What was told for a card, as `create_model_card` takes it. Of several values a single one may be given as it is.
+class Given:
+    """What was given for a card, as `create_model_card` takes it. Of several values a single one may be given as it is.
 
     Raises:
         ConfigError: if the Hub would refuse it; the message says which word is wrong.
@@ -136,15 +136,15 @@ class Told:
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> Self:
-        """What was told among the arguments of a function that names them as the fields are named."""
+        """What was given among the arguments of a function that names them as the fields are named."""
         return cls(**{spec.name: arguments[spec.name] for spec in dataclasses.fields(cls)})
 
     @property
     def keys(self) -> set[str]:
-        """The keys of a card's metadata that were told."""
+        """The keys of a card's metadata that were given."""
         called = {"finetuned_from": "base_model", "tasks": "pipeline_tag"}
-        told = [spec.name for spec in dataclasses.fields(self) if getattr(self, spec.name)]
-        return {called.get(name, name) for name in told}
+        given = [spec.name for spec in dataclasses.fields(self) if getattr(self, spec.name)]
+        return {called.get(name, name) for name in given}
 
 
 def hub_id(name: str | None) -> str | None:
