@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from pathlib import Path
 
 from ..errors import DeepArcWarning
 
 __all__ = ["warn_caller"]
 
-_PACKAGE = str(Path(__file__).parents[1])
+# what may stand between a user's line and the package: a Trainer that calls its callbacks, say
+_BETWEEN = ("deeparc_hf", "accelerate", "contextlib", "peft", "torch", "transformers")
 
 
 def warn_caller(text: str, category: type[Warning] = DeepArcWarning) -> None:
-    """Warn at the innermost line outside the package, however deep in it the reason is found.
-
-    To become `skip_file_prefixes` of `warnings.warn` when Python 3.11 is no longer supported.
+    """Warn at the innermost line that is neither the package's nor of a library that calls it, however deep the reason
+    is found.
     """
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, category, stacklevel=level)
