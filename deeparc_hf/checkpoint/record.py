@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +17,12 @@ from torch import nn
 
 from ..architectures import Layout, Subject, describe
 from ..architectures.hosts import RECORD_KEY
+from ..core.caller import warn_caller
 from ..core.checks import Entry, MalformedError, read_json
 from ..core.environment import package_versions
 from ..core.hub_help import hub_help
 from ..core.plain_text import LIMIT, listed, quoted
-from ..errors import DeepArcWarning, RecordError
+from ..errors import RecordError
 from .record_checks import check_iteration, check_sparsity, refuse_full, stack_in
 from .record_view import record_html
 
@@ -141,11 +141,9 @@ class PrunedConfig:
         entry["format_version"].whole(1, FORMAT_VERSION)
         unknown = sorted(map(str, set(entry.value) - set(_KEYS)))
         if unknown:
-            warnings.warn(
+            warn_caller(
                 "The pruning record has entries that this version of deeparc_hf does not know and ignores: "
                 f"{listed(unknown)}. pip install -U deeparc_hf may help.",
-                DeepArcWarning,
-                stacklevel=3,
             )
         stacks = {name: StackRecord(*stack_in(name, stack)) for name, stack in entry["stacks"].named().items()}
         iterations = entry["iterations"].items() if "iterations" in entry.value else []

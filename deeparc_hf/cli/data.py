@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers.utils import cached_file
 
 from ..architectures import find_host
 from ..checkpoint import loading as checkpoints
+from ..core.caller import warn_caller
 from ..core.hub_help import no_answer
 from ..core.plain_text import plain
 from ..errors import CalibrationError, CalibrationWarning, ConfigError, MissingDependencyError, UnsupportedModelError
@@ -256,7 +256,7 @@ def _warn_unused(root: nn.Module, takes: str, **given: str | None) -> None:
         if column is not None:
             option = f"--{name.replace('_', '-')}-column"
             message = f"{option} {plain(column)!r} is not used: {type(root).__name__} takes {takes}. Leave it out."
-            warnings.warn(message, CalibrationWarning, stacklevel=3)
+            warn_caller(message, CalibrationWarning)
 
 
 def _with_text(rows: Any, chosen: list[int], column: str) -> list[int]:
@@ -271,7 +271,7 @@ def _with_text(rows: Any, chosen: list[int], column: str) -> list[int]:
             f"{len(chosen) - len(full)} of the {len(chosen)} chosen rows have no text in the column {column!r}, "
             "and are left out."
         )
-        warnings.warn(message, CalibrationWarning, stacklevel=3)
+        warn_caller(message, CalibrationWarning)
     return full
 
 

@@ -9,13 +9,13 @@ import json
 import math
 import types
 import typing
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import ConfigError, DeepArcWarning
+from ..errors import ConfigError
+from .caller import warn_caller
 from .checks import MalformedError, read_json
 from .plain_text import did_you_mean, listed, quoted
 
@@ -59,11 +59,9 @@ class Settings:
         known = {spec.name for spec in dataclasses.fields(cls)}
         unknown = sorted(map(str, set(data) - known))
         if unknown:
-            warnings.warn(
+            warn_caller(
                 f"Settings that this version of deeparc_hf does not know are ignored: {listed(unknown)}. The file may "
                 "come from a newer version: pip install -U deeparc_hf.",
-                DeepArcWarning,
-                stacklevel=2,
             )
         return cls(**{key: value for key, value in data.items() if key in known})
 

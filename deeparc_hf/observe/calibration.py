@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import Host
+from ..core.caller import warn_caller
 from ..core.progress_bars import sample_bar, samples_in
 from ..errors import CalibrationWarning
 from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable, padding_masks
@@ -133,7 +133,7 @@ def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
             "compared like text. Put it into the batches, or give labels with -100 where there is padding"
         )
     if problem is not None:
-        warnings.warn(f"A calibration batch has {problem}.", CalibrationWarning, stacklevel=5)
+        warn_caller(f"A calibration batch has {problem}.", CalibrationWarning)
 
 
 def _holds(ids: Any, token: Any) -> bool:

@@ -4,7 +4,6 @@ to rely on.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import Stack
+from ..core.caller import warn_caller
 from ..errors import CalibrationError, CalibrationWarning
 from ..similarity import BlockMetric
 from ..similarity.base import add_to
@@ -134,15 +134,13 @@ def _require_enough(observers: Sequence[Observer], found: list[Observed], rows: 
                 "compared. Check that the samples differ and that the weights are loaded."
             )
         if observed.unmasked:
-            warnings.warn(
+            warn_caller(
                 f"Which positions of {stack} are padding cannot be told from the attention_mask, so padding was "
                 "compared like the rest. Give calibration samples of equal length.",
                 CalibrationWarning,
-                stacklevel=5,
             )
     if seen < _FEW_SAMPLES:
-        warnings.warn(
+        warn_caller(
             f"Blocks were compared on only {seen} samples: the similarities are rough. Give some hundreds of samples.",
             CalibrationWarning,
-            stacklevel=5,
         )

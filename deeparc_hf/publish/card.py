@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +14,10 @@ from typing import Any
 from huggingface_hub import ModelCard
 from torch import nn
 
+from ..core.caller import warn_caller
 from ..core.files import write_whole
 from ..core.markdown import fenced, folded, md
-from ..errors import ConfigError, DeepArcWarning, MissingDependencyError
+from ..errors import ConfigError, MissingDependencyError
 from ..pruning.heatmap import save_heatmap
 from . import blocks, overview, sections, tables
 from .content import CardContent
@@ -153,7 +153,7 @@ def make_card(
             target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, str(card))
         else:
-            warnings.warn(kept_message(target, "overwrite=True (--overwrite)"), DeepArcWarning, stacklevel=3)
+            warn_caller(kept_message(target, "overwrite=True (--overwrite)"))
     return card, content
 
 

@@ -16,9 +16,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..checkpoint.loading import save_pruned
+from ..core.caller import warn_caller
 from ..core.distributed import process_index
 from ..core.hub_help import hub_help
-from ..errors import ConfigError, DeepArcWarning
+from ..errors import ConfigError
 from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, Source, make_card
 from .files import REPORTS, checkpoint_files, outdated
 from .merging import bare_metadata, kept_message, may_replace, merged
@@ -130,7 +131,7 @@ def push_to_hub(
             whole = repo_id if create_pr else api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if whole != repo_id and card is None:  # the code in the card names the repository
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", DeepArcWarning)  # they were given above
+                    warnings.simplefilter("ignore")  # they were given above
                     files = make(repo_id=whole)
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 api.create_branch(whole, branch=revision, exist_ok=True)
@@ -185,7 +186,7 @@ def _with_card(
         target.write_text(str(card), "utf-8")
     elif written is not None and not overwrite and not may_replace(written):
         how = "push_to_hub(..., overwrite=True) (--overwrite)"
-        warnings.warn(kept_message(written, how), DeepArcWarning, stacklevel=3)
+        warn_caller(kept_message(written, how))
         shutil.copy(written, target)
     made = {name: stage / name for name in (CARD_FILE, PICTURE_FILE, QUALITY_FILE)}
     read = {} if folder is None else {name: folder / name for name in content.reports}
@@ -243,5 +244,5 @@ def _beside_theirs(
             card = merged(ModelCard(ours.read_text("utf-8")), bare_metadata(theirs), given)
             return {**files, CARD_FILE: str(card).encode()}
     where = f"{CARD_FILE} of {repo_id} on the Hub"
-    warnings.warn(kept_message(where, "push_to_hub(..., overwrite=True) (--overwrite)"), DeepArcWarning, stacklevel=4)
+    warn_caller(kept_message(where, "push_to_hub(..., overwrite=True) (--overwrite)"))
     return {name: path for name, path in files.items() if name != CARD_FILE}

@@ -8,7 +8,6 @@ activation outlives the forward pass that made it.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..architectures import Subject
+from ..core.caller import warn_caller
 from ..core.progress_bars import bar
 from ..errors import CalibrationError, CalibrationWarning
 from ..observe.axes import Axes
@@ -55,11 +55,10 @@ def measured_inputs(
     yield from (_block_by_block if sequential else _at_once)(subject, matrices, calibration, progress, unmasked)
     if unmasked:
         more = f" and {len(unmasked) - 1} more" if len(unmasked) > 1 else ""
-        warnings.warn(
+        warn_caller(
             f"The positions that {min(unmasked)}{more} computes on are not those of the attention mask, so padding "
             "counts among its inputs. Give batches of texts of about one length, or one text a batch.",
             CalibrationWarning,
-            stacklevel=4,
         )
 
 

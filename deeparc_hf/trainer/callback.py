@@ -4,7 +4,6 @@ brings a card that is made anew.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..core.caller import warn_caller
 from ..core.plain_text import plain
 from ..errors import DeepArcWarning
 from ..publish.card import CARD_FILE, make_card, may_replace
@@ -133,7 +133,7 @@ def _write_card(args: TrainingArguments, over: bool, model: nn.Module, processin
     try:
         if not may_replace(folder / CARD_FILE):
             how = "delete it, or deeparc_hf.push_to_hub(trainer, overwrite=True)"
-            warnings.warn(kept_message(folder / CARD_FILE, how), DeepArcWarning, stacklevel=3)
+            warn_caller(kept_message(folder / CARD_FILE, how))
             return
         make_card(
             model,
@@ -147,10 +147,8 @@ def _write_card(args: TrainingArguments, over: bool, model: nn.Module, processin
     except DeepArcWarning:  # where warnings are errors
         raise
     except Exception as error:
-        warnings.warn(
+        warn_caller(
             f"The model card could not be made ({type(error).__name__}: {plain(error, 400)}). The push goes on with "
             "the README.md that is there, if any; deeparc_hf.create_model_card(trainer) makes the card when the cause "
             "is gone.",
-            DeepArcWarning,
-            stacklevel=3,
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 
-from ..errors import DeepArcWarning
+from ..core.caller import warn_caller
 from ..pruning.config import MPruneConfig
 from .machine import Progress
 from .session import Session
@@ -122,12 +121,10 @@ def rewind(scheduler: Any, args: TrainingArguments, steps: int, *, own: bool, wh
     """
     if not isinstance(scheduler, LambdaLR):
         if scheduler is not None:
-            warnings.warn(
+            warn_caller(
                 f"The learning rate cannot be rewound for a {type(scheduler).__name__}: it goes on as it is in each "
                 "retraining. Use one of transformers' schedules (lr_scheduler_type) or a LambdaLR, or set "
                 "rewind_lr=False if this is what you want.",
-                DeepArcWarning,
-                stacklevel=2,
             )
         return False
     if own:

@@ -7,7 +7,6 @@ other blocks.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..architectures import Subject, describe
-from ..errors import ConfigError, DeepArcWarning
+from ..core.caller import warn_caller
+from ..errors import ConfigError
 
 __all__ = ["refuse_copies", "warn_of_copies"]
 
@@ -59,12 +59,10 @@ def warn_of_copies(callbacks: Iterable[Any], model: nn.Module | Subject) -> bool
         if _is_copy(value, parameters, inside)
     ]
     for callback, name in found:
-        warnings.warn(
+        warn_caller(
             f"{type(callback).__name__} holds what looks like a copy of the model's weights ({name}). If it goes "
             "through both side by side (an average of the weights, say), it will fail or pair other blocks after a "
             f"pruning. {_ADVICE}",
-            DeepArcWarning,
-            stacklevel=3,
         )
     return bool(found)
 

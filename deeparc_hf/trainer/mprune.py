@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,8 +9,9 @@ from torch.utils.data import Dataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.record import PrunedConfig, check_record, same_structure
+from ..core.caller import warn_caller
 from ..core.compat import calling_trainer
-from ..errors import ConfigError, DeepArcWarning, SurgeryError
+from ..errors import ConfigError, SurgeryError
 from ..observe.training_calibration import calibration_of
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
@@ -128,7 +128,7 @@ class MPruneCallback(SessionCallback):
         if is_sharded(args) and self.calibration is not None:
             doubt = pruned_untrained(self.config, model)
             if doubt is not None:
-                warnings.warn(doubt, DeepArcWarning, stacklevel=2)
+                warn_caller(doubt)
             self.plan = prune_before_sharding(
                 model, self.config, self.calibration, args, kwargs.get("processing_class")
             )

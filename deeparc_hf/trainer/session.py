@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers.integrations.integration_utils import default_logdir, get_repo
 
 from ..architectures import Subject, describe
 from ..checkpoint.record import PrunedConfig, current_record
-from ..errors import DeepArcWarning
+from ..core.caller import warn_caller
 from .evaluations import Evaluations
 from .schedule import steps_per_epoch
 
@@ -175,7 +174,7 @@ class Session:
 
     def warn(self, text: str) -> None:
         if self.is_main:
-            warnings.warn(text, DeepArcWarning, stacklevel=4)
+            warn_caller(text)
 
     def log(self, figures: Mapping[str, float]) -> None:
         """Add figures to the log history, and send them to every tracker, as `Trainer.log` does.
