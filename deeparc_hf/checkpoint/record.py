@@ -6,6 +6,7 @@ A downloaded record is hostile input: everything in it is checked before it is u
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -18,13 +19,13 @@ from torch import nn
 from ..architectures import Layout, Subject, describe
 from ..architectures.hosts import RECORD_KEY
 from ..core.caller import warn_caller
-from ..core.checks import Entry, MalformedError, read_json
+from ..core.checks import MAX_BLOCKS, MAX_ENTRIES, Entry, MalformedError, read_json
 from ..core.environment import package_versions
 from ..core.hub_help import hub_help
-from ..core.plain_text import LIMIT, listed, quoted
+from ..core.plain_text import LIMIT, listed, plain, quoted
+from ..core.tables import html_table, spans
 from ..errors import RecordError
-from .record_checks import check_iteration, check_sparsity, refuse_full, stack_in
-from .record_view import record_html
+from .record_checks import check_iteration, check_sparsity
 
 __all__ = [
     "PrunedConfig",
@@ -38,6 +39,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 _KEYS = ("format_version", "base_model", "base_revision", "stacks", "iterations", "sparsity", "versions")
+_TARGETS = ("num_blocks", "keep_ratio", "threshold")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,17 @@ class StackRecord:
 
     length: int
     kept: tuple[int, ...]
+
+    @classmethod
+    def read(cls, name: str, stack: Entry) -> StackRecord:
+        """Read a stack, checking everything; what is wrong is a MalformedError."""
+        Entry(name, "stacks").must_be(name.strip() == name, "named without spaces around the names")
+        length, kept = stack["length"].whole(1, MAX_BLOCKS), stack["kept"]
+        indices = kept.wholes(most=length)
+        rising = all(a < b for a, b in itertools.pairwise(indices))
+        good = bool(indices) and rising and indices[-1] < length
+        kept.must_be(good, f"rising block indices from 0 to {length - 1}, none twice")
+        return cls(length, indices)
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,25 @@ class PrunedConfig:
         return (zeros, size, len(matrices)) if matrices else None
 
     def _repr_html_(self) -> str:
-        return record_html(self)
+        """What is left of each stack, each pruning, zeroed weights; blocks by original numbers."""
+        base = self.base_model or "a checkpoint that is not on the Hub"
+        times = len(self.iterations)
+        what = f"Pruned {times} time{'s' * (times != 1)}" if self.stacks or times else "No block was removed"
+        stacks = [
+            [name, stack.length, len(stack.kept), spans(stack.kept), spans(self.removed[name])]
+            for name, stack in self.stacks.items()
+        ]
+        end = []
+        if self.zeros is not None:
+            zeros, size, matrices = self.zeros
+            end = [f"Zeroed weights: {100 * zeros / max(1, size):.2f} % of {size:,} in {matrices} matrices."]
+        headers = ["stack", "blocks before", "left", "these are left", "removed"]
+        table = html_table(f"{what}; before, {base}", headers, stacks, end)
+        if not times:
+            return table
+        headers = ["pruning", "removed", "frozen", "asked for", "samples"]
+        prunings = [[number, *_shown(entry)] for number, entry in enumerate(self.iterations, 1)]
+        return "\n".join([table, html_table("Prunings, oldest first", headers, prunings)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -145,7 +176,7 @@ class PrunedConfig:
                 "The pruning record has entries that this version of deeparc_hf does not know and ignores: "
                 f"{listed(unknown)}. pip install -U deeparc_hf may help.",
             )
-        stacks = {name: StackRecord(*stack_in(name, stack)) for name, stack in entry["stacks"].named().items()}
+        stacks = {name: StackRecord.read(name, stack) for name, stack in entry["stacks"].named().items()}
         iterations = entry["iterations"].items() if "iterations" in entry.value else []
         for iteration in iterations:
             check_iteration(iteration, {name: stack.length for name, stack in stacks.items()})
@@ -228,28 +259,32 @@ class PrunedConfig:
         A classifier calls "bert.encoder.layer" what the bare encoder calls "encoder.layer"; `prefix` ("bert") is what
         may differ.
         """
-        names = list(names)
         by_base = {name.removeprefix(f"{prefix}."): name for name in names}
 
-        def name(old: str) -> str:
-            return by_base.get(old.removeprefix(f"{prefix}."), old)
+        def name(old: str) -> str:  # of a stack, or of a matrix in one
+            path = old.removeprefix(f"{prefix}.")
+            stack = next((short for short in by_base if f"{path}.".startswith(f"{short}.")), None)
+            return old if stack is None else by_base[stack] + path[len(stack) :]
 
-        if len({name(n) for n in self.stacks}) < len(self.stacks):
+        def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
+            return {name(old): entry for old, entry in entries.items()}
+
+        stacks = renamed(self.stacks)
+        if len(stacks) < len(self.stacks):
             raise RecordError(f"The pruning record names one stack twice: {listed(self.stacks)}.")
-        iterations = []
-        for entry in self.iterations:
-            renamed = {
-                key: {name(n): v for n, v in entry[key].items()}
-                for key in ("removed", "frozen", "thresholds")
-                if entry.get(key)
-            }
-            iterations.append({**entry, **renamed})
-        return dataclasses.replace(
-            self,
-            stacks={name(n): s for n, s in self.stacks.items()},
-            iterations=tuple(iterations),
-            sparsity=_renamed_matrices(self.sparsity, prefix, names),
+        by_stack = ("removed", "frozen", "thresholds")
+        iterations = tuple(
+            {**entry, **{key: renamed(entry[key]) for key in by_stack if entry.get(key)}} for entry in self.iterations
         )
+        sparsity = self.sparsity
+        if sparsity is not None:
+            matrices = sparsity.get("matrices", {})
+            sparsity = {**sparsity, "matrices": renamed(matrices)}
+            if len(sparsity["matrices"]) < len(matrices):
+                raise RecordError(
+                    "The pruning record lists the zeros of one matrix twice. Download the checkpoint again."
+                )
+        return dataclasses.replace(self, stacks=stacks, iterations=iterations, sparsity=sparsity)
 
     def check_fits(self, lengths: Mapping[str, int]) -> None:
         """Check the record against the number of blocks that each stack of a model has.
@@ -270,6 +305,19 @@ class PrunedConfig:
                     f"{RECORD_KEY!r} from config.json if the record is wrong."
                 )
 
+    def require_room(self, prunings: int) -> None:
+        """Refuse to add to the record what could not be read again.
+
+        Raises:
+            RecordError: if it would list more than `MAX_ENTRIES` prunings.
+        """
+        count = len(self.iterations)
+        if count + prunings > MAX_ENTRIES:
+            raise RecordError(
+                f"The model's record lists {count} prunings, and one of more than {MAX_ENTRIES} is not read again. "
+                "Nothing was removed. Set pruning_config to None in the model's config to begin a new record."
+            )
+
     def compose(self, step: Layout, iteration: Mapping[str, Any]) -> PrunedConfig:
         """The record after one more pruning.
 
@@ -281,7 +329,7 @@ class PrunedConfig:
         Raises:
             RecordError: if the record would be too long to be read again.
         """
-        refuse_full(len(self.iterations), 1)
+        self.require_room(1)
         entry = dict(iteration)
         for key in ("removed", "frozen"):
             originals = self.layout.indices(entry.get(key) or {})
@@ -327,7 +375,7 @@ def current_layout(subject: Subject) -> Layout:
 
 def check_record(model: nn.Module | Subject, prunings: int = 1) -> None:
     """Refuse, before any work, a record that is malformed, does not fit the model or has no room for more prunings."""
-    refuse_full(len(current_record(describe(model)).iterations), prunings)
+    current_record(describe(model)).require_room(prunings)
 
 
 def same_structure(one: PrunedConfig | None, other: PrunedConfig | None) -> bool:
@@ -341,28 +389,24 @@ def _structure(record: PrunedConfig | None) -> dict[str, Any] | None:
     return dataclasses.replace(record, sparsity=None, versions={}).to_dict()
 
 
-def _renamed_matrices(
-    sparsity: Mapping[str, Any] | None, prefix: str, stacks: Iterable[str]
-) -> Mapping[str, Any] | None:
-    """Name matrices as a model with these stacks names them: with or without the prefix of the headless model."""
-    if sparsity is None:
-        return None
-    bare = {stack.removeprefix(f"{prefix}."): stack for stack in stacks}
-
-    def name(old: str) -> str:
-        path = old.removeprefix(f"{prefix}.")
-        stack = next((short for short in bare if path.startswith(f"{short}.")), None)
-        return old if stack is None else bare[stack] + path[len(stack) :]
-
-    matrices = sparsity.get("matrices", {})
-    renamed = {name(old): entry for old, entry in matrices.items()}
-    if len(renamed) < len(matrices):
-        raise RecordError("The pruning record lists the zeros of one matrix twice. Download the checkpoint again.")
-    return {**sparsity, "matrices": renamed}
-
-
 def renumbered(sparsity: Mapping[str, Any] | None, step: Layout) -> Mapping[str, Any] | None:
     """What a record says of zeroed weights after blocks were removed: matrices of removed blocks are gone, the others
     follow their blocks.
     """
     return None if sparsity is None else {**sparsity, "matrices": step.renamed_keys(sparsity.get("matrices", {}))}
+
+
+def _shown(iteration: Mapping[str, Any]) -> list[str]:
+    """What a notebook shows of a pruning: removed and frozen blocks, what was asked for, samples."""
+    try:
+        check_iteration(Entry(iteration), {})
+    except MalformedError as error:  # it was made by hand: one that is read is refused
+        return [plain(error), "-", "-", "-"]
+    blocks = [
+        "; ".join(f"{plain(name, 60)}: {spans(found)}" for name, found in (iteration.get(key) or {}).items() if found)
+        for key in ("removed", "frozen")
+    ]
+    settings = iteration.get("settings") or {}
+    asked = (f"{name}={plain(settings[name], 80)}" for name in _TARGETS if settings.get(name) is not None)
+    samples = plain(iteration.get("samples", "-"))
+    return [*(found or "-" for found in blocks), next(asked, "blocks by name"), samples]

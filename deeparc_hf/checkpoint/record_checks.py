@@ -1,4 +1,4 @@
-"""The checks of a record's parts: its stacks, what each pruning noted, and the zeroed weights.
+"""The checks of a record's parts: what each pruning noted, and the zeroed weights.
 
 A record that passes here can be told in a card, so that what is wrong with it is found before blocks are removed, and
 not after. What this version does not know is left alone, and never shown.
@@ -6,44 +6,18 @@ not after. What this version does not know is left alone, and never shown.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
-from ..core.checks import MAX_BLOCKS, MAX_ENTRIES, MAX_TEXT, Entry
+from ..core.checks import MAX_BLOCKS, MAX_TEXT, Entry
 from ..core.plain_text import LIMIT
-from ..errors import RecordError
 
-__all__ = ["check_iteration", "check_sparsity", "refuse_full", "stack_in"]
+__all__ = ["check_iteration", "check_sparsity"]
 
 _MARK = 64
 _MAX_MATRICES = 65536
 _MAX_SIZE = 2**40
 _STAGES = ("before", "removed", "healed", "retrained")
 _TEXTS = ("id", "revision", "config", "split", "use")
-
-
-def refuse_full(count: int, more: int) -> None:
-    """Refuse to add to a record of so many prunings what could not be read again.
-
-    Raises:
-        RecordError: if it would list more than `MAX_ENTRIES`.
-    """
-    if count + more > MAX_ENTRIES:
-        raise RecordError(
-            f"The model's record lists {count} prunings, and one of more than {MAX_ENTRIES} is not read again. Nothing "
-            "was removed. Set pruning_config to None in the model's config to begin a new record."
-        )
-
-
-def stack_in(name: str, stack: Entry) -> tuple[int, tuple[int, ...]]:
-    """Number of original blocks of a stack, and the indices of those that are left."""
-    Entry(name, "stacks").must_be(name.strip() == name, "named without spaces around the names")
-    length, kept = stack["length"].whole(1, MAX_BLOCKS), stack["kept"]
-    indices = kept.wholes(most=length)
-    rising = all(a < b for a, b in itertools.pairwise(indices))
-    good = bool(indices) and rising and indices[-1] < length
-    kept.must_be(good, f"rising block indices from 0 to {length - 1}, none twice")
-    return length, indices
 
 
 def check_iteration(entry: Entry, lengths: Mapping[str, int]) -> None:
