@@ -48,10 +48,25 @@ class Host(ABC):
     Attributes:
         root: the model of the library; the model that was given, or the one inside it. Stacks are named by their path
             in the root, so that a wrapper does not change the names.
+        kind: the model's type, for messages and for `matches` ("bert", "resnet50").
+        base_prefix: path of the headless model inside models with a head; stack names may start with it or not.
+        main_input: the argument of the forward that takes the tokens, or the images.
+        lacking: what a batch lacks that has no input for the model, and the advice, for messages.
+        batch_code: a batch as code, for messages.
+        needs_labels: whether the forward pass was found to need labels.
+        generates: whether the model generates text.
+        tuples_begin_with_logits: whether a tuple that the model puts out begins with logits.
+        classifies: whether the model puts out a bare tensor that holds logits of classes.
+        merges_inputs: whether images take the place of tokens in the text, so that inputs cannot be made up.
     """
 
     library: str
-    needs_labels = False  # whether the forward pass was found to need labels
+    kind: str
+    base_prefix: str
+    main_input: str
+    lacking: tuple[str, str]
+    batch_code: str
+    needs_labels = is_encoder_decoder = generates = tuples_begin_with_logits = classifies = merges_inputs = False
     rebuild_hint = "Load it with the settings that it was built with."
 
     def __init__(self, root: nn.Module) -> None:
@@ -59,19 +74,9 @@ class Host(ABC):
         self._built: list[tuple[Any, nn.Module]] = []  # the last skeletons, each after what it was built from
 
     @property
-    @abstractmethod
-    def kind(self) -> str:
-        """The model's type, for messages and for `matches` ("bert", "resnet50")."""
-
-    @property
     def label(self) -> str:
         """The model's class and type, for messages."""
         return f"{type(self.root).__name__} (type {self.kind!r})"
-
-    @property
-    def base_prefix(self) -> str:
-        """Path of the headless model inside models with a head; stack names may start with it or not."""
-        return ""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -143,11 +148,6 @@ class Host(ABC):
     # ---- what the model takes and gives ----
 
     @property
-    @abstractmethod
-    def main_input(self) -> str:
-        """The argument of the forward that takes the tokens, or the images."""
-
-    @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         """What the forward takes, by name."""
         return inspect.signature(self.root.forward).parameters
@@ -169,42 +169,8 @@ class Host(ABC):
         known = self.parameters
         return {key: v for key, v in batch.items() if isinstance(v, Tensor) or (key in known and v is not None)}
 
-    @property
-    @abstractmethod
-    def lacking(self) -> tuple[str, str]:
-        """What a batch lacks that has no input for the model, and the advice, for messages."""
-
-    @property
-    @abstractmethod
-    def batch_code(self) -> str:
-        """A batch as code, for messages."""
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        return False
-
-    @property
-    def generates(self) -> bool:
-        """Whether the model generates text."""
-        return False
-
-    @property
-    def tuples_begin_with_logits(self) -> bool:
-        """Whether a tuple that the model puts out begins with logits."""
-        return False
-
-    @property
-    def classifies(self) -> bool:
-        """Whether the model puts out a bare tensor that holds logits of classes."""
-        return False
-
     def senses(self, stack: str) -> bool:
         """Whether a stack belongs to the part of the model that reads images or sound."""
-        return False
-
-    @property
-    def merges_inputs(self) -> bool:
-        """Whether images take the place of tokens in the text, so that inputs cannot be made up."""
         return False
 
     @abstractmethod
@@ -218,18 +184,28 @@ class TransformersHost(Host):
     library = "transformers"
     root: PreTrainedModel
 
-    @property
-    def kind(self) -> str:
-        return getattr(self.root.config, "model_type", "") or type(self.root).__name__
+    def __init__(self, root: PreTrainedModel) -> None:
+        super().__init__(root)
+        self.kind = getattr(root.config, "model_type", "") or type(root).__name__
+        self.base_prefix, self.main_input = root.base_model_prefix, root.main_input_name
+        self.is_encoder_decoder = bool(root.config.is_encoder_decoder)
+        self.generates = root.can_generate()
+        self.tuples_begin_with_logits = root.base_model is not root
+        self.merges_inputs = merges_inputs(root.config)
+        self.lacking = (
+            f"{self.main_input!r} for {type(root).__name__}",
+            "Tokenize or process the samples first, and collate them into tensors (DataCollatorWithPadding, an image "
+            "processor).",
+        )
+        text = self.main_input == "input_ids"
+        inputs = '"input_ids": ids, "attention_mask": mask' if text else f'"{self.main_input}": tensor'
+        labels = ', "labels": labels' if self.is_encoder_decoder else ""
+        self.batch_code = f"{{{inputs}{labels}}}"
 
     @property
     def label(self) -> str:
         architecture = getattr(self.root.config, "architecture", None) if self.kind == "timm_wrapper" else None
         return f"{type(self.root).__name__} (type {self.kind!r}{f', {architecture} of timm' if architecture else ''})"
-
-    @property
-    def base_prefix(self) -> str:
-        return self.root.base_model_prefix
 
     def settings(self) -> dict[str, Any]:
         # deepcopy: some configs (timm wrapper) hand out their own nested dicts
@@ -296,10 +272,6 @@ class TransformersHost(Host):
         return checkpoint_key_namer(self.root)
 
     @property
-    def main_input(self) -> str:
-        return self.root.main_input_name
-
-    @property
     def label_names(self) -> set[str]:
         return {"labels", *find_labels(type(self.root))}
 
@@ -308,32 +280,6 @@ class TransformersHost(Host):
         if main in inputs:
             return inputs if isinstance(inputs[main], Tensor) else {}
         return inputs if "inputs_embeds" in inputs or self.parameters.keys() & inputs.keys() - self.label_names else {}
-
-    @property
-    def lacking(self) -> tuple[str, str]:
-        return f"{self.main_input!r} for {type(self.root).__name__}", (
-            "Tokenize or process the samples first, and collate them into tensors (DataCollatorWithPadding, an image "
-            "processor)."
-        )
-
-    @property
-    def batch_code(self) -> str:
-        text = self.main_input == "input_ids"
-        inputs = '"input_ids": ids, "attention_mask": mask' if text else f'"{self.main_input}": tensor'
-        labels = ', "labels": labels' if self.is_encoder_decoder else ""
-        return f"{{{inputs}{labels}}}"
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        return bool(self.root.config.is_encoder_decoder)
-
-    @property
-    def generates(self) -> bool:
-        return self.root.can_generate()
-
-    @property
-    def tuples_begin_with_logits(self) -> bool:
-        return self.root.base_model is not self.root
 
     def senses(self, stack: str) -> bool:
         parts = vars(self.root.config).items()
@@ -350,10 +296,6 @@ class TransformersHost(Host):
         except Exception as error:  # a config may lack or hold anything
             logger.info("No inputs can be made up for %s: %s: %s", self.label, type(error).__name__, error)
             return None
-
-    @property
-    def merges_inputs(self) -> bool:
-        return merges_inputs(self.root.config)
 
 
 def copy_attention(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
@@ -407,13 +349,18 @@ class TimmHost(Host):
         "the model again."
     )
 
-    @property
-    def base_prefix(self) -> str:
-        return "timm_model"  # what transformers' TimmWrapper calls it
+    base_prefix = "timm_model"  # what transformers' TimmWrapper calls it
+    main_input = "x"
+    batch_code = "(images,)"
+    lacking = (
+        "images for a timm model",
+        "Give tuples (images, labels), or dicts with a tensor under 'pixel_values'.",
+    )
 
-    @property
-    def kind(self) -> str:
-        return str(self._pretrained_cfg().get("architecture") or type(self.root).__name__)
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__(root)
+        self.kind = str(self._pretrained_cfg().get("architecture") or type(root).__name__)
+        self.classifies = (getattr(root, "num_classes", 0) or 0) > 1
 
     def _pretrained_cfg(self) -> dict[str, Any]:
         cfg = getattr(self.root, "pretrained_cfg", None) or {}
@@ -470,20 +417,9 @@ class TimmHost(Host):
         classes = getattr(self.root, "num_classes", None)
         return {"architecture": self.kind, "pretrained_cfg": {}, "num_classes": classes}
 
-    main_input = "x"
-    batch_code = "(images,)"
-    lacking = (
-        "images for a timm model",
-        "Give tuples (images, labels), or dicts with a tensor under 'pixel_values'.",
-    )
-
     def inputs_in(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = super().inputs_in(batch)
         return next(({"x": inputs[key]} for key in ("x", "pixel_values", "image", "images") if key in inputs), {})
-
-    @property
-    def classifies(self) -> bool:
-        return getattr(self.root, "num_classes", 0) > 1
 
     def example_inputs(self) -> dict[str, Tensor]:
         parameter = next(self.root.parameters())
