@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -109,7 +110,7 @@ class _Search:
         self.host, self.settings, self.skeleton = host, settings, skeleton
         self.near: dict[str, str] = {}
         self._shapes = state_shapes(skeleton)
-        self._built: dict[Any, dict[str, tuple[int, ...]] | None] = {}
+        self._shapes_with = functools.cache(self._build)  # each choice of entries asks for some builds again
 
     def count(self, name: str, length: int) -> tuple[CountKey, tuple[BlockEntry, ...]] | None:
         """The setting that counts this stack's blocks and nothing else, and the stack's entries."""
@@ -134,7 +135,7 @@ class _Search:
             # a list may not end as it likes (Gemma 4's last layer attends to everything)
             removals = [tuple(range(length - 1)), *([tuple(range(1, length))] if following else [])]
         for kept in removals:
-            built = self._build(count, following, length, kept)
+            built = self._shapes_with(count, tuple(following), length, kept)
             if built is None:
                 continue
             expected, found = (self._shapes, built) if length > 1 else (built, self._shapes)
@@ -150,21 +151,18 @@ class _Search:
         return "unclear"
 
     def _build(
-        self, count: CountKey, following: Sequence[BlockEntry], length: int, kept: tuple[int, ...]
+        self, count: CountKey, following: tuple[BlockEntry, ...], length: int, kept: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]] | None:
         """Shapes of a stock build with these blocks; None if there is none."""
-        case = (count, tuple(following), length, kept)
-        if case not in self._built:
-            trial = copy.deepcopy(self.settings)
-            for entry in following:
-                follow(trial, entry, length, kept)
-            _shrink_stages(nested(trial, count.path), length, kept)
-            count.write(trial, len(kept))
-            try:
-                self._built[case] = state_shapes(self.host.build(trial))
-            except Exception:
-                self._built[case] = None  # a setting that cannot be changed so is not the one that counts
-        return self._built[case]
+        trial = copy.deepcopy(self.settings)
+        for entry in following:
+            follow(trial, entry, length, kept)
+        _shrink_stages(nested(trial, count.path), length, kept)
+        count.write(trial, len(kept))
+        try:
+            return state_shapes(self.host.build(trial))
+        except Exception:
+            return None  # a setting that cannot be changed so is not the one that counts
 
     def _proven(
         self, name: str, length: int, count: CountKey, entries: Sequence[BlockEntry], following: Sequence[BlockEntry]

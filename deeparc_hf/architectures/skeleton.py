@@ -72,7 +72,7 @@ def compare(before: nn.Module, after: nn.Module, layout: Layout) -> Differences:
                 "place"
             )
         else:
-            _compare_tensors(old, module, counterpart, found)
+            found.problems += _misshapen(old, module, counterpart)
             _compare_attributes(old, module, counterpart, _stack_of(old, layout), found)
     return found
 
@@ -89,12 +89,10 @@ def differing(
     first, second = _modules(one), _modules(other)
     paths = set(first.keys() ^ second.keys())
     for path in first.keys() & second.keys():
-        found = Differences()
-        _compare_tensors(path, first[path], second[path], found)
         own, new = _plain_attributes(first[path]), _plain_attributes(second[path])
         values = [(own.get(key), new.get(key)) for key in own.keys() | new.keys()]
         changed = any(old != now and not ignored(old, now) for old, now in values)
-        if _class(first[path]) != _class(second[path]) or found.problems or changed:
+        if changed or _class(first[path]) != _class(second[path]) or _misshapen(path, first[path], second[path]):
             paths.add(path)
     return paths
 
@@ -111,14 +109,15 @@ def _modules(root: nn.Module, stacks: Iterable[str] = ()) -> dict[str, nn.Module
     }
 
 
-def _compare_tensors(name: str, module: nn.Module, counterpart: nn.Module, found: Differences) -> None:
+def _misshapen(name: str, module: nn.Module, counterpart: nn.Module) -> list[str]:
     own, new = _own_shapes(module), _own_shapes(counterpart)
     # a buffer that is never saved may be missing from a reload: nothing that is left asks for it
     spare = module._non_persistent_buffers_set - new.keys()
-    for key in sorted((own.keys() | new.keys()) - spare):
-        if own.get(key) != new.get(key):
-            label = f"{name}.{key}" if name else key
-            found.problems.append(f"{label} has shape {own.get(key)}, but a reload would give it {new.get(key)}")
+    return [
+        f"{f'{name}.{key}' if name else key} has shape {own.get(key)}, but a reload would give it {new.get(key)}"
+        for key in sorted((own.keys() | new.keys()) - spare)
+        if own.get(key) != new.get(key)
+    ]
 
 
 def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
