@@ -11,14 +11,16 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from .. import __version__
 from ..errors import DeepArcError
 from .common import plain_warnings, say
+from .options import OPTIONS
 
 __all__ = ["main"]
 
-_COMMANDS = {  # each is a module of this name, with `add`
+_COMMANDS = {  # each is carried out by the module of this name
     "inspect": "show stacks, pinned blocks, parameters and the pruning record of a model",
     "prune": "remove redundant blocks of a model and save the smaller checkpoint",
     "sparsify": "zero the weights of a model that matter least and save the checkpoint",
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of all commands; of those that `argv` names, with their options."""
+    """The parser of all commands; of the one that `argv` names, with its options."""
     parser = argparse.ArgumentParser(
         prog="deeparc", description="Make trained models smaller by layer similarity, or zero their weights."
     )
@@ -70,6 +72,11 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, what in _COMMANDS.items():
         command = commands.add_parser(name, help=what)
-        if name in argv:  # the settings live beside the mathematics, which take seconds to import
-            importlib.import_module(f"{__name__}.{name}").add(command)
+        command.set_defaults(run=partial(_run, name))
+        if argv[:1] == [name]:
+            OPTIONS[name](command)
     return parser
+
+
+def _run(name: str, args: argparse.Namespace) -> int:
+    return importlib.import_module(f"{__name__}.{name}").run(args)

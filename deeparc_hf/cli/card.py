@@ -9,29 +9,13 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..publish.card import CARD_FILE, create_model_card, may_replace
 from .common import say
-from .options import card_options, given_card
+from .options import given_card
 
-__all__ = ["add"]
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the command's options."""
-    parser.description = (
-        "Make the model card of a checkpoint from the record in its config.json and the reports beside it. Reads no "
-        "weights."
-    )
-    parser.set_defaults(run=_card)
-    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
-    parser.add_argument("-o", "--out", help="file to write; default: README.md in the folder; - for stdout")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a README.md that somebody wrote or edited, too"
-    )
-    parser.add_argument("--repo-id", help="where the model will be on the Hub, for the code in the card")
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
-    card_options(parser)
+__all__ = ["run"]
 
 
-def _card(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out; the exit code."""
     folder = Path(args.path).expanduser()
     if not folder.is_dir():
         hint = (

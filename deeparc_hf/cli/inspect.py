@@ -13,24 +13,15 @@ from torch import nn
 from ..architectures import describe
 from ..checkpoint.record import PrunedConfig
 from ..core.plain_text import plain, plain_lines
-from .options import common_options
 from .sources import find_source, skeleton
 
-__all__ = ["add", "count_parameters", "facts_of", "facts_text"]
+__all__ = ["count_parameters", "facts_of", "facts_text", "run"]
 
 _LONGEST_LINE = 20_000  # the numbers of the blocks that are left, 4096 at most
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the command's options."""
-    parser.description = (
-        "Show the stacks of a model, its pinned blocks, its parameters and its pruning record. Reads no weights."
-    )
-    parser.set_defaults(run=_inspect)
-    common_options(parser)
-
-
-def _inspect(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out; the exit code."""
     facts = facts_of(skeleton(find_source(args.model), args.auto_class))
     print(json.dumps({"model": args.model, **facts}, indent=1) if args.json else facts_text(facts))
     return 0

@@ -1,4 +1,4 @@
-"""Options that commands have in common, and options made from the fields of a settings dataclass."""
+"""The options of all commands. Those of settings are made from the fields of their dataclass."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..core.settings import Settings
 
-__all__ = [
-    "card_options",
-    "common_options",
-    "data_options",
-    "given_card",
-    "given_settings",
-    "output_options",
-    "setting_options",
-]
+__all__ = ["OPTIONS", "given_card", "given_settings"]
 
 _MODEL_HELP = "a folder, a Hub id, timm:NAME, or timm's hf-hub:ORG/NAME and local-dir:FOLDER"
 _PREFIX = "config_"
@@ -34,7 +26,7 @@ _CARD_HELP = {
 }
 
 
-def common_options(parser: argparse.ArgumentParser) -> None:
+def _common_options(parser: argparse.ArgumentParser) -> None:
     """What every command takes."""
     parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     parser.add_argument(
@@ -46,7 +38,7 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
-def card_options(parser: argparse.ArgumentParser) -> None:
+def _card_options(parser: argparse.ArgumentParser) -> None:
     """What only the person who publishes a model can tell."""
     card = parser.add_argument_group("card")
     for name, what in _CARD_HELP.items():
@@ -63,7 +55,7 @@ def given_card(args: argparse.Namespace) -> dict[str, Any]:
     return {names.get(name, name): value for name, value in given.items() if value is not None}
 
 
-def data_options(parser: argparse.ArgumentParser, *, required: bool, note: str = "") -> None:
+def _data_options(parser: argparse.ArgumentParser, *, required: bool, note: str = "") -> None:
     """The calibration data and how it is read.
 
     Args:
@@ -93,7 +85,7 @@ def data_options(parser: argparse.ArgumentParser, *, required: bool, note: str =
     )
 
 
-def output_options(parser: argparse.ArgumentParser, out: str, *, required: bool) -> Any:
+def _output_options(parser: argparse.ArgumentParser, out: str, *, required: bool) -> Any:
     """Where the output goes.
 
     Args:
@@ -110,7 +102,7 @@ def output_options(parser: argparse.ArgumentParser, out: str, *, required: bool)
     return group
 
 
-def setting_options(group: Any, settings: type[Settings], names: Mapping[str, Sequence[str]]) -> None:
+def _setting_options(group: Any, settings: type[Settings], names: Mapping[str, Sequence[str]]) -> None:
     """One option for each setting that is of use without a training; the settings validate them.
 
     Args:
@@ -160,3 +152,98 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
     return int(text)
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Show the stacks of a model, its pinned blocks, its parameters and its pruning record. Reads no weights."
+    )
+    _common_options(parser)
+
+
+def _prune(parser: argparse.ArgumentParser) -> None:
+    # settings stand beside the mathematics, which take seconds to import
+    from ..pruning.config import MPruneConfig
+    from ..similarity import metrics
+
+    parser.description = (
+        "Compare the blocks of a model on data, remove redundant ones, and save a checkpoint that stock libraries "
+        "load. Use training data, never the data that you evaluate on."
+    )
+    _common_options(parser)
+    _data_options(parser, required=True)
+    _setting_options(parser.add_argument_group("pruning"), MPruneConfig, {"similarity": metrics.names()})
+    output = _output_options(
+        parser, "folder for checkpoint, plan, report and heatmap; required without --dry-run", required=False
+    )
+    output.add_argument(
+        "--dry-run", action="store_true", help="write no checkpoint; with -o the plan, the report and the heatmap only"
+    )
+
+
+def _sparsify(parser: argparse.ArgumentParser) -> None:
+    from ..sparsity.config import WandaConfig
+    from ..sparsity.methods import methods
+
+    parser.description = (
+        "Zero the weights that matter least in the linear maps of all blocks, and save a checkpoint that stock "
+        "libraries load. Zeros are stored and multiplied like other numbers: the checkpoint is neither smaller nor "
+        "faster by them. Use training data, never the data that you evaluate on."
+    )
+    _common_options(parser)
+    no_data = [method.name for method in methods if not method.needs_inputs]
+    _data_options(parser, required=False, note=f"; not needed with --method {' or '.join(no_data)}" if no_data else "")
+    _setting_options(parser.add_argument_group("sparsity"), WandaConfig, {"method": methods.names()})
+    _output_options(parser, "folder for checkpoint and report", required=True)
+
+
+def _card(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make the model card of a checkpoint from the record in its config.json and the reports beside it. Reads no "
+        "weights."
+    )
+    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
+    parser.add_argument("-o", "--out", help="file to write; default: README.md in the folder; - for stdout")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a README.md that somebody wrote or edited, too"
+    )
+    parser.add_argument("--repo-id", help="where the model will be on the Hub, for the code in the card")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    _card_options(parser)
+
+
+def _push(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Publish the checkpoint in a folder on the Hub: weights, config, tokenizer, reports and a model card made of "
+        "them, in one commit. A README.md that somebody wrote or edited stays, unless --overwrite is given. Log in "
+        "first: hf auth login, or set HF_TOKEN."
+    )
+    parser.add_argument("path", metavar="PATH", help="folder of the checkpoint")
+    parser.add_argument("repo_id", metavar="REPO", help="ORG/NAME, or NAME in your own namespace")
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="make the repository private, if it is made"
+    )
+    parser.add_argument("--revision", help="branch to commit to, made if there is none; default: main")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a README.md that somebody wrote or edited, here or on the Hub"
+    )
+    parser.add_argument("--message", help="title of the commit")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    _card_options(parser)
+
+
+def _env(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Show versions and hardware, for a report of a fault."
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
+OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    "inspect": _inspect,
+    "prune": _prune,
+    "sparsify": _sparsify,
+    "card": _card,
+    "push": _push,
+    "env": _env,
+}

@@ -18,33 +18,14 @@ from ..pruning.heatmap import save_heatmap
 from ..pruning.plan import PruningPlan, first_threshold
 from ..pruning.prune import analyze, apply_healed, check_settings
 from ..reports.plan_report import Measurement, write_report
-from ..similarity import metrics
 from .common import PLAN_FILE, output_folder, public_names, say, whole_folder
 from .data import Job
 from .inspect import count_parameters
-from .options import common_options, data_options, given_settings, output_options, setting_options
+from .options import given_settings
 
-__all__ = ["add"]
+__all__ = ["run"]
 
 HEATMAP_FILE = "heatmap.png"
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the command's options."""
-    parser.description = (
-        "Compare the blocks of a model on data, remove redundant ones, and save a checkpoint that stock libraries "
-        "load. Use training data, never the data that you evaluate on."
-    )
-    parser.set_defaults(run=_prune)
-    common_options(parser)
-    data_options(parser, required=True)
-    setting_options(parser.add_argument_group("pruning"), MPruneConfig, {"similarity": metrics.names()})
-    output = output_options(
-        parser, "folder for checkpoint, plan, report and heatmap; required without --dry-run", required=False
-    )
-    output.add_argument(
-        "--dry-run", action="store_true", help="write no checkpoint; with -o the plan, the report and the heatmap only"
-    )
 
 
 def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
@@ -71,7 +52,8 @@ def _out(args: argparse.Namespace) -> Path | None:
     raise ConfigError("Give the folder for the pruned checkpoint with -o OUT, or --dry-run to see the plan only.")
 
 
-def _prune(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out; the exit code."""
     given = given_settings(args)
     if "num_blocks" in given:
         given["num_blocks"] = _num_blocks(given["num_blocks"])

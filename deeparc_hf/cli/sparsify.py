@@ -19,29 +19,15 @@ from ..sparsity.report import SparsityReport
 from ..sparsity.sparsify import matrices_for, sparsify_model
 from .common import SPARSITY_FILE, output_folder, public_names, say, whole_folder
 from .data import Job
-from .options import common_options, data_options, given_settings, output_options, setting_options
+from .options import given_settings
 
-__all__ = ["add"]
+__all__ = ["run"]
 
 FORMAT_VERSION = 1
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the command's options."""
-    parser.description = (
-        "Zero the weights that matter least in the linear maps of all blocks, and save a checkpoint that stock "
-        "libraries load. Zeros are stored and multiplied like other numbers: the checkpoint is neither smaller nor "
-        "faster by them. Use training data, never the data that you evaluate on."
-    )
-    parser.set_defaults(run=_sparsify)
-    common_options(parser)
-    no_data = [method.name for method in methods if not method.needs_inputs]
-    data_options(parser, required=False, note=f"; not needed with --method {' or '.join(no_data)}" if no_data else "")
-    setting_options(parser.add_argument_group("sparsity"), WandaConfig, {"method": methods.names()})
-    output_options(parser, "folder for checkpoint and report", required=True)
-
-
-def _sparsify(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Carry the command out; the exit code."""
     config = WandaConfig(**given_settings(args))
     _settle_data(args, config)
     out = output_folder(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -49,7 +50,7 @@ class Transaction:
 
     def roll_back(self) -> None:
         """Take all changes back, last first."""
-        self._undo.close()
+        self._undo.__exit__(*sys.exc_info())  # an error of a step names the one that it was to take back
 
 
 def _refill(container: nn.ModuleList | nn.Sequential, children: list[nn.Module]) -> None:

@@ -240,7 +240,7 @@ def _set_apart(argv: Sequence[str], known: Collection[str]) -> tuple[Path | None
         word = words.pop(0)
         option, sign, value = word.partition("=")
         name = option.removeprefix("--").replace("-", "_")  # both spellings are the same to the parser
-        value = value if sign else next(iter(words), "")
+        value = value if sign or not words or words[0].startswith("--") else words[0]
         if option == "--config":
             path = Path(value)
         elif option.startswith("--") and name in known and value == "null":
@@ -248,7 +248,7 @@ def _set_apart(argv: Sequence[str], known: Collection[str]) -> tuple[Path | None
         else:
             rest.append(word)
             continue
-        words = words if sign else words[1:]
+        words = words if sign or not value else words[1:]
     return path, unset, rest
 
 

@@ -100,7 +100,7 @@ class Experiment:
             rows += self._sparse(row)
         if self._main:
             self._clean_up()
-            facts, judged = dataset_facts(self._test), "same as" in self.splits.sources["test"]
+            facts, judged = dataset_facts(self._test), "same as" in self.splits.sources.get("test", {})
             for row in [row for row in rows if row.folder is not None]:
                 write_evaluations(self._out / row.folder, row, rows[0], facts, speeds.get(row.name), judged=judged)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
