@@ -41,7 +41,7 @@ from deeparc_hf.architectures import Stack, describe
 from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.hooks import hidden_states
 from deeparc_hf.observe.rows import StackObserver, observe
-from deeparc_hf.pruning.plan import StackFacts, make_plan
+from deeparc_hf.pruning.plan import ComparedStack, make_plan
 from deeparc_hf.similarity import ROW_KINDS, metrics
 
 from .ranking import correlations
@@ -185,18 +185,18 @@ def retrained(subject: Subject, train: Data, blocks: Blocks, steps: int) -> tupl
 
 def similarities(
     model: nn.Module, data: Data, batch_size: int, choices: Sequence[Choice]
-) -> dict[Choice, dict[str, StackFacts]]:
+) -> dict[Choice, dict[str, ComparedStack]]:
     """What `analyze` finds, for all choices in one pass over the data."""
     subject = describe(model)
     host, stacks = subject.host, subject.stacks
     observers = [(choice, _observer(stack, choice)) for choice in choices for stack in stacks.values()]
     calibration = Calibration(data.batches(batch_size), len(data))
     observe(host, [observer for _, observer in observers], calibration)
-    facts: dict[Choice, dict[str, StackFacts]] = {choice: {} for choice in choices}
+    compared: dict[Choice, dict[str, ComparedStack]] = {choice: {} for choice in choices}
     for choice, observer in observers:
         matrix = observer.metric.matrix(observer.metric.finish()).tolist()
-        facts[choice][observer.stack.name] = StackFacts(tuple(map(tuple, matrix)), observer.stack.pinned)
-    return facts
+        compared[choice][observer.stack.name] = ComparedStack(tuple(map(tuple, matrix)), observer.stack.pinned)
+    return compared
 
 
 def _observer(stack: Stack, choice: Choice) -> StackObserver:
@@ -207,17 +207,17 @@ def _observer(stack: Stack, choice: Choice) -> StackObserver:
 
 def decisions(
     subject: Subject,
-    facts: Sequence[Mapping[Choice, Mapping[str, StackFacts]]],
+    compared: Sequence[Mapping[Choice, Mapping[str, ComparedStack]]],
     order: Sequence[tuple[str, int]],
     count: int,
     randoms: int,
 ) -> list[dict[str, Any]]:
     """What is left after removing `count` blocks, by each choice, by least damage (`order`) and at random."""
-    total = sum(len(stack) for stack in next(iter(facts[0].values())).values())
+    total = sum(len(stack) for stack in next(iter(compared[0].values())).values())
     config = MPruneConfig(num_blocks=total - count)
     rows = []
-    for choice in facts[0]:
-        plans = [make_plan(by_choice[choice], config) for by_choice in facts]
+    for choice in compared[0]:
+        plans = [make_plan(by_choice[choice], config) for by_choice in compared]
         chosen = [tuple((name, index) for name, gone in plan.removed.items() for index in gone) for plan in plans]
         rows.append(_outcome(subject, str(choice), chosen))
     rows.append(_outcome(subject, "(least damage)", [tuple(order[:count])]))
@@ -363,8 +363,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     blocks = [(n, i) for n, s in find_stacks(model).items() for i in range(1, len(s)) if i not in s.pinned]
     skip_error = check_skipping(subject, blocks[len(blocks) // 2])
     train, choices = read(args.train), choices_of(args)
-    facts = [similarities(model, train.take(args.samples, seed), args.batch_size, choices) for seed in args.seeds]
-    distances = {c: np.array([[1 - by[c][n].similarity[i - 1][i] for n, i in blocks] for by in facts]) for c in choices}
+    compared = [similarities(model, train.take(args.samples, seed), args.batch_size, choices) for seed in args.seeds]
+    distances = {
+        c: np.array([[1 - by[c][n].similarity[i - 1][i] for n, i in blocks] for by in compared]) for c in choices
+    }
     costs = {"as it is": {b: subject.cost(b) for b in [(), *((block,) for block in blocks)]}}
     if args.retrain_steps:
         costs[f"after {args.retrain_steps} steps of retraining"] = {
@@ -390,7 +392,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "skip_error": skip_error,
         "distances": {str(c): d.tolist() for c, d in distances.items()},
         "damage": damage,
-        "decisions": {count: decisions(subject, facts, order, count, args.random) for count in args.remove},
+        "decisions": {count: decisions(subject, compared, order, count, args.random) for count in args.remove},
     }
 
 

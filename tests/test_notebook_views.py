@@ -16,7 +16,7 @@ from deeparc_hf.checkpoint.record import StackRecord
 from deeparc_hf.core.tables import html_table, spans
 from deeparc_hf.errors import ConfigError, MissingDependencyError
 from deeparc_hf.healing.sites import Healing, Site
-from deeparc_hf.pruning.plan import StackFacts, make_plan
+from deeparc_hf.pruning.plan import ComparedStack, make_plan
 
 from .zoo import ZOO
 
@@ -64,8 +64,8 @@ def page_of(shown):
 
 def a_plan(names=("enc.block", "dec.block"), length=5, **settings):
     matrix = tuple(tuple(1.0 - abs(i - j) / 10 for j in range(length)) for i in range(length))
-    facts = {name: StackFacts(matrix, {0: f"owns {name}"}) for name in names}
-    return make_plan(facts, MPruneConfig(**{"num_blocks": len(names) * length - 2, **settings}), samples=64)
+    compared = {name: ComparedStack(matrix, {0: f"owns {name}"}) for name in names}
+    return make_plan(compared, MPruneConfig(**{"num_blocks": len(names) * length - 2, **settings}), samples=64)
 
 
 @pytest.fixture(autouse=True)

@@ -123,11 +123,11 @@ class Stack:
         """A table of the blocks; runs of blocks that are alike stand in one row."""
         rows: list[list[Any]] = []
         for index, block in enumerate(self.blocks):
-            facts = [type(block).__name__, sum(p.numel() for p in block.parameters()), self.pinned.get(index, "")]
-            if rows and rows[-1][1:] == facts:
+            cells = [type(block).__name__, sum(p.numel() for p in block.parameters()), self.pinned.get(index, "")]
+            if rows and rows[-1][1:] == cells:
                 rows[-1][0].append(index)
             else:
-                rows.append([[index], *facts])
+                rows.append([[index], *cells])
         shown = [[spans(indices), kind, f"{count:,}", pinned] for indices, kind, count, pinned in rows]
         return html_table(f"{self.name}: {len(self)} blocks", ["block", "class", "parameters of each", "pinned"], shown)
 

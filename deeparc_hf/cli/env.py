@@ -13,6 +13,10 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; the exit code."""
-    facts = {**package_versions(), "platform": platform.platform(), **hardware()}
-    print(json.dumps(facts, indent=1) if args.json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
+    environment = {**package_versions(), "platform": platform.platform(), **hardware()}
+    print(
+        json.dumps(environment, indent=1)
+        if args.json
+        else "\n".join(f"{key}: {value}" for key, value in environment.items())
+    )
     return 0

@@ -15,20 +15,20 @@ from ..checkpoint.record import PrunedConfig
 from ..core.plain_text import plain, plain_lines
 from .sources import find_source, skeleton
 
-__all__ = ["count_parameters", "facts_of", "facts_text", "run"]
+__all__ = ["count_parameters", "description_of", "description_text", "run"]
 
 _LONGEST_LINE = 20_000  # the numbers of the blocks that are left, 4096 at most
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; the exit code."""
-    facts = facts_of(skeleton(find_source(args.model), args.auto_class))
-    print(json.dumps({"model": args.model, **facts}, indent=1) if args.json else facts_text(facts))
+    description = description_of(skeleton(find_source(args.model), args.auto_class))
+    print(json.dumps({"model": args.model, **description}, indent=1) if args.json else description_text(description))
     return 0
 
 
-def facts_of(model: nn.Module) -> dict[str, Any]:
-    """The facts about a model, plain JSON types; on the meta device too.
+def description_of(model: nn.Module) -> dict[str, Any]:
+    """A description of a model, plain JSON types; on the meta device too.
 
     Raises:
         UnsupportedModelError: if the model cannot be pruned.
@@ -66,16 +66,17 @@ def _short(count: int) -> str:
     return str(count)
 
 
-def facts_text(facts: Mapping[str, Any]) -> str:
-    """The facts for people, as visible text: a downloaded config may hold what steers a terminal."""
-    return plain_lines("\n".join(_lines(facts)), _LONGEST_LINE, _LONGEST_LINE**2)
+def description_text(description: Mapping[str, Any]) -> str:
+    """The description for people, as visible text: a downloaded config may hold what steers a terminal."""
+    return plain_lines("\n".join(_lines(description)), _LONGEST_LINE, _LONGEST_LINE**2)
 
 
-def _lines(facts: Mapping[str, Any]) -> list[str]:
-    total = facts["parameters"]
-    lines = [f"{facts['class']} ({facts['type']}, {facts['library']}): {total:,} parameters ({_short(total)})", ""]
+def _lines(description: Mapping[str, Any]) -> list[str]:
+    total = description["parameters"]
+    kind = f"{description['class']} ({description['type']}, {description['library']})"
+    lines = [f"{kind}: {total:,} parameters ({_short(total)})", ""]
     inside = 0
-    for name, stack in facts["stacks"].items():
+    for name, stack in description["stacks"].items():
         inside += sum(stack["parameters"])
         lines.append(f"{plain(name)}: {stack['blocks']} blocks, {_short(sum(stack['parameters']))}")
         first = 0
@@ -89,7 +90,7 @@ def _lines(facts: Mapping[str, Any]) -> list[str]:
             first = last + 1
         lines += [f"  block {index} is pinned: {plain(reason)}" for index, reason in stack["pinned"].items()]
     lines += [f"outside the stacks: {_short(max(0, total - inside))}", ""]
-    record = facts["record"]
+    record = description["record"]
     if record is None:
         return [*lines, "not pruned before (no pruning record)"]
     base = plain(record["base_model"] or "") or "a checkpoint that is not on the Hub"

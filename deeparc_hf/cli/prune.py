@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         print(plan)
     if not plan.removed:
         say(_nothing_to_remove(plan))
-    after = before - sum(stack.facts.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
+    after = before - sum(stack.compared.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
     healings: Sequence[Healing] = ()
     if plan.removed and not args.dry_run:
         _, healings = apply_healed(model, plan, calibration)

@@ -75,15 +75,15 @@ class Healing:
         }
 
 
-def healing_text(facts: Mapping[str, Any]) -> str:
+def healing_text(site: Mapping[str, Any]) -> str:
     """What became of a site (`Healing.to_dict`), in a sentence."""
-    name = _name(facts["stack"], facts["removed"])
-    if not facts["healed"]:
-        return f"{name} is left as the removal leaves it: {facts['reason']}."
-    share = 100 * (facts["held_out"] or 0.0)
+    name = _name(site["stack"], site["removed"])
+    if not site["healed"]:
+        return f"{name} is left as the removal leaves it: {site['reason']}."
+    share = 100 * (site["held_out"] or 0.0)
     return (
         f"{name} is healed: {share:.1f} % of its output's squared error remain on held-out samples (ridge "
-        f"{facts['strength']:g})."
+        f"{site['strength']:g})."
     )
 
 

@@ -14,11 +14,11 @@ from typing import Any
 from ..errors import PlanError
 from .config import MPruneConfig
 
-__all__ = ["StackFacts", "cluster_blocks", "freezing_set", "reach_target", "removable"]
+__all__ = ["ComparedStack", "cluster_blocks", "freezing_set", "reach_target", "removable"]
 
 
 @dataclass(frozen=True)
-class StackFacts:
+class ComparedStack:
     """What is known of a stack before a plan is made.
 
     Attributes:
@@ -80,7 +80,7 @@ def freezing_set(
 
 
 def cluster_blocks(
-    stack: StackFacts, threshold: float, linkage: str, keep: str = "leader"
+    stack: ComparedStack, threshold: float, linkage: str, keep: str = "leader"
 ) -> tuple[tuple[int, ...], ...]:
     """Split a stack into runs of alike blocks.
 
@@ -99,12 +99,12 @@ def cluster_blocks(
     return tuple(map(tuple, runs))
 
 
-def _alike(stack: StackFacts, earlier: int, later: int, keep: str) -> float:
+def _alike(stack: ComparedStack, earlier: int, later: int, keep: str) -> float:
     stays, goes = (earlier, later) if keep == "leader" else (later, earlier)
     return stack.similarity[stays][goes]
 
 
-def removable(stack: StackFacts, threshold: float, protected: set[int], config: MPruneConfig) -> dict[int, float]:
+def removable(stack: ComparedStack, threshold: float, protected: set[int], config: MPruneConfig) -> dict[int, float]:
     """The blocks that this threshold removes, each with the similarity that speaks for its removal.
 
     That is its similarity to the member of its cluster that is sure to stay, or, with adjacent linkage, to the
@@ -128,23 +128,23 @@ def _most_similar(removed: Mapping[Any, float]) -> list[tuple[Any, float]]:
 
 
 def reach_target(
-    facts: Mapping[str, StackFacts], protected: Mapping[str, set[int]], config: MPruneConfig
+    compared: Mapping[str, ComparedStack], protected: Mapping[str, set[int]], config: MPruneConfig
 ) -> tuple[dict[str, float], dict[str, dict[int, float]]]:
     """The highest threshold that removes enough, and of what it removes the most similar blocks, exactly as many as
     asked.
     """
-    total = sum(map(len, facts.values()))
+    total = sum(map(len, compared.values()))
     if isinstance(config.num_blocks, dict):
-        unknown = sorted(set(config.num_blocks) - set(facts))
+        unknown = sorted(set(config.num_blocks) - set(compared))
         if unknown:
             raise PlanError(
-                f"num_blocks names {unknown[0]!r}, which is not a stack of this model. Stacks: {', '.join(facts)}."
+                f"num_blocks names {unknown[0]!r}, which is not a stack of this model. Stacks: {', '.join(compared)}."
             )
-        groups = [({name: facts[name]}, config.num_blocks.get(name, len(facts[name]))) for name in facts]
+        groups = [({name: compared[name]}, config.num_blocks.get(name, len(compared[name]))) for name in compared]
     elif config.num_blocks is not None:
-        groups = [(dict(facts), config.num_blocks)]
+        groups = [(dict(compared), config.num_blocks)]
     else:
-        groups = [(dict(facts), round(total * float(config.keep_ratio)))]  # type: ignore[arg-type]
+        groups = [(dict(compared), round(total * float(config.keep_ratio)))]  # type: ignore[arg-type]
     thresholds, removed = {}, {}
     for group, stay in groups:
         threshold, gone = _reach(group, stay, protected, config)
@@ -154,23 +154,23 @@ def reach_target(
 
 
 def _reach(
-    facts: Mapping[str, StackFacts], stay: int, protected: Mapping[str, set[int]], config: MPruneConfig
+    compared: Mapping[str, ComparedStack], stay: int, protected: Mapping[str, set[int]], config: MPruneConfig
 ) -> tuple[float, dict[str, dict[int, float]]]:
-    length = sum(map(len, facts.values()))
+    length = sum(map(len, compared.values()))
     wanted = length - stay
     if wanted < 0:
         raise PlanError(
-            f"num_blocks asks for {stay} blocks in {', '.join(facts)}, which has only {length}. Ask for at most "
+            f"num_blocks asks for {stay} blocks in {', '.join(compared)}, which has only {length}. Ask for at most "
             f"{length}."
         )
     values = {
         _alike(stack, i, j, config.keep)
-        for stack in facts.values()
+        for stack in compared.values()
         for i, j in itertools.combinations(range(len(stack)), 2)
     }
     most = 0
     for threshold in sorted({1.0, *values}, reverse=True):
-        found = {name: removable(stack, threshold, protected[name], config) for name, stack in facts.items()}
+        found = {name: removable(stack, threshold, protected[name], config) for name, stack in compared.items()}
         most = max(most, sum(map(len, found.values())))
         if sum(map(len, found.values())) >= wanted:
             flat = {(name, index): value for name, gone in found.items() for index, value in gone.items()}
@@ -180,16 +180,16 @@ def _reach(
                 for name, gone in found.items()
             }
     raise PlanError(
-        f"The target keeps {stay} of {length} blocks in {', '.join(facts)}, but with k={config.k}, "
+        f"The target keeps {stay} of {length} blocks in {', '.join(compared)}, but with k={config.k}, "
         f"min_blocks={config.min_blocks} and the pinned and protected blocks at most {most} can go. Keep at least "
-        f"{length - most}, or lower k or min_blocks.{_pins(facts)}"
+        f"{length - most}, or lower k or min_blocks.{_pins(compared)}"
     )
 
 
-def _pins(facts: Mapping[str, StackFacts]) -> str:
+def _pins(compared: Mapping[str, ComparedStack]) -> str:
     """Why blocks are pinned: each reason once, with the first block that has it."""
     reasons: dict[str, list[str]] = {}
-    for name, stack in facts.items():
+    for name, stack in compared.items():
         for index, reason in stack.pinned.items():
             reasons.setdefault(reason, []).append(f"{name}.{index}")
     shown = [

@@ -16,13 +16,13 @@ from ..core.checks import MAX_BLOCKS, Entry, MalformedError, read_json
 from ..core.plain_text import plain, quoted
 from ..core.tables import html_table, text_table
 from ..errors import CalibrationWarning, ConfigError, PlanError
-from .clusters import StackFacts, cluster_blocks, freezing_set, reach_target, removable
+from .clusters import ComparedStack, cluster_blocks, freezing_set, reach_target, removable
 from .config import MPruneConfig
 from .heatmap import plot_plan
 
 __all__ = [
+    "ComparedStack",
     "PruningPlan",
-    "StackFacts",
     "StackPlan",
     "check_possible",
     "first_threshold",
@@ -41,7 +41,7 @@ class StackPlan:
     """The plan for one stack; indices are those of the blocks before the removal.
 
     Attributes:
-        facts: the similarities and what else the plan rests on.
+        compared: the similarities and what else the plan rests on.
         threshold: the threshold that the clusters were made with (found, where a target was given).
         clusters: consecutive blocks that belong together; the first of each is its leader.
         removed, kept: the blocks that go and stay.
@@ -49,7 +49,7 @@ class StackPlan:
         protected: blocks that stay because the user said so.
     """
 
-    facts: StackFacts
+    compared: ComparedStack
     threshold: float
     clusters: tuple[tuple[int, ...], ...]
     removed: tuple[int, ...]
@@ -57,7 +57,7 @@ class StackPlan:
     protected: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.facts)
+        return len(self.compared)
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -65,11 +65,11 @@ class StackPlan:
 
     @property
     def similarity(self) -> tuple[tuple[float, ...], ...]:
-        return self.facts.similarity
+        return self.compared.similarity
 
     @property
     def pinned(self) -> Mapping[int, str]:
-        return self.facts.pinned
+        return self.compared.pinned
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class PruningPlan:
                     f"replan cannot change {name.removeprefix('effective_')!r}, because the similarities depend on it. "
                     "Call analyze again."
                 )
-        plan = make_plan({name: stack.facts for name, stack in self.stacks.items()}, config, self.samples)
+        plan = make_plan({name: stack.compared for name, stack in self.stacks.items()}, config, self.samples)
         warn_if_drastic(plan)
         return plan
 
@@ -223,11 +223,11 @@ class PruningPlan:
         ]
 
 
-def make_plan(facts: Mapping[str, StackFacts], config: MPruneConfig, samples: int = 0) -> PruningPlan:
+def make_plan(compared: Mapping[str, ComparedStack], config: MPruneConfig, samples: int = 0) -> PruningPlan:
     """Make a plan from similarities.
 
     Args:
-        facts: what is known of each stack, in forward order.
+        compared: what is known of each stack, in forward order.
         config: the settings.
         samples: number of calibration samples behind the similarities, for the record.
 
@@ -235,7 +235,7 @@ def make_plan(facts: Mapping[str, StackFacts], config: MPruneConfig, samples: in
         PlanError: if a target cannot be reached, a pattern or a stack name matches nothing, or a similarity is not
             finite.
     """
-    for name, stack in facts.items():
+    for name, stack in compared.items():
         if any(len(row) != len(stack) or not all(map(math.isfinite, row)) for row in stack.similarity):
             raise PlanError(
                 f"The similarity matrix of {name} is not square or not finite. Run analyze on other calibration data."
@@ -245,41 +245,43 @@ def make_plan(facts: Mapping[str, StackFacts], config: MPruneConfig, samples: in
             f"num_blocks lists {len(config.num_blocks)} targets, one for each iteration of a training with "
             "MPruneCallback. Give one target."
         )
-    protected = _matching(facts, config.protect, "protect")
+    protected = _matching(compared, config.protect, "protect")
     if config.target == "threshold":
-        thresholds = dict.fromkeys(facts, float(config.threshold))  # type: ignore[arg-type]
-        removed = {name: removable(stack, thresholds[name], protected[name], config) for name, stack in facts.items()}
+        thresholds = dict.fromkeys(compared, float(config.threshold))  # type: ignore[arg-type]
+        removed = {
+            name: removable(stack, thresholds[name], protected[name], config) for name, stack in compared.items()
+        }
     else:
-        thresholds, removed = reach_target(facts, protected, config)
-    final = {name: tuple(sorted(removed[name])) for name in facts}
-    frozen = _frozen(facts, final, config)
+        thresholds, removed = reach_target(compared, protected, config)
+    final = {name: tuple(sorted(removed[name])) for name in compared}
+    frozen = _frozen(compared, final, config)
     stacks = {
         name: StackPlan(
-            facts=stack,
+            compared=stack,
             threshold=thresholds[name],
             clusters=cluster_blocks(stack, thresholds[name], config.linkage, config.keep),
             removed=final[name],
             frozen=frozen[name],
             protected=tuple(sorted(protected[name])),
         )
-        for name, stack in facts.items()
+        for name, stack in compared.items()
     }
     return PruningPlan(stacks, config, samples)
 
 
-def check_possible(facts: Mapping[str, StackFacts], config: MPruneConfig) -> None:
+def check_possible(compared: Mapping[str, ComparedStack], config: MPruneConfig) -> None:
     """Check settings against the stacks of a model before its blocks are compared: the names in them, and whether a
     target can be reached.
 
     Args:
-        facts: of each stack; the similarities in them do not matter.
+        compared: of each stack; the similarities in them do not matter.
 
     Raises:
         PlanError: as `make_plan`, if no similarities at all could give a plan.
     """
     alike = {
         name: dataclasses.replace(stack, similarity=((1.0,) * len(stack),) * len(stack))
-        for name, stack in facts.items()
+        for name, stack in compared.items()
     }
     make_plan(alike, config)
 
@@ -305,34 +307,34 @@ def warn_if_drastic(plan: PruningPlan) -> None:
 
 
 def _frozen(
-    facts: Mapping[str, StackFacts], removed: Mapping[str, Sequence[int]], config: MPruneConfig
+    compared: Mapping[str, ComparedStack], removed: Mapping[str, Sequence[int]], config: MPruneConfig
 ) -> dict[str, tuple[int, ...]]:
     if config.freeze == "partial":
-        lengths = {name: len(stack) for name, stack in facts.items()}
-        return freezing_set(removed, lengths, {name: stack.next_stack for name, stack in facts.items()})
+        lengths = {name: len(stack) for name, stack in compared.items()}
+        return freezing_set(removed, lengths, {name: stack.next_stack for name, stack in compared.items()})
     chosen: dict[str, set[int]] = {}
     if config.freeze == "record":
-        chosen = {name: set(stack.frozen) for name, stack in facts.items()}
+        chosen = {name: set(stack.frozen) for name, stack in compared.items()}
     elif config.freeze != "none":
-        chosen = _matching(facts, config.freeze, "freeze")  # refuses a pattern that matches nothing
+        chosen = _matching(compared, config.freeze, "freeze")  # refuses a pattern that matches nothing
     if not chosen or not any(removed.values()):
-        return dict.fromkeys(facts, ())
+        return dict.fromkeys(compared, ())
     return {name: tuple(sorted(blocks - set(removed[name]))) for name, blocks in chosen.items()}
 
 
-def _matching(facts: Mapping[str, StackFacts], patterns: Sequence[str], setting: str) -> dict[str, set[int]]:
+def _matching(compared: Mapping[str, ComparedStack], patterns: Sequence[str], setting: str) -> dict[str, set[int]]:
     """The blocks that patterns name. A block that an earlier pruning of the same training removed may be named too."""
-    matched: dict[str, set[int]] = {name: set() for name in facts}
-    gone = any(stack.labels for stack in facts.values())
+    matched: dict[str, set[int]] = {name: set() for name in compared}
+    gone = any(stack.labels for stack in compared.values())
     for pattern in patterns:
         hits = [
             (name, index)
-            for name, stack in facts.items()
+            for name, stack in compared.items()
             for index, label in enumerate(stack.labels or range(len(stack)))
             if fnmatchcase(f"{name}.{label}", pattern)
         ]
         if not hits and not gone:
-            first = next(iter(facts))
+            first = next(iter(compared))
             raise PlanError(
                 f"{setting}: {quoted(pattern)} matches no block. Blocks are named like {first}.0; patterns may hold * "
                 f"and ?, for example {first}.*"
@@ -347,10 +349,10 @@ def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
         "length": len(stack),
         "similarity": [list(row) for row in stack.similarity],
         "pinned": {str(index): reason for index, reason in stack.pinned.items()},
-        "parameters": list(stack.facts.parameters),
-        "next_stack": stack.facts.next_stack,
-        "labels": list(stack.facts.labels),
-        "frozen_before": list(stack.facts.frozen),
+        "parameters": list(stack.compared.parameters),
+        "next_stack": stack.compared.next_stack,
+        "labels": list(stack.compared.labels),
+        "frozen_before": list(stack.compared.frozen),
         "threshold": stack.threshold,
         "clusters": [list(cluster) for cluster in stack.clusters],
         "removed": list(stack.removed),
@@ -366,23 +368,23 @@ def _no_plan(error: Exception) -> PlanError:
 
 def _stack_in(entry: Entry) -> StackPlan:
     """The plan of a stack, from outside."""
-    facts = _facts_in(entry)
-    last = len(facts) - 1
+    compared = _compared_in(entry)
+    last = len(compared) - 1
     blocks = {key: entry[key].wholes(last) for key in ("removed", "frozen", "protected", "kept")}
     for key, indices in blocks.items():
         entry[key].must_be(len(set(indices)) == len(indices), "block indices, none twice")
-    left = set(range(len(facts))) - set(blocks["removed"])
+    left = set(range(len(compared))) - set(blocks["removed"])
     entry["kept"].must_be(set(blocks["kept"]) == left, "the blocks that are not removed")
     entry["frozen"].must_be(set(blocks["frozen"]) <= left, "among the blocks that are kept")
-    clusters = tuple(cluster.wholes(last) for cluster in entry["clusters"].items(len(facts)))
+    clusters = tuple(cluster.wholes(last) for cluster in entry["clusters"].items(len(compared)))
     runs = [index for cluster in clusters for index in cluster]
-    entry["clusters"].must_be(runs == list(range(len(facts))), "runs that cover the stack")
+    entry["clusters"].must_be(runs == list(range(len(compared))), "runs that cover the stack")
     threshold = entry["threshold"].number()
     entry["threshold"].must_be(threshold <= 1 + 1e-6, "at most 1")
-    return StackPlan(facts, threshold, clusters, blocks["removed"], blocks["frozen"], blocks["protected"])
+    return StackPlan(compared, threshold, clusters, blocks["removed"], blocks["frozen"], blocks["protected"])
 
 
-def _facts_in(entry: Entry) -> StackFacts:
+def _compared_in(entry: Entry) -> ComparedStack:
     rows = entry["similarity"].items(MAX_BLOCKS)
     similarity = tuple(tuple(row.numbers(len(rows))) for row in rows)
     for row, values in zip(rows, similarity, strict=True):
@@ -396,7 +398,7 @@ def _facts_in(entry: Entry) -> StackFacts:
     pinned = entry["pinned"].entries(len(rows))
     indices = {str(index): index for index in range(len(rows))}
     entry["pinned"].must_be(pinned.keys() <= indices.keys(), f"named by block indices from 0 to {len(rows) - 1}")
-    return StackFacts(
+    return ComparedStack(
         similarity=similarity,
         pinned={indices[name]: plain(reason.value) for name, reason in pinned.items()},
         parameters=entry["parameters"].wholes(),

@@ -23,7 +23,7 @@ from ..observe.rows import StackObserver, observe
 from ..observe.skipping import StackSkipper, skip_blocks
 from ..similarity import SimilarityMetric, SkippingMetric, metrics
 from .config import MPruneConfig
-from .plan import PruningPlan, StackFacts, check_possible, make_plan, warn_if_drastic
+from .plan import ComparedStack, PruningPlan, check_possible, make_plan, warn_if_drastic
 from .rebuild import inexpressible
 from .surgery import apply_plan, refuse_wrapped
 
@@ -74,14 +74,14 @@ def compare_blocks(
 
     Args:
         calibration: the data, which knows the processes that look.
-        labels: by stack, what patterns call each block (`StackFacts.labels`).
+        labels: by stack, what patterns call each block (`ComparedStack.labels`).
     """
     subject = describe(model)
     host, stacks = subject.host, subject.stacks
     require_weights(host)
     check_record(subject, 0)
     metric = metrics.get(config.similarity)
-    blank = _blank_facts(stacks, inexpressible(subject), labels)
+    blank = _uncompared(stacks, inexpressible(subject), labels)
     check_possible(blank, config)
     if issubclass(metric, SkippingMetric):
         skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
@@ -91,7 +91,7 @@ def compare_blocks(
         observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
         samples, found = observe(host, observers, calibration, progress=progress)
     frozen = current_record(subject).frozen
-    facts, obstacles = {}, {}
+    compared, obstacles = {}, {}
     for (name, stack), observed in zip(stacks.items(), found, strict=True):
         pinned = blank[name].pinned
         if observed.obstacle is None:
@@ -100,14 +100,14 @@ def compare_blocks(
             obstacles[name] = observed.obstacle
             similarity = _similarity(name, torch.eye(len(stack), dtype=torch.float64))
             pinned = {**dict.fromkeys(range(len(stack)), f"not compared: {observed.obstacle}"), **pinned}
-        facts[name] = dataclasses.replace(
+        compared[name] = dataclasses.replace(
             blank[name],
             similarity=similarity,
             pinned=pinned,
             parameters=tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks),
             frozen=frozen.get(name, ()),
         )
-    plan = make_plan(facts, config, samples)
+    plan = make_plan(compared, config, samples)
     _tell_obstacles(plan, obstacles)
     return plan
 
@@ -122,7 +122,7 @@ def check_settings(model: nn.Module | Subject, config: MPruneConfig) -> None:
     """
     subject = describe(model)
     stacks, refused = subject.stacks, inexpressible(subject)
-    check_possible(_blank_facts(stacks, refused, None), config)
+    check_possible(_uncompared(stacks, refused, None), config)
     pinned = {name: stack.pinned.keys() | refused.get(name, {}).keys() for name, stack in stacks.items()}
     if refused and all(len(pinned[name]) == len(stack) or len(stack) == 1 for name, stack in stacks.items()):
         name, reasons = next(iter(refused.items()))
@@ -130,12 +130,12 @@ def check_settings(model: nn.Module | Subject, config: MPruneConfig) -> None:
         raise SurgeryError(f"No block of {subject.name} can be removed. {name}.{index}: {reason}.")
 
 
-def _blank_facts(
+def _uncompared(
     stacks: Mapping[str, Stack], refused: Mapping[str, Mapping[int, str]], labels: Mapping[str, tuple[int, ...]] | None
-) -> dict[str, StackFacts]:
+) -> dict[str, ComparedStack]:
     """What is known of the stacks before their blocks are compared."""
     return {
-        name: StackFacts(
+        name: ComparedStack(
             ((0.0,) * len(stack),) * len(stack),
             {**refused.get(name, {}), **stack.pinned},
             labels=(labels or {}).get(name, ()),

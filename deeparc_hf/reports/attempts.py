@@ -36,7 +36,7 @@ def texts_in(entry: Entry | None) -> dict[str, str]:
 
 
 def dataset_in(entry: Entry | None) -> dict[str, Any]:
-    """What is known of a data set (`provenance.dataset_facts`)."""
+    """What is known of a data set (`provenance.origin_of`)."""
     if entry is None:
         return {}
     texts = {key: entry[key].value for key in ("id", "revision", "config", "split")}

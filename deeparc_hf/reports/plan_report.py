@@ -171,7 +171,7 @@ def write_report(
     Args:
         plan: the plan that was carried out, or would be.
         rows: what was measured, oldest first.
-        extra: more facts to report (name of the model, of the data), JSON types only.
+        extra: more to report (name of the model, of the data), JSON types only.
         healings: what became of each removal site.
         device: as in `hardware`.
     """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["TIMES", "VALIDATION", "dataset_facts", "same_data", "training_facts"]
+__all__ = ["TIMES", "VALIDATION", "origin_of", "same_data", "training_settings"]
 
 VALIDATION = "validation"  # the use of data that was evaluated on while the model was trained
 
@@ -23,7 +23,7 @@ TIMES = ("_runtime", "_per_second", "_compilation_time", "_preparation_time")
 _ON_THE_HUB = re.compile(r"^hf://datasets/(?P<id>[\w.\-]+(?:/[\w.\-]+)?)@(?P<revision>[0-9a-f]{40})/")
 
 
-def dataset_facts(dataset: Any) -> dict[str, Any]:
+def origin_of(dataset: Any) -> dict[str, Any]:
     """What is known of a data set: its Hub id and commit where it came from there, its configuration, its split, its
     number of rows.
 
@@ -33,24 +33,24 @@ def dataset_facts(dataset: Any) -> dict[str, Any]:
     Returns:
         Entries that are known, of: id, revision, config, split, rows.
     """
-    facts: dict[str, Any] = {}
+    origin: dict[str, Any] = {}
     info = getattr(dataset, "info", None)
     for source in getattr(info, "download_checksums", None) or {}:
-        origin = _ON_THE_HUB.match(str(source))
-        if origin is not None:
-            facts.update(origin.groupdict())
+        match = _ON_THE_HUB.match(str(source))
+        if match is not None:
+            origin.update(match.groupdict())
             if getattr(info, "config_name", None):
-                facts["config"] = str(info.config_name)
+                origin["config"] = str(info.config_name)
             break
     split = getattr(dataset, "split", None)
     with contextlib.suppress(TypeError):  # a stream
-        facts["rows"] = len(dataset)
-    if "id" in facts and split is not None:  # of a local file the split's name says nothing
+        origin["rows"] = len(dataset)
+    if "id" in origin and split is not None:  # of a local file the split's name says nothing
         known = getattr(info, "splits", None)
         whole = getattr(known.get(str(split)), "num_examples", None) if isinstance(known, Mapping) else None
-        part = whole and facts.get("rows", whole) < whole  # chosen, or held out: not what the split's name promises
-        facts["split"] = f"{split}, {facts['rows']:,} of {whole:,} rows" if part else str(split)
-    return facts
+        part = whole and origin.get("rows", whole) < whole  # chosen, or held out: not what the split's name promises
+        origin["split"] = f"{split}, {origin['rows']:,} of {whole:,} rows" if part else str(split)
+    return origin
 
 
 def same_data(dataset: Any) -> Any:
@@ -60,10 +60,10 @@ def same_data(dataset: Any) -> Any:
     return getattr(dataset, "_fingerprint", None) or id(dataset)
 
 
-def training_facts(args: TrainingArguments) -> dict[str, Any]:
+def training_settings(args: TrainingArguments) -> dict[str, Any]:
     """The settings of a training that its figures depend on."""
     precision = "bfloat16, mixed" if args.bf16 else "float16, mixed" if args.fp16 else "as the model's"
-    facts: Mapping[str, Any] = {
+    settings: Mapping[str, Any] = {
         "learning_rate": args.learning_rate,
         "optimizer": getattr(args.optim, "value", args.optim),
         "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
@@ -77,4 +77,4 @@ def training_facts(args: TrainingArguments) -> dict[str, Any]:
         "precision": precision,
         "seed": args.seed,
     }
-    return {key: value for key, value in facts.items() if value is not None}
+    return {key: value for key, value in settings.items() if value is not None}

@@ -27,7 +27,7 @@ __all__ = [
     "run_table",
     "share_text",
     "stages_table",
-    "structure_facts",
+    "structure_of",
     "write_run_report",
 ]
 
@@ -41,7 +41,7 @@ STAGES_TEXT = (
 )
 
 
-def structure_facts(model: nn.Module, subject: Subject | None = None) -> dict[str, Any]:
+def structure_of(model: nn.Module, subject: Subject | None = None) -> dict[str, Any]:
     """Number of blocks of each stack, and number of parameters, of a model as it is now.
 
     Args:
@@ -126,13 +126,13 @@ def write_run_report(
     progress: Mapping[str, Any],
     metric: str | None,
     zeroed_at: int | None = None,
-    facts: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all.
 
     Args:
         progress: where the training stands (`Progress.for_report`).
-        facts: settings and data of the training, the figures of its end, and the evaluations after it.
+        more: settings and data of the training, the figures of its end, and the evaluations after it.
     """
     data = {
         "format_version": FORMAT_VERSION,
@@ -142,7 +142,7 @@ def write_run_report(
         "attempts": [attempt.to_dict() for attempt in progress["attempts"]],
         "zeroed_at": zeroed_at,
         "versions": package_versions(),
-        **(facts or {"training": {}, "data": {}, "final": [], "weights": None, "end": None, "hardware": hardware()}),
+        **(more or {"training": {}, "data": {}, "final": [], "weights": None, "end": None, "hardware": hardware()}),
     }
     write_whole(folder / f"{RUN_REPORT}.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
     write_whole(folder / f"{RUN_REPORT}.md", _markdown(data, progress["attempts"]))

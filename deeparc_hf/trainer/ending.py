@@ -8,12 +8,12 @@ from typing import Any
 
 from ..pruning.config import MPruneConfig
 from ..reports.attempts import Attempt
-from ..reports.run_report import structure_facts
+from ..reports.run_report import structure_of
 from .evaluations import compared_metrics, last_evaluation, value_text
 from .machine import Progress
 from .session import Session
 
-__all__ = ["NEXT", "advice", "end_facts", "end_lines"]
+__all__ = ["NEXT", "advice", "end_lines", "outcome_of"]
 
 NEXT = (
     'Next: trainer.evaluate(test_data, metric_key_prefix="test") on data that chose nothing, then '
@@ -22,7 +22,7 @@ NEXT = (
 )
 
 
-def end_facts(progress: Progress, session: Session, config: MPruneConfig, metric: str) -> dict[str, Any]:
+def outcome_of(progress: Progress, session: Session, config: MPruneConfig, metric: str) -> dict[str, Any]:
     """The figures of a run's end, in plain JSON types: each before the first pruning and after the last one that was
     accepted.
     """
@@ -34,7 +34,7 @@ def end_facts(progress: Progress, session: Session, config: MPruneConfig, metric
     evaluations = {"before": last_evaluation(first.evaluations), "after": last_evaluation(last.evaluations, best)}
     named = metric if config.gated or config.metric else args.metric_for_best_model
     metrics = compared_metrics(evaluations["before"], evaluations["after"], named)
-    structure = structure_facts(session.model, session.subject)
+    structure = structure_of(session.model, session.subject)
     return {
         "blocks": {"before": sum(first.blocks.values()), "after": sum(structure["blocks"].values())},
         "parameters": {"before": first.parameters, "after": structure["parameters"]},
@@ -51,39 +51,39 @@ def end_facts(progress: Progress, session: Session, config: MPruneConfig, metric
     }
 
 
-def end_lines(facts: Mapping[str, Any]) -> list[str]:
+def end_lines(outcome: Mapping[str, Any]) -> list[str]:
     """The figures for people, a line each; numbers of blocks and parameters aside."""
-    if not facts["accepted"]:
+    if not outcome["accepted"]:
         return ["no pruning was accepted: the model is the one from before the first of them"]
     lines = []
-    blocks, parameters = facts["blocks"], facts["parameters"]
+    blocks, parameters = outcome["blocks"], outcome["parameters"]
     if blocks["after"] < blocks["before"]:
         share, less = (1 - found["after"] / found["before"] for found in (blocks, parameters))
         lines.append(f"{share:.1%} of the blocks and {less:.1%} of the parameters are gone")
-    for name, found in facts["metrics"].items():
+    for name, found in outcome["metrics"].items():
         lines.append(
             f"{name}: {value_text(found['before'])} before the first pruning, {value_text(found['after'])} now"
         )
-    if facts["loss"] is not None:
-        loss, of = facts["loss"], f"{facts['loss']['samples']} samples, {facts['loss']['data']}"
+    if outcome["loss"] is not None:
+        loss, of = outcome["loss"], f"{outcome['loss']['samples']} samples, {outcome['loss']['data']}"
         lines.append(f"loss: {loss['before']:.4g} before the first pruning, {loss['after']:.4g} now ({of})")
-    elif not facts["metrics"]:
+    elif not outcome["metrics"]:
         lines.append("what it cost was not measured: the Trainer made no evaluation")
-    seconds = facts["evaluation_seconds"]
+    seconds = outcome["evaluation_seconds"]
     if None not in seconds.values():
         lines.append(f"an evaluation: {seconds['before']:.3g} s before, {seconds['after']:.3g} s now (timed once each)")
-    before, after = facts["training_seconds"].values()
+    before, after = outcome["training_seconds"].values()
     lines.append(f"training: {before:,.1f} s before the first pruning, {after:,.1f} s since")
     return lines
 
 
-def advice(facts: Mapping[str, Any], folder: Path) -> list[str]:
+def advice(outcome: Mapping[str, Any], folder: Path) -> list[str]:
     """What there is to do next."""
     place = "is in memory (trainer.model) and in no checkpoint: trainer.save_model(folder) saves it"
-    if facts["checkpoint"] is not None:
-        place = f"is in memory (trainer.model) and in {folder / facts['checkpoint']}"
+    if outcome["checkpoint"] is not None:
+        place = f"is in memory (trainer.model) and in {folder / outcome['checkpoint']}"
     lines = [f"The model {place}."]
-    if not facts["judged"]:
+    if not outcome["judged"]:
         lines.append(
             "Nothing judged the pruning: with max_drop=0.01, say, it would have been taken back if it had cost more "
             "than that."

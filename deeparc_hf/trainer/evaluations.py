@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.environment import hardware
 from ..reports.attempts import Evaluation
-from ..reports.provenance import VALIDATION, dataset_facts, same_data, training_facts
+from ..reports.provenance import VALIDATION, origin_of, same_data, training_settings
 
 __all__ = ["Evaluations", "compared_metrics", "last_evaluation", "value_text"]
 
@@ -26,13 +26,13 @@ class Evaluations:
 
     def __init__(self, args: TrainingArguments, loader: Any) -> None:
         self._final: list[Evaluation] = []  # evaluations after the training
-        self._training = training_facts(args)
+        self._training = training_settings(args)
         # auto_find_batch_size may have made it smaller
         size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
         self._training["training_batch"] = size if isinstance(size, int) else self._training["training_batch"]
         self._hardware = hardware(args.device)
         self._validation: set[Any] = set()
-        self._data = {"training": dataset_facts(getattr(loader, "dataset", None))}
+        self._data = {"training": origin_of(getattr(loader, "dataset", None))}
 
     def notice(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Take note of the data of an evaluation in the training. Those with a prefix of their own are of other data (a
@@ -42,12 +42,12 @@ class Evaluations:
             return
         dataset = getattr(loader, "dataset", None)
         self._validation.add(same_data(dataset))
-        self._data.setdefault("evaluation", dataset_facts(dataset))
+        self._data.setdefault("evaluation", origin_of(dataset))
 
     def evaluation(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any, **known: Any) -> Evaluation:
         """An evaluation: its figures, the data, and a mark of the weights that it is of."""
         dataset = getattr(loader, "dataset", None)
-        data = dataset_facts(dataset)
+        data = origin_of(dataset)
         if dataset is not None and same_data(dataset) in self._validation:
             data["use"] = VALIDATION
         figures = {key: float(v) for key, v in metrics.items() if isinstance(v, (int, float)) and key != "epoch"}

@@ -15,8 +15,8 @@ from ..healing.sites import Healing
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, first_threshold
 from ..reports.attempts import Attempt, Evaluation
-from ..reports.run_report import RUN_REPORT, quality_text, structure_facts, write_run_report
-from .ending import advice, end_facts, end_lines
+from ..reports.run_report import RUN_REPORT, quality_text, structure_of, write_run_report
+from .ending import advice, end_lines, outcome_of
 from .machine import Progress, Verdict
 from .schedule import needed_epochs
 from .session import Session
@@ -58,7 +58,7 @@ class Reporter:
                 "removed": lists(p.record["iterations"][-1]["removed"]),
                 "plan_removed": lists(plan.removed),
             }
-        structure = structure_facts(session.model, session.subject)
+        structure = structure_of(session.model, session.subject)
         frozen = lists(p.frozen)
         p.attempts.append(Attempt(**known, **structure, step=session.step, epoch=session.epoch, frozen=frozen))
 
@@ -134,8 +134,8 @@ class Reporter:
         session.folder.mkdir(parents=True, exist_ok=True)
         metric = self._metric if self._config.gated or self._config.metric else None
         weights = mark_of_model(session.model) if p.is_over else None
-        facts = {**session.evaluations.to_dict(), "weights": weights, "end": self._end}
-        write_run_report(session.folder, self._config, p.for_report(), metric, session.zeroed_at, facts)
+        more = {**session.evaluations.to_dict(), "weights": weights, "end": self._end}
+        write_run_report(session.folder, self._config, p.for_report(), metric, session.zeroed_at, more)
 
     def write_plan(self, plan: PruningPlan | None) -> None:
         """Write the plan that is carried out; None: it was taken back, and none is left."""
@@ -160,7 +160,7 @@ class Reporter:
 
     def _log(self, **figures: float | None) -> None:
         """Send the figures of the pruning at hand to the logs, and write the report."""
-        structure = structure_facts(self._session.model, self._session.subject)
+        structure = structure_of(self._session.model, self._session.subject)
         figures = {
             "iteration": self._attempt.iteration,
             "k": self._attempt.k,
@@ -263,7 +263,7 @@ class Reporter:
         ended_at = f"step {session.step}"
         if state.epoch is not None:
             ended_at = f"epoch {state.epoch:g} of {state.num_train_epochs}"
-        self._end = end_facts(p, session, self._config, self._metric)
+        self._end = outcome_of(p, session, self._config, self._metric)
         blocks, parameters = (self._end[name] for name in ("blocks", "parameters"))
         frozen = sum(map(len, p.frozen.values()))
         stay = ""

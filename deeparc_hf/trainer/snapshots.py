@@ -26,7 +26,7 @@ from ..publish.files import checkpoints_in
 __all__ = ["FOLDER", "drop_unused", "free_name", "read_plans", "restore_weights", "save_snapshot", "set_groups"]
 
 FOLDER = "_pruning_snapshots"
-_WEIGHTS, _FACTS = "weights.safetensors", "snapshot.json"
+_WEIGHTS, _NOTES = "weights.safetensors", "snapshot.json"
 
 
 def save_snapshot(
@@ -57,7 +57,7 @@ def save_snapshot(
         else [[names[id(p)] for p in g["params"] if id(p) in names] for g in optimizer.param_groups]
     )
     save_model(model, str(draft / _WEIGHTS))
-    (draft / _FACTS).write_text(json.dumps({"groups": groups, "plan": plan, "carried_out": carried_out}), "utf-8")
+    (draft / _NOTES).write_text(json.dumps({"groups": groups, "plan": plan, "carried_out": carried_out}), "utf-8")
     old = draft.with_name(f"{draft.name}.old")
     if final.exists():
         final.rename(old)
@@ -69,8 +69,8 @@ def read_plans(output: Path, name: str) -> tuple[Any, Any]:
     """The comparison of blocks that was noted with a snapshot, and the plan that led to its model (or None), as plans'
     dicts.
     """
-    facts = _facts(output, name)
-    return facts["plan"], facts["carried_out"]
+    notes = _notes(output, name)
+    return notes["plan"], notes["carried_out"]
 
 
 def restore_weights(output: Path, name: str, model: nn.Module) -> None:
@@ -107,7 +107,7 @@ def set_groups(output: Path, name: str, model: nn.Module, optimizer: torch.optim
     """
     parameters = dict(model.named_parameters())
     own = {id(parameter) for parameter in parameters.values()}
-    groups = _facts(output, name)["groups"]
+    groups = _notes(output, name)["groups"]
     for group, names in zip(optimizer.param_groups, groups, strict=True):
         others = [parameter for parameter in group["params"] if id(parameter) not in own]
         group["params"][:] = [*(parameters[key] for key in names), *others]
@@ -149,9 +149,9 @@ def _states(output: Path, trials_only: bool = False) -> str:
     return "".join(file.read_text("utf-8", errors="replace") for file in files if file.is_file())
 
 
-def _facts(output: Path, name: str) -> Any:
+def _notes(output: Path, name: str) -> Any:
     try:
-        return json.loads((output / FOLDER / name / _FACTS).read_text("utf-8"))
+        return json.loads((output / FOLDER / name / _NOTES).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise _missing(output, name, error) from error
 

@@ -196,26 +196,30 @@ def against_original(rows: Sequence[Row]) -> list[str]:
 
 
 def write_results(
-    folder: Path, rows: Sequence[Row], speeds: Mapping[str, Speed], facts: Mapping[str, Any], notes: Sequence[str] = ()
+    folder: Path,
+    rows: Sequence[Row],
+    speeds: Mapping[str, Speed],
+    origin: Mapping[str, Any],
+    notes: Sequence[str] = (),
 ) -> None:
     """Write results.json and results.md; each is there whole or not at all.
 
     Args:
         speeds: by name of the row.
-        facts: how it was made: arguments, data.
+        origin: how it was made: arguments, data.
         notes: sentences beneath the table.
     """
     data: dict[str, Any] = {
         "rows": [row.to_dict() for row in rows],
         "speeds": {name: dataclasses.asdict(speed) for name, speed in speeds.items()},
         "notes": list(notes),
-        **facts,
+        **origin,
         "hardware": hardware(),
         "versions": package_versions(),
     }
     folder.mkdir(parents=True, exist_ok=True)
     parts = ["# Results", results_table(rows)]
-    repeats = facts.get("pruning", {}).get("repeats")
+    repeats = origin.get("pruning", {}).get("repeats")
     times = "one evaluation" if repeats == 1 else f"the median of {repeats or 'several'}"
     counts = ", ".join(f"{n:,}" for n in sorted({row.measured.samples for row in rows}))
     parts.append(
@@ -227,7 +231,7 @@ def write_results(
     made_with = {**data["hardware"], **data["versions"]}
     parts += [
         "## Made with",
-        f"```json\n{json.dumps(facts, indent=1)}\n```",
+        f"```json\n{json.dumps(origin, indent=1)}\n```",
         "\n".join(f"- {key}: {value}" for key, value in made_with.items()),
     ]
     write_whole(folder / f"{RESULTS}.md", "\n\n".join(parts) + "\n")
@@ -241,7 +245,7 @@ def write_evaluations(
     (`create_model_card`).
 
     Args:
-        data: what is known of the test data (`provenance.dataset_facts`).
+        data: what is known of the test data (`provenance.origin_of`).
         judged: whether prunings were judged on the same rows.
         speed: its time over that of the original.
     """

@@ -31,8 +31,8 @@ from deeparc_hf.publish import create_model_card
 from deeparc_hf.publish.gather import PLAN_FILE
 from deeparc_hf.publish.push import push_to_hub
 from deeparc_hf.reports.plan_report import Measurement, timed_evaluation, write_report
-from deeparc_hf.reports.provenance import TIMES, dataset_facts, training_facts
-from deeparc_hf.reports.run_report import structure_facts
+from deeparc_hf.reports.provenance import TIMES, origin_of, training_settings
+from deeparc_hf.reports.run_report import structure_of
 from deeparc_hf.sparsity.config import WandaConfig
 from deeparc_hf.sparsity.sparsify import sparsify_model
 from deeparc_hf.trainer import MPruneCallback, WandaCallback
@@ -100,7 +100,7 @@ class Experiment:
             rows += self._sparse(row)
         if self._main:
             self._clean_up()
-            facts, judged = dataset_facts(self._test), "same as" in self.splits.sources.get("test", {})
+            facts, judged = origin_of(self._test), "same as" in self.splits.sources.get("test", {})
             for row in [row for row in rows if row.folder is not None]:
                 write_evaluations(self._out / row.folder, row, rows[0], facts, speeds.get(row.name), judged=judged)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
@@ -304,7 +304,7 @@ class Experiment:
         """Structure, metrics on the test data, and the warm time of measuring them."""
         measured = self._work(trainer)()
         timing = timed_evaluation(self._work(trainer), repeats=self.pruning.repeats, warmup=0)
-        facts = {**structure_facts(trainer.model), "measured": dataclasses.replace(measured, seconds=timing.seconds)}
+        facts = {**structure_of(trainer.model), "measured": dataclasses.replace(measured, seconds=timing.seconds)}
         gc.collect()
         return facts
 
@@ -347,9 +347,9 @@ class Experiment:
             "settings": self.provenance.get("settings"),
             "pruning": dataclasses.asdict(self.pruning),
             "training": {
-                key: value for key, value in training_facts(self.training).items() if key != "epochs"
+                key: value for key, value in training_settings(self.training).items() if key != "epochs"
             },  # these are of pruning
-            "test data": dataset_facts(self._test),
+            "test data": origin_of(self._test),
         }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from deeparc_hf.core.plain_text import did_you_mean
 from deeparc_hf.errors import ConfigError
-from deeparc_hf.reports.provenance import dataset_facts
+from deeparc_hf.reports.provenance import origin_of
 
 from .arguments import DataArguments
 
@@ -194,7 +194,7 @@ def _origin_of_split(data: DataArguments, split: str, rows: Any) -> dict[str, An
     if data.dataset is None or Path(data.dataset).exists():
         return {"split": split}
     known = {"id": data.dataset, "revision": data.dataset_revision, "config": data.dataset_config, "split": split}
-    return {key: value for key, value in {**known, **dataset_facts(rows)}.items() if value is not None}
+    return {key: value for key, value in {**known, **origin_of(rows)}.items() if value is not None}
 
 
 def _of_hub(datasets: Any, data: DataArguments) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 
 from deeparc_hf import MPruneConfig
 from deeparc_hf.errors import PlanError
-from deeparc_hf.pruning.plan import StackFacts, freezing_set, make_plan
+from deeparc_hf.pruning.plan import ComparedStack, freezing_set, make_plan
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -24,33 +24,33 @@ def matrix(length: int, value: Callable[[int, int], float]) -> Matrix:
     return tuple(tuple(1.0 if i == j else value(min(i, j), max(i, j)) for j in range(length)) for i in range(length))
 
 
-def alike(length: int) -> StackFacts:
-    return StackFacts(matrix(length, lambda i, j: 0.99))
+def alike(length: int) -> ComparedStack:
+    return ComparedStack(matrix(length, lambda i, j: 0.99))
 
 
-def by_leader(*similarities: float) -> StackFacts:
+def by_leader(*similarities: float) -> ComparedStack:
     """One cluster whose block i + 1 has the i-th similarity to block 0, and 0.5 to all others."""
-    return StackFacts(matrix(len(similarities) + 1, lambda i, j: similarities[j - 1] if i == 0 else 0.5))
+    return ComparedStack(matrix(len(similarities) + 1, lambda i, j: similarities[j - 1] if i == 0 else 0.5))
 
 
-def random_facts(seed: int, *lengths: int, pinned: bool = False) -> dict[str, StackFacts]:
+def random_stacks(seed: int, *lengths: int, pinned: bool = False) -> dict[str, ComparedStack]:
     rng = random.Random(seed)
-    facts = {}
+    compared = {}
     for number, length in enumerate(lengths):
         values = {pair: rng.uniform(0.0, 0.999) for pair in itertools.combinations(range(length), 2)}
         pins = {rng.randrange(length): "planted"} if pinned else {}
-        facts[f"stack{number}"] = StackFacts(matrix(length, lambda i, j, v=values: v[i, j]), pins)
-    return facts
+        compared[f"stack{number}"] = ComparedStack(matrix(length, lambda i, j, v=values: v[i, j]), pins)
+    return compared
 
 
-def plan_one(facts: StackFacts, **settings):
-    return make_plan({"enc": facts}, MPruneConfig(**settings)).stacks["enc"]
+def plan_one(compared: ComparedStack, **settings):
+    return make_plan({"enc": compared}, MPruneConfig(**settings)).stacks["enc"]
 
 
 # --- clusters and stride ----------------------------------------------------------------------------------------------
 
 # neighbours are all 0.99 alike, but a block two away is only 0.9 alike, and one three away 0.8
-DRIFT = StackFacts(matrix(6, lambda i, j: {1: 0.99, 2: 0.9, 3: 0.8}.get(j - i, 0.1)))
+DRIFT = ComparedStack(matrix(6, lambda i, j: {1: 0.99, 2: 0.9, 3: 0.8}.get(j - i, 0.1)))
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def test_linkages_differ_where_similarity_drifts(linkage, threshold, clusters, r
 
 def test_adjacent_breaks_where_the_leader_does_not():
     # 1 and 2 differ from each other, but both are like 0
-    facts = StackFacts(matrix(3, lambda i, j: 0.99 if i == 0 else 0.2))
-    assert plan_one(facts, linkage="leader").clusters == ((0, 1, 2),)
-    assert plan_one(facts, linkage="adjacent").clusters == ((0, 1), (2,))
+    compared = ComparedStack(matrix(3, lambda i, j: 0.99 if i == 0 else 0.2))
+    assert plan_one(compared, linkage="leader").clusters == ((0, 1, 2),)
+    assert plan_one(compared, linkage="adjacent").clusters == ((0, 1), (2,))
 
 
 def test_threshold_is_inclusive():
@@ -100,8 +100,8 @@ def test_stride_in_one_cluster_of_seven(k, keep, removed):
 
 @pytest.mark.parametrize(("k", "removed"), [(1, (1, 2, 3, 5, 6)), (2, (1, 3, 5)), (3, (1, 5))])
 def test_stride_starts_anew_in_each_cluster(k, removed):
-    facts = StackFacts(matrix(7, lambda i, j: 0.99 if (i < 4) == (j < 4) else 0.1))
-    stack = plan_one(facts, k=k)
+    compared = ComparedStack(matrix(7, lambda i, j: 0.99 if (i < 4) == (j < 4) else 0.1))
+    stack = plan_one(compared, k=k)
     assert stack.clusters == ((0, 1, 2, 3), (4, 5, 6))
     assert stack.removed == removed
     assert stack.kept == tuple(i for i in range(7) if i not in removed)
@@ -115,7 +115,7 @@ def test_stride_starts_anew_in_each_cluster(k, removed):
 @pytest.mark.parametrize("settings", [{"threshold": 0.5}, {"num_blocks": 3}, {"threshold": 0.5, "k": 2}], ids=str)
 def test_pinned_blocks_stay(settings, linkage, keep):
     pinned = {0: "owns the bias", 3: "changes shape"}
-    stack = plan_one(StackFacts(alike(6).similarity, pinned), linkage=linkage, keep=keep, **settings)
+    stack = plan_one(ComparedStack(alike(6).similarity, pinned), linkage=linkage, keep=keep, **settings)
     assert not set(stack.removed) & set(pinned)
     assert stack.removed
     assert dict(stack.pinned) == pinned
@@ -164,17 +164,17 @@ def test_min_blocks_counts_in_each_stack():
 )
 def test_similarities_that_are_no_finite_square_are_refused_by_name(bad):
     with pytest.raises(PlanError, match="similarity matrix of enc"):
-        plan_one(StackFacts(bad))
+        plan_one(ComparedStack(bad))
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_first_block_always_stays_and_no_stack_empties(seed):
-    facts = random_facts(seed, 3, 8, 12)
+    compared = random_stacks(seed, 3, 8, 12)
     for step in range(1, 40):
         for linkage, k in itertools.product(("leader", "adjacent"), (1, 2, 3)):
-            plan = make_plan(facts, MPruneConfig(threshold=step / 40, linkage=linkage, k=k))
+            plan = make_plan(compared, MPruneConfig(threshold=step / 40, linkage=linkage, k=k))
             assert all(stack.kept[0] == 0 for stack in plan.stacks.values())
-        last = make_plan(facts, MPruneConfig(threshold=step / 40, keep="last"))
+        last = make_plan(compared, MPruneConfig(threshold=step / 40, keep="last"))
         assert all(stack.kept[-1] == len(stack) - 1 for stack in last.stacks.values())
 
 
@@ -182,7 +182,7 @@ def test_first_block_always_stays_and_no_stack_empties(seed):
 @pytest.mark.parametrize("linkage", ["leader", "adjacent"])
 def test_clusters_are_runs_that_cover_the_stack(seed, linkage):
     for threshold in (0.01, 0.3, 0.6, 0.9):
-        stack = plan_one(random_facts(seed, 9)["stack0"], threshold=threshold, linkage=linkage)
+        stack = plan_one(random_stacks(seed, 9)["stack0"], threshold=threshold, linkage=linkage)
         assert list(itertools.chain(*stack.clusters)) == list(range(9))
         assert sorted((*stack.kept, *stack.removed)) == list(range(9))
 
@@ -191,15 +191,15 @@ def test_clusters_are_runs_that_cover_the_stack(seed, linkage):
 
 
 def reference_removal(
-    facts: Mapping[str, StackFacts], threshold: float, linkage: str, k: int
+    compared: Mapping[str, ComparedStack], threshold: float, linkage: str, k: int
 ) -> dict[tuple[str, int], float]:
     """What a threshold removes, with each block's similarity to its cluster's leader."""
     gone = {}
-    for name, stack in facts.items():
+    for name, stack in compared.items():
         leader, position = 0, 0
         for index in range(1, len(stack)):
-            compared = leader if linkage == "leader" else index - 1
-            if stack.similarity[compared][index] < threshold:
+            anchor = leader if linkage == "leader" else index - 1
+            if stack.similarity[anchor][index] < threshold:
                 leader, position = index, 0
                 continue
             position += 1
@@ -212,18 +212,18 @@ def reference_removal(
 @pytest.mark.parametrize("linkage", ["leader", "adjacent"])
 @pytest.mark.parametrize("seed", range(6))
 def test_target_is_met_exactly_at_the_highest_threshold_that_suffices(seed, linkage, k):
-    facts = random_facts(seed, 5, 7, pinned=True)
-    every = sorted({v for stack in facts.values() for row in stack.similarity for v in row}, reverse=True)
+    compared = random_stacks(seed, 5, 7, pinned=True)
+    every = sorted({v for stack in compared.values() for row in stack.similarity for v in row}, reverse=True)
     candidates = sorted({*every, *((a + b) / 2 for a, b in itertools.pairwise(every))}, reverse=True)
-    removals = {t: reference_removal(facts, t, linkage, k) for t in candidates}
+    removals = {t: reference_removal(compared, t, linkage, k) for t in candidates}
     for stay in range(1, 13):
         wanted = 12 - stay
         feasible = [t for t in candidates if len(removals[t]) >= wanted]
         if not feasible:
             with pytest.raises(PlanError):
-                make_plan(facts, MPruneConfig(num_blocks=stay, linkage=linkage, k=k))
+                make_plan(compared, MPruneConfig(num_blocks=stay, linkage=linkage, k=k))
             continue
-        plan = make_plan(facts, MPruneConfig(num_blocks=stay, linkage=linkage, k=k))
+        plan = make_plan(compared, MPruneConfig(num_blocks=stay, linkage=linkage, k=k))
         found = {(name, index) for name, indices in plan.removed.items() for index in indices}
         assert plan.num_kept == stay
         assert {stack.threshold for stack in plan.stacks.values()} == {max(feasible)}
@@ -245,23 +245,23 @@ def test_most_similar_go_first(stay, removed, threshold):
 
 
 def test_target_over_all_stacks_takes_from_where_similarity_is_highest():
-    facts = {"a": by_leader(0.95, 0.91), "b": by_leader(0.99, 0.93)}
-    plan = make_plan(facts, MPruneConfig(num_blocks=4))
+    compared = {"a": by_leader(0.95, 0.91), "b": by_leader(0.99, 0.93)}
+    plan = make_plan(compared, MPruneConfig(num_blocks=4))
     assert plan.removed == {"a": (1,), "b": (1,)}
-    assert make_plan(facts, MPruneConfig(num_blocks=5)).removed == {"b": (1,)}
-    assert make_plan(facts, MPruneConfig(num_blocks=3)).removed == {"a": (1,), "b": (1, 2)}
+    assert make_plan(compared, MPruneConfig(num_blocks=5)).removed == {"b": (1,)}
+    assert make_plan(compared, MPruneConfig(num_blocks=3)).removed == {"a": (1,), "b": (1, 2)}
 
 
 def test_target_by_stack_leaves_the_unnamed_alone():
-    facts = {"a": by_leader(0.95, 0.91, 0.9), "b": by_leader(0.99, 0.93), "c": alike(4)}
-    plan = make_plan(facts, MPruneConfig(num_blocks={"a": 2, "b": 2}))
+    compared = {"a": by_leader(0.95, 0.91, 0.9), "b": by_leader(0.99, 0.93), "c": alike(4)}
+    plan = make_plan(compared, MPruneConfig(num_blocks={"a": 2, "b": 2}))
     assert plan.removed == {"a": (1, 2), "b": (1,)}
     assert {name: stack.threshold for name, stack in plan.stacks.items()} == {"a": 0.91, "b": 0.99, "c": 1.0}
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(1.0, 12), (0.75, 9), (0.5, 6), (0.34, 4), (0.25, 3)])
 def test_keep_ratio_is_a_share_of_all_blocks(ratio, kept):
-    assert make_plan(random_facts(3, 5, 7), MPruneConfig(keep_ratio=ratio)).num_kept == kept
+    assert make_plan(random_stacks(3, 5, 7), MPruneConfig(keep_ratio=ratio)).num_kept == kept
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,9 @@ def test_keep_ratio_is_a_share_of_all_blocks(ratio, kept):
 )
 def test_target_out_of_reach_names_the_limits(settings, parts):
     # of each stack block 0 stays as a leader and block 4 because it is pinned
-    facts = {name: StackFacts(alike(6).similarity, {4: "owns the bias"}) for name in ("enc", "dec")}
+    compared = {name: ComparedStack(alike(6).similarity, {4: "owns the bias"}) for name in ("enc", "dec")}
     with pytest.raises(PlanError) as caught:
-        make_plan(facts, MPruneConfig(**settings))
+        make_plan(compared, MPruneConfig(**settings))
     for part in parts:
         assert part in str(caught.value)
 
@@ -294,13 +294,13 @@ def test_target_out_of_reach_names_the_limits(settings, parts):
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_limit_that_the_error_names_can_be_reached(seed, k):
-    facts = random_facts(seed, 6, 8, pinned=True)
+    compared = random_stacks(seed, 6, 8, pinned=True)
     with pytest.raises(PlanError) as caught:
-        make_plan(facts, MPruneConfig(num_blocks=1, k=k))
+        make_plan(compared, MPruneConfig(num_blocks=1, k=k))
     least = int(re.search(r"Keep at least (\d+)", str(caught.value))[1])
-    assert make_plan(facts, MPruneConfig(num_blocks=least, k=k)).num_kept == least
+    assert make_plan(compared, MPruneConfig(num_blocks=least, k=k)).num_kept == least
     with pytest.raises(PlanError):
-        make_plan(facts, MPruneConfig(num_blocks=least - 1, k=k))
+        make_plan(compared, MPruneConfig(num_blocks=least - 1, k=k))
 
 
 # --- partial freezing -------------------------------------------------------------------------------------------------
@@ -341,22 +341,22 @@ def test_sites_reach_into_the_stage_beside(removed, frozen):
 
 
 def test_plan_freezes_only_when_asked():
-    facts = {"a": StackFacts(DRIFT.similarity, next_stack="b"), "b": StackFacts(matrix(3, lambda i, j: 0.1))}
-    assert make_plan(facts, MPruneConfig()).num_frozen == 0
-    plan = make_plan(facts, MPruneConfig(freeze="partial"))
+    compared = {"a": ComparedStack(DRIFT.similarity, next_stack="b"), "b": ComparedStack(matrix(3, lambda i, j: 0.1))}
+    assert make_plan(compared, MPruneConfig()).num_frozen == 0
+    plan = make_plan(compared, MPruneConfig(freeze="partial"))
     assert plan.removed == {"a": (1, 3, 5)}
     assert {name: stack.frozen for name, stack in plan.stacks.items()} == {"a": (), "b": (1, 2)}
-    assert make_plan(facts, MPruneConfig(freeze="partial", threshold=1.0)).num_frozen == 0
+    assert make_plan(compared, MPruneConfig(freeze="partial", threshold=1.0)).num_frozen == 0
 
 
 def test_which_block_stays_decides_where_similarity_depends_on_it():
     """As by effect: block 1 is hard to do without, so that it may stand for its neighbours, but not they for it."""
     values = ((1.0, 0.5, 0.5), (0.99, 1.0, 0.99), (0.5, 0.5, 1.0))
-    facts = {"a": StackFacts(values)}
-    first = make_plan(facts, MPruneConfig(threshold=0.9))
+    compared = {"a": ComparedStack(values)}
+    first = make_plan(compared, MPruneConfig(threshold=0.9))
     assert first.stacks["a"].clusters == ((0,), (1, 2)) and first.removed == {"a": (2,)}
-    last = make_plan(facts, MPruneConfig(threshold=0.9, keep="last"))
+    last = make_plan(compared, MPruneConfig(threshold=0.9, keep="last"))
     assert last.stacks["a"].clusters == ((0, 1), (2,)) and last.removed == {"a": (0,)}
     for keep, gone in (("leader", 2), ("last", 0)):
-        plan = make_plan(facts, MPruneConfig(num_blocks=2, keep=keep))
+        plan = make_plan(compared, MPruneConfig(num_blocks=2, keep=keep))
         assert plan.removed == {"a": (gone,)} and plan.stacks["a"].threshold == 0.99

@@ -14,10 +14,10 @@ import pytest
 import deeparc_hf
 from deeparc_hf import MPruneConfig, PruningPlan
 from deeparc_hf.errors import ConfigError, DeepArcWarning, PlanError
-from deeparc_hf.pruning.plan import StackFacts, make_plan
+from deeparc_hf.pruning.plan import ComparedStack, make_plan
 
 
-def facts(length: int, clusters: tuple[int, ...] = (0, 3), **extra: Any) -> StackFacts:
+def compared(length: int, clusters: tuple[int, ...] = (0, 3), **extra: Any) -> ComparedStack:
     """Blocks are 0.99 alike within clusters that start at these indices, and 0.25 between them."""
 
     def cluster(index: int) -> int:
@@ -26,15 +26,15 @@ def facts(length: int, clusters: tuple[int, ...] = (0, 3), **extra: Any) -> Stac
     rows = [
         [1.0 if i == j else 0.99 if cluster(i) == cluster(j) else 0.25 for j in range(length)] for i in range(length)
     ]
-    return StackFacts(tuple(map(tuple, rows)), **extra)
+    return ComparedStack(tuple(map(tuple, rows)), **extra)
 
 
 def example(**settings: Any) -> PruningPlan:
     stacks = {
-        "enc.block": facts(
+        "enc.block": compared(
             6, pinned={0: "owns relative_attention_bias"}, parameters=(10, 9, 9, 9, 9, 9), next_stack="dec.block"
         ),
-        "dec.block": facts(4, (0, 2)),
+        "dec.block": compared(4, (0, 2)),
     }
     return make_plan(stacks, MPruneConfig(**settings), samples=321)
 
@@ -241,7 +241,7 @@ def test_replan_checks_its_settings():
 
 @pytest.mark.filterwarnings("ignore:The threshold .* takes")  # and so it should, where more than half goes
 def test_replan_of_a_deep_model_is_instant():
-    plan = make_plan({"layers": facts(126, tuple(range(0, 126, 4)))}, MPruneConfig())
+    plan = make_plan({"layers": compared(126, tuple(range(0, 126, 4)))}, MPruneConfig())
     start = time.perf_counter()
     assert plan.replan(threshold=0.97).num_kept == 32
     assert time.perf_counter() - start < 0.5
@@ -253,7 +253,7 @@ def test_replan_of_a_deep_model_is_instant():
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def test_table_has_the_facts():
+def test_table_tells_of_each_stack():
     lines = str(example(freeze="partial", k=2)).splitlines()
     header = lines[0].split()
     assert header == ["stack", "blocks", "kept", "threshold", "clusters", "removed", "frozen"]

@@ -17,7 +17,7 @@ import pytest
 
 from deeparc_hf import MPruneConfig, PrunedConfig, PruningPlan, create_model_card, remove_blocks, save_pruned
 from deeparc_hf.cli import main
-from deeparc_hf.cli.inspect import facts_of, facts_text
+from deeparc_hf.cli.inspect import description_of, description_text
 from deeparc_hf.core.plain_text import allowed, is_plain, listed, plain, plain_lines, quoted
 from deeparc_hf.errors import DeepArcError, DeepArcWarning, RecordError
 from deeparc_hf.publish.card import render
@@ -178,7 +178,7 @@ def test_no_entry_of_a_record_gets_out_as_it_is(checkpoint, text, caplog):
             tags = metadata(content_of_folder(checkpoint)).tags
             assert set(tags) <= {"deeparc", "pruned", "depth-pruning", "cka", "sparse"}, (place, tags)
             try:
-                check(facts_text(facts_of(model)))
+                check(description_text(description_of(model)))
             except DeepArcError as error:  # it does not fit the model
                 check(str(error))
         for warning in caught:
@@ -212,11 +212,11 @@ def test_names_of_unknown_settings_are_shown_as_text():
 
 
 def test_a_hostile_plan_is_refused_or_shown_as_text(tmp_path):
-    from deeparc_hf.pruning.clusters import StackFacts
+    from deeparc_hf.pruning.clusters import ComparedStack
     from deeparc_hf.pruning.plan import make_plan
 
     plan = make_plan(
-        {STACK: StackFacts(((1.0, 0.9), (0.9, 1.0)), {0: "first"})}, MPruneConfig(threshold=0.95), 8
+        {STACK: ComparedStack(((1.0, 0.9), (0.9, 1.0)), {0: "first"})}, MPruneConfig(threshold=0.95), 8
     ).to_dict()
     with pytest.raises(DeepArcError) as error:
         PruningPlan.from_dict({**plan, "stacks": {HOSTILE: plan["stacks"][STACK]}})

@@ -16,23 +16,23 @@ from deeparc_hf.core.statistics import wilson_interval
 from deeparc_hf.errors import ConfigError, MissingDependencyError
 from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.pruning.heatmap import save_heatmap
-from deeparc_hf.pruning.plan import PruningPlan, StackFacts, make_plan
+from deeparc_hf.pruning.plan import ComparedStack, PruningPlan, make_plan
 from deeparc_hf.reports.plan_report import Measurement, blocks_strip, iteration_table, timed_evaluation, write_report
 
 Z95 = 1.959963984540054
 
 
-def facts(steps: list[float], pinned: dict[int, str] | None = None) -> StackFacts:
+def compared(steps: list[float], pinned: dict[int, str] | None = None) -> ComparedStack:
     """A stack in which the similarity of two blocks falls with the distance between them; steps[i] lies between i and
     i+1.
     """
     place = np.concatenate([[0.0], np.cumsum(steps)])
     matrix = np.exp(-np.abs(place[:, None] - place[None, :]))
-    return StackFacts(tuple(map(tuple, matrix.tolist())), pinned or {}, (10,) * len(place))
+    return ComparedStack(tuple(map(tuple, matrix.tolist())), pinned or {}, (10,) * len(place))
 
 
 def plan_of(steps: list[float], pinned: dict[int, str] | None = None, **settings) -> PruningPlan:
-    return make_plan({"encoder.layer": facts(steps, pinned)}, MPruneConfig(**settings), 512)
+    return make_plan({"encoder.layer": compared(steps, pinned)}, MPruneConfig(**settings), 512)
 
 
 @pytest.fixture
@@ -162,7 +162,9 @@ def test_heatmap_marks_removed_blocks_in_red(plan, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("stacks", "columns", "rows"), [(1, 1, 1), (2, 2, 1), (4, 4, 1), (5, 4, 2)])
 def test_heatmap_has_up_to_four_stacks_a_row(tmp_path, stacks, columns, rows):
-    plan = make_plan({f"stage{i}": facts([0.1] * (2 + 15 * i)) for i in range(stacks)}, MPruneConfig(threshold=0.9), 0)
+    plan = make_plan(
+        {f"stage{i}": compared([0.1] * (2 + 15 * i)) for i in range(stacks)}, MPruneConfig(threshold=0.9), 0
+    )
     save_heatmap(plan, tmp_path / "map.png")
     width, height = Image.open(tmp_path / "map.png").size
     assert 0.75 * columns < width / height * rows < 1.1 * columns

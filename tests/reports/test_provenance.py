@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset, DatasetInfo, SplitDict
 
-from deeparc_hf.reports.provenance import dataset_facts
+from deeparc_hf.reports.provenance import origin_of
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
@@ -23,16 +23,16 @@ def of_hub(rows, whole=None):
 
 @pytest.mark.parametrize(("whole", "shown"), [(None, "train"), (20, "train"), (40, "train, 20 of 40 rows")])
 def test_a_part_of_a_split_is_not_called_the_split(whole, shown):
-    facts = dataset_facts(of_hub(20, whole))
-    assert facts == {"id": "org/data", "revision": COMMIT, "config": "main", "split": shown, "rows": 20}
+    origin = origin_of(of_hub(20, whole))
+    assert origin == {"id": "org/data", "revision": COMMIT, "config": "main", "split": shown, "rows": 20}
 
 
 def test_held_out_rows():
     parts = of_hub(1_200, 1_200).train_test_split(0.1, seed=0)
     held_out = parts["test"].map(lambda row: row)
-    assert dataset_facts(held_out)["split"] == "train, 120 of 1,200 rows"
+    assert origin_of(held_out)["split"] == "train, 120 of 1,200 rows"
 
 
 def test_of_local_data_the_rows_are_known():
-    assert dataset_facts(Dataset.from_dict({"n": [1, 2]}, split="train")) == {"rows": 2}
-    assert dataset_facts([1, 2, 3]) == {"rows": 3} and dataset_facts(iter(())) == {}
+    assert origin_of(Dataset.from_dict({"n": [1, 2]}, split="train")) == {"rows": 2}
+    assert origin_of([1, 2, 3]) == {"rows": 3} and origin_of(iter(())) == {}

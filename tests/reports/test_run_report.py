@@ -15,7 +15,7 @@ from deeparc_hf import MPruneConfig, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.reports.attempts import Attempt, Evaluation
 from deeparc_hf.reports.phases import FINISHED
-from deeparc_hf.reports.run_report import RUN_REPORT, run_table, structure_facts, write_run_report
+from deeparc_hf.reports.run_report import RUN_REPORT, run_table, structure_of, write_run_report
 from deeparc_hf.trainer.machine import Phase, Progress
 from deeparc_hf.trainer.session import Session
 from tests.zoo import ZOO
@@ -230,20 +230,20 @@ def test_figures_that_are_not_finite_leave_the_report_strict_json(tmp_path, valu
     json.loads((tmp_path / f"{RUN_REPORT}.json").read_text("utf-8"), parse_constant=refuse)
 
 
-def test_structure_facts_count_the_model_as_it_is():
+def test_structure_count_the_model_as_it_is():
     model = ZOO["t5"].model()
     names = {"encoder.block": 4, "decoder.block": 3}
-    assert structure_facts(model) == {"blocks": names, "parameters": sum(p.numel() for p in model.parameters())}
+    assert structure_of(model) == {"blocks": names, "parameters": sum(p.numel() for p in model.parameters())}
     gone = sum(p.numel() for p in model.encoder.block[2].parameters())
-    whole = structure_facts(model)["parameters"]
+    whole = structure_of(model)["parameters"]
     remove_blocks(model, {"encoder.block": [2]})
-    assert structure_facts(model) == {"blocks": {**names, "encoder.block": 3}, "parameters": whole - gone}
+    assert structure_of(model) == {"blocks": {**names, "encoder.block": 3}, "parameters": whole - gone}
 
 
-def test_structure_facts_count_what_a_user_has_put_around_the_model():
+def test_structure_count_what_a_user_has_put_around_the_model():
     model = nn.Sequential(ZOO["t5"].model(), nn.Linear(7, 3))
     whole = sum(p.numel() for p in model.parameters())
-    assert structure_facts(model)["parameters"] == structure_facts(model, describe(model))["parameters"] == whole
+    assert structure_of(model)["parameters"] == structure_of(model, describe(model))["parameters"] == whole
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from deeparc_hf import MPruneConfig, PruningPlan
 from deeparc_hf.cli import main
 from deeparc_hf.errors import ConfigError, PlanError
-from deeparc_hf.pruning.plan import StackFacts, make_plan
+from deeparc_hf.pruning.plan import ComparedStack, make_plan
 
 DEFAULTS = {
     "k_max": 3,
@@ -184,11 +184,11 @@ def test_to_dict_is_a_copy_of_the_lists_too():
 
 def alike(length, **extra):
     """Blocks that are all 0.99 alike."""
-    return StackFacts(tuple(tuple(1.0 if i == j else 0.99 for j in range(length)) for i in range(length)), **extra)
+    return ComparedStack(tuple(tuple(1.0 if i == j else 0.99 for j in range(length)) for i in range(length)), **extra)
 
 
 def unlike(length, **extra):
-    return StackFacts(tuple(tuple(1.0 if i == j else 0.1 for j in range(length)) for i in range(length)), **extra)
+    return ComparedStack(tuple(tuple(1.0 if i == j else 0.1 for j in range(length)) for i in range(length)), **extra)
 
 
 def frozen(plan):
@@ -220,10 +220,10 @@ def test_pattern_that_matches_nothing_is_an_error_that_names_the_setting():
 
 
 def test_record_freezes_what_the_record_froze_and_stays():
-    facts = {"enc": alike(6, frozen=(0, 1, 4)), "dec": unlike(3, frozen=(2,))}
-    assert frozen(make_plan(facts, MPruneConfig(freeze="record", k=2))) == {"enc": (0, 4), "dec": (2,)}
-    assert frozen(make_plan(facts, MPruneConfig(k=2))) == {"enc": (), "dec": ()}
-    assert frozen(make_plan(facts, MPruneConfig(freeze=["dec.0"], k=2))) == {"enc": (), "dec": (0,)}
+    compared = {"enc": alike(6, frozen=(0, 1, 4)), "dec": unlike(3, frozen=(2,))}
+    assert frozen(make_plan(compared, MPruneConfig(freeze="record", k=2))) == {"enc": (0, 4), "dec": (2,)}
+    assert frozen(make_plan(compared, MPruneConfig(k=2))) == {"enc": (), "dec": ()}
+    assert frozen(make_plan(compared, MPruneConfig(freeze=["dec.0"], k=2))) == {"enc": (), "dec": (0,)}
 
 
 @pytest.mark.parametrize("freeze", ["record", ["enc.*"]], ids=str)
@@ -233,26 +233,26 @@ def test_nothing_is_frozen_where_nothing_is_removed(freeze):
 
 def test_patterns_name_blocks_as_they_were_called_when_the_training_began():
     # blocks 1, 2 and 5 of seven are gone
-    facts = {"enc": alike(4, labels=(0, 3, 4, 6))}
-    plan = make_plan(facts, MPruneConfig(protect=["enc.4"], freeze=["enc.0", "enc.4"]))
+    compared = {"enc": alike(4, labels=(0, 3, 4, 6))}
+    plan = make_plan(compared, MPruneConfig(protect=["enc.4"], freeze=["enc.0", "enc.4"]))
     stack = plan.stacks["enc"]
     assert (stack.protected, stack.removed, stack.frozen) == ((2,), (1, 3), (0, 2))
     # named as now, 3 would be the last one
-    assert make_plan(facts, MPruneConfig(protect=["enc.3"])).stacks["enc"].kept == (0, 1)
+    assert make_plan(compared, MPruneConfig(protect=["enc.3"])).stacks["enc"].kept == (0, 1)
 
 
 def test_blocks_that_an_earlier_pruning_removed_may_be_named():
-    facts = {"enc": alike(3, labels=(0, 3, 12))}
-    plan = make_plan(facts, MPruneConfig(protect=["enc.1"], freeze=["enc.5", "enc.0"]))
+    compared = {"enc": alike(3, labels=(0, 3, 12))}
+    plan = make_plan(compared, MPruneConfig(protect=["enc.1"], freeze=["enc.5", "enc.0"]))
     assert (plan.stacks["enc"].protected, plan.stacks["enc"].frozen) == ((), (0,))
-    assert make_plan(facts, MPruneConfig(protect=["enc.1*"])).stacks["enc"].protected == (2,)
+    assert make_plan(compared, MPruneConfig(protect=["enc.1*"])).stacks["enc"].protected == (2,)
 
 
 def test_freezing_beside_the_sites_does_not_follow_labels_or_records():
-    facts = {"enc": StackFacts(alike(4).similarity, labels=(0, 3, 4, 6), frozen=(3,))}
+    compared = {"enc": ComparedStack(alike(4).similarity, labels=(0, 3, 4, 6), frozen=(3,))}
     bare = {"enc": alike(4)}
     settings = MPruneConfig(freeze="partial", num_blocks=3)
-    assert frozen(make_plan(facts, settings)) == frozen(make_plan(bare, settings))
+    assert frozen(make_plan(compared, settings)) == frozen(make_plan(bare, settings))
 
 
 def test_a_list_of_targets_makes_no_plan():
@@ -263,8 +263,8 @@ def test_a_list_of_targets_makes_no_plan():
 
 
 def planned(**settings):
-    facts = {"enc": alike(4, labels=(0, 3, 4, 6), frozen=(0, 2), next_stack="dec"), "dec": alike(3)}
-    return make_plan(facts, MPruneConfig(**settings), samples=9)
+    compared = {"enc": alike(4, labels=(0, 3, 4, 6), frozen=(0, 2), next_stack="dec"), "dec": alike(3)}
+    return make_plan(compared, MPruneConfig(**settings), samples=9)
 
 
 @pytest.mark.parametrize(
@@ -274,8 +274,8 @@ def test_plans_with_labels_and_frozen_blocks_round_trip(settings, tmp_path):
     plan = planned(**settings)
     again = PruningPlan.from_json(plan.to_json(tmp_path / "plan.json"))
     assert again == plan == PruningPlan.from_json(tmp_path / "plan.json")
-    assert (again.stacks["enc"].facts.labels, again.stacks["enc"].facts.frozen) == ((0, 3, 4, 6), (0, 2))
-    # what is planned from the file is what would have been planned from the facts
+    assert (again.stacks["enc"].compared.labels, again.stacks["enc"].compared.frozen) == ((0, 3, 4, 6), (0, 2))
+    # what is planned from the file is what would have been planned from the compared
     assert again.replan(protect=["enc.6"], freeze="record", k=2) == planned(protect=["enc.6"], freeze="record", k=2)
 
 
@@ -283,8 +283,8 @@ def test_a_plan_of_an_earlier_version_has_no_labels():
     data = planned().to_dict()
     for stack in data["stacks"].values():
         del stack["labels"], stack["frozen_before"]
-    facts = PruningPlan.from_dict(data).stacks["enc"].facts
-    assert (facts.labels, facts.frozen) == ((), ())
+    compared = PruningPlan.from_dict(data).stacks["enc"].compared
+    assert (compared.labels, compared.frozen) == ((), ())
 
 
 @pytest.mark.parametrize(
