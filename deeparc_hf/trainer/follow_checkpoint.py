@@ -63,7 +63,17 @@ _ADVICE = (
     f"Load the model from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its "
     "config.json), then resume."
 )
-_frozen: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Parameter]]] = weakref.WeakKeyDictionary()
+_NOTED = "_deeparc_hf_frozen"  # attribute of a model: what runs have frozen in it
+
+
+class _Noted(list[weakref.ref[nn.Parameter]]):
+    """Parameters that runs have frozen, noted on their model; on a copy of it, or in a pickle, nothing is noted."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
+        return []
 
 
 class Follower:
@@ -155,13 +165,14 @@ def _root(model: nn.Module | Subject) -> nn.Module:
 
 
 def note_frozen(model: nn.Module | Subject, parameters: Iterable[nn.Parameter]) -> None:
-    """Note what a run froze, as long as the model lives: a later run in the same process must be able to thaw it."""
-    _frozen.setdefault(_root(model), []).extend(map(weakref.ref, parameters))
+    """Note what a run froze on the model: a later run in the same process must be able to thaw it."""
+    root = _root(model)
+    vars(root)[_NOTED] = _Noted([*vars(root).get(_NOTED, ()), *map(weakref.ref, parameters)])
 
 
 def thaw_noted(model: nn.Module | Subject, transaction: Transaction | None = None) -> None:
     """Make trainable again what runs have frozen, and nothing that the user has frozen."""
-    noted = [parameter() for parameter in _frozen.pop(_root(model), [])]
+    noted = [parameter() for parameter in vars(_root(model)).pop(_NOTED, ())]
     with transaction or Transaction() as transaction:
         thaw([parameter for parameter in noted if parameter is not None], transaction)
 
@@ -169,7 +180,7 @@ def thaw_noted(model: nn.Module | Subject, transaction: Transaction | None = Non
 def let_frozen_statistics_go(model: nn.Module) -> None:
     """Have the statistics of BatchNorms that a run froze follow the model's mode again: its training is over."""
     root = _root(model)
-    noted = [parameter() for parameter in _frozen.get(root, [])]
+    noted = [parameter() for parameter in vars(root).get(_NOTED, ())]
     let_statistics_go(root, [parameter for parameter in noted if parameter is not None])
 
 
