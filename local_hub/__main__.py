@@ -7,7 +7,8 @@ import asyncio
 import json
 from pathlib import Path
 
-from .server import STALLS, Hub, serve
+from .calls import STALLS, Hub
+from .server import serve
 
 
 def main() -> None:

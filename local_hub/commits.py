@@ -13,10 +13,10 @@ from typing import Any
 
 from aiohttp import web
 
+from .calls import Call, branch_of, route
 from .cards import judge
 from .discussions import check_may_push, open_discussion
 from .errors import HubError, no_entry, no_revision
-from .server import Call, branch_of, route
 from .store import HEADS, PULLS, Commit, Entry, Repo
 
 LARGE_FROM = 10 * 1024**2  # bytes; larger files cannot travel inside a commit

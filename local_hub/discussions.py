@@ -8,8 +8,8 @@ from typing import Any
 from aiohttp import web
 
 from .access import User
+from .calls import Call, route
 from .errors import HubError
-from .server import Call, route
 from .store import HEADS, PULLS, Entry, now
 
 

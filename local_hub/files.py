@@ -18,10 +18,10 @@ from urllib.parse import quote
 from aiohttp import web
 
 from .access import check_files
+from .calls import Call, route
 from .discussions import check_may_push
 from .disk import move_in
 from .errors import HubError, no_entry
-from .server import Call, route
 from .store import Entry
 
 PART = 4 * 1024**2  # bytes; larger files go up in parts of this size, if the client can

@@ -10,9 +10,9 @@ from urllib.parse import urlencode
 
 from aiohttp import web
 
+from .calls import Call, route
 from .cards import metadata_of, tags_of
 from .errors import HubError, no_entry, no_revision
-from .server import Call, route
 from .store import HEADS, PULLS, TAGS, Commit, Entry, Repo
 
 PAGE, PAGE_EXPANDED = 1000, 50

@@ -8,9 +8,9 @@ from typing import Any
 from aiohttp import web
 
 from .access import check_files, check_namespace, check_visible
+from .calls import Call, route
 from .cards import judge
 from .errors import HubError
-from .server import Call, route
 from .vocabulary import LARGE
 
 _NAME = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_][\w.-]{0,95}(?<![.-])", re.ASCII)
