@@ -109,6 +109,9 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
     for argv in (["--config", str(tmp_path / "none.yaml")], ["--config"], [f"--config={tmp_path}"]):
         with pytest.raises(ConfigError, match="--config: there is no file"):
             parse(TYPES, argv)
+    with pytest.raises(ConfigError, match=r"--config: there is no file \.") as told:
+        parse(TYPES, ["--config", "--threshold", "0.9"])
+    assert "--threshold" not in str(told.value)
 
 
 def test_an_unknown_argument_and_an_abbreviation_are_refused():
