@@ -1,4 +1,6 @@
-"""How tests are written: they observe what the package does, and touch none of its private names."""
+"""How code is written: tests touch no private name of the package, and the package none of another library's, but in
+the one file for that.
+"""
 
 from __future__ import annotations
 
@@ -67,3 +69,45 @@ def test_no_test_touches_a_private_name_of_the_package():
 )
 def test_the_rule_sees_what_it_is_to_see(source, found):
     assert [name for _, name in touched(source, {"_parser", "_run", "_sort"})] == found
+
+
+# the one exception is DistributedDataParallel, whose live wrapper has to follow its model
+FOR_OTHERS = {"compat.py", "distributed.py"}
+
+
+def test_private_names_of_other_libraries_are_touched_in_one_file():
+    sources = {path: path.read_text("utf-8") for path in PACKAGE}
+    own = set().union(*map(private_names, sources.values())) | set().union(*map(fields_of, sources.values()))
+    found = {
+        f"{path.relative_to(ROOT)}:{line}": name
+        for path, source in sources.items()
+        if path.name not in FOR_OTHERS
+        for line, name in foreign(source, own | {"_repr_html_", "_exit"})  # of notebooks, and of os, which documents it
+    }
+    assert found == {}
+
+
+def fields_of(source: str) -> set[str]:
+    """Private fields that classes of a module declare."""
+    return {
+        node.target.id
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def foreign(source: str, own: set[str]) -> Iterator[tuple[int, str]]:
+    """Private attributes, and private names that are imported, which the package does not define."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from ((node.lineno, alias.name) for alias in node.names if is_private(alias.name))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("from torch.nn import _Norm", "_Norm"), ("module._parameters['weight']", "_parameters")]
+)
+def test_the_rule_for_other_libraries_sees_them(source, name):
+    assert [found for _, found in foreign(source, {"_own"})] == [name]
+    assert list(foreign("module._own", {"_own"})) == []

@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_labels
 from transformers.utils import logging as hf_logging
 
-from ..core.compat import checkpoint_key_namer
+from ..core.compat import attention_of, checkpoint_key_namer, set_attention
 from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
 from .inputs import example_inputs, merges_inputs
@@ -305,7 +305,7 @@ def copy_attention(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
     For every part by itself: the public setter would have all parts of a model do alike (DETR's backbone knows no
     sdpa).
     """
-    target._attn_implementation_internal = source._attn_implementation_internal
+    set_attention(target, attention_of(source))
     for name, part in vars(source).items():
         other = vars(target).get(name)
         if isinstance(part, PreTrainedConfig) and isinstance(other, PreTrainedConfig):
@@ -314,7 +314,7 @@ def copy_attention(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
 
 def _attention_of(config: PreTrainedConfig) -> list[Any]:
     parts = [part for part in vars(config).values() if isinstance(part, PreTrainedConfig)]
-    return [config._attn_implementation_internal, *map(_attention_of, parts)]
+    return [attention_of(config), *map(_attention_of, parts)]
 
 
 def _patch(config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrainedConfig) -> None:

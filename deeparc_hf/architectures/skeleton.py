@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.compat import unsaved_buffers
 from .layout import Layout
 
 __all__ = ["Differences", "compare", "differing", "state_shapes"]
@@ -112,7 +113,7 @@ def _modules(root: nn.Module, stacks: Iterable[str] = ()) -> dict[str, nn.Module
 def _misshapen(name: str, module: nn.Module, counterpart: nn.Module) -> list[str]:
     own, new = _own_shapes(module), _own_shapes(counterpart)
     # a buffer that is never saved may be missing from a reload: nothing that is left asks for it
-    spare = module._non_persistent_buffers_set - new.keys()
+    spare = unsaved_buffers(module) - new.keys()
     return [
         f"{f'{name}.{key}' if name else key} has shape {own.get(key)}, but a reload would give it {new.get(key)}"
         for key in sorted((own.keys() | new.keys()) - spare)

@@ -20,6 +20,7 @@ from ..architectures import Layout, Subject, describe
 from ..architectures.generation import follow_generation
 from ..architectures.hosts import RECORD_KEY, copy_attention
 from ..architectures.skeleton import compare
+from ..core.compat import builder_of
 from ..core.transaction import Transaction
 from ..errors import RecordError, UnsupportedModelError
 from .record import PrunedConfig, current_record, renumbered
@@ -65,8 +66,7 @@ def load_pruned(
         config, kwargs = AutoConfig.from_pretrained(base_repo_or_path, return_unused_kwargs=True, **kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_SETTINGS}
     with torch.device("meta"):
-        build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
-        full = build(config)
+        full = builder_of(auto_class)(config)
     subject = describe(full)
     record = record.renamed(subject.host.base_prefix, subject.stacks)
     layout = _layout(record, subject)
@@ -86,7 +86,7 @@ def load_pruned(
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = type(full).from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
     _require_blocks(info["missing_keys"], str(base_repo_or_path), layout)
-    model.config._name_or_path = str(base_repo_or_path)
+    model.config.name_or_path = str(base_repo_or_path)
     if model.can_generate():
         _adopt_generation_config(model, str(base_repo_or_path), hub)
         follow_generation(model, subject.stacks, layout, Transaction())

@@ -1,5 +1,5 @@
-"""The only place that touches parts of other libraries that are not documented for users. Each entry says why, and when
-it can go.
+"""The only place that touches parts of other libraries that are not documented for users. Each entry says why, and
+where it may, when it can go.
 """
 
 from __future__ import annotations
@@ -8,11 +8,94 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PreTrainedModel
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of any number of dimensions
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-__all__ = ["calling_trainer", "checkpoint_key_namer", "running_method"]
+__all__ = [
+    "BatchNorm",
+    "accelerate_has_state",
+    "attention_of",
+    "buffers_of",
+    "builder_of",
+    "calling_trainer",
+    "checkpoint_key_namer",
+    "convolution_of",
+    "forward_pre_hooks",
+    "load_pre_hooks",
+    "parameters_of",
+    "running_method",
+    "set_attention",
+    "unsaved_buffers",
+    "version_of",
+]
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters, to read and to replace.
+
+    Why: a parametrized weight is no parameter though the attribute is there, and setting an attribute runs hooks and
+    checks of the module. To be removed when torch has a way to replace one.
+    """
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own buffers, to read and to replace. Why: as for `parameters_of`."""
+    return module._buffers
+
+
+def unsaved_buffers(module: nn.Module) -> set[str]:
+    """Names of a module's own buffers that its checkpoints leave out. Why: no public name tells them."""
+    return module._non_persistent_buffers_set
+
+
+def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """A module's hooks before its forward pass. Why: the handle by which one is removed goes with who has added it, and
+    a later training has to remove it.
+    """
+    return module._forward_pre_hooks
+
+
+def load_pre_hooks(module: nn.Module) -> list[Any]:
+    """A module's hooks before weights are loaded into it. Why: as for `forward_pre_hooks`."""
+    return [getattr(wrapped, "hook", wrapped) for wrapped in module._load_state_dict_pre_hooks.values()]
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to in place. Why: the counter that autograd keeps has no public name."""
+    return tensor._version
+
+
+def accelerate_has_state() -> bool:
+    """Whether accelerate has been set up in this process. Why: to ask `AcceleratorState` for it sets it up."""
+    return bool(AcceleratorState._shared_state)
+
+
+def convolution_of(kind: type[nn.Module]) -> Any:
+    """How a class of convolutions computes with a weight. Why: classes that change the weight first override it."""
+    return getattr(kind, "_conv_forward", None)
+
+
+def attention_of(config: PreTrainedConfig) -> Any:
+    """How a config says that attention is computed; its parts are not asked.
+
+    Why: the public setter has all parts of a model do alike. To be removed when a part can be set by itself.
+    """
+    return config._attn_implementation_internal
+
+
+def set_attention(config: PreTrainedConfig, attention: Any) -> None:
+    """The inverse of `attention_of`."""
+    config._attn_implementation_internal = attention
+
+
+def builder_of(auto_class: Any) -> Callable[[PreTrainedConfig], Any]:
+    """What builds a model of a config, without weights. Why: classes of models name it otherwise than auto classes."""
+    return auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
 
 
 def checkpoint_key_namer(model: PreTrainedModel) -> Callable[[str], str]:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
+from ..core.compat import BatchNorm
 from ..observe.hooks import hidden_states, hooked
 
 __all__ = ["Ending", "at_home", "find_ending", "rows"]
@@ -76,7 +76,7 @@ def _tried(block: nn.Module, run: Callable[[], Any], output: Tensor, leaves: lis
         return f"its last map, {last.path}, is a convolution over neighbours"
     behind = leaves[leaves.index(last) + 1 :]
     norm = next(
-        (leaf for leaf in behind if isinstance(leaf.module, _BatchNorm) and torch.equal(leaf.input, last.output)), None
+        (leaf for leaf in behind if isinstance(leaf.module, BatchNorm) and torch.equal(leaf.input, last.output)), None
     )
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(last.output.shape, generator=generator).to(last.output) * last.output.std() * 0.1

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..architectures import Host, Stack
+from ..core.compat import BatchNorm, parameters_of
 from ..errors import CalibrationError
 from ..observe.axes import Axes
 from ..observe.batches import batch_size
@@ -88,11 +88,11 @@ class SiteFit:
 
     def _obstacle(self, ending: Ending) -> str | None:
         """Why a map cannot be changed although its block ends as it should."""
-        weight = self.module._parameters.get("weight")
+        weight = parameters_of(self.module).get("weight")
         if weight is None or not weight.is_floating_point():
             return f"the weight of {ending.map} is not stored as plain numbers"
         holders = [
-            module for module in self.host.root.modules() if any(p is weight for p in module._parameters.values())
+            module for module in self.host.root.modules() if any(p is weight for p in parameters_of(module).values())
         ]
         if len(holders) > 1:
             return f"the weight of {ending.map} is tied to another map, which would change too"
@@ -102,7 +102,7 @@ class SiteFit:
         recorded = {name.removeprefix(prefix) for name in sparsity.get("matrices", {})}
         if listed.removeprefix(prefix) in recorded or int((weight == 0).sum()) > _ZEROS * weight.numel():
             return f"{ending.map} holds zeros that a change would fill; heal before weights are zeroed"
-        if ending.final is not None and isinstance(self.kept.get_submodule(ending.final), _BatchNorm):
+        if ending.final is not None and isinstance(self.kept.get_submodule(ending.final), BatchNorm):
             return f"its output comes from {ending.final}, whose statistics are those of its own inputs"
         return None
 

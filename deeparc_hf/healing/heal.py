@@ -87,7 +87,7 @@ def fit_sites(
 def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) -> None:
     """Change the map of the kept block, in place; nothing where the site is left alone."""
     ending = healing.ending
-    if ending is None or healing.change is None:
+    if healing.reason is not None or ending is None or healing.change is None:
         return
     module: Any = block.get_submodule(ending.map)
     norm = None if ending.batch_norm is None else block.get_submodule(ending.batch_norm)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback
 
+from ..core.compat import version_of
 from ..errors import CalibrationError
 
 __all__ = ["ReadOnceError", "apart", "untouched"]
@@ -162,7 +163,7 @@ class _Walk:
     def check(self) -> None:
         """Raise where something was changed that was too large to keep."""
         for name, tensor, version in self._large:
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 size = tensor.numel() * tensor.element_size() / 2**20
                 raise CalibrationError(
                     f"Reading rows changes {name} in place, a tensor of {size:.0f} MB, which is too large to put back."
@@ -369,7 +370,7 @@ class _Walk:
         ):
             return
         if not self._afford(tensor.numel() * tensor.element_size()):
-            self._large.append((name, tensor, tensor._version))
+            self._large.append((name, tensor, version_of(tensor)))
             return
         self._note(lambda kept: None if torch.equal(tensor, kept) else tensor.copy_(kept), tensor.detach().clone())
 

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Host, Stack, Subject
+from ..core.compat import BatchNorm, forward_pre_hooks
 from ..core.local_hooks import LocalHook
 from ..core.transaction import Transaction
 from ..observe.forward import evaluating
@@ -64,8 +64,8 @@ def freeze_blocks(
     just_frozen = {id(parameter) for parameter in changed}
     for module in host.root.modules():
         # a norm that the user froze before keeps the behaviour that the user knows
-        ours = isinstance(module, _BatchNorm) and id(module.weight) in just_frozen
-        if ours and _KEEP_STATISTICS not in module._forward_pre_hooks.values():
+        ours = isinstance(module, BatchNorm) and id(module.weight) in just_frozen
+        if ours and _KEEP_STATISTICS not in forward_pre_hooks(module).values():
             handles.append(module.register_forward_pre_hook(_KEEP_STATISTICS))
     return changed
 
@@ -74,10 +74,10 @@ def let_statistics_go(root: nn.Module, frozen: Iterable[nn.Parameter]) -> None:
     """Have BatchNorms follow the model's mode again: those with these parameters, and those that are trained."""
     gone = {id(parameter) for parameter in frozen}
     for module in root.modules():
-        keys = [key for key, hook in module._forward_pre_hooks.items() if hook is _KEEP_STATISTICS]
+        keys = [key for key, hook in forward_pre_hooks(module).items() if hook is _KEEP_STATISTICS]
         if keys and (module.weight.requires_grad or id(module.weight) in gone):  # type: ignore[union-attr]
             for key in keys:
-                del module._forward_pre_hooks[key]
+                del forward_pre_hooks(module)[key]
             module.train(root.training)
 
 

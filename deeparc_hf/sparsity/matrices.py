@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Host, Stack, Subject
+from ..core.compat import buffers_of, convolution_of, parameters_of
 from ..core.plain_text import did_you_mean
 from ..errors import ConfigError, UnsupportedModelError
 
@@ -48,7 +49,7 @@ class Matrix:
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.module._parameters["weight"]  # type: ignore[return-value]
+        return parameters_of(self.module)["weight"]  # type: ignore[return-value]
 
     @property
     def role(self) -> str:
@@ -134,7 +135,7 @@ def _survey(subject: Subject) -> tuple[list[Matrix], dict[str, str]]:
     refused: dict[str, str] = {}
     owners: dict[int, dict[int, str]] = defaultdict(dict)  # of each parameter, each with a path that leads to it
     for path, module in subject.root.named_modules():
-        for parameter in module._parameters.values():
+        for parameter in parameters_of(module).values():
             owners[id(parameter)][id(module)] = path
     for name, module, stack, block in _modules(subject.stacks):
         reason = _refusal(module, owners)
@@ -170,12 +171,12 @@ def _refusal(module: nn.Module, owners: Mapping[int, Mapping[int, str]]) -> str 
     kind = type(module)
     packed = any(
         t is not None and t.ndim > 1 and (t.dtype in _PACKED or name.startswith("qweight"))
-        for name, t in {**module._parameters, **module._buffers}.items()
+        for name, t in {**parameters_of(module), **buffers_of(module)}.items()
     )
     if packed or kind.__module__.startswith(("torch.ao.nn.quantized", "bitsandbytes.")):
         return f"it is packed by quantization ({kind.__name__}); sparsify the model first and quantize it afterwards"
     if isinstance(module, _MAPS):
-        weight = module._parameters.get("weight")
+        weight = parameters_of(module).get("weight")
         if weight is None:
             return f"its weight is computed from something else ({kind.__name__}, a parametrization)"
         if type(weight) is not nn.Parameter or not weight.is_floating_point():
@@ -186,9 +187,9 @@ def _refusal(module: nn.Module, owners: Mapping[int, Mapping[int, str]]) -> str 
         return f"its weight is tied to that of {others[0]}, which would get the zeros too" if others else None
     if isinstance(module, nn.MultiheadAttention):
         return "nn.MultiheadAttention computes with its matrices in one fused call, whose inputs cannot be observed"
-    fused = [name for name, p in module._parameters.items() if p is not None and p.ndim > 2 and max(p.shape[1:]) > 1]
+    fused = [name for name, p in parameters_of(module).items() if p is not None and p.ndim > 2 and max(p.shape[1:]) > 1]
     if fused and not isinstance(module, nn.Embedding):
-        shape = tuple(module._parameters[fused[0]].shape)  # type: ignore[union-attr]
+        shape = tuple(parameters_of(module)[fused[0]].shape)  # type: ignore[union-attr]
         return (
             f"{kind.__name__}.{fused[0]} holds several matrices in one tensor {shape}, as fused experts do, each "
             "with inputs of its own"
@@ -200,7 +201,7 @@ def _computes_plainly(module: nn.Module) -> bool:
     """Whether a map computes as its library's own: weight standardization, say, would undo zeros."""
     base = next(b for b in _MAPS if isinstance(module, b))
     if type(module).forward is base.forward:
-        return getattr(type(module), "_conv_forward", None) is getattr(base, "_conv_forward", None)
+        return convolution_of(type(module)) is convolution_of(base)
     return base is nn.Linear and _tried(module)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import describe
+from ..core.compat import parameters_of
 from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
 from .matrices import find_matrices
@@ -55,7 +56,7 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
             if reason is not None:
                 left[matrix.name] = reason
                 continue
-            parameters = matrix.module._parameters
+            parameters = parameters_of(matrix.module)
             transaction.on_failure(lambda p=parameters, w=matrix.weight: p.update(weight=w))  # type: ignore[misc]
             parameters["weight"] = nn.Parameter(sparse, requires_grad=False)
             turned += 1

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..architectures import Host, Layout, Stack, Subject, describe, find_host
 from ..architectures.hosts import RECORD_KEY
 from ..checkpoint.record import PrunedConfig, current_layout, same_structure
-from ..core.compat import running_method
+from ..core.compat import buffers_of, load_pre_hooks, parameters_of, running_method, unsaved_buffers
 from ..core.local_hooks import LocalHook
 from ..core.transaction import Transaction
 from ..errors import RecordError, SurgeryError
@@ -156,8 +156,7 @@ def _attach(root: nn.Module, trainer: Any) -> Follower:
 
 
 def _followers(root: nn.Module) -> list[Follower]:
-    hooks = [getattr(wrapped, "hook", wrapped) for wrapped in root._load_state_dict_pre_hooks.values()]
-    return [hook.act for hook in hooks if isinstance(hook, LocalHook) and isinstance(hook.act, Follower)]
+    return [hook.act for hook in load_pre_hooks(root) if isinstance(hook, LocalHook) and isinstance(hook.act, Follower)]
 
 
 def _root(model: nn.Module | Subject) -> nn.Module:
@@ -273,10 +272,8 @@ def _tensors(block: nn.Module) -> list[tuple[str, str, Tensor, bool]]:
     found = []
     for path, module in block.named_modules():
         # a buffer that is not saved was not loaded either: it belongs to the block's place
-        saved = {
-            name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set
-        }
-        for name, value in {**module._parameters, **saved}.items():
+        saved = {name: value for name, value in buffers_of(module).items() if name not in unsaved_buffers(module)}
+        for name, value in {**parameters_of(module), **saved}.items():
             if value is not None:
                 found.append((path, name, value, value.requires_grad))
     return found
@@ -285,7 +282,7 @@ def _tensors(block: nn.Module) -> list[tuple[str, str, Tensor, bool]]:
 def _give(block: nn.Module, tensors: Sequence[tuple[str, str, Tensor, bool]], trained: Sequence[bool]) -> None:
     for (path, name, value, _), flag in zip(tensors, trained, strict=True):
         module = block.get_submodule(path)
-        kind = module._parameters if name in module._parameters else module._buffers
+        kind = parameters_of(module) if name in parameters_of(module) else buffers_of(module)
         kind[name] = value
         if isinstance(value, nn.Parameter):
             value.requires_grad_(flag)

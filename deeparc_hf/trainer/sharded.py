@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+from ..core.compat import accelerate_has_state
 from ..core.distributed import agree
 from ..core.progress_bars import shows_bars
 from ..errors import ConfigError
@@ -27,7 +28,7 @@ _SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.ME
 
 def is_sharded(args: TrainingArguments) -> bool:
     """Whether the Trainer will shard the model's parameters: by its own arguments, or by the launcher's settings."""
-    state = AcceleratorState() if AcceleratorState._shared_state else None
+    state = AcceleratorState() if accelerate_has_state() else None
     return bool(args.deepspeed or args.fsdp) or (state is not None and state.distributed_type in _SHARDING)
 
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from torch import nn
 
 from ..architectures.hosts import is_adapted
+from ..core.compat import version_of
 from ..pruning.config import MPruneConfig
 
 __all__ = ["pruned_untrained", "untrained_weights"]
@@ -45,7 +46,7 @@ def untrained_weights(model: nn.Module) -> list[str]:
         }
         if all("pooler" in name for name in drawn):  # a headless model: it need not be used
             return []
-        touched = any(p._version for p in found.values())  # weights that were loaded once more
+        touched = any(version_of(p) for p in found.values())  # weights that were loaded once more
         return sorted(drawn) if not touched and _as_drawn(list(drawn.values())) else []
     norms = [
         p
@@ -76,7 +77,7 @@ def _as_drawn(parameters: Sequence[nn.Parameter]) -> bool:
     not count.
     """
     flat, maps = [p for p in parameters if p.ndim == 1], [p for p in parameters if p.ndim == 2]
-    if any(p._version > _DRAWN for p in parameters):
+    if any(version_of(p) > _DRAWN for p in parameters):
         return False
     if all(map(_is_constant, flat)):
         return True
