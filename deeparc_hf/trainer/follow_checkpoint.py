@@ -8,6 +8,7 @@ puts the loaded weights into the right ones, where that makes a difference (laye
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -257,40 +258,28 @@ def _take_over(sources: Sequence[nn.Module], targets: Sequence[nn.Module]) -> No
 
     Blocks that are not among the targets get copies: they may come back, and must not share anything then.
     """
-    tensors = [_tensors(source) for source in sources]
-    trained = [[is_trained for _, _, _, is_trained in _tensors(target)] for target in targets]
-    for target, moved, flags in zip(targets, tensors, trained, strict=True):
-        _give(target, moved, flags)
-    for source, own in zip(sources, tensors, strict=True):
+    moved = [{slot: held[slot[1]] for slot, held in _slots(source).items()} for source in sources]
+    for source in sources:
         if not any(source is target for target in targets):
-            copies = [(path, name, _copy(tensor), flag) for path, name, tensor, flag in own]
-            _give(source, copies, [flag for _, _, _, flag in own])
+            for (_, name), held in _slots(source).items():
+                held[name] = copy.deepcopy(held[name])
+    trained = [{slot: held[slot[1]].requires_grad for slot, held in _slots(target).items()} for target in targets]
+    for target, tensors, flags in zip(targets, moved, trained, strict=True):
+        slots = _slots(target)
+        for slot, tensor in tensors.items():
+            slots[slot][slot[1]] = tensor
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(flags[slot])
 
 
-def _tensors(block: nn.Module) -> list[tuple[str, str, Tensor, bool]]:
-    """Tensors of a block that checkpoints hold: path of the module, name, tensor, whether it is trained."""
-    found = []
+def _slots(block: nn.Module) -> dict[tuple[str, str], dict[str, Any]]:
+    """Where a block holds the tensors that checkpoints hold: by path of the module and name, the module's own dict."""
+    slots: dict[tuple[str, str], dict[str, Any]] = {}
     for path, module in block.named_modules():
         # a buffer that is not saved was not loaded either: it belongs to the block's place
-        saved = {name: value for name, value in buffers_of(module).items() if name not in unsaved_buffers(module)}
-        for name, value in {**parameters_of(module), **saved}.items():
-            if value is not None:
-                found.append((path, name, value, value.requires_grad))
-    return found
-
-
-def _give(block: nn.Module, tensors: Sequence[tuple[str, str, Tensor, bool]], trained: Sequence[bool]) -> None:
-    for (path, name, value, _), flag in zip(tensors, trained, strict=True):
-        module = block.get_submodule(path)
-        kind = parameters_of(module) if name in parameters_of(module) else buffers_of(module)
-        kind[name] = value
-        if isinstance(value, nn.Parameter):
-            value.requires_grad_(flag)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    copied = tensor.detach().clone()
-    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+        for held, unsaved in ((parameters_of(module), ()), (buffers_of(module), unsaved_buffers(module))):
+            slots |= {(path, n): held for n, value in held.items() if value is not None and n not in unsaved}
+    return slots
 
 
 def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
