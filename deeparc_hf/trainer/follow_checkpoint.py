@@ -1,9 +1,5 @@
-"""A model in a Trainer follows the layout of the checkpoints that are loaded into it.
-
-`Trainer._load_from_checkpoint` calls `load_state_dict(strict=False)` on the model that the script has built: blocks
-that the checkpoint lacks would stay as they are, with a warning. A hook on `load_state_dict` gives the model as many
-blocks as the checkpoint has. Which blocks these are only the record tells, which the Trainer reads later: `settle` then
-puts the loaded weights into the right ones, where that makes a difference (layers that attend differently, say).
+"""A model in a Trainer follows the layout of the checkpoints that are loaded into it: first the number of blocks, and
+when the record has been read (`settle`) which blocks these are.
 """
 
 from __future__ import annotations
@@ -32,7 +28,6 @@ from ..pruning.surgery import follow_record, forget_parameters
 from ..publish.files import checkpoints_in
 
 __all__ = [
-    "Follower",
     "Structure",
     "guard",
     "guard_successors",
@@ -42,6 +37,12 @@ __all__ = [
     "settle",
     "thaw_noted",
 ]
+
+_ADVICE = (
+    f"Load the model from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its "
+    "config.json), then resume."
+)
+_NOTED = "_deeparc_hf_frozen"  # attribute of a model: what runs have frozen in it
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,6 @@ class Structure:
         return changed
 
 
-_ADVICE = (
-    f"Load the model from the checkpoint's own folder (from_pretrained reads the layout and {RECORD_KEY!r} from its "
-    "config.json), then resume."
-)
-_NOTED = "_deeparc_hf_frozen"  # attribute of a model: what runs have frozen in it
-
-
 class _Noted(list[weakref.ref[nn.Parameter]]):
     """Parameters that runs have frozen, noted on their model; on a copy of it, or in a pickle, nothing is noted."""
 
@@ -80,26 +74,64 @@ class _Noted(list[weakref.ref[nn.Parameter]]):
 class Follower:
     """Hook on the loading of weights into one model, as when a checkpoint is resumed or the best one is loaded.
 
-    It does nothing where somebody else than its Trainer loads weights, once that is gone, and on copies of the model.
-
-    Args:
-        trainer: the Trainer; None: whoever loads weights.
+    It does nothing where somebody else than its Trainer (None: whoever) loads weights, and on copies of the model.
     """
 
-    def __init__(self, trainer: Any = None) -> None:
-        self._trainer = (lambda: None) if trainer is None else weakref.ref(trainer)
-        self._always = trainer is None
-        self.output: Path | None = None  # the Trainer's output folder
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = None if trainer is None else weakref.ref(trainer)
+        self.output: str | Path | None = None  # the Trainer's output folder
         self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # one that follows too
         self.provisional: Transaction | None = None  # takes back what was done since `settle`
 
-    def belongs_to(self, trainer: Any) -> bool:
-        return self._trainer() is trainer
+    @classmethod
+    def of(cls, root: nn.Module, trainer: Any) -> Follower:
+        """A Trainer's follower on a model, as long as the Trainer lives; it is made where there is none."""
+        for follower in _followers(root):
+            if (follower._trainer and follower._trainer()) is trainer:
+                return follower
+        follower = cls(trainer)
+        # a pickle or a copy of the model holds nothing of this
+        handle = root.register_load_state_dict_pre_hook(LocalHook(follower))
+        if trainer is not None:
+            weakref.finalize(trainer, handle.remove).atexit = False
+        return follower
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        trainer = self._trainer()
-        if self._always or (trainer is not None and (running_method(trainer) or "").startswith("_load")):
-            _follow(self, module, state_dict, prefix)
+        if self._trainer is not None:
+            trainer = self._trainer()
+            if trainer is None or not (running_method(trainer) or "").startswith("_load"):
+                return
+        self._follow(module, state_dict, prefix)
+
+    def _follow(self, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+        """Give a model the blocks that a state dict has, which is about to be loaded into it."""
+        subject = describe(module)
+        stacks = subject.stacks
+        _name_as_the_model_does(subject.host, state_dict, prefix)
+        held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
+        if _is_shard(module, state_dict, prefix, held):
+            return
+        for name, blocks in held.items():
+            _refuse_incomplete(stacks[name], blocks)
+        changed = [name for name, blocks in held.items() if blocks and len(blocks) != len(stacks[name])]
+        if not changed:
+            return
+        now, likely, removed = current_layout(subject), _records_in(self.output), {}
+        for name in changed:
+            hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(now.kept[name])]
+            places = _places_for(stacks[name], held[name], [now.places({name: hint})[name] for hint in hints])
+            removed[name] = [place for place in range(len(stacks[name])) if place not in places]
+        target = (record_of(subject) or PrunedConfig({})).compose(Layout.without(subject.lengths, removed), {})
+        self.provisional = undo = self.provisional or Transaction()
+        before = list(module.parameters())
+        try:
+            follow_record(subject, target, {}, undo)
+        except (SurgeryError, RecordError) as error:
+            raise SurgeryError(f"The model cannot follow the checkpoint that is loaded: {error} {_ADVICE}") from error
+        optimizer = None if self.optimizer is None else self.optimizer()
+        if optimizer is not None:
+            stay = {id(parameter) for parameter in module.parameters()}
+            forget_parameters(optimizer, [parameter for parameter in before if id(parameter) not in stay])
 
 
 def guard(
@@ -108,8 +140,7 @@ def guard(
     optimizer: torch.optim.Optimizer | None = None,
     trainer: Any = None,
 ) -> None:
-    """Have the model follow the number of blocks of whatever a Trainer loads into it from now on, as long as the
-    Trainer lives.
+    """Have the model follow the number of blocks of whatever a Trainer loads into it from now on.
 
     Args:
         output: the Trainer's output folder. The records of the checkpoints in it tell which blocks are likely to be
@@ -118,11 +149,8 @@ def guard(
         optimizer: one that exists already; it follows too.
         trainer: the Trainer; None: whoever loads weights.
     """
-    root = _root(model)
-    follower = next((follower for follower in _followers(root) if follower.belongs_to(trainer)), None) or _attach(
-        root, trainer
-    )
-    follower.output = None if output is None else Path(output)
+    follower = Follower.of(_root(model), trainer)
+    follower.output = output
     if optimizer is not None:
         follower.optimizer = weakref.ref(optimizer)
 
@@ -136,24 +164,10 @@ def guard_successors(model: nn.Module, trainer: Any, output: str | Path | None =
 
     def notice(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
         maker = known()
-        if (
-            type(module) is kind
-            and maker is not None
-            and running_method(maker) == "call_model_init"
-            and not _followers(module)
-        ):
-            _attach(module, maker).output = None if output is None else Path(output)
+        if type(module) is kind and maker is not None and running_method(maker) == "call_model_init":
+            Follower.of(module, maker).output = output
 
     weakref.finalize(trainer, register_module_module_registration_hook(notice).remove).atexit = False
-
-
-def _attach(root: nn.Module, trainer: Any) -> Follower:
-    follower = Follower(trainer)
-    # a pickle or a copy of the model holds nothing of this
-    handle = root.register_load_state_dict_pre_hook(LocalHook(follower))
-    if trainer is not None:
-        weakref.finalize(trainer, handle.remove).atexit = False
-    return follower
 
 
 def _followers(root: nn.Module) -> list[Follower]:
@@ -172,16 +186,21 @@ def note_frozen(model: nn.Module | Subject, parameters: Iterable[nn.Parameter]) 
 
 def thaw_noted(model: nn.Module | Subject, transaction: Transaction | None = None) -> None:
     """Make trainable again what runs have frozen, and nothing that the user has frozen."""
-    noted = [parameter() for parameter in vars(_root(model)).pop(_NOTED, ())]
+    root = _root(model)
+    noted = _noted(root)
+    vars(root).pop(_NOTED, None)
     with transaction or Transaction() as transaction:
-        thaw([parameter for parameter in noted if parameter is not None], transaction)
+        thaw(noted, transaction)
 
 
 def let_frozen_statistics_go(model: nn.Module) -> None:
     """Have the statistics of BatchNorms that a run froze follow the model's mode again: its training is over."""
     root = _root(model)
-    noted = [parameter() for parameter in vars(root).get(_NOTED, ())]
-    let_statistics_go(root, [parameter for parameter in noted if parameter is not None])
+    let_statistics_go(root, _noted(root))
+
+
+def _noted(root: nn.Module) -> list[nn.Parameter]:
+    return [parameter for noted in vars(root).get(_NOTED, ()) if (parameter := noted()) is not None]
 
 
 def settle(
@@ -194,10 +213,8 @@ def settle(
     """Give a model whose weights have been loaded from a checkpoint the structure that the checkpoint's record tells.
 
     Args:
-        model: the model, its weights loaded.
-        start: how the model was when the run began.
-        accepted: how the model was before the pruning that may be taken back.
-        current: how the model was when the checkpoint was saved.
+        start, accepted, current: how the model was when the run began, before the pruning that may be taken back, and
+            when the checkpoint was saved.
         at_start: called where the model has the structure that the run began with, its weights not yet in place; not
             called where it never has it.
 
@@ -282,47 +299,6 @@ def _slots(block: nn.Module) -> dict[tuple[str, str], dict[str, Any]]:
     return slots
 
 
-def _follow(follower: Follower, module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
-    """Give a model the blocks that a state dict has, which is about to be loaded into it."""
-    subject = describe(module)
-    stacks = subject.stacks
-    _name_as_the_model_does(subject.host, state_dict, prefix)
-    held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
-    if _is_shard(module, state_dict, prefix, stacks, held):
-        return
-    _refuse_incomplete(stacks, held)
-    if all(not blocks or len(blocks) == len(stacks[name]) for name, blocks in held.items()):
-        return
-    record = record_of(subject) or PrunedConfig({})
-    now, likely = current_layout(subject), _records_in(follower.output)
-    removed = {}
-    for name, stack in stacks.items():
-        blocks = held[name]
-        if not blocks or len(blocks) == len(stack):
-            continue
-        hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(now.kept[name])]
-        likely_places = [now.places({name: hint})[name] for hint in hints]
-        places = _places_for(stack, blocks, likely_places) if len(blocks) < len(stack) else None
-        if places is None:
-            raise SurgeryError(
-                f"The checkpoint that is loaded holds {len(blocks)} blocks in {name}, the model has {len(stack)}"
-                + (", and they do not fit" if len(blocks) < len(stack) else "")
-                + f". {_ADVICE}"
-            )
-        removed[name] = [place for place in range(len(stack)) if place not in places]
-    target = record.compose(Layout.without(subject.lengths, removed), {})
-    follower.provisional = undo = follower.provisional or Transaction()
-    before = list(module.parameters())
-    try:
-        follow_record(subject, target, {}, undo)
-    except (SurgeryError, RecordError) as error:
-        raise SurgeryError(f"The model cannot follow the checkpoint that is loaded: {error} {_ADVICE}") from error
-    optimizer = None if follower.optimizer is None else follower.optimizer()
-    if optimizer is not None:
-        stay = {id(parameter) for parameter in module.parameters()}
-        forget_parameters(optimizer, [parameter for parameter in before if id(parameter) not in stay])
-
-
 def _name_as_the_model_does(host: Host, state_dict: dict[str, Any], prefix: str) -> None:
     """Rename keys as `from_pretrained` would. The Trainer does not: what ViT saves it would load into nothing, with a
     warning.
@@ -331,28 +307,28 @@ def _name_as_the_model_does(host: Host, state_dict: dict[str, Any], prefix: str)
         SurgeryError: if not one of the keys is the model's.
     """
     own = {f"{prefix}{key}": value.shape for key, value in host.root.state_dict().items()}
-    given = [key for key in state_dict if key.startswith(prefix)]
-    if not given or all(key in own for key in given):
+    foreign = [key for key in state_dict if key.startswith(prefix) and key not in own]
+    if not foreign:
         return
     namer = host.key_namer()
-    for key in given:
-        if key not in own:
-            renamed = f"{prefix}{namer(key.removeprefix(prefix))}"
-            # a tensor that would have to be fused with others keeps its name, and is refused below
-            if renamed not in state_dict and own.get(renamed) == state_dict[key].shape:
-                state_dict[renamed] = state_dict.pop(key)
+    for key in foreign:
+        renamed = f"{prefix}{namer(key.removeprefix(prefix))}"
+        # a tensor that would have to be fused with others keeps its name, and is refused below
+        if renamed not in state_dict and own.get(renamed) == state_dict[key].shape:
+            state_dict[renamed] = state_dict.pop(key)
     if not own.keys() & state_dict.keys():
         raise SurgeryError(
-            f"The checkpoint that is loaded is of another model: not one of its tensors ({given[0]}, ...) is one of "
+            f"The checkpoint that is loaded is of another model: not one of its tensors ({foreign[0]}, ...) is one of "
             f"{host.label}'s. Load it into a model of its own kind."
         )
 
 
-def _records_in(output: Path | None) -> list[PrunedConfig]:
+def _records_in(output: str | Path | None) -> list[PrunedConfig]:
     """Records of the checkpoints of a Trainer, the newest first. They are hints: what cannot be read is passed over."""
     found = []
-    folders = [] if output is None else [p for p in checkpoints_in(output) if p.name.rpartition("-")[2].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    folders = [] if output is None else checkpoints_in(Path(output))
+    steps = {folder: folder.name.rpartition("-")[2] for folder in folders}
+    for folder in sorted((f for f in folders if steps[f].isdigit()), key=lambda f: int(steps[f]), reverse=True):
         with suppress(RecordError, OSError):
             found.append(PrunedConfig.from_pretrained(folder))
     return found
@@ -361,21 +337,20 @@ def _records_in(output: Path | None) -> list[PrunedConfig]:
 # ---- what a state dict holds of a model's blocks, and which blocks of the model have the same shapes ----
 
 
-def _refuse_incomplete(stacks: Mapping[str, Stack], held: Mapping[str, Mapping[int, Mapping[str, Tensor]]]) -> None:
+def _refuse_incomplete(stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]]) -> None:
     """Refuse a checkpoint that lacks tensors of its blocks: the Trainer would leave the model's own there, with a
     warning.
     """
-    for name, blocks in held.items():
-        whole = [set(block.state_dict()) for block in stacks[name].blocks]
-        for index, tensors in blocks.items():
-            if blocks and not any(keys <= tensors.keys() for keys in whole):
-                lacking = min(min(keys - tensors.keys()) for keys in whole)
-                raise SurgeryError(
-                    "The checkpoint that is loaded holds the tensors of its blocks otherwise than the model does: "
-                    f"block {index} of {name} has no {lacking}, and the Trainer would leave what the model has there. "
-                    "Training of this kind of model cannot be resumed: load the checkpoint with from_pretrained and "
-                    "start a new training."
-                )
+    whole = [set(block.state_dict()) for block in stack.blocks]
+    for index, tensors in blocks.items():
+        if not any(keys <= tensors.keys() for keys in whole):
+            lacking = min(min(keys - tensors.keys()) for keys in whole)
+            raise SurgeryError(
+                "The checkpoint that is loaded holds the tensors of its blocks otherwise than the model does: "
+                f"block {index} of {stack.name} has no {lacking}, and the Trainer would leave what the model has "
+                "there. Training of this kind of model cannot be resumed: load the checkpoint with from_pretrained and "
+                "start a new training."
+            )
 
 
 def _blocks_in(state_dict: Mapping[str, Any], start: str) -> dict[int, dict[str, Tensor]]:
@@ -390,44 +365,46 @@ def _blocks_in(state_dict: Mapping[str, Any], start: str) -> dict[int, dict[str,
 
 
 def _is_shard(
-    module: nn.Module,
-    state_dict: Mapping[str, Any],
-    prefix: str,
-    stacks: Mapping[str, Stack],
-    held: Mapping[str, Mapping[int, Any]],
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str, held: Mapping[str, Mapping[int, Any]]
 ) -> bool:
     """Whether the state dict is one of several. Such a one cannot tell how many blocks a checkpoint has; `settle`
     compares them later.
     """
     if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
         return True
-    own: dict[int, set[str]] = {id(tensor): set() for tensor in module.state_dict(keep_vars=True).values()}
+    tied: dict[int, set[str]] = {}  # tied tensors are saved once
     for key, tensor in module.state_dict(keep_vars=True).items():
-        own[id(tensor)].add(f"{prefix}{key}")
-    inside = tuple(f"{prefix}{name}." for name in stacks)
-    # tied tensors are saved once
+        tied.setdefault(id(tensor), set()).add(f"{prefix}{key}")
+    inside = tuple(f"{prefix}{name}." for name in held)
     return any(
-        not keys & state_dict.keys() and not any(key.startswith(inside) for key in keys) for keys in own.values()
+        not keys & state_dict.keys() and not any(key.startswith(inside) for key in keys) for keys in tied.values()
     )
 
 
 def _places_for(
-    stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]], likely: Sequence[Sequence[int]] = ()
-) -> list[int] | None:
-    """Blocks of the stack, in order, that have the shapes of those in the checkpoint; None if there are not enough.
+    stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]], likely: Sequence[Sequence[int]]
+) -> Sequence[int]:
+    """Blocks of the stack, in order, that have the shapes of those in the checkpoint.
 
     Those that a record names, if they fit; else the first ones that do.
+
+    Raises:
+        SurgeryError: if there are not enough.
     """
     shapes = [{key: tuple(value.shape) for key, value in block.state_dict().items()} for block in stack.blocks]
     wanted = [{key: tuple(value.shape) for key, value in blocks[index].items()} for index in range(len(blocks))]
     for places in likely:
         if [shapes[place] for place in places] == wanted:
-            return list(places)
-    places = []
+            return places
+    found: list[int] = []
     for shape in wanted:
-        start = places[-1] + 1 if places else 0
+        start = found[-1] + 1 if found else 0
         place = next((i for i in range(start, len(stack)) if shapes[i] == shape), None)
         if place is None:
-            return None
-        places.append(place)
-    return places
+            raise SurgeryError(
+                f"The checkpoint that is loaded holds {len(blocks)} blocks in {stack.name}, the model has {len(stack)}"
+                + (", and they do not fit" if len(blocks) < len(stack) else "")
+                + f". {_ADVICE}"
+            )
+        found.append(place)
+    return found
