@@ -1,6 +1,4 @@
-"""What a training with prunings in it does to its model and optimizer, as its machine says: compare, prune, accept,
-take back; and follow a checkpoint.
-"""
+"""What a training with prunings in it does to its model and optimizer, as its machine says."""
 
 from __future__ import annotations
 
@@ -35,21 +33,7 @@ __all__ = ["Operations"]
 
 
 class Operations:
-    """Operations on the live model of one run (`machine.World`); what they change is noted in its progress.
-
-    Args:
-        config: the settings.
-        calibration: where the calibration batches come from.
-        session: the training.
-        progress: where the run stands.
-        reporter: tells what is done.
-
-    Attributes:
-        plan: the plan that was carried out last and not taken back; None before.
-        stages: measures what each step of a pruning does.
-        rate: the learning rate of each retraining.
-        teaching: the unpruned model, which may teach.
-    """
+    """Operations on the live model of one run (`machine.World`); what they change is noted in its progress."""
 
     def __init__(
         self,
@@ -59,7 +43,7 @@ class Operations:
         progress: Progress,
         reporter: Reporter,
     ) -> None:
-        self.plan: PruningPlan | None = None
+        self.plan: PruningPlan | None = None  # carried out last and not taken back
         self.stages = Stages(config, session, progress)
         self.rate = LearningRate(config, session, progress)
         self.teaching = Teaching(config, session, progress)
@@ -108,7 +92,7 @@ class Operations:
         thaw_noted(self._model)  # of the same training, before it was interrupted in this process
         structures = Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen)
         if over:
-            self.teaching.retire()
+            p.teacher = None  # which may be deleted
         self._undo, _ = settle(self._session.subject, *structures, at_start=self.teaching.wake)
         self.teaching.follow()
         follow_in_wrapper(self._model)
@@ -127,8 +111,8 @@ class Operations:
     def continue_from(self, other: Operations) -> None:
         """Take over from the same run before the Trainer began it again with a smaller batch (auto_find_batch_size)."""
         self.plan, self._accepted_plan, self._comparison = other.plan, other._accepted_plan, other._comparison
-        self._undo = other._undo
-        self.teaching.take_over(other.teaching)
+        self._undo, self.teaching = other._undo, other.teaching
+        self.teaching.follow()
         follow_in_wrapper(self._model)
 
     def forget_zeros(self) -> bool:
@@ -150,13 +134,16 @@ class Operations:
     # ---- what the machine says ----
 
     def compare(self, iteration: int, k: int) -> dict[str, Any] | None:
+        p = self._progress
+        # patterns call the blocks by the indices that they had when the run began
+        labels = {} if p.record in (None, p.start) else dict(removed_since(p.start, p.record).kept)
         with self._calibration.reading():
             plan = compare_blocks(
                 self._session.subject,
                 self._calibration,
                 self._config.for_iteration(iteration).replace(k=k),
                 progress=shows_bars(self._args),
-                labels=self._labels(),
+                labels=labels,
             )
         plan = PruningPlan.from_dict(agree(plan.to_dict))
         warn_if_drastic(plan)
@@ -182,6 +169,9 @@ class Operations:
         live = self._session.subject.host.record()
         if live is not None:
             p.base = live  # what it says of zeroed weights is part of what comes back
+        if self._calibration.example is None:
+            with self._calibration.reading(), evaluating(self._model):
+                self._calibration.first()
         undo = Transaction()
         with Transaction() as guard, self._calibration.reading():
             thaw_noted(self._model, guard)
@@ -191,7 +181,7 @@ class Operations:
                 plan,
                 self._calibration,
                 optimizer=self._optimizer,
-                example=self._example(),
+                example=self._calibration.example,
                 transaction=undo,
                 progress=shows_bars(self._args),
                 done=lambda stage: self.stages.measure(stage, step),
@@ -231,10 +221,9 @@ class Operations:
         p = self._progress
         if self._config.gated and p.snapshot is None:
             p.snapshot, self._comparison = self._save(plan, name), plan
-        if self.teaching.is_waiting:
-            # a name of its own: where the Trainer begins a run again, steps count from 0, and a later snapshot may have
-            # this one's
-            self.teaching.copy_model(self._save(plan, f"teacher-{name}"))
+        # a name of its own: where the Trainer begins a run again, steps count from 0, and a later snapshot may have
+        # this one's
+        self.teaching.begin(lambda: self._save(plan, f"teacher-{name}"))
 
     def _save(self, plan: PruningPlan, name: str) -> str:
         led = None if self._accepted_plan is None else self._accepted_plan.to_dict()
@@ -250,7 +239,7 @@ class Operations:
         p.base, p.base_frozen, p.snapshot = p.record, p.frozen, None
         self._undo, self._comparison, self._accepted_plan = None, None, self.plan
         if self._args.should_save:
-            drop_unused(self._session.folder, p.snapshot, p.teacher)
+            drop_unused(self._session.folder, p.teacher)
 
     def take_back(self) -> None:
         """Go back to the last accepted model: its structure, its weights bit for bit, an optimizer without memory."""
@@ -287,11 +276,7 @@ class Operations:
     # ---- the end ----
 
     def end(self, keep: bool) -> None:
-        """Leave the model as the training made it, without anything that only a training needs.
-
-        Args:
-            keep: whether the snapshots stay that a checkpoint needs.
-        """
+        """Leave the model as the training made it; keep: whether the snapshots stay that a checkpoint needs."""
         self._progress.snapshot = self._progress.teacher = None
         self.teaching.forget()
         let_frozen_statistics_go(self._model)
@@ -304,17 +289,3 @@ class Operations:
             self._comparison = PruningPlan.from_dict(comparison)
             self._accepted_plan = None if led is None else PruningPlan.from_dict(led)
         return self._comparison
-
-    def _labels(self) -> dict[str, tuple[int, ...]]:
-        """What patterns call the blocks: the indices that they had when the run began."""
-        p = self._progress
-        if p.record is None or p.record == p.start:
-            return {}
-        return dict(removed_since(p.start, p.record).kept)
-
-    def _example(self) -> Any:
-        """A calibration batch to verify a removal on."""
-        if self._calibration.example is None:
-            with self._calibration.reading(), evaluating(self._model):
-                self._calibration.first()
-        return self._calibration.example

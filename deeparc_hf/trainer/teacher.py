@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from ..architectures import Layout
 from ..checkpoint.record import PrunedConfig
 from ..distillation.loss import Distillation, make_teacher
 from ..errors import ConfigError, SurgeryError
-from ..healing.sites import Site, sites_of
+from ..healing.sites import sites_of
 from ..pruning.config import MPruneConfig
 from .machine import Progress
 from .session import Session
@@ -22,11 +22,6 @@ __all__ = ["Teaching", "removed_since"]
 
 class Teaching:
     """Does nothing where the settings ask for no teacher.
-
-    Args:
-        config: the settings.
-        session: the training.
-        progress: where the run stands.
 
     Raises:
         ConfigError: if the teacher's term would not reach the loss.
@@ -52,20 +47,15 @@ class Teaching:
                 "cannot follow. Start one process for each GPU (torchrun or accelerate launch), or leave distill out."
             )
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether the model as it is now, from before the first pruning, is to teach."""
-        return self._config is not None and self._progress.teacher is None
+    def begin(self, save: Callable[[], str]) -> None:
+        """Have the model as it is before the first pruning teach from then on.
 
-    def copy_model(self, snapshot: str) -> None:
-        """Have the model as it is now teach from now on; its weights are in a snapshot of that name."""
-        if self._config is not None:
-            self._teacher, self._progress.teacher = make_teacher(self._model, self._config.dtype), snapshot
-
-    def retire(self) -> None:
-        """Teach no more: a resumed run has nothing left to train, and its teacher may be deleted."""
-        self.forget()
-        self._config = None
+        Args:
+            save: saves its weights in a snapshot, whose name it returns.
+        """
+        if self._config is not None and self._progress.teacher is None:
+            self._progress.teacher = save()
+            self._teacher = make_teacher(self._model, self._config.dtype)
 
     def wake(self) -> None:
         """Make the teacher again, for a resumed run. The model has the structure that the run began with."""
@@ -74,12 +64,6 @@ class Teaching:
         teacher = make_teacher(self._model)
         restore_weights(self._output, self._progress.teacher, teacher)
         self._teacher = make_teacher(teacher, self._config.dtype) if self._config.dtype else teacher
-
-    def take_over(self, other: Teaching) -> None:
-        """Take over from the same run before the Trainer began it again."""
-        other.stop()
-        self._teacher = other._teacher
-        self.follow()
 
     def follow(self) -> None:
         """Teach the model as it is now; where nothing is missing there is nothing to teach.
@@ -96,8 +80,9 @@ class Teaching:
                 "The unpruned model teaches in this run, and the model was loaded in its smaller structure, from which "
                 "the teacher cannot be made. Build the model as it was built when the run began, then resume."
             )
-        sites, smaller = self._sites()
-        if smaller:
+        step = removed_since(p.start, p.record)
+        if step.removed:
+            sites = [(site, step.places({site.stack: [site.kept]})[site.stack][0]) for site in sites_of(step.removed)]
             self._at_work = Distillation(self._model, self._teacher, self._config, sites)
 
     def check(self) -> None:
@@ -126,12 +111,6 @@ class Teaching:
         """Leave the model as it was, and let the teacher go."""
         self.stop()
         self._teacher = None
-
-    def _sites(self) -> tuple[list[tuple[Site, int]], bool]:
-        """Where blocks are missing that the teacher has, and whether any are."""
-        step = removed_since(self._progress.start, self._progress.record)
-        places = [step.places({site.stack: [site.kept]})[site.stack][0] for site in sites_of(step.removed)]
-        return list(zip(sites_of(step.removed), places, strict=True)), bool(step.removed)
 
 
 def removed_since(start: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Layout:
