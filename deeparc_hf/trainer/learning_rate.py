@@ -19,13 +19,7 @@ _LENGTHS = ("num_decay_steps", "num_stable_steps")  # among lr_scheduler_kwargs
 
 
 class LearningRate:
-    """The learning rate of one run's retrainings, each with a schedule of its own.
-
-    Args:
-        config: the settings.
-        session: the training, with the Trainer's scheduler or the user's.
-        progress: where the run stands.
-    """
+    """The learning rate of one run's retrainings, each with a schedule of its own."""
 
     def __init__(self, config: MPruneConfig, session: Session, progress: Progress) -> None:
         self._config = config
@@ -34,27 +28,24 @@ class LearningRate:
         self._args = session.args
         self._max_steps = session.state.max_steps
         self._progress = progress
-        self._own = False  # whether the Trainer has made the schedule
-        self._told: set[int] = set()  # lengths of schedules whose warm-up has been told of
-
-    def begin(self) -> None:
-        """Look at the schedule of the whole training."""
         self._own = is_trainers_own(self._scheduler, self._args, self._max_steps)
+        self._told: set[int] = set()  # lengths of schedules whose warm-up has been told of
 
     def rewind(self, step: int, steps: int) -> None:
         """Give the steps that follow a learning rate that begins anew, unless they are the whole training."""
-        p = self._progress
-        p.rewound = None
+        self._progress.rewound = None
         if not self._config.rewind_lr or (step == 0 and steps == self._max_steps):
             return
         if rewind(self._scheduler, self._args, steps, own=self._own, whole=self._max_steps):
-            p.rewound = [step, steps, self._max_steps]
-            self._tell(steps)
+            self._progress.rewound = [step, steps, self._max_steps]
+            if self._own:
+                self._tell(steps)
 
     def extend(self) -> None:
         """The retraining at hand lasts as long as the training, which may be longer now."""
-        p = self._progress
-        p.rewound = p.rewound and [p.rewound[0], self._max_steps - p.rewound[0], self._max_steps]
+        if self._progress.rewound is not None:
+            began = self._progress.rewound[0]
+            self._progress.rewound = [began, self._max_steps - began, self._max_steps]
 
     def resume(self) -> None:
         """Put the schedule back that the progress of a resumed run tells of."""
@@ -64,14 +55,12 @@ class LearningRate:
             resume_rewound(self._scheduler, self._args, steps, done, own=self._own, whole=whole)
 
     def _tell(self, steps: int) -> None:
+        """Tell of a warm-up that was shortened."""
         whole = self._max_steps
         asked, taken = self._args.get_warmup_steps(steps), warmup_steps(self._args, steps, whole)
-        if not self._own or asked == taken or steps in self._told:
+        if asked == taken or steps in self._told:
             return
-        plain, shortened = (_fresh(self._scheduler, self._args, steps, warmup=warmup) for warmup in (asked, taken))
-        if list(map(_content, plain.lr_lambdas)) != list(
-            map(_content, shortened.lr_lambdas)
-        ):  # it has a warm-up at all
+        if not _alike(_fresh(self._scheduler, self._args, steps), self._scheduler):  # it has a warm-up at all
             self._told.add(steps)
             self._session.say(
                 f"The learning rate's warm-up of {asked} steps would take more than half of a retraining of {steps} "
@@ -101,9 +90,7 @@ def is_trainers_own(scheduler: Any, args: TrainingArguments, max_steps: int) -> 
     if not isinstance(scheduler, LambdaLR):
         return False
     fresh = _fresh(scheduler, args, max_steps)
-    return isinstance(fresh, LambdaLR) and [_content(f) for f in fresh.lr_lambdas] == [
-        _content(f) for f in scheduler.lr_lambdas
-    ]
+    return isinstance(fresh, LambdaLR) and _alike(fresh, scheduler)
 
 
 def rewind(scheduler: Any, args: TrainingArguments, steps: int, *, own: bool, whole: int | None = None) -> bool:
@@ -151,13 +138,11 @@ def resume_rewound(
             _go_to(scheduler, position)
 
 
-def _fresh(
-    scheduler: LambdaLR, args: TrainingArguments, steps: int, whole: int | None = None, warmup: int | None = None
-) -> Any:
+def _fresh(scheduler: LambdaLR, args: TrainingArguments, steps: int, whole: int | None = None) -> Any:
     """What the Trainer would make for a training of so many steps, at the same rates; lengths in steps that do not fit
     are shortened.
     """
-    warmup = warmup_steps(args, steps, whole) if warmup is None else warmup
+    warmup = warmup_steps(args, steps, whole)
     groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in scheduler.base_lrs]
     return get_scheduler(
         args.lr_scheduler_type,
@@ -177,10 +162,14 @@ def _fitting(settings: Any, room: int, share: float) -> Any:
     return {**settings, **{name: min(int(length * share), room // len(lengths)) for name, length in lengths.items()}}
 
 
-def _content(function: Any) -> tuple[Any, Any, Any]:
-    """What a function of a schedule does: equal for two that were made alike."""
-    inner = getattr(function, "func", function)
-    return getattr(inner, "__code__", inner), getattr(function, "args", ()), getattr(function, "keywords", {})
+def _alike(one: LambdaLR, other: LambdaLR) -> bool:
+    """Whether the functions of two schedules do the same."""
+
+    def content(function: Any) -> tuple[Any, Any, Any]:
+        inner = getattr(function, "func", function)
+        return getattr(inner, "__code__", inner), getattr(function, "args", ()), getattr(function, "keywords", {})
+
+    return list(map(content, one.lr_lambdas)) == list(map(content, other.lr_lambdas))
 
 
 def _go_to(scheduler: LambdaLR, position: int) -> None:

@@ -63,7 +63,6 @@ class PruningRun(Member):
         session, config = self.session, self.config
         self._check_epochs()
         check_gate(config, session.args)
-        self.operations.rate.begin()
         self.progress.steps_per_epoch = session.steps_per_epoch
         if before is not None:
             self.operations.continue_from(before.operations)
@@ -90,7 +89,6 @@ class PruningRun(Member):
         check_gate(self.config, session.args)
         if changed:
             self.reporter.warn_of_changes(changed)
-        self.operations.rate.begin()
         over = p.stopped or session.step >= session.state.max_steps
         self.machine.resume(changed=bool(changed))
         is_last = self.machine.is_last and p.in_retraining
