@@ -1,8 +1,5 @@
-"""Other callbacks in a Trainer that keep a copy of the model in step with it, parameter by parameter: an average, a
-reference model.
-
-When blocks go the copy has parameters that the model has no more: what goes through both side by side fails, or pairs
-other blocks.
+"""Other callbacks in a Trainer that go through the model and a copy of it side by side, which fails, or pairs other
+blocks, once blocks are gone from the model alone.
 """
 
 from __future__ import annotations
@@ -21,10 +18,7 @@ from ..errors import ConfigError
 __all__ = ["refuse_copies", "warn_of_copies"]
 
 _KNOWN = ("SyncRefModelCallback", "BEMACallback")  # of TRL
-_ADVICE = (
-    "Leave it out and begin it in a training of its own after the pruning, or call prune_model before the "
-    "Trainer is made."
-)
+_ADVICE = "and begin it in a training of its own after the pruning, or call prune_model before the Trainer is made."
 
 
 def refuse_copies(callbacks: Iterable[Any]) -> None:
@@ -35,15 +29,12 @@ def refuse_copies(callbacks: Iterable[Any]) -> None:
     """
     for callback in callbacks:
         names = [kind.__name__ for kind in type(callback).__mro__]
-        known = any(name in _KNOWN for name in names) or any(
-            isinstance(value, AveragedModel) for _, value in _held(callback)
-        )
-        if known:
+        averages = any(isinstance(value, AveragedModel) for _, value in _held(callback))
+        if averages or not set(_KNOWN).isdisjoint(names):
             option = " (sync_ref_model=False)" if _KNOWN[0] in names else ""
             raise ConfigError(
                 f"{names[0]} keeps a copy of the model in step with it, parameter by parameter, and MPruneCallback is "
-                "going to remove blocks from the model alone. "
-                f"{_ADVICE.replace('Leave it out', f'Leave it out{option}')}"
+                f"going to remove blocks from the model alone. Leave it out{option} {_ADVICE}"
             )
 
 
@@ -52,17 +43,13 @@ def warn_of_copies(callbacks: Iterable[Any], model: nn.Module | Subject) -> bool
     subject = describe(model)
     parameters = dict(subject.root.named_parameters())
     inside = {name for name in parameters if any(name.startswith(f"{stack}.") for stack in subject.stacks)}
-    found = [
-        (callback, name)
-        for callback in callbacks
-        for name, value in _held(callback)
-        if _is_copy(value, parameters, inside)
-    ]
+    held = [(callback, name, value) for callback in callbacks for name, value in _held(callback)]
+    found = [(callback, name) for callback, name, value in held if _is_copy(value, parameters, inside)]
     for callback, name in found:
         warn_caller(
             f"{type(callback).__name__} holds what looks like a copy of the model's weights ({name}). If it goes "
             "through both side by side (an average of the weights, say), it will fail or pair other blocks after a "
-            f"pruning. {_ADVICE}",
+            f"pruning. Leave it out {_ADVICE}",
         )
     return bool(found)
 
@@ -81,14 +68,10 @@ def _held(callback: Any) -> Iterator[tuple[str, Any]]:
 def _is_copy(value: Any, parameters: Mapping[str, nn.Parameter], inside: set[str]) -> bool:
     if isinstance(value, Mapping):
         return any(key in inside and isinstance(item, Tensor) for key, item in value.items())
-    own = (
-        list(value.parameters()) if isinstance(value, nn.Module) else value if isinstance(value, (list, tuple)) else []
-    )
-    if (
-        not own
-        or not all(isinstance(item, Tensor) for item in own)
-        or any(item is p for item in own for p in parameters.values())
-    ):
+    own = list(value.parameters()) if isinstance(value, nn.Module) else value
+    if not isinstance(own, (list, tuple)) or not own or not all(isinstance(item, Tensor) for item in own):
+        return False
+    if any(item is p for item in own for p in parameters.values()):
         return False
     shapes = [item.shape for item in own]
     return shapes in ([p.shape for p in parameters.values()], [p.shape for p in parameters.values() if p.requires_grad])

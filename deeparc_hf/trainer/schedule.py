@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainingArguments
-
 from ..errors import ConfigError
 from ..pruning.config import MPruneConfig
 from .machine import Progress
 
-__all__ = ["check_epochs", "needed_epochs", "refuse_changes", "steps_per_epoch"]
+__all__ = ["check_epochs", "needed_epochs", "refuse_changes"]
 
 _FIXED = ("start_epoch", "k", "metric", "greater_is_better", "baseline")
 
@@ -25,9 +23,7 @@ def check_epochs(config: MPruneConfig, max_steps: int, steps_per_epoch: int | No
     """Check that a training is long enough for the schedule.
 
     Args:
-        config: the settings.
-        max_steps: optimizer steps of the training.
-        steps_per_epoch: optimizer steps of an epoch; None where the data has no length.
+        max_steps, steps_per_epoch: optimizer steps of the training, and of an epoch; None where the data has no length.
         by_steps: whether the training's length was given in steps; the last retraining may then be shorter than
             retrain_epochs.
 
@@ -81,12 +77,3 @@ def refuse_changes(
             "the model from the checkpoint's folder and start a new run."
         )
     return changed
-
-
-def steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
-    """Optimizer steps of an epoch, as the Trainer counts them; None where the data has no length."""
-    try:
-        batches = len(loader)
-    except TypeError:
-        return None
-    return max(-(-batches // args.gradient_accumulation_steps), 1)

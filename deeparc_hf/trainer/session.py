@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from ..architectures import Subject, describe
 from ..checkpoint.record import PrunedConfig, current_record
 from ..core.caller import warn_caller
 from .evaluations import Evaluations
-from .schedule import steps_per_epoch
 
 __all__ = ["Event", "Member", "Session"]
 
@@ -33,19 +33,12 @@ class Event(StrEnum):
 
 
 class Member:
-    """What one callback does in one training: it gets the Trainer's events, and hears what the other callbacks do.
+    """What one callback does in one training: it gets the Trainer's events, and hears what the other callbacks do."""
 
-    Attributes:
-        ended: whether the training has ended.
-        removes_blocks: whether it removes blocks; it then tells the training's end.
-        keeps_zeros: whether it keeps zeroed weights zero.
-        pruning_starts, judged_after: epochs before the first pruning, and after the last verdict at the earliest;
-            None: nothing is judged.
-    """
-
-    ended = False
-    removes_blocks = False
+    ended = False  # the training has
+    removes_blocks = False  # and then tells the training's end
     keeps_zeros = False
+    # epochs before the first pruning, and after the last verdict at the earliest; None: nothing is judged
     pruning_starts: int | None = None
     judged_after: int | None = None
 
@@ -78,14 +71,9 @@ class Session:
 
     Args:
         state: the Trainer's state, a new object for each training.
+        control: the Trainer's control, replaced at each event.
         event: what the Trainer hands to a callback when the training begins: model, optimizer, lr_scheduler,
             train_dataloader.
-
-    Attributes:
-        control: the Trainer's control, as in the event at hand.
-        members: what takes part in it, in the order of the Trainer's callbacks.
-        zeroed_at: optimizer step at which weights were zeroed last; None: never.
-        evaluations: what its figures are of.
     """
 
     def __init__(
@@ -98,10 +86,12 @@ class Session:
         self.optimizer = event.get("optimizer")
         self.scheduler = event.get("lr_scheduler")
         self.loader = event.get("train_dataloader")
-        self.steps_per_epoch = steps_per_epoch(self.loader, args)
+        self.steps_per_epoch: int | None = None  # optimizer steps; None where the data has no length
+        with suppress(TypeError):
+            self.steps_per_epoch = max(-(-len(self.loader) // args.gradient_accumulation_steps), 1)
         self.folder = Path(args.output_dir)
-        self.members: list[Member] = []
-        self.zeroed_at: int | None = None
+        self.members: list[Member] = []  # in the order of the Trainer's callbacks
+        self.zeroed_at: int | None = None  # optimizer step at which weights were zeroed last
         self.evaluations = Evaluations(args, self.loader)
         self._trackers: list[Any] | None = None  # made when something is logged first
         self._subject: nn.Module | Subject = self.model
@@ -120,7 +110,6 @@ class Session:
 
     @property
     def step(self) -> int:
-        """Optimizer steps that are done."""
         return self.state.global_step
 
     @property
@@ -135,7 +124,6 @@ class Session:
     # ---- what callbacks tell each other ----
 
     def tell(self, event: Event) -> None:
-        """Let every member know what was done to the model."""
         if event is Event.ZEROED:
             self.zeroed_at = self.step
         for member in self.members:
@@ -157,12 +145,10 @@ class Session:
 
     @property
     def subject(self) -> Subject:
-        """The model as it is now, described."""
         self._subject = describe(self._subject)
         return self._subject
 
     def record(self) -> PrunedConfig:
-        """The model's record; an empty one where it carries none."""
         return current_record(self.subject)
 
     # ---- the user ----
@@ -203,8 +189,6 @@ class Session:
 
 
 def _logging_dir(args: TrainingArguments) -> str:
-    """TensorBoard's folder of this training: the one that the Trainer's own callback has made when the training
-    began.
-    """
-    made = sorted(Path(args.output_dir, Path(default_logdir()).parent).glob("*"), key=lambda path: path.stat().st_mtime)
-    return str(made[-1]) if made else str(Path(args.output_dir, default_logdir()))
+    """TensorBoard's folder of this training: the one that the Trainer's own callback has made when it began."""
+    folder = Path(args.output_dir, default_logdir())
+    return str(max(folder.parent.glob("*"), key=lambda path: path.stat().st_mtime, default=folder))

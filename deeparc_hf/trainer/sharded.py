@@ -9,13 +9,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..core.compat import accelerate_has_state
 from ..core.distributed import agree
 from ..core.progress_bars import shows_bars
 from ..errors import ConfigError
-from ..observe.training_calibration import TrainingCalibration, kept_columns
+from ..observe.training_calibration import calibration_of
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import apply_healed, compare_blocks
@@ -28,8 +28,8 @@ _SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.ME
 
 def is_sharded(args: TrainingArguments) -> bool:
     """Whether the Trainer will shard the model's parameters: by its own arguments, or by the launcher's settings."""
-    state = AcceleratorState() if accelerate_has_state() else None
-    return bool(args.deepspeed or args.fsdp) or (state is not None and state.distributed_type in _SHARDING)
+    launched = accelerate_has_state() and AcceleratorState().distributed_type in _SHARDING
+    return bool(args.deepspeed or args.fsdp) or launched
 
 
 def prune_before_sharding(
@@ -57,17 +57,8 @@ def prune_before_sharding(
             "With sharded parameters (FSDP, DeepSpeed) no whole model is left that could teach. Leave distill out, or "
             "train in DistributedDataParallel."
         )
-    columns = kept_columns(model, args, None)
-    source = TrainingCalibration(
-        calibration,
-        None,
-        args.train_batch_size,
-        config,
-        again=config.heal is not None,
-        model=model,
-        columns=columns,
-        processing_class=processing_class,
-    )
+    known = {"model": model, "processing_class": processing_class}
+    source = calibration_of(calibration, config, args, TrainerState(), known, again=config.heal is not None)
     bars = shows_bars(args)
     with source.reading():
         plan = compare_blocks(model, source, config, progress=bars)
