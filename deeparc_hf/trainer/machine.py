@@ -31,20 +31,16 @@ _ALL_ACCEPTED = "every pruning that was asked for is accepted"
 
 
 class Phase(StrEnum):
-    """What a run is doing: waiting for the step at which it prunes, retraining, judged and about to carry the verdict
-    out, or done.
-    """
+    """What a run is doing."""
 
-    WAITING = "waiting"
+    WAITING = "waiting"  # for the step at which it prunes
     RETRAINING = "retraining"
-    JUDGED = "judged"
+    JUDGED = "judged"  # and about to carry the verdict out
     DONE = "done"
 
 
 class Saved:
-    """Base of what a callback keeps in a checkpoint's trainer_state.json: dataclasses of JSON types with a format
-    version.
-    """
+    """Base of what a callback keeps in a checkpoint's trainer_state.json: dataclasses of JSON types."""
 
     FORMAT_VERSION = 1
     TELLS = ""  # what it tells, in the words of an error
@@ -85,12 +81,10 @@ class Saved:
 
 @dataclass
 class Progress(Saved):
-    """Where a run stands: all that a resumed run needs to go on. JSON types only; lives in the Trainer's
-    trainer_state.json.
+    """Where a run stands: all that a resumed run needs to go on.
 
     Attributes:
         k: stride of the pruning at hand, or of the next one.
-        phase: what the run is doing.
         accepted: number of prunings that were accepted.
         boundary: optimizer step at which this phase ends.
         steps_per_epoch: optimizer steps of an epoch, in which the boundaries are counted; None where the data has no
@@ -196,7 +190,6 @@ class Verdict:
 
 
 def judge(config: MPruneConfig, name: str, baseline: float, value: float, greater_is_better: bool) -> Verdict:
-    """Whether a retrained model is good enough."""
     drop = baseline - value if greater_is_better else value - baseline
     allowed = float(config.max_drop or 0.0)
     if not math.isfinite(value):
@@ -219,15 +212,12 @@ class World(Protocol):
     def prune(self, plan: dict[str, Any], step: int) -> None: ...
     # give the steps that follow a step a learning rate that begins anew
     def rewind(self, step: int, steps: int) -> None: ...
-    # a plan was carried out, and its retraining begins
     def pruned(self) -> None: ...
-    # the gate has spoken
     def judged(self, verdict: Verdict) -> None: ...
     # make the model as it is the one to go back to
     def accept(self) -> None: ...
-    # go back to the last accepted model
     def take_back(self) -> None: ...
-    # a pruning was accepted or taken back
+    # a verdict was
     def carried_out(self, accepted: bool) -> None: ...
     # the first comparison found nothing to remove: the training goes on without pruning
     def nothing_removed(self) -> None: ...
@@ -241,30 +231,20 @@ class World(Protocol):
 class Machine:
     """The events of a training, and what follows from them. In every process they are the same: values and plans are
     agreed on before.
-
-    Args:
-        config: the settings.
-        progress: where the run stands; its first fields, up to `stopped`, change here and nowhere else.
-        world: what is acted on.
-        metric, greater_is_better: the gate's metric, and its direction.
-        max_steps: optimizer steps of the training.
-        retraining: optimizer steps of a retraining.
     """
 
     config: MPruneConfig
-    progress: Progress
+    progress: Progress  # its first fields, up to `stopped`, change here and nowhere else
     world: World
     _: KW_ONLY
-    metric: str
+    metric: str  # the gate's
     greater_is_better: bool
-    max_steps: int
-    retraining: int
+    max_steps: int  # optimizer steps of the training
+    retraining: int  # optimizer steps of a retraining
 
     @property
     def is_last(self) -> bool:
-        """Whether the pruning at hand is the last one, and nobody judges it: its retraining lasts as long as the
-        training.
-        """
+        """Whether nobody judges the pruning at hand, and none follows: its retraining lasts as long as the training."""
         return not self.config.gated and self.progress.accepted + 1 >= self.config.iterations
 
     @property
@@ -286,11 +266,7 @@ class Machine:
         self._retrain(0)
 
     def resume(self, changed: bool) -> None:
-        """A run goes on from a checkpoint.
-
-        Args:
-            changed: its settings have changed since.
-        """
+        """A run goes on from a checkpoint; changed: its settings have changed since."""
         p = self.progress
         if changed:
             p.next_plan = None  # it was made with the earlier settings
@@ -346,11 +322,7 @@ class Machine:
         self.progress.next_plan = None
 
     def training_ends(self, step: int, best: float | None = None) -> None:
-        """End on the last accepted model.
-
-        Args:
-            best: the gate's metric of the checkpoint that was loaded at the end; None where none was.
-        """
+        """End on the last accepted model; best: the gate's metric of the checkpoint that was loaded, if any was."""
         p = self.progress
         if p.phase is Phase.RETRAINING:
             if self.config.gated:  # early stopping, say: what was measured of this structure counts

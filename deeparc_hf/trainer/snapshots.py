@@ -1,10 +1,4 @@
-"""Snapshots: the weights from before a pruning, on disk while it may still be taken back, or while the unpruned model
-teaches.
-
-A snapshot is a folder in the Trainer's output folder, safetensors and JSON; its name begins with "_", which the
-Trainer's pushes to the Hub leave out. It stays as long as a checkpoint refers to it, so that a run which was killed can
-go on too, and goes when the run ends.
-"""
+"""Snapshots: the weights from before a pruning, on disk as long as the run or one of its checkpoints may need them."""
 
 from __future__ import annotations
 
@@ -12,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,7 @@ from ..publish.files import checkpoints_in
 
 __all__ = ["FOLDER", "drop_unused", "free_name", "read_plans", "restore_weights", "save_snapshot", "set_groups"]
 
-FOLDER = "_pruning_snapshots"
+FOLDER = "_pruning_snapshots"  # in the Trainer's output folder; its pushes to the Hub leave out what begins with "_"
 _WEIGHTS, _NOTES = "weights.safetensors", "snapshot.json"
 
 
@@ -41,7 +36,6 @@ def save_snapshot(
 
     Args:
         output: the Trainer's output folder.
-        name: of the snapshot.
         model: the whole model, unwrapped.
         optimizer: the order of its parameters is noted by name.
         plan: the comparison of the accepted model's blocks, as a plan's dict.
@@ -51,11 +45,8 @@ def save_snapshot(
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     names = {id(parameter): key for key, parameter in model.named_parameters()}
-    groups = (
-        []
-        if optimizer is None
-        else [[names[id(p)] for p in g["params"] if id(p) in names] for g in optimizer.param_groups]
-    )
+    held = [] if optimizer is None else [group["params"] for group in optimizer.param_groups]
+    groups = [[names[id(p)] for p in parameters if id(p) in names] for parameters in held]
     save_model(model, str(draft / _WEIGHTS))
     (draft / _NOTES).write_text(json.dumps({"groups": groups, "plan": plan, "carried_out": carried_out}), "utf-8")
     old = draft.with_name(f"{draft.name}.old")
@@ -66,9 +57,7 @@ def save_snapshot(
 
 
 def read_plans(output: Path, name: str) -> tuple[Any, Any]:
-    """The comparison of blocks that was noted with a snapshot, and the plan that led to its model (or None), as plans'
-    dicts.
-    """
+    """What was noted with a snapshot: the comparison of blocks, and the plan that led to its model (or None)."""
     notes = _notes(output, name)
     return notes["plan"], notes["carried_out"]
 
@@ -107,19 +96,16 @@ def set_groups(output: Path, name: str, model: nn.Module, optimizer: torch.optim
     """
     parameters = dict(model.named_parameters())
     own = {id(parameter) for parameter in parameters.values()}
-    groups = _notes(output, name)["groups"]
-    for group, names in zip(optimizer.param_groups, groups, strict=True):
+    for group, names in zip(optimizer.param_groups, _notes(output, name)["groups"], strict=True):
         others = [parameter for parameter in group["params"] if id(parameter) not in own]
         group["params"][:] = [*(parameters[key] for key in names), *others]
     optimizer.state.clear()
 
 
 def drop_unused(output: Path, *current: str | None, ended: bool = False) -> None:
-    """Delete the snapshots that neither the run nor a checkpoint needs.
+    """Delete the snapshots that neither the run (`current`) nor a checkpoint needs.
 
     Args:
-        output: the Trainer's output folder.
-        current: names of those that the run needs.
         ended: the run has ended well, so that its checkpoints, those right under the output folder, need none any more.
     """
     folder = output / FOLDER
@@ -135,11 +121,8 @@ def drop_unused(output: Path, *current: str | None, ended: bool = False) -> None
 
 def free_name(output: Path, name: str) -> str:
     """The name, or one like it, that no checkpoint uses: trials of a hyperparameter search prune at the same steps."""
-    states, number, free = _states(output), 1, name
-    while (output / FOLDER / free).exists() and json.dumps(free) in states:
-        number += 1
-        free = f"{name}-{number}"
-    return free
+    states, names = _states(output), chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(free for free in names if not (output / FOLDER / free).exists() or json.dumps(free) not in states)
 
 
 def _states(output: Path, trials_only: bool = False) -> str:
