@@ -62,13 +62,10 @@ class Structure:
 
 
 class _Noted(list[weakref.ref[nn.Parameter]]):
-    """Parameters that runs have frozen, noted on their model; on a copy of it, or in a pickle, nothing is noted."""
+    """What runs have frozen, noted on the model; on a copy of it, or in a pickle, nothing is noted."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> list[Any]:
-        return []
 
 
 class Follower:

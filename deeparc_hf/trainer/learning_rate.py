@@ -15,8 +15,6 @@ from .session import Session
 
 __all__ = ["LearningRate", "is_trainers_own", "resume_rewound", "rewind"]
 
-_LENGTHS = ("num_decay_steps", "num_stable_steps")  # among lr_scheduler_kwargs
-
 
 class LearningRate:
     """The learning rate of one run's retrainings, each with a schedule of its own."""
@@ -143,6 +141,13 @@ def _fresh(scheduler: LambdaLR, args: TrainingArguments, steps: int, whole: int 
     are shortened.
     """
     warmup = warmup_steps(args, steps, whole)
+    settings: Any = args.lr_scheduler_kwargs or {}
+    room, share = steps - warmup, steps / whole if whole else 1.0
+    lengths = {name: settings.get(name) for name in ("num_decay_steps", "num_stable_steps")}
+    lengths = {name: length for name, length in lengths.items() if isinstance(length, int)}
+    if share < 1 and sum(lengths.values()) > room:
+        fitting = {name: min(int(length * share), room // len(lengths)) for name, length in lengths.items()}
+        settings = {**settings, **fitting}
     groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in scheduler.base_lrs]
     return get_scheduler(
         args.lr_scheduler_type,
@@ -150,16 +155,8 @@ def _fresh(scheduler: LambdaLR, args: TrainingArguments, steps: int, whole: int 
         optimizer=torch.optim.SGD(groups, lr=scheduler.optimizer.defaults["lr"]),
         num_warmup_steps=warmup,
         num_training_steps=steps,
-        scheduler_specific_kwargs=_fitting(args.lr_scheduler_kwargs, steps - warmup, steps / whole if whole else 1.0),
+        scheduler_specific_kwargs=settings,
     )
-
-
-def _fitting(settings: Any, room: int, share: float) -> Any:
-    """Settings of a schedule, with lengths in steps shortened to a share where there is no room for them."""
-    lengths = {name: settings[name] for name in _LENGTHS if settings and isinstance(settings.get(name), int)}
-    if sum(lengths.values()) <= room or share >= 1:
-        return settings
-    return {**settings, **{name: min(int(length * share), room // len(lengths)) for name, length in lengths.items()}}
 
 
 def _alike(one: LambdaLR, other: LambdaLR) -> bool:
