@@ -34,29 +34,12 @@ class LearningRate:
         self._progress.rewound = None
         if not self._config.rewind_lr or (step == 0 and steps == self._max_steps):
             return
-        if rewind(self._scheduler, self._args, steps, own=self._own, whole=self._max_steps):
-            self._progress.rewound = [step, steps, self._max_steps]
-            if self._own:
-                self._tell(steps)
-
-    def extend(self) -> None:
-        """The retraining at hand lasts as long as the training, which may be longer now."""
-        if self._progress.rewound is not None:
-            began = self._progress.rewound[0]
-            self._progress.rewound = [began, self._max_steps - began, self._max_steps]
-
-    def resume(self) -> None:
-        """Put the schedule back that the progress of a resumed run tells of."""
-        if self._progress.rewound is not None:
-            began, steps, *whole = self._progress.rewound
-            done, whole = self._session.step - began, whole[0] if whole else self._max_steps
-            resume_rewound(self._scheduler, self._args, steps, done, own=self._own, whole=whole)
-
-    def _tell(self, steps: int) -> None:
-        """Tell of a warm-up that was shortened."""
         whole = self._max_steps
+        if not rewind(self._scheduler, self._args, steps, own=self._own, whole=whole):
+            return
+        self._progress.rewound = [step, steps, whole]
         asked, taken = self._args.get_warmup_steps(steps), warmup_steps(self._args, steps, whole)
-        if asked == taken or steps in self._told:
+        if not self._own or asked == taken or steps in self._told:
             return
         if not _alike(_fresh(self._scheduler, self._args, steps), self._scheduler):  # it has a warm-up at all
             self._told.add(steps)
@@ -66,14 +49,23 @@ class LearningRate:
                 "warmup_steps below 1 is a share of each."
             )
 
+    def resume(self, to_the_end: bool) -> None:
+        """Put the schedule back that a resumed run had; to_the_end: of a training that may be longer now."""
+        if self._progress.rewound is None:
+            return
+        began, steps, *whole = self._progress.rewound
+        if to_the_end:
+            steps, whole = self._max_steps - began, [self._max_steps]
+            self._progress.rewound = [began, steps, *whole]
+        done, own = self._session.step - began, self._own
+        resume_rewound(self._scheduler, self._args, steps, done, own=own, whole=whole[0] if whole else self._max_steps)
+
 
 def warmup_steps(args: TrainingArguments, steps: int, whole: int | None = None) -> int:
-    """Warm-up of a schedule of so many steps, in a training of `whole` steps (None: the schedule is the whole
-    training).
+    """Warm-up of a schedule of so many steps, in a training of `whole` steps (None: the schedule is all of it).
 
     A warm-up that is given in steps is meant for the whole training. Where it would take more than half of a
-    retraining, which would then hardly reach its learning rate, it takes the share of it that it takes of the whole
-    training, and half at most.
+    retraining, it takes the share of it that it takes of the whole training, and half at most.
     """
     asked = int(args.get_warmup_steps(steps))
     if whole is None or args.warmup_steps < 1 or 2 * asked <= steps:
@@ -82,9 +74,7 @@ def warmup_steps(args: TrainingArguments, steps: int, whole: int | None = None) 
 
 
 def is_trainers_own(scheduler: Any, args: TrainingArguments, max_steps: int) -> bool:
-    """Whether a scheduler is what the Trainer makes for a training of so many steps, and not one that the user has
-    given it.
-    """
+    """Whether a scheduler is what the Trainer makes for a training of so many steps, and not the user's."""
     if not isinstance(scheduler, LambdaLR):
         return False
     fresh = _fresh(scheduler, args, max_steps)
@@ -92,17 +82,12 @@ def is_trainers_own(scheduler: Any, args: TrainingArguments, max_steps: int) -> 
 
 
 def rewind(scheduler: Any, args: TrainingArguments, steps: int, *, own: bool, whole: int | None = None) -> bool:
-    """Start the schedule again, in place.
+    """Start the schedule again, in place. Whether it could be done: others than `LambdaLR` go on, with a warning.
 
     Args:
-        steps: of the schedule that begins.
-        whole: steps of the training that it is a part of, by which lengths that are given in steps are shortened where
-            they do not fit.
-        own: whether it is the Trainer's own: it is made anew, with warm-up and decay over so many steps. A `LambdaLR`
-            of the user starts again at its step 0 as it is.
-
-    Returns:
-        Whether it could be done; other schedulers go on as they are, with a warning.
+        own: whether it is the Trainer's own: it is made anew, with warm-up and decay over so many steps. One of the
+            user starts again at its step 0 as it is.
+        whole: steps of the training that it is a part of, as in `warmup_steps`.
     """
     if not isinstance(scheduler, LambdaLR):
         if scheduler is not None:
@@ -124,9 +109,7 @@ def resume_rewound(
     """Put a resumed run's scheduler, which knows only the whole training, back into a retraining's schedule.
 
     Args:
-        steps: of the retraining's schedule.
-        position: steps of it that are done. It counts only where the checkpoint has no scheduler state
-            (save_only_model).
+        position: steps that are done; they count only where the checkpoint has no scheduler state (save_only_model).
         own, whole: as in `rewind`.
     """
     if isinstance(scheduler, LambdaLR):
@@ -137,9 +120,7 @@ def resume_rewound(
 
 
 def _fresh(scheduler: LambdaLR, args: TrainingArguments, steps: int, whole: int | None = None) -> Any:
-    """What the Trainer would make for a training of so many steps, at the same rates; lengths in steps that do not fit
-    are shortened.
-    """
+    """What the Trainer would make for a training of so many steps; lengths in steps that do not fit are shortened."""
     warmup = warmup_steps(args, steps, whole)
     settings: Any = args.lr_scheduler_kwargs or {}
     room, share = steps - warmup, steps / whole if whole else 1.0

@@ -93,9 +93,7 @@ class PruningRun(Member):
         self.machine.resume(changed=bool(changed))
         is_last = self.machine.is_last and p.in_retraining
         self.operations.resume(self.reporter.read_plan(), over, rehearsed=not (p.is_over or is_last))
-        if is_last:
-            self.operations.rate.extend()
-        self.operations.rate.resume()
+        self.operations.rate.resume(to_the_end=is_last)
         told = p.for_report()
         where = f"{told['phase']}, {p.accepted} of {self.config.iterations} prunings accepted"
         session.say(f"Resumed at step {session.step}: {where}.")
