@@ -137,14 +137,12 @@ def guard(
     optimizer: torch.optim.Optimizer | None = None,
     trainer: Any = None,
 ) -> None:
-    """Have the model follow the number of blocks of whatever a Trainer loads into it from now on.
+    """Have the model follow the number of blocks of whatever a Trainer (None: whoever) loads into it from now on.
 
     Args:
         output: the Trainer's output folder. The records of the checkpoints in it tell which blocks are likely to be
-            meant, which matters where the user has frozen some of them: the Trainer makes its optimizer right after it
-            has loaded the weights.
+            meant, which matters where the user has frozen some: an optimizer is made before `settle` knows.
         optimizer: one that exists already; it follows too.
-        trainer: the Trainer; None: whoever loads weights.
     """
     follower = Follower.of(_root(model), trainer)
     follower.output = output
@@ -153,9 +151,8 @@ def guard(
 
 
 def guard_successors(model: nn.Module, trainer: Any, output: str | Path | None = None) -> None:
-    """Guard the models of the same class that a Trainer makes with its model_init, as long as the Trainer lives.
-
-    It makes a new one when a training begins, and loads a checkpoint into it before any callback is asked.
+    """Guard the models of the same class that a Trainer makes with its model_init when a training begins: it loads a
+    checkpoint into one before any callback is asked.
     """
     kind, known = type(_root(model)), weakref.ref(trainer)
 
@@ -212,8 +209,7 @@ def settle(
     Args:
         start, accepted, current: how the model was when the run began, before the pruning that may be taken back, and
             when the checkpoint was saved.
-        at_start: called where the model has the structure that the run began with, its weights not yet in place; not
-            called where it never has it.
+        at_start: called if the model has the structure that the run began with, while its weights are not in place yet.
 
     Returns:
         How to get from the checkpoint's structure back to the accepted one (None if the model was loaded in the
@@ -247,14 +243,12 @@ def settle(
             f"By its record the checkpoint has {lengths or 'all'} blocks, but what was loaded has {found or 'fewer'}. "
             f"{_ADVICE}"
         )
-    if accepted.record is not None:
-        follow_record(subject, accepted.record, {})
-        subject = describe(subject)
-        subject.host.set_record(accepted.record.to_dict())  # which removed nothing, it may be, but zeroed weights
     undo = Transaction()
-    follow_record(subject, current.record, {}, undo)
-    subject = describe(subject)
-    subject.host.set_record(current.record.to_dict())  # weights may have been zeroed since the accepted one
+    for record, transaction in ((accepted.record, None), (current.record, undo)):
+        if record is not None:
+            follow_record(subject, record, {}, transaction)
+            subject = describe(subject)
+            subject.host.set_record(record.to_dict())  # it may differ in zeroed weights alone
     for name, stack in subject.stacks.items():
         if name in lengths:
             _take_over(loaded[name], stack.blocks)
@@ -297,12 +291,7 @@ def _slots(block: nn.Module) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _name_as_the_model_does(host: Host, state_dict: dict[str, Any], prefix: str) -> None:
-    """Rename keys as `from_pretrained` would. The Trainer does not: what ViT saves it would load into nothing, with a
-    warning.
-
-    Raises:
-        SurgeryError: if not one of the keys is the model's.
-    """
+    """Rename keys as `from_pretrained` would, which the Trainer does not: it would leave out what ViT saves."""
     own = {f"{prefix}{key}": value.shape for key, value in host.root.state_dict().items()}
     foreign = [key for key in state_dict if key.startswith(prefix) and key not in own]
     if not foreign:
@@ -335,9 +324,7 @@ def _records_in(output: str | Path | None) -> list[PrunedConfig]:
 
 
 def _refuse_incomplete(stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]]) -> None:
-    """Refuse a checkpoint that lacks tensors of its blocks: the Trainer would leave the model's own there, with a
-    warning.
-    """
+    """Refuse a checkpoint that lacks tensors of its blocks: the Trainer would leave the model's own there."""
     whole = [set(block.state_dict()) for block in stack.blocks]
     for index, tensors in blocks.items():
         if not any(keys <= tensors.keys() for keys in whole):
@@ -369,27 +356,18 @@ def _is_shard(
     """
     if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
         return True
-    tied: dict[int, set[str]] = {}  # tied tensors are saved once
-    for key, tensor in module.state_dict(keep_vars=True).items():
-        tied.setdefault(id(tensor), set()).add(f"{prefix}{key}")
+    own = {f"{prefix}{key}": id(tensor) for key, tensor in module.state_dict(keep_vars=True).items()}
     inside = tuple(f"{prefix}{name}." for name in held)
-    return any(
-        not keys & state_dict.keys() and not any(key.startswith(inside) for key in keys) for keys in tied.values()
-    )
+    there = {own[key] for key in own if key in state_dict or key.startswith(inside)}  # tied tensors are saved once
+    return not there.issuperset(own.values())
 
 
 def _places_for(
     stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]], likely: Sequence[Sequence[int]]
 ) -> Sequence[int]:
-    """Blocks of the stack, in order, that have the shapes of those in the checkpoint.
-
-    Those that a record names, if they fit; else the first ones that do.
-
-    Raises:
-        SurgeryError: if there are not enough.
-    """
-    shapes = [{key: tuple(value.shape) for key, value in block.state_dict().items()} for block in stack.blocks]
-    wanted = [{key: tuple(value.shape) for key, value in blocks[index].items()} for index in range(len(blocks))]
+    """Blocks of the stack, in order, that have the shapes of the checkpoint's: likely ones, else the first that do."""
+    shapes = [{key: value.shape for key, value in block.state_dict().items()} for block in stack.blocks]
+    wanted = [{key: value.shape for key, value in blocks[index].items()} for index in range(len(blocks))]
     for places in likely:
         if [shapes[place] for place in places] == wanted:
             return places
