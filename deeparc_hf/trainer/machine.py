@@ -81,60 +81,38 @@ class Saved:
 
 @dataclass
 class Progress(Saved):
-    """Where a run stands: all that a resumed run needs to go on.
-
-    Attributes:
-        k: stride of the pruning at hand, or of the next one.
-        accepted: number of prunings that were accepted.
-        boundary: optimizer step at which this phase ends.
-        steps_per_epoch: optimizer steps of an epoch, in which the boundaries are counted; None where the data has no
-            length.
-        baseline: the metric that later ones are compared with; None if not known yet.
-        measured_at: optimizer step at which the gate's metric was measured last.
-        asked_at: optimizer step at whose end an evaluation was asked for, because a checkpoint is saved there.
-        value: the gate's metric after the retraining at hand.
-        verdict: on the pruning at hand, while it is JUDGED: whether it stays.
-        next_plan: what is pruned next (a plan's dict), while it is known; None: the blocks are compared then.
-        goes_on: whether another pruning follows the one at hand.
-        reason: why none follows.
-        stopped: whether the training was asked to stop, because nothing is left to do.
-        rewound: step at which the learning rate was rewound last, the number of steps of its schedule, and that of the
-            whole training then; None if it was not.
-        start, base, record: records (as dicts) of the model when the run began, of the last accepted model, and as it
-            is now.
-        frozen, base_frozen: blocks that this run froze, by stack, in the model as it is now and in the last accepted
-            one.
-        snapshot: name of the folder with the accepted weights; None where nothing can be taken back.
-        teacher: name of the folder with the weights of the unpruned model, which teaches; None where none does.
-        attempts: what the report says of each pruning, and first of the model before them.
-    """
+    """Where a run stands: all that a resumed run needs to go on."""
 
     FORMAT_VERSION = 2
     TELLS = "where the pruning stood"
 
-    k: int
+    k: int  # stride of the pruning at hand, or of the next one
     phase: Phase = Phase.WAITING
-    accepted: int = 0
-    boundary: int = 0
-    steps_per_epoch: int | None = None
-    baseline: float | None = None
-    measured_at: int | None = None
-    asked_at: int | None = None
-    value: float | None = None
-    verdict: bool | None = None
-    next_plan: dict[str, Any] | None = None
-    goes_on: bool = True
-    reason: str | None = None
-    stopped: bool = False
+    accepted: int = 0  # prunings
+    boundary: int = 0  # optimizer step at which this phase ends
+    steps_per_epoch: int | None = None  # in which the boundaries are counted; None where the data has no length
+    baseline: float | None = None  # the metric that later ones are compared with; None if not known yet
+    measured_at: int | None = None  # optimizer step at which the gate's metric was measured last
+    asked_at: int | None = None  # step at whose end an evaluation was asked for, because a checkpoint is saved there
+    value: float | None = None  # the gate's metric after the retraining at hand
+    verdict: bool | None = None  # on the pruning at hand, while it is JUDGED: whether it stays
+    next_plan: dict[str, Any] | None = None  # a plan's dict, while it is known; None: the blocks are compared then
+    goes_on: bool = True  # whether another pruning follows the one at hand
+    reason: str | None = None  # why none follows
+    stopped: bool = False  # whether the training was asked to stop, because nothing is left to do
+    # step at which the learning rate was rewound last, and steps of its schedule and of the whole training then
     rewound: list[int] | None = None
+    # records (as dicts) of the model when the run began, of the last accepted model, and as it is now
     start: dict[str, Any] | None = None
     base: dict[str, Any] | None = None
     record: dict[str, Any] | None = None
+    # blocks that this run froze, by stack, in the model as it is now and in the last accepted one
     frozen: dict[str, list[int]] = field(default_factory=dict)
     base_frozen: dict[str, list[int]] = field(default_factory=dict)
+    # names of the folders with the accepted weights, while they may come back, and with those of the teacher
     snapshot: str | None = None
     teacher: str | None = None
-    attempts: list[Attempt] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)  # the report's: of the model before, and of each pruning
 
     def to_dict(self) -> dict[str, Any]:
         attempts = [attempt.to_dict() for attempt in self.attempts]

@@ -22,11 +22,7 @@ _ADVICE = "and begin it in a training of its own after the pruning, or call prun
 
 
 def refuse_copies(callbacks: Iterable[Any]) -> None:
-    """Refuse callbacks that are known to go through the model and a copy side by side.
-
-    Raises:
-        ConfigError: if there is one.
-    """
+    """Refuse callbacks that are known to go through the model and a copy side by side."""
     for callback in callbacks:
         names = [kind.__name__ for kind in type(callback).__mro__]
         averages = any(isinstance(value, AveragedModel) for _, value in _held(callback))
@@ -55,9 +51,7 @@ def warn_of_copies(callbacks: Iterable[Any], model: nn.Module | Subject) -> bool
 
 
 def _held(callback: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, and what the plain objects that it holds do, by name. Trainers hold much that is nobody's
-    copy.
-    """
+    """What an object holds, and what the plain objects that it holds do, by name; what a Trainer holds is no copy."""
     for name, value in getattr(callback, "__dict__", {}).items():
         yield name, value
         inner = getattr(value, "__dict__", {})

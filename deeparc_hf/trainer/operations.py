@@ -84,15 +84,15 @@ class Operations:
 
         Args:
             plan: of the pruning at hand, where it is known.
-            over: nothing is left to train, so that no teacher is needed.
-            rehearsed: a pruning is to come, so the calibration data is tried.
+            over: nothing is left to train.
+            rehearsed: the calibration data is tried.
         """
         p = self._progress
         start, base, now = (None if r is None else PrunedConfig.from_dict(r) for r in (p.start, p.base, p.record))
         thaw_noted(self._model)  # of the same training, before it was interrupted in this process
         structures = Structure(start), Structure(base, p.base_frozen), Structure(now, p.frozen)
         if over:
-            p.teacher = None  # which may be deleted
+            p.teacher = None  # none is needed, and it may be deleted
         self._undo, _ = settle(self._session.subject, *structures, at_start=self.teaching.wake)
         self.teaching.follow()
         follow_in_wrapper(self._model)
@@ -124,9 +124,7 @@ class Operations:
         return True
 
     def note_zeros(self) -> None:
-        """Have the progress know what the model's record says of zeroed weights: another callback may have zeroed some
-        since.
-        """
+        """Have the progress know what the model's record says of weights that another callback has zeroed."""
         p, live = self._progress, self._session.subject.host.record()
         if live is not None:
             p.record = {**(p.record or live), "sparsity": live.get("sparsity")}

@@ -55,10 +55,7 @@ def check_epochs(config: MPruneConfig, max_steps: int, steps_per_epoch: int | No
 def refuse_changes(
     began_with: Mapping[str, Any], config: MPruneConfig, progress: Progress, steps_per_epoch: int | None
 ) -> dict[str, str]:
-    """Compare the settings of a resumed run with those that it began with.
-
-    Returns:
-        What else changed, by setting; it counts from here on.
+    """What has changed in the settings of a resumed run since it began, by setting; it counts from here on.
 
     Raises:
         ConfigError: if what was decided already would have been decided otherwise, or boundaries would fall elsewhere.

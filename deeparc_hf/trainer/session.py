@@ -163,11 +163,7 @@ class Session:
             warn_caller(text)
 
     def log(self, figures: Mapping[str, float]) -> None:
-        """Add figures to the log history, and send them to every tracker, as `Trainer.log` does.
-
-        A callback cannot call that, so the trackers are met through transformers' own reporting callbacks, which join
-        the run that is open.
-        """
+        """Add figures to the log history, and send them to every tracker; a callback cannot call `Trainer.log`."""
         logs = {**figures, **({} if self.state.epoch is None else {"epoch": self.state.epoch})}
         self.state.log_history.append({**logs, "step": self.step})
         if self._trackers is None:

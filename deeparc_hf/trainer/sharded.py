@@ -41,9 +41,6 @@ def prune_before_sharding(
 ) -> PruningPlan:
     """Prune once, in every process alike, when the Trainer is made.
 
-    Args:
-        processing_class: the Trainer's; of a tokenizer the collator is made, as the Trainer makes it.
-
     Raises:
         ConfigError: if the config asks for more than one pruning at the start.
     """

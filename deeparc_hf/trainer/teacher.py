@@ -21,11 +21,7 @@ __all__ = ["Teaching", "removed_since"]
 
 
 class Teaching:
-    """Does nothing where the settings ask for no teacher.
-
-    Raises:
-        ConfigError: if the teacher's term would not reach the loss.
-    """
+    """Does nothing where the settings ask for no teacher."""
 
     def __init__(self, config: MPruneConfig, session: Session, progress: Progress) -> None:
         args = session.args
@@ -48,11 +44,7 @@ class Teaching:
             )
 
     def begin(self, save: Callable[[], str]) -> None:
-        """Have the model as it is before the first pruning teach from then on.
-
-        Args:
-            save: saves its weights in a snapshot, whose name it returns.
-        """
+        """Have the model as it is before the first pruning teach from then on; `save` makes a snapshot, by its name."""
         if self._config is not None and self._progress.teacher is None:
             self._progress.teacher = save()
             self._teacher = make_teacher(self._model, self._config.dtype)
@@ -66,11 +58,7 @@ class Teaching:
         self._teacher = make_teacher(teacher, self._config.dtype) if self._config.dtype else teacher
 
     def follow(self) -> None:
-        """Teach the model as it is now; where nothing is missing there is nothing to teach.
-
-        Raises:
-            SurgeryError: if a resumed run has no teacher.
-        """
+        """Teach the model as it is now; where nothing is missing there is nothing to teach."""
         self.stop()
         p = self._progress
         if self._config is None or p.teacher is None or p.record is None:
@@ -86,11 +74,7 @@ class Teaching:
             self._at_work = Distillation(self._model, self._teacher, self._config, sites)
 
     def check(self) -> None:
-        """Check, before each step of the optimizer, that the teacher's term has reached the weights.
-
-        Raises:
-            ConfigError: if it has not.
-        """
+        """Check, before each step of the optimizer, that the teacher's term has reached the weights."""
         if self._at_work is None:
             return
         if not self._at_work.reached:

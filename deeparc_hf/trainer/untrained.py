@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import suppress
 
 from torch import nn
@@ -33,9 +33,8 @@ def pruned_untrained(config: MPruneConfig, model: nn.Module) -> str | None:
 def untrained_weights(model: nn.Module) -> list[str]:
     """The names of the parameters that were drawn at random and have not been trained since, as far as a model tells.
 
-    `from_pretrained` marks what it finds in a checkpoint, so what it had to draw is known. Of a model that was made
-    from its config, or by timm, it is known where all norms, or the biases of its classifier, are as a fresh model has
-    them.
+    `from_pretrained` marks what it finds in a checkpoint. Of a model that was made from its config, or by timm, it is
+    known where all norms, or the biases of its classifier, are as a fresh model has them.
     """
     parameters = dict(model.named_parameters())
     found = {name: p for name, p in parameters.items() if getattr(p, "_is_hf_initialized", False)}
@@ -47,19 +46,14 @@ def untrained_weights(model: nn.Module) -> list[str]:
         if all("pooler" in name for name in drawn):  # a headless model: it need not be used
             return []
         touched = any(version_of(p) for p in found.values())  # weights that were loaded once more
-        return sorted(drawn) if not touched and _as_drawn(list(drawn.values())) else []
-    norms = [
-        p
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower()
-        for p in module.parameters(recurse=False)
-    ]
-    if norms and all(map(_is_constant, norms)):
+        return [] if touched or not _as_drawn(drawn.values()) else sorted(drawn)
+    norms = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    scales = [p for norm in norms for p in norm.parameters(recurse=False)]
+    if scales and all(map(_is_constant, scales)):
         return sorted(parameters)
     classifier = model.get_classifier() if callable(getattr(model, "get_classifier", None)) else None
     if isinstance(classifier, nn.Linear) and classifier.bias is not None and _is_constant(classifier.bias):
-        own = {id(p) for p in classifier.parameters()}
-        return sorted(name for name, p in parameters.items() if id(p) in own)
+        return sorted(name for name, p in parameters.items() if p is classifier.weight or p is classifier.bias)
     return []
 
 
@@ -72,17 +66,15 @@ def _resized(model: nn.Module) -> set[int]:
     return {id(p) for p in own} if own and not getattr(own[0], "_is_hf_initialized", False) else set()
 
 
-def _as_drawn(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether a head is as it was drawn. Where it has no biases only changes in place tell, which fused optimizers do
-    not count.
-    """
-    flat, maps = [p for p in parameters if p.ndim == 1], [p for p in parameters if p.ndim == 2]
+def _as_drawn(parameters: Collection[nn.Parameter]) -> bool:
+    """Whether a head is as it was drawn."""
+    # where it has no biases only this tells; fused optimizers do not count their changes
     if any(version_of(p) > _DRAWN for p in parameters):
         return False
-    if all(map(_is_constant, flat)):
+    if all(_is_constant(p) for p in parameters if p.ndim == 1):
         return True
     # torch draws a linear map and its bias from the same interval, and training leaves it
-    reach = [float(p.detach().abs().max()) * p.shape[1] ** 0.5 for p in maps]
+    reach = [float(p.detach().abs().max()) * p.shape[1] ** 0.5 for p in parameters if p.ndim == 2]
     return bool(reach) and all(0.9 < far <= 1 + 1e-6 for far in reach)
 
 
