@@ -47,9 +47,7 @@ _NOTED = "_deeparc_hf_frozen"  # attribute of a model: what runs have frozen in 
 
 @dataclass(frozen=True)
 class Structure:
-    """The structure of a model at one point of a run: its record (None: it carries none), and the blocks that the run
-    froze.
-    """
+    """A model's structure at one point of a run: its record (None: it carries none), and what the run froze."""
 
     record: PrunedConfig | None = None
     frozen: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -351,9 +349,7 @@ def _blocks_in(state_dict: Mapping[str, Any], start: str) -> dict[int, dict[str,
 def _is_shard(
     module: nn.Module, state_dict: Mapping[str, Any], prefix: str, held: Mapping[str, Mapping[int, Any]]
 ) -> bool:
-    """Whether the state dict is one of several. Such a one cannot tell how many blocks a checkpoint has; `settle`
-    compares them later.
-    """
+    """Whether the state dict is one of several, which cannot tell how many blocks there are: `settle` compares them."""
     if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
         return True
     own = {f"{prefix}{key}": id(tensor) for key, tensor in module.state_dict(keep_vars=True).items()}

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Machine", "Phase", "Progress", "Saved", "Verdict", "World", "judge"]
 
-
 _ALL_ACCEPTED = "every pruning that was asked for is accepted"
 
 
@@ -195,7 +194,6 @@ class World(Protocol):
     # make the model as it is the one to go back to
     def accept(self) -> None: ...
     def take_back(self) -> None: ...
-    # a verdict was
     def carried_out(self, accepted: bool) -> None: ...
     # the first comparison found nothing to remove: the training goes on without pruning
     def nothing_removed(self) -> None: ...
@@ -207,9 +205,7 @@ class World(Protocol):
 
 @dataclass(eq=False)
 class Machine:
-    """The events of a training, and what follows from them. In every process they are the same: values and plans are
-    agreed on before.
-    """
+    """The events of a training, and what follows from them; every process gets the same values and plans."""
 
     config: MPruneConfig
     progress: Progress  # its first fields, up to `stopped`, change here and nowhere else

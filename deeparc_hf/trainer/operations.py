@@ -194,6 +194,13 @@ class Operations:
         follow_in_wrapper(self._model)
         self._session.tell(Event.PRUNED)
 
+    def _compared(self) -> PruningPlan:
+        if self._comparison is None:
+            comparison, led = read_plans(self._session.folder, str(self._progress.snapshot))
+            self._comparison = PruningPlan.from_dict(comparison)
+            self._accepted_plan = None if led is None else PruningPlan.from_dict(led)
+        return self._comparison
+
     def rewind(self, step: int, steps: int) -> None:
         self.rate.rewind(step, steps)
 
@@ -243,8 +250,6 @@ class Operations:
         """Go back to the last accepted model: its structure, its weights bit for bit, an optimizer without memory."""
         p = self._progress
         self._measure_end()
-        if self._undo is None:
-            raise SurgeryError("There is no way back from this pruning.")
         self._compared()  # before anything changes: the snapshot must be there
         thaw_noted(self._model)
         self._undo.roll_back()
@@ -271,8 +276,6 @@ class Operations:
             self.stages.end(self._session.step)
         self._reporter.note_stages()
 
-    # ---- the end ----
-
     def end(self, keep: bool) -> None:
         """Leave the model as the training made it; keep: whether the snapshots stay that a checkpoint needs."""
         self._progress.snapshot = self._progress.teacher = None
@@ -280,10 +283,3 @@ class Operations:
         let_frozen_statistics_go(self._model)
         if self._args.should_save:
             drop_unused(self._session.folder, ended=not keep)
-
-    def _compared(self) -> PruningPlan:
-        if self._comparison is None:
-            comparison, led = read_plans(self._session.folder, str(self._progress.snapshot))
-            self._comparison = PruningPlan.from_dict(comparison)
-            self._accepted_plan = None if led is None else PruningPlan.from_dict(led)
-        return self._comparison

@@ -26,9 +26,6 @@ def check_epochs(config: MPruneConfig, max_steps: int, steps_per_epoch: int | No
         max_steps, steps_per_epoch: optimizer steps of the training, and of an epoch; None where the data has no length.
         by_steps: whether the training's length was given in steps; the last retraining may then be shorter than
             retrain_epochs.
-
-    Raises:
-        ConfigError: saying how many epochs are needed.
     """
     if steps_per_epoch is None:
         if config.iterations > 1 or config.start_epoch > 0 or config.gated:

@@ -20,7 +20,6 @@ from .evaluations import Evaluations
 
 __all__ = ["Event", "Member", "Session"]
 
-
 _SESSION = "deeparc_hf_session"  # of the Trainer's state; no field, so it is in no trainer_state.json
 
 
@@ -67,21 +66,14 @@ class Member:
 
 
 class Session:
-    """One training.
-
-    Args:
-        state: the Trainer's state, a new object for each training.
-        control: the Trainer's control, replaced at each event.
-        event: what the Trainer hands to a callback when the training begins: model, optimizer, lr_scheduler,
-            train_dataloader.
-    """
+    """One training; event: what the Trainer hands to a callback when it begins."""
 
     def __init__(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, event: Mapping[str, Any]
     ) -> None:
         self.args = args
         self.state = state
-        self.control = control
+        self.control = control  # as in the event at hand
         self.model: nn.Module = event["model"]
         self.optimizer = event.get("optimizer")
         self.scheduler = event.get("lr_scheduler")
@@ -169,8 +161,10 @@ class Session:
         if self._trackers is None:
             self._trackers = [cls() for cls in get_reporting_integration_callbacks(self.args.report_to)]
             for tracker in self._trackers:
-                if getattr(tracker, "logging_dir", "") is None:
-                    tracker.logging_dir = _logging_dir(self.args)
+                if getattr(tracker, "logging_dir", "") is None:  # TensorBoard: as the Trainer's own has made it
+                    folder = self.folder / default_logdir()
+                    made = max(folder.parent.glob("*"), key=lambda path: path.stat().st_mtime, default=folder)
+                    tracker.logging_dir = str(made)
         for tracker in self._trackers:
             tracker.on_log(self.args, self.state, self.control, model=self.model, logs=dict(logs))
 
@@ -182,9 +176,3 @@ class Session:
         for tracker in self._trackers or ():
             if getattr(tracker, "tb_writer", None) is not None:
                 tracker.tb_writer.close()  # what was logged is on the disk then
-
-
-def _logging_dir(args: TrainingArguments) -> str:
-    """TensorBoard's folder of this training: the one that the Trainer's own callback has made when it began."""
-    folder = Path(args.output_dir, default_logdir())
-    return str(max(folder.parent.glob("*"), key=lambda path: path.stat().st_mtime, default=folder))

@@ -22,7 +22,6 @@ from ..pruning.prune import apply_healed, compare_blocks
 
 __all__ = ["is_sharded", "prune_before_sharding"]
 
-
 _SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
@@ -39,11 +38,7 @@ def prune_before_sharding(
     args: TrainingArguments,
     processing_class: Any = None,
 ) -> PruningPlan:
-    """Prune once, in every process alike, when the Trainer is made.
-
-    Raises:
-        ConfigError: if the config asks for more than one pruning at the start.
-    """
+    """Prune once, in every process alike, when the Trainer is made; settings that ask for more are refused."""
     if config.start_epoch or config.iterations > 1 or config.gated:
         raise ConfigError(
             "With sharded parameters (FSDP, DeepSpeed) one pruning is possible, when the Trainer is made. Leave "

@@ -35,8 +35,6 @@ def save_snapshot(
     """Write a snapshot: all of it, or nothing.
 
     Args:
-        output: the Trainer's output folder.
-        model: the whole model, unwrapped.
         optimizer: the order of its parameters is noted by name.
         plan: the comparison of the accepted model's blocks, as a plan's dict.
         carried_out: the plan that led to the accepted model; None if it was not pruned in this run.

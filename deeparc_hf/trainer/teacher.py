@@ -26,8 +26,7 @@ class Teaching:
     def __init__(self, config: MPruneConfig, session: Session, progress: Progress) -> None:
         args = session.args
         self._config = config.distill
-        self._output = session.folder
-        self._model = session.model
+        self._session = session
         self._progress = progress
         self._teacher: nn.Module | None = None
         self._at_work: Distillation | None = None
@@ -47,14 +46,14 @@ class Teaching:
         """Have the model as it is before the first pruning teach from then on; `save` makes a snapshot, by its name."""
         if self._config is not None and self._progress.teacher is None:
             self._progress.teacher = save()
-            self._teacher = make_teacher(self._model, self._config.dtype)
+            self._teacher = make_teacher(self._session.model, self._config.dtype)
 
     def wake(self) -> None:
         """Make the teacher again, for a resumed run. The model has the structure that the run began with."""
         if self._config is None or self._progress.teacher is None:
             return
-        teacher = make_teacher(self._model)
-        restore_weights(self._output, self._progress.teacher, teacher)
+        teacher = make_teacher(self._session.model)
+        restore_weights(self._session.folder, self._progress.teacher, teacher)
         self._teacher = make_teacher(teacher, self._config.dtype) if self._config.dtype else teacher
 
     def follow(self) -> None:
@@ -71,7 +70,7 @@ class Teaching:
         step = removed_since(p.start, p.record)
         if step.removed:
             sites = [(site, step.places({site.stack: [site.kept]})[site.stack][0]) for site in sites_of(step.removed)]
-            self._at_work = Distillation(self._model, self._teacher, self._config, sites)
+            self._at_work = Distillation(self._session.model, self._teacher, self._config, sites)
 
     def check(self) -> None:
         """Check, before each step of the optimizer, that the teacher's term has reached the weights."""

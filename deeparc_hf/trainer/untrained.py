@@ -39,10 +39,8 @@ def untrained_weights(model: nn.Module) -> list[str]:
     parameters = dict(model.named_parameters())
     found = {name: p for name, p in parameters.items() if getattr(p, "_is_hf_initialized", False)}
     if found:
-        resized = _resized(model)
-        drawn = {
-            name: p for name, p in parameters.items() if name not in found and p.requires_grad and id(p) not in resized
-        }
+        known = {id(p) for p in found.values()} | _resized(model)
+        drawn = {name: p for name, p in parameters.items() if p.requires_grad and id(p) not in known}
         if all("pooler" in name for name in drawn):  # a headless model: it need not be used
             return []
         touched = any(version_of(p) for p in found.values())  # weights that were loaded once more
@@ -53,7 +51,8 @@ def untrained_weights(model: nn.Module) -> list[str]:
         return sorted(parameters)
     classifier = model.get_classifier() if callable(getattr(model, "get_classifier", None)) else None
     if isinstance(classifier, nn.Linear) and classifier.bias is not None and _is_constant(classifier.bias):
-        return sorted(name for name, p in parameters.items() if p is classifier.weight or p is classifier.bias)
+        own = {id(p) for p in classifier.parameters()}
+        return sorted(name for name, p in parameters.items() if id(p) in own)
     return []
 
 
