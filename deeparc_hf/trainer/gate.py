@@ -15,17 +15,15 @@ __all__ = ["check_gate", "check_measured", "direction_is_doubtful", "find_metric
 
 
 def metric_of(config: MPruneConfig, args: TrainingArguments) -> tuple[str, bool]:
-    """The gate's metric, and whether a larger one is better: as the config says, or the Trainer's arguments, or its
-    name.
-    """
+    """The gate's metric, and whether a larger one is better: by the config, the Trainer's arguments, or its name."""
     name = config.metric or args.metric_for_best_model or "loss"
     if config.greater_is_better is not None:
         return name, config.greater_is_better
-    given = args.greater_is_better if same_metric(name, args.metric_for_best_model) else None
-    if given is not None and given != _trainers_rule(name):
+    given, rule = _given(name, args), not name.endswith("loss")
+    if given is not None and given != rule:
         return name, given  # the Trainer's arguments are filled in by its rule, so this one was said
     by_name = larger_is_better(name)
-    return name, _trainers_rule(name) if by_name is None else by_name
+    return name, rule if by_name is None else by_name
 
 
 def direction_is_doubtful(config: MPruneConfig, args: TrainingArguments) -> str | None:
@@ -33,8 +31,8 @@ def direction_is_doubtful(config: MPruneConfig, args: TrainingArguments) -> str 
     name, greater = metric_of(config, args)
     if not config.gated or config.greater_is_better is not None:
         return None
-    given = args.greater_is_better if same_metric(name, args.metric_for_best_model) else None
-    if larger_is_better(name) is None and given in (None, _trainers_rule(name)):
+    given = _given(name, args)
+    if larger_is_better(name) is None and given in (None, not name.endswith("loss")):
         return (
             f"max_drop bounds {name!r}, whose name does not say whether a larger value is better. It is taken as "
             f"better when {'larger' if greater else 'smaller'}. Give greater_is_better=True or False beside metric."
@@ -49,16 +47,18 @@ def direction_is_doubtful(config: MPruneConfig, args: TrainingArguments) -> str 
     return None
 
 
-def _trainers_rule(name: str) -> bool:
-    return not name.endswith("loss")
+def _given(name: str, args: TrainingArguments) -> bool | None:
+    """What the Trainer's arguments say of a metric: whether a larger value is better."""
+    return args.greater_is_better if _is_best_metric(name, args) else None
+
+
+def _is_best_metric(name: str, args: TrainingArguments) -> bool:
+    best = args.metric_for_best_model
+    return best is not None and name.removeprefix("eval_") == best.removeprefix("eval_")
 
 
 def check_gate(config: MPruneConfig, args: TrainingArguments) -> None:
-    """Check that the gate can measure its metric, and that what it judges is what the training delivers.
-
-    Raises:
-        ConfigError: saying what to set in TrainingArguments.
-    """
+    """Refuse a gate that cannot measure its metric, or that judges by another one than the best checkpoint."""
     metric, greater_is_better = metric_of(config, args)
     if not config.gated:
         return
@@ -73,13 +73,11 @@ def check_gate(config: MPruneConfig, args: TrainingArguments) -> None:
             "evaluation. Set eval_on_start=True in TrainingArguments, give baseline=..., or fine-tune first with "
             "start_epoch=1 or more."
         )
-    best = args.metric_for_best_model
-    if args.load_best_model_at_end and (
-        not same_metric(metric, best) or bool(args.greater_is_better) != greater_is_better
-    ):
+    agrees = _is_best_metric(metric, args) and bool(args.greater_is_better) == greater_is_better
+    if args.load_best_model_at_end and not agrees:
         raise ConfigError(
             f"The gate judges by {metric} ({'larger' if greater_is_better else 'smaller'} is better), but "
-            f"load_best_model_at_end would deliver the checkpoint that is best by {best} "
+            f"load_best_model_at_end would deliver the checkpoint that is best by {args.metric_for_best_model} "
             f"({'larger' if args.greater_is_better else 'smaller'} is better), which the gate may not accept. Set "
             f"metric_for_best_model={metric!r} and greater_is_better={greater_is_better} in TrainingArguments, or give "
             "the callback the same metric."
@@ -87,29 +85,15 @@ def check_gate(config: MPruneConfig, args: TrainingArguments) -> None:
 
 
 def check_measured(config: MPruneConfig, args: TrainingArguments, trainer: Any) -> None:
-    """Refuse a gate on a metric that a stock Trainer cannot give; a Trainer of another class may have metrics of its
-    own.
-
-    Raises:
-        ConfigError: if the metric is none of those that every evaluation has, and there is nothing to compute it.
-    """
+    """Refuse a gate on a metric that a stock Trainer cannot give; another class may have metrics of its own."""
     name = metric_of(config, args)[0]
     is_stock = type(trainer).__module__.partition(".")[0] == "transformers"
-    if (
-        config.gated
-        and is_stock
-        and trainer.compute_metrics is None
-        and not name.endswith(("loss", "runtime", "per_second"))
-    ):
+    is_computed = not name.endswith(("loss", "runtime", "per_second"))
+    if config.gated and is_stock and is_computed and trainer.compute_metrics is None:
         raise ConfigError(
             f"max_drop bounds {name!r}, and the Trainer has no compute_metrics that could give it: it measures the "
             "loss alone. Give the Trainer compute_metrics, or set metric='loss'."
         )
-
-
-def same_metric(one: str | None, other: str | None) -> bool:
-    """Whether two names mean one metric: the Trainer's "eval_" may be there or not."""
-    return one is not None and other is not None and one.removeprefix("eval_") == other.removeprefix("eval_")
 
 
 def find_metric(metrics: Mapping[str, Any], name: str) -> float | None:
@@ -118,30 +102,21 @@ def find_metric(metrics: Mapping[str, Any], name: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _words(*lines: str) -> frozenset[str]:
-    return frozenset(" ".join(lines).split())
-
-
-_SMALLER = _words(
-    "loss losses error errors err wer cer ter mer wil eer der rmse mse mae mape smape wape mase msle rmsle nrmse medae "
-    "mdape",
-    "perplexity perplexities ppl nll bpb bpc bpw bits crossentropy fid kid lpips hamming brier ece mce distance "
-    "distances divergence kl",
-    "kld jsd emd crps mpjpe deviation deviance residual regret toxicity latency false fpr fnr absrel sqrel",
-)
-_LARGER = _words(
-    "accuracy accuracies acc precision recall fbeta bleu sacrebleu gleu chrf rouge meteor cider spice bertscore bleurt "
-    "comet auc auroc",
-    "auprc aucpr prauc map ap mrr ndcg hit hits mcc matthews pearson pearsonr spearman spearmanr kendall kendalltau "
-    "correlation kappa",
-    "exact em r2 iou miou dice jaccard psnr ssim likelihood reward rewards sensitivity specificity tpr tnr ppv npv pck "
-    "correct wip",
-)
-# they say something only where nothing else does: a Brier score is an error
-_LARGER_ALONE = _words("score scores similarity match matches top")
+_SMALLER = """
+    loss losses error errors err wer cer ter mer wil eer der rmse mse mae mape smape wape mase msle rmsle nrmse medae
+    mdape perplexity perplexities ppl nll bpb bpc bpw bits crossentropy fid kid lpips hamming brier ece mce distance
+    distances divergence kl kld jsd emd crps mpjpe deviation deviance residual regret toxicity latency false fpr fnr
+    absrel sqrel
+"""
+_LARGER = """
+    accuracy accuracies acc precision recall fbeta bleu sacrebleu gleu chrf rouge meteor cider spice bertscore bleurt
+    comet auc auroc auprc aucpr prauc map ap mrr ndcg hit hits mcc matthews pearson pearsonr spearman spearmanr
+    kendall kendalltau correlation kappa exact em r2 iou miou dice jaccard psnr ssim likelihood reward rewards
+    sensitivity specificity tpr tnr ppv npv pck correct wip
+"""
+_LARGER_ALONE = "score scores similarity match matches top"  # where nothing else is said: a Brier score is an error
 _FAMILIES = re.compile(r"(rouge|bleu|chrf|top|f)[0-9]+|rouge[a-z]*")
 _PHRASES = {"cross_entropy": False, "squared_error": False, "absolute_error": False, "pass_at": True}
-_NEGATED = ("neg", "negative")
 
 
 def larger_is_better(name: str) -> bool | None:
@@ -154,20 +129,10 @@ def larger_is_better(name: str) -> bool | None:
     parts = [part for part in re.split(r"[^a-z0-9]+", spaced.lower()) if part]
     if parts and parts[-1].endswith("loss"):
         return False  # the Trainer's rule
-    turned = len(parts) > 1 and parts[0] in _NEGATED
-    found = _direction(parts[1:] if turned else parts)
-    return found if found is None else found != turned
-
-
-def _direction(parts: list[str]) -> bool | None:
-    joined = "_".join(parts)
-    smaller = any(part in _SMALLER for part in parts) or any(
-        phrase in joined for phrase, larger in _PHRASES.items() if not larger
-    )
-    larger = any(part in _LARGER or _FAMILIES.fullmatch(part) for part in parts)
-    larger = larger or any(phrase in joined for phrase, is_larger in _PHRASES.items() if is_larger)
-    if smaller and larger:
-        return None
-    if smaller or larger:
-        return larger
-    return True if any(part in _LARGER_ALONE for part in parts) else None
+    turned = len(parts) > 1 and parts[0] in ("neg", "negative")
+    parts = parts[1:] if turned else parts
+    said = {larger for phrase, larger in _PHRASES.items() if phrase in "_".join(parts)}
+    said |= {False for part in parts if part in _SMALLER.split()}
+    said |= {True for part in parts if part in _LARGER.split() or _FAMILIES.fullmatch(part)}
+    said = said or {True for part in parts if part in _LARGER_ALONE.split()}
+    return said.pop() != turned if len(said) == 1 else None
