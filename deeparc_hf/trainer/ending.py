@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..pruning.config import MPruneConfig
-from ..reports.attempts import Attempt
 from ..reports.run_report import structure_of
 from .evaluations import compared_metrics, last_evaluation, value_text
 from .machine import Progress
@@ -35,11 +34,18 @@ def outcome_of(progress: Progress, session: Session, config: MPruneConfig, metri
     named = metric if config.gated or config.metric else args.metric_for_best_model
     metrics = compared_metrics(evaluations["before"], evaluations["after"], named)
     structure = structure_of(session.model, session.subject)
+    stages = [attempt.stages for attempt in accepted] or [{}]
+    was, now = stages[0].get("before"), stages[-1].get("retrained")
+    loss = None  # that the callback measured itself, where the Trainer has not evaluated
+    if not metrics and was is not None and now is not None and was["data"] == now["data"]:
+        loss = {"before": was["loss"], "after": now["loss"], "samples": now["samples"], "data": now["data"]}
+    checkpoint = f"checkpoint-{best or state.global_step}"  # that holds the model as it is now
+    gone = attempts[-1].is_taken_back or state.is_hyper_param_search  # the last one is of before it was taken back
     return {
         "blocks": {"before": sum(first.blocks.values()), "after": sum(structure["blocks"].values())},
         "parameters": {"before": first.parameters, "after": structure["parameters"]},
         "metrics": metrics,
-        "loss": None if metrics else _measured(accepted),
+        "loss": loss,
         "evaluation_seconds": {p: None if e is None else e.times.get("eval_runtime") for p, e in evaluations.items()},
         "training_seconds": {
             "before": first.training_seconds,
@@ -47,12 +53,12 @@ def outcome_of(progress: Progress, session: Session, config: MPruneConfig, metri
         },
         "accepted": len(accepted),
         "judged": config.gated,
-        "checkpoint": _checkpoint(progress, session),
+        "checkpoint": checkpoint if not gone and (session.folder / checkpoint).is_dir() else None,
     }
 
 
 def end_lines(outcome: Mapping[str, Any]) -> list[str]:
-    """The figures for people, a line each; numbers of blocks and parameters aside."""
+    """The figures for people, a line each."""
     if not outcome["accepted"]:
         return ["no pruning was accepted: the model is the one from before the first of them"]
     lines = []
@@ -89,22 +95,3 @@ def advice(outcome: Mapping[str, Any], folder: Path) -> list[str]:
             "than that."
         )
     return [*lines, NEXT]
-
-
-def _measured(accepted: Sequence[Attempt]) -> dict[str, Any] | None:
-    """The loss that the callback measured itself, where the Trainer has not evaluated."""
-    stages = [attempt.stages for attempt in accepted] or [{}]
-    before, after = stages[0].get("before"), stages[-1].get("retrained")
-    if before is None or after is None or before["data"] != after["data"]:
-        return None
-    return {"before": before["loss"], "after": after["loss"], "samples": after["samples"], "data": after["data"]}
-
-
-def _checkpoint(progress: Progress, session: Session) -> str | None:
-    """The name of the checkpoint that holds the model as it is now; None where none does."""
-    state = session.state
-    if progress.attempts[-1].is_taken_back or state.is_hyper_param_search:
-        return None  # the last checkpoint is of before it was taken back
-    best = state.best_global_step if session.args.load_best_model_at_end else None
-    name = f"checkpoint-{best or state.global_step}"
-    return name if (session.folder / name).is_dir() else None

@@ -19,12 +19,12 @@ __all__ = ["Evaluations", "compared_metrics", "last_evaluation", "value_text"]
 class Evaluations:
     """What the figures of one training are of, for its reports and for the record.
 
-    Args:
-        args: the Trainer's arguments.
-        loader: the training's data loader.
+    Attributes:
+        loader: the Trainer's data loader of its first evaluation; None before.
     """
 
     def __init__(self, args: TrainingArguments, loader: Any) -> None:
+        self.loader: Any = None
         self._final: list[Evaluation] = []  # evaluations after the training
         self._training = training_settings(args)
         # auto_find_batch_size may have made it smaller
@@ -35,11 +35,10 @@ class Evaluations:
         self._data = {"training": origin_of(getattr(loader, "dataset", None))}
 
     def notice(self, metrics: Mapping[str, Any], loader: Any) -> None:
-        """Take note of the data of an evaluation in the training. Those with a prefix of their own are of other data (a
-        test set, say).
-        """
+        """Take note of the data of an evaluation. Those with a prefix of their own are of other data (a test set)."""
         if not any(key.startswith("eval_") for key in metrics):
             return
+        self.loader = loader if self.loader is None else self.loader
         dataset = getattr(loader, "dataset", None)
         self._validation.add(same_data(dataset))
         self._data.setdefault("evaluation", origin_of(dataset))
@@ -54,9 +53,7 @@ class Evaluations:
         return Evaluation.of(figures, data=data, mark=mark_of_model(model), **known)
 
     def conclude(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any) -> Evaluation:
-        """Note an evaluation after the training's end; one with the same metrics and data stands for the earlier
-        one.
-        """
+        """Note an evaluation after the training, in the place of an earlier one with the same metrics and data."""
         new = self.evaluation(model, metrics, loader)
         others = [e for e in self._final if e.figures.keys() != new.figures.keys() or e.data != new.data]
         self._final = [*others, new]

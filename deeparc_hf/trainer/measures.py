@@ -8,10 +8,7 @@ looks at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-from torch.utils.data import DataLoader
 
 from ..core.progress_bars import shows_bars
 from ..observe.quality import measure_quality
@@ -33,37 +30,22 @@ _LEAST = 32  # fewer samples tell nothing
 
 
 class Stages:
-    """Measures of one run; they are noted in the entry of the pruning at hand in its progress.
-
-    Args:
-        config: the settings; as many samples are taken as for a calibration.
-        session: the training.
-        progress: where the run stands.
-
-    Attributes:
-        evaluation: the Trainer's data loader of its first evaluation in this run; None before.
+    """Measures of one run, on as many samples as a calibration takes; those of the retraining are noted at the pruning
+    at hand in its progress.
     """
 
     def __init__(self, config: MPruneConfig, session: Session, progress: Progress) -> None:
-        self.evaluation: DataLoader | None = None
         self._config = config
         self._session = session
-        self._size = session.args.eval_batch_size
         self._progress = progress
-        self._bars = shows_bars(session.args)
         self._data = TRAINING  # which data the entries of the pruning at hand are of
         self._found: dict[str, Any] = {}
-
-    def notice(self, loader: DataLoader | None, metrics: Mapping[str, Any]) -> None:
-        """Take note of an evaluation. Those with a prefix of their own are of other data (a test set, say)."""
-        if self.evaluation is None and any(key.startswith("eval_") for key in metrics):
-            self.evaluation = loader
 
     def begin(self, step: int) -> None:
         """Measure the model before a pruning; where it has been measured as it is now, on the same data,
         that counts.
         """
-        self._data = EVALUATION if self.evaluation is not None else TRAINING
+        self._data = self._best_data()
         attempt = self._progress.attempts[-1]
         back = attempt.is_taken_back
         last = attempt.stages.get("before" if back else "retrained")
@@ -75,12 +57,17 @@ class Stages:
 
     def measure(self, stage: str, step: int) -> None:
         """Measure the model as it is now."""
-        source = self._source()
-        if source is None:
+        session, loader, skipped = self._session, self._session.evaluations.loader, 0
+        if self._data == TRAINING:
+            loader, skipped = session.loader, self._config.calibration_samples
+        if loader is None:
             return
-        bar = _BARS[stage] if self._bars else None
+        size = session.args.eval_batch_size
+        source = TrainingCalibration(None, loader, size, self._config, skipped, model=session.model)
+        if self._data == TRAINING and (not source.chooses or len(loader.dataset) - skipped < _LEAST):
+            return
         with source.reading():
-            found = measure_quality(self._session.model, source, bar)
+            found = measure_quality(session.model, source, _BARS[stage] if shows_bars(session.args) else None)
         if found is not None:
             self._found[stage] = {**found, "data": self._data, "step": step}
 
@@ -90,8 +77,7 @@ class Stages:
         if stages.get("retrained", {}).get("step") == step:
             return
         known = [value["data"] for value in stages.values()]
-        self._data = known[0] if known else EVALUATION if self.evaluation is not None else TRAINING
-        self._found = {}
+        self._data, self._found = known[0] if known else self._best_data(), {}
         self.measure("retrained", step)
         stages.update(self._found)
 
@@ -99,14 +85,5 @@ class Stages:
         """What was measured since `begin`."""
         return dict(self._found)
 
-    def _source(self) -> TrainingCalibration | None:
-        if self._data == EVALUATION:
-            return None if self.evaluation is None else self._samples_of(self.evaluation, 0)
-        training, used = self._session.loader, self._config.calibration_samples
-        source = None if training is None else self._samples_of(training, used)
-        if source is None or not source.chooses or len(training.dataset) - used < _LEAST:
-            return None
-        return source
-
-    def _samples_of(self, loader: DataLoader, skipped: int) -> TrainingCalibration:
-        return TrainingCalibration(None, loader, self._size, self._config, skipped, model=self._session.model)
+    def _best_data(self) -> str:
+        return TRAINING if self._session.evaluations.loader is None else EVALUATION

@@ -168,7 +168,6 @@ class PruningRun(Member):
     def evaluated(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note an evaluation; the one at a boundary decides."""
         p, step = self.progress, self.session.step
-        self.operations.stages.notice(loader, metrics)
         if self._spare is not None:
             return
         if not p.is_over and step >= p.boundary:
