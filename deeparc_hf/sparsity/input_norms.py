@@ -1,13 +1,11 @@
-"""How large the inputs of linear maps are: the L2 norm of each input over all unpadded positions of the calibration
-data.
+"""The L2 norm of each input of linear maps over all unpadded positions of the calibration data.
 
-Sums of squares are added up in float64 (float32 where the device knows no float64, and float64 over its batches); no
-activation outlives the forward pass that made it.
+Squares are added up in float64 (float32 within a batch where the device knows no float64); no activation outlives its
+forward pass.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -44,9 +42,6 @@ def measured_inputs(
     Yields:
         The number of samples over all processes, and the norms of some maps: shape (d_in,), or (d_out, d_in) where
         groups of rows have inputs of their own. Without calibration data 0, and None for all of the maps.
-
-    Raises:
-        CalibrationError: if there is no data, a map did not run, or its inputs hold NaN or infinity.
     """
     if calibration is None:
         yield 0, dict.fromkeys(matrix.name for matrix in matrices)
@@ -119,13 +114,7 @@ def _block_by_block(
 
 
 class _Inputs:
-    """Observes the inputs of matrices during forward passes.
-
-    Args:
-        matrices: the maps to observe.
-        axes: what the dimensions of the blocks' outputs mean, by stack (`find_axes`).
-        unmasked: takes the names of the maps whose inputs include padding.
-    """
+    """Observes the inputs of matrices during forward passes, and names those whose inputs include padding."""
 
     def __init__(self, matrices: Sequence[Matrix], axes: Mapping[str, Axes | str], unmasked: set[str]) -> None:
         self._matrices = matrices
@@ -252,25 +241,18 @@ def _padding(module: nn.Module) -> list[int]:
 
 
 def _of_convolution(module: nn.Module, x: Tensor) -> Tensor:
-    """Sums of squares over all places where the kernel is laid, for each channel and kernel position: (groups, channels
-    x kernel).
-    """
+    """Sums of squares over all places where the kernel is laid: (groups, channels x kernel positions)."""
     kernel: tuple[int, ...] = module.kernel_size
-    stride, dilation = module.stride, module.dilation
     if x.ndim == len(kernel) + 1:  # no batch dimension
         x = x[None]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = functional.pad(x, _padding(module), mode=mode)
-    sizes = x.shape[2:]
-    counts = [(size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)]
+    x = functional.pad(x, _padding(module), mode=module.padding_mode.replace("zeros", "constant"))
     dtype = _accumulating(x)
     total = torch.zeros(x.shape[1], *kernel, dtype=dtype, device=x.device)
     for sample in x:
         squares = sample.to(dtype).square()
-        for place in itertools.product(*map(range, kernel)):
-            spans = [
-                slice(p * d, p * d + s * (n - 1) + 1, s)
-                for p, d, s, n in zip(place, dilation, stride, counts, strict=True)
-            ]
-            total[(slice(None), *place)] += squares[(slice(None), *spans)].flatten(1).sum(dim=1)
+        for dim, (size, stride, dilation) in enumerate(zip(kernel, module.stride, module.dilation, strict=True), 1):
+            # from the first place where the kernel is laid to the last, for each position in it
+            span = (sample.shape[dim] - dilation * (size - 1) - 1) // stride * stride + 1
+            squares = squares.unfold(dim, span, dilation).narrow(dim, 0, size)[..., ::stride]
+        total += squares.sum(dim=tuple(range(-len(kernel), 0)))
     return total.reshape(module.groups, -1)
