@@ -32,7 +32,7 @@ class Transaction:
             self._undo.callback(setattr, owner, attribute, old)
         setattr(owner, attribute, value)
 
-    def on_failure(self, step: Callable[[], None]) -> None:
+    def on_failure(self, step: Callable[[], Any]) -> None:
         """Have a change that is about to be made taken back by `step`."""
         self._undo.callback(step)
 

@@ -14,7 +14,7 @@ in their place).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ from ..observe.calibration import Calibration
 from ..observe.forward import evaluating, forward
 from ..observe.hooks import hooked, skipped
 from ..observe.rows import with_axes
+from ..sparsity.sequential import enough, forward_until
 from .block_ends import Ending, find_ending
 from .fit import SiteFit
 from .sites import Healing, sites_of
@@ -40,11 +41,7 @@ __all__ = ["apply_healing", "fit_sites", "heal_model", "note_healing"]
 
 
 def fit_sites(
-    subject: Subject,
-    removed: Mapping[str, Sequence[int]],
-    calibration: Calibration,
-    *,
-    progress: bool = True,
+    subject: Subject, removed: Mapping[str, Sequence[int]], calibration: Calibration, *, progress: bool = True
 ) -> list[Healing]:
     """Fit the changes of all sites, one site after another in forward order. Changes nothing.
 
@@ -55,10 +52,6 @@ def fit_sites(
         subject: the unpruned model.
         removed: the blocks that go, by stack.
         calibration: the data, which is gone through once for each site.
-        progress: show a progress bar for each site, in samples.
-
-    Raises:
-        CalibrationError: if there are too few samples, or an iterator for more than one site.
     """
     host, stacks = subject.host, subject.stacks
     in_order = {name: removed[name] for name in stacks if name in removed}
@@ -89,18 +82,11 @@ def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) 
     ending = healing.ending
     if healing.reason is not None or ending is None or healing.change is None:
         return
-    module: Any = block.get_submodule(ending.map)
-    norm = None if ending.batch_norm is None else block.get_submodule(ending.batch_norm)
-    final = None if ending.final is None else block.get_submodule(ending.final)
-    touched = [m for m in (module, norm, final) if m is not None]
-    state = [(tensor, tensor.detach().clone()) for m in touched for tensor in m.state_dict(keep_vars=True).values()]
-
-    def restore() -> None:
-        with torch.no_grad():
-            for tensor, old in state:
-                tensor.copy_(old)
-
-    transaction.on_failure(restore)
+    paths = (ending.map, ending.batch_norm, ending.final)
+    parts: list[Any] = [None if path is None else block.get_submodule(path) for path in paths]
+    for tensor in (tensor for part in parts if part is not None for tensor in part.state_dict().values()):
+        transaction.on_failure(partial(tensor.copy_, tensor.clone()))
+    module, norm, final = parts
     with torch.no_grad():
         change = healing.change.T if isinstance(module, Conv1D) else healing.change.reshape(module.weight.shape)
         module.weight.add_(change.to(module.weight))
@@ -110,11 +96,7 @@ def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) 
         elif intercept is not None:
             module.bias.add_(intercept.to(module.bias))
         for name, value in healing.final.items():
-            final.get_parameter(name).copy_(value)  # type: ignore[union-attr]
-
-
-class _EnoughError(Exception):
-    """Ends a forward pass where no more of it is needed."""
+            final.get_parameter(name).copy_(value)
 
 
 def _find_endings(watched: Sequence[SiteFit], inputs: Mapping[str, Any]) -> None:
@@ -166,10 +148,6 @@ def _look(
     return watch.reason, watch.sums, watch.held, watch.endings, watch.plain
 
 
-def _enough(module: nn.Module, args: Any, output: Any) -> None:
-    raise _EnoughError
-
-
 def _pass(
     watch: SiteFit, before: Sequence[tuple[Stack, int]], healed: Sequence[tuple[SiteFit, Healing]], inputs: Any
 ) -> None:
@@ -177,13 +155,8 @@ def _pass(
     to the kept one.
     """
     # hooks run in the order in which they are made: the pass ends when all has been noted
-    handles = [
-        *watch.hooks("last"),
-        *(() if before else watch.hooks("kept")),
-        watch.last.register_forward_hook(_enough),
-    ]
-    with hooked(handles), suppress(_EnoughError):
-        forward(watch.host, inputs, without_cache=True)
+    handles = [*watch.hooks("last"), *(() if before else watch.hooks("kept"))]
+    forward_until(watch.host, inputs, [*handles, watch.last.register_forward_hook(enough)])
     if not before:
         return
     with ExitStack() as inside:
@@ -194,9 +167,7 @@ def _pass(
         for stack, index in before:
             # not all of them need run before the site: a model of texts and images has two towers
             inside.enter_context(skipped(stack, index, must_run=False))
-        inside.enter_context(hooked([*watch.hooks("kept"), watch.kept.register_forward_hook(_enough)]))
-        with suppress(_EnoughError):
-            forward(watch.host, inputs, without_cache=True)
+        forward_until(watch.host, inputs, [*watch.hooks("kept"), watch.kept.register_forward_hook(enough)])
 
 
 def _refit_norm(norm: Any, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:

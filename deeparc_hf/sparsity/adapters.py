@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..architectures.hosts import RECORD_KEY, find_host, is_adapted
 from ..checkpoint.record import PrunedConfig
@@ -45,13 +43,17 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
     }
     stored = getattr(getattr(base, "config", base), RECORD_KEY, None)
     sparsity = None if stored is None else PrunedConfig.from_dict(stored).sparsity
-    entries = {_path(name, base, weights): entry for name, entry in (sparsity or {}).get("matrices", {}).items()}
+    entries = {}
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    for name, entry in (sparsity or {}).get("matrices", {}).items():
+        paths = (name, f"{prefix}{name}", name.removeprefix(prefix))  # the record may be of a model with another head
+        entries[next((path for path in paths if path in weights), name)] = entry
     if not entries:
         raise SparsityError(
             f"The record of {type(base).__name__} lists no zeros, so there are none to keep. Call merge_and_unload(); "
             "or sparsify the base model first, with sparsify_model."
         )
-    masks: dict[str, Tensor] = {}
+    masks = {}
     for name, entry in entries.items():
         if name not in weights:
             raise SparsityError(
@@ -69,14 +71,7 @@ def merge_keeping_zeros(model: nn.Module) -> nn.Module:
                 "the adapters are merged already, call model.unmerge_adapter() first."
             )
     merged: nn.Module = adapted.merge_and_unload()
-    host = find_host(merged)
-    with torch.no_grad():
-        for name, mask in masks.items():
-            zero_chosen(host.root.get_submodule(name).get_parameter("weight"), mask)
+    root = find_host(merged).root
+    for name, mask in masks.items():
+        zero_chosen(root.get_submodule(name).get_parameter("weight"), mask)
     return merged
-
-
-def _path(name: str, base: nn.Module, weights: Mapping[str, nn.Module]) -> str:
-    """A matrix's path in a model that may have another head than the one whose record names it."""
-    prefix = f"{getattr(base, 'base_model_prefix', '')}."
-    return next((path for path in (name, f"{prefix}{name}", name.removeprefix(prefix)) if path in weights), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -43,24 +44,26 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
             "model computes the same without them: leave this step out, or model.to('cuda') first."
         )
     left: dict[str, str] = {}
-    turned = 0
+    matrices = find_matrices(subject)
     with Transaction() as transaction, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*SparseSemiStructuredTensor.*prototype.*")
-        for matrix in find_matrices(subject):
-            reason = _obstacle(matrix.module, matrix.weight)
-            if reason is None:
+        for name, module, weight in [(matrix.name, matrix.module, matrix.weight) for matrix in matrices]:
+            if not isinstance(module, nn.Linear):
+                left[name] = f"it is a {type(module).__name__}, and no Linear"
+            elif weight.dtype not in (torch.float16, torch.bfloat16):
+                left[name] = f"its weights are {weight.dtype}"
+            elif not has_pattern(weight.detach()):
+                left[name] = "its zeros do not follow the 2:4 pattern"
+            else:
                 try:
-                    sparse = torch.sparse.to_sparse_semi_structured(matrix.weight.detach().contiguous())
+                    sparse = torch.sparse.to_sparse_semi_structured(weight.detach().contiguous())
                 except (RuntimeError, ValueError) as error:
-                    reason = str(error).splitlines()[0]
-            if reason is not None:
-                left[matrix.name] = reason
-                continue
-            parameters = parameters_of(matrix.module)
-            transaction.on_failure(lambda p=parameters, w=matrix.weight: p.update(weight=w))  # type: ignore[misc]
-            parameters["weight"] = nn.Parameter(sparse, requires_grad=False)
-            turned += 1
-        if not turned:
+                    left[name] = str(error).splitlines()[0]
+                    continue
+                parameters = parameters_of(module)
+                transaction.on_failure(partial(parameters.update, weight=weight))
+                parameters["weight"] = nn.Parameter(sparse, requires_grad=False)
+        if len(left) == len(matrices):
             name, reason = next(iter(left.items()))
             raise UnsupportedModelError(
                 f"None of the {len(left)} linear maps of {host.label} can be turned; of {name}, for example: {reason}. "
@@ -74,11 +77,3 @@ def has_pattern(rows: Tensor, keep: int = 2, group: int = 4) -> bool:
     if rows.shape[1] % group:
         return False
     return bool(((rows.reshape(len(rows), -1, group) != 0).sum(dim=2) <= keep).all())
-
-
-def _obstacle(module: nn.Module, weight: Tensor) -> str | None:
-    if not isinstance(module, nn.Linear):
-        return f"it is a {type(module).__name__}, and no Linear"
-    if weight.dtype not in (torch.float16, torch.bfloat16):
-        return f"its weights are {weight.dtype}"
-    return None if has_pattern(weight.detach()) else "its zeros do not follow the 2:4 pattern"

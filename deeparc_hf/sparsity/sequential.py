@@ -8,10 +8,10 @@ instead: nothing is held, but time grows with the square of the number of blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +21,26 @@ from ..architectures import Host, Stack
 from ..observe.forward import forward
 from ..observe.hooks import hidden_states, hooked
 
-__all__ = ["Inputs", "Passes", "block_by_block"]
+__all__ = ["EnoughError", "Inputs", "Passes", "block_by_block", "enough", "forward_until"]
 
 Inputs = Mapping[str, Any]
 Passes = Iterable[tuple[Inputs, Callable[[], Any]]]  # for each batch: its inputs, and what runs the model on them
+_STATELESS = (Tensor, bool, int, float, str, torch.dtype, torch.device)  # what can be handed over again
 
 
-class _ReachedError(Exception):
+class EnoughError(Exception):
     """Ends a forward pass where no more of it is needed."""
+
+
+def enough(module: nn.Module, args: Any, output: Any) -> None:
+    """A hook behind which no more of a forward pass is needed."""
+    raise EnoughError
+
+
+def forward_until(host: Host, inputs: Inputs, handles: Iterable[Any]) -> None:
+    """A forward pass, as far as the hooks let it go; the hooks are removed."""
+    with hooked(handles), suppress(EnoughError):
+        forward(host, inputs, without_cache=True)
 
 
 class _Call(NamedTuple):
@@ -62,9 +74,7 @@ def block_by_block(
 
     Args:
         host: the model, evaluating.
-        stack: the stack.
         batches: gives the calibration batches, as the model takes them; they are gone through again and again.
-        last: index of the last block that is wanted.
         together: runs a function in every process and returns all results; all go through the blocks alike.
 
     Yields:
@@ -114,13 +124,12 @@ def _calls(
         keeps = (whole or first) and isinstance(call.hidden, Tensor)
         calls.append(call.on(call.hidden.clone() if keeps else None))  # the block may work on it in place
         if len(calls) > last:
-            raise _ReachedError
+            raise EnoughError
         # another order of the features: whatever is chosen by them is chosen otherwise
         return call.on(call.hidden.flip(-1 if call.hidden.ndim == 3 else 1) * 1.5) if disturbed and first else None
 
-    _forward_until(
-        host, inputs, [block.register_forward_pre_hook(note, with_kwargs=True) for block in stack.blocks[: last + 1]]
-    )
+    first_blocks = stack.blocks[: last + 1]
+    forward_until(host, inputs, (block.register_forward_pre_hook(note, with_kwargs=True) for block in first_blocks))
     return calls
 
 
@@ -139,55 +148,40 @@ def independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
     with hooked(block.register_forward_hook(keep) for block in blocks):
         seen = _calls(host, stack, inputs, len(blocks), whole=True)
     given = [call.hidden for call in seen]
+    known = [leaf for call in seen for leaf in _leaves(call.on(None))]
     if not (
         len(seen) == len(blocks)
-        and all(_plain(call.on(None)) for call in seen)
+        and all(leaf is None or isinstance(leaf, _STATELESS) for leaf in known)
         and all(isinstance(hidden, Tensor) for hidden in [*given, *outputs])
         and all(map(torch.equal, outputs, given[1:]))
         and torch.equal(hidden_states(seen[0].on(given[0].clone()).run(blocks[0])), outputs[0])
     ):
         return False
     again = _calls(host, stack, inputs, len(blocks) - 1, disturbed=True)
-    return all(_same(one.on(None), other.on(None)) for one, other in zip(seen, again, strict=True))
+    found = [leaf for call in again for leaf in _leaves(call.on(None))]
+    return len(found) == len(known) and all(map(_same, known, found))
 
 
 def _passes_through(host: Host, stack: Stack, batches: Callable[[], Iterator[Inputs]], index: int) -> Passes:
     """Runs of the model up to the end of one block."""
 
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        raise _ReachedError
-
     def run(inputs: Inputs) -> None:
-        _forward_until(host, inputs, [stack.blocks[index].register_forward_hook(stop)])
+        forward_until(host, inputs, [stack.blocks[index].register_forward_hook(enough)])
 
     for inputs in batches():
         yield inputs, partial(run, inputs)
 
 
-def _forward_until(host: Host, inputs: Inputs, handles: Sequence[Any]) -> None:
-    """A forward pass, as far as the hooks let it go; the hooks are removed."""
-    with hooked(handles), suppress(_ReachedError):
-        forward(host, inputs, without_cache=True)
-
-
-def _plain(value: Any) -> bool:
-    """Whether a value can be handed over again: no cache, no state."""
-    if isinstance(value, Mapping):
-        return type(value) is dict and all(map(_plain, value.values()))
-    if isinstance(value, (tuple, list)):
-        return all(map(_plain, value))
-    return value is None or isinstance(value, (Tensor, bool, int, float, str, torch.dtype, torch.device))
+def _leaves(value: Any) -> Iterator[Any]:
+    """What nested tuples, lists and dicts hold, names included."""
+    if isinstance(value, (tuple, list)) or type(value) is dict:
+        for part in chain(*value.items()) if type(value) is dict else value:
+            yield from _leaves(part)
+    else:
+        yield value
 
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, Mapping):
-        return (
-            isinstance(other, Mapping)
-            and one.keys() == other.keys()
-            and all(_same(one[key], other[key]) for key in one)
-        )
-    if isinstance(one, (tuple, list)):
-        return isinstance(other, (tuple, list)) and len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
+    return type(one) is type(other) and bool(one == other)

@@ -73,20 +73,12 @@ def sparsify_model(
 
 
 def sparsify(
-    model: nn.Module | Subject,
-    calibration: Calibration | None,
-    config: WandaConfig,
-    *,
-    progress: bool = True,
+    model: nn.Module | Subject, calibration: Calibration | None, config: WandaConfig, *, progress: bool = True
 ) -> tuple[SparsityReport, dict[str, Tensor]]:
     """`sparsify_model` for one of several processes, whose zeros are the same in all.
 
-    Args:
-        calibration: the data; None for a method that needs none.
-
     Returns:
-        The report, and the masks by matrix: True where the weight is to be zero, by this or by an earlier
-        sparsification.
+        The report, and the masks by matrix: True where the weight is to be zero, by this or an earlier sparsification.
     """
     subject = describe(model)
     host = subject.host
@@ -112,7 +104,7 @@ def sparsify(
                     asked[name], masks[name] = int(mask.sum()), mask
                     if name in earlier:
                         masks[name] = mask | recorded_mask(own[name], earlier[name]["zeros"])
-                    transaction.on_failure(partial(_bring_back, weight, mask, weight[mask]))
+                    transaction.on_failure(partial(weight.masked_scatter_, mask, weight[mask]))
                     zero_chosen(weight, mask)
         found = {
             name: MatrixSparsity(asked[name], _zeros(matrix), matrix.weight.numel(), matrix.stack.name, matrix.role)
@@ -128,11 +120,7 @@ def sparsify(
 
 
 def matrices_for(subject: Subject, config: WandaConfig) -> list[Matrix]:
-    """The matrices that the settings mean.
-
-    Raises:
-        ConfigError, UnsupportedModelError: as `find_matrices`, and if a pattern does not fit one of them.
-    """
+    """The matrices that the settings mean; a pattern must fit all of them."""
     matrices = find_matrices(subject, config.targets)
     _, size = config.group or (1, 1)
     for matrix in matrices:
@@ -147,11 +135,7 @@ def matrices_for(subject: Subject, config: WandaConfig) -> list[Matrix]:
 
 
 def recorded_matrices(model: nn.Module | Subject, record: PrunedConfig) -> dict[str, tuple[Matrix, int]]:
-    """The matrices that a record lists as sparse, with their number of zeros.
-
-    Raises:
-        RecordError: if the model lacks one, or has fewer zeros in it than the record says.
-    """
+    """The matrices that a record lists as sparse, with their number of zeros, which may not be less than it says."""
     entries = (record.sparsity or {}).get("matrices", {})
     own = matrices_named(describe(model), entries)
     found = {}
@@ -173,10 +157,8 @@ def recorded_matrices(model: nn.Module | Subject, record: PrunedConfig) -> dict[
 
 
 def recorded_mask(matrix: Matrix, count: int) -> Tensor:
-    """Which of a matrix's zeros a record means that counts `count` of them.
-
-    All of them, as a rule. Where there are more, as in a matrix that was zero from the start, the record means as many
-    in each row, and the earlier ones, as they are chosen.
+    """Which of a matrix's zeros a record means that counts `count` of them: all, as a rule; where there are more, the
+    same number in each row, the earlier ones.
     """
     zeros = matrix.rows() == 0
     each, rest = divmod(count, len(zeros))
@@ -198,8 +180,3 @@ def _chosen(matrix: Matrix, config: WandaConfig, norm: Tensor | None) -> Tensor:
 
 def _zeros(matrix: Matrix) -> int:
     return int((matrix.weight.detach() == 0).sum())
-
-
-def _bring_back(weight: Tensor, mask: Tensor, values: Tensor) -> None:
-    with torch.no_grad():
-        weight[mask] = values
