@@ -50,15 +50,7 @@ class _Run:
 
 
 def find_ending(block: nn.Module, run: Callable[[], Any]) -> Ending | str:
-    """Find how a block ends.
-
-    Args:
-        block: the block, evaluating.
-        run: runs it on a small batch.
-
-    Returns:
-        The ending, or why there is none of the kind that can be refitted.
-    """
+    """Find how a block that is evaluating ends, or why not in a way that can be refitted; `run` calls it on a batch."""
     output, leaves = _observed(block, run, None)
     maps = [leaf for leaf in leaves if isinstance(leaf.module, (nn.Linear, Conv1D, nn.Conv2d))]
     found: Ending | str = "it has no linear map"
@@ -72,8 +64,10 @@ def find_ending(block: nn.Module, run: Callable[[], Any]) -> Ending | str:
 
 def _tried(block: nn.Module, run: Callable[[], Any], output: Tensor, leaves: list[_Run], last: _Run) -> Ending | str:
     """The ending, if it is this map's output that the block's sum is made of."""
-    if isinstance(last.module, nn.Conv2d) and not _is_pointwise(last.module):
-        return f"its last map, {last.path}, is a convolution over neighbours"
+    if isinstance(last.module, nn.Conv2d):
+        m = last.module
+        if (m.kernel_size, m.stride, m.groups) != ((1, 1), (1, 1), 1) or m.padding not in ((0, 0), 0):
+            return f"its last map, {last.path}, is a convolution over neighbours"
     behind = leaves[leaves.index(last) + 1 :]
     norm = next(
         (leaf for leaf in behind if isinstance(leaf.module, BatchNorm) and torch.equal(leaf.input, last.output)), None
@@ -104,19 +98,8 @@ def rows(tensor: Tensor, module: nn.Module) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _is_pointwise(module: nn.Conv2d) -> bool:
-    return (
-        module.kernel_size == (1, 1)
-        and module.stride == (1, 1)
-        and module.groups == 1
-        and module.padding in ((0, 0), 0)
-    )
-
-
 def _scale(effect: Tensor, change: Tensor, module: nn.Module) -> Tensor | None:
-    """The factor of each output by which a change of the map's output reaches a sum; None if that is not all that it
-    does.
-    """
+    """The factor of each output by which a change of the map's output reaches a sum; None if it does more."""
     if effect.shape != change.shape or not bool(effect.any()):
         return None
     effect, change = at_home(rows(effect, module)).double(), at_home(rows(change, module)).double()
@@ -126,9 +109,7 @@ def _scale(effect: Tensor, change: Tensor, module: nn.Module) -> Tensor | None:
 
 
 def _observed(block: nn.Module, run: Callable[[], Any], change: tuple[str, Tensor] | None) -> tuple[Tensor, list[_Run]]:
-    """The block's hidden states, and the modules without children in the order in which they end; one's output may be
-    changed.
-    """
+    """The block's hidden states, and its innermost modules in the order in which they end; one's output may change."""
     leaves: list[_Run] = []
     inputs: dict[nn.Module, Any] = {}
     paths = {module: path for path, module in block.named_modules() if next(module.children(), None) is None}

@@ -1,6 +1,4 @@
-"""What is seen of one removal site while the model runs,
-and the change of the kept block's map that follows from it.
-"""
+"""What is seen of one removal site while the model runs, and the change of the kept block's map that follows."""
 
 from __future__ import annotations
 
@@ -55,27 +53,24 @@ class SiteFit:
 
     @property
     def has_intercept(self) -> bool:
-        ending = self.endings[0]
-        norm = None if ending.batch_norm is None else self.kept.get_submodule(ending.batch_norm)
-        return getattr(self.module, "bias", None) is not None or getattr(norm, "bias", None) is not None
+        paths = (self.endings[0].map, self.endings[0].batch_norm)
+        return any(path and getattr(self.kept.get_submodule(path), "bias", None) is not None for path in paths)
 
     def settle(self, endings: Sequence[Ending | str]) -> None:
         """Take note of how the kept and the last removed block end, or why the site is left alone."""
         if self.reason is not None:
             return
+        kinds = []
         for index, ending in zip((self.site.kept, self.site.removed[-1]), endings, strict=True):
             if isinstance(ending, str):
                 self.reason = f"block {index}: {ending}"
                 return
-        kept, last = endings
-        assert isinstance(kept, Ending) and isinstance(last, Ending)
-        ends = [(self.kept, kept.final), (self.last, last.final)]
-        kinds = [None if final is None else type(block.get_submodule(final)) for block, final in ends]
+            kinds.append(None if ending.final is None else type(self.stack.blocks[index].get_submodule(ending.final)))
         if kinds[0] is not kinds[1]:
             self.reason = "the kept block and the last removed one end in different ways"
             return
-        self.endings = [kept, last]
-        self.reason = self._obstacle(kept)
+        self.endings = list(endings)
+        self.reason = self._obstacle(self.endings[0])
 
     def orient(self, axes: Axes | str | None) -> None:
         """Take note of what the dimensions of the blocks' outputs mean."""
@@ -91,16 +86,13 @@ class SiteFit:
         weight = parameters_of(self.module).get("weight")
         if weight is None or not weight.is_floating_point():
             return f"the weight of {ending.map} is not stored as plain numbers"
-        holders = [
-            module for module in self.host.root.modules() if any(p is weight for p in parameters_of(module).values())
-        ]
-        if len(holders) > 1:
+        if sum(any(p is weight for p in parameters_of(module).values()) for module in self.host.root.modules()) > 1:
             return f"the weight of {ending.map} is tied to another map, which would change too"
         sparsity = (self.host.record() or {}).get("sparsity") or {}
-        listed = f"{self.stack.name}.{self.site.kept}.{ending.map}"
         prefix = f"{self.host.base_prefix}."
-        recorded = {name.removeprefix(prefix) for name in sparsity.get("matrices", {})}
-        if listed.removeprefix(prefix) in recorded or int((weight == 0).sum()) > _ZEROS * weight.numel():
+        name = f"{self.stack.name}.{self.site.kept}.{ending.map}".removeprefix(prefix)
+        is_listed = any(name == listed.removeprefix(prefix) for listed in sparsity.get("matrices", {}))
+        if is_listed or int((weight == 0).sum()) > _ZEROS * weight.numel():
             return f"{ending.map} holds zeros that a change would fill; heal before weights are zeroed"
         if ending.final is not None and isinstance(self.kept.get_submodule(ending.final), BatchNorm):
             return f"its output comes from {ending.final}, whose statistics are those of its own inputs"
@@ -141,18 +133,17 @@ class SiteFit:
         held_out = (numbers % _EACH == _EACH - 1)[:, None].expand(count, positions)
         chosen = self.axes.as_put_out(held_out, shape).flatten()
         layout = [size for dimension, size in enumerate(shape) if dimension != self.axes.features]
-        seen = self.seen["x"]
-        own = list((seen.movedim(1, -1) if isinstance(module, nn.Conv2d) else seen).shape[:-1])
+        x = self.seen["x"]
+        own = list((x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x).shape[:-1])
         if own not in (layout, [math.prod(layout)]):
             self.reason = "its last map works on positions in another order than the block puts them out"
             return
-        x = rows(self.seen["x"], module)
+        x = rows(x, module)
         outputs = [rows(self.seen[f"{which} output"], module) for which in ("kept", "last")]
         sums = [rows(self.seen.get(f"{which} sum", self.seen[f"{which} output"]), module) for which in ("kept", "last")]
         self.seen = {}
         valid = torch.ones_like(chosen) if mask is None else mask.flatten().to(x.device)
-        usable = scale.abs() > 1e-6 * scale.abs().max()
-        inverse = torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale))
+        inverse = torch.where(scale.abs() > 1e-6 * scale.abs().max(), 1 / scale, 0.0)
         missing = (sums[1].double() - sums[0].double()) * inverse
         weights = _weights(missing, valid)
         for part in (False, True):
@@ -186,7 +177,7 @@ class SiteFit:
             return Healing(self.site, reason)
         # of one process for all: each has found them on a batch of its own, or on none
         self.endings = next(filter(None, endings), [])
-        fit, held = (_total([of_process[part] for of_process in sums]) for part in (False, True))
+        fit, held = (_total([found[part] for found in sums]) for part in (False, True))
         if fit is None or held is None or not self.endings:
             raise CalibrationError(
                 "Healing needs at least 5 calibration samples: each fifth is held out. Give some hundreds."
@@ -208,9 +199,7 @@ class SiteFit:
         return found
 
     def _distance(self, solution: Solution, held: Sequence[tuple[Tensor, ...]]) -> float:
-        """Squared distance from the removed block's output on held-out positions,
-        relative to that without the change.
-        """
+        """Squared distance from the removed block's output on held-out positions, relative to the unchanged one."""
         if solution.change is None or not held:
             return 1.0
         ending, change = self.endings[1], solution.change.cpu()
@@ -237,15 +226,10 @@ class SiteFit:
 
 
 def _weights(missing: Tensor, valid: Tensor) -> Tensor | None:
-    """How much each position counts, shape (N,); None: all alike.
+    """How much each position counts, shape (N,), of what is missing at it, (N, D); None: all alike.
 
     In some models a few positions are larger by orders of magnitude (the first token of a causal model, on which
-    attention rests: Sun et al. 2024, arXiv 2402.17762). Their squares would leave the others no say; without them
-    attention would lose its rest: they count less.
-
-    Args:
-        missing: shape (N, D).
-        valid: shape (N,), False for padding.
+    attention rests: Sun et al. 2024, arXiv 2402.17762). Their squares would leave the others no say: they count less.
     """
     if not bool(valid.any()):
         return None

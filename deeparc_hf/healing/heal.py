@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import Host, Layout, Stack, Subject, describe
+from ..architectures import Host, Stack, Subject, describe
 from ..checkpoint.record import PrunedConfig, current_layout
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.transaction import Transaction
@@ -132,7 +132,6 @@ def _look(
     calibration: Calibration,
     advance: Callable[[int], None],
 ) -> Any:
-    """Watch one site over this process's data."""
     host, seen = watch.host, 0
     with evaluating(host.root):
         batches, axes = with_axes(host, [watch.stack], calibration.inputs(host))
@@ -151,9 +150,7 @@ def _look(
 def _pass(
     watch: SiteFit, before: Sequence[tuple[Stack, int]], healed: Sequence[tuple[SiteFit, Healing]], inputs: Any
 ) -> None:
-    """Run the model on one batch up to the last removed block; what changes before the site calls for another run, up
-    to the kept one.
-    """
+    """Run a batch up to the last removed block; where blocks before the site are gone, once more up to the kept one."""
     # hooks run in the order in which they are made: the pass ends when all has been noted
     handles = [*watch.hooks("last"), *(() if before else watch.hooks("kept"))]
     forward_until(watch.host, inputs, [*handles, watch.last.register_forward_hook(enough)])
@@ -171,9 +168,7 @@ def _pass(
 
 
 def _refit_norm(norm: Any, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:
-    """Give a BatchNorm the statistics of the changed map, so that it computes what it would have, and trains on from
-    there.
-    """
+    """Give a BatchNorm the statistics of the changed map, so that it computes what it would have."""
     mean, variance = statistics[0], statistics[1].clamp(min=0)
     moved = mean - norm.running_mean.double().to(mean.device) + (0.0 if intercept is None else intercept)
     scale = scale.to(mean)
@@ -204,7 +199,16 @@ def heal_model(
         SurgeryError: if nothing was removed, or the kept blocks' weights are not those of the original.
     """
     whole, smaller = describe(original), describe(model)
-    step = _step_between(whole, smaller)
+    record = PrunedConfig.from_model(smaller)
+    try:
+        step = record.layout.since(current_layout(whole))
+        odd = next((name for name in whole.stacks if name not in smaller.stacks), None)
+    except ValueError as error:
+        odd = str(error)
+    if odd is not None:
+        raise SurgeryError(
+            f"The two models do not belong together: {odd!r} of the pruned one does not come from the original."
+        )
     if not step.removed:
         raise SurgeryError(
             "No block was removed from the model, so there is nothing to heal. Give the pruned model first, then the "
@@ -227,21 +231,6 @@ def heal_model(
             apply_healing(healing, blocks[step.kept[healing.site.stack].index(healing.site.kept)], undo)
         note_healing(smaller.host, healings)
     return healings
-
-
-def _step_between(whole: Subject, smaller: Subject) -> Layout:
-    """Which blocks of a model another one has, that was pruned from it."""
-    record = PrunedConfig.from_model(smaller)
-    try:
-        step = record.layout.since(current_layout(whole))
-        odd = next((name for name in whole.stacks if name not in smaller.stacks), None)
-    except ValueError as error:
-        odd = str(error)
-    if odd is not None:
-        raise SurgeryError(
-            f"The two models do not belong together: {odd!r} of the pruned one does not come from the original."
-        )
-    return step
 
 
 def note_healing(host: Host, healings: Sequence[Healing]) -> PrunedConfig:

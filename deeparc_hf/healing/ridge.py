@@ -1,9 +1,8 @@
-"""Ridge least squares from streamed sums: the change of a linear map that brings its output closer to a target.
+"""Ridge least squares from streamed sums: the change D of a linear map, so that inputs x D + d come close to errors e
+(target minus what the map gives now).
 
-The change D of a map is fitted so that inputs x D + d come close to errors e (target minus what the map gives now).
 Only sums over positions are kept, in float64: x'x, x'e and e'e, with x extended by 1 where there is an intercept. The
-error on held-out positions follows from their sums too, so that the strength of the ridge is chosen without another
-pass over the data.
+error on held-out positions follows from their sums too.
 """
 
 from __future__ import annotations
@@ -81,11 +80,8 @@ class Solution:
 
 
 def solve(fit: RidgeSums, held_out: RidgeSums, intercept: bool, strengths: Sequence[float] = STRENGTHS) -> Solution:
-    """Fit on one part of the positions for each strength, and keep the change whose error on the other part is the
-    least.
-
-    Args:
-        intercept: whether the last input is the constant 1, which is not shrunk.
+    """Fit on one part of the positions for each strength, and keep the change whose error on the other is the least.
+    With `intercept` the last input is the constant 1, which is not shrunk.
     """
     best = Solution(None, None, 1.0)
     if held_out.errors <= 0 or fit.errors <= 0:
