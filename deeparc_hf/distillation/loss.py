@@ -18,11 +18,11 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..architectures import describe
 from ..core.local_hooks import LocalHook
@@ -64,7 +64,6 @@ class Distillation:
     Args:
         model: the student, unwrapped, as the Trainer calls it.
         teacher: from `make_teacher`.
-        config: the settings.
         sites: where blocks are missing that the teacher has, as the teacher numbers them, each with the student's index
             of the kept block.
 
@@ -98,7 +97,10 @@ class Distillation:
         for who, watched in (("student", blocks), ("teacher", taught_by)):
             for number, block in enumerate(watched):
                 handles.append(block.register_forward_hook(self._hook(Distillation._take, who, number)))
-        self._detach = weakref.finalize(self, _remove, handles)
+        attached = ExitStack()
+        for handle in handles:
+            attached.callback(handle.remove)
+        self._detach = weakref.finalize(self, attached.close)
 
     def stop(self) -> None:
         """Leave the model as it was."""
@@ -107,9 +109,7 @@ class Distillation:
     # ---- what the hooks call ----
 
     def _hook(self, act: Callable[..., Any], *first: Any) -> LocalHook:
-        """A hook that does nothing once the distillation is gone, and on copies of the model, which do not bring the
-        teacher along.
-        """
+        """A hook that does nothing once the distillation is gone, nor on copies of the model."""
         known = weakref.ref(self)
 
         def hook(*args: Any) -> Any:
@@ -146,8 +146,8 @@ class Distillation:
                 "teacher's: its loss is fused with its head (TRL's SFTTrainer, Liger kernels). Train with the stock "
                 "Trainer, without such a kernel, or leave distill out."
             )
-        inputs = _named(module, args, kwargs)
-        term = self._term(inputs, output)
+        names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+        term = self._term({**dict(zip(names, args, strict=False)), **kwargs}, output)
         if not term.requires_grad:
             raise ConfigError(
                 "Nothing that the hidden states at the sites depend on is trained, and alpha is 0, so the teacher has "
@@ -166,9 +166,9 @@ class Distillation:
         term = torch.zeros((), device=next(self._teacher.parameters()).device)
         if self._config.alpha:
             ours, theirs = (heads_of(self._host, given, inputs) for given in (output, taught))
+            heat = self._config.temperature
             parts = [
-                _mean(divergence(o, t, self._config.temperature))
-                * (1.0 if t.kind == "values" else self._config.temperature**2)
+                _mean(divergence(o, t, heat)) * (1.0 if t.kind == "values" else heat**2)
                 for o, t in zip(ours, theirs, strict=True)
             ]
             term = self._config.alpha * torch.stack(parts).mean()
@@ -234,12 +234,11 @@ class Distillation:
                     f"No gradient flows through what block {site.kept} of {site.stack} puts out. Set "
                     "use_reentrant=False for activation checkpointing, or leave hidden out of DistillConfig."
                 )
-            axes, shape = self._axes_of(site.stack, inputs), theirs.shape
+            axes = self._axes_of(site.stack, inputs)
+            padding = axes.padding(inputs, theirs.shape)
             ours, theirs = (axes.rows(value).float() for value in (ours, theirs))
-            far = (ours - theirs).square().sum(dim=-1) / theirs.square().sum(dim=-1).clamp(
-                min=torch.finfo(torch.float32).tiny
-            )
-            padding = axes.padding(inputs, shape)
+            least = torch.finfo(torch.float32).tiny
+            far = (ours - theirs).square().sum(dim=-1) / theirs.square().sum(dim=-1).clamp(min=least)
             if padding.unknown:
                 raise ConfigError(
                     f"Which positions of {site.stack} are padding cannot be told, and they would be learnt from. Give "
@@ -266,13 +265,8 @@ class Distillation:
         self.reached = True
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
 def _loss_of(output: Any) -> Tensor | None:
-    """The loss in what a model puts out; None if there is none."""
+
     if isinstance(output, Mapping):
         loss = output.get("loss")
         return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
@@ -283,9 +277,3 @@ def _loss_of(output: Any) -> Tensor | None:
 def _mean(values: Tensor) -> Tensor:
     """The mean; 0 where there is nothing, as in a micro-batch in which no token has a label."""
     return values.sum() / max(len(values), 1) if values.ndim == 1 else values.mean()
-
-
-def _named(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments by name."""
-    names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
