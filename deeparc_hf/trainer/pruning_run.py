@@ -23,8 +23,6 @@ __all__ = ["PruningRun"]
 
 
 class PruningRun(Member):
-    """The prunings of one training."""
-
     removes_blocks = True
 
     def __init__(
@@ -54,12 +52,7 @@ class PruningRun(Member):
     # ---- beginning ----
 
     def begin(self, before: PruningRun | None = None) -> None:
-        """Begin a run.
-
-        Args:
-            before: the same run, where the Trainer begins it again in the middle of a retraining
-                (auto_find_batch_size).
-        """
+        """Begin a run; `before` is the same one, where auto_find_batch_size begins it again in a retraining."""
         session, config = self.session, self.config
         self._check_epochs()
         check_gate(config, session.args)
@@ -77,11 +70,7 @@ class PruningRun(Member):
         self.reporter.outline(*doubts)
 
     def resume(self, began_with: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            began_with: the settings that the checkpoint notes.
-        """
+        """Go on from a checkpoint, which notes the settings that the run began with."""
         p, session = self.progress, self.session
         changed = refuse_changes(began_with, self.config, p, session.steps_per_epoch)
         if not self.config.gated and not p.is_over:  # a gated run may end early, and says so
@@ -94,8 +83,7 @@ class PruningRun(Member):
         is_last = self.machine.is_last and p.in_retraining
         self.operations.resume(self.reporter.read_plan(), over, rehearsed=not (p.is_over or is_last))
         self.operations.rate.resume(to_the_end=is_last)
-        told = p.for_report()
-        where = f"{told['phase']}, {p.accepted} of {self.config.iterations} prunings accepted"
+        where = f"{p.for_report()['phase']}, {p.accepted} of {self.config.iterations} prunings accepted"
         session.say(f"Resumed at step {session.step}: {where}.")
         if over:
             self._stop_after_a_step()
@@ -146,9 +134,12 @@ class PruningRun(Member):
             self._spare = {}
             control.should_evaluate = control.should_save = False
             return
-        self.reporter.add_training_time(time.perf_counter() - self._step_began)
+        self.progress.attempts[-1].training_seconds += time.perf_counter() - self._step_began
+        args, of_epoch = self.session.args, self.session.steps_per_epoch
+        by_epoch = args.eval_strategy == "epoch" and args.eval_delay <= self.session.epoch
+        follows = by_epoch and bool(of_epoch) and step % of_epoch == 0  # the Trainer's own, at the end of the epoch
         # Saved and then evaluated, a checkpoint would not know the verdict, and a resumed run would lack the evaluation
-        if control.should_save and (self.machine.wants_evaluation(step) or self._evaluation_follows()):
+        if control.should_save and (self.machine.wants_evaluation(step) or follows):
             control.should_evaluate = True
             self.progress.asked_at = step
 
@@ -167,6 +158,7 @@ class PruningRun(Member):
 
     def evaluated(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note an evaluation; the one at a boundary decides."""
+
         p, step = self.progress, self.session.step
         if self._spare is not None:
             return
@@ -184,14 +176,15 @@ class PruningRun(Member):
 
     def end(self) -> None:
         """End on the last accepted model."""
+
         p, session = self.progress, self.session
-        is_unfinished = p.phase in (Phase.RETRAINING, Phase.JUDGED)
         never_pruned = not p.is_over and len(p.attempts) == 1
         best = session.state.best_metric if session.args.load_best_model_at_end else None
-        if is_unfinished and session.args.load_best_model_at_end:
+        loads_best = session.args.load_best_model_at_end and p.phase in (Phase.RETRAINING, Phase.JUDGED)
+        if loads_best:
             p.attempts[-1].stages.pop("retrained", None)  # another model than the last one, it may be
         self.machine.training_ends(session.step, best)  # best by the same metric: check_gate
-        if is_unfinished:
+        if loads_best:
             self.reporter.note_best()
         if never_pruned:
             session.warn("The training ended before its first pruning.")
@@ -206,14 +199,8 @@ class PruningRun(Member):
     def evaluated_after_end(self, metrics: Mapping[str, Any], loader: Any) -> None:
         self.reporter.conclude_with(metrics, loader)
 
-    def _evaluation_follows(self) -> bool:
-        """Whether the Trainer evaluates at the end of the epoch, which is now."""
-        session = self.session
-        by_epoch = session.args.eval_strategy == "epoch" and session.args.eval_delay <= session.epoch
-        return by_epoch and bool(session.steps_per_epoch) and session.step % session.steps_per_epoch == 0
-
     def _stop_if_over(self) -> None:
-        """End the training, where nothing is left to do in it."""
+
         if self.progress.stopped:
             control = self.session.control
             control.should_training_stop = True

@@ -1,6 +1,4 @@
-"""What a training with prunings in it tells: on the terminal, in the Trainer's logs, in the model's record, in the
-run's report.
-"""
+"""What a training with prunings tells: on the terminal, in the Trainer's logs, in the model's record, in its report."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ PLAN_FILE = "pruning_plan.json"
 
 
 class Reporter:
-    """Notes of one run, which its progress keeps, and so checkpoints do; files are written and lines printed in the
-    main process only.
-    """
+    """Notes of one run, which its progress keeps; the main process alone writes files and prints lines."""
 
     def __init__(self, config: MPruneConfig, session: Session, progress: Progress, metric: str) -> None:
         self._config = config
@@ -47,28 +43,21 @@ class Reporter:
     def open(self, plan: PruningPlan | None = None) -> None:
         """Begin the notes on the model as it is now: before the first pruning, or after one."""
         p, session = self._progress, self._session
-        known: dict[str, Any] = {"name": "before pruning"}
-        if plan is not None:
-            number = p.accepted + 1
-            known = {
-                "name": f"pruning {number}",
-                "iteration": number,
-                "k": plan.config.k,
-                "thresholds": {name: stack.threshold for name, stack in plan.stacks.items()},
-                "removed": lists(p.record["iterations"][-1]["removed"]),
-                "plan_removed": lists(plan.removed),
-            }
         structure = structure_of(session.model, session.subject)
         frozen = lists(p.frozen)
-        p.attempts.append(Attempt(**known, **structure, step=session.step, epoch=session.epoch, frozen=frozen))
+        attempt = Attempt("before pruning", **structure, step=session.step, epoch=session.epoch, frozen=frozen)
+        if plan is not None:
+            attempt.iteration, attempt.k = p.accepted + 1, plan.config.k
+            attempt.name = f"pruning {attempt.iteration}"
+            attempt.thresholds = {name: stack.threshold for name, stack in plan.stacks.items()}
+            attempt.removed = lists(p.record["iterations"][-1]["removed"])
+            attempt.plan_removed = lists(plan.removed)
+        p.attempts.append(attempt)
 
     def reopen(self) -> None:
         """Begin the notes on the pruning at hand anew, because its training begins anew."""
         attempt = self._attempt
         attempt.step, attempt.epoch, attempt.training_seconds, attempt.evaluations = 0, 0.0, 0.0, ()
-
-    def add_training_time(self, seconds: float) -> None:
-        self._attempt.training_seconds += seconds
 
     def note(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note the figures of an evaluation, in the model's record too."""
@@ -82,9 +71,8 @@ class Reporter:
 
     def note_best(self) -> None:
         """Have the record tell the figures of the best checkpoint, whose weights the Trainer has loaded at the end."""
-        session = self._session
-        if session.args.load_best_model_at_end:
-            self._record(*(e for e in self._attempt.evaluations if e.step == session.state.best_global_step))
+        best = self._session.state.best_global_step
+        self._record(*(evaluation for evaluation in self._attempt.evaluations if evaluation.step == best))
 
     def conclude_with(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note an evaluation after the training's end: it is of the model that is left."""
@@ -119,7 +107,6 @@ class Reporter:
         host.set_record(record)
 
     def judged(self, verdict: Verdict) -> None:
-        """Note a verdict."""
         p, attempt = self._progress, self._attempt
         attempt.metric, attempt.value, attempt.baseline = self._metric, p.value, p.baseline
         attempt.drop, attempt.reason = None if p.value is None else verdict.drop, verdict.reason
@@ -127,7 +114,6 @@ class Reporter:
     # ---- files ----
 
     def write(self) -> None:
-        """Write the run's report."""
         session, p = self._session, self._progress
         if not session.is_main:
             return
@@ -140,11 +126,9 @@ class Reporter:
     def write_plan(self, plan: PruningPlan | None) -> None:
         """Write the plan that is carried out; None: it was taken back, and none is left."""
         file = self._session.folder / PLAN_FILE
-        if not self._session.is_main:
-            return
-        if plan is None:
+        if self._session.is_main and plan is None:
             file.unlink(missing_ok=True)
-        else:
+        elif self._session.is_main:
             file.parent.mkdir(parents=True, exist_ok=True)
             plan.to_json(file)
 
@@ -199,9 +183,8 @@ class Reporter:
 
     def warn_of_changes(self, changed: Mapping[str, str]) -> None:
         """Warn of settings that are others than those that a resumed run began with."""
-        rule = "they count from here on; what was done stays"
-        if self._progress.is_over:
-            rule = "this run is finished, so they count no more"
+        over = self._progress.is_over
+        rule = "this run is finished, so they count no more" if over else "they count from here on; what was done stays"
         shown = ", ".join(f"{name} {change}" for name, change in changed.items())
         self._session.warn(f"The run is resumed with other settings than it began with ({shown}): {rule}.")
 
@@ -232,9 +215,8 @@ class Reporter:
     def nothing_removed(self, plan: PruningPlan) -> None:
         """Tell that the training goes on as it would without pruning."""
         first = first_threshold(plan)
-        why = "its pinned and protected blocks allow no removal"
-        if first is not None:
-            why = f"the first block would go at threshold {first:.4f}"
+        pinned = "its pinned and protected blocks allow no removal"
+        why = pinned if first is None else f"the first block would go at threshold {first:.4f}"
         self._session.say(f"{plan}\nNothing is removed ({why}); the training goes on as it would without pruning.")
         self.write_plan(plan)
 
@@ -264,11 +246,10 @@ class Reporter:
         if state.epoch is not None:
             ended_at = f"epoch {state.epoch:g} of {state.num_train_epochs}"
         self._end = outcome_of(p, session, self._config, self._metric)
-        blocks, parameters = (self._end[name] for name in ("blocks", "parameters"))
-        frozen = sum(map(len, p.frozen.values()))
-        stay = ""
-        if frozen:
-            stay = f" Still frozen in this process: {_count(frozen, 'block')} (a reload from the disk lifts that)."
+        blocks, parameters = self._end["blocks"], self._end["parameters"]
+        frozen = _count(sum(map(len, p.frozen.values())), "block")
+        told = f" Still frozen in this process: {frozen} (a reload from the disk lifts that)."
+        stay = told if any(p.frozen.values()) else ""
         session.say(
             f"Pruning is finished at {ended_at} ({p.reason}): {p.accepted} of {self._config.iterations} accepted, "
             f"{blocks['before']} -> {blocks['after']} blocks, {parameters['before']:,} -> {parameters['after']:,} "
@@ -281,15 +262,10 @@ class Reporter:
     # ---- the gate's metric ----
 
     def check_metric(self) -> None:
-        """Check, after an evaluation of the model as it is now, that the gate's metric was among its metrics.
-
-        Raises:
-            ConfigError: if not.
-        """
+        """Refuse to go on where the model as it is now was evaluated without the gate's metric."""
         p = self._progress
-        if not self._config.gated or p.is_over or p.measured_at is not None:
-            return
-        if any(evaluation.is_of_evaluation_data for evaluation in self._attempt.evaluations):
+        waits = self._config.gated and not p.is_over and p.measured_at is None
+        if waits and any(evaluation.is_of_evaluation_data for evaluation in self._attempt.evaluations):
             raise self.no_metric()
 
     def no_metric(self) -> ConfigError:

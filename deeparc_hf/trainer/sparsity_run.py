@@ -71,15 +71,7 @@ class SparsityProgress(Saved):
 
 
 class SparsityRun(Member):
-    """The sparsification of one training.
-
-    Args:
-        asked: whether a sparsification was asked for; otherwise a model that is sparse already is only kept so.
-        calibration: where the calibration batches come from; None where none are needed.
-
-    Attributes:
-        report: what was asked for and measured when the weights were zeroed; None before.
-    """
+    """The sparsification of one training; where none was `asked` for, a model that is sparse already is kept so."""
 
     def __init__(
         self,
@@ -109,14 +101,15 @@ class SparsityRun(Member):
     # ---- beginning ----
 
     def begin(self, began_with: Mapping[str, Any] | None = None) -> None:
-        """Check that the training reaches the epoch in which the weights are to be zeroed, rehearse it, and keep what
-        is zero already.
-
-        Args:
-            began_with: the settings that the checkpoint notes, of a run that is resumed.
-        """
+        """Refuse what cannot work, and keep what is zero already; a resumed run `began_with` noted settings."""
         self._check_epochs()
-        self._check_optimizer()
+        inner = getattr(self.session.optimizer, "optimizer", self.session.optimizer)
+        if self.config.keep_zeros and callable(getattr(inner, "eval", None)):
+            raise ConfigError(
+                f"{type(inner).__name__} trains one set of weights, and evaluates and saves another that it makes of "
+                "them (schedule-free optimizers do so): zeros would not be in what is saved. Use another optimizer, "
+                "or call sparsify_model after the training."
+            )
         if began_with is not None:
             self._warn_of_changes(began_with)
         self._keep_recorded(resumed=began_with is not None)
@@ -131,15 +124,6 @@ class SparsityRun(Member):
         p.evaluations, p.measured = [], []
         if p.phase == SPARSE:
             p.step, p.epoch, self.session.zeroed_at = 0, 0.0, 0
-
-    def _check_optimizer(self) -> None:
-        inner = getattr(self.session.optimizer, "optimizer", self.session.optimizer)
-        if self.config.keep_zeros and callable(getattr(inner, "eval", None)):
-            raise ConfigError(
-                f"{type(inner).__name__} trains one set of weights, and evaluates and saves another that it makes of "
-                "them (schedule-free optimizers do so): zeros would not be in what is saved. Use another optimizer, "
-                "or call sparsify_model after the training."
-            )
 
     def _warn_of_changes(self, began_with: Mapping[str, Any]) -> None:
         now = self.config.to_dict()
@@ -171,7 +155,7 @@ class SparsityRun(Member):
     # ---- events ----
 
     def hear(self, event: Event) -> None:
-        if event is Event.TAKEN_BACK:
+        if event is Event.TAKEN_BACK and self.config.keep_zeros:
             self._add_recorded()  # the zeros of blocks that came back
 
     def epoch_begin(self) -> None:
@@ -181,11 +165,7 @@ class SparsityRun(Member):
             self._sparsify()
 
     def _outline(self) -> None:
-        """Tell what is going to happen, so that a mistake is seen at once.
-
-        Raises:
-            ConfigError: if zeroing would wait for verdicts until the training is over.
-        """
+        """Tell what is going to happen; refuse to wait for verdicts until the training is over."""
         session, start = self.session, self.config.start_epoch
         if not self.has_work or session.steps_per_epoch is None:
             return
@@ -215,14 +195,12 @@ class SparsityRun(Member):
 
     def step_end(self) -> None:
         """At the step after which the weights are zeroed: measure the model as it is before."""
-        session = self.session
+        session, control = self.session, self.session.control
         ends_epoch = session.steps_per_epoch is not None and session.step % session.steps_per_epoch == 0
-        if not ends_epoch or not self._is_due:
-            return
-        control = session.control
-        control.should_evaluate = control.should_evaluate or self.session.args.eval_strategy != "no"
-        # what is saved now would be a dense model, which the evaluation of the sparse one would be taken for
-        self._save_later, control.should_save = control.should_save, False
+        if ends_epoch and self._is_due:
+            control.should_evaluate = control.should_evaluate or session.args.eval_strategy != "no"
+            # what is saved now would be a dense model, which the evaluation of the sparse one would be taken for
+            self._save_later, control.should_save = control.should_save, False
 
     def epoch_end(self) -> None:
         control = self.session.control
@@ -267,9 +245,7 @@ class SparsityRun(Member):
             self._tell_end(state.best_global_step if session.args.load_best_model_at_end else None)
 
     def _tell_end(self, best: int | None) -> None:
-        """Tell what the zeros cost, and what to do next. The model is that of the best step, where the Trainer has
-        loaded it.
-        """
+        """Tell what the zeros cost, and what to do next. The model is that of the best step, where it was loaded."""
         noted = [(Evaluation.from_dict(entry), entry["blocks"]) for entry in self.progress.evaluations]
         blocks = {id(evaluation): count for evaluation, count in noted}
         dense = last_evaluation(evaluation for evaluation, _ in noted if not evaluation.sparse)
@@ -288,11 +264,7 @@ class SparsityRun(Member):
         return self.progress.to_dict()
 
     def check(self, note: bool = True) -> None:
-        """Check that what was zeroed is zero, and note how much that is.
-
-        Raises:
-            SparsityError: if it is not.
-        """
+        """Check that what was zeroed is zero, and note how much that is."""
         if not self._keeping:
             return
         self._zeros.check(self.session.model)
@@ -317,10 +289,8 @@ class SparsityRun(Member):
     # ---- actions ----
 
     def _keep_recorded(self, resumed: bool) -> None:
-        """Keep the zeros that the model came with, or those of the checkpoint that is resumed.
-
-        Its weights are loaded. They may not be in their places yet (MPruneCallback sees to that), but they are the
-        parameters that stay.
+        """Keep the zeros that the model came with, or those of the checkpoint that is resumed. Its weights are loaded,
+        but may not be in their places yet (MPruneCallback sees to that).
         """
         recorded = self.session.subject.host.record() is not None
         if resumed and (recorded or self.progress.sparsity is not None):
@@ -340,8 +310,6 @@ class SparsityRun(Member):
 
     def _add_recorded(self) -> None:
         """Keep the zeros that the record lists, where they are not kept yet."""
-        if not self.config.keep_zeros:
-            return
         record = self.session.record()
         for name, (matrix, _) in recorded_matrices(self.session.subject, record).items():
             self._keeping = True
@@ -351,9 +319,8 @@ class SparsityRun(Member):
     @property
     def _is_due(self) -> bool:
         """Whether weights are to be zeroed now; where a pruning may be taken back, dense weights might come back."""
-        if not self.has_work or self.session.may_be_taken_back:
-            return False
-        return self.session.epoch >= self.config.start_epoch - 1e-9
+        epoch_has_come = self.session.epoch >= self.config.start_epoch - 1e-9
+        return self.has_work and epoch_has_come and not self.session.may_be_taken_back
 
     def _sparsify(self) -> None:
         p, session, calibration = self.progress, self.session, self._calibration
@@ -395,11 +362,8 @@ class SparsityRun(Member):
 
 def _markdown(data: Mapping[str, Any]) -> str:
     """The report as Markdown, of what sparsity_report.json holds."""
-    if data["report"] is None:
-        parts = [
-            "# Sparsity report\n\nThe zeros that the checkpoint's record listed when the training began are kept.\n"
-        ]
-    else:
+    parts = ["# Sparsity report\n\nThe zeros that the checkpoint's record listed when the training began are kept.\n"]
+    if data["report"] is not None:
         parts = [SparsityReport.from_dict(data["report"]).to_markdown()]
         parts.append(f"Zeroed in the training, at step {data['step']} (epoch {data['epoch']:g}).\n")
     if not data["config"]["keep_zeros"]:
