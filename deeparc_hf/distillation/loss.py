@@ -1,15 +1,13 @@
 """Distillation: the unpruned model teaches the pruned one while that is retrained (Hinton et al. 2015, arXiv
 1503.02531).
 
-A forward hook on the model adds the teacher's term to the loss that the model puts out in training mode, so that a
-stock Trainer learns from it without a subclass, wrapped in DistributedDataParallel too:
+A forward hook on the model adds the teacher's term to the loss that it puts out in training mode:
 
     loss = (1 - alpha) * loss on the labels + alpha * T^2 * KL(teacher || student) + hidden * distance of hidden states
 
-The divergence is the mean over what the labels' loss is a mean of, and follows num_items_in_batch as the model's own
-loss does. Hidden states (as in patient distillation, Sun et al. 2019, arXiv 1908.09355) are compared where blocks were
-removed: what the kept block before a site puts out with what the teacher's last removed block puts out, as the squared
-distance of a position relative to the teacher's size.
+The divergence is a mean over what the labels' loss is a mean of. Hidden states (as in patient distillation, Sun et al.
+2019, arXiv 1908.09355) are compared where blocks were removed: what the kept block before a site puts out with what the
+teacher's last removed block does, as the squared distance of a position relative to the teacher's size.
 """
 
 from __future__ import annotations

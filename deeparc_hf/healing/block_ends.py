@@ -3,9 +3,8 @@ the sum.
 
     s = scale * map(z) + rest,    output = final(s)
 
-Pre-norm blocks (T5, Llama, GPT-2, ViT) have no final module; post-norm blocks (BERT, BART) have a norm; ResNet's
-bottlenecks have an activation, and their scale is that of the last BatchNorm. None of it is read from names: a block is
-run with its map's output changed a little, and what the change does to s tells.
+Pre-norm blocks (T5, Llama) have no final module, post-norm ones (BERT) a norm, ResNet's bottlenecks an activation. None
+of it is read from names: a block is run with its map's output changed a little, and what the change does to s tells.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
 """Healing: where blocks were removed, the last linear map of the kept block before them is refitted in closed form.
 
 The block's sum before its end (`block_ends.Ending`), s = scale * map(x) + rest, should have become that of the last
-removed block. A change of the map is fitted by ridge least squares, from the map's inputs x to what is missing, on one
-pass over calibration data for each site, padding left out, in float64. Where a norm makes the output of the sum (BERT),
-the kept block's norm takes over the parameters of the last removed block's. No parameter is added, so the checkpoint
-stays a stock one. A site where held-out positions do not gain is left alone.
+removed block: a change of the map is fitted by ridge least squares, from its inputs x to what is missing, in float64.
+Where a norm makes the output of the sum (BERT), the kept block's takes over the last removed one's parameters.
 
-Prior art: ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819: a linear map in place of removed blocks of Llama-like
-models, folded into the down projection) and LLM-Streamline (Chen et al. 2024, arXiv 2403.19135: a small network trained
-in their place).
+Prior art: ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819: a linear map in place of removed blocks, folded into the
+down projection) and LLM-Streamline (Chen et al. 2024, arXiv 2403.19135: a small network trained in their place).
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""The linear maps of a model's blocks as matrices: what weight sparsity works on.
-
-Embeddings, heads, stems, norms and everything else outside the blocks is left alone, and so are tables and routers
-inside them.
-"""
+"""The linear maps of a model's blocks as matrices, without tables and routers: what weight sparsity works on."""
 
 from __future__ import annotations
 
@@ -33,19 +29,12 @@ _GATES = ("gate", "router", "shared_expert_gate")
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One linear map of a block: a Linear, GPT-2's Conv1D, or a convolution.
+    """One linear map of a block: a Linear, GPT-2's Conv1D, or a convolution."""
 
-    Attributes:
-        name: module path, seen from the host's root.
-        module: the map.
-        stack: the stack that its block belongs to.
-        block: index of the block.
-    """
-
-    name: str
+    name: str  # module path, seen from the host's root
     module: nn.Module
     stack: Stack
-    block: int
+    block: int  # its index in the stack
 
     @property
     def weight(self) -> nn.Parameter:
@@ -66,9 +55,7 @@ class Matrix:
         kernel position.
         """
         weight = self.weight.detach() if weight is None else weight
-        if isinstance(self.module, Conv1D):
-            return weight.t()  # stored as (d_in, d_out)
-        return weight.flatten(1)
+        return weight.t() if isinstance(self.module, Conv1D) else weight.flatten(1)  # Conv1D stores (d_in, d_out)
 
     def shaped(self, rows: Tensor) -> Tensor:
         """The inverse of `rows`: a tensor of shape (d_out, d_in) in the shape of the weight."""
@@ -78,16 +65,11 @@ class Matrix:
 
 
 def find_matrices(subject: Subject, targets: Sequence[str] | None = None) -> list[Matrix]:
-    """The linear maps of all blocks, in the order of the blocks.
-
-    Args:
-        subject: the model.
-        targets: patterns (fnmatch) of the module paths of those that are wanted; None: all.
+    """The linear maps of all blocks, in the order of the blocks; `targets` are patterns (fnmatch) of module paths.
 
     Raises:
         ConfigError: if a pattern matches none.
-        UnsupportedModelError: if one that is wanted cannot have single weights zeroed: fused experts, packed, tied or
-            sharded weights, a map that computes with something else than its weight. The message names it.
+        UnsupportedModelError: if one that is wanted cannot have single weights zeroed. The message names it.
     """
     host = subject.host
     if is_sharded(host.root):
@@ -97,16 +79,12 @@ def find_matrices(subject: Subject, targets: Sequence[str] | None = None) -> lis
         )
     found, refused = _survey(subject)
     wanted = _targeted(targets, [*(matrix.name for matrix in found), *refused], host)
-    for name in (name for name in refused if name in wanted):
-        advice = ""
-        if found:
-            advice = (
-                " To leave it out, name the maps that are meant: targets=[...], patterns of module paths such as "
-                f"'*.{found[0].role}'."
-            )
+    name = next((name for name in refused if name in wanted), None)
+    if name is not None:
+        advice = " To leave it out, name the maps that are meant: targets=[...], patterns of module paths such as "
         raise UnsupportedModelError(
             f"The weights of {name} of {host.label} cannot be zeroed one by one: {refused[name]}. Nothing was changed."
-            f"{advice}"
+            + (f"{advice}'*.{found[0].role}'." if found else "")
         )
     chosen = [matrix for matrix in found if matrix.name in wanted]
     if not chosen:
@@ -149,12 +127,12 @@ def _survey(subject: Subject) -> tuple[list[Matrix], dict[str, str]]:
 def _modules(stacks: Mapping[str, Stack]) -> Iterator[tuple[str, nn.Module, Stack, int]]:
     for stack in stacks.values():
         for index, block in enumerate(stack.blocks):
-            routers: list[str] = []
+            routers: tuple[str, ...] = ()
             for path, module in block.named_modules():
                 if _routes(block, path, module):
-                    routers.append(path)
-                if not any(path == router or path.startswith(f"{router}.") for router in routers):
-                    yield f"{stack.name}.{index}{'.' if path else ''}{path}", module, stack, index
+                    routers += (f"{path}.",)
+                if not f"{path}.".startswith(routers):
+                    yield f"{stack.name}.{index}.{path}".rstrip("."), module, stack, index
 
 
 def _routes(block: nn.Module, path: str, module: nn.Module) -> bool:
@@ -202,14 +180,9 @@ def _computes_plainly(module: nn.Module) -> bool:
     base = next(b for b in _MAPS if isinstance(module, b))
     if type(module).forward is base.forward:
         return convolution_of(type(module)) is convolution_of(base)
-    return base is nn.Linear and _tried(module)
-
-
-def _tried(module: nn.Linear) -> bool:
-    """Whether a Linear with a forward of its own puts out what torch's would: tried on a few numbers."""
     weight = module.weight
-    if weight.device.type == "meta":
-        return True
+    if base is not nn.Linear or weight.device.type == "meta":
+        return base is nn.Linear
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     try:
         with torch.no_grad():

@@ -1,9 +1,8 @@
 """Calibration block by block: each block sees what the blocks before it put out after they were changed.
 
-Usually the calls of a stack's blocks are noted once for every batch, and then each block is run by itself: one block's
-inputs for the calibration set are held, and each block runs three times in all, however many there are. Where blocks
-hand each other more than hidden states (which a trial on one batch shows), the model is run up to the block at hand
-instead: nothing is held, but time grows with the square of the number of blocks. Both give the same.
+Usually the blocks' calls are noted once for every batch, and then each block is run by itself on the inputs that are
+held. Where blocks hand each other more than hidden states, the model is run up to the block at hand instead: nothing is
+held, but time grows with the square of the number of blocks. Both give the same.
 """
 
 from __future__ import annotations
@@ -113,8 +112,8 @@ def block_by_block(
 def _calls(
     host: Host, stack: Stack, inputs: Inputs, last: int, whole: bool = False, disturbed: bool = False
 ) -> list[_Call]:
-    """The calls of the blocks up to `last` in a forward pass, which may be disturbed in the first; hidden states only
-    in the first, unless the calls are wanted `whole`.
+    """The calls of the blocks up to `last` in a forward pass, which may be `disturbed` in the first; with hidden states
+    only there, unless the calls are wanted `whole`.
     """
     calls: list[_Call] = []
 
@@ -134,9 +133,8 @@ def _calls(
 
 
 def independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
-    """Whether blocks hand each other nothing but hidden states, directly, and keep no state: tried on one batch.
-
-    What else they are called with must not change when the input of the first block does.
+    """Whether blocks hand each other nothing but hidden states, directly, and keep no state: tried on one batch, where
+    what else they are called with must not change when the input of the first block does.
     """
     blocks = stack.blocks
     outputs: list[Any] = []

@@ -1,8 +1,5 @@
-"""What each step of a pruning does to the model: its loss before, right after the removal, after healing, and after the
-retraining.
-
-The Trainer cannot be asked to evaluate between two steps, so the callback measures by itself: always on the same
-samples, of the evaluation data where the Trainer has evaluated in this run, else of training data that no calibration
+"""What each step of a pruning does to the model's loss. The Trainer cannot be asked to evaluate between two steps, so
+the callback measures: on evaluation data where the Trainer has evaluated, else on training data that no calibration
 looks at.
 """
 
