@@ -1,12 +1,12 @@
 """The L2 norm of each input of linear maps over all unpadded positions of the calibration data.
 
-Squares are added up in float64 (float32 within a batch where the device knows no float64); no activation outlives its
-forward pass.
+Squares are added up in float64 (float32 where the device knows no float64); no activation outlives its forward
+pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,12 +74,11 @@ def _at_once(
                 advance(sizes[-1])
 
         with calibration.bar(_MEASURING, progress) as advance:
-            sums = _Inputs(matrices, axes, unmasked).sums(passes)
+            sums = _Inputs(matrices, axes, unmasked).sums(passes())
         return sum(sizes), sums
 
-    parts = calibration.together(look)
-    samples = _require_samples(sum(seen for seen, _ in parts))
-    yield samples, _norms(matrices, [sums for _, sums in parts])
+    seen, parts = zip(*calibration.together(look), strict=True)
+    yield _require_samples(sum(seen)), _norms(matrices, parts)
 
 
 def _block_by_block(
@@ -108,8 +107,7 @@ def _block_by_block(
             for index, passes in enumerate(visits):
                 if index in wanted:
                     observed = _Inputs(wanted[index], axes, unmasked)
-                    parts = calibration.together(partial(observed.sums, passes))
-                    yield samples, _norms(wanted[index], parts)
+                    yield samples, _norms(wanted[index], calibration.together(partial(observed.sums, passes())))
                     shown.update()
 
 
@@ -127,13 +125,13 @@ class _Inputs:
         self._lost: set[str] = set()  # stacks of which it is not known which positions are padding
         self._foreign: set[int] = set()  # storage of the encoder's output, as decoder blocks are handed it
 
-    def sums(self, passes: Callable[[], Passes]) -> dict[str, Tensor]:
-        """Sums of squares by matrix, on the CPU: shape (groups, inputs). Those of several processes are added up."""
+    def sums(self, passes: Passes) -> dict[str, Tensor]:
+        """Sums of squares by matrix, on the CPU: shape (groups, inputs)."""
         blocks = {(matrix.stack.name, matrix.block): matrix.stack.blocks[matrix.block] for matrix in self._matrices}
         of_blocks = [(block, partial(self._enter, name)) for (name, _), block in blocks.items()]
         of_maps = [(matrix.module, partial(self._take, matrix)) for matrix in self._matrices]
         with hooked(m.register_forward_pre_hook(hook, with_kwargs=True) for m, hook in [*of_blocks, *of_maps]):
-            for inputs, run in passes():
+            for inputs, run in passes:
                 self._inputs, self._masks, self._lost = inputs, {}, set()
                 run()
         return {name: value.cpu() for name, value in self._sums.items()}
@@ -159,8 +157,7 @@ class _Inputs:
             squares = _of_convolution(module, x)
         else:
             squares = _of_rows(self._rows(matrix, x))[None]
-        known = self._sums.get(matrix.name)
-        self._sums[matrix.name] = squares if known is None else known + squares
+        self._sums[matrix.name] = squares + self._sums.get(matrix.name, 0.0)
 
     def _rows(self, matrix: Matrix, x: Tensor) -> Tensor:
         """The unpadded positions of a map's input, (..., d_in) -> (N, d_in)."""

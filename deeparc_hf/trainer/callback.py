@@ -1,6 +1,4 @@
-"""What the callbacks of this package have in common: a training is one session for all of them, and a push to the Hub
-brings a card that is made anew.
-"""
+"""What the callbacks have in common: one session for a training, and a push to the Hub brings a new card."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -50,9 +47,7 @@ class SessionCallback(TrainerCallback, ExportableState):
         return {name: value for name, value in self.__dict__.items() if name not in ("_run", "session", "_others")}
 
     def _saved(self, state: TrainerState) -> tuple[dict[str, Any], Any]:
-        """The settings that the checkpoint which is resumed notes, and where the work stood then; empty where it notes
-        nothing.
-        """
+        """What the resumed checkpoint notes: settings, and where the work stood; empty where it notes nothing."""
         saved = state.stateful_callbacks.get(type(self).__name__)
         saved = saved[0] if isinstance(saved, list) and saved else saved
         saved = saved if isinstance(saved, dict) else {}
@@ -102,10 +97,36 @@ class SessionCallback(TrainerCallback, ExportableState):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._run is not None and args.process_index == 0 and kwargs.get("model") is not None:
-            # the last save of a training comes before its callbacks hear of its end
-            over = control.should_training_stop or 0 < state.max_steps <= state.global_step
-            _write_card(args, over, kwargs["model"], kwargs.get("processing_class"))
+        """Write the card of the model as it is now, from the reports in the output folder. One that somebody wrote or
+        edited stays, and one that cannot be made is a warning: a training does not end because of it.
+        """
+        model, folder = kwargs.get("model"), Path(args.output_dir)
+        if self._run is None or args.process_index != 0 or model is None:
+            return
+        # the last save of a training comes before its callbacks hear of its end
+        over = control.should_training_stop or 0 < state.max_steps <= state.global_step
+        try:
+            if not may_replace(folder / CARD_FILE):
+                how = "delete it, or deeparc_hf.push_to_hub(trainer, overwrite=True)"
+                warn_caller(kept_message(folder / CARD_FILE, how))
+                return
+            make_card(
+                model,
+                folder / CARD_FILE,
+                repo_id=args.hub_model_id or folder.resolve().name,
+                processing_class=kwargs.get("processing_class"),
+                reports=folder,
+                own=True,
+                **({"phase": ENDING} if over else {}),
+            )
+        except DeepArcWarning:  # where warnings are errors
+            raise
+        except Exception as error:
+            warn_caller(
+                f"The model card could not be made ({type(error).__name__}: {plain(error, 400)}). The push goes on "
+                "with the README.md that is there, if any; deeparc_hf.create_model_card(trainer) makes the card when "
+                "the cause is gone.",
+            )
 
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._tell("end", control)
@@ -121,34 +142,3 @@ _KEEP_CARD = (
     "save_model() replace the card by their draft, unless you say before: "
     "trainer.create_model_card = functools.partial(deeparc_hf.create_model_card, trainer)"
 )
-
-
-def _write_card(args: TrainingArguments, over: bool, model: nn.Module, processing_class: Any) -> None:
-    """Write the card of a model as it is now, from the reports in the output folder. One that somebody wrote or edited
-    stays, and is told.
-
-    A card that cannot be made is a warning: a training does not end because of it.
-    """
-    folder = Path(args.output_dir)
-    try:
-        if not may_replace(folder / CARD_FILE):
-            how = "delete it, or deeparc_hf.push_to_hub(trainer, overwrite=True)"
-            warn_caller(kept_message(folder / CARD_FILE, how))
-            return
-        make_card(
-            model,
-            folder / CARD_FILE,
-            repo_id=args.hub_model_id or folder.resolve().name,
-            processing_class=processing_class,
-            reports=folder,
-            own=True,
-            **({"phase": ENDING} if over else {}),
-        )
-    except DeepArcWarning:  # where warnings are errors
-        raise
-    except Exception as error:
-        warn_caller(
-            f"The model card could not be made ({type(error).__name__}: {plain(error, 400)}). The push goes on with "
-            "the README.md that is there, if any; deeparc_hf.create_model_card(trainer) makes the card when the cause "
-            "is gone.",
-        )

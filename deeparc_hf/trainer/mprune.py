@@ -99,14 +99,12 @@ class MPruneCallback(SessionCallback):
         if self._run is not None:
             self._run.operations.note_zeros()
         now = self._sharded if self._run is None else self._run.progress
-        progress = None if now is None else now.to_dict()
-        return {"args": self.config.to_dict(), "attributes": {"saved_progress": progress}}
+        attributes = {"saved_progress": None if now is None else now.to_dict()}
+        return {"args": self.config.to_dict(), "attributes": attributes}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> MPruneCallback:
-        """The callback that a checkpoint kept (`restore_callback_states_from_checkpoint`); calibration data is not
-        among it.
-        """
+        """The callback that a checkpoint kept (`restore_callback_states_from_checkpoint`), without calibration data."""
         callback = cls(MPruneConfig.from_dict(state["args"]))
         callback.saved_progress = state["attributes"].get("saved_progress")
         return callback
@@ -129,9 +127,8 @@ class MPruneCallback(SessionCallback):
             doubt = pruned_untrained(self.config, model)
             if doubt is not None:
                 warn_caller(doubt)
-            self.plan = prune_before_sharding(
-                model, self.config, self.calibration, args, kwargs.get("processing_class")
-            )
+            collating = kwargs.get("processing_class")
+            self.plan = prune_before_sharding(model, self.config, self.calibration, args, collating)
             self.record = record_of(model)
             record = None if self.record is None else self.record.to_dict()
             self._sharded = Progress(k=self.config.k, phase=Phase.DONE, goes_on=False, accepted=1, record=record)
@@ -192,9 +189,7 @@ class MPruneCallback(SessionCallback):
         super().on_epoch_begin(args, state, control, **kwargs)
 
     def _progress(self, model: Any, state: TrainerState) -> Progress:
-        """Where the run stands: at its beginning, where a checkpoint says, or where auto_find_batch_size begins it
-        again.
-        """
+        """Where the run stands: at its beginning, as a checkpoint says, or as auto_find_batch_size begins it again."""
         if state.global_step > 0:
             return self._saved_progress(state)
         run = self._run

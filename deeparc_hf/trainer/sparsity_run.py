@@ -118,13 +118,6 @@ class SparsityRun(Member):
         if self.has_work and self._calibration is not None:
             rehearse(self.session.subject, self._calibration, "WandaCallback")
 
-    def begin_again(self) -> None:
-        """The Trainer begins the run anew (auto_find_batch_size), with weights that may be zeroed already."""
-        p = self.progress
-        p.evaluations, p.measured = [], []
-        if p.phase == SPARSE:
-            p.step, p.epoch, self.session.zeroed_at = 0, 0.0, 0
-
     def _warn_of_changes(self, began_with: Mapping[str, Any]) -> None:
         now = self.config.to_dict()
         keys = [key for key in now if key in began_with and began_with[key] != now[key]]

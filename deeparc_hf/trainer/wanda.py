@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -86,9 +87,7 @@ class WandaCallback(SessionCallback):
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> WandaCallback:
-        """The callback that a checkpoint kept (`restore_callback_states_from_checkpoint`); calibration data is not
-        among it.
-        """
+        """The callback that a checkpoint kept (`restore_callback_states_from_checkpoint`), without calibration data."""
         callback = cls(WandaConfig.from_dict(state["args"]))
         callback.asked = bool(state["attributes"].get("asked", True))
         callback.saved_progress = state["attributes"].get("saved_progress")
@@ -124,21 +123,22 @@ class WandaCallback(SessionCallback):
                 "There is more than one WandaCallback in this Trainer. Leave one, or call sparsify_model before the "
                 "training."
             )
-        progress, began_with, again = SparsityProgress(), None, False
+        progress, began_with = SparsityProgress(), None
         if state.global_step > 0:
             settings, saved = self._saved(state)
             if saved:
                 progress, began_with = SparsityProgress.from_dict(saved), settings
         elif self._run is not None and not self._run.ended and self._run.session.model is kwargs["model"]:
-            again, progress = True, self._run.progress  # auto_find_batch_size begins the same run again
+            # auto_find_batch_size begins the same run again, with weights that may be zeroed already
+            progress = replace(self._run.progress, evaluations=[], measured=[])
+            if progress.step is not None:
+                progress.step, progress.epoch = 0, 0.0
         self.session = session = Session.of(state) or Session(args, state, control, kwargs)
         calibration = None
         if methods.get(self.config.method).needs_inputs:
             calibration = calibration_of(self.calibration, self.config, args, state, kwargs)
         run = SparsityRun(self.config, self.asked, calibration, session, progress)
         run.begin(began_with)
-        if again:
-            run.begin_again()
         session.members.append(run)
         self._run, self.report = run, run.report
 
