@@ -25,19 +25,12 @@ __all__ = ["Ending", "at_home", "find_ending", "rows"]
 
 @dataclass(frozen=True)
 class Ending:
-    """The end of a block; paths are those within the block.
+    """The end of a block; paths are those within the block."""
 
-    Attributes:
-        map: the last linear map: a Linear, GPT-2's Conv1D, or a 1x1 convolution.
-        batch_norm: the BatchNorm right behind it; None without.
-        final: the module that makes the block's output of s; None: s is the output.
-        scale: what the map's output is multiplied by, shape (d_out,).
-    """
-
-    map: str
-    batch_norm: str | None
-    final: str | None
-    scale: Tensor
+    map: str  # the last linear map: a Linear, GPT-2's Conv1D, or a 1x1 convolution
+    batch_norm: str | None  # right behind it
+    final: str | None  # the module that makes the block's output of s; None: s is the output
+    scale: Tensor  # what the map's output is multiplied by, shape (d_out,)
 
 
 @dataclass(eq=False)

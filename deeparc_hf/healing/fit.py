@@ -175,8 +175,7 @@ class SiteFit:
         reason = next((reason for reason in reasons if reason is not None), None)
         if reason is not None:
             return Healing(self.site, reason)
-        # of one process for all: each has found them on a batch of its own, or on none
-        self.endings = next(filter(None, endings), [])
+        self.endings = next(filter(None, endings), [])  # of the first process that saw a batch, for all
         fit, held = (_total([found[part] for found in sums]) for part in (False, True))
         if fit is None or held is None or not self.endings:
             raise CalibrationError(

@@ -21,19 +21,12 @@ STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass
 class RidgeSums:
-    """Sums over positions.
+    """Sums over positions."""
 
-    Attributes:
-        inputs: x'x, shape (d, d).
-        cross: x'e, shape (d, d_out).
-        errors: e'e summed over the outputs.
-        count: number of positions.
-    """
-
-    inputs: Tensor
-    cross: Tensor
-    errors: float
-    count: int
+    inputs: Tensor  # x'x, shape (d, d)
+    cross: Tensor  # x'e, shape (d, d_out)
+    errors: float  # e'e summed over the outputs
+    count: int  # number of positions
 
     @classmethod
     def of(cls, x: Tensor, e: Tensor) -> RidgeSums:
@@ -65,18 +58,11 @@ def _gram(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Solution:
-    """A fitted change.
-
-    Attributes:
-        change: shape (d, d_out), the intercept in the last row where there is one; None: no strength lowers the
-            held-out error.
-        strength: of the ridge, relative to the mean of the diagonal of x'x.
-        held_out: squared error on the held-out positions with the change, relative to that without.
-    """
+    """A fitted change, shape (d, d_out), an intercept in the last row; None: no strength lowers the held-out error."""
 
     change: Tensor | None
-    strength: float | None
-    held_out: float
+    strength: float | None  # of the ridge, relative to the mean of the diagonal of x'x
+    held_out: float  # squared error on the held-out positions with the change, relative to that without
 
 
 def solve(fit: RidgeSums, held_out: RidgeSums, intercept: bool, strengths: Sequence[float] = STRENGTHS) -> Solution:

@@ -26,20 +26,13 @@ NOTE = (
 
 @dataclass(frozen=True)
 class MatrixSparsity:
-    """Zeros of one matrix.
-
-    Attributes:
-        asked: number of weights that were to be zeroed.
-        zeros: number of weights that are zero.
-        size: number of weights.
-        stack, role: the stack that it belongs to, and its path within the block.
-    """
+    """Zeros of one matrix: how many of its weights were to be zeroed, are zero, and are there at all."""
 
     asked: int
     zeros: int
     size: int
     stack: str
-    role: str
+    role: str  # its path within the block
 
 
 @dataclass(frozen=True)
@@ -58,9 +51,7 @@ class SparsityReport:
 
     @property
     def asked(self) -> float:
-        """Share of all weights of the matrices that was to be zeroed; less than `config.sparsity` where rows do not
-        divide evenly.
-        """
+        """Share of all weights that was to be zeroed; less than `config.sparsity` where rows do not divide evenly."""
         return sum(m.asked for m in self.matrices.values()) / self._size
 
     @property

@@ -24,23 +24,15 @@ _SHOWN = ("epoch_begin", "step_begin", "epoch_end", "evaluated", "evaluated_afte
 
 
 class SessionCallback(TrainerCallback, ExportableState):
-    """A callback whose work in one training is a `Member` of that training's session.
+    """A callback whose work in one training is a `Member` of that training's session."""
 
-    Args:
-        calibration: other data than the training data to calibrate on.
-
-    Attributes:
-        session: the training that began last in this process; None before.
-        saved_progress: where the callback's work stood, as a checkpoint keeps it.
-    """
-
-    session: Session | None = None
+    session: Session | None = None  # the training that began last in this process
     _run: Member | None = None
     _others: Sequence[TrainerCallback] = ()  # in the same Trainer
 
     def __init__(self, calibration: Dataset[Any] | Iterable[Any] | None) -> None:
         self.calibration = calibration
-        self.saved_progress: dict[str, Any] | None = None
+        self.saved_progress: dict[str, Any] | None = None  # where the work stood, as a checkpoint keeps it
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are of the settings, not of a training."""
