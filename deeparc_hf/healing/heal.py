@@ -199,12 +199,12 @@ def heal_model(
     record = PrunedConfig.from_model(smaller)
     try:
         step = record.layout.since(current_layout(whole))
-        odd = next((name for name in whole.stacks if name not in smaller.stacks), None)
+        foreign = next((name for name in whole.stacks if name not in smaller.stacks), None)
     except ValueError as error:
-        odd = str(error)
-    if odd is not None:
+        foreign = str(error)
+    if foreign is not None:
         raise SurgeryError(
-            f"The two models do not belong together: {odd!r} of the pruned one does not come from the original."
+            f"The two models do not belong together: {foreign!r} of the pruned one does not come from the original."
         )
     if not step.removed:
         raise SurgeryError(
