@@ -21,7 +21,7 @@ from torch import nn
 from .base import BlockEntry, CountKey, nested
 from .skeleton import differing
 
-__all__ = ["StockBuilds", "entries_of", "follow", "names_stages", "stale", "usual"]
+__all__ = ["StockBuilds", "entries_of", "follow", "names_stages", "usual"]
 
 _VALUES_NAME = re.compile(r"layer|block|types")
 _INDICES_NAME = re.compile(r"layer|block|ind(ex|ic)|idx")
@@ -69,16 +69,6 @@ def follow(settings: dict[str, Any], entry: BlockEntry, length: int, kept: Seque
         entry.write(settings, [new[i] for i in value if i in new])
     else:
         entry.write(settings, {type(k)(new[int(k)]): v for k, v in value.items() if int(k) in new})
-
-
-def stale(before: dict[str, Any], after: dict[str, Any], entry: BlockEntry) -> dict[str, Any] | None:
-    """The settings after a removal with this entry as it was before; None if the entry is the same."""
-    old = entry.read(before)
-    if old == entry.read(after):
-        return None
-    trial = copy.deepcopy(after)
-    entry.write(trial, copy.deepcopy(old))
-    return trial
 
 
 @dataclass(frozen=True)

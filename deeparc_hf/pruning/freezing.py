@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Host, Stack, Subject
 from ..core.compat import BatchNorm, forward_pre_hooks
@@ -46,27 +46,15 @@ def freeze_blocks(
         # scalars (CLIP's temperature) belong to the head, wherever they are kept
         chosen += [p for p in module.parameters(recurse=False) if id(p) not in in_blocks and p.ndim > 0]
     changed = [p for p in {id(p): p for p in chosen}.values() if p.requires_grad]
-    gradients = [parameter.grad for parameter in changed]
-    handles: list[RemovableHandle] = []
-
-    def thaw() -> None:
-        for parameter, gradient in zip(changed, gradients, strict=True):
-            parameter.requires_grad_(True)
-            parameter.grad = gradient
-        for handle in handles:
-            handle.remove()
-
-    if transaction is not None:
-        transaction.on_failure(thaw)
+    undo = transaction or Transaction()
     for parameter in changed:
-        parameter.requires_grad_(False)
-        parameter.grad = None
+        _set_trainable(parameter, False, undo)
     just_frozen = {id(parameter) for parameter in changed}
     for module in host.root.modules():
         # a norm that the user froze before keeps the behaviour that the user knows
         ours = isinstance(module, BatchNorm) and id(module.weight) in just_frozen
         if ours and _KEEP_STATISTICS not in forward_pre_hooks(module).values():
-            handles.append(module.register_forward_pre_hook(_KEEP_STATISTICS))
+            undo.on_failure(module.register_forward_pre_hook(_KEEP_STATISTICS).remove)
     return changed
 
 
@@ -83,16 +71,16 @@ def let_statistics_go(root: nn.Module, frozen: Iterable[nn.Parameter]) -> None:
 
 def thaw(parameters: Iterable[nn.Parameter], transaction: Transaction) -> None:
     """Make parameters trainable again that `freeze_blocks` froze."""
-    changed = [parameter for parameter in parameters if not parameter.requires_grad]
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            _set_trainable(parameter, True, transaction)
 
-    def freeze_again() -> None:
-        for parameter in changed:
-            parameter.requires_grad_(False)
-            parameter.grad = None
 
-    transaction.on_failure(freeze_again)
-    for parameter in changed:
-        parameter.requires_grad_(True)
+def _set_trainable(parameter: nn.Parameter, trainable: bool, transaction: Transaction) -> None:
+    transaction.on_failure(partial(setattr, parameter, "grad", parameter.grad))
+    transaction.on_failure(partial(parameter.requires_grad_, not trainable))
+    parameter.requires_grad_(trainable)
+    parameter.grad = None
 
 
 def _upstream(subject: Subject, frozen: Mapping[str, Sequence[int]]) -> list[nn.Module]:
@@ -123,14 +111,11 @@ def _chains(stacks: Mapping[str, Stack]) -> dict[str, list[Stack]]:
     scopes = {}
     for chain in chains:
         parts = chain[0].name.split(".")
-        others = [other[0].name.split(".") for other in chains if other is not chain]
-        shared = max((_shared(parts, other) for other in others), default=-1)
+        others = [zip(parts, other[0].name.split("."), strict=False) for other in chains if other is not chain]
+        alike = [list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) for pairs in others]
+        shared = max(map(len, alike), default=-1)
         scopes[".".join(parts[: shared + 1])] = chain
     return scopes
-
-
-def _shared(parts: Sequence[str], other: Sequence[str]) -> int:
-    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(parts, other, strict=False))))
 
 
 def _execution_order(host: Host) -> dict[int, int]:

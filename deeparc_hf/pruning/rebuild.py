@@ -4,6 +4,7 @@ the model.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,13 @@ from typing import Any
 from torch import nn
 
 from ..architectures import Host, Layout, Stack, Subject
-from ..architectures.entries import stale
 from ..architectures.skeleton import compare, state_shapes
-from ..checkpoint.record import PrunedConfig
 from ..core.caller import warn_caller
 from ..core.transaction import Transaction
 from ..errors import DeepArcError, DeepArcWarning, SurgeryError
 from .verify import Expectation
 
-__all__ = ["Builds", "inexpressible", "install_configs", "require_told", "skeletons", "tell_unproven"]
+__all__ = ["Builds", "inexpressible", "require_told", "skeletons", "tell_unproven"]
 
 _MAY = {
     "values": "has as many values as there are blocks",
@@ -85,11 +84,8 @@ def inexpressible(subject: Subject) -> dict[str, dict[int, str]]:
     """Blocks that cannot be removed, each with the reason: a stock loader would build something else than the model
     without the block.
 
-    Each unpinned block is rehearsed on its own, on skeletons (see `architectures.skeleton`). Of those after a removal
-    one serves for all blocks that lead to the same settings, so that a model of equal blocks takes two.
-
-    Args:
-        subject: the model; it may be on the meta device.
+    Each unpinned block is rehearsed on its own, on skeletons: one after a removal serves for all blocks that lead to
+    the same settings, so that a model of equal blocks takes two. The model may be on the meta device.
 
     Returns:
         By stack, the reasons by block.
@@ -127,8 +123,12 @@ def require_told(subject: Subject, builds: Builds, expectation: Expectation) -> 
         SurgeryError: naming the entry.
     """
     for entry in (entry for stack in subject.stacks.values() for entry in stack.entries if entry.proof == "run"):
-        trial = stale(builds.settings, builds.shrunk, entry)
-        if trial is not None and not _tells(subject.host, builds.after, trial, expectation):
+        old = entry.read(builds.settings)
+        if old == entry.read(builds.shrunk):
+            continue
+        stale = copy.deepcopy(builds.shrunk)
+        entry.write(stale, copy.deepcopy(old))
+        if not _tells(subject.host, builds.after, stale, expectation):
             raise SurgeryError(
                 f"{entry} in the settings of {subject.name} tells by number which blocks are of another "
                 "kind. Whether the pruned model has it right shows only on inputs where that matters, and on the "
@@ -157,10 +157,3 @@ def _tells(host: Host, after: nn.Module, settings: dict[str, Any], expectation: 
     finally:
         attempt.roll_back()
     return False
-
-
-def install_configs(subject: Subject, builds: Builds, record: PrunedConfig, transaction: Transaction) -> None:
-    """Give the model settings of its own, changed as the stock build's changed, and the record."""
-    subject.host.own_configs(transaction)
-    subject.host.follow_builds(builds.before, builds.after, subject.stacks, transaction)
-    subject.host.set_record(record.to_dict())

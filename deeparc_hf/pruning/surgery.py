@@ -24,7 +24,7 @@ from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
 from .freezing import freeze_blocks
 from .plan import PruningPlan, freezing_set
-from .rebuild import install_configs, require_told, skeletons, tell_unproven
+from .rebuild import require_told, skeletons, tell_unproven
 from .verify import expect
 
 __all__ = ["apply_plan", "follow_record", "forget_parameters", "refuse_wrapped", "remove_blocks"]
@@ -217,7 +217,9 @@ def _operate(
     expectation = expect(subject, removed, example) if verify and known is None else None
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
-        install_configs(subject, builds, record, transaction)
+        host.own_configs(transaction)
+        host.follow_builds(builds.before, builds.after, stacks, transaction)
+        host.set_record(record.to_dict())
         follow_generation(host.root, stacks, step, transaction)
         for path, attribute, value in builds.updates:
             transaction.set(host.root.get_submodule(path), attribute, value)

@@ -84,7 +84,7 @@ def test_impossible_removals_are_refused_and_change_nothing(name, blocks, messag
 
 STEPS = [
     "expect",
-    "install_configs",
+    "follow_generation",
     "check",
     "keep_children",
     "compose",
@@ -106,7 +106,7 @@ def test_a_failure_halfway_leaves_everything_untouched(monkeypatch, name, step, 
     before = snapshot(model)
     owner = {
         "expect": "deeparc_hf.pruning.surgery",
-        "install_configs": "deeparc_hf.pruning.surgery",
+        "follow_generation": "deeparc_hf.pruning.surgery",
         "check": "deeparc_hf.pruning.verify.Expectation",
         "keep_children": "deeparc_hf.core.transaction.Transaction",
         "compose": "deeparc_hf.checkpoint.record.PrunedConfig",
