@@ -75,9 +75,6 @@ class BlockEntry:
     form: Literal["values", "indices", "keys", "runs"]
     proof: Literal["build", "run", "none"] = "none"
 
-    def proven(self, proof: Literal["build", "run", "none"]) -> BlockEntry:
-        return replace(self, proof=proof)
-
     def read(self, settings: dict[str, Any]) -> Any:
         """Its value; None where it is missing."""
         return nested(settings, self.path[:-1]).get(self.path[-1])

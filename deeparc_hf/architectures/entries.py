@@ -8,27 +8,22 @@ left to a forward pass to decide.
 
 from __future__ import annotations
 
-import copy
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from .base import BlockEntry, CountKey, nested
-from .skeleton import differing
 
-__all__ = ["StockBuilds", "entries_of", "follow", "names_stages", "usual"]
+__all__ = ["asked_for", "entries_of", "follow", "named", "names_stages", "trials", "usual"]
 
 _VALUES_NAME = re.compile(r"layer|block|types")
 _INDICES_NAME = re.compile(r"layer|block|ind(ex|ic)|idx")
 # counts, and lists of tokens, labels and stages, whatever their length
 _OTHER_NAME = re.compile(r"^(num|n)_|token|label|^(stage_names|out_features|architectures)$|suppress")
-
-Readers = Literal["own", "others", "outside", "repeated", "nobody", "unknown"]
 
 
 def entries_of(settings: dict[str, Any], count: CountKey, length: int) -> list[BlockEntry]:
@@ -46,7 +41,7 @@ def entries_of(settings: dict[str, Any], count: CountKey, length: int) -> list[B
 
 def usual(entries: Sequence[BlockEntry], count: CountKey) -> list[BlockEntry]:
     """Those that tell by their name and place that they follow the stack."""
-    return [entry for entry in entries if entry.path[:-1] == count.path and _named(entry)]
+    return [entry for entry in entries if entry.path[:-1] == count.path and named(entry)]
 
 
 def follow(settings: dict[str, Any], entry: BlockEntry, length: int, kept: Sequence[int]) -> None:
@@ -71,70 +66,7 @@ def follow(settings: dict[str, Any], entry: BlockEntry, length: int, kept: Seque
         entry.write(settings, {type(k)(new[int(k)]): v for k, v in value.items() if int(k) in new})
 
 
-@dataclass(frozen=True)
-class StockBuilds:
-    """What stock builds with changed entries tell of one stack.
-
-    Attributes:
-        build: builds a skeleton from settings.
-        settings, whole: the settings of the model, and their skeleton.
-        name, length: of the stack.
-        count: what counts the stack.
-    """
-
-    build: Callable[[dict[str, Any]], nn.Module]
-    settings: dict[str, Any]
-    whole: nn.Module
-    name: str
-    length: int
-    count: CountKey
-
-    def classified(self, entry: BlockEntry) -> BlockEntry | None:
-        """The entry with its proof; None if it is none that names blocks of this stack."""
-        tried = (self._readers(entry, *trial) for trial in _trials(self.settings, entry, self.length))
-        readers = next((found for found in tried if found != "unknown"), "unknown")
-        known = bool(usual([entry], self.count))
-        if readers == "own" or (readers == "others" and known):
-            # where blocks next to it read it too (a cache that is shared), the comparison of skeletons judges the
-            # removal
-            return entry.proven("build")
-        if readers in ("others", "outside"):
-            return None
-        asked = readers == "repeated" or _asked_for(self.whole, entry.path[-1])
-        if entry.form == "values":
-            # all alike, it does not matter which of them go
-            values = entry.read(self.settings)
-            told = asked and entry.path[:-1] == self.count.path and any(v != values[0] for v in values)
-            return entry.proven("none") if told else None
-        if known:
-            return entry.proven("run" if asked else "build")
-        return entry.proven("none") if asked and _named(entry) else None
-
-    def _readers(self, entry: BlockEntry, value: Any, blocks: set[int]) -> Readers:
-        """Where a stock build differs when the entry has another value.
-
-        "own": in these blocks alone. "others": in other blocks too. "outside": outside of the stack. "repeated": only
-        in attributes that hold the whole entry, which a forward pass may ask. "nobody": nowhere. "unknown": there is no
-        such build.
-        """
-        trial = copy.deepcopy(self.settings)
-        old = entry.read(trial)
-        entry.write(trial, value)
-        try:
-            built = self.build(trial)
-        except Exception:
-            return "unknown"
-        found = differing(self.whole, built, lambda a, b: _same(a, old) and _same(b, value))
-        start = f"{self.name}."
-        inside = [path.removeprefix(start).partition(".")[0] for path in found if path.startswith(start)]
-        if inside:
-            return "own" if all(index.isdigit() and int(index) in blocks for index in inside) else "others"
-        if found:
-            return "outside"
-        return "repeated" if differing(self.whole, built) else "nobody"
-
-
-def _asked_for(whole: nn.Module, key: str) -> bool:
+def asked_for(whole: nn.Module, key: str) -> bool:
     """Whether code of the model's classes or their modules names the entry anywhere but where modules are built."""
     classes = {cls for module in whole.modules() for cls in type(module).__mro__}
     classes = {cls for cls in classes if not cls.__module__.startswith(("torch.", "builtins"))}
@@ -160,7 +92,7 @@ def _names(code: types.CodeType, key: str) -> bool:
     )
 
 
-def _trials(settings: dict[str, Any], entry: BlockEntry, length: int) -> Iterator[tuple[Any, set[int]]]:
+def trials(settings: dict[str, Any], entry: BlockEntry, length: int) -> Iterator[tuple[Any, set[int]]]:
     """Other values for an entry, of the same form, with the blocks that they concern."""
     value = entry.read(settings)
     if entry.form == "values":
@@ -227,7 +159,7 @@ def _repeated(value: Sequence[Any]) -> list[Any] | None:
     return kinds
 
 
-def _named(entry: BlockEntry) -> bool:
+def named(entry: BlockEntry) -> bool:
     if entry.form in ("keys", "runs"):
         return True
     return bool((_INDICES_NAME if entry.form == "indices" else _VALUES_NAME).search(entry.path[-1]))
@@ -237,9 +169,3 @@ def names_stages(holder: Mapping[str, Any], length: int) -> bool:
     """Whether settings name the stem and every block as a stage, as those of vision backbones do."""
     names = holder.get("stage_names")
     return isinstance(names, (list, tuple)) and len(names) == length + 1
-
-
-def _same(attribute: Any, value: Any) -> bool:
-    """Whether an attribute holds a whole list or dict, be it as a tuple."""
-    one, other = (list(held) if isinstance(held, tuple) else held for held in (attribute, value))
-    return isinstance(one, (list, dict)) and one == other
