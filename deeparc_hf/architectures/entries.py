@@ -1,9 +1,7 @@
 """Entries of a model's settings that name blocks: by their place in a list, by their index, or by their index as a key.
 
 `layer_types` has one value a layer, `mlp_only_layers` lists indices, `per_layer_config` has indices for keys, GPT-Neo's
-`attention_types` repeats a pattern. They are found by value and length, not by name, and tried: a stock build with the
-entry changed shows which blocks read it. What no build shows (`fullatt_block_indexes`, which the forward pass asks) is
-left to a forward pass to decide.
+`attention_types` repeats a pattern. They are found by value and length, and tried (`auto`).
 """
 
 from __future__ import annotations

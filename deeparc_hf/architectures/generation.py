@@ -1,8 +1,4 @@
-"""Generation settings that name blocks: Whisper's alignment_heads, from which word timestamps are made.
-
-No forward pass tells whether they are right, so they follow by what they are defined to be: pairs of a decoder layer
-and a head of it.
-"""
+"""Generation settings that name blocks: Whisper's alignment_heads, pairs of a decoder layer and a head of it."""
 
 from __future__ import annotations
 
@@ -38,11 +34,13 @@ def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], layout: Layo
     """
     for path, module in root.named_modules():
         config = vars(module).get("generation_config")
-        inside = [name for name in layout.removed if name.startswith(f"{path}." if path else "")]
-        if not isinstance(config, GenerationConfig) or not inside:
+        inside = [name for name in stacks if name.startswith(f"{path}." if path else "")]
+        pruned = [name for name in inside if name in layout.removed]
+        if not isinstance(config, GenerationConfig) or not pruned:
             continue
         own = copy.deepcopy(config)
-        decoder = _decoder(stacks, path)
+        decoders = [name for name in inside if stacks[name].side == "decoder"] or inside
+        decoder = decoders[0] if len(decoders) == 1 else None
         for key, value in config.to_diff_dict().items():
             if decoder is not None and _pairs(key, value, layout.lengths[decoder]):
                 _follow(own, key, value, layout.kept[decoder], decoder)
@@ -50,7 +48,7 @@ def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], layout: Layo
                 warn_caller(
                     f"generation_config.{key} = {value} may name blocks by their number. No forward pass shows it, so "
                     "it stays as it is. If it does, set it anew for "
-                    f"{', '.join(f'the {layout.counts[n]} blocks of {n}' for n in inside)}, or to None.",
+                    f"{', '.join(f'the {layout.counts[n]} blocks of {n}' for n in pruned)}, or to None.",
                 )
         transaction.set(module, "generation_config", own)
 
@@ -71,13 +69,6 @@ def _follow(
         f"{sorted({layer for layer, _ in pairs})}, or choose other heads and set generation_config.{key} = [[layer, "
         "head], ...].",
     )
-
-
-def _decoder(stacks: Mapping[str, Stack], path: str) -> str | None:
-    """The stack that generates, of the part of the model at this path."""
-    inside = [name for name in stacks if name.startswith(f"{path}." if path else "")]
-    decoders = [name for name in inside if stacks[name].side == "decoder"] or inside
-    return decoders[0] if len(decoders) == 1 else None
 
 
 def _pairs(key: str, value: Any, length: int) -> bool:

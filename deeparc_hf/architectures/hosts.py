@@ -1,7 +1,5 @@
-"""Hosts: the libraries that models come from. A host reads and writes a model's settings and builds its skeleton.
-
-There are two: transformers, where the settings are the config, and bare timm, where they are the arguments of
-`timm.create_model`.
+"""Hosts: the libraries that models come from. A host reads and writes a model's settings (transformers' config, or the
+arguments of `timm.create_model`) and builds its skeleton.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
 from .inputs import example_inputs, merges_inputs
 
-__all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted"]
+__all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted", "quiet"]
 
 RECORD_KEY = "pruning_config"
 _REMEMBERED = 8  # skeletons of a host
@@ -214,7 +212,7 @@ class TransformersHost(Host):
         return settings
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             config = type(self.root.config).from_dict(settings)
             copy_attention(self.root.config, config)
             return type(self.root)(config)
@@ -299,11 +297,9 @@ class TransformersHost(Host):
 
 
 def copy_attention(source: PreTrainedConfig, target: PreTrainedConfig) -> None:
-    """Have each part of a config compute attention as its counterpart does: a config's dict does not tell, and some
-    parts know but one way.
+    """Have each part of a config compute attention as its counterpart does, which a config's dict does not tell.
 
-    For every part by itself: the public setter would have all parts of a model do alike (DETR's backbone knows no
-    sdpa).
+    For every part by itself: the public setter would have all parts do alike (DETR's backbone knows no sdpa).
     """
     set_attention(target, attention_of(source))
     for name, part in vars(source).items():
@@ -330,10 +326,10 @@ def _patch(config: PreTrainedConfig, before: PreTrainedConfig, after: PreTrained
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from announcing every skeleton's config at log level info."""
+def quiet(least: int = hf_logging.WARNING) -> Iterator[None]:
+    """Within, transformers logs nothing below this level (every skeleton's config, at level info)."""
     level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity(max(level, hf_logging.WARNING))
+    hf_logging.set_verbosity(max(level, least))
     try:
         yield
     finally:
@@ -491,7 +487,7 @@ def find_host(model: nn.Module) -> Host:
             continue
         if isinstance(module, PreTrainedModel):
             found[name] = TransformersHost(module)
-        elif _is_timm(module):
+        elif type(module).__module__.startswith("timm.models.") and hasattr(module, "pretrained_cfg"):
             found[name] = TimmHost(module)
     if len(found) == 1:
         (host,) = found.values()
@@ -506,10 +502,6 @@ def find_host(model: nn.Module) -> Host:
         f"{type(model).__name__} is neither a transformers model nor a timm model, and holds none. deeparc_hf prunes "
         "models whose own library can rebuild them smaller; see 'add a family' in CONTRIBUTING.md."
     )
-
-
-def _is_timm(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("timm.models.") and hasattr(module, "pretrained_cfg")
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -1,8 +1,5 @@
-"""Skeletons: what a stock loader would build from given settings, on the meta device.
-
-A skeleton costs no memory and some ten milliseconds. Comparing the skeleton of the settings before a removal with the
-skeleton of the settings after it shows everything that a reload would do differently: indices to renumber, attributes
-that depend on a block's place, and settings that do not say what they should.
+"""Skeletons: what a stock loader would build from given settings, on the meta device. Those before and after a removal
+show what a reload would do differently.
 """
 
 from __future__ import annotations
@@ -59,7 +56,8 @@ def compare(before: nn.Module, after: nn.Module, layout: Layout) -> Differences:
     after_modules = _modules(after, layout.kept)
     extra = sorted(name for name in after_modules if name not in new_names and not _neutral(after_modules[name]))
     if extra:
-        found.problems.append(f"a reload would build modules that the pruned model does not have: {_some(extra)}")
+        some = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+        found.problems.append(f"a reload would build modules that the pruned model does not have: {some}")
     for old, new in names.items():
         module = before.get_submodule(old)
         if new is None or _neutral(module):
@@ -74,7 +72,7 @@ def compare(before: nn.Module, after: nn.Module, layout: Layout) -> Differences:
             )
         else:
             found.problems += _misshapen(old, module, counterpart)
-            _compare_attributes(old, module, counterpart, _stack_of(old, layout), found)
+            _compare_attributes(old, module, counterpart, layout, found)
     return found
 
 
@@ -127,14 +125,19 @@ def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _compare_attributes(
-    name: str, module: nn.Module, counterpart: nn.Module, stack: tuple[int, Sequence[int]] | None, found: Differences
+    name: str, module: nn.Module, counterpart: nn.Module, layout: Layout, found: Differences
 ) -> None:
+    stack = next((stack for stack in layout.kept if name.startswith(f"{stack}.")), None)
     own, new = _plain_attributes(module), _plain_attributes(counterpart)
     for key in sorted(own.keys() | new.keys()):
         old_value, new_value = own.get(key), new.get(key)
         if old_value == new_value or key in _TRAINING_ONLY:
             continue
-        if stack is None or key in _INDEX_NAMES or _follows(old_value, new_value, *stack):
+        if (
+            stack is None
+            or key in _INDEX_NAMES
+            or _follows(old_value, new_value, layout.lengths[stack], layout.kept[stack])
+        ):
             found.updates.append((name, key, new_value))
         else:
             found.problems.append(
@@ -169,12 +172,3 @@ def _class(module: nn.Module) -> str:
 def _neutral(module: nn.Module) -> bool:
     """Whether the module does nothing at inference: an identity, or stochastic depth."""
     return isinstance(module, nn.Identity) or "DropPath" in type(module).__name__
-
-
-def _stack_of(name: str, layout: Layout) -> tuple[int, Sequence[int]] | None:
-    """Length and kept blocks of the stack that a module is part of; None outside of all stacks."""
-    return next(((layout.lengths[s], kept) for s, kept in layout.kept.items() if name.startswith(f"{s}.")), None)
-
-
-def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

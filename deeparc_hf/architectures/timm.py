@@ -24,12 +24,14 @@ class TimmFamily(Family):
         module, cls: where timm defines the model's class.
         argument: the argument of `timm.create_model` that counts the blocks.
         per_stage: whether it is a list with one count a stage.
+        pins: the blocks of one stack that must stay.
     """
 
     module: ClassVar[str]
     cls: ClassVar[str]
     argument: ClassVar[str]
     per_stage: ClassVar[bool] = False
+    pins = staticmethod(signature_pins)
 
     def matches(self, host: Host) -> bool:
         model = _timm_model(host)
@@ -41,15 +43,12 @@ class TimmFamily(Family):
         prefix = "timm_model." if isinstance(host, TransformersHost) else ""
         containers = self.containers(_timm_model(host))
         self._require_argument(host, [len(container) for _, container in containers])
-        return chained([Stack(prefix + name, blocks, self.pins(list(blocks))) for name, blocks in containers])
+        stacks = [Stack(prefix + name, blocks, type(self).pins(list(blocks))) for name, blocks in containers]
+        return chained(stacks)
 
     @abstractmethod
     def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
         """Module path and container of every stack, in forward order."""
-
-    def pins(self, blocks: list[nn.Module]) -> dict[int, str]:
-        """The blocks of one stack that must stay."""
-        return signature_pins(blocks)
 
     def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
         self._write(settings, [len(kept[stack.name]) for stack in stacks])
@@ -84,12 +83,10 @@ def _timm_model(host: Host) -> nn.Module | None:
 class TimmResNet(TimmFamily):
     summary = "timm resnet*, resnext*, wide_resnet*, seresnet* and their like; one stack a stage"
     module, cls, argument, per_stage = "timm.models.resnet", "ResNet", "layers", True
+    pins = staticmethod(stage_pins)
 
     def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
         return [(f"layer{i}", getattr(model, f"layer{i}")) for i in range(1, 5)]
-
-    def pins(self, blocks: list[nn.Module]) -> dict[int, str]:
-        return stage_pins(blocks)
 
 
 @register("timm_vit")

@@ -141,10 +141,8 @@ def reach_target(
                 f"num_blocks names {unknown[0]!r}, which is not a stack of this model. Stacks: {', '.join(compared)}."
             )
         groups = [({name: compared[name]}, config.num_blocks.get(name, len(compared[name]))) for name in compared]
-    elif config.num_blocks is not None:
-        groups = [(dict(compared), config.num_blocks)]
     else:
-        groups = [(dict(compared), round(total * float(config.keep_ratio)))]  # type: ignore[arg-type]
+        groups = [(dict(compared), config.num_blocks or round(total * float(config.keep_ratio)))]  # type: ignore[arg-type]
     thresholds, removed = {}, {}
     for group, stay in groups:
         threshold, gone = _reach(group, stay, protected, config)

@@ -1,9 +1,8 @@
-"""Heatmaps of the similarity of blocks, as pictures: of plans (`plan.PruningPlan`),
-which are imported by nobody here.
-"""
+"""Heatmaps of the similarity of blocks of a plan (`plan.PruningPlan`), as pictures."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,10 +48,6 @@ class Scale:
         )
         return cls(low, high, logarithmic) if high - low > 1e-9 else cls(low - 1e-3, high + 1e-3, False)
 
-    @property
-    def colours(self) -> str:
-        return "viridis_r" if self.logarithmic else "viridis"
-
     def place(self, value: float) -> float:
         """Where a similarity lies on the scale."""
         return max(1 - value, _NEAREST) if self.logarithmic else value
@@ -93,13 +88,7 @@ def save_heatmap(plan: Any, path: str | Path, numbers: Mapping[str, Sequence[int
     Raises:
         MissingDependencyError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('A heatmap needs matplotlib: pip install "deeparc_hf[plots]".') from error
-    figure = Figure(figsize=_size(len(plan.stacks)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _matplotlib("figure").Figure(figsize=_size(len(plan.stacks)), dpi=150, layout="constrained")
     _draw(plan, plan.stacks, figure, numbers or {})
     figure.savefig(path, format="png")
 
@@ -114,10 +103,7 @@ def plot_plan(plan: Any, stack: str | None = None, ax: Any = None) -> Any:
             f"ax is a place for one stack, and the plan has {len(chosen)}: {listed(chosen)}. Give stack=, or leave ax "
             "out."
         )
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingDependencyError('A heatmap needs matplotlib: pip install "deeparc_hf[plots]".') from error
+    pyplot = _matplotlib("pyplot")
     if ax is None:
         axes = _draw(plan, chosen, pyplot.figure(figsize=_size(len(chosen)), layout="constrained"), {})
         return axes[0] if len(axes) == 1 else axes
@@ -129,6 +115,13 @@ def plot_plan(plan: Any, stack: str | None = None, ax: Any = None) -> Any:
     scale.label(ax.figure.colorbar(image, ax=ax, label=_BAR))
     ax.set_xlabel(_below(chosen), fontsize=9)
     return ax
+
+
+def _matplotlib(module: str) -> Any:
+    try:
+        return importlib.import_module(f"matplotlib.{module}")
+    except ImportError as error:
+        raise MissingDependencyError('A heatmap needs matplotlib: pip install "deeparc_hf[plots]".') from error
 
 
 def _size(stacks: int) -> tuple[float, float]:
@@ -181,7 +174,8 @@ def _draw_stack(axis: Any, name: str, stack: Any, scale: Scale, side: float, num
         [float("nan") if i == j else scale.place(value) for j, value in enumerate(row)]
         for i, row in enumerate(stack.similarity)
     ]
-    image = axis.imshow(shown, norm=scale.norm(), cmap=scale.colours, interpolation="nearest")
+    colours = "viridis_r" if scale.logarithmic else "viridis"
+    image = axis.imshow(shown, norm=scale.norm(), cmap=colours, interpolation="nearest")
     axis.set_facecolor("#d8d8d8")  # the diagonal
     title = plain(name, 60).replace("$", r"\$")  # which would begin a formula
     axis.set_title(

@@ -1,10 +1,4 @@
-"""Surgery: take blocks out of a live model, in place, all or nothing.
-
-Before anything is touched, the settings without these blocks are built as a stock loader would build them (on the meta
-device) and compared with the model; what cannot be expressed is refused. Then the blocks go, indices are renumbered,
-the config (a copy: it may be shared) follows, and a forward pass verifies the result. Any failure, Ctrl-C too, restores
-the model.
-"""
+"""Surgery: take blocks out of a live model, in place, all or nothing: any failure, Ctrl-C too, restores the model."""
 
 from __future__ import annotations
 

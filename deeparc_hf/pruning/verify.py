@@ -1,9 +1,7 @@
 """Verification by a forward pass: a pruned model must compute what the original computes with those blocks skipped.
 
-The original is run first with hooks that replace each removed block's output by its input. Where the two differ,
-something in the model depends on a block's place (GPT-2's scale_attn_by_inverse_layer_idx, a convolution after the
-first layer), and the removal is refused. So it is where nothing can be run, or where the inputs do not reach what the
-blocks are fed with.
+Where the two differ, something in the model depends on a block's place (GPT-2's scale_attn_by_inverse_layer_idx, a
+convolution after the first layer).
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from torch import Tensor
 from transformers.utils import logging as hf_logging
 
 from ..architectures import Host, Subject
+from ..architectures.hosts import quiet
 from ..core.caller import warn_caller
 from ..errors import CalibrationError, SurgeryError
 from ..observe.batches import cut, forward_kwargs
@@ -171,23 +170,18 @@ def _require_reached(
 
 
 def _generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None:
-    """What goes wrong when two tokens are generated with a cache; None if nothing does,
-    or the model does not generate.
-    """
+    """What goes wrong when two tokens are generated with a cache; None if nothing does, or none are generated."""
     root = host.root
     if not host.generates:
         return None
     given = {key: inputs[key][:1] for key in (host.main_input, "attention_mask") if key in inputs}
-    level = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()  # advice on generation settings is beside the point here
     try:
-        with evaluating(root), warnings.catch_warnings():
+        # advice on generation settings is beside the point here
+        with evaluating(root), quiet(hf_logging.ERROR), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             root.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1, use_cache=True)
     except Exception as error:
         return error
-    finally:
-        hf_logging.set_verbosity(level)
     return None
 
 
