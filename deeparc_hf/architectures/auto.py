@@ -1,10 +1,8 @@
 """Most of transformers: stacks are lists of alike layers, and the setting that counts them is found by trying.
 
-A candidate is an `nn.ModuleList` whose members are all `GradientCheckpointingLayer`s (every current transformers model)
-or all of one class named ...Layer or ...Block (older ones, such as MPNet). It is a stack if lowering one setting by one
-makes a stock build of the model lose exactly one of its blocks and change nothing else, where the lists with a value
-per block lose one with it (`entries`). So no table of families or of config keys is needed, and a list that the config
-cannot shorten is never taken for a stack.
+A candidate is an `nn.ModuleList` of `GradientCheckpointingLayer`s, or of one class named ...Layer or ...Block (MPNet).
+It is a stack if lowering one setting by one makes a stock build of the model lose exactly one of its blocks and change
+nothing else, where the lists with a value per block lose one with it (`entries`).
 """
 
 from __future__ import annotations
@@ -95,20 +93,11 @@ def _candidates(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 
 class _Search:
-    """The search for what counts a stack, and for what else names its blocks.
-
-    Args:
-        host: the model.
-        settings, skeleton: its settings, and what a stock loader builds of them.
-        name, length: of the stack.
-
-    Attributes:
-        near: why an entry that changes the number of the blocks does not count them; empty if there is none.
-    """
+    """The search for what counts a stack, and for what else names its blocks."""
 
     def __init__(self, host: Host, settings: dict[str, Any], skeleton: nn.Module, name: str, length: int) -> None:
         self.host, self.settings, self.skeleton, self.name, self.length = host, settings, skeleton, name, length
-        self.near = ""
+        self.near = ""  # why an entry that changes the number of the blocks does not count them
         self._shapes = state_shapes(skeleton)
         self._shapes_with = functools.cache(self._build)  # each choice of entries asks for some builds again
 

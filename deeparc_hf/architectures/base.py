@@ -118,15 +118,13 @@ class Stack:
 
     def _repr_html_(self) -> str:
         """A table of the blocks; runs of blocks that are alike stand in one row."""
-        rows: list[list[Any]] = []
-        for index, block in enumerate(self.blocks):
-            cells = [type(block).__name__, sum(p.numel() for p in block.parameters()), self.pinned.get(index, "")]
-            if rows and rows[-1][1:] == cells:
-                rows[-1][0].append(index)
-            else:
-                rows.append([[index], *cells])
-        shown = [[spans(indices), kind, f"{count:,}", pinned] for indices, kind, count, pinned in rows]
-        return html_table(f"{self.name}: {len(self)} blocks", ["block", "class", "parameters of each", "pinned"], shown)
+        cells = [
+            (type(block).__name__, f"{sum(p.numel() for p in block.parameters()):,}", self.pinned.get(index, ""))
+            for index, block in enumerate(self.blocks)
+        ]
+        runs = itertools.groupby(range(len(cells)), cells.__getitem__)
+        rows = [[spans(indices), *shared] for shared, indices in runs]
+        return html_table(f"{self.name}: {len(self)} blocks", ["block", "class", "parameters of each", "pinned"], rows)
 
     def __repr__(self) -> str:
         return f"Stack({self.name!r}, {len(self)} blocks, pinned={dict(self.pinned)})"

@@ -24,14 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def follow_generation(root: nn.Module, stacks: Mapping[str, Stack], layout: Layout, transaction: Transaction) -> None:
-    """Have the generation configs of a model name the kept blocks, under their new numbers. Each becomes the model's
-    own copy.
-
-    Args:
-        root: the model, with `stacks`.
-        layout: the blocks that stay.
-        transaction: notes how to take it back.
-    """
+    """Have the generation configs of a model name the kept blocks, renumbered. Each becomes the model's own copy."""
     for path, module in root.named_modules():
         config = vars(module).get("generation_config")
         inside = [name for name in stacks if name.startswith(f"{path}." if path else "")]

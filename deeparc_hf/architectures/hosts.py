@@ -363,7 +363,13 @@ class TimmHost(Host):
         return cfg if isinstance(cfg, dict) else cfg.to_dict()
 
     def settings(self) -> dict[str, Any]:
-        return copy.deepcopy(timm_model_args(self.root))
+        try:
+            from timm.models import get_model_args
+        except ImportError:
+            # timm before 1.0.31 records but the number of classes: a model built with other arguments is refused later
+            classes = getattr(self.root, "num_classes", 1000)
+            return {**copy.deepcopy(getattr(self.root, "_model_args", {})), "num_classes": classes}
+        return copy.deepcopy(get_model_args(self.root))
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
         import timm
@@ -419,7 +425,7 @@ class TimmHost(Host):
 
     def example_inputs(self) -> dict[str, Tensor]:
         parameter = next(self.root.parameters())
-        given, cfg = timm_model_args(self.root), self._pretrained_cfg()
+        given, cfg = self.settings(), self._pretrained_cfg()
         channels, size = given.get("in_chans", 3), given.get("img_size")
         if size is None:  # most CNNs take images of any size
             size = cfg["input_size"][1:] if cfg.get("fixed_input_size") and "input_size" in cfg else 64
@@ -448,19 +454,6 @@ def _stored_record(cfg: dict[str, Any]) -> Any:
     if path is None or not path.is_file():
         return None
     return json.loads(path.read_text("utf-8")).get(RECORD_KEY)
-
-
-def timm_model_args(model: nn.Module) -> dict[str, Any]:
-    """The arguments of `timm.create_model` that rebuild the model, as timm recorded them.
-
-    timm older than 1.0.31 records nothing; there the number of classes is all that is known, and a model built with
-    other arguments is refused later, because a stock build of it looks different.
-    """
-    try:
-        from timm.models import get_model_args
-    except ImportError:
-        return dict(getattr(model, "_model_args", {}), num_classes=getattr(model, "num_classes", 1000))
-    return get_model_args(model)
 
 
 def find_host(model: nn.Module) -> Host:

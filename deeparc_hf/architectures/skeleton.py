@@ -26,11 +26,8 @@ _TRAINING_ONLY = frozenset({"drop_path", "drop_path_rate", "drop_prob"})
 
 @dataclass
 class Differences:
-    """What the skeleton after a removal has otherwise than the one before.
-
-    Attributes:
-        problems: reasons for which the removal cannot be expressed by the settings; empty if it can.
-        updates: (module path in the live model before the removal, attribute, new value).
+    """Reasons for which a removal cannot be expressed by the settings, and what a reload has otherwise: (module path
+    before the removal, attribute, new value).
     """
 
     problems: list[str] = field(default_factory=list)
@@ -43,13 +40,7 @@ def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def compare(before: nn.Module, after: nn.Module, layout: Layout) -> Differences:
-    """Compare two skeletons, given which blocks of which stacks the second one keeps.
-
-    Args:
-        before: skeleton of the settings before the removal.
-        after: skeleton of the settings after it.
-        layout: the blocks that stay; stacks are named by module path.
-    """
+    """Compare the skeletons of the settings before and after a removal."""
     found = Differences()
     names = {name: layout.renamed(name) for name in _modules(before, layout.kept)}
     new_names = {new for new in names.values() if new is not None}
@@ -79,11 +70,8 @@ def compare(before: nn.Module, after: nn.Module, layout: Layout) -> Differences:
 def differing(
     one: nn.Module, other: nn.Module, ignored: Callable[[Any, Any], bool] = lambda one, other: False
 ) -> set[str]:
-    """Paths of the modules that only one of two skeletons has, or that differ in class, shapes or attributes.
-
-    Args:
-        one, other: the skeletons.
-        ignored: told the values of an attribute in both; whether the difference tells nothing.
+    """Paths of the modules that only one of two skeletons has, or that differ in class, shapes or attributes (but for
+    values that are `ignored`).
     """
     first, second = _modules(one), _modules(other)
     paths = set(first.keys() ^ second.keys())

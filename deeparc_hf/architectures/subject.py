@@ -57,11 +57,9 @@ class Subject:
                 container = self.root.get_submodule(name)
             except AttributeError:
                 return False
-            blocks = list(container.children())
-            if container is not self.stacks[name].container or len(blocks) != len(known):
-                return False
             # weak references: a description does not hold on to removed blocks
-            if any(reference() is not block for reference, block in zip(known, blocks, strict=True)):
+            blocks = [reference() for reference in known]
+            if container is not self.stacks[name].container or blocks != list(container.children()):
                 return False
         return True
 

@@ -49,15 +49,7 @@ def freezing_set(
     frozen.
 
     Where a site reaches the end (the start) of a stack that feeds (is fed by) another one, the block beside it is the
-    first (the last) kept one of that stack. If nothing is removed, nothing is frozen.
-
-    Args:
-        removed: the blocks that go, by stack.
-        lengths: number of blocks of each stack before the removal.
-        next_stack: the stack that each stack's output feeds directly, or None.
-
-    Returns:
-        The frozen blocks of each stack, as indices before the removal.
+    first (the last) kept one of that stack. If nothing is removed, nothing is frozen. Indices are those before.
     """
     if not any(removed.get(name) for name in lengths):
         return dict.fromkeys(lengths, ())
@@ -130,9 +122,7 @@ def _most_similar(removed: Mapping[Any, float]) -> list[tuple[Any, float]]:
 def reach_target(
     compared: Mapping[str, ComparedStack], protected: Mapping[str, set[int]], config: MPruneConfig
 ) -> tuple[dict[str, float], dict[str, dict[int, float]]]:
-    """The highest threshold that removes enough, and of what it removes the most similar blocks, exactly as many as
-    asked.
-    """
+    """The highest threshold that removes enough, and of that the most similar blocks, exactly as many as asked."""
     total = sum(map(len, compared.values()))
     if isinstance(config.num_blocks, dict):
         unknown = sorted(set(config.num_blocks) - set(compared))

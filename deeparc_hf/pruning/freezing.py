@@ -28,13 +28,8 @@ def freeze_blocks(
     """Freeze blocks, and everything that runs before the lowest block that is trained.
 
     Embeddings and stems are frozen too: otherwise the backward pass would still walk through every frozen block to
-    reach them. Heads, final norms and poolers stay trainable, but a head that is tied to the
-    embeddings is frozen with them. A model with an encoder and a decoder has a lowest trained block in each.
-
-    Args:
-        subject: the model.
-        frozen: the blocks to freeze, as indices into the stacks as they are now.
-        transaction: takes the freezing back if it fails.
+    reach them. Heads, final norms and poolers stay trainable, but a head that is tied to the embeddings is frozen with
+    them. A model with an encoder and a decoder has a lowest trained block in each.
 
     Returns:
         The parameters that were trainable and no longer are.
@@ -99,9 +94,7 @@ def _upstream(subject: Subject, frozen: Mapping[str, Sequence[int]]) -> list[nn.
 
 
 def _chains(stacks: Mapping[str, Stack]) -> dict[str, list[Stack]]:
-    """Stacks that feed each other, under the path of the part of the model that is theirs alone ("" for the whole
-    model).
-    """
+    """Stacks that feed each other, under the path of the part of the model that is theirs alone ("": all of it)."""
     chains: list[list[Stack]] = []
     for stack in stacks.values():
         if chains and chains[-1][-1].next_stack == stack.name:

@@ -26,16 +26,11 @@ _NEAREST = 1e-8  # distance from 1 that is still told apart
 
 @dataclass(frozen=True)
 class Scale:
-    """Colours over the similarities of different blocks. The diagonal is always 1, says nothing, and has no part in it.
-
-    Attributes:
-        low, high: the least and the largest similarity.
-        logarithmic: whether the distance from 1 is shown by its logarithm. In a causal model most similarities are near
-            1, and their distances from 1, which decide what is removed, differ by powers of ten.
-    """
+    """Colours over the similarities of different blocks, from the least to the largest."""
 
     low: float
     high: float
+    # by the distance from 1: in a causal model most are near 1, and differ by powers of ten in what decides
     logarithmic: bool
 
     @classmethod
@@ -74,16 +69,10 @@ class Scale:
 
 
 def save_heatmap(plan: Any, path: str | Path, numbers: Mapping[str, Sequence[int]] | None = None) -> None:
-    """Write a PNG with the similarity matrix of every stack; all stacks share one colour scale, which spans the values
-    of different blocks.
+    """Write a PNG with the similarity matrix of every stack, on one colour scale.
 
     Frames on the diagonal are clusters; red cells on it (hatched, or filled in long stacks) and red labels mark the
-    blocks that go. The values are printed in stacks of up to 16 blocks.
-
-    Args:
-        plan: a `PruningPlan`.
-        path: of the file.
-        numbers: what to call the blocks of each stack; default: their places in it.
+    blocks that go. `numbers` are what to call the blocks of each stack; default: their places in it.
 
     Raises:
         MissingDependencyError: if matplotlib is not installed.
@@ -144,8 +133,7 @@ def _draw(plan: Any, stacks: Mapping[str, Any], figure: Any, numbers: Mapping[st
         image = _draw_stack(axis, name, stack, scale, _side(len(stacks)), numbers.get(name) or range(len(stack)))
     for axis in list(axes.flat)[len(stacks) :]:
         axis.set_axis_off()
-    bar = figure.colorbar(image, ax=axes, label=_BAR, shrink=0.8, aspect=30, pad=0.02)
-    scale.label(bar)
+    scale.label(figure.colorbar(image, ax=axes, label=_BAR, shrink=0.8, aspect=30, pad=0.02))
     samples = f"{plan.samples:,} samples" if plan.samples else "number of samples not known"
     figure.suptitle(
         f"Similarity of blocks: {plan.config.similarity}, rows={plan.config.effective_rows}, {samples}", fontsize=12
@@ -193,18 +181,17 @@ def _draw_stack(axis: Any, name: str, stack: Any, scale: Scale, side: float, num
                 axis.text(j, i, "1" if i == j else _short(value), **written)
     for cluster in stack.clusters:
         if len(cluster) > 1:
-            corner = (cluster[0] - 0.5, cluster[0] - 0.5)
-            axis.add_patch(Rectangle(corner, len(cluster), len(cluster), fill=False, edgecolor="white", linewidth=2.2))
-            axis.add_patch(Rectangle(corner, len(cluster), len(cluster), fill=False, edgecolor="black", linewidth=1.0))
+            place = (cluster[0] - 0.5, cluster[0] - 0.5), len(cluster), len(cluster)
+            axis.add_patch(Rectangle(*place, fill=False, edgecolor="white", linewidth=2.2))
+            axis.add_patch(Rectangle(*place, fill=False, edgecolor="black", linewidth=1.0))
     for index in stack.removed:
         style = {"fill": False, "hatch": "////"} if length <= _ANNOTATED else {"facecolor": _REMOVED_COLOR}
         axis.add_patch(Rectangle((index - 0.5, index - 0.5), 1, 1, edgecolor=_REMOVED_COLOR, linewidth=0, **style))
     ticks = range(length) if length <= _ALL_TICKS else range(0, length, 5)
     size = max(4.0, min(8.0, 52.0 * side / 4.2 / length))
-    axis.set_xticks(ticks, [str(numbers[index]) for index in ticks], fontsize=size)
-    axis.set_yticks(ticks, [str(numbers[index]) for index in ticks], fontsize=size)
-    for index, *labels in zip(ticks, axis.get_xticklabels(), axis.get_yticklabels(), strict=True):
-        for label in labels:
+    for ruler in (axis.xaxis, axis.yaxis):
+        ruler.set_ticks(ticks, [str(numbers[index]) for index in ticks], fontsize=size)
+        for index, label in zip(ticks, ruler.get_ticklabels(), strict=True):
             if index in stack.removed:
                 label.set(color=_REMOVED_COLOR, fontweight="bold")
     axis.tick_params(length=2)

@@ -215,7 +215,7 @@ class PruningPlan:
                 str(len(stack)),
                 str(len(stack.kept)),
                 f"{stack.threshold:.4f}",
-                " ".join(_span(cluster) for cluster in stack.clusters),
+                " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in stack.clusters),
                 _list(stack.removed),
                 _list(stack.frozen),
             ]
@@ -224,12 +224,7 @@ class PruningPlan:
 
 
 def make_plan(compared: Mapping[str, ComparedStack], config: MPruneConfig, samples: int = 0) -> PruningPlan:
-    """Make a plan from similarities.
-
-    Args:
-        compared: what is known of each stack, in forward order.
-        config: the settings.
-        samples: number of calibration samples behind the similarities, for the record.
+    """Make a plan from what is known of each stack, in forward order.
 
     Raises:
         PlanError: if a target cannot be reached, a pattern or a stack name matches nothing, or a similarity is not
@@ -270,15 +265,7 @@ def make_plan(compared: Mapping[str, ComparedStack], config: MPruneConfig, sampl
 
 
 def check_possible(compared: Mapping[str, ComparedStack], config: MPruneConfig) -> None:
-    """Check settings against the stacks of a model before its blocks are compared: the names in them, and whether a
-    target can be reached.
-
-    Args:
-        compared: of each stack; the similarities in them do not matter.
-
-    Raises:
-        PlanError: as `make_plan`, if no similarities at all could give a plan.
-    """
+    """Raise the PlanError of `make_plan` if no similarities at all could give a plan; those given do not matter."""
     alike = {
         name: dataclasses.replace(stack, similarity=((1.0,) * len(stack),) * len(stack))
         for name, stack in compared.items()
@@ -323,7 +310,7 @@ def _frozen(
 
 
 def _matching(compared: Mapping[str, ComparedStack], patterns: Sequence[str], setting: str) -> dict[str, set[int]]:
-    """The blocks that patterns name. A block that an earlier pruning of the same training removed may be named too."""
+    """The blocks that patterns name; of a later pruning's patterns one may be of a block that is gone."""
     matched: dict[str, set[int]] = {name: set() for name in compared}
     gone = any(stack.labels for stack in compared.values())
     for pattern in patterns:
@@ -406,10 +393,6 @@ def _compared_in(entry: Entry) -> ComparedStack:
         labels=labelled,
         frozen=() if frozen is None else frozen.wholes(len(rows) - 1),
     )
-
-
-def _span(cluster: Sequence[int]) -> str:
-    return str(cluster[0]) if len(cluster) == 1 else f"{cluster[0]}-{cluster[-1]}"
 
 
 def _list(indices: Sequence[int]) -> str:

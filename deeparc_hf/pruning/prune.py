@@ -70,12 +70,7 @@ def compare_blocks(
     progress: bool = True,
     labels: Mapping[str, tuple[int, ...]] | None = None,
 ) -> PruningPlan:
-    """`analyze` for one of several processes, or for a later pruning of one training.
-
-    Args:
-        calibration: the data, which knows the processes that look.
-        labels: by stack, what patterns call each block (`ComparedStack.labels`).
-    """
+    """`analyze` for one of several processes, or for a later pruning of one training, with `ComparedStack.labels`."""
     subject = describe(model)
     host, stacks = subject.host, subject.stacks
     require_weights(host)
@@ -116,15 +111,14 @@ def check_settings(model: nn.Module | Subject, config: MPruneConfig) -> None:
     """Check settings against a model, which may be on the meta device, before any work is done.
 
     Raises:
-        PlanError: if a pattern or a stack name matches nothing, or a target cannot be reached whatever the
-            similarities.
+        PlanError: as `make_plan`, whatever the similarities.
         SurgeryError: if the model's settings can express no removal at all.
     """
     subject = describe(model)
-    stacks, refused = subject.stacks, inexpressible(subject)
-    check_possible(_uncompared(stacks, refused, None), config)
-    pinned = {name: stack.pinned.keys() | refused.get(name, {}).keys() for name, stack in stacks.items()}
-    if refused and all(len(pinned[name]) == len(stack) or len(stack) == 1 for name, stack in stacks.items()):
+    refused = inexpressible(subject)
+    blank = _uncompared(subject.stacks, refused, None)
+    check_possible(blank, config)
+    if refused and all(len(stack.pinned) == len(stack) or len(stack) == 1 for stack in blank.values()):
         name, reasons = next(iter(refused.items()))
         index, reason = next(iter(reasons.items()))
         raise SurgeryError(f"No block of {subject.name} can be removed. {name}.{index}: {reason}.")
@@ -194,13 +188,10 @@ def apply_healed(
     progress: bool = True,
     done: Callable[[str], None] = lambda stage: None,
 ) -> tuple[PrunedConfig, list[Healing]]:
-    """Carry a plan out, and heal its removal sites where its settings say so. All or nothing.
+    """`apply_plan`, and heal the removal sites where the plan's settings say so. All or nothing.
 
     Args:
-        model, plan, optimizer, example, verify, transaction: as in `apply_plan`; the example is the calibration's where
-            none is given.
-        calibration: the data for the fit.
-        progress: show progress on a terminal.
+        calibration: the data for the fit, and for the example where none is given.
         done: called right after the removal ("removed"), and after the healing ("healed").
 
     Returns:

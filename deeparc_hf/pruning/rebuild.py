@@ -30,9 +30,7 @@ _MAY = {
 
 @dataclass(frozen=True)
 class Builds:
-    """The settings before and after a removal, stock builds of both, and the attributes in which the second one
-    differs.
-    """
+    """The settings before and after a removal, stock builds of both, and attributes in which the second differs."""
 
     settings: dict[str, Any]
     shrunk: dict[str, Any]
@@ -116,11 +114,8 @@ def tell_unproven(stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[in
 
 
 def require_told(subject: Subject, builds: Builds, expectation: Expectation) -> None:
-    """Refuse an entry of which only the forward pass shows that it names blocks, where that pass would not tell its old
-    value from the new.
-
-    Raises:
-        SurgeryError: naming the entry.
+    """Refuse (SurgeryError) an entry of which only the forward pass shows that it names blocks, where that pass would
+    not tell its old value from the new.
     """
     for entry in (entry for stack in subject.stacks.values() for entry in stack.entries if entry.proof == "run"):
         old = entry.read(builds.settings)

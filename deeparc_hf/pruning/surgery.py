@@ -128,13 +128,7 @@ def follow_record(
     frozen: Mapping[str, Sequence[int]],
     transaction: Transaction | None = None,
 ) -> list[nn.Parameter]:
-    """Give a model the structure of a record, weights aside: those of a checkpoint are loaded before or after.
-
-    Args:
-        model: the model as it was before the last of the record's prunings, or earlier.
-        record: what the model is to be.
-        frozen: blocks to freeze, as indices of the model as the record has it.
-        transaction: as in `apply_plan`.
+    """Give a model the structure of a record, weights aside, and freeze blocks, by their places then.
 
     Returns:
         The parameters that were trainable and no longer are.
@@ -164,10 +158,8 @@ def forget_parameters(
     frozen: Iterable[nn.Parameter] = (),
     transaction: Transaction | None = None,
 ) -> None:
-    """Make a live optimizer forget parameters.
-
-    Removed ones leave their group (the groups stay, so a scheduler's rates still fit) and their state. Frozen ones lose
-    only their state: group sizes then agree when training is resumed.
+    """Make a live optimizer forget parameters: removed ones leave their group (the groups stay, for a scheduler's
+    rates), frozen ones lose only their state, so that group sizes agree when training is resumed.
     """
     groups = [list(group["params"]) for group in optimizer.param_groups]
     state = dict(optimizer.state)

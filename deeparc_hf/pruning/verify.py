@@ -37,19 +37,12 @@ _WAYS = (
 
 @dataclass(eq=False)
 class Expectation:
-    """What the original puts out with blocks skipped, to hold the pruned model against.
-
-    Attributes:
-        host: the model.
-        inputs: what it was run on.
-        output: what it put out.
-        gone: how many blocks go, of any stack: outputs with one entry a block are shorter by so many.
-    """
+    """What the original puts out with blocks skipped, to hold the pruned model against."""
 
     host: Host
     inputs: dict[str, Any]
     output: Any
-    gone: set[int]
+    gone: set[int]  # how many blocks go, of any stack: outputs with one entry a block are shorter by so many
 
     def __post_init__(self) -> None:
         self.generated = _generation_error(self.host, self.inputs) is None
@@ -115,8 +108,8 @@ def expect(subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = 
     """Run the original with blocks skipped, on a sample of `batch` or on small made-up inputs.
 
     Raises:
-        SurgeryError: if the model has no weights, there is nothing to run on or the model cannot run on it, a block is
-            no residual block, or the inputs do not reach a block that goes, or a part of the model that sees or hears.
+        SurgeryError: if it cannot be run, a block is no residual block, or the inputs do not reach a block that goes,
+            or a part of the model that sees or hears.
     """
     host, stacks = subject.host, subject.stacks
     if batch is None and host.merges_inputs:
