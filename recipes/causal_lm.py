@@ -25,20 +25,20 @@ is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from deeparc_hf.core.settings import setting
 
 
 @dataclass
 class LanguageArguments:
     """Texts and blocks."""
 
-    text_column: str = field(default="text", metadata={"help": "column of the texts"})
-    block_size: int = field(default=512, metadata={"help": "tokens of a block"})
-    gguf_file: str | None = field(
-        default=None, metadata={"help": "name of the model's GGUF file; its weights are turned into float32"}
-    )
+    text_column: str = setting("text", "column of the texts")
+    block_size: int = setting(512, "tokens of a block")
+    gguf_file: str | None = setting(None, "name of the model's GGUF file; its weights are turned into float32")
 
 
 def main(argv: list[str] | None = None) -> list[Any]:

@@ -20,25 +20,24 @@ local file of these, or a folder of images by class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from deeparc_hf.core.settings import setting
 
 
 @dataclass
 class ImageArguments:
     """Columns, size and random changes of the images."""
 
-    image_column: str = field(default="image", metadata={"help": "column of the images, or of paths to image files"})
-    label_column: str = field(default="label", metadata={"help": "column of the labels, numbers or names"})
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "scale images to this size and to [-1, 1]; default: the checkpoint's own image processor"},
+    image_column: str = setting("image", "column of the images, or of paths to image files")
+    label_column: str = setting("label", "column of the labels, numbers or names")
+    image_size: int | None = setting(
+        None, "scale images to this size and to [-1, 1]; default: the checkpoint's own image processor"
     )
-    mirror: bool = field(default=True, metadata={"help": "mirror training images by chance"})
-    shift: float = field(
-        default=0.125, metadata={"help": "shift training images by up to this share of their sides; 0: not"}
-    )
+    mirror: bool = setting(True, "mirror training images by chance")
+    shift: float = setting(0.125, "shift training images by up to this share of their sides; 0: not")
 
 
 def main(argv: list[str] | None = None) -> list[Any]:

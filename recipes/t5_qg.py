@@ -15,24 +15,24 @@ do. A folder with a config.json and a tokenizer but no weights is trained from s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from deeparc_hf.core.settings import setting
 
 
 @dataclass
 class QuestionArguments:
     """Columns, lengths, and how questions are generated."""
 
-    context_column: str = field(default="context", metadata={"help": "column of the passages"})
-    question_column: str = field(default="question", metadata={"help": "column of the questions"})
-    answer_column: str = field(
-        default="answers", metadata={"help": "column of the answers: texts, or SQuAD's {text: [...]}"}
-    )
-    prefix: str = field(default="generate question: ", metadata={"help": "what each input begins with"})
-    max_source_length: int = field(default=512, metadata={"help": "longest input in tokens"})
-    max_target_length: int = field(default=64, metadata={"help": "longest question in tokens"})
-    num_beams: int = field(default=4, metadata={"help": "beams of the search"})
+    context_column: str = setting("context", "column of the passages")
+    question_column: str = setting("question", "column of the questions")
+    answer_column: str = setting("answers", "column of the answers: texts, or SQuAD's {text: [...]}")
+    prefix: str = setting("generate question: ", "what each input begins with")
+    max_source_length: int = setting(512, "longest input in tokens")
+    max_target_length: int = setting(64, "longest question in tokens")
+    num_beams: int = setting(4, "beams of the search")
 
 
 def main(argv: list[str] | None = None) -> list[Any]:

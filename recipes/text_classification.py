@@ -17,21 +17,21 @@ label column will do:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+from deeparc_hf.core.settings import setting
 
 
 @dataclass
 class TextArguments:
     """Columns and lengths."""
 
-    text_column: str = field(default="text", metadata={"help": "column of the texts"})
-    text_pair_column: str | None = field(
-        default=None, metadata={"help": "column of second texts, where the task has pairs"}
-    )
-    label_column: str = field(default="label", metadata={"help": "column of the labels, numbers or names"})
-    max_length: int = field(default=128, metadata={"help": "longest text in tokens"})
+    text_column: str = setting("text", "column of the texts")
+    text_pair_column: str | None = setting(None, "column of second texts, where the task has pairs")
+    label_column: str = setting("label", "column of the labels, numbers or names")
+    max_length: int = setting(128, "longest text in tokens")
 
 
 def main(argv: list[str] | None = None) -> list[Any]:

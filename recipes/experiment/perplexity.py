@@ -42,7 +42,7 @@ def token_blocks(splits: Splits, tokenizer: Any, column: str, size: int) -> Spli
     splits.need(text_column=column)
     if getattr(splits.train.features[column], "dtype", None) not in ("string", "large_string"):
         raise ConfigError(f"text_column: {column!r} holds no texts.")
-    found = splits.each(lambda part: _cut(part, _Cutter(tokenizer, size), column))
+    found = splits.each(lambda part: _cut(part, tokenizer, size, column))
     for use in ("train", "validation", "test"):
         if len(getattr(found, use)) == 0:
             raise ConfigError(
@@ -100,28 +100,22 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _cut(part: Any, work: _Cutter, column: str) -> Any:
+def _cut(part: Any, tokenizer: Any, size: int, column: str) -> Any:
+    """Blocks of a split's texts, which come in batches: what one leaves over, the next begins with."""
     from datasets import Features, List, Value
+
+    rest: list[int] = []
+    end = tokenizer.eos_token_id
+
+    def blocks_of(texts: list[str | None]) -> dict[str, list[list[int]]]:
+        given = [text for text in texts if text]
+        for ids in tokenizer(given)["input_ids"] if given else ():
+            rest.extend(ids if ids and ids[-1] == end else [*ids, end])
+        whole = len(rest) - len(rest) % size
+        blocks = [rest[start : start + size] for start in range(0, whole, size)]
+        del rest[:whole]
+        return {"input_ids": blocks}
 
     kinds = Features({"input_ids": List(Value("int32"))})
     gone = part.column_names
-    return part.map(work, batched=True, input_columns=[column], remove_columns=gone, features=kinds)
-
-
-class _Cutter:
-    """Blocks of texts that come in batches: what one batch leaves over, the next begins with."""
-
-    def __init__(self, tokenizer: Any, size: int) -> None:
-        self._tokenizer = tokenizer
-        self._size = size
-        self._rest: list[int] = []
-
-    def __call__(self, texts: list[str | None]) -> dict[str, list[list[int]]]:
-        end = self._tokenizer.eos_token_id
-        given = [text for text in texts if text]
-        for ids in self._tokenizer(given)["input_ids"] if given else ():
-            self._rest += ids if ids and ids[-1] == end else [*ids, end]
-        whole = len(self._rest) - len(self._rest) % self._size
-        blocks = [self._rest[start : start + self._size] for start in range(0, whole, self._size)]
-        self._rest = self._rest[whole:]
-        return {"input_ids": blocks}
+    return part.map(blocks_of, batched=True, input_columns=[column], remove_columns=gone, features=kinds)

@@ -113,18 +113,15 @@ def _told(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if name in _PLACES:
-        value = _place(value)
+        try:
+            path = Path(value).expanduser()
+            if path.is_dir():
+                value = "FOLDER"
+            elif path.is_file() or not _HUB_ID.fullmatch(value):
+                value = path.name
+        except (OSError, RuntimeError, ValueError):  # too long for a name, or of no user
+            value = "FOLDER"
     return _TOKEN.sub("TOKEN", value)
-
-
-def _place(value: str) -> str:
-    try:
-        path = Path(value).expanduser()
-        if path.is_dir():
-            return "FOLDER"
-        return value if _HUB_ID.fullmatch(value) and not path.is_file() else path.name
-    except (OSError, RuntimeError, ValueError):  # too long for a name, or of no user
-        return "FOLDER"
 
 
 def _changed(settings: Any) -> dict[str, Any]:

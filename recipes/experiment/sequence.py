@@ -1,6 +1,4 @@
-"""The sequence of an experiment: fine-tune, prune and retrain in iterations, zero weights, measure every model, make
-the card, publish.
-"""
+"""The sequence of an experiment: fine-tune, prune and retrain in iterations, zero weights, measure, make the card."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,7 @@ class Experiment:
     """One experiment.
 
     Attributes:
-        data: model and data, as they were given.
-        pruning: what is done to the model.
+        data, pruning: model and data, and what is done to the model.
         training: the Trainer's arguments; epochs and output folders are set for each training.
         load: a model by Hub id or folder.
         trainer: makes a Trainer of `model`, `args` and `callbacks`, with the training and validation data.
@@ -99,7 +97,10 @@ class Experiment:
         for row in rows[0 if self.pruning.sparsity_original else 1 :]:
             rows += self._sparse(row)
         if self._main:
-            self._clean_up()
+            shutil.rmtree(self._out / SCRATCH, ignore_errors=True)
+            for folder in self._out.iterdir():  # those that a Trainer made and nothing was saved to
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
             facts, judged = origin_of(self._test), "same as" in self.splits.sources.get("test", {})
             for row in [row for row in rows if row.folder is not None]:
                 write_evaluations(self._out / row.folder, row, rows[0], facts, speeds.get(row.name), judged=judged)
@@ -148,7 +149,7 @@ class Experiment:
         if self.pruning.finetune_epochs > 0:
             seconds, epochs = self._train(trainer)
             folder = self._save(trainer)
-        return Row(ORIGINAL, **self._facts_of(trainer), training_seconds=seconds, validation=epochs, folder=folder)
+        return self._row(ORIGINAL, trainer, training_seconds=seconds, validation=epochs, folder=folder)
 
     def _iteration(self, iteration: int, before: Row, original: Row) -> Row | None:
         """One pruning and its retraining; None where nothing could be removed, or everything was taken back."""
@@ -169,16 +170,15 @@ class Experiment:
                 name, "every pruning was taken back" if len(callback.attempts) > 1 else "nothing could be removed"
             )
         attempt = standing[-1]
-        folder = self._save(trainer)
-        return Row(
+        return self._row(
             name,
-            **self._facts_of(trainer),
+            trainer,
             frozen=sum(map(len, attempt["frozen"].values())),
             threshold=_only(attempt["thresholds"].values()),
             k=attempt["k"],
             training_seconds=attempt["training_seconds"],
             validation=tuple(epochs[-self.pruning.retrain_epochs :]),
-            folder=folder,
+            folder=self._save(trainer),
             verdict=None if self.pruning.max_drop is None else "accepted",
         )
 
@@ -193,7 +193,7 @@ class Experiment:
         _, healings = apply_healed(trainer.model, plan, calibration, progress=bars)
         threshold = _only(stack.threshold for stack in plan.stacks.values())
         folder = self._save(trainer)
-        row = Row(name, **self._facts_of(trainer), threshold=threshold, k=config.k, folder=folder)
+        row = self._row(name, trainer, threshold=threshold, k=config.k, folder=folder)
         if self._main:
             plan.to_json(self._out / folder / PLAN_FILE)
             measured = [_measurement("before", before), _measurement("removed", row)]
@@ -211,7 +211,7 @@ class Experiment:
             batches, bars = self._batches(trainer, config), shows_bars(trainer.args)
             report = sparsify_model(trainer.model, batches, config, progress=bars)
             facts = {"frozen": row.frozen, "threshold": row.threshold, "k": row.k}
-            yield Row(name, **self._facts_of(trainer), **facts, sparsity=report.measured)
+            yield self._row(name, trainer, **facts, sparsity=report.measured)
             if config.sparsity in self.pruning.sparsity_retrain:
                 yield self._sparse_retrained(row, config, f"{name}, retrained")
 
@@ -222,9 +222,8 @@ class Experiment:
             Structure(record, record.frozen).freeze(trainer.model)
         seconds, epochs = self._train(trainer)
         share = None if callback.report is None else callback.report.measured
-        folder = self._save(trainer)
-        trained = {"training_seconds": seconds, "validation": epochs}
-        return Row(name, **self._facts_of(trainer), frozen=row.frozen, sparsity=share, **trained, folder=folder)
+        trained = {"training_seconds": seconds, "validation": epochs, "folder": self._save(trainer)}
+        return self._row(name, trainer, frozen=row.frozen, sparsity=share, **trained)
 
     def _speed(self, original: Row, last: Row) -> Speed:
         """Time both models in turns: what disturbs one disturbs the other."""
@@ -262,12 +261,6 @@ class Experiment:
         if self.data.repo_id is not None:
             push_to_hub(folder, self.data.repo_id, private=self.data.repo_private or None, **told)
 
-    def _clean_up(self) -> None:
-        """Remove the folders that a Trainer made and nothing was saved to."""
-        shutil.rmtree(self._out / SCRATCH, ignore_errors=True)
-        for folder in [path for path in self._out.iterdir() if path.is_dir() and not any(path.iterdir())]:
-            folder.rmdir()
-
     # ---- helpers ----
 
     @property
@@ -300,18 +293,18 @@ class Experiment:
         trainer.accelerator.wait_for_everyone()
         return Path(trainer.args.output_dir).name
 
-    def _facts_of(self, trainer: Trainer) -> dict[str, Any]:
-        """Structure, metrics on the test data, and the warm time of measuring them."""
-        measured = self._work(trainer)()
-        timing = timed_evaluation(self._work(trainer), repeats=self.pruning.repeats, warmup=0)
-        facts = {**structure_of(trainer.model), "measured": dataclasses.replace(measured, seconds=timing.seconds)}
+    def _row(self, name: str, trainer: Trainer, **facts: Any) -> Row:
+        """The row of a Trainer's model: structure, metrics on the test data, and the warm time of measuring them."""
+        work = self._work(trainer)
+        measured = work()
+        timing = timed_evaluation(work, repeats=self.pruning.repeats, warmup=0)
+        measured = dataclasses.replace(measured, seconds=timing.seconds)
         gc.collect()
-        return facts
+        return Row(name, **structure_of(trainer.model), measured=measured, **facts)
 
     def _work(self, trainer: Trainer) -> Callable[[], Measured]:
         if self.measure is not None:
-            measure = self.measure
-            return lambda: measure(trainer)
+            return partial(self.measure, trainer)
         return lambda: Measured.of_metrics(trainer.evaluate(self._test, metric_key_prefix="test"), len(self._test))
 
     @property
@@ -346,9 +339,8 @@ class Experiment:
             "model revision": self._revision,
             "settings": self.provenance.get("settings"),
             "pruning": dataclasses.asdict(self.pruning),
-            "training": {
-                key: value for key, value in training_settings(self.training).items() if key != "epochs"
-            },  # these are of pruning
+            # epochs are of pruning
+            "training": {key: value for key, value in training_settings(self.training).items() if key != "epochs"},
             "test data": origin_of(self._test),
         }
 
