@@ -1,6 +1,4 @@
-"""Arguments of recipes: dataclasses for HfArgumentParser, a YAML file of the same names, and the command line, which
-wins.
-"""
+"""Arguments of recipes: dataclasses for HfArgumentParser, a YAML file of the same names, and the command line."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ __all__ = ["DataArguments", "PruningArguments", "begin", "parse", "parse_setting
 
 @dataclass
 class DataArguments:
-    """Model and data. Splits: the model is trained and calibrated on one, judged on another,
-    and measured on a third.
-    """
+    """Model and data. The model is trained and calibrated on one split, judged on another, measured on a third."""
 
     model: str = field(metadata={"help": "Hub id or folder of the model"})
     model_revision: str | None = setting(None, "commit, tag or branch of the model")
@@ -184,9 +180,7 @@ _OF_EACH_ITERATION = (
 def begin(
     own: type, argv: Sequence[str] | None, description: str | None, training: type = TrainingArguments
 ) -> tuple[DataArguments, Any, PruningArguments, Any]:
-    """What a recipe begins with: model and data, its own settings, what is done to the model, and the Trainer's
-    arguments, whose seed is set. Arguments and errors are those of `parse`.
-    """
+    """A recipe's settings, as `parse` gives them, with its own in the second place; the Trainer's seed is set."""
     data, given, pruning, trainer = parse((DataArguments, own, PruningArguments, training), argv, description)
     set_seed(trainer.seed)
     return data, given, pruning, trainer
@@ -196,11 +190,6 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None, description:
     """Parse dataclasses from the command line and from a YAML file that `--config` names; the command line wins.
 
     `--NAME null` on the command line takes back what the file says: the setting has its default.
-
-    Args:
-        types: dataclasses, as for HfArgumentParser.
-        argv: the arguments; default: those of the process.
-        description: of the recipe, for --help.
 
     Returns:
         One instance of each type.

@@ -56,12 +56,7 @@ class TextScores:
     """Scores of generated texts against one reference each.
 
     Predictions may be empty, even all of them: they score 0, brevity penalty and length ratio included (the limits;
-    the Hub's metric divides by zero there). References may be empty too, but not all: the length ratio would not be
-    defined.
-
-    Args:
-        predictions: the generated texts.
-        references: the text that each of them should be.
+    the Hub's metric divides by zero there). References may be empty too, but not all: the length ratio needs one.
 
     Attributes:
         reasons: name of a score that is left out -> why.
@@ -72,7 +67,18 @@ class TextScores:
     """
 
     def __init__(self, predictions: Sequence[str], references: Sequence[str]) -> None:
-        _check(predictions, references)
+        if len(predictions) != len(references):
+            raise ConfigError(
+                f"There must be one reference a prediction, found {len(predictions)} predictions, {len(references)} "
+                "references."
+            )
+        if not predictions:
+            raise ConfigError("Scores need at least one prediction, found none.")
+        # whether tokenizer_13a finds nothing in them
+        if not any(text.replace("<skipped>", "").replace("-\n", "").strip() for text in references):
+            raise ConfigError(
+                "Scores need a reference that is not empty, found only empty ones: are these the right texts?"
+            )
         self._counts = _bleu_counts(predictions, references)
         self._means = _rouge_f1(predictions, references)  # scores of each text; the score of all is their mean
         meteor, reason = _meteor(predictions, references)
@@ -93,14 +99,7 @@ class TextScores:
 
         They tell how the scores would vary with other texts of the same kind, not with another training of the model.
         BLEU's parts are computed from the summed counts of the texts drawn; a draw in which all references are empty
-        has no BLEU, and does not count for it.
-
-        Args:
-            resamples: how often texts are drawn.
-            seed: of the draws; models that are compared on the same texts are drawn alike.
-
-        Returns:
-            Name of a score -> lower and upper bound, in the order of the table, without scores that are left out.
+        has no BLEU, and does not count for it. Models that are compared on the same texts are drawn alike.
         """
         if resamples < 1:
             raise ConfigError(f"resamples must be at least 1, found {resamples}.")
@@ -136,13 +135,7 @@ def first_answers(answers: Sequence[Any], column: str) -> list[str]:
 
 
 class QuestionMeasure:
-    """Measures a Trainer's model: the loss on the test data, and the scores of the questions that it generates.
-
-    Args:
-        test: encoded test data.
-        references: the questions asked for, as text.
-        tokenizer: decodes what is generated.
-        num_beams, max_new_tokens: of the search.
+    """Measures a Trainer's model: the loss on the encoded test data, and the scores of the questions that it generates.
 
     Attributes:
         reasons: name of a score that was left out -> why.
@@ -186,12 +179,7 @@ class QuestionMeasure:
 
 
 def scores_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> str:
-    """A Markdown table with a column for each model; beneath it, why a "-" stands where no score does.
-
-    Args:
-        rows: models with an encoder and a decoder, and their scores.
-        reasons: name of a score that was left out -> why.
-    """
+    """A Markdown table with a column for each model; beneath it, why a "-" stands where no score does."""
     lines = []
     for side in ("encoder", "decoder"):
         blocks = [sum(count for name, count in row.blocks.items() if side in name) for row in rows]
@@ -221,21 +209,6 @@ def write_scores(folder: Path, rows: Sequence[Row], measure: QuestionMeasure) ->
     write_whole(folder / "scores.md", text)
 
 
-def _check(predictions: Sequence[str], references: Sequence[str]) -> None:
-    if len(predictions) != len(references):
-        raise ConfigError(
-            f"There must be one reference a prediction, found {len(predictions)} predictions, {len(references)} "
-            "references."
-        )
-    if not predictions:
-        raise ConfigError("Scores need at least one prediction, found none.")
-    # whether tokenizer_13a finds nothing in them
-    if not any(text.replace("<skipped>", "").replace("-\n", "").strip() for text in references):
-        raise ConfigError(
-            "Scores need a reference that is not empty, found only empty ones: are these the right texts?"
-        )
-
-
 def _library(name: str) -> Any:
     try:
         importlib.import_module(name.partition(".")[0])
@@ -246,9 +219,7 @@ def _library(name: str) -> Any:
 
 
 def _bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-    """A row a text: clipped counts of 1- to 4-grams, counts of the prediction's 1- to 4-grams, its tokens, the
-    reference's tokens.
-    """
+    """A row a text: clipped counts of n-grams, counts of the prediction's, its tokens, the reference's tokens."""
     bleu = _library("sacrebleu").BLEU
     # texts are tokenized beforehand: sacrebleu would strip their ends first, and tell "-\n" there otherwise than the
     # Hub's metric does

@@ -1,6 +1,4 @@
-"""Images of a classification data set, made into what a model takes: with random changes for training, without for
-everything else.
-"""
+"""Images of a classification data set, made into what a model takes; with random changes for training only."""
 
 from __future__ import annotations
 
@@ -21,13 +19,7 @@ class ImageEncoder:
     """A transform for `Dataset.with_transform`: pixels and labels of a batch of rows.
 
     Chance comes from torch's global generator, which the Trainer seeds, in each worker too, and restores where it
-    resumes.
-
-    Args:
-        processor: an image processor of transformers.
-        column: of the images.
-        mirror: mirror each image by chance.
-        shift: move each image by up to this share of its sides; its border is mirrored into the gap.
+    resumes. Images move by up to the `shift` share of their sides; their border is mirrored into the gap.
     """
 
     def __init__(self, processor: Any, column: str, *, mirror: bool = False, shift: float = 0.0) -> None:

@@ -15,13 +15,11 @@ _MOST = 10_000
 
 
 def encode_labels(splits: Splits, column: str, order: Sequence[str] | None = None) -> tuple[Splits, list[str]]:
-    """Make the labels of all splits whole numbers in the column "labels". Other columns are not read (images need not
-    be decoded).
+    """Make the labels of all splits whole numbers in the column "labels". Other columns are not read.
 
     Args:
-        column: of the labels: ClassLabel, whole numbers from 0, or names (numbered in the order of the alphabet).
-        order: names of the classes of a model that is fine-tuned already, by number; labels that have names are
-            numbered as these.
+        column: ClassLabel, whole numbers from 0, or names (numbered in the order of the alphabet).
+        order: the classes of a model that is fine-tuned already; labels that have names are numbered as these.
 
     Returns:
         The splits, and the names by number.

@@ -15,16 +15,10 @@ from deeparc_hf.errors import ConfigError
 from .arguments import DataArguments, PruningArguments
 from .labels import classes_of, label_settings
 
-__all__ = ["has_weights", "load_model", "loader", "named_classes"]
+__all__ = ["load_model", "loader", "named_classes"]
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 _OF_CHECKPOINTS = ("ignore_mismatched_sizes",)
-
-
-def has_weights(name: str) -> bool:
-    """Whether there are weights behind a name: not in a folder that holds a config.json and none."""
-    folder = Path(name)
-    return not (folder / "config.json").is_file() or any(True for pattern in _WEIGHTS for _ in folder.glob(pattern))
 
 
 def named_classes(data: DataArguments, pruning: PruningArguments) -> list[str] | None:
@@ -42,14 +36,8 @@ def loader(
     labels: Sequence[str] | None = None,
     gguf_file: str | None = None,
 ) -> Callable[[str], Any]:
-    """How an experiment loads the model that it begins with, and those that it saved.
-
-    Args:
-        auto_class: AutoModelFor...
-        data: names the model to begin with, and its revision.
-        pruning: says whether that model is fine-tuned first; if it is not, it must be whole.
-        labels: names of a classifier's classes; a head of another task is replaced by a new one to fine-tune.
-        gguf_file: name of the GGUF file of the model to begin with.
+    """How an experiment loads the model that it begins with (whole, unless it is fine-tuned first), and those that it
+    saved. Where `labels` are given, a head of another task is replaced by a new one to fine-tune.
     """
 
     def load(name: str) -> Any:
@@ -74,28 +62,21 @@ def load_model(
 ) -> Any:
     """Load a model by Hub id or folder.
 
-    A folder with a config.json and no weights gives a model from scratch. A model from a GGUF file is copied into a
-    fresh one of its config, because the one that transformers makes refuses to be saved.
-
-    Args:
-        auto_class: AutoModelFor...
-        name: Hub id or folder.
-        revision: commit, tag or branch on the Hub.
-        gguf_file: name of the GGUF file in it.
-        whole: refuse a checkpoint that lacks weights (of its head, say), which would be drawn at random.
-        settings: of the config, and ignore_mismatched_sizes.
+    A folder with a config.json and no weights gives a model from scratch. `whole` refuses a checkpoint that lacks
+    weights (of its head, say), which would be drawn at random. `settings` are of the config.
 
     Raises:
         ConfigError: if a folder holds no model, or not a whole one.
     """
     folder = Path(name)
-    if folder.is_dir() and gguf_file is None and not (folder / "config.json").is_file():
+    configured = (folder / "config.json").is_file()
+    if folder.is_dir() and gguf_file is None and not configured:
         raise ConfigError(
             f"{name} holds no config.json, so there is no model in it. Give the folder of a checkpoint, or a Hub id."
         )
     if gguf_file is not None:
         return _of_gguf(auto_class, name, revision=revision, gguf_file=gguf_file, **settings)
-    if has_weights(name):
+    if not configured or any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
         model, info = auto_class.from_pretrained(name, revision=revision, output_loading_info=True, **settings)
         if whole and info["missing_keys"]:
             raise ConfigError(
@@ -117,6 +98,7 @@ def load_model(
 
 
 def _of_gguf(auto_class: Any, name: str, **settings: Any) -> Any:
+    """A copy, in a fresh model of its config: the one that transformers makes refuses to be saved."""
     loaded = auto_class.from_pretrained(name, dtype=torch.float32, **settings)
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):  # its weights are dequantized

@@ -23,14 +23,8 @@ _Z = 1.959964  # of the normal distribution, for an interval of 95 %
 
 
 def token_blocks(splits: Splits, tokenizer: Any, column: str, size: int) -> Splits:
-    """Join the texts of each split, with an end token behind each, and cut them into blocks; what is left over at the
-    end is dropped.
-
-    Args:
-        splits: with texts; empty ones are skipped.
-        tokenizer: with an end token.
-        column: of the texts.
-        size: tokens of a block.
+    """Join the texts of each split, with an end token behind each, and cut them into blocks of so many tokens; empty
+    texts are skipped, what is left over at the end is dropped.
 
     Raises:
         ConfigError: if there is no such column, it holds no texts, or a split gives no block.
@@ -68,9 +62,6 @@ class PerplexityMeasure:
     over the blocks.
 
     The Trainer needs `compute_metrics=measure.metrics` and `preprocess_logits_for_metrics=block_losses`.
-
-    Args:
-        test: blocks.
     """
 
     def __init__(self, test: Any) -> None:

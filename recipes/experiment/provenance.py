@@ -41,15 +41,8 @@ _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 def provenance(
     recipe: str, argv: Sequence[str] | None, data: DataArguments, own: Any, training: TrainingArguments, splits: Splits
 ) -> dict[str, Any]:
-    """The facts for the report.
-
-    Args:
-        recipe: its file.
-        argv: the arguments; default: those of the process.
-        data: model and data.
-        own: the recipe's own settings, a dataclass.
-        training: the Trainer's arguments; those that figures depend on are told where they are not the defaults.
-        splits: the data.
+    """The facts for the report, of a recipe's file, its arguments (default: those of the process), its own settings (a
+    dataclass) and the Trainer's, of which those are told that figures depend on.
     """
     words = sys.argv[1:] if argv is None else argv
     settings = {**_changed(data), **dataclasses.asdict(own)}
@@ -64,13 +57,8 @@ def provenance(
 
 
 def published_command(recipe: Path, argv: Sequence[str], own: Sequence[str] = ()) -> str:
-    """The command as others may type it: files by their names, FOLDER for folders; arguments that are on no list are
-    left out.
-
-    Args:
-        recipe: its file; configs that lie beside it are told with their place.
-        argv: the arguments.
-        own: names of the recipe's own settings.
+    """The command as others may type it: files by their names, FOLDER for folders; arguments that are neither on a list
+    nor the recipe's own are left out. Configs that lie beside the recipe are told with their place.
     """
     ours = {spec.name for cls in (DataArguments, PruningArguments) for spec in dataclasses.fields(cls)} - set(_NOT_OURS)
     listed = {"config", *ours, *own, *_TRAINING}

@@ -173,9 +173,7 @@ def results_table(rows: Sequence[Row]) -> str:
 
 
 def against_original(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each pruned model: whether its main metric lies within the interval of the original, or by how
-    much it does not.
-    """
+    """A sentence for each pruned model: whether its main metric lies within the interval of the original."""
     first, *others = rows
     name = next((name for name in (*_MAIN, *first.measured.intervals) if name in first.measured.intervals), None)
     if name is None:
@@ -202,12 +200,8 @@ def write_results(
     origin: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> None:
-    """Write results.json and results.md; each is there whole or not at all.
-
-    Args:
-        speeds: by name of the row.
-        origin: how it was made: arguments, data.
-        notes: sentences beneath the table.
+    """Write results.json and results.md, each whole or not at all. Speeds are by name of the row; origin is how it was
+    made (arguments, data).
     """
     data: dict[str, Any] = {
         "rows": [row.to_dict() for row in rows],
@@ -264,12 +258,7 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def whereabouts(folder: Path, rows: Sequence[Row], published: str | None = None) -> str:
-    """Where what an experiment made lies, for its end.
-
-    Args:
-        folder: the output folder.
-        published: the repository that the last model was published in.
-    """
+    """Where what an experiment made lies, for its end; `published` is a repository."""
     others = sorted(path.name for path in folder.glob("*.md") if path.stem != RESULTS)
     lines = [f"Results: {folder / RESULTS}.md, the same in {RESULTS}.json{''.join(f', and {name}' for name in others)}"]
     models = [folder / row.folder for row in rows if row.folder is not None]

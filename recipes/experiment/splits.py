@@ -1,6 +1,4 @@
-"""The three splits of an experiment: one to train and calibrate on, one to judge prunings on, one for the figures of
-the tables.
-"""
+"""The splits of an experiment: one to train and calibrate on, one to judge prunings on, one for the tables' figures."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A sweep: the cells of a grid, each a recipe in a process of its own, and a table of what they gave, with the figures
-of earlier experiments beside them. What is done is kept; a sweep that was stopped goes on.
-"""
+"""A sweep: the cells of a grid, each a recipe in a process of its own, and a table beside earlier experiments."""
 
 from __future__ import annotations
 
@@ -95,8 +93,7 @@ class SweepFile:
         config: what that file holds.
         cells: the original first, then the cells of the grid.
         metrics: names of the metrics to compare; the first is the main one.
-        scale: by metric, what to multiply our figures by to have them as the earlier experiments printed them (100:
-            percent).
+        scale: by metric, what to multiply our figures by, to print them as the earlier experiments (100: percent).
         seed: rows of the earlier experiments, by cell and by row of its table.
         title: of the table.
     """
@@ -359,7 +356,7 @@ def slug(name: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """The names and values in a file of JSON; None where there is no such file, or not a whole one."""
+    """What a file of JSON holds by name; None where there is none, or not a whole one."""
     try:
         return dict(Entry(read_json(path)).mapping())
     except (OSError, MalformedError):
@@ -380,9 +377,7 @@ def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def _call(command: Sequence[str], log: Path, lock: Any) -> int:
-    """Run a command; stopping this process stops it too. It holds the lock as long as it lives, even if this process is
-    killed.
-    """
+    """Run a command. It stops with this process; if that is killed, it holds the lock as long as it lives."""
     held = {} if lock is None else {"pass_fds": (lock.fileno(),)}
     with log.open("w", encoding="utf-8") as out:
         out.write(shlex.join(command) + "\n")
@@ -401,9 +396,7 @@ def _call(command: Sequence[str], log: Path, lock: Any) -> int:
 
 @contextlib.contextmanager
 def _alone(path: Path, say: Callable[[str], None]) -> Iterator[Any]:
-    """Hold a lock, which the recipes inherit: waits for another sweep there, and for a recipe that outlived a killed
-    one.
-    """
+    """Hold a lock, which the recipes inherit: waits for another sweep there, and for a recipe that outlived its own."""
     try:
         import fcntl
     except ImportError:  # not on Windows
@@ -425,13 +418,7 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[Any]:
 
 
 def sweep_report(file: SweepFile, done: Mapping[str, Sequence[Row]], failed: Sequence[str] = ()) -> str:
-    """Markdown: a row for each cell and iteration.
-
-    Args:
-        file: the sweep.
-        done: the rows of the cells that are done.
-        failed: names of the cells that failed.
-    """
+    """Markdown: a row for each cell and iteration, of those that are done."""
     main, *rest = file.metrics
     titles = ["blocks", "parameters", main, "change", "time / original", "freeze"]
     header = [name for title in titles for name in ((title, f"seed: {title}") if file.seed else (title,))]
