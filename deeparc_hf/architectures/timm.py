@@ -42,7 +42,16 @@ class TimmFamily(Family):
     def stacks(self, host: Host) -> list[Stack]:
         prefix = "timm_model." if isinstance(host, TransformersHost) else ""
         containers = self.containers(_timm_model(host))
-        self._require_argument(host, [len(container) for _, container in containers])
+        settings, counts = host.settings(), [len(container) for _, container in containers]
+        self._write(settings, counts)
+        try:  # some of timm's entry points fix the number of blocks
+            host.build(settings)
+        except TypeError as error:
+            raise UnsupportedModelError(
+                f"{host.label} cannot be pruned by layers: found {sum(counts)} blocks, but timm's own entry point does "
+                f"not let {self.argument!r} be given ({error}), so a pruned checkpoint could not be rebuilt by stock "
+                "timm. A newer timm may allow it: pip install -U timm."
+            ) from error
         stacks = [Stack(prefix + name, blocks, type(self).pins(list(blocks))) for name, blocks in containers]
         return chained(stacks)
 
@@ -58,19 +67,6 @@ class TimmFamily(Family):
         if "architecture" in settings:  # the config of TimmWrapper
             arguments = settings["model_args"] = dict(settings.get("model_args") or {})
         arguments[self.argument] = counts if self.per_stage else counts[0]
-
-    def _require_argument(self, host: Host, counts: list[int]) -> None:
-        """Some of timm's entry points fix the number of blocks; ask this one to build the model with it given."""
-        settings = host.settings()
-        self._write(settings, counts)
-        try:
-            host.build(settings)
-        except TypeError as error:
-            raise UnsupportedModelError(
-                f"{host.label} cannot be pruned by layers: found {sum(counts)} blocks, but timm's own entry point does "
-                f"not let {self.argument!r} be given ({error}), so a pruned checkpoint could not be rebuilt by stock "
-                "timm. A newer timm may allow it: pip install -U timm."
-            ) from error
 
 
 def _timm_model(host: Host) -> nn.Module | None:

@@ -1,7 +1,6 @@
 """Clustering of blocks, and the choice of those that go. Pure functions over similarities: no model, no torch.
 
-The algorithm is MPruner's (arXiv 2408.13482), which descends from DeepArc (ICSE 2023): consecutive blocks that are
-alike form a cluster, members of each cluster go with a stride, and what is not next to a removal is frozen.
+The algorithm is MPruner's (arXiv 2408.13482), which descends from DeepArc (ICSE 2023).
 """
 
 from __future__ import annotations

@@ -152,7 +152,6 @@ class MPruneConfig(Settings):
         self._check_target()
         if self.target == "threshold" and self.threshold is None:
             object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
-        self._check_threshold()
         for name in ("k", "k_max", "calibration_samples", "min_blocks", "retrain_epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.")
@@ -206,6 +205,10 @@ class MPruneConfig(Settings):
             )
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise ConfigError(f"keep_ratio must be in (0, 1], found {self.keep_ratio}.{percent_hint(self.keep_ratio)}")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ConfigError(
+                f"threshold must be in (0, 1], found {shown(self.threshold)}.{percent_hint(self.threshold)}"
+            )
 
     def _check_iterations(self) -> None:
         if self.iterations < 1 or self.start_epoch < 0:
@@ -248,9 +251,3 @@ class MPruneConfig(Settings):
                 raise ConfigError(
                     f"{name} is of use only with max_drop, which is not set. Set max_drop, or leave {name} out."
                 )
-
-    def _check_threshold(self) -> None:
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ConfigError(
-                f"threshold must be in (0, 1], found {shown(self.threshold)}.{percent_hint(self.threshold)}"
-            )
