@@ -5,7 +5,7 @@ are bounded, and an error names the place of what is wrong.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,11 @@ class Entry:
         """The entry of an object; None where it is missing or null."""
         entry = self[key]
         return None if entry.value is None else entry
+
+    def optional(self, key: str, read: Callable[[Entry], Any], default: Any = None) -> Any:
+        """What a reader makes of an entry of an object; the default where the entry is missing or null."""
+        entry = self.get(key)
+        return default if entry is None else read(entry)
 
     def mapping(self) -> Mapping[str, Any]:
         """An object, as it is."""

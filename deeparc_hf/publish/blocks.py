@@ -1,6 +1,4 @@
-"""The blocks of a card: which went and which stayed, what was repaired, and what the similarities were, all in the
-original's numbers.
-"""
+"""The blocks of a card: which went, which were repaired, and how alike they were, all in the original's numbers."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ def removed_text(record: PrunedConfig) -> str:
 
 
 def strip(record: PrunedConfig) -> str:
-    """A line for each stack with a mark for each original block, in groups of ten beneath their numbers, and what the
-    marks mean.
-    """
+    """A line for each stack with a mark for each original block, and what the marks mean."""
     several = len(record.iterations) > 1
     gone: dict[str, dict[int, str]] = {}
     for number, entry in enumerate(record.iterations, 1):
@@ -53,9 +49,7 @@ def strip(record: PrunedConfig) -> str:
 
 
 def repairs(record: PrunedConfig) -> str:
-    """What became of each removal site, as a list. The record numbers them as the model did then; here they are the
-    original's.
-    """
+    """What became of each removal site, as a list. The record has the numbers of the model as it was then."""
     layout = Layout.whole({name: stack.length for name, stack in record.stacks.items()})
     lines = []
     for number, entry in enumerate(record.iterations, 1):
@@ -96,18 +90,20 @@ def _of_pairs(stack: StackPlan) -> list[float]:
 
 def similarity_tables(content: CardContent) -> str:
     """The similarities of the last pruning as numbers: whole matrices of short stacks, neighbours of long ones."""
-    stacks = content.plan.stacks.items()
-    return "\n\n".join(_similarity(name, stack, content.numbers[name]) for name, stack in stacks if len(stack) > 1)
-
-
-def _similarity(name: str, stack: StackPlan, numbers: Sequence[int]) -> str:
-    labels = [f"{number} (removed)" if index in stack.removed else str(number) for index, number in enumerate(numbers)]
-    title = f"{code(name)} (threshold {threshold_text(stack.threshold)})"
-    digits = (
-        6 if any(0.9995 <= value < 1 for value in _of_pairs(stack)) else 3
-    )  # some models' blocks are all but the same
-    if len(stack) > _WHOLE:
-        rows = [[labels[i], labels[i + 1], f"{stack.similarity[i][i + 1]:.{digits}f}"] for i in range(len(stack) - 1)]
-        return f"{title}, of neighbours:\n\n{table(['block', 'next block', 'similarity'], rows, left=(0, 1))}"
-    rows = [[labels[i], *(f"{value:.{digits}f}" for value in row)] for i, row in enumerate(stack.similarity)]
-    return f"{title}:\n\n{table(['block', *map(str, numbers)], rows)}"
+    parts = []
+    for name, stack in content.plan.stacks.items():
+        if len(stack) < 2:
+            continue
+        numbers = content.numbers[name]
+        labels = [f"{number} (removed)" if i in stack.removed else str(number) for i, number in enumerate(numbers)]
+        title = f"{code(name)} (threshold {threshold_text(stack.threshold)})"
+        digits = 6 if any(0.9995 <= value < 1 for value in _of_pairs(stack)) else 3  # all but the same
+        values = [[f"{value:.{digits}f}" for value in row] for row in stack.similarity]
+        if len(stack) > _WHOLE:
+            rows = [[labels[i], labels[i + 1], values[i][i + 1]] for i in range(len(stack) - 1)]
+            shown = table(["block", "next block", "similarity"], rows, left=(0, 1))
+            parts.append(f"{title}, of neighbours:\n\n{shown}")
+        else:
+            rows = [[label, *row] for label, row in zip(labels, values, strict=True)]
+            parts.append(f"{title}:\n\n{table(['block', *map(str, numbers)], rows)}")
+    return "\n\n".join(parts)

@@ -160,12 +160,7 @@ def make_card(
 def render(
     content: CardContent, repo_id: str, pictures: Collection[str] = (), revision: str | None = None
 ) -> ModelCard:
-    """The page.
-
-    Args:
-        repo_id, revision: for the code in it.
-        pictures: names of the pictures beside the card.
-    """
+    """The page; the repository is named in its code, and the pictures lie beside it."""
     title = content.name or (f"{content.base.rpartition('/')[2]}-pruned" if content.base else "Pruned model")
     labels = ", ".join(md(label, 60) for label in content.labels[:_LABELS])
     try:
@@ -191,25 +186,15 @@ def render(
 
 @dataclass(frozen=True)
 class Source:
-    """One of the three.
-
-    Attributes:
-        folder: of the checkpoint; None for a live model.
-        model: the live model, without what an accelerator wraps around it; None for a folder.
-        trainer: the Trainer that the model is in; None where there is none.
-    """
+    """The folder of a checkpoint, or a live model (without what an accelerator wraps around it) and its Trainer."""
 
     folder: Path | None = None
-    model: nn.Module | None = None
+    model: Any = None
     trainer: Any = None
 
     @classmethod
     def of(cls, given: Any) -> Source:
-        """Tell which of the three was given.
-
-        Raises:
-            FileNotFoundError: if there is no such folder. ConfigError: if it is something else.
-        """
+        """Tell which of the three was given."""
         if isinstance(given, cls):
             return given
         if isinstance(given, (str, os.PathLike)):
@@ -246,12 +231,11 @@ def _gather(source: Source, processing_class: Any, reports: Any, own: bool) -> t
     """What the card tells, and the model's name where nobody gives one."""
     if source.folder is not None:
         return content_of_folder(source.folder), source.folder.resolve().name
-    if source.model is None or source.args is None:
-        content = content_of_model(source.model, processing_class)  # type: ignore[arg-type]
+    content = content_of_model(source.model, processing_class or getattr(source.trainer, "processing_class", None))
+    if source.trainer is None:
         return (content if reports is None else with_reports(content, Path(reports), own=own)), None
     folder = Path(source.args.output_dir if reports is None else reports)
     own = any(getattr(callback, "attempts", None) for callback in source.trainer.callback_handler.callbacks)
-    content = content_of_model(source.model, processing_class or getattr(source.trainer, "processing_class", None))
     return with_reports(content, folder, own=own), source.args.hub_model_id or folder.resolve().name
 
 
@@ -272,7 +256,7 @@ def _draw(content: CardContent, folder: Path) -> tuple[str, ...]:
             draft.replace(folder / name)
             drawn.append(name)
         except MissingDependencyError:
-            continue
+            pass
         finally:
             draft.unlink(missing_ok=True)
     return tuple(drawn)

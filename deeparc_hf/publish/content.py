@@ -24,30 +24,24 @@ class CardContent:
     """Plain data; what is not known is None or empty, and is left out of the card.
 
     Attributes:
-        library: "transformers" or "timm".
         architecture: name of the model's class, or timm's name of its architecture.
         record: what was done to the model; an empty one where nothing was.
-        mark: of the weights (`weights_mark`); None where they are not there, so that it is not known which evaluation
-            is of them.
+        mark: of the weights (`weights_mark`); None where they are not there.
         labels: names of the classes of a classifier.
         headless: whether a timm model has no classifier.
         processor: "tokenizer" or "image processor", where one lies beside the model.
         dtype: of the weights, as torch names it.
         parameters: number of parameters, before the first pruning and now.
-        attempts: rows of the run: the model before, and each pruning that was tried. From the record where there is no
-            report.
+        attempts: the model before, and each pruning that was tried; from the record where there is no report.
         run: metric, baseline, accepted, iterations, max_drop, reason and phase of the run that the model is of.
         config: settings of the last pruning.
-        sparsity: what was zeroed, from the sparsity report; None where there is none. zeroed_in_training: whether a
-            callback did it.
+        sparsity: the report of what was zeroed. zeroed_in_training: whether a callback did it.
         final: evaluations of the model as it is, the last ones.
         data: what is known of the data, by use ("training", "evaluation").
         training, hardware, versions: settings of the training; what it ran on and with.
         plan: the last plan that was carried out.
-        speed: time of one evaluation over that of the model before (ratio, low, high, blocks, turns), where it was
-            measured.
+        speed: time of one evaluation over that of the model before: ratio, low, high, blocks, turns.
         reports: names of the files that tell of this model.
-        name: of the model.
         given: what only the publisher can tell.
         licences: of the base model and the data, by Hub id ("org/name", "datasets/org/name").
     """
@@ -86,18 +80,15 @@ class CardContent:
     @property
     def numbers(self) -> dict[str, tuple[int, ...]]:
         """What the original calls the blocks of the plan, by stack: those that were left before it."""
-        gone, numbers = self.last_pruning.get("removed") or {}, {}
-        for name, stack in ({} if self.plan is None else self.plan.stacks).items():
-            known = self.record.stacks.get(name)
-            before = range(len(stack)) if known is None else sorted({*known.kept, *gone.get(name, ())})
-            numbers[name] = tuple(before)
-        return numbers
+        gone, known = self.last_pruning.get("removed") or {}, self.record.stacks
+        return {
+            name: tuple(sorted({*known[name].kept, *gone.get(name, ())}) if name in known else range(len(stack)))
+            for name, stack in ({} if self.plan is None else self.plan.stacks).items()
+        }
 
     @property
     def continued(self) -> bool:
-        """Whether there were prunings in trainings before the last one, of which the record knows the last metrics
-        alone.
-        """
+        """Whether there were prunings in trainings before the last one, of which there is no report."""
         return len(self.attempts) > 1 and self.attempts[0].k is not None
 
     @property
@@ -119,11 +110,6 @@ class CardContent:
     def last_pruning(self) -> Mapping[str, Any]:
         """What the record notes of the last pruning; empty where there was none."""
         return self.record.iterations[-1] if self.record.iterations else {}
-
-    @property
-    def zeros(self) -> tuple[int, int, int] | None:
-        """Zeros, weights and number of the sparse matrices, by the record; None where nothing was zeroed."""
-        return self.record.zeros
 
     @property
     def compared(self) -> bool:
@@ -149,9 +135,7 @@ class CardContent:
 
     @property
     def one_unnamed_set(self) -> bool:
-        """Whether what was given for the data is for the data that was evaluated on: of several it is not known which
-        one is meant. The splits of one data set (validation and test, say) are not several.
-        """
+        """Whether what was given for the data can be for one data set only; its splits are not several."""
         unnamed = [(e.split_of(next(iter(e.metrics), "")), e.data) for e in self.final if "id" not in e.data]
         return all(data == other for split, data in unnamed for same, other in unnamed if split == same)
 

@@ -1,6 +1,4 @@
-"""Which files of a folder make up a checkpoint that may be published, and which files of an earlier one must go when it
-is replaced.
-"""
+"""Which files make up a checkpoint that may be published, and which of an earlier one go when it is replaced."""
 
 from __future__ import annotations
 
@@ -51,12 +49,19 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
         raise ConfigError(
             "This is a PEFT adapter, not a whole model. Merge it (model.merge_and_unload()) and publish the result."
         )
-    files = {
-        path.name: path for path in sorted(folder.iterdir()) if path.is_file() and _CHECKPOINT.fullmatch(path.name)
-    }
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and _CHECKPOINT.fullmatch(path.name)]
+    files = {path.name: path for path in found}
     files |= {f"{_TEMPLATES}/{path.name}": path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
+    whole = folder.resolve()
     for name, path in files.items():
-        _refuse_foreign_link(folder, name, path)
+        target = path.resolve()
+        # huggingface_hub's cache is made of links
+        in_cache = whole.parent.name == "snapshots" and target.parent.name == "blobs"
+        if not target.is_relative_to(whole) and not in_cache:
+            raise ConfigError(
+                f"{name} in the folder is a link to a file elsewhere, which is not published. Put the file itself "
+                "there."
+            )
     _check_whole(files)
     return files
 
@@ -67,21 +72,16 @@ def outdated(there: Iterable[str], files: Mapping[str, Path]) -> list[str]:
     return [name for name in there if name not in files and any(pattern.fullmatch(name) for pattern in patterns)]
 
 
-def _refuse_foreign_link(folder: Path, name: str, path: Path) -> None:
-    target = path.resolve()
-    # huggingface_hub's cache is made of links
-    in_cache = folder.resolve().parent.name == "snapshots" and target.parent.name == "blobs"
-    if not target.is_relative_to(folder.resolve()) and not in_cache:
-        raise ConfigError(
-            f"{name} in the folder is a link to a file elsewhere, which is not published. Put the file itself there."
-        )
-
-
 def _check_whole(files: Mapping[str, Path]) -> None:
     how = "Save the model there by save_pretrained, trainer.save_model or deeparc_hf.save_pruned."
     if "config.json" not in files:
         raise ConfigError(f"This is no whole checkpoint: it has no config.json. {how}")
-    weights = [WEIGHTS] if WEIGHTS in files else _shards(files)
+    weights: Iterable[str] = [WEIGHTS] if WEIGHTS in files else []
+    if not weights and INDEX in files:
+        try:
+            weights = sorted(map(str, set(json.loads(files[INDEX].read_text("utf-8"))["weight_map"].values())))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"This is no whole checkpoint: {INDEX} is damaged ({type(error).__name__}).") from error
     if not weights:
         raise ConfigError(f"This is no whole checkpoint: it needs {WEIGHTS}, or {INDEX} with its shards. {how}")
     for name in weights:
@@ -94,18 +94,6 @@ def _check_whole(files: Mapping[str, Path]) -> None:
             ) from error
 
 
-def _shards(files: Mapping[str, Path]) -> list[str]:
-    if INDEX not in files:
-        return []
-    try:
-        names = set(json.loads(files[INDEX].read_text("utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"This is no whole checkpoint: {INDEX} is damaged ({type(error).__name__}).") from error
-    return sorted(map(str, names))
-
-
 def checkpoints_in(output: Path) -> list[Path]:
-    """The folders of a Trainer's checkpoints: in its output folder, and in those of the trials of a hyperparameter
-    search in it.
-    """
+    """The folders of a Trainer's checkpoints, those of the trials of a hyperparameter search too."""
     return [path for pattern in ("checkpoint-*", "*/checkpoint-*") for path in output.glob(pattern) if path.is_dir()]

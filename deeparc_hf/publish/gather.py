@@ -21,19 +21,12 @@ from ..core.plain_text import plain
 from ..errors import DeepArcError, RecordError
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
-from ..reports.attempts import Attempt, Evaluation, dataset_in, texts_in
+from ..reports.attempts import Attempt, Evaluation, dataset_in, text_in, texts_in
 from ..reports.run_report import RUN_REPORT
 from ..sparsity.report import SparsityReport
 from .content import RUN_FILE, CardContent
 
-__all__ = [
-    "EVALUATIONS_FILE",
-    "PLAN_FILE",
-    "SPARSITY_FILE",
-    "content_of_folder",
-    "content_of_model",
-    "with_reports",
-]
+__all__ = ["EVALUATIONS_FILE", "PLAN_FILE", "content_of_folder", "content_of_model", "with_reports"]
 
 PLAN_FILE = "pruning_plan.json"
 SPARSITY_FILE = "sparsity_report.json"
@@ -50,12 +43,8 @@ _PROCESSORS = {
 
 
 def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
-    """The content for a checkpoint in a folder, with the reports that lie in it. Of the weights a few values are read,
-    to know them again.
-
-    Raises:
-        FileNotFoundError: if the folder has no config.json.
-        RecordError: if a file in it is not what it should be.
+    """The content for a checkpoint in a folder, with its reports. Of the weights a few values are read, to know them
+    again.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -103,12 +92,7 @@ def _dtype(name: Any) -> str | None:
 
 
 def _of_record(record: PrunedConfig, mark: str | None, *, architecture: Any, labels: Any, **known: Any) -> CardContent:
-    """What a record tells of the prunings, with what is known of the model.
-
-    Args:
-        architecture, labels: as the model's config has them, unchecked.
-        known: other fields of the content.
-    """
+    """What a record tells of the prunings, with what is known of the model; architecture and labels are unchecked."""
     # a saved config is sorted by name, which puts decoders before encoders
     record = dataclasses.replace(record, stacks=dict(sorted(record.stacks.items(), key=lambda item: _order(item[0]))))
     blocks = {name: stack.length for name, stack in record.stacks.items()}
@@ -137,7 +121,7 @@ def _of_record(record: PrunedConfig, mark: str | None, *, architecture: Any, lab
     noted = content.last_pruning
     first, last = (record.iterations[0].get("parameters") or {}, noted.get("parameters") or {})
     counted = (first["before"], last["after"]) if "before" in first and "after" in last else (None, None)
-    data = _data_in(Entry(noted).get("data"))
+    data = Entry(noted).optional("data", _data_in, {})
     return dataclasses.replace(content, parameters=counted, config=noted.get("settings"), data=data)
 
 
@@ -147,21 +131,18 @@ def _order(stack: str) -> tuple[bool, list[Any]]:
     return "decoder" in stack, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
-def _data_in(entry: Entry | None) -> dict[str, dict[str, Any]]:
-    entries = {} if entry is None else entry.entries()
-    return {use: dataset_in(data if data.value else None) for use, data in entries.items() if use in _USES}
+def _data_in(entry: Entry) -> dict[str, dict[str, Any]]:
+    """What is known of the data, by use."""
+    entries = entry.entries().items()
+    return {use: dataset_in(data) if data.value else {} for use, data in entries if use in _USES}
 
 
 def with_reports(content: CardContent, folder: Path, *, own: bool = False, beside: bool = False) -> CardContent:
-    """The content with that of the reports in a folder, as far as they are of this model: reports of another run are
-    left out.
+    """The content with that of the reports in a folder; reports of another run are left out.
 
     Args:
         own: whether the reports are known to be of the run that this model is in, whatever the weights.
         beside: whether the model is the one that lies in that folder, where its weights may have been left out.
-
-    Raises:
-        RecordError: if a report is not what it should be.
     """
     for file, add in (
         (RUN_FILE, partial(_with_run, own=own)),
@@ -175,11 +156,7 @@ def with_reports(content: CardContent, folder: Path, *, own: bool = False, besid
 
 
 def _read(path: Path, reader: Callable[[Entry], Any]) -> Any:
-    """What a reader makes of a JSON file; None where there is no such file.
-
-    Raises:
-        RecordError: if the file is not what the reader expects.
-    """
+    """What a reader makes of a JSON file; None where there is no such file."""
     if not path.is_file():
         return None
     try:
@@ -200,7 +177,7 @@ def _with_run(content: CardContent, entry: Entry, own: bool) -> CardContent:
     """With the report of a training (`run_report`)."""
     attempts = tuple(map(Attempt.read, entry["attempts"].items()))
     entry["attempts"].must_be(bool(attempts), "a list of at least the model before")
-    final = _evaluations_in(entry.get("final"))
+    final = entry.optional("final", _evaluations_in, ())
     standing = [attempt for attempt in attempts[1:] if not attempt.is_taken_back]
     last = content.attempts[-1] if content.attempts else None
     mine = content.left in ({}, attempts[0].blocks)  # nothing was pruned in that run, or all of it was taken back
@@ -228,30 +205,27 @@ def _with_run(content: CardContent, entry: Entry, own: bool) -> CardContent:
 
 
 def _run_in(entry: Entry, config: MPruneConfig) -> dict[str, Any]:
-    baseline, zeroed_at = entry.get("baseline"), entry.get("zeroed_at")
-    metric, reason = entry["metric"].value, entry["reason"].value
     return {
-        "metric": plain(metric, 80) if metric else None,
-        "baseline": None if baseline is None else baseline.number(),
+        "metric": text_in(entry["metric"], 80),
+        "baseline": entry.optional("baseline", Entry.number),
         "accepted": entry["accepted"].whole(),
         "iterations": config.iterations,
         "max_drop": config.max_drop,
-        "reason": plain(reason) if reason else None,
+        "reason": text_in(entry["reason"]),
         "phase": plain(entry["phase"].value, 40),
-        "zeroed_at": None if zeroed_at is None else zeroed_at.whole(),
+        "zeroed_at": entry.optional("zeroed_at", Entry.whole),
     }
 
 
 def _renumbered(attempt: Attempt, before: int) -> Attempt:
     """A row of a run that was not the first, counted on from the prunings before it."""
-    name, _, number = attempt.name.rpartition(" ")
-    known = name == "pruning" and number.isdigit() and len(number) < 4
-    new = f"pruning {int(number) + before}" if known else f"before pruning {before + 1}"
-    return dataclasses.replace(attempt, name=new)
+    number = re.fullmatch(r"pruning ([0-9]{1,3})", attempt.name)
+    name = f"before pruning {before + 1}" if number is None else f"pruning {int(number[1]) + before}"
+    return dataclasses.replace(attempt, name=name)
 
 
-def _evaluations_in(entry: Entry | None) -> tuple[Evaluation, ...]:
-    return () if entry is None else tuple(map(Evaluation.read, entry.items(256)))
+def _evaluations_in(entry: Entry) -> tuple[Evaluation, ...]:
+    return tuple(map(Evaluation.read, entry.items()))
 
 
 def _is_marked(content: CardContent, entry: Entry, *evaluations: Sequence[Evaluation]) -> bool:
@@ -262,12 +236,7 @@ def _is_marked(content: CardContent, entry: Entry, *evaluations: Sequence[Evalua
 def _with_training(
     content: CardContent, entry: Entry, inside: Sequence[Evaluation], final: Sequence[Evaluation]
 ) -> CardContent:
-    """With what each report tells of its training: settings, data, hardware, and the evaluations.
-
-    Args:
-        inside: evaluations in the training; they are of the model as it is where its weights are known, and are those.
-        final: evaluations after its end.
-    """
+    """With what each report tells of its training, and of its evaluations those that are of the model as it is."""
     if content.mark is None:
         mine: Sequence[Evaluation] = final or content.final
     else:
@@ -275,10 +244,10 @@ def _with_training(
     return dataclasses.replace(
         content,
         final=_latest(mine),
-        data=_data_in(entry.get("data")) or content.data,
-        training=texts_in(entry.get("training")) or content.training,
-        hardware=texts_in(entry.get("hardware")),
-        versions=texts_in(entry.get("versions")) or content.versions,
+        data=entry.optional("data", _data_in) or content.data,
+        training=entry.optional("training", texts_in) or content.training,
+        hardware=entry.optional("hardware", texts_in, {}),
+        versions=entry.optional("versions", texts_in) or content.versions,
     )
 
 
@@ -286,14 +255,11 @@ def _latest(evaluations: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     """The last evaluation of each metric on each data set."""
     latest: list[Evaluation] = []
     for each in reversed(evaluations):
-        if not any(_rows_of(t) == _rows_of(each) and t.metrics.keys() >= each.metrics.keys() for t in latest):
+        # that data was used for validation is not always noted
+        same = [other for other in latest if {**other.data, "use": None} == {**each.data, "use": None}]
+        if not any(other.metrics.keys() >= each.metrics.keys() for other in same):
             latest.append(each)
     return tuple(reversed(latest))
-
-
-def _rows_of(evaluation: Evaluation) -> dict[str, Any]:
-    """What is known of the data; that it was used for validation is not always noted."""
-    return {key: value for key, value in evaluation.data.items() if key != "use"}
 
 
 def _with_report(content: CardContent, entry: Entry) -> CardContent:
@@ -301,28 +267,30 @@ def _with_report(content: CardContent, entry: Entry) -> CardContent:
     plan = PruningPlan.from_dict(entry["plan"].value)
     if content.from_run or _left(plan) != content.left:
         return content
-    measured = [row.get("parameters") for row in entry["measurements"].items()]
-    counts = [None if count is None else count.whole() for count in measured] or [None]
+    counts = [row.optional("parameters", Entry.whole) for row in entry["measurements"].items()] or [None]
     before, now = content.parameters
     return _from_files(
         content,
         REPORT_FILE,
         REPORT_FILE.replace(".json", ".md"),
         parameters=(before or counts[0], now or counts[-1]),
-        hardware=texts_in(entry.get("hardware")),
-        versions=texts_in(entry.get("versions")),
+        hardware=entry.optional("hardware", texts_in, {}),
+        versions=entry.optional("versions", texts_in, {}),
     )
 
 
 def _with_sparsity(content: CardContent, entry: Entry) -> CardContent:
     """With the report of a sparsification, in a training or without one."""
-    if content.zeros is None:
+    if content.record.zeros is None:
         return content
     alone = "matrices" in entry.entries()
     entry.must_be(alone or "report" in entry.value, "the report of a sparsification")
-    zeroing = entry if alone else entry.get("report")
-    report = None if zeroing is None else SparsityReport.from_dict(zeroing.value)
-    if report is not None and abs(report.measured - content.zeros[0] / max(1, content.zeros[1])) > _SAME_SHARE:
+    zeroing = entry.value if alone else entry["report"].value
+    report = None if zeroing is None else SparsityReport.from_dict(zeroing)
+    if (
+        report is not None
+        and abs(report.measured - content.record.zeros[0] / max(1, content.record.zeros[1])) > _SAME_SHARE
+    ):
         return content  # more was zeroed since, or it is of another model
     files = () if report is None else (SPARSITY_FILE, SPARSITY_FILE.replace(".json", ".md"))
     content = _from_files(content, *files, sparsity=report, zeroed_in_training=not alone)
@@ -330,40 +298,33 @@ def _with_sparsity(content: CardContent, entry: Entry) -> CardContent:
         return content
     evaluations = [each for each in entry["evaluations"].items(_MOST_EVALUATIONS) if each["sparse"].value]
     inside = tuple(Evaluation.read(each).in_training() for each in evaluations)
-    final = _evaluations_in(entry.get("final"))
+    final = entry.optional("final", _evaluations_in, ())
     if content.mark is not None and not content.from_run and not _is_marked(content, entry, inside, final):
         return content
     return _with_training(content, entry, inside, final or (inside[-1:] if content.mark is None else ()))
 
 
 def _with_evaluations(content: CardContent, entry: Entry, beside: bool) -> CardContent:
-    """With evaluations of these very weights that an experiment made. Where no weights are there, the blocks must be
-    the same.
-    """
-    evaluations = tuple(map(Evaluation.read, entry["evaluations"].items()))
+    """With evaluations of these very weights that an experiment made; without weights, of the same blocks."""
+    evaluations = _evaluations_in(entry["evaluations"])
     if content.mark is None:
         mine = [each for each in evaluations if beside and content.left in ({}, each.stacks)]
     else:
         mine = [each for each in evaluations if each.mark == content.mark]
     if not mine:
         return content
-    speed = entry.get("speed")
-    figures = {} if speed is None else {key: speed[key].number() for key in _SPEED}
-    return _from_files(content, EVALUATIONS_FILE, final=_latest((*content.final, *mine)), speed=figures)
+    speed = entry.optional("speed", lambda speed: {key: speed[key].number() for key in _SPEED}, {})
+    return _from_files(content, EVALUATIONS_FILE, final=_latest((*content.final, *mine)), speed=speed)
 
 
 def _with_plan(content: CardContent, entry: Entry) -> CardContent:
     """With the plan, if it is the one that the last pruning carried out."""
     plan = PruningPlan.from_dict(entry.value)
     fitting = _from_files(content, PLAN_FILE, plan=plan)
-    fits = (
-        bool(plan.removed)
-        and _left(plan) == content.left
-        # to the last digit
-        and content.last_pruning.get("thresholds") == {name: stack.threshold for name, stack in plan.stacks.items()}
-        and all(len(numbers) == len(plan.stacks[name]) for name, numbers in fitting.numbers.items())
-    )
-    return fitting if fits else content
+    thresholds = {name: stack.threshold for name, stack in plan.stacks.items()}  # the same to the last digit
+    fits = plan.removed and _left(plan) == content.left and content.last_pruning.get("thresholds") == thresholds
+    same = all(len(numbers) == len(plan.stacks[name]) for name, numbers in fitting.numbers.items())
+    return fitting if fits and same else content
 
 
 def _left(plan: PruningPlan) -> dict[str, int]:

@@ -36,18 +36,14 @@ def made_by_us(text: str) -> bool:
 
 
 def may_replace(file: Path) -> bool:
-    """Whether a README.md may be replaced: it is a card as this package wrote it, the Trainer's draft, metadata alone,
-    or not there.
-    """
+    """Whether a README.md is a card as this package wrote it, the Trainer's draft, metadata alone, or not there."""
     text = _text_of(file)
     draft = _STOCK_DRAFT in text and text.count(_TO_FILL_IN) >= 3
     return made_by_us(text) or draft or _only_metadata(text) is not None
 
 
 def bare_metadata(file: Path) -> dict[str, Any]:
-    """The metadata of a README.md that holds nothing else (a licence that was set on the Hub's page); none of any
-    other.
-    """
+    """The metadata of a README.md that holds nothing else (a licence that was set on the Hub's page); else none."""
     return _only_metadata(_text_of(file)) or {}
 
 
@@ -72,12 +68,8 @@ def _only_metadata(text: str) -> dict[str, Any] | None:
 
 
 def merged(card: ModelCard, theirs: Mapping[str, Any], given: Collection[str] = ()) -> ModelCard:
-    """Our card with the metadata that somebody set before: theirs stay, lists add up, and what was given now counts
-    more.
-
-    Args:
-        theirs: the metadata that was there.
-        given: the keys that were given for this card.
+    """Our card with the metadata that somebody set before: theirs stay, but for keys that were given now; lists add
+    up.
     """
     if not theirs:
         return card

@@ -13,7 +13,7 @@ from ..core.plain_text import allowed, plain
 from ..reports.attempts import bare
 from ..similarity import metrics as similarities
 from .content import CardContent
-from .usage import pipeline_tag, task_of
+from .usage import NOT_ON_THE_HUB, task_of
 from .vocabulary import LICENSES, METRICS, hub_id
 
 __all__ = ["licences", "metadata"]
@@ -26,7 +26,7 @@ _WORD = re.compile(r"[\w.,:%+/ \[\]-]{1,100}", re.ASCII)
 
 def metadata(content: CardContent) -> ModelCardData:
     """The metadata of the card."""
-    given, base = content.given, content.base
+    given, base, task = content.given, content.base, task_of(content)[0]
     results = _results(content)
     kinds = list(dict.fromkeys(result.metric_type for result in results if not result.metric_type.endswith("loss")))
     known: dict[str, Any] = {
@@ -35,7 +35,7 @@ def metadata(content: CardContent) -> ModelCardData:
         "license_name": given.license_name,
         "license_link": given.license_link,
         "library_name": content.library,
-        "pipeline_tag": next(iter(given.tasks), None) or pipeline_tag(content),
+        "pipeline_tag": next(iter(given.tasks), None) or (None if task in NOT_ON_THE_HUB else task),
         "tags": _tags(content),
         "base_model": base,
         "base_model_relation": "finetune" if base else None,
@@ -54,15 +54,13 @@ def _tags(content: CardContent) -> list[str]:
         # a public word: of those that are known
         metric = allowed((content.config or {}).get("similarity"), list(similarities.names()))
         tags += ["pruned", "depth-pruning", *([metric] if metric else [])]
-    if content.zeros is not None:
+    if content.record.zeros is not None:
         tags += ["sparse", *([plain(content.sparsity.config.method, 40)] if content.sparsity is not None else [])]
     return list(dict.fromkeys([*tags, *(plain(tag, 80) for tag in content.given.tags)]))
 
 
 def _results(content: CardContent) -> list[EvalResult]:
-    """Every metric that was measured of the model as it is; of one that is known of test data, not that of validation
-    data too.
-    """
+    """Every metric of the model as it is; of one that is known of test data, not that of validation data too."""
     task = next(iter(content.given.tasks), None) or task_of(content)[0] or "other"
     keys = {key for evaluation in content.final for key in evaluation.metrics}
     results = []
@@ -72,7 +70,9 @@ def _results(content: CardContent) -> list[EvalResult]:
         for key, value in evaluation.metrics.items():
             if key.startswith("eval_") and f"test_{key.removeprefix('eval_')}" in keys:
                 continue
-            kind, called = metric_words(key)
+            name = plain(bare(key), 80)
+            # a metric that the Hub knows, where the name ends in one: a set's name may stand before
+            kinds = [metric for metric in METRICS if name == metric or name.endswith(f"_{metric}")]
             results.append(
                 EvalResult(
                     task_type=task,
@@ -81,8 +81,8 @@ def _results(content: CardContent) -> list[EvalResult]:
                     dataset_config=_word(data.get("config")) or given_config,
                     dataset_split=_word(evaluation.split_of(key)),
                     dataset_revision=_word(data.get("revision")),
-                    metric_type=kind,
-                    metric_name=called,
+                    metric_type=max(kinds, key=len, default=name),
+                    metric_name=name,
                     metric_value=value,
                 )
             )
@@ -94,22 +94,12 @@ def _word(value: str | None) -> str | None:
     return value if value is not None and _WORD.fullmatch(value) else None
 
 
-def metric_words(key: str) -> tuple[str, str]:
-    """Type and name of a metric for the Hub. The type is one that it knows, where the name ends in one: a set's name
-    may stand before.
-    """
-    name = plain(bare(key), 80)
-    known = [metric for metric in METRICS if name == metric or name.endswith(f"_{metric}")]
-    return max(known, key=len, default=name), name
-
-
 def licences(content: CardContent) -> dict[str, str]:
-    """The licences of the base model ("org/name") and the data ("datasets/org/name"), where their cards on the Hub name
-    one. Without a connection nothing is told, and nothing fails.
-    """
+    """The licences of base model ("org/name") and data ("datasets/org/name"), where the Hub is there and knows them."""
+    if constants.HF_HUB_OFFLINE:
+        return {}
     names = [*filter(None, [content.base]), *(f"datasets/{each}" for each in content.datasets)]
-    known = {} if constants.HF_HUB_OFFLINE else {name: _licence(name) for name in names}
-    return {name: licence for name, licence in known.items() if licence is not None}
+    return {name: licence for name in names if (licence := _licence(name)) is not None}
 
 
 @lru_cache(maxsize=256)

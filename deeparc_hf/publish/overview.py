@@ -9,8 +9,7 @@ from typing import NamedTuple
 from ..checkpoint.weights_mark import SIZES
 from ..core.markdown import md, table
 from ..errors import MissingDependencyError
-from ..reports.attempts import Evaluation, Figure, bare
-from ..reports.phases import FINISHED
+from ..reports.attempts import FINISHED, Evaluation, Figure, bare
 from .content import CardContent
 from .tables import data_text, figure_text
 from .vocabulary import ERRORS
@@ -22,7 +21,7 @@ _NOT = "not measured"
 
 
 class Point(NamedTuple):
-    """One model: what to call it, its number of parameters, and what was measured."""
+    """One model in the picture of the quality."""
 
     name: str
     parameters: int
@@ -30,13 +29,7 @@ class Point(NamedTuple):
 
 
 class _Headline(NamedTuple):
-    """The figure that stands for the quality of a model.
-
-    Attributes:
-        evaluation, key: where it is, and the name of the metric.
-        figure: that of the model as it is.
-        before: that of the original on the same data; None where it was not measured.
-    """
+    """The metric that stands for the quality of a model: of it as it is, and of the original on the same data."""
 
     evaluation: Evaluation
     key: str
@@ -52,7 +45,13 @@ def _headline(content: CardContent) -> _Headline | None:
         return None
     evaluation, key = min(measured, key=lambda pair: (_kind(bare(pair[1]), asked), _split(*pair)))
     before = evaluation.figure_before(key) if content.against_original else None
-    return _Headline(evaluation, key, evaluation.figure(key), before or _before_in_run(content, evaluation, key))
+    first = content.attempts[0] if content.attempts else None
+    if before is None and first is not None and first.k is None and (content.removed or content.record.zeros):
+        # the training may have measured it before its first pruning
+        same = [e for e in first.evaluations if e.data == evaluation.data and key in e.metrics and not e.sparse]
+        if same and (not content.removed or sum(first.blocks.values()) == content.blocks[0]):
+            before = same[-1].figure(key)
+    return _Headline(evaluation, key, evaluation.figure(key), before)
 
 
 def _kind(name: str, asked: str) -> int:
@@ -63,15 +62,6 @@ def _kind(name: str, asked: str) -> int:
 def _split(evaluation: Evaluation, key: str) -> int:
     split = evaluation.split_of(key) or ""
     return 2 if split.startswith("validation") else 0 if split.startswith("test") else 1
-
-
-def _before_in_run(content: CardContent, evaluation: Evaluation, key: str) -> Figure | None:
-    """The same figure of the original, where the training measured it before its first pruning, on the same data."""
-    first = content.attempts[0] if content.attempts else None
-    if first is None or first.k is not None or (content.removed and sum(first.blocks.values()) != content.blocks[0]):
-        return None
-    same = [e for e in first.evaluations if e.data == evaluation.data and key in e.metrics and not e.sparse]
-    return same[-1].figure(key) if same and (content.removed or content.zeros) else None
 
 
 def overview(content: CardContent) -> str:
@@ -123,7 +113,7 @@ def _trained(content: CardContent) -> str | None:
     if seconds or "retrained" in (last.get("stages") or {}) or last.get("metrics"):
         return "Trained after the removal."
     if left is not None and content.mark is not None:
-        what = "zeroed, trained or converted" if content.zeros is not None else "trained or converted"
+        what = "zeroed, trained or converted" if content.record.zeros is not None else "trained or converted"
         return f"The weights were changed after the removal ({what}); how was not noted."
     return "Whether it was trained after the removal was not noted."
 
@@ -134,7 +124,7 @@ def state(content: CardContent) -> str:
     parts = [_trained(content)]
     if shown is None:
         parts.append("No evaluation of these weights was noted.")
-    elif shown.before is None and (content.removed or content.zeros is not None):
+    elif shown.before is None and (content.removed or content.record.zeros is not None):
         parts.append("No original was measured beside it.")
     gated = content.run.get("max_drop") is not None
     if shown is not None and (shown.evaluation.judged or gated) and _split(shown.evaluation, shown.key) == 2:
@@ -151,9 +141,7 @@ def state(content: CardContent) -> str:
 
 
 def quality_series(content: CardContent) -> tuple[str, dict[str, list[Point]]]:
-    """Name of the main metric, and the models that were measured by it, by the data that it was measured on: two models
-    on each at least.
-    """
+    """Name of the main metric, and by data the models that were measured on it, two at least."""
     shown = _headline(content)
     if shown is None or not content.removed:
         return "", {}
@@ -168,8 +156,7 @@ def quality_series(content: CardContent) -> tuple[str, dict[str, list[Point]]]:
     if shown.evaluation.before and shown.before is not None and before and now:  # of the original
         ends = [Point("original", before, shown.before), Point("this model", now, shown.figure)]
         series[f"{shown.evaluation.split_of(shown.key) or 'evaluation'} data, at the end"] = ends
-    several = {data: points for data, points in series.items() if len({point.parameters for point in points}) > 1}
-    return name, several
+    return name, {data: points for data, points in series.items() if len({p.parameters for p in points}) > 1}
 
 
 def quality_alt(content: CardContent) -> str:
@@ -183,11 +170,7 @@ def quality_alt(content: CardContent) -> str:
 
 
 def save_quality(metric: str, series: Mapping[str, list[Point]], path: Path) -> None:
-    """Write the picture as a PNG.
-
-    Raises:
-        MissingDependencyError: if matplotlib is not installed.
-    """
+    """Write the picture as a PNG."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -207,11 +190,9 @@ def save_quality(metric: str, series: Mapping[str, list[Point]], path: Path) -> 
         above_it = [max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)]
         look = {"fmt": f"o{dash}", "color": colour, "capsize": 4, "linewidth": 1.2}
         axis.errorbar(sizes, values, yerr=[below, above_it], label=_plain(data), **look)
-        for point, size in zip(points, sizes, strict=True):
-            label, offset = _plain(point.name), (6, above)
-            axis.annotate(
-                label, (size, point.figure.value), xytext=offset, textcoords="offset points", fontsize=8, color=colour
-            )
+        named = {"xytext": (6, above), "textcoords": "offset points", "fontsize": 8, "color": colour}
+        for point, size, value in zip(points, sizes, values, strict=True):
+            axis.annotate(_plain(point.name), (size, value), **named)
     axis.invert_xaxis()
     axis.margins(x=0.18, y=0.15)
     axis.set_xlabel("parameters (millions); smaller to the right", fontsize=9)

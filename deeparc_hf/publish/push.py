@@ -29,6 +29,7 @@ __all__ = ["push_to_hub"]
 
 _TRIES = 5  # where others commit at the same time
 _CONFLICT = 412
+_HOW = "push_to_hub(..., overwrite=True) (--overwrite)"
 
 
 def push_to_hub(
@@ -111,17 +112,9 @@ def push_to_hub(
         if process_index() != 0 or not source.writes:
             return None
         # what is wrong with the checkpoint or its card is said before anything is made on the Hub
+        settings = {"given": given, "processing_class": processing_class, "revision": revision}
         make = partial(
-            _with_card,
-            checkpoint_files(saved),
-            source,
-            stage,
-            card,
-            given=given,
-            processing_class=processing_class,
-            reports=reports,
-            revision=revision,
-            overwrite=overwrite,
+            _with_card, checkpoint_files(saved), source, stage, card, reports=reports, overwrite=overwrite, **settings
         )
         with hub_help(repo_id):
             api = HfApi(token=token)
@@ -153,7 +146,7 @@ def _saved(source: Source, stage: Path, processing_class: Any) -> Path:
         trainer.save_model(str(stage), **({"_internal_call": True} if private else {}))
     # the Trainer does not save the config of a bare timm model
     if trainer is None or (source.args.should_save and not (stage / "config.json").is_file()):
-        save_pruned(source.model, stage)  # type: ignore[arg-type]
+        save_pruned(source.model, stage)
     if processing_class is not None:
         processing_class.save_pretrained(stage)
     return stage
@@ -169,11 +162,7 @@ def _with_card(
     overwrite: bool,
     **settings: Any,
 ) -> dict[str, Path]:
-    """The files with the card, its pictures, and the reports that are of this model; those of another are left out.
-
-    Args:
-        settings: as in `make_card`.
-    """
+    """The files with the card (made with the settings of `make_card`), its pictures, and the reports of this model."""
     folder = source.folder or (source.output if reports is None else Path(reports))
     files = {name: path for name, path in files.items() if not REPORTS.fullmatch(name)}
     target = stage / CARD_FILE
@@ -185,8 +174,7 @@ def _with_card(
     if card is not None:
         target.write_text(str(card), "utf-8")
     elif written is not None and not overwrite and not may_replace(written):
-        how = "push_to_hub(..., overwrite=True) (--overwrite)"
-        warn_caller(kept_message(written, how))
+        warn_caller(kept_message(written, _HOW))
         shutil.copy(written, target)
     made = {name: stage / name for name in (CARD_FILE, PICTURE_FILE, QUALITY_FILE)}
     read = {} if folder is None else {name: folder / name for name in content.reports}
@@ -243,6 +231,5 @@ def _beside_theirs(
         if may_replace(theirs):
             card = merged(ModelCard(ours.read_text("utf-8")), bare_metadata(theirs), given)
             return {**files, CARD_FILE: str(card).encode()}
-    where = f"{CARD_FILE} of {repo_id} on the Hub"
-    warn_caller(kept_message(where, "push_to_hub(..., overwrite=True) (--overwrite)"))
+    warn_caller(kept_message(f"{CARD_FILE} of {repo_id} on the Hub", _HOW))
     return {name: path for name, path in files.items() if name != CARD_FILE}

@@ -55,8 +55,8 @@ def summary(content: CardContent) -> str:
     done = []
     if content.removed:
         done.append(f"{content.removed} of its {content.blocks[0]} blocks (layers) removed{_how_chosen(content)}")
-    if content.zeros is not None:
-        zeros, size, matrices = content.zeros
+    if content.record.zeros is not None:
+        zeros, size, matrices = content.record.zeros
         done.append(f"{100 * zeros / max(1, size):.1f} % of the weights of {matrices} matrices set to zero")
     before, now = content.parameters
     counts = ""
@@ -114,18 +114,14 @@ def iterations_note(content: CardContent) -> str:
 def iterations_more(content: CardContent) -> str:
     """The tables of iterations that are folded, if there are any, with hardware and batch of the times in them."""
     parts = [part for part in (epochs_table(content), settings_table(content)) if part]
-    return "\n\n".join([*parts, _times_note(content)]) if parts else ""
-
-
-def _times_note(content: CardContent) -> str:
-    frozen = "Frozen blocks were not trained."
-    if not content.from_run:
-        return frozen
-    return (
-        f"{frozen} Times: {_hardware(content)}. Evaluation: one evaluation in the middle of the training, as the "
-        f"Trainer measured it{_batch(content, 'evaluation_batch')}. Training: of the training steps "
-        f"alone{_batch(content, 'training_batch')}."
-    )
+    note = "Frozen blocks were not trained."
+    if content.from_run:
+        note += (
+            f" Times: {_hardware(content)}. Evaluation: one evaluation in the middle of the training, as the "
+            f"Trainer measured it{_batch(content, 'evaluation_batch')}. Training: of the training steps "
+            f"alone{_batch(content, 'training_batch')}."
+        )
+    return "\n\n".join([*parts, note]) if parts else ""
 
 
 def evaluation_note(content: CardContent) -> str:
@@ -208,7 +204,7 @@ def limits(content: CardContent) -> str:
             "Fewer blocks save time and memory in proportion to their share of the model; embeddings and heads are as "
             "large as before.",
         ),
-        (content.zeros is not None, "Zeroed weights save neither memory nor time by themselves."),
+        (content.record.zeros is not None, "Zeroed weights save neither memory nor time by themselves."),
         (base, f"What {base} is not meant for, this model is not meant for either; its biases are still here."),
         (True, "What is not in this card was not measured."),
     )

@@ -43,9 +43,7 @@ def main_metric(content: CardContent) -> str:
 
 
 def iterations_table(content: CardContent) -> str | None:
-    """A row for the model before, and for each pruning that was tried: what it left, and what it cost. Seven columns at
-    most.
-    """
+    """A row for the model before, and for each pruning that was tried: what it left, and what it cost."""
     metric = main_metric(content)
     attempts = iteration_rows(content)
     if not attempts:
@@ -115,20 +113,15 @@ def settings_table(content: CardContent) -> str | None:
 
 
 def _by_weights(attempt: Attempt) -> list[Attempt]:
-    """A row for the model as it was, and one for it with zeroed weights,
-    where some were zeroed while it was trained.
-    """
-    dense = tuple(evaluation for evaluation in attempt.evaluations if not evaluation.sparse)
-    sparse = tuple(evaluation for evaluation in attempt.evaluations if evaluation.sparse)
+    """A row for the model as it was, and one for it with zeroed weights, where some were zeroed in its training."""
+    dense, sparse = (tuple(e for e in attempt.evaluations if e.sparse == zeroed) for zeroed in (False, True))
     if not sparse:
         return [attempt]
     zeroed = dataclasses.replace(attempt, name=f"{attempt.name}, weights zeroed", evaluations=sparse)
     if not dense:
         return [zeroed]
-    return [
-        dataclasses.replace(attempt, evaluations=dense),
-        dataclasses.replace(zeroed, training_seconds=None, decision=None),
-    ]
+    zeroed = dataclasses.replace(zeroed, training_seconds=None, decision=None)
+    return [dataclasses.replace(attempt, evaluations=dense), zeroed]
 
 
 def _by_epoch(attempt: Attempt, metric: str) -> dict[int, float]:
@@ -200,9 +193,9 @@ def _number(value: float | None) -> str:
 
 def sparsity_section(content: CardContent) -> str | None:
     """What was zeroed, as asked for and as measured; None where nothing was."""
-    if content.zeros is None:
+    if content.record.zeros is None:
         return None
-    zeros, size, count = content.zeros
+    zeros, size, count = content.record.zeros
     parts = [f"{100 * zeros / max(1, size):.2f} % of the {size:,} weights of {count} matrices are zero."]
     if content.sparsity is not None:
         c, samples = content.sparsity.config, content.sparsity.samples

@@ -15,7 +15,7 @@ from ..pruning.config import MPruneConfig
 from ..sparsity.config import WandaConfig
 from .content import CardContent
 
-__all__ = ["pipeline_tag", "reproduce", "task_of", "usage"]
+__all__ = ["NOT_ON_THE_HUB", "reproduce", "task_of", "usage"]
 
 # task of the Hub, auto class, and transformers' own table of the classes behind it; the first that has a class counts
 _TABLES = (
@@ -32,7 +32,7 @@ _TABLES = (
     ("automatic-speech-recognition", "AutoModelForCTC", "CTC"),
     ("image-text-to-text", "AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT"),
 )
-_NOT_ON_THE_HUB = ("multiple-choice", "text2text-generation")
+NOT_ON_THE_HUB = ("multiple-choice", "text2text-generation")
 _PIPELINES = {  # with a pipeline in transformers 5, and what to give it
     "fill-mask": 'print(model(f"This sentence has a {model.tokenizer.mask_token}."))',
     "image-classification": 'print(model("image.jpg"))',
@@ -60,12 +60,6 @@ def _classes() -> dict[str, tuple[str, str]]:
             for each in (classes,) if isinstance(classes, str) else classes:
                 tasks.setdefault(each, (task, auto_class))
     return tasks
-
-
-def pipeline_tag(content: CardContent) -> str | None:
-    """The task, where it is one of the Hub's."""
-    task = task_of(content)[0]
-    return None if task in _NOT_ON_THE_HUB else task
 
 
 def usage(content: CardContent, repo_id: str, revision: str | None = None) -> str:
@@ -112,7 +106,8 @@ def reproduce(content: CardContent, repo_id: str) -> str:
         parts += _pruning(content)
     if content.sparsity is not None:
         zeroing = _of_use(WandaConfig, content.sparsity.config.to_dict(), content.zeroed_in_training)
-        parts += ["Settings of the zeroing:", json_block(_changed(WandaConfig, zeroing)), _all_of(zeroing)]
+        parts += ["Settings of the zeroing:", json_block(_changed(WandaConfig, zeroing))]
+        parts.append(folded("All settings", json_block(zeroing)))
     if content.training:
         settings = {key.replace("_", " "): value for key, value in content.training.items()}
         parts.append(f"The training: {shared(settings)}.")
@@ -128,9 +123,7 @@ def reproduce(content: CardContent, repo_id: str) -> str:
 
 
 def _pruning(content: CardContent) -> list[str]:
-    """The settings of the last pruning, and the lines that give them; what only a training uses is left out where there
-    was none.
-    """
+    """The settings of the last pruning, and the lines that give them, without what only a training uses."""
     in_training = content.from_run or bool({"stages", "metrics"} & set(content.last_pruning))
     noted = content.config or {}
     ours = True
@@ -144,7 +137,7 @@ def _pruning(content: CardContent) -> list[str]:
     parts = ["All settings are the defaults."]
     if changed:
         parts = ["Settings of the pruning that are not the defaults:", json_block(changed)]
-    parts.append(_all_of(config))
+    parts.append(folded("All settings", json_block(config)))
     if content.from_run:
         settings = ", ".join(f"{key}={_python(value)}" for key, value in changed.items())
         callback = f"from deeparc_hf import MPruneCallback\n\ncallback = MPruneCallback({settings})"
@@ -155,10 +148,6 @@ def _pruning(content: CardContent) -> list[str]:
     command = fenced(_command(changed, None if several else content.base), "bash")
     title = "The last pruning, of the model that the one before it left:" if several else "Without a Trainer:"
     return [*parts, title, command]
-
-
-def _all_of(config: Mapping[str, Any]) -> str:
-    return folded("All settings", json_block(config))
 
 
 def _of_use(settings: type[Settings], config: Mapping[str, Any], in_training: bool) -> dict[str, Any]:

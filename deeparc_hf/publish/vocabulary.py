@@ -1,6 +1,4 @@
-"""What only the person who publishes a model can tell (its licence, its language, the names of its data), and the words
-that the Hub takes for it: what it would refuse is refused here, before anything is made there.
-"""
+"""What only the person who publishes a model can tell, in words that the Hub takes: others are refused here."""
 
 from __future__ import annotations
 
@@ -85,25 +83,9 @@ def check_language(languages: Iterable[str]) -> None:
             )
 
 
-def _check_task(task: str) -> None:
-    if task not in TASKS:
-        raise ConfigError(
-            f"The Hub knows no task {quoted(task)}.{did_you_mean(task, TASKS)} They are listed at https://huggingface.co/tasks."
-        )
-
-
-def _check_tag(tag: str) -> None:
-    if not 0 < len(tag) <= _LONGEST_TAG or not tag.isprintable():
-        raise ConfigError(f"A tag is a visible text of at most {_LONGEST_TAG} characters, found {quoted(tag)}.")
-
-
 @dataclass(frozen=True)
 class Given:
-    """What was given for a card, as `create_model_card` takes it. Of several values a single one may be given as it is.
-
-    Raises:
-        ConfigError: if the Hub would refuse it; the message says which word is wrong.
-    """
+    """What was given for a card, as `create_model_card` takes it; what the Hub would refuse is a ConfigError."""
 
     model_name: str | None = None
     language: str | Sequence[str] | None = None
@@ -125,9 +107,14 @@ class Given:
         check_license(self.license)
         check_language(self.language or ())
         for tag in self.tags or ():
-            _check_tag(tag)
+            if not 0 < len(tag) <= _LONGEST_TAG or not tag.isprintable():
+                raise ConfigError(f"A tag is a visible text of at most {_LONGEST_TAG} characters, found {quoted(tag)}.")
         for task in self.tasks or ():
-            _check_task(task)
+            if task not in TASKS:
+                raise ConfigError(
+                    f"The Hub knows no task {quoted(task)}.{did_you_mean(task, TASKS)} They are listed at "
+                    "https://huggingface.co/tasks."
+                )
         for name in (self.finetuned_from, *(self.dataset_tags or ())):
             if name is not None and (hub_id(name) is None or os.path.exists(name)):
                 raise ConfigError(

@@ -13,12 +13,25 @@ from typing import Any, NamedTuple
 
 from ..core.checks import Entry, is_number
 from ..core.markdown import md
-from ..core.plain_text import plain
+from ..core.plain_text import LIMIT, plain
 from ..core.statistics import wilson_interval
 from .provenance import TIMES, VALIDATION
 
-__all__ = ["STAGES", "Attempt", "Evaluation", "Figure", "bare", "dataset_in", "texts_in"]
+__all__ = [
+    "BEFORE",
+    "FINISHED",
+    "RETRAINING",
+    "STAGES",
+    "Attempt",
+    "Evaluation",
+    "Figure",
+    "bare",
+    "dataset_in",
+    "text_in",
+    "texts_in",
+]
 
+BEFORE, RETRAINING, FINISHED = "before the first pruning", "retraining", "finished"  # phases of a run
 STAGES = {
     "before": "before",
     "removed": "right after the removal",
@@ -29,53 +42,52 @@ _MOST_EVALUATIONS = 2**20
 _MOST_METRICS = 4096
 
 
-def texts_in(entry: Entry | None) -> dict[str, str]:
+def text_in(entry: Entry, limit: int = LIMIT) -> str | None:
+    return plain(entry.value, limit) if entry.value else None
+
+
+def texts_in(entry: Entry) -> dict[str, str]:
     """The short texts and numbers of an object, as texts."""
-    entries = {} if entry is None else entry.entries()
-    return {plain(key, 60): plain(e.value) for key, e in entries.items() if isinstance(e.value, (str, int, float))}
+    entries = entry.entries().items()
+    return {plain(key, 60): plain(e.value) for key, e in entries if isinstance(e.value, (str, int, float))}
 
 
-def dataset_in(entry: Entry | None) -> dict[str, Any]:
+def dataset_in(entry: Entry) -> dict[str, Any]:
     """What is known of a data set (`provenance.origin_of`)."""
-    if entry is None:
-        return {}
     texts = {key: entry[key].value for key in ("id", "revision", "config", "split")}
     known: dict[str, Any] = {key: plain(text) for key, text in texts.items() if isinstance(text, str)}
     if entry["use"].value == VALIDATION:
         known["use"] = VALIDATION
-    if (rows := entry.get("rows")) is not None:
-        known["rows"] = rows.whole()
+    if (rows := entry.optional("rows", Entry.whole)) is not None:
+        known["rows"] = rows
     return known
 
 
-def _figures_in(entry: Entry | None) -> dict[str, float]:
+def _figures_in(entry: Entry) -> dict[str, float]:
     """Metrics by name; what is no finite number (a loss that overflowed is null) is left out."""
-    entries = {} if entry is None else entry.entries(_MOST_METRICS)
-    return {plain(key, 80): float(e.value) for key, e in entries.items() if is_number(e.value)}
+    return {plain(key, 80): float(e.value) for key, e in entry.entries(_MOST_METRICS).items() if is_number(e.value)}
 
 
-def _intervals_in(entry: Entry | None) -> dict[str, tuple[float, float]]:
+def _intervals_in(entry: Entry) -> dict[str, tuple[float, float]]:
     """Intervals by the name of the metric; one without a finite end is left out."""
-    entries = {} if entry is None else entry.entries(_MOST_METRICS)
-    ends = {plain(key, 80): e for key, e in entries.items() if None not in [end.value for end in e.items(2)]}
-    return {key: tuple(e.numbers(2)) for key, e in ends.items()}  # type: ignore[misc]
+    entries = entry.entries(_MOST_METRICS).items()
+    return {plain(key, 80): _ends(e) for key, e in entries if None not in [end.value for end in e.items(2)]}
 
 
-def _qualities_in(entry: Entry | None) -> dict[str, dict[str, Any]]:
-    """What each step of a pruning did (`quality.measure_quality`, by stage)."""
-    stages = {} if entry is None else {stage: entry.get(stage) for stage in STAGES}
-    return {stage: _quality(quality) for stage, quality in stages.items() if quality is not None}
+def _ends(entry: Entry) -> tuple[float, float]:
+    low, high = entry.numbers(2)
+    return low, high
 
 
 def _quality(entry: Entry) -> dict[str, Any]:
-    intervals = {key: entry.get(key) for key in ("loss_interval", "accuracy_interval")}
-    accuracy = entry.get("accuracy")
+    """What a step of a pruning did (`quality.measure_quality`)."""
+    accuracy = entry.optional("accuracy", Entry.number)
     if accuracy is not None:
-        entry["accuracy_interval"].numbers(2)
+        _ends(entry["accuracy_interval"])
     return {
         "loss": entry["loss"].number(),
-        "accuracy": None if accuracy is None else accuracy.number(),
-        **{key: None if interval is None else interval.numbers(2) for key, interval in intervals.items()},
+        "accuracy": accuracy,
+        **{key: entry.optional(key, _ends) for key in ("loss_interval", "accuracy_interval")},
         "samples": entry["samples"].whole(),
         "data": md(entry["data"].value),
     }
@@ -161,17 +173,16 @@ class Evaluation:
         """Read an evaluation: metrics, and where they are known data, weights, sparse, intervals, stacks, judged, and
         before.
         """
-        before_blocks, stacks = entry.get("before_blocks"), entry.get("stacks")
         return cls.of(
-            _figures_in(entry.get("metrics")),
-            data=dataset_in(entry.get("data")),
-            mark=plain(entry["weights"].value, 64) if entry["weights"].value else None,
+            entry.optional("metrics", _figures_in, {}),
+            data=entry.optional("data", dataset_in, {}),
+            mark=text_in(entry["weights"], 64),
             sparse=entry["sparse"].value is True,
-            intervals=_intervals_in(entry.get("intervals")),
-            before=_figures_in(entry.get("before")),
-            before_intervals=_intervals_in(entry.get("before_intervals")),
-            before_blocks=None if before_blocks is None else before_blocks.whole(),
-            stacks={} if stacks is None else _counts(stacks),
+            intervals=entry.optional("intervals", _intervals_in, {}),
+            before=entry.optional("before", _figures_in, {}),
+            before_intervals=entry.optional("before_intervals", _intervals_in, {}),
+            before_blocks=entry.optional("before_blocks", Entry.whole),
+            stacks=entry.optional("stacks", _counts, {}),
             judged=entry["judged"].value is True,
         )
 
@@ -281,23 +292,22 @@ class Attempt:
     def read(cls, entry: Entry) -> Attempt:
         """Read an entry of the report's attempts."""
         evaluations = entry["evaluations"].items(_MOST_EVALUATIONS)
-        k, decision, reason = entry.get("k"), entry["decision"].value, entry["reason"].value
         return cls(
             name=plain(entry["name"].value, 60),
             blocks=_counts(entry["blocks"]),
             parameters=entry["parameters"].whole(),
             frozen=_blocks(entry["frozen"]),
-            k=None if k is None else k.whole(),
-            thresholds=_thresholds(entry),
-            removed=_blocks(entry.get("removed")),
+            k=entry.optional("k", Entry.whole),
+            thresholds=entry.optional("thresholds", _thresholds, {}),
+            removed=entry.optional("removed", _blocks, {}),
             epoch=entry["epoch"].number(),
             evaluations=tuple(
                 replace(Evaluation.read(e).in_training(), epoch=e["epoch"].number()) for e in evaluations
             ),
             training_seconds=entry["training_seconds"].number(),
-            decision=plain(decision, 40) if decision else None,
-            reason=plain(reason) if reason else None,
-            stages=_qualities_in(entry.get("stages")),
+            decision=text_in(entry["decision"], 40),
+            reason=text_in(entry["reason"]),
+            stages=entry.optional("stages", _stages, {}),
         )
 
     @classmethod
@@ -308,33 +318,34 @@ class Attempt:
             blocks: blocks of each stack after it.
         """
         entry = Entry(noted)
-        settings, counts, data = (entry.get(key) for key in ("settings", "parameters", "data"))
-        k = None if settings is None else settings.get("k")
-        after = None if counts is None else counts.get("after")
-        shown = {"metrics": noted.get("metrics"), "weights": noted.get("weights")}
-        evaluation = Evaluation.read(Entry({**shown, "data": None if data is None else data["evaluation"].value}))
+        data = entry.optional("data", lambda data: data["evaluation"].value)
+        evaluation = Evaluation.read(
+            Entry({"metrics": noted.get("metrics"), "weights": noted.get("weights"), "data": data})
+        )
         return cls(
             name=f"pruning {index + 1}",
             blocks=blocks,
-            parameters=None if after is None else after.whole(),
-            frozen=_blocks(entry.get("frozen")),
-            k=None if k is None else k.whole(),
-            thresholds=_thresholds(entry),
-            removed=_blocks(entry.get("removed")),
+            parameters=entry.optional("parameters", lambda counts: counts.optional("after", Entry.whole)),
+            frozen=entry.optional("frozen", _blocks, {}),
+            k=entry.optional("settings", lambda settings: settings.optional("k", Entry.whole)),
+            thresholds=entry.optional("thresholds", _thresholds, {}),
+            removed=entry.optional("removed", _blocks, {}),
             evaluations=(evaluation,) if evaluation.metrics else (),
             training_seconds=None,
-            stages=_qualities_in(entry.get("stages")),
+            stages=entry.optional("stages", _stages, {}),
         )
 
 
+def _stages(entry: Entry) -> dict[str, dict[str, Any]]:
+    return {stage: _quality(entry[stage]) for stage in STAGES if entry.get(stage) is not None}
+
+
 def _thresholds(entry: Entry) -> dict[str, float]:
-    thresholds = entry.get("thresholds")
-    return {} if thresholds is None else {plain(name): e.number() for name, e in thresholds.entries().items()}
+    return {plain(name): threshold.number() for name, threshold in entry.entries().items()}
 
 
-def _blocks(entry: Entry | None) -> dict[str, tuple[int, ...]]:
-    entries = {} if entry is None else entry.entries()
-    return {plain(name): blocks.wholes() for name, blocks in entries.items() if blocks.value}
+def _blocks(entry: Entry) -> dict[str, tuple[int, ...]]:
+    return {plain(name): blocks.wholes() for name, blocks in entry.entries().items() if blocks.value}
 
 
 def _counts(entry: Entry) -> dict[str, int]:

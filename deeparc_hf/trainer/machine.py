@@ -17,9 +17,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from ..errors import RecordError
-from ..reports.attempts import Attempt
-from ..reports.phases import BEFORE, FINISHED
-from ..reports.phases import RETRAINING as BEING_RETRAINED
+from ..reports.attempts import BEFORE, FINISHED, Attempt
+from ..reports.attempts import RETRAINING as BEING_RETRAINED
 
 if TYPE_CHECKING:
     from ..pruning.config import MPruneConfig

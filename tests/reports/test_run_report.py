@@ -13,8 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from deeparc_hf import MPruneConfig, remove_blocks
 from deeparc_hf.architectures import describe
-from deeparc_hf.reports.attempts import Attempt, Evaluation
-from deeparc_hf.reports.phases import FINISHED
+from deeparc_hf.reports.attempts import FINISHED, Attempt, Evaluation
 from deeparc_hf.reports.run_report import RUN_REPORT, run_table, structure_of, write_run_report
 from deeparc_hf.trainer.machine import Phase, Progress
 from deeparc_hf.trainer.session import Session

@@ -13,8 +13,7 @@ import pytest
 
 from deeparc_hf import MPruneConfig
 from deeparc_hf.errors import RecordError
-from deeparc_hf.reports.attempts import Attempt, Evaluation
-from deeparc_hf.reports.phases import BEFORE, FINISHED, RETRAINING
+from deeparc_hf.reports.attempts import BEFORE, FINISHED, RETRAINING, Attempt, Evaluation
 from deeparc_hf.trainer.machine import Machine, Phase, Progress, judge
 
 PER_EPOCH = 2  # optimizer steps
@@ -447,7 +446,6 @@ def test_the_module_itself_needs_no_torch():
         "typing",
         "errors",
         "reports.attempts",
-        "reports.phases",
     }
 
 
