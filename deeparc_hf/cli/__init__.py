@@ -11,7 +11,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 
 from .. import __version__
 from ..errors import DeepArcError
@@ -31,14 +30,7 @@ _COMMANDS = {  # each is carried out by the module of this name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments; default: those of the process.
-
-    Returns:
-        The exit code.
-    """
+    """Run the command line; the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = None
     try:
@@ -48,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         args = parser.parse_args(argv)
         with plain_warnings():
-            return args.run(args)
+            return importlib.import_module(f"{__name__}.{args.command}").run(args)
     except KeyboardInterrupt:
         say("interrupted: nothing was written")
         return 130
@@ -69,14 +61,9 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         prog="deeparc", description="Make trained models smaller by layer similarity, or zero their weights."
     )
     parser.add_argument("--version", action="version", version=f"deeparc_hf {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, what in _COMMANDS.items():
         command = commands.add_parser(name, help=what)
-        command.set_defaults(run=partial(_run, name))
         if argv[:1] == [name]:
             OPTIONS[name](command)
     return parser
-
-
-def _run(name: str, args: argparse.Namespace) -> int:
-    return importlib.import_module(f"{__name__}.{name}").run(args)

@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..publish.card import CARD_FILE, create_model_card, may_replace
+from ..publish.card import CARD_FILE, create_model_card
+from ..publish.merging import may_replace
 from .common import say
 from .options import given_card
 

@@ -36,9 +36,8 @@ def say(message: str) -> None:
 
 def public_names(args: argparse.Namespace) -> dict[str, str]:
     """Model and data for a report, which may be published: of a local path the last part only."""
-    names = {"model": args.model, "data": args.data}
-    shown = {key: name for key, name in names.items() if name is not None}
-    return {key: Path(name).name if Path(name).expanduser().exists() else name for key, name in shown.items()}
+    names = {key: name for key, name in (("model", args.model), ("data", args.data)) if name is not None}
+    return {key: Path(name).name if Path(name).expanduser().exists() else name for key, name in names.items()}
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -55,7 +54,11 @@ def output_folder(args: argparse.Namespace) -> Path:
                 f"{args.out} holds {foreign[0]!r}, which this command did not write, so it is not replaced. Give "
                 "another folder."
             )
-        if not _of_an_earlier_run(out):
+        try:
+            ours = (out / PLAN_FILE).is_file() or "matrices" in Entry(read_json(out / SPARSITY_FILE)).mapping()
+        except (OSError, MalformedError):  # a training writes a sparsity report too, of another form
+            ours = False
+        if not ours:
             raise ConfigError(
                 f"{args.out} holds files but neither {PLAN_FILE} nor {SPARSITY_FILE} as this command writes them: no "
                 "earlier run wrote it, so it is not replaced. Give another folder."
@@ -65,18 +68,6 @@ def output_folder(args: argparse.Namespace) -> Path:
         reason = "not to be written to" if parent.is_dir() else "a file"
         raise ConfigError(f"{args.out} cannot be made: {parent} is {reason}. Give another folder with -o.")
     return out
-
-
-def _of_an_earlier_run(out: Path) -> bool:
-    """Whether `deeparc prune` or `deeparc sparsify` wrote a folder. A training writes a sparsity report too, of another
-    form.
-    """
-    if (out / PLAN_FILE).is_file():
-        return True
-    try:
-        return "matrices" in Entry(read_json(out / SPARSITY_FILE)).mapping()
-    except (OSError, MalformedError):
-        return False
 
 
 @contextmanager

@@ -1,6 +1,4 @@
-"""What a command is asked to work on: a model, and calibration data by name (files, folders and Hub data sets), turned
-into batches for the model.
-"""
+"""What a command is asked to work on: a model, and calibration data by name, turned into batches for the model."""
 
 from __future__ import annotations
 
@@ -51,9 +49,6 @@ class Job:
     """A model that was asked for and the data for it, checked before its weights are read.
 
     Attributes:
-        args: the command's arguments.
-        source: where the model comes from.
-        device: where the work is done.
         batches: calibration batches; None where no data was given.
         processor: the tokenizer or image processor to save with the checkpoint; None where there is none.
     """
@@ -68,13 +63,7 @@ class Job:
     def of(
         cls, args: argparse.Namespace, config: MPruneConfig | WandaConfig, check: Callable[[nn.Module], object]
     ) -> Job:
-        """What the arguments ask for.
-
-        Args:
-            args: those of `common_options`, `data_options` and `output_options`.
-            config: says how many samples, and the seed of their choice.
-            check: refuses a model, given without its weights, that the settings are not for.
-        """
+        """What the arguments ask for; `check` refuses a model, given without weights, that the settings are not for."""
         source = find_source(args.model)
         frame = skeleton(source, args.auto_class)
         check(frame)
@@ -82,15 +71,10 @@ class Job:
         if args.data is None:
             return cls(args, source, device, None, _processor_of(source, frame))
         columns = Columns(args.text_column, args.text_pair_column, args.target_column, args.image_column)
+        rows = load_rows(args.data, args.split, args.subset)
+        settings = {"batch_size": args.batch_size, "max_length": args.max_length}
         batches, processor = make_batches(
-            source,
-            frame,
-            load_rows(args.data, args.split, args.subset),
-            columns,
-            samples=config.calibration_samples,
-            seed=config.seed,
-            batch_size=args.batch_size,
-            max_length=args.max_length,
+            source, frame, rows, columns, samples=config.calibration_samples, seed=config.seed, **settings
         )
         return cls(args, source, device, batches, processor)
 
@@ -117,13 +101,7 @@ def _device(name: str | None) -> torch.device:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to use; None: guessed where there is one obvious candidate.
-
-    Attributes:
-        text, text_pair: the text, and the second text of a pair.
-        target: what an encoder-decoder model is to write.
-        image: images, or paths of image files.
-    """
+    """The columns to use; None: guessed where there is one obvious candidate. The target is what is to be written."""
 
     text: str | None = None
     text_pair: str | None = None
@@ -135,16 +113,9 @@ def load_rows(data: str, split: str | None = None, subset: str | None = None) ->
     """Load a data set.
 
     Args:
-        data: a .csv, .tsv, .json, .jsonl, .parquet or .txt file, a folder (of images, of such files, or from
-            `save_to_disk`), or a Hub id.
-        split: which split; default: "train", or the only one.
-        subset: which configuration of a Hub data set.
-
-    Returns:
-        A `datasets.Dataset`.
-
-    Raises:
-        LoadingError: if it cannot be loaded, or has no such split.
+        data: a file, a folder (of images, of such files, or from `save_to_disk`), or a Hub id.
+        split: default: "train", or the only one.
+        subset: configuration of a Hub data set.
     """
     import datasets  # takes seconds
 
@@ -186,9 +157,7 @@ def load_rows(data: str, split: str | None = None, subset: str | None = None) ->
 
 
 def _refuse_silence(data: str) -> None:
-    """Refuse a data set that would have to come from a Hub that does not answer; the library would try again for
-    minutes.
-    """
+    """Refuse a data set of a Hub that does not answer; the library would try again for minutes."""
     import datasets
 
     silent = no_answer(data, "README.md", repo_type="dataset")
@@ -207,21 +176,8 @@ def make_batches(
     batch_size: int = 16,
     max_length: int | None = None,
 ) -> tuple[DataLoader, Any]:
-    """Batches of randomly chosen samples for a model, and the tokenizer or image processor that made them (None for
-    timm).
-
-    Args:
-        source: where the model comes from; its tokenizer or image processor is loaded from there.
-        model: the model, on any device.
-        rows: from `load_rows`.
-        columns: the columns to use.
-        samples: number of samples, chosen at random with the seed.
-        max_length: longest text in tokens; default: what tokenizer and model allow, at most 512.
-
-    Raises:
-        CalibrationError: if the data is empty, or a column is missing or cannot be guessed.
-        UnsupportedModelError: if the model takes neither text nor images.
-        MissingDependencyError: if it takes images, and Pillow is not installed.
+    """Batches of randomly chosen samples for a model on any device, and the tokenizer or image processor that made them
+    (None for timm). max_length: of a text in tokens; default: what tokenizer and model allow, at most 512.
     """
     if len(rows) == 0:
         raise CalibrationError("The calibration data has no rows. Give another file or split.")
@@ -267,18 +223,14 @@ def _with_text(rows: Any, chosen: list[int], column: str) -> list[int]:
             f"None of the rows has a text in the column {column!r}. Give other data, or another column."
         )
     if len(full) < len(chosen):
-        message = (
-            f"{len(chosen) - len(full)} of the {len(chosen)} chosen rows have no text in the column {column!r}, "
-            "and are left out."
-        )
-        warn_caller(message, CalibrationWarning)
+        lost = f"{len(chosen) - len(full)} of the {len(chosen)} chosen rows"
+        warn_caller(f"{lost} have no text in the column {column!r}, and are left out.", CalibrationWarning)
     return full
 
 
 def _text_columns(rows: Any, columns: Columns, needs_target: bool) -> Columns:
-    strings = [
-        name for name, feature in rows.features.items() if getattr(feature, "dtype", None) in ("string", "large_string")
-    ]
+    kinds = ("string", "large_string")
+    strings = [name for name, feature in rows.features.items() if getattr(feature, "dtype", None) in kinds]
     free = [name for name in strings if name not in (columns.text_pair, columns.target)]
     text = columns.text or _guess(rows, [n for n in free if n.lower() in _TEXT_NAMES] or free, "text", "--text-column")
     if needs_target and columns.target is None:
@@ -391,26 +343,22 @@ def _image_collate(source: ModelSource, root: nn.Module, column: str) -> tuple[A
         processor = source.load(transformers.AutoImageProcessor)
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pixels = processor(images=[row[column] for row in batch], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels}
+        images = [row[column] for row in batch]
+        return {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
 
     return processor, collate
 
 
 def _processor_of(source: ModelSource, model: nn.Module) -> Any:
-    """The tokenizer or image processor to save with the checkpoint where no data has needed it; None where there is
-    none.
-    """
+    """The tokenizer or image processor to save with the checkpoint where no data has needed it, if there is one."""
     if source.library == "timm":
         return None
     loaders = {"input_ids": transformers.AutoTokenizer, "pixel_values": transformers.AutoImageProcessor}
     loader = loaders.get(find_host(model).root.main_input_name, transformers.AutoProcessor)
     try:
         with loading(f"the tokenizer or processor of {source.given}"):
-            if any(
-                cached_file(source.reference, name, _raise_exceptions_for_missing_entries=False, **source.loading)
-                for name in _PROCESSOR_FILES
-            ):
+            settings = {"_raise_exceptions_for_missing_entries": False, **source.loading}
+            if any(cached_file(source.reference, name, **settings) for name in _PROCESSOR_FILES):
                 return source.load(loader)
             say(f"info: {source.given} has no files of a tokenizer or processor, so none are saved.")
     except LoadingError as error:

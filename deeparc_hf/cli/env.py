@@ -14,9 +14,6 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; the exit code."""
     environment = {**package_versions(), "platform": platform.platform(), **hardware()}
-    print(
-        json.dumps(environment, indent=1)
-        if args.json
-        else "\n".join(f"{key}: {value}" for key, value in environment.items())
-    )
+    lines = [f"{key}: {value}" for key, value in environment.items()]
+    print(json.dumps(environment, indent=1) if args.json else "\n".join(lines))
     return 0

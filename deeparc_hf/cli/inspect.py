@@ -28,12 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def description_of(model: nn.Module) -> dict[str, Any]:
-    """A description of a model, plain JSON types; on the meta device too.
-
-    Raises:
-        UnsupportedModelError: if the model cannot be pruned.
-        RecordError: if it carries a record that is malformed or does not fit it.
-    """
+    """A description of a model, on the meta device too, in plain JSON types."""
     subject = describe(model)
     host = subject.host
     return {
@@ -82,11 +77,10 @@ def _lines(description: Mapping[str, Any]) -> list[str]:
         first = 0
         for count, group in itertools.groupby(stack["parameters"]):
             last = first + len(list(group)) - 1
-            lines.append(
-                f"  block {first}: {_short(count)}"
-                if first == last
-                else f"  blocks {first}-{last}: {_short(count)} each"
+            alike = (
+                f"blocks {first}-{last}: {_short(count)} each" if last > first else f"block {first}: {_short(count)}"
             )
+            lines.append(f"  {alike}")
             first = last + 1
         lines += [f"  block {index} is pinned: {plain(reason)}" for index, reason in stack["pinned"].items()]
     lines += [f"outside the stacks: {_short(max(0, total - inside))}", ""]

@@ -56,12 +56,7 @@ def given_card(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _data_options(parser: argparse.ArgumentParser, *, required: bool, note: str = "") -> None:
-    """The calibration data and how it is read.
-
-    Args:
-        required: whether the command always needs data.
-        note: added to the help of --data.
-    """
+    """The calibration data and how it is read; the note is added to the help of --data."""
     data = parser.add_argument_group("data")
     files = ".csv, .tsv, .json, .jsonl, .parquet or .txt file, a folder (of images, say), or a Hub id"
     data.add_argument("--data", required=required, help=f"{files}{note}")
@@ -86,15 +81,7 @@ def _data_options(parser: argparse.ArgumentParser, *, required: bool, note: str 
 
 
 def _output_options(parser: argparse.ArgumentParser, out: str, *, required: bool) -> Any:
-    """Where the output goes.
-
-    Args:
-        out: help of -o.
-        required: whether the command always needs it.
-
-    Returns:
-        The group, for more options.
-    """
+    """Where the output goes; the group, for more options."""
     group = parser.add_argument_group("output")
     group.add_argument("-o", "--out", metavar="OUT", required=required, help=out)
     group.add_argument("--overwrite", action="store_true", help="replace OUT if it is the output of an earlier run")
@@ -103,12 +90,8 @@ def _output_options(parser: argparse.ArgumentParser, out: str, *, required: bool
 
 
 def _setting_options(group: Any, settings: type[Settings], names: Mapping[str, Sequence[str]]) -> None:
-    """One option for each setting that is of use without a training; the settings validate them.
-
-    Args:
-        group: takes the options.
-        settings: the dataclass.
-        names: choices of settings that name an entry of a registry.
+    """One option for each setting that is of use without a training; the settings validate them. Names are the choices
+    of settings that name an entry of a registry.
     """
     hints = typing.get_type_hints(settings)
     for spec in dataclasses.fields(settings):
@@ -116,17 +99,18 @@ def _setting_options(group: Any, settings: type[Settings], names: Mapping[str, S
             continue
         option = f"--{spec.name.replace('_', '-')}"
         extra, more = _taken(hints[spec.name], names.get(spec.name) or spec.metadata.get("choices"))
-        text = f"{spec.metadata.get('cli', spec.metadata['help'])}{more}{_default(option, spec.default)}"
+        default = spec.default
+        if isinstance(default, bool):
+            default = option if default else option.replace("--", "--no-", 1)
+        more += f" Default: {default}." if isinstance(default, (int, float, str)) else ""
+        text = f"{spec.metadata.get('cli', spec.metadata['help'])}{more}"
         group.add_argument(option, dest=f"{_PREFIX}{spec.name}", default=None, help=text.replace("%", "%%"), **extra)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line."""
-    return {
-        name.removeprefix(_PREFIX): value
-        for name, value in vars(args).items()
-        if name.startswith(_PREFIX) and value is not None
-    }
+    given = {name: value for name, value in vars(args).items() if name.startswith(_PREFIX) and value is not None}
+    return {name.removeprefix(_PREFIX): value for name, value in given.items()}
 
 
 def _taken(hint: Any, choices: Sequence[str] | None) -> tuple[dict[str, Any], str]:
@@ -140,12 +124,6 @@ def _taken(hint: Any, choices: Sequence[str] | None) -> tuple[dict[str, Any], st
     if kind is None:  # a list of texts
         return {"action": "append", "metavar": "PATTERN"}, " May be repeated."
     return {"type": kind, "metavar": f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()}, ""
-
-
-def _default(option: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return f" Default: {option if value else option.replace('--', '--no-', 1)}."
-    return f" Default: {value}." if isinstance(value, (int, float, str)) else ""
 
 
 def _positive(text: str) -> int:

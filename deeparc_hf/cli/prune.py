@@ -44,21 +44,15 @@ def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
     return counts
 
 
-def _out(args: argparse.Namespace) -> Path | None:
-    if args.out is not None:
-        return output_folder(args)
-    if args.dry_run:
-        return None
-    raise ConfigError("Give the folder for the pruned checkpoint with -o OUT, or --dry-run to see the plan only.")
-
-
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; the exit code."""
     given = given_settings(args)
     if "num_blocks" in given:
         given["num_blocks"] = _num_blocks(given["num_blocks"])
     config = MPruneConfig(**given)
-    out = _out(args)
+    if args.out is None and not args.dry_run:
+        raise ConfigError("Give the folder for the pruned checkpoint with -o OUT, or --dry-run to see the plan only.")
+    out = None if args.out is None else output_folder(args)
 
     def check(frame: nn.Module) -> None:
         check_record(frame, 1)
@@ -132,17 +126,10 @@ def _nothing_to_remove(plan: PruningPlan) -> str:
     if first is None:
         return f"{message} Its pinned and protected blocks allow no removal."
     if plan.config.target != "threshold":
-        target = plan.config.target.replace("_", "-")
-        return (
-            f"{message} --{target} {_given(plan.config)} keeps all of its {plan.num_blocks} blocks: give a smaller "
-            "number."
-        )
+        option, given = f"--{plan.config.target.replace('_', '-')}", getattr(plan.config, plan.config.target)
+        asked = " ".join(f"{name}={n}" for name, n in given.items()) if isinstance(given, dict) else f"{given:g}"
+        return f"{message} {option} {asked} keeps all of its {plan.num_blocks} blocks: give a smaller number."
     return (
         f"{message} The first block would go at threshold {first:.4f}: lower --threshold, or give --num-blocks or "
         "--keep-ratio."
     )
-
-
-def _given(config: MPruneConfig) -> str:
-    target = getattr(config, config.target)
-    return " ".join(f"{name}={count}" for name, count in target.items()) if isinstance(target, dict) else f"{target:g}"

@@ -1,6 +1,4 @@
-"""Models by name, as the command line takes them: a folder, a Hub id, or a timm model; as a skeleton without weights,
-or whole.
-"""
+"""Models by name, as the command line takes them (a folder, a Hub id, a timm model), without weights or whole."""
 
 from __future__ import annotations
 
@@ -50,11 +48,8 @@ class ModelSource:
     """Where a model comes from.
 
     Attributes:
-        given: what the user wrote.
-        library: "transformers" or "timm".
-        reference: what the library's own loader takes.
-        cached: the folder in the Hub's cache, where the Hub does not answer and nothing but the cache is to be read;
-            else None.
+        reference: what the loader of the library ("transformers" or "timm") takes.
+        cached: the folder in the Hub's cache, where the Hub does not answer and only the cache is to be read.
     """
 
     given: str
@@ -80,7 +75,10 @@ def loading(what: str) -> Iterator[None]:
     except DeepArcError:
         raise
     except Exception as error:
-        if _is_refused_pickle(error):
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        if any(isinstance(each, pickle.UnpicklingError) or "weights_only" in str(each) for each in chain):
             # torch's own words, and the traceback, advise to run the code in it
             raise UnsupportedModelError(
                 f"{what} holds its weights as pickles only (pytorch_model.bin), with more in them than tensors. "
@@ -91,29 +89,21 @@ def loading(what: str) -> Iterator[None]:
         raise LoadingError(f"Cannot load {what}: {plain(error, _LONGEST) or type(error).__name__}") from error
 
 
-def _is_refused_pickle(error: BaseException | None) -> bool:
-    """Whether torch refused to unpickle something, anywhere in a chain of errors."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        error = error.__cause__ or error.__context__
-    return any(isinstance(each, pickle.UnpicklingError) or "weights_only" in str(each) for each in seen)
-
-
 def find_source(model: str) -> ModelSource:
     """Find out which library a model belongs to.
 
     Args:
         model: a folder; a Hub id; "timm:NAME" for an architecture of timm with its default weights; or timm's own
             "hf-hub:ORG/NAME" and "local-dir:FOLDER".
-
-    Raises:
-        LoadingError: if there is no such model, or its config.json cannot be read.
-        UnsupportedModelError: if it is the folder of a PEFT adapter.
     """
     scheme, _, rest = model.partition(":")
     if scheme == "timm":
-        return ModelSource(model, "timm", _architecture(rest))
+        timm = _timm()
+        if not timm.is_model(rest.partition(".")[0]):
+            near = difflib.get_close_matches(rest, timm.list_models(), n=1)
+            hint = f" Did you mean timm:{near[0]}?" if near else ""
+            raise LoadingError(f"timm has no model {rest!r}.{hint}")
+        return ModelSource(model, "timm", rest)
     if scheme in _TIMM_SCHEMES:
         name, _, revision = rest.partition("@") if scheme != "local-dir" else (rest, "", "")
         return ModelSource(model, "timm", model, _config(name, revision or None)[1])
@@ -124,9 +114,7 @@ def find_source(model: str) -> ModelSource:
 
 
 def skeleton(source: ModelSource, auto_class: str | None = None) -> nn.Module:
-    """The model on the meta device: built from its settings alone, no weights read and no memory taken. It carries its
-    record.
-    """
+    """The model with its record on the meta device: no weights are read, and no memory is taken."""
     with loading(source.given), torch.device("meta"):
         if source.library == "timm":
             return _timm_model(source, pretrained=False)
@@ -137,11 +125,8 @@ def skeleton(source: ModelSource, auto_class: str | None = None) -> nn.Module:
 
 
 def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
-    """The model with its weights, on the CPU, in eval mode. It carries its record.
-
-    Raises:
-        LoadingError: if it cannot be loaded.
-        CalibrationError: if the checkpoint lacks weights of a block, so that its similarities would be chance.
+    """The model with its weights and its record, on the CPU, in eval mode; one that lacks weights of a block, so that
+    its similarities would be chance, is a CalibrationError.
     """
     with loading(source.given):
         if source.library == "timm":
@@ -210,9 +195,7 @@ def _hub_config(model: str, revision: str | None) -> tuple[Path, Path | None]:
 
 
 def _config_and_class(source: ModelSource, auto_class: str | None) -> tuple[Any, Any]:
-    """The config, and the class to load: the one that was asked for, else the one that saved the checkpoint, else the
-    bare model.
-    """
+    """The config, and the class that was asked for, else the one that saved the checkpoint, else the bare model."""
     config = source.load(transformers.AutoConfig)
     name = auto_class or next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -231,15 +214,6 @@ def _timm() -> Any:
     except ImportError as error:
         raise MissingDependencyError('A timm model needs timm: pip install "deeparc_hf[timm]".') from error
     return timm
-
-
-def _architecture(name: str) -> str:
-    timm = _timm()
-    if not timm.is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f" Did you mean timm:{near[0]}?" if near else ""
-        raise LoadingError(f"timm has no model {name!r}.{hint}")
-    return name
 
 
 def _timm_model(source: ModelSource, pretrained: bool) -> nn.Module:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .plain_text import is_plain, plain, quoted
+from .plain_text import LIMIT, is_plain, plain, quoted
 
 __all__ = ["MAX_BLOCKS", "MAX_ENTRIES", "MAX_TEXT", "Entry", "MalformedError", "is_number", "read_json"]
 
@@ -73,6 +73,11 @@ class Entry:
         prefix = f"{self.place}." if self.place else ""
         return {key: Entry(value, f"{prefix}{plain(key, 80)}") for key, value in mapping.items()}
 
+    def texts(self) -> dict[str, str]:
+        """The texts and numbers of an object, short and plain."""
+        entries = self.entries().items()
+        return {plain(key, 60): plain(e.value) for key, e in entries if isinstance(e.value, (str, int, float))}
+
     def named(self, most: int = MAX_ENTRIES, limit: int = MAX_TEXT) -> dict[str, Entry]:
         """The entries of an object whose names are visible texts of limited length, and not empty."""
         entries = self.entries(most)
@@ -114,6 +119,10 @@ class Entry:
         """A text that shows as it is."""
         self.must_be(is_plain(self.value, limit), f"a text of at most {limit} visible characters")
         return self.value
+
+    def shown(self, limit: int = LIMIT) -> str | None:
+        """Any value as plain text; None where there is none."""
+        return plain(self.value, limit) if self.value else None
 
     def _list(self, most: int) -> list[Any] | tuple[Any, ...]:
         self.must_be(isinstance(self.value, (list, tuple)) and len(self.value) <= most, f"a list of at most {most}")

@@ -22,22 +22,12 @@ from ..pruning.heatmap import save_heatmap
 from . import blocks, overview, sections, tables
 from .content import CardContent
 from .gather import content_of_folder, content_of_model, with_reports
-from .merging import bare_metadata, kept_message, made_by_us, marked, may_replace, merged
+from .merging import bare_metadata, kept_message, marked, may_replace, merged
 from .metadata import licences, metadata
 from .usage import reproduce, usage
 from .vocabulary import Given
 
-__all__ = [
-    "CARD_FILE",
-    "PICTURE_FILE",
-    "QUALITY_FILE",
-    "Source",
-    "create_model_card",
-    "made_by_us",
-    "make_card",
-    "may_replace",
-    "render",
-]
+__all__ = ["CARD_FILE", "PICTURE_FILE", "QUALITY_FILE", "Source", "create_model_card", "make_card", "render"]
 
 CARD_FILE, PICTURE_FILE, QUALITY_FILE = "README.md", "similarity.png", "quality.png"
 TEMPLATE = Path(__file__).with_name("templates") / "model_card.md"

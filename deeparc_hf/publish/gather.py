@@ -21,7 +21,7 @@ from ..core.plain_text import plain
 from ..errors import DeepArcError, RecordError
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
-from ..reports.attempts import Attempt, Evaluation, dataset_in, text_in, texts_in
+from ..reports.attempts import Attempt, Evaluation, dataset_in
 from ..reports.run_report import RUN_REPORT
 from ..sparsity.report import SparsityReport
 from .content import RUN_FILE, CardContent
@@ -206,12 +206,12 @@ def _with_run(content: CardContent, entry: Entry, own: bool) -> CardContent:
 
 def _run_in(entry: Entry, config: MPruneConfig) -> dict[str, Any]:
     return {
-        "metric": text_in(entry["metric"], 80),
+        "metric": entry["metric"].shown(80),
         "baseline": entry.optional("baseline", Entry.number),
         "accepted": entry["accepted"].whole(),
         "iterations": config.iterations,
         "max_drop": config.max_drop,
-        "reason": text_in(entry["reason"]),
+        "reason": entry["reason"].shown(),
         "phase": plain(entry["phase"].value, 40),
         "zeroed_at": entry.optional("zeroed_at", Entry.whole),
     }
@@ -245,9 +245,9 @@ def _with_training(
         content,
         final=_latest(mine),
         data=entry.optional("data", _data_in) or content.data,
-        training=entry.optional("training", texts_in) or content.training,
-        hardware=entry.optional("hardware", texts_in, {}),
-        versions=entry.optional("versions", texts_in) or content.versions,
+        training=entry.optional("training", Entry.texts) or content.training,
+        hardware=entry.optional("hardware", Entry.texts, {}),
+        versions=entry.optional("versions", Entry.texts) or content.versions,
     )
 
 
@@ -274,8 +274,8 @@ def _with_report(content: CardContent, entry: Entry) -> CardContent:
         REPORT_FILE,
         REPORT_FILE.replace(".json", ".md"),
         parameters=(before or counts[0], now or counts[-1]),
-        hardware=entry.optional("hardware", texts_in, {}),
-        versions=entry.optional("versions", texts_in, {}),
+        hardware=entry.optional("hardware", Entry.texts, {}),
+        versions=entry.optional("versions", Entry.texts, {}),
     )
 
 

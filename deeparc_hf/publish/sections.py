@@ -1,4 +1,4 @@
-"""The sentences of a card: what was done, how it was measured, where its limits are, what it was made from."""
+"""The sentences of a card, which its template asks for: what was done, how it was measured, where its limits are."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ from ..pruning.plan import PruningPlan
 from ..reports.attempts import bare
 from .content import CardContent
 from .tables import epochs_table, settings_table, steps_data
-
-__all__ = [
-    "citations",
-    "evaluation_note",
-    "iterations_more",
-    "iterations_note",
-    "limits",
-    "made",
-    "similarity_note",
-    "steps_note",
-    "summary",
-]
 
 _METRICS = {
     "cka": "debiased CKA",

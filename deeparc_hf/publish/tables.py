@@ -1,4 +1,4 @@
-"""The tables of a card, as Markdown. What was not measured is "-"; a table of nothing is None."""
+"""The tables of a card, which its template asks for. What was not measured is "-"; a table of nothing is None."""
 
 from __future__ import annotations
 
@@ -12,24 +12,10 @@ from ..reports.run_report import loss_text, share_text
 from ..sparsity.report import sparsity_table
 from .content import CardContent
 
-__all__ = [
-    "data_text",
-    "epochs_table",
-    "evaluation_table",
-    "figure_text",
-    "iteration_rows",
-    "iterations_table",
-    "main_metric",
-    "settings_table",
-    "sparsity_section",
-    "steps_data",
-    "steps_table",
-]
-
 _EPOCHS, _FIRST = 6, 4  # columns at most; of longer runs the first ones, and the last value
 
 
-def main_metric(content: CardContent) -> str:
+def _main_metric(content: CardContent) -> str:
     """The metric of the run's gate, else an accuracy, else the first one that is no loss, else the loss."""
     asked = bare(content.run.get("metric") or "")
     if asked:
@@ -44,8 +30,8 @@ def main_metric(content: CardContent) -> str:
 
 def iterations_table(content: CardContent) -> str | None:
     """A row for the model before, and for each pruning that was tried: what it left, and what it cost."""
-    metric = main_metric(content)
-    attempts = iteration_rows(content)
+    metric = _main_metric(content)
+    attempts = _iteration_rows(content)
     if not attempts:
         return None
     last = [next(reversed(_by_epoch(attempt, metric).values()), None) for attempt in attempts]
@@ -76,7 +62,7 @@ def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def iteration_rows(content: CardContent) -> list[Attempt]:
+def _iteration_rows(content: CardContent) -> list[Attempt]:
     """The rows of the table of iterations. Of several trainings, those in which something was measured or removed."""
     rows = [row for attempt in content.attempts for row in _by_weights(attempt)]
     return [row for row in rows if not content.continued or row.k is not None or row.evaluations]
@@ -84,7 +70,7 @@ def iteration_rows(content: CardContent) -> list[Attempt]:
 
 def epochs_table(content: CardContent) -> str | None:
     """The main metric after each epoch of a training; of long trainings after the first ones, and the last."""
-    metric, attempts = main_metric(content), iteration_rows(content)
+    metric, attempts = _main_metric(content), _iteration_rows(content)
     by_epoch = [_by_epoch(attempt, metric) for attempt in attempts]
     epochs = sorted({epoch for values in by_epoch for epoch in values})
     if not content.from_run or content.continued or len(epochs) < 2:
@@ -102,7 +88,7 @@ def epochs_table(content: CardContent) -> str | None:
 def settings_table(content: CardContent) -> str | None:
     """Stride, threshold, frozen blocks and time of an evaluation, for each row of the table of iterations."""
     rows = []
-    for attempt in iteration_rows(content):
+    for attempt in _iteration_rows(content):
         seconds = next((e.seconds for e in reversed(attempt.evaluations) if e.seconds is not None), None)
         thresholds = " ".join(map(threshold_text, sorted(set(attempt.thresholds.values())))) or "-"
         frozen = sum(map(len, attempt.frozen.values()))

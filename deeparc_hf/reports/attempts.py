@@ -1,8 +1,5 @@
 """The evaluations of a training, and the prunings that were tried in it: as a run notes them, as its report tells them,
-and as a card reads them.
-
-Reports lie beside a checkpoint, and a downloaded checkpoint is hostile input: `read` checks everything, sizes are
-bounded, and texts are made plain.
+and as a card reads them. A downloaded report is hostile input: `read` checks everything, and makes texts plain.
 """
 
 from __future__ import annotations
@@ -13,23 +10,11 @@ from typing import Any, NamedTuple
 
 from ..core.checks import Entry, is_number
 from ..core.markdown import md
-from ..core.plain_text import LIMIT, plain
+from ..core.plain_text import plain
 from ..core.statistics import wilson_interval
 from .provenance import TIMES, VALIDATION
 
-__all__ = [
-    "BEFORE",
-    "FINISHED",
-    "RETRAINING",
-    "STAGES",
-    "Attempt",
-    "Evaluation",
-    "Figure",
-    "bare",
-    "dataset_in",
-    "text_in",
-    "texts_in",
-]
+__all__ = ["BEFORE", "FINISHED", "RETRAINING", "STAGES", "Attempt", "Evaluation", "Figure", "bare", "dataset_in"]
 
 BEFORE, RETRAINING, FINISHED = "before the first pruning", "retraining", "finished"  # phases of a run
 STAGES = {
@@ -40,16 +25,6 @@ STAGES = {
 }
 _MOST_EVALUATIONS = 2**20
 _MOST_METRICS = 4096
-
-
-def text_in(entry: Entry, limit: int = LIMIT) -> str | None:
-    return plain(entry.value, limit) if entry.value else None
-
-
-def texts_in(entry: Entry) -> dict[str, str]:
-    """The short texts and numbers of an object, as texts."""
-    entries = entry.entries().items()
-    return {plain(key, 60): plain(e.value) for key, e in entries if isinstance(e.value, (str, int, float))}
 
 
 def dataset_in(entry: Entry) -> dict[str, Any]:
@@ -170,13 +145,11 @@ class Evaluation:
 
     @classmethod
     def read(cls, entry: Entry) -> Evaluation:
-        """Read an evaluation: metrics, and where they are known data, weights, sparse, intervals, stacks, judged, and
-        before.
-        """
+        """Read an evaluation; all but its metrics may be missing."""
         return cls.of(
             entry.optional("metrics", _figures_in, {}),
             data=entry.optional("data", dataset_in, {}),
-            mark=text_in(entry["weights"], 64),
+            mark=entry["weights"].shown(64),
             sparse=entry["sparse"].value is True,
             intervals=entry.optional("intervals", _intervals_in, {}),
             before=entry.optional("before", _figures_in, {}),
@@ -193,9 +166,7 @@ class Evaluation:
         return replace(self, data={**self.data, "use": VALIDATION})
 
     def split_of(self, key: str) -> str | None:
-        """The split that a metric was measured on: as the data set calls it, else by how it was used; None where that
-        is not known.
-        """
+        """The split that a metric was measured on: as the data set calls it, else by how it was used."""
         if self.data.get("split"):
             return str(self.data["split"])
         if self.judged or self.data.get("use") == VALIDATION:
@@ -203,9 +174,7 @@ class Evaluation:
         return "test" if key.startswith("test_") else None
 
     def figure(self, key: str) -> Figure:
-        """A metric with its 95 % interval: the one that came with it, or Wilson's of an accuracy where the number of
-        samples is known.
-        """
+        """A metric with the 95 % interval that came with it, or Wilson's of an accuracy of so many samples."""
         return self._figure(key, self.metrics[key], self.intervals)
 
     def figure_before(self, key: str) -> Figure | None:
@@ -229,17 +198,13 @@ class Attempt:
     """One row of a run's report: the model before the first pruning, or a pruning that was tried.
 
     Attributes:
-        name: of the row.
         blocks, parameters: of the model then; blocks by stack. parameters is None where a record does not know it.
         step, epoch: when in the training it began.
         frozen: blocks that were not trained, by stack.
         training_seconds: time of the training steps; None where it is not known.
-        evaluations: of the model then.
         iteration, k, thresholds: number of the pruning among those that are accepted, its stride, and thresholds by
             stack; None and empty for the model before the first pruning.
-        removed, plan_removed: blocks that it removed, by stack, numbered as the original model counts them, and as the
-            model did right before.
-        healing: what was healed, site by site.
+        removed, plan_removed: blocks that it removed, by stack, numbered as in the original, and as right before.
         stages: what each step did (`quality.measure_quality`, by stage).
         metric, value, baseline, drop: what it was judged by; None where nothing was judged.
         reason, decision: of the verdict; None before.
@@ -305,18 +270,14 @@ class Attempt:
                 replace(Evaluation.read(e).in_training(), epoch=e["epoch"].number()) for e in evaluations
             ),
             training_seconds=entry["training_seconds"].number(),
-            decision=text_in(entry["decision"], 40),
-            reason=text_in(entry["reason"]),
+            decision=entry["decision"].shown(40),
+            reason=entry["reason"].shown(),
             stages=entry.optional("stages", _stages, {}),
         )
 
     @classmethod
     def of_record(cls, index: int, noted: Mapping[str, Any], blocks: dict[str, int]) -> Attempt:
-        """The same from what a record noted of a pruning, which is less.
-
-        Args:
-            blocks: blocks of each stack after it.
-        """
+        """The same from what a record noted of a pruning, which is less; blocks: of each stack after it."""
         entry = Entry(noted)
         data = entry.optional("data", lambda data: data["evaluation"].value)
         evaluation = Evaluation.read(

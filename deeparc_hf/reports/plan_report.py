@@ -1,7 +1,4 @@
-"""Reports: what a pruning removed, what it cost and what it saved, as tables, strips, JSON and Markdown.
-
-Functions over plans and measurements. What was not measured is None, and shows as "-": nothing is estimated here.
-"""
+"""The report of a pruning: what it removed, cost and saved. What was not measured is None, and shows as "-"."""
 
 from __future__ import annotations
 
@@ -55,18 +52,10 @@ class Measurement:
 
     Attributes:
         label: what this row is ("original", "pruned", "retrained").
-        blocks: residual blocks, over all stacks.
-        parameters: number of parameters.
-        accuracy: share of the evaluation samples that were right, in [0, 1].
-        samples: number of evaluation samples behind it.
-        evaluation_loss: mean loss on them.
+        accuracy, samples: share of the evaluation samples that were right, in [0, 1], and their number.
         evaluation_seconds: time of one evaluation, warm (`timed_evaluation`), in s.
-        training_seconds: time of the training that led to this row, in s.
-        frozen: number of frozen blocks in that training.
+        training_seconds, frozen: time of the training that led to this row, in s, and number of blocks frozen in it.
         threshold, k: settings of the pruning that led to this row.
-
-    Raises:
-        ConfigError: if the accuracy is not a share.
     """
 
     label: str
@@ -110,13 +99,7 @@ def iteration_table(rows: Sequence[Measurement]) -> str:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of repeated calls.
-
-    Attributes:
-        seconds: the median.
-        times: each repeat, in s, without the warm-up.
-        result: what the last call returned.
-    """
+    """Times of repeated calls, in s: the median, and each one without the warm-up; and what the last call returned."""
 
     seconds: float
     times: tuple[float, ...]
@@ -124,23 +107,20 @@ class Timing:
 
 
 def timed_evaluation(fn: Callable[[], Any], repeats: int = 3, warmup: int = 1) -> Timing:
-    """Time a function warm: the first calls, which pay for caches and lazy set-up, are not counted.
-
-    Args:
-        fn: the function; work that it leaves running on an accelerator is waited for.
-        repeats: timed calls, at least 1.
-        warmup: calls before these.
+    """Time a function warm: the first calls, which pay for caches and lazy set-up, are not counted. Work that it leaves
+    running on an accelerator is waited for.
     """
     if repeats < 1 or warmup < 0:
         raise ConfigError(f"repeats must be at least 1 and warmup at least 0, found {repeats} and {warmup}.")
     for _ in range(warmup):
         fn()
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
     times = []
     for _ in range(repeats):
-        _wait_for_device()
+        wait()
         start = time.perf_counter()
         result = fn()
-        _wait_for_device()
+        wait()
         times.append(time.perf_counter() - start)
     return Timing(statistics.median(times), tuple(times), result)
 
@@ -166,15 +146,7 @@ def write_report(
     healings: Sequence[Healing] = (),
     device: torch.device | str | None = None,
 ) -> None:
-    """Write report.json and report.md into a folder, which is made if need be.
-
-    Args:
-        plan: the plan that was carried out, or would be.
-        rows: what was measured, oldest first.
-        extra: more to report (name of the model, of the data), JSON types only.
-        healings: what became of each removal site.
-        device: as in `hardware`.
-    """
+    """Write report.json and report.md into a folder: a plan, and what was measured (oldest first) and healed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = {
@@ -237,8 +209,3 @@ def _mark(stack: StackPlan, index: int) -> str:
     if index in stack.pinned or index in stack.protected:
         return "P" if index in stack.frozen else "p"
     return "*" if index in stack.frozen else "#"
-
-
-def _wait_for_device() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

@@ -1,6 +1,4 @@
-"""Where figures come from: which data, and how a training was set. May be published: no local paths, no names of
-machines, no tokens.
-"""
+"""Where figures come from: data and settings of a training, fit to be published (no paths, no tokens)."""
 
 from __future__ import annotations
 
@@ -24,15 +22,7 @@ _ON_THE_HUB = re.compile(r"^hf://datasets/(?P<id>[\w.\-]+(?:/[\w.\-]+)?)@(?P<rev
 
 
 def origin_of(dataset: Any) -> dict[str, Any]:
-    """What is known of a data set: its Hub id and commit where it came from there, its configuration, its split, its
-    number of rows.
-
-    Args:
-        dataset: any data set; only those of the datasets library know where they came from.
-
-    Returns:
-        Entries that are known, of: id, revision, config, split, rows.
-    """
+    """What a data set of the datasets library knows of itself: id and revision on the Hub, config, split, rows."""
     origin: dict[str, Any] = {}
     info = getattr(dataset, "info", None)
     for source in getattr(info, "download_checksums", None) or {}:
@@ -54,9 +44,7 @@ def origin_of(dataset: Any) -> dict[str, Any]:
 
 
 def same_data(dataset: Any) -> Any:
-    """What is equal for the same rows: the Trainer makes a new `datasets.Dataset` without the unused columns for each
-    evaluation.
-    """
+    """What is equal for the same rows: the Trainer makes a new data set without unused columns for each evaluation."""
     return getattr(dataset, "_fingerprint", None) or id(dataset)
 
 

@@ -1,6 +1,4 @@
-"""The report of one training with prunings in it: a row for the model before them and for each pruning, with the
-verdict on it.
-"""
+"""The report of a training with prunings in it: a row for the model before, and for each pruning with its verdict."""
 
 from __future__ import annotations
 
@@ -19,21 +17,11 @@ from ..healing.sites import healing_text
 from ..pruning.config import MPruneConfig
 from .attempts import STAGES, Attempt
 
-__all__ = [
-    "RUN_REPORT",
-    "STAGES_TEXT",
-    "loss_text",
-    "quality_text",
-    "run_table",
-    "share_text",
-    "stages_table",
-    "structure_of",
-    "write_run_report",
-]
+__all__ = ["RUN_REPORT", "loss_text", "quality_text", "run_table", "share_text", "structure_of", "write_run_report"]
 
 RUN_REPORT = "pruning_report"
 FORMAT_VERSION = 1
-STAGES_TEXT = (
+_STAGES_TEXT = (
     "The loss that the model puts out, in eval mode, as the callback measured it, with its 95 % interval (normal, from "
     "the spread of the batches); where answers are classes, the share of right ones with its Wilson interval. All "
     "columns of a row are of the same samples, which need not be all that the Trainer evaluates on. After the "
@@ -42,23 +30,13 @@ STAGES_TEXT = (
 
 
 def structure_of(model: nn.Module, subject: Subject | None = None) -> dict[str, Any]:
-    """Number of blocks of each stack, and number of parameters, of a model as it is now.
-
-    Args:
-        model: all of it, with what a user has put around the library's model.
-        subject: its description, where there is one.
-    """
+    """Number of blocks of each stack, and of parameters of all of a model, which may lie around what is described."""
     lengths = describe(model if subject is None else subject).lengths
     return {"blocks": lengths, "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
 def run_table(attempts: Sequence[Attempt], metric: str | None = None) -> str:
-    """The Markdown table of a run: a row for each pruning that was tried, in the order of the run.
-
-    Args:
-        attempts: as in `Progress.attempts`.
-        metric: the metric to show; None: the loss.
-    """
+    """The Markdown table of a run: a row for each pruning that was tried, with a metric or the loss."""
     name = (metric or "loss").removeprefix("eval_")
     header = ["model", "k", "threshold", "blocks", "parameters", "freeze", f"{name} after each evaluation (epoch)"]
     header += ["evaluation time (s)", "training time (s)", "verdict"]
@@ -105,7 +83,7 @@ def share_text(quality: Mapping[str, Any] | None) -> str:
     return f"{100 * quality['accuracy']:.1f} % ({low:.1f} .. {high:.1f})"
 
 
-def stages_table(attempts: Sequence[Attempt]) -> str | None:
+def _stages_table(attempts: Sequence[Attempt]) -> str | None:
     """The Markdown table of what each step of each pruning did to the model; None where nothing was measured."""
     rows = []
     for attempt in attempts:
@@ -128,7 +106,7 @@ def write_run_report(
     zeroed_at: int | None = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write pruning_report.json and pruning_report.md into a folder; each is there whole or not at all.
+    """Write pruning_report.json and pruning_report.md; each is there whole or not at all.
 
     Args:
         progress: where the training stands (`Progress.for_report`).
@@ -167,9 +145,9 @@ def _markdown(data: Mapping[str, Any], attempts: Sequence[Attempt]) -> str:
         "steps alone, in this row's structure. The pruned models have been trained for longer than the one before "
         "pruning. Blocks below are numbered as the original model counts them."
     )
-    stages = stages_table(attempts)
+    stages = _stages_table(attempts)
     if stages is not None:
-        parts += ["## What each step did", stages, STAGES_TEXT]
+        parts += ["## What each step did", stages, _STAGES_TEXT]
     if tried and data["config"].get("distill"):
         taught = ", ".join(f"{key} {value}" for key, value in data["config"]["distill"].items() if value is not None)
         parts.append(f"The unpruned model taught during the retraining ({taught}).")

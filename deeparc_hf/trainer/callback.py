@@ -13,8 +13,8 @@ from transformers.trainer_callback import ExportableState
 from ..core.caller import warn_caller
 from ..core.plain_text import plain
 from ..errors import DeepArcWarning
-from ..publish.card import CARD_FILE, make_card, may_replace
-from ..publish.merging import kept_message
+from ..publish.card import CARD_FILE, make_card
+from ..publish.merging import kept_message, may_replace
 from ..publish.overview import ENDING
 from .session import Member, Session
 
