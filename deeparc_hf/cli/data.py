@@ -190,12 +190,8 @@ def make_batches(
         processor, collate = _image_collate(source, root, column)
     elif main == "input_ids":
         writes = root.config.is_encoder_decoder
-        _warn_unused(
-            root,
-            "texts, and writes none" * (not writes) or "texts",
-            image=columns.image,
-            target=None if writes else columns.target,
-        )
+        takes = "texts" if writes else "texts, and writes none"
+        _warn_unused(root, takes, image=columns.image, target=None if writes else columns.target)
         text = _text_columns(rows, columns, writes)
         chosen = _with_text(rows, chosen, str(text.text))
         processor, collate = _text_collate(source, root, text, max_length)

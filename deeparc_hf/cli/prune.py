@@ -101,16 +101,12 @@ def _write_findings(
 ) -> None:
     """The plan, the report, and the heatmap where matplotlib is installed."""
     thresholds = {stack.threshold for stack in plan.stacks.values()}
+    threshold = thresholds.pop() if len(thresholds) == 1 else None
+    settings = {"frozen": plan.num_frozen, "threshold": threshold, "k": plan.config.k}
+    label = "pruned, if carried out" if job.args.dry_run else "pruned"
     rows = [
         Measurement("original", blocks=plan.num_blocks, parameters=parameters[0]),
-        Measurement(
-            "pruned, if carried out" if job.args.dry_run else "pruned",
-            blocks=plan.num_kept,
-            parameters=parameters[1],
-            frozen=plan.num_frozen,
-            threshold=thresholds.pop() if len(thresholds) == 1 else None,
-            k=plan.config.k,
-        ),
+        Measurement(label, blocks=plan.num_kept, parameters=parameters[1], **settings),
     ]
     plan.to_json(folder / PLAN_FILE)
     write_report(folder, plan, rows, public_names(job.args), healings=healings, device=job.device)

@@ -94,15 +94,8 @@ def create_model_card(
         ConfigError: if the Hub would refuse what is given (a licence that it does not know, say).
     """
     given = Given.among(locals())
-    return make_card(
-        trainer_or_model,
-        path,
-        given=given,
-        repo_id=repo_id,
-        processing_class=processing_class,
-        reports=reports,
-        overwrite=overwrite,
-    )[0]
+    settings = {"processing_class": processing_class, "reports": reports, "overwrite": overwrite}
+    return make_card(trainer_or_model, path, given=given, repo_id=repo_id, **settings)[0]
 
 
 def make_card(

@@ -272,7 +272,7 @@ def _with_report(content: CardContent, entry: Entry) -> CardContent:
     return _from_files(
         content,
         REPORT_FILE,
-        REPORT_FILE.replace(".json", ".md"),
+        "report.md",
         parameters=(before or counts[0], now or counts[-1]),
         hardware=entry.optional("hardware", Entry.texts, {}),
         versions=entry.optional("versions", Entry.texts, {}),
@@ -283,16 +283,14 @@ def _with_sparsity(content: CardContent, entry: Entry) -> CardContent:
     """With the report of a sparsification, in a training or without one."""
     if content.record.zeros is None:
         return content
+    zeros, size, _ = content.record.zeros
     alone = "matrices" in entry.entries()
     entry.must_be(alone or "report" in entry.value, "the report of a sparsification")
     zeroing = entry.value if alone else entry["report"].value
     report = None if zeroing is None else SparsityReport.from_dict(zeroing)
-    if (
-        report is not None
-        and abs(report.measured - content.record.zeros[0] / max(1, content.record.zeros[1])) > _SAME_SHARE
-    ):
+    if report is not None and abs(report.measured - zeros / max(1, size)) > _SAME_SHARE:
         return content  # more was zeroed since, or it is of another model
-    files = () if report is None else (SPARSITY_FILE, SPARSITY_FILE.replace(".json", ".md"))
+    files = () if report is None else (SPARSITY_FILE, "sparsity_report.md")
     content = _from_files(content, *files, sparsity=report, zeroed_in_training=not alone)
     if "evaluations" not in entry.value:
         return content

@@ -204,15 +204,10 @@ def _commit(
         adds = [CommitOperationAdd(name, path) for name, path in sorted(mine.items())]
         goes = [CommitOperationDelete(name) for name in outdated(there, files)]
         try:
+            place: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "parent_commit": head}
             with hub_help(repo_id, uploads=True):
-                return api.create_commit(
-                    repo_id,
-                    [*adds, *goes],
-                    commit_message=message,
-                    revision=revision,
-                    create_pr=create_pr,
-                    parent_commit=head,
-                )
+                done: CommitInfo = api.create_commit(repo_id, [*adds, *goes], commit_message=message, **place)
+                return done
         except HfHubHTTPError as error:
             if error.response.status_code != _CONFLICT or attempt == _TRIES - 1:
                 raise
