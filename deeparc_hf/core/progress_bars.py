@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,11 @@ from tqdm.auto import tqdm
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["bar", "doing", "sample_bar", "samples_in", "shows_bars"]
+__all__ = ["bar", "doing", "samples_in", "shows_bars"]
 
 
 def bar(what: str, show: bool, total: int | None = None, unit: str = "sample", **more: Any) -> tqdm:
-    """A bar that is gone when it is done.
-
-    Args:
-        what: what is being done, as the bar's title.
-        show: False for none at all; otherwise it shows where stderr is a terminal, and in notebooks.
-        total: how much there is; None: not known.
-        unit: of what it counts.
-    """
+    """A bar that is gone when it is done, on a terminal or in a notebook; total None: it is not known."""
     return tqdm(total=total, desc=what, unit=unit, disable=None if show else True, leave=False, **more)
 
 
@@ -35,41 +28,22 @@ def doing(what: str, show: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def sample_bar(what: str, show: bool, batches: Any, most: int) -> Iterator[Callable[[int], None]]:
-    """A bar over samples; within, call what it gives with the number of samples of each batch.
-
-    Args:
-        what, show: as in `bar`.
-        batches: what is gone through.
-        most: samples that are taken at most.
-    """
-    known = samples_in(batches)
-    with bar(what, show, None if known is None else min(known, most)) as shown:
-
-        def advance(samples: int) -> None:
-            if shown.total is not None and shown.n + samples > shown.total:
-                shown.total = None  # a row may bring several samples: texts that stand side by side
-            shown.update(samples)
-
-        yield advance
-        shown.total = shown.n
-        shown.refresh()
-
-
 def samples_in(batches: Any) -> int | None:
-    """The number of samples in batches of any form; None where only going through them would tell.
-
-    Objects of this package's own say it by `num_samples`.
-    """
+    """The number of samples in batches of any form; None where only going through them would tell."""
     if hasattr(batches, "num_samples"):
         return batches.num_samples
     if isinstance(batches, (list, tuple)):
         return sum(map(_rows, batches))
     if not isinstance(batches, DataLoader):
         return None
+    sampler, size = batches.batch_sampler, getattr(batches.batch_sampler, "batch_size", None)
     try:
-        return _in_loader(batches)
+        if sampler is None:
+            # items as they come: samples if something makes batches of them, batches otherwise
+            return None if batches.batch_size is None else len(batches.dataset)
+        inner = getattr(sampler, "sampler", None)
+        rows = len(batches.dataset if inner is None else inner)
+        return rows if size is None else min(rows, len(sampler) * size)
     except (TypeError, NotImplementedError):  # a stream, a sampler without an end
         return None
 
@@ -77,16 +51,6 @@ def samples_in(batches: Any) -> int | None:
 def shows_bars(args: TrainingArguments) -> bool:
     """Whether a training shows progress bars in this process."""
     return not args.disable_tqdm and args.process_index == 0
-
-
-def _in_loader(loader: DataLoader) -> int | None:
-    sampler, size = loader.batch_sampler, getattr(loader.batch_sampler, "batch_size", None)
-    if sampler is None:
-        # items as they come: samples if something makes batches of them, batches otherwise
-        return None if loader.batch_size is None else len(loader.dataset)
-    inner = getattr(sampler, "sampler", None)
-    rows = len(loader.dataset if inner is None else inner)
-    return rows if size is None else min(rows, len(sampler) * size)
 
 
 def _rows(batch: Any) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -13,47 +12,33 @@ from torch import Tensor
 
 from ..architectures import Host
 from ..core.caller import warn_caller
-from ..core.progress_bars import sample_bar, samples_in
+from ..core.progress_bars import bar, samples_in
 from ..errors import CalibrationWarning
 from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable, padding_masks
 
 __all__ = ["Calibration", "chosen_rows"]
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 
 class Calibration:
-    """Batches, and how many samples of them this process looks at.
-
-    Args:
-        batches: in the forms that `forward_kwargs` takes. An iterator can be gone through once, anything else again.
-        samples: the most samples that this process looks at.
+    """Batches, in the forms that `forward_kwargs` takes, and the most samples of them that this process looks at.
 
     Attributes:
+        can_repeat: whether the data can be gone through again.
         example: the first batch of the last pass; None before.
     """
 
     def __init__(self, batches: Iterable[Any], samples: int) -> None:
         self._batches = batches
-        self._samples = samples
+        self.samples = samples
+        self.can_repeat = not isinstance(batches, Iterator)
         self.example: Any = None
-
-    @property
-    def samples(self) -> int:
-        """The most samples that this process looks at."""
-        return self._samples
 
     @property
     def num_samples(self) -> int | None:
         """The samples that there are; None where only going through them would tell."""
         return samples_in(self._batches)
-
-    @property
-    def can_repeat(self) -> bool:
-        """Whether the data can be gone through again."""
-        return not isinstance(self._batches, Iterator)
 
     def __iter__(self) -> Iterator[Any]:
         return self._noted(iter(self._batches))
@@ -62,16 +47,24 @@ class Calibration:
         """What looking gives in each process: in this one, where the others have no data of their own."""
         return [look()]
 
-    def bar(self, what: str, show: bool) -> AbstractContextManager[Callable[[int], None]]:
-        """A progress bar over the samples, as `sample_bar`."""
-        return sample_bar(what, show, self, self.samples)
+    @contextmanager
+    def bar(self, what: str, show: bool) -> Iterator[Callable[[int], None]]:
+        """A progress bar over the samples; within, call what it gives with the number of samples of each batch."""
+        known = self.num_samples
+        with bar(what, show, None if known is None else min(known, self.samples)) as shown:
+
+            def advance(samples: int) -> None:
+                if shown.total is not None and shown.n + samples > shown.total:
+                    shown.total = None  # a row may bring several samples: texts that stand side by side
+                shown.update(samples)
+
+            yield advance
+            shown.total = shown.n
+            shown.refresh()
 
     def inputs(self, host: Host) -> Iterator[dict[str, Any]]:
         """What the model takes of each batch, labels included, on its device; the last one cut so that no more than
-        `samples` come.
-
-        A batch that cannot be cut (patches of several images in one tensor) is left out instead, unless it is the
-        first.
+        `samples` come, or left out if it cannot be cut, unless it is the first.
         """
         seen = 0
         for batch in chain.from_iterable(columns(host, batch) for batch in self):
@@ -96,12 +89,8 @@ class Calibration:
 
 
 def chosen_rows(rows: int, samples: int, seed: int, skip: int = 0) -> list[int]:
-    """Which rows of a data set are looked at: chosen at random with a seed, the same in every process.
-
-    Args:
-        rows: the length of the data set.
-        samples: how many are wanted.
-        skip: leave so many of the chosen ones out, and take the next.
+    """Which of the `rows` of a data set are looked at: chosen at random, the same in every process; the first `skip` of
+    those chosen are left out.
     """
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     return order[skip:][:samples].tolist()

@@ -1,24 +1,24 @@
-"""What calibration passes found out about each stack: put together over processes, and refused where it is too little
-to rely on.
-"""
+"""What calibration passes found out about each stack, over all processes; refused where it is too little to rely on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..architectures import Stack
+from ..architectures import Host, Stack
 from ..core.caller import warn_caller
 from ..errors import CalibrationError, CalibrationWarning
 from ..similarity import BlockMetric
 from ..similarity.base import add_to
+from .batches import batch_size
 from .calibration import Calibration
+from .forward import evaluating
 
-__all__ = ["Observed", "Observer", "collect"]
+__all__ = ["Observed", "Observer", "collect", "note_first", "require_finite"]
 
 _FEW_SAMPLES = 32
 
@@ -75,16 +75,19 @@ class Observer(Protocol):
 
 
 def collect(
-    look: Callable[[], tuple[int, list[Observed]]],
+    host: Host,
     observers: Sequence[Observer],
     calibration: Calibration,
+    passes: Callable[[], Iterable[Mapping[str, Any]]],
+    title: str,
+    progress: bool,
 ) -> tuple[int, list[Observed]]:
     """Look at calibration data in every process, and put together what they saw.
 
     Args:
-        look: goes through the data of this process; gives its number of samples, and what each observer saw.
         observers: one a stack.
-        calibration: the data, which knows the processes that look.
+        passes: shows the data of this process to the observers, and gives each batch once that is done.
+        title: of the progress bar.
 
     Returns:
         The number of samples, and what was seen of each stack, over all processes.
@@ -92,6 +95,15 @@ def collect(
     Raises:
         CalibrationError: if that is too little, or something put out the same for every sample.
     """
+
+    def look() -> tuple[int, list[Observed]]:
+        seen = 0
+        with evaluating(host.root), calibration.bar(title, progress) as advance:
+            for inputs in passes():
+                seen += batch_size(inputs)
+                advance(batch_size(inputs))
+        return seen, [observer.observed() for observer in observers]
+
     parts = calibration.together(look)
     seen = sum(part[0] for part in parts)
     found = [Observed.merged([part[1][i] for part in parts]) for i in range(len(observers))]
@@ -101,6 +113,20 @@ def collect(
     ]
     _require_enough(observers, found, rows, seen)
     return seen, found
+
+
+def note_first(first: dict[Any, Tensor | None], key: int | str, rows: Tensor) -> None:
+    """Keep the first row that a block or an output gives, as long as all others are equal to it; then None."""
+    row = first.setdefault(key, rows[0].clone()) if len(rows) else None
+    if row is not None and bool((rows != row).any()):
+        first[key] = None
+
+
+def require_finite(values: Tensor, who: str, dtype: torch.dtype, what: str) -> None:
+    """Refuse NaN and infinity among what `who` puts out; `what` names the dtype, and whose it is."""
+    if not bool(torch.isfinite(values).all()):
+        hint = "Load it in float32 or bfloat16." if dtype == torch.float16 else "Check its weights and the inputs."
+        raise CalibrationError(f"{who} puts out NaN or infinity on the calibration data ({what}). {hint}")
 
 
 def _require_enough(observers: Sequence[Observer], found: list[Observed], rows: list[int], seen: int) -> None:

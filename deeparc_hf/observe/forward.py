@@ -15,7 +15,7 @@ from ..architectures import Host
 from ..errors import CalibrationError, DeepArcError
 from .batches import without_labels
 
-__all__ = ["evaluating", "forward", "require_weights"]
+__all__ = ["evaluating", "forward", "keeping_random_states", "require_weights"]
 
 _REGISTERED = ("_modules", "_buffers")
 
@@ -29,33 +29,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     that is undone too.
     """
     states = [(module, _state(module)) for module in model.modules()]
-    configs = {
-        id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if hasattr(c, "problem_type")
-    }
-    problems = [
-        (config, config.problem_type) for config in configs.values()
-    ]  # some models note there what labels they were given
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    # some models note there what labels they were given
+    problems = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with keeping_random_states(model), torch.no_grad():
             model.eval()
             yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
         for module, state in states:
             _put_back(module, state)
         for config, problem in problems:
             config.problem_type = problem
 
 
+@contextmanager
+def keeping_random_states(model: nn.Module | None) -> Iterator[None]:
+    """Afterwards the random states of torch (on the CPU, and where the model is), numpy and python are as before."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    parameters = () if model is None else model.parameters()
+    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
 def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) -> Any:
     """Run the model on calibration inputs, without labels where it can do without; gives its output.
 
-    Args:
-        without_cache: make no cache of keys and values, which would hold on to them, and take them again when a block
-            is run again.
+    `without_cache`: make none of keys and values, which would be taken again when a block is run again.
 
     Raises:
         CalibrationError: if it cannot.
@@ -78,23 +83,19 @@ def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) 
             f"{key}: {tuple(value.shape) if isinstance(value, Tensor) else value!r:.40}"
             for key, value in inputs.items()
         )
+        told = f"{type(error).__name__}: {error}".rstrip(". ")
         raise CalibrationError(
-            f"{type(host.root).__name__} cannot run on a calibration batch ({shapes}): {_told(error)}. Give batches "
-            "as your training loop gives them to the model."
+            f"{type(host.root).__name__} cannot run on a calibration batch ({shapes}): {told}. Give batches as your "
+            "training loop gives them to the model."
         ) from error
 
 
 def require_weights(host: Host, error: type[DeepArcError] = CalibrationError, otherwise: str = "") -> None:
     """Refuse a model that has no weights in memory.
 
-    Args:
-        host: the model.
-        error: what is raised.
-        otherwise: what else can be done about weights that were never loaded; ends the message.
-
     Raises:
         DeepArcError: of the given kind, saying whether they lie on the disk (accelerate's offloading) or were never
-            loaded.
+            loaded; then it ends with `otherwise`, what else can be done.
     """
     bare = next((name for name, p in host.root.named_parameters() if p.device.type == "meta"), None)
     if bare is None:
@@ -112,11 +113,8 @@ def require_weights(host: Host, error: type[DeepArcError] = CalibrationError, ot
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    own = vars(module)
-    return {
-        **{key: value for key, value in own.items() if _is_own(key)},
-        **{key: dict(own[key]) for key in _REGISTERED},
-    }
+    own = {key: value for key, value in vars(module).items() if _is_own(key)}
+    return own | {key: dict(vars(module)[key]) for key in _REGISTERED}
 
 
 def _put_back(module: nn.Module, state: Mapping[str, Any]) -> None:
@@ -134,7 +132,3 @@ def _put_back(module: nn.Module, state: Mapping[str, Any]) -> None:
 def _is_own(key: str) -> bool:
     # torch's and transformers' own bookkeeping has names that begin so (which hooks are installed, say)
     return not key.startswith("_")
-
-
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(". ")

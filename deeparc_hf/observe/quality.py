@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 
 from ..architectures import find_host
 from ..core.statistics import wilson_interval
@@ -23,15 +22,10 @@ __all__ = ["measure_quality"]
 _Z = 1.959964  # of the normal distribution, for an interval of 95 %
 
 
-def measure_quality(
-    model: nn.Module,
-    calibration: Calibration,
-    bar: str | None = None,
-) -> dict[str, Any] | None:
+def measure_quality(model: nn.Module, calibration: Calibration, bar: str | None = None) -> dict[str, Any] | None:
     """Measure a model in eval mode. It is left as it was, and so are the random states.
 
     Args:
-        model: the model; it must put out a loss where it is given labels.
         calibration: the data, with labels.
         bar: title of a progress bar; None for no bar.
 
@@ -44,8 +38,8 @@ def measure_quality(
 
     def look() -> list[tuple[float, int, int | None]] | None:
         try:
-            with calibration.bar(bar or "", bar is not None) as advance:
-                return _look(model, calibration, advance)
+            with evaluating(model), calibration.bar(bar or "", bar is not None) as advance:
+                return list(_answers(model, calibration, advance))
         except torch.OutOfMemoryError:  # the Trainer may try a smaller batch
             raise
         except (DeepArcError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -70,24 +64,19 @@ def measure_quality(
     }
 
 
-def _look(
+def _answers(
     model: nn.Module, calibration: Calibration, advance: Callable[[int], None]
-) -> list[tuple[float, int, int | None]]:
+) -> Iterator[tuple[float, int, int | None]]:
     """Loss, size and number of right answers of each batch."""
     host = find_host(model)
-    found = []
-    with evaluating(model):
-        torch.manual_seed(0)  # a collator that masks tokens at random masks the same each time
-        np.random.seed(0)
-        random.seed(0)
-        for inputs in calibration.inputs(host):
-            output = model(**inputs, **({"use_cache": False} if host.takes_cache else {}))
-            loss = output.get("loss") if isinstance(output, Mapping) else None
-            if loss is None:
-                raise CalibrationError("The model puts out no loss.")
-            found.append((float(loss), batch_size(inputs), _correct(output, inputs)))
-            advance(batch_size(inputs))
-    return found
+    set_seed(0)  # a collator that masks tokens at random masks the same each time
+    for inputs in calibration.inputs(host):
+        output = model(**inputs, **({"use_cache": False} if host.takes_cache else {}))
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+        if loss is None:
+            raise CalibrationError("The model puts out no loss.")
+        yield float(loss), batch_size(inputs), _correct(output, inputs)
+        advance(batch_size(inputs))
 
 
 def _correct(output: Mapping[str, Any], inputs: Mapping[str, Any]) -> int | None:

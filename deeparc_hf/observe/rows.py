@@ -1,13 +1,10 @@
 """Observation: one forward pass over calibration batches, with hooks on the blocks, feeding similarity metrics.
 
-Memory does not grow with the number of samples: a batch's rows go into the metrics' sums and are gone. The model is
-left as it was: hooks removed, train/eval mode and the random states of torch, numpy and python restored, requires_grad
-untouched.
+Memory does not grow with the number of samples, and the model is left as it was.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -16,28 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host, Stack
-from ..errors import CalibrationError
 from ..similarity import SimilarityMetric
 from .axes import Axes, Padding, find_axes
-from .batches import batch_size
 from .calibration import Calibration
-from .collect import Observed, collect
-from .forward import evaluating, forward
+from .collect import Observed, collect, note_first, require_finite
+from .forward import forward
 from .hooks import did_not_run, hidden_states, hooked
 
 __all__ = ["StackObserver", "observe", "with_axes"]
 
-logger = logging.getLogger(__name__)
-
 
 class StackObserver:
-    """Collects the rows of one stack's blocks in a forward pass and hands them to a metric.
-
-    Args:
-        stack: the stack.
-        metric: a fresh metric, which receives the rows.
-        rows: "tokens", "mean" or "first".
-    """
+    """Collects the rows ("tokens", "mean" or "first") of one stack's blocks in a forward pass for a fresh metric."""
 
     def __init__(self, stack: Stack, metric: SimilarityMetric, rows: str) -> None:
         self.stack = stack
@@ -50,8 +37,7 @@ class StackObserver:
         self._unmasked = False  # whether padding was compared, because it is not known where it is
         self._samples = 0
         self._batch: dict[int, Tensor] = {}
-        self._first: dict[int, Tensor] = {}
-        self._constant = set(range(len(stack)))
+        self._first: dict[int | str, Tensor | None] = {}
         # what is the same for all blocks in the batch at hand: the padding, and where rows are tokens the positions
         self._shape: tuple[int, ...] = ()
         self._padding = Padding(None)
@@ -97,7 +83,9 @@ class StackObserver:
         rows = [self._batch[i] for i in range(len(self.stack))]
         self._batch = {}
         for index, block_rows in enumerate(rows):
-            self._check(index, block_rows)
+            dtype = next(self.stack.blocks[index].parameters()).dtype
+            require_finite(block_rows, self.label(index), dtype, f"its weights are {dtype}")
+            note_first(self._first, index, block_rows)
         samples = torch.arange(len(rows[0]), device=rows[0].device)
         if self.rows == "tokens":
             samples = torch.repeat_interleave(torch.arange(len(self._per_sample)), torch.tensor(self._per_sample))
@@ -111,25 +99,8 @@ class StackObserver:
     def observed(self) -> Observed:
         """What was seen so far. No `flush` may follow."""
         sums = {key: value.detach().cpu() for key, value in self.metric.finish().items()}
-        constant: dict[int | str, Tensor] = {
-            index: self._first[index].cpu() for index in sorted(self._constant) if index in self._first
-        }
+        constant = {index: row.cpu() for index, row in self._first.items() if row is not None}
         return Observed(sums, self.count, constant, self._unmasked, self.obstacle)
-
-    def _check(self, index: int, rows: Tensor) -> None:
-        if not bool(torch.isfinite(rows).all()):
-            dtype = next(self.stack.blocks[index].parameters()).dtype
-            hint = (
-                " Load it in float32 or bfloat16." if dtype == torch.float16 else " Check its weights and the inputs."
-            )
-            raise CalibrationError(
-                f"Block {index} of {self.stack.name} puts out NaN or infinity on the calibration data (its weights are "
-                f"{dtype}).{hint}"
-            )
-        if index in self._constant and len(rows):
-            first = self._first.setdefault(index, rows[0].clone())
-            if bool((rows != first).any()):
-                self._constant.discard(index)
 
     def _select(self, axes: Axes, hidden: Tensor) -> Tensor:
         """Rows (N, D) in float32 of a block's output."""
@@ -153,9 +124,7 @@ class StackObserver:
         return states.reshape(-1, states.shape[2])[self._positions(mask, states)].float()
 
     def _positions(self, mask: Tensor | None, states: Tensor) -> Tensor:
-        """Flat indices of the positions to compare, evenly spaced within each sample; the same for all blocks of a
-        batch.
-        """
+        """Flat indices of the positions to compare, evenly spaced within each sample; for all blocks of a batch."""
         if self._batch:
             return self._chosen
         count, length = states.shape[:2]
@@ -174,22 +143,9 @@ class StackObserver:
 
 
 def observe(
-    host: Host,
-    observers: Iterable[StackObserver],
-    calibration: Calibration,
-    *,
-    progress: bool = True,
+    host: Host, observers: Iterable[StackObserver], calibration: Calibration, *, progress: bool = True
 ) -> tuple[int, list[Observed]]:
-    """Run the model over calibration batches and feed the observers.
-
-    Args:
-        host: the model.
-        observers: one a stack.
-        calibration: the data.
-        progress: show a progress bar, in samples.
-
-    Returns:
-        The number of samples seen, and what was seen of each stack, over all processes.
+    """Run the model over calibration batches and feed the observers, one a stack; gives what `collect` does.
 
     Raises:
         CalibrationError: if there is no data, too little of it, a batch the model cannot take, or a block whose
@@ -197,15 +153,7 @@ def observe(
     """
     observers = list(observers)
 
-    def look() -> tuple[int, list[Observed]]:
-        return _look(host, observers, calibration, progress), [observer.observed() for observer in observers]
-
-    return collect(look, observers, calibration)
-
-
-def _look(host: Host, observers: list[StackObserver], calibration: Calibration, progress: bool) -> int:
-    seen = 0
-    with evaluating(host.root), calibration.bar("Comparing blocks", progress) as advance:
+    def passes() -> Iterator[dict[str, Any]]:
         batches, axes = with_axes(host, [observer.stack for observer in observers], calibration.inputs(host))
         for observer in observers:
             observer.settle(axes.get(observer.stack.name))
@@ -221,17 +169,15 @@ def _look(host: Host, observers: list[StackObserver], calibration: Calibration, 
                 forward(host, inputs)
                 for observer in observers:
                     observer.flush()
-                seen += batch_size(inputs)
-                advance(batch_size(inputs))
-    return seen
+                yield inputs
+
+    return collect(host, observers, calibration, passes, "Comparing blocks", progress)
 
 
 def with_axes(
     host: Host, stacks: Iterable[Stack], batches: Iterator[dict[str, Any]]
 ) -> tuple[Iterator[dict[str, Any]], Mapping[str, Axes | str]]:
-    """The same batches, and what the dimensions of the stacks' outputs mean, tried on the first of them (nothing
-    without any).
-    """
+    """The same batches, and what the dimensions of the stacks' outputs mean, tried on the first of them if any."""
     for first in batches:
         return chain([first], batches), find_axes(host, stacks, first)
     return iter(()), {}

@@ -1,27 +1,22 @@
-"""Skipping: forward passes over calibration batches, whole and with each block left out in turn, feeding metrics of the
-model's outputs.
+"""Skipping: forward passes over calibration batches, whole and with each block that can go left out by hooks in turn,
+feeding metrics of the model's outputs.
 
-A hook gives out a block's input in the place of its hidden states; nothing is removed, and the model is left as it was.
-A batch takes one forward pass, and one more for each block that can go. Memory does not grow with the number of
-samples.
+Memory does not grow with the number of samples, and the model is left as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..architectures import Host, Stack
-from ..errors import CalibrationError
 from ..similarity import SkippingMetric
 from ..similarity.divergence import Head
-from .batches import batch_size
 from .calibration import Calibration
-from .collect import Observed, collect
-from .forward import evaluating, forward
+from .collect import Observed, collect, note_first, require_finite
+from .forward import forward
 from .hooks import skipped
 from .outputs import heads_of
 
@@ -29,38 +24,29 @@ __all__ = ["StackSkipper", "skip_blocks"]
 
 
 class StackSkipper:
-    """Hands a metric the model's outputs with each block of one stack skipped.
-
-    Args:
-        host: the model.
-        stack: the stack.
-        metric: a fresh metric, which receives the outputs.
-    """
+    """Hands a fresh metric the model's outputs with each block of one stack skipped."""
 
     def __init__(self, host: Host, stack: Stack, metric: SkippingMetric) -> None:
         self.stack = stack
         self.metric = metric
         self.count = 0
         self._host = host
-        self._first: dict[str, Tensor] = {}
-        self._varying: set[str] = set()
+        self._first: dict[int | str, Tensor | None] = {}
 
     def take(self, inputs: Mapping[str, Any], full: list[Head]) -> None:
-        """Skip each block in turn on one batch.
-
-        Args:
-            inputs: as `forward.forward` takes them.
-            full: what the whole model puts out for them.
+        """Skip each block in turn on one batch, for which the whole model puts out `full`.
 
         Raises:
             CalibrationError: if an output is not finite, or a block did not run or cannot be skipped.
         """
-        self._note(full)
+        self.count += max(len(head.values) for head in full)
+        for head in full:
+            note_first(self._first, head.name, head.values)
         for index in range(len(self.stack)):
             if index not in self.stack.pinned:
                 with skipped(self.stack, index):
                     found = heads_of(self._host, forward(self._host, inputs, without_cache=True), inputs)
-                check_finite(self._host, found, f" without block {index} of {self.stack.name}")
+                _check_finite(self._host, found, f" without block {index} of {self.stack.name}")
                 self.metric.update(index, full, found)
 
     def label(self, key: int | str) -> str:
@@ -68,36 +54,15 @@ class StackSkipper:
 
     def observed(self) -> Observed:
         """What was seen so far."""
-        constant: dict[int | str, Tensor] = {name: row.cpu() for name, row in self._first.items()}
-        # a model that puts out one and the same has no effects to compare; one output among several may well be
-        # constant
-        return Observed(self.metric.finish(), self.count, {} if self._varying else constant)
-
-    def _note(self, full: list[Head]) -> None:
-        self.count += max(len(head.values) for head in full)
-        for head in full:
-            if head.name not in self._varying and len(head.values):
-                first = self._first.setdefault(head.name, head.values[0].clone())
-                if bool((head.values != first).any()):
-                    self._varying.add(head.name)
+        constant = {name: row.cpu() for name, row in self._first.items() if row is not None}
+        # a model that puts out one and the same has no effects to compare; one output among several may be constant
+        return Observed(self.metric.finish(), self.count, constant if len(constant) == len(self._first) else {})
 
 
 def skip_blocks(
-    host: Host,
-    skippers: Iterable[StackSkipper],
-    calibration: Calibration,
-    *,
-    progress: bool = True,
+    host: Host, skippers: Iterable[StackSkipper], calibration: Calibration, *, progress: bool = True
 ) -> tuple[int, list[Observed]]:
-    """Run the model over calibration batches, whole and with each block skipped, and feed the metrics.
-
-    Args:
-        host: the model.
-        skippers: one a stack.
-        calibration, progress: as in `rows.observe`.
-
-    Returns:
-        The number of samples seen, and what was seen of each stack, over all processes.
+    """Run the model over calibration batches, whole and with each block skipped; gives what `collect` does.
 
     Raises:
         CalibrationError: as `rows.observe`; and if an output of the model is not finite, or a block cannot be
@@ -105,39 +70,18 @@ def skip_blocks(
     """
     skippers = list(skippers)
 
-    def look() -> tuple[int, list[Observed]]:
-        return _look(host, skippers, calibration, progress), [skipper.observed() for skipper in skippers]
-
-    return collect(look, skippers, calibration)
-
-
-def _look(host: Host, skippers: list[StackSkipper], calibration: Calibration, progress: bool) -> int:
-    seen = 0
-    with evaluating(host.root), calibration.bar("Skipping blocks", progress) as advance:
+    def passes() -> Iterator[dict[str, Any]]:
         for inputs in calibration.inputs(host):
             full = heads_of(host, forward(host, inputs, without_cache=True), inputs)
-            check_finite(host, full)
+            _check_finite(host, full)
             for skipper in skippers:
                 skipper.take(inputs, full)
-            seen += batch_size(inputs)
-            advance(batch_size(inputs))
-    return seen
+            yield inputs
+
+    return collect(host, skippers, calibration, passes, "Skipping blocks", progress)
 
 
-def check_finite(host: Host, heads: Iterable[Head], where: str = "") -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        CalibrationError: naming the output, and what to do.
-    """
+def _check_finite(host: Host, heads: Iterable[Head], where: str = "") -> None:
     for head in heads:
-        if not bool(torch.isfinite(head.values).all()):
-            hint = (
-                "Load it in float32 or bfloat16."
-                if head.values.dtype == torch.float16
-                else "Check its weights and the inputs."
-            )
-            raise CalibrationError(
-                f"{type(host.root).__name__}{where} puts out NaN or infinity on the calibration data ({head.name}, "
-                f"{head.values.dtype}). {hint}"
-            )
+        dtype = head.values.dtype
+        require_finite(head.values, f"{type(host.root).__name__}{where}", dtype, f"{head.name}, {dtype}")

@@ -1,12 +1,9 @@
-"""Calibration data inside a training: read beside the training, which afterwards finds its data as if nobody had read
-from it.
-"""
+"""Calibration data inside a training, which afterwards finds its data as if nobody had read from it."""
 
 from __future__ import annotations
 
 import inspect
 import math
-import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +28,7 @@ from ..core.distributed import gather, process_count, process_index
 from ..core.progress_bars import samples_in
 from ..errors import CalibrationError
 from .calibration import Calibration, chosen_rows
+from .forward import keeping_random_states
 from .untouched import ReadOnceError, apart, untouched
 
 __all__ = ["Sampling", "TrainingCalibration", "calibration_of", "kept_columns"]
@@ -64,16 +62,10 @@ class TrainingCalibration(Calibration):
     Args:
         given: a data set, an iterable of batches, or None for the training data.
         loader: the training's data loader; its collator serves a data set that was given too.
-        batch_size: samples of a batch.
-        config: how many samples, and the seed of their choice.
         skip: leave so many of the chosen samples out, and take the next: they are others than those of a calibration.
         again: whether the data is gone through more than once, so that an iterator will not do.
-        model: the training's model.
         columns: the columns that a collator is to see of a data set that was given; None: all.
         processing_class: makes the collator where there is no loader, as the Trainer does.
-
-    Attributes:
-        example: the first batch of the last pass; None before.
     """
 
     def __init__(
@@ -91,40 +83,32 @@ class TrainingCalibration(Calibration):
     ) -> None:
         if given is None and loader is None:
             raise CalibrationError("There is no training data to calibrate on. Give the callback calibration=...")
-        super().__init__(loader if given is None else given, config.calibration_samples)  # type: ignore[arg-type]
+        samples = math.ceil(config.calibration_samples / process_count())
+        super().__init__(loader if given is None else given, samples)  # type: ignore[arg-type]
+        self.can_repeat = True  # what can be read once only is told by an error of its own
         self._again = again
         self.is_given = given is not None
-        self._batch_size = batch_size
         self._config = config
         self._skip = skip
         self._model = model
         self._columns = columns if self.is_given else None
         self._data: Any = self._batches
-        self._sampler: Any = None
         self._shared_out = False  # whether each process has a share of its own already
         self._collate = _row_collator(loader, processing_class)
         self._rows = self.is_given and _is_dataset(given)
+        # what a DataLoader is told; None: the data is batches already
+        self._how: Any = {"batch_size": batch_size} if self._rows else None
         if isinstance(given, Mapping):
             raise CalibrationError(
                 f"calibration is a {type(given).__name__} with the keys {', '.join(map(repr, list(given)[:4]))}. Give "
                 "one data set, or a list of batches: [batch, ...]."
             )
         if given is None:
-            self._take_from(loader)
+            self._take_from(loader, batch_size)
         self._once: Iterator[Any] | None = None
         self._pass: weakref.ref[Iterator[Any]] | None = None
         if isinstance(given, Iterator):
             self._read_once(given)
-
-    @property
-    def samples(self) -> int:
-        """The most samples that this process looks at."""
-        return math.ceil(self._samples / process_count())
-
-    @property
-    def can_repeat(self) -> bool:
-        """What can be read once only is told by an error of its own (`batches`)."""
-        return True
 
     def together(self, look: Callable[[], T]) -> list[T]:
         """What looking at its share gives in each process."""
@@ -141,7 +125,7 @@ class TrainingCalibration(Calibration):
         count, index = process_count(), process_index()
         if self.chooses:
             return len(range(index, min(max(0, len(self._data) - self._skip), self._config.calibration_samples), count))
-        return None if self._rows or self._sampler is not None or count > 1 else samples_in(self._data)
+        return None if self._how is not None or count > 1 else samples_in(self._data)
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()
@@ -158,17 +142,11 @@ class TrainingCalibration(Calibration):
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Afterwards no pass is open, and the random states of the process are as before."""
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        parameters = () if self._model is None else self._model.parameters()
-        with torch.random.fork_rng(
-            devices=sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
-        ):
+        with keeping_random_states(self._model):
             try:
                 yield
             finally:
                 self._close()
-                random.setstate(python_state)
-                np.random.set_state(numpy_state)
 
     def first(self) -> Any:
         """The first batch, which later passes give too; None if there is none.
@@ -196,10 +174,9 @@ class TrainingCalibration(Calibration):
             reading.close()
 
     def _untouched(self) -> Iterator[Any]:
-        roots = [("the collator", self._collate), ("the sampler", self._sampler), ("the data", self._data)]
-        roots = [
-            (name, root) for name, root in roots if not isinstance(root, (list, tuple))
-        ]  # rows and batches are copied
+        roots = [("the collator", self._collate), ("the sampler", self._how), ("the data", self._data)]
+        # rows and batches are copied
+        roots = [(name, root) for name, root in roots if not isinstance(root, (list, tuple))]
         is_stream = isinstance(getattr(self._data, "dataset", self._data), IterableDataset)
         with untouched(roots, self._model, is_stream=is_stream) as check:
             for batch in self._fetch():
@@ -209,20 +186,15 @@ class TrainingCalibration(Calibration):
     def _fetch(self) -> Iterator[Any]:
         count, index = process_count(), process_index()
         if self.chooses:
-            chosen = chosen_rows(len(self._data), self._samples, self._config.seed, self._skip)
+            chosen = chosen_rows(len(self._data), self._config.calibration_samples, self._config.seed, self._skip)
             share = chosen[index::count]
-            return iter(self._loader(Subset(self._data, share), batch_size=self._batch_size) if share else ())
+            return iter(self._loader(Subset(self._data, share)) if share else ())
         torch.manual_seed(self._config.seed)  # samplers draw from it
-        if self._rows:
-            batches: Iterable[Any] = self._loader(self._data, batch_size=self._batch_size)
-        elif self._sampler is not None:
-            batches = self._loader(self._data, **self._sampler)
-        else:
-            batches = self._data
+        batches = self._data if self._how is None else self._loader(self._data)
         return islice(iter(batches), *((None,) if self._shared_out else (index, None, count)))
 
-    def _loader(self, data: Any, **how: Any) -> DataLoader:
-        return DataLoader(data, collate_fn=self._collated, generator=torch.Generator(), **how)
+    def _loader(self, data: Any) -> DataLoader:
+        return DataLoader(data, collate_fn=self._collated, generator=torch.Generator(), **self._how)
 
     def _collated(self, rows: Any) -> Any:
         if self._columns is not None:
@@ -252,7 +224,7 @@ class TrainingCalibration(Calibration):
 
     # ---- the training's loader ----
 
-    def _take_from(self, loader: Any) -> None:
+    def _take_from(self, loader: Any, batch_size: int) -> None:
         """Find out how the training makes its batches."""
         if not isinstance(loader, DataLoader):
             return  # any iterable of batches
@@ -263,13 +235,13 @@ class TrainingCalibration(Calibration):
         is_stream = isinstance(self._data, IterableDataset)
         if inner is None and loader.batch_size is None:  # the data set gives whole batches
             self._collate = loader.collate_fn
-            self._sampler = {"batch_size": None, **({} if is_stream else {"sampler": loader.sampler})}
+            self._how = {"batch_size": None, **({} if is_stream else {"sampler": loader.sampler})}
             return
         while isinstance(inner, (BatchSamplerShard, SkipBatchSampler)):
             inner = inner.batch_sampler
         self._rows = is_stream or type(inner).__iter__ is BatchSampler.__iter__
-        if not self._rows:  # which rows go together is the sampler's business
-            self._sampler = {"batch_sampler": loader.batch_sampler}
+        # where they are not taken one by one, which rows go together is the sampler's business
+        self._how = {"batch_size": batch_size} if self._rows else {"batch_sampler": loader.batch_sampler}
 
 
 def calibration_of(
@@ -280,12 +252,7 @@ def calibration_of(
     event: Mapping[str, Any],
     again: bool = False,
 ) -> TrainingCalibration:
-    """The calibration data of a training that begins.
-
-    Args:
-        given, again: as `TrainingCalibration` takes them.
-        event: what the Trainer hands to a callback: model, train_dataloader, processing_class.
-    """
+    """The calibration data of a training that begins; `event` is what the Trainer hands to a callback."""
     model, loader = event["model"], event.get("train_dataloader")
     columns = None if given is None else kept_columns(model, args, loader)
     size, processing_class = state.train_batch_size or args.train_batch_size, event.get("processing_class")
@@ -308,9 +275,7 @@ def kept_columns(model: nn.Module, args: TrainingArguments, loader: Any) -> froz
 
 
 def _row_collator(loader: Any, processing_class: Any) -> Callable[[Any], Any]:
-    """What makes a batch of rows: the loader's collator, where it has one for rows,
-    else what the Trainer would take.
-    """
+    """What makes a batch of rows: the loader's collator, where it has one for them, else what the Trainer takes."""
     if isinstance(loader, DataLoader) and not (loader.batch_sampler is None and loader.batch_size is None):
         return loader.collate_fn
     if isinstance(processing_class, PreTrainedTokenizerBase):
