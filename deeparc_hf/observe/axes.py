@@ -1,15 +1,5 @@
-"""What the dimensions of a block's output mean, found out by trying: features, samples, positions, and which positions
-are padding.
-
-Usually the output is (samples, positions, features), and images are (samples, features, height, width). But SAM's and
-PatchTST's four dimensions end with the features, XLNet's begin with the positions, multiple choice has several texts a
-sample, the decoder of a BART classifier reads the text itself, and documents have patches behind their text. Shapes
-alone do not tell, so a few samples are run twice:
-
-- One place of the last linear map's output is changed while a block is run by itself: it changes all features of one
-  position.
-- The first sample is changed: the dimension in which its share alone changes is that of the samples.
-- The padding of the last sample is changed: the positions that change are those of the text, wherever they stand.
+"""What the dimensions of a block's output mean: features, samples, positions, and which positions are padding. Shapes
+alone do not tell, so a few samples are run twice, one sample and some padding changed, and it is seen what changes.
 """
 
 from __future__ import annotations
@@ -17,8 +7,9 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,12 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Padding:
-    """Which positions of one batch count.
-
-    Attributes:
-        mask: shape (samples, positions) as `Axes.rows` orders them, bool; None: all.
-        unknown: whether there is padding, and it is not known where.
-    """
+    """Which positions count, as `Axes.rows` orders them (None: all); whether there is padding, not known where."""
 
     mask: Tensor | None
     unknown: bool = False
@@ -79,9 +65,7 @@ class Axes:
     asked: bool = False
 
     def rows(self, hidden: Tensor) -> Tensor:
-        """A block's output as (samples, positions, features). Where samples cannot be told apart,
-        each position is one.
-        """
+        """A block's output as (samples, positions, features). Without samples each position is one."""
         hidden = hidden.movedim(self.features, -1)
         if self.samples is None:
             return hidden.reshape(-1, 1, hidden.shape[-1])
@@ -107,18 +91,14 @@ class Axes:
         return Padding(full, behind + self.before > 0 and self.others_count and _images_are_padded(inputs))
 
     def as_put_out(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        """Values by sample and position, shape (samples, positions), in the order in which a block's output of that
-        shape has them.
-        """
+        """Values of shape (samples, positions) in the order in which a block's output of that shape has them."""
         if self.samples is None:
             return rows.reshape([size for d, size in enumerate(shape) if d != self.features])
         left = [size for d, size in enumerate(shape) if d not in (self.features, self.samples)]
         return rows.reshape(len(rows), *left).movedim(0, self._place)
 
     def mask_of(self, inputs: Mapping[str, Any], shape: Sequence[int]) -> tuple[Tensor | None, bool]:
-        """The positions that count in the order of a block's output, of its shape without the features; and whether
-        that is unknown.
-        """
+        """The positions that count, in the shape of a block's output without the features; whether that is unknown."""
         padding = self.padding(inputs, shape)
         return None if padding.mask is None else self.as_put_out(padding.mask, shape), padding.unknown
 
@@ -132,11 +112,6 @@ class Axes:
 def find_axes(host: Host, stacks: Iterable[Stack], inputs: Mapping[str, Any]) -> dict[str, Axes | str]:
     """Find out what the dimensions of the blocks' outputs mean.
 
-    Args:
-        host: the model. It is left as it was.
-        stacks: the stacks.
-        inputs: a batch, as `batches.forward_kwargs` gives it.
-
     Returns:
         By stack name the axes, or the reason why the blocks cannot be compared. Stacks that these inputs do not reach
         are left out.
@@ -146,7 +121,14 @@ def find_axes(host: Host, stacks: Iterable[Stack], inputs: Mapping[str, Any]) ->
     """
     stacks = list({stack.name: stack for stack in stacks}.values())
     with evaluating(host.root):
-        trial, plain = _first_that_runs(host, stacks, trials(host, inputs))
+        for trial in trials(host, inputs):
+            try:
+                plain = _outputs(host, stacks, trial, ask=True)
+                break
+            except CalibrationError as error:
+                problem = error
+        else:
+            raise problem
         other = changed(host, trial)
         try:
             again = _outputs(host, stacks, other.inputs)
@@ -158,25 +140,12 @@ def find_axes(host: Host, stacks: Iterable[Stack], inputs: Mapping[str, Any]) ->
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the middle block of a stack put out, and the dimension of its features where it was asked for (None: it
-    could not be told).
-    """
+    """What the middle block of a stack put out; features is None too where it could not be told."""
 
     stack: Stack
     output: Any
-    features: int | None = None
-    reshapes: bool = False  # whether the block is given another shape than it puts out
-
-
-def _first_that_runs(
-    host: Host, stacks: Sequence[Stack], batches: Iterator[dict[str, Any]]
-) -> tuple[dict[str, Any], dict[str, _Seen]]:
-    for trial in batches:
-        try:
-            return trial, _outputs(host, stacks, trial, ask=True)
-        except CalibrationError as error:
-            problem = error
-    raise problem
+    features: int | None
+    reshapes: bool  # whether the block is given another shape than it puts out
 
 
 def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask: bool = False) -> dict[str, _Seen]:
@@ -184,48 +153,32 @@ def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask
     outputs: dict[str, Any] = {}
     calls: dict[str, tuple[Any, Any]] = {}
 
-    def before(stack: Stack) -> Callable[..., None]:
-        def take(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if ask:
-                calls[stack.name] = _copied(args), _copied(kwargs)
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls[name] = _copied(args), _copied(kwargs)
 
-        return take
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = hidden_states(output)
+        outputs[name] = hidden.detach().clone() if isinstance(hidden, Tensor) else hidden
 
-    def after(stack: Stack) -> Callable[..., None]:
-        def take(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = hidden_states(output)
-            outputs[stack.name] = hidden.detach().clone() if isinstance(hidden, Tensor) else hidden
-
-        return take
-
-    handles = []
-    for stack in stacks:
-        block = _middle(stack)
-        handles += [
-            block.register_forward_pre_hook(before(stack), with_kwargs=True),
-            block.register_forward_hook(after(stack)),
-        ]
+    middle = {stack.name: stack.blocks[len(stack) // 2] for stack in stacks}
+    handles = [block.register_forward_hook(partial(after, name)) for name, block in middle.items()]
+    if ask:
+        for name, block in middle.items():
+            handles.append(block.register_forward_pre_hook(partial(before, name), with_kwargs=True))
     with hooked(handles):
         torch.manual_seed(0)  # ViLT takes its patches in a random order
         forward(host, inputs, without_cache=True)
+    seen = {}
     # after the pass: within it, what transformers collects of each block would be collected again
-    return {
-        stack.name: _seen(stack, outputs[stack.name], calls.get(stack.name))
-        for stack in stacks
-        if stack.name in outputs
-    }
-
-
-def _middle(stack: Stack) -> nn.Module:
-    return stack.blocks[len(stack) // 2]
-
-
-def _seen(stack: Stack, output: Any, call: tuple[Any, Any] | None) -> _Seen:
-    if call is None or not isinstance(output, Tensor):
-        return _Seen(stack, output)
-    read, free = given_hidden_states(*call), len(stack) > 1 and len(stack) // 2 not in stack.pinned
-    reshapes = isinstance(read, Tensor) and read.shape != output.shape and free
-    return _Seen(stack, output, _features(_middle(stack), *call, output), reshapes)
+    for stack in (stack for stack in stacks if stack.name in outputs):
+        output, features, reshapes = outputs[stack.name], None, False
+        if stack.name in calls and isinstance(output, Tensor):
+            call = calls[stack.name]
+            read, free = given_hidden_states(*call), len(stack) > 1 and len(stack) // 2 not in stack.pinned
+            reshapes = isinstance(read, Tensor) and read.shape != output.shape and free
+            features = _features(middle[stack.name], *call, output)
+        seen[stack.name] = _Seen(stack, output, features, reshapes)
+    return seen
 
 
 def _features(block: nn.Module, args: Any, kwargs: Any, output: Tensor) -> int | None:
@@ -273,9 +226,7 @@ def _at_one_place(module: nn.Module, args: Any, result: Tensor) -> Tensor:
 
 
 def _features_by_size(block: nn.Module, output: Tensor) -> int | None:
-    """The one dimension that is as large as a norm or a bias of the block; three dimensions end with the features where
-    two are.
-    """
+    """The one dimension that is as large as a norm or a bias of the block; the last of up to three where two are."""
     sizes = {len(parameter) for parameter in block.parameters() if parameter.ndim == 1}
     fitting = [d for d, size in enumerate(output.shape) if size in sizes]
     if len(fitting) == 1:
@@ -373,9 +324,7 @@ def _with_padding(
 
 
 def _images_are_padded(inputs: Mapping[str, Any]) -> bool:
-    """Whether a mask of pixels, frames or features says that some are padding: which positions these become is not
-    known.
-    """
+    """Whether a mask of pixels, frames or features says that some are padding; their positions are not known."""
     found = (value for key, value in inputs.items() if _OTHER_MASK.search(key) and isinstance(value, Tensor))
     return any(not bool(mask.bool().all()) for mask in found)
 

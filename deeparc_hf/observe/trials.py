@@ -1,6 +1,4 @@
-"""Small batches to try a model on: a few samples with some padding, and the same with one sample and some padding
-changed.
-"""
+"""Small batches to try a model on: a few samples with some padding, and the same with some of it changed."""
 
 from __future__ import annotations
 
@@ -34,8 +32,8 @@ def trials(host: Host, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Small batches to try, the best first: three samples, the last with padding."""
     size = batch_size(inputs)
     if not is_cuttable(inputs):
-        yield from (grown for grown in [_padded(host, inputs)] if grown is not None)
-        yield dict(inputs)
+        grown = _padded(host, inputs)
+        yield from [dict(inputs)] if grown is None else [grown, dict(inputs)]
         return
     mask = padding_masks(inputs)["encoder"]
     most = 0 if mask is None or len(mask) != size else int((~mask).reshape(size, -1).sum(dim=1).argmax())
@@ -54,10 +52,9 @@ def trials(host: Host, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _padded(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The same texts with some more padding; None if the last one has some, there is no mask, or no room for it.
+    """The same texts with more padding; None if the last one has some, there is no mask, or no room for it.
 
-    Positions that a model does not have would be an error that a GPU does not recover from. Where there is no room the
-    last text loses some of its tokens instead.
+    Where the model has no more positions (an error that a GPU does not recover from) the last text is shortened.
     """
     mask = padding_masks(inputs)["encoder"]
     if mask is None or not bool(mask[-1].reshape(-1, mask.shape[-1]).all(dim=1).any()):
@@ -128,9 +125,7 @@ def _other_tokens(host: Host, ids: Tensor, mask: Tensor | None, padded: Tensor |
 
 
 def _special(host: Host, ids: Tensor) -> Tensor:
-    """Which ids are special tokens, by the config: those that stand for images must stay where they are, and so must
-    ends of texts.
-    """
+    """Which ids are special tokens, by the config: ends of texts, and those that stand for images, stay in place."""
     config = getattr(host.root, "config", None)
     known: set[int] = set()
     for part in (config, getattr(config, "text_config", None)):
