@@ -1,9 +1,5 @@
-"""What the objects behind a training's data keep (random generators, counters, places in a stream), put back after a
-calibration.
-
-A copy of a data set would not do: a collator that is a function keeps its generator in a closure or in a global of its
-module, and a copy shares both. So the objects themselves are read, and what they and all that they refer to held before
-is put back, in place.
+"""What the objects behind a training's data keep (random generators, counters, places in a stream), put back in place
+after a calibration: copies would share what functions keep in closures and globals.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, UserDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,18 +68,9 @@ _CALLABLES = (
     property,
 )
 
-_OVER_SEQUENCES = tuple(
-    type(iterator)
-    for iterator in (
-        iter([]),
-        iter(()),
-        iter(range(0)),
-        iter(range(1 << 70)),
-        iter(""),
-        iter(b""),
-        reversed([]),
-        itertools.count(),
-    )
+_OVER_SEQUENCES = (
+    *map(type, (iter([]), iter(()), iter(""), iter(b""), iter(range(0)), iter(range(1 << 70)), reversed([]))),
+    itertools.count,
 )
 _OVER_ITERATORS = (zip, map, enumerate, filter)
 
@@ -125,11 +112,7 @@ class ReadOnceError(CalibrationError):
 
 
 class _Walk:
-    """A walk over objects, nearest first, that notes how to put back what they hold.
-
-    Args:
-        model, is_stream: as in `untouched`.
-    """
+    """A walk over objects, nearest first, that notes how to put back what they hold; arguments as in `untouched`."""
 
     def __init__(self, model: nn.Module | None, is_stream: bool) -> None:
         self._seen: dict[int, Any] = {}  # holds on to what it has seen, so that no id is used twice
@@ -178,18 +161,14 @@ class _Walk:
         self._queue.append((name, value, own))
 
     def _visit(self, name: str, value: Any, own: bool) -> None:
-        """Keep one object.
-
-        Args:
-            own: whether the user's own code holds it, and not something inside a library.
-        """
+        """Keep one object; `own`: whether the user's own code holds it, and not something inside a library."""
         if isinstance(value, _NOT_DATA) or str(type(value).__module__).partition(".")[0] in ("deeparc_hf", "tqdm"):
             return
         if isinstance(value, type):
             self._class(name, value)
         elif isinstance(value, _CALLABLES) or hasattr(
             type(value), "__self__"
-        ):  # methods of compiled classes have types of their own
+        ):  # compiled classes have types of their own
             self._callable(name, value)
         elif isinstance(value, Tensor):
             self._tensor(name, value)
@@ -203,46 +182,37 @@ class _Walk:
     def _parts(self, name: str, parts: Iterable[Any], own: bool) -> None:
         """Look at what cannot be exchanged where it is held."""
         for part in parts:
-            if _is_bare_iterator(part) and not self._is_cursor(part):
+            if self._is_read_once(part):
                 raise _once(name, part)
             self._push(name, part, own)
 
-    def _is_cursor(self, value: Any) -> bool:
-        """Whether it is a data base's cursor in a data set that fetches rows by their index."""
-        return not self._stream and hasattr(value, "execute")
+    def _is_read_once(self, value: Any) -> bool:
+        """Whether it is a bare iterator, and no data base's cursor in a data set that fetches rows by their index."""
+        return _is_bare_iterator(value) and (self._stream or not hasattr(value, "execute"))
 
     def _entries(
-        self,
-        name: str,
-        read: Callable[[], tuple[list[Any], list[Any]]],
-        write: Callable[[list[Any], list[Any]], None],
-        own: bool = True,
+        self, name: str, read: Callable[[], dict[Any, Any]], write: Callable[[dict[Any, Any]], Any], own: bool = True
     ) -> None:
-        """Keep what a holder holds. While rows are read, copies stand in for iterators.
-
-        Args:
-            read: gives keys and values.
-            write: takes them.
-        """
-        keys, values = read()
-        if len(values) > _ENTRIES:
+        """Keep what a holder holds, by key. While rows are read, copies stand in for iterators."""
+        kept = read()
+        if len(kept) > _ENTRIES:
             return
-        used = list(values)
-        for place, (key, value) in enumerate(zip(keys, values, strict=True)):
+        copies = {}
+        for key, value in kept.items():
             if type(value) in _PLAIN:
                 continue
             label = f"{name}.{key}" if isinstance(key, str) else name
-            if _is_bare_iterator(value) and not self._is_cursor(value):
-                used[place] = self._stand_in(label, value)
+            if self._is_read_once(value):
+                copies[key] = self._stand_in(label, value)
             else:
                 self._push(label, value, own)
-        if any(new is not value for new, value in zip(used, values, strict=True)):
-            write(keys, used)
+        if copies:
+            write({**kept, **copies})
 
         def restore() -> None:
-            found, now = read()
-            if len(now) != len(values) or found != keys or any(a is not b for a, b in zip(now, values, strict=True)):
-                write(keys, values)
+            now = read()
+            if list(now) != list(kept) or any(a is not b for a, b in zip(now.values(), kept.values(), strict=True)):
+                write(kept)
 
         self._restore.append(restore)
 
@@ -258,9 +228,10 @@ class _Walk:
         """Keep a container, or an object with attributes."""
         own = _is_own(type(value).__module__) or isinstance(value, (dict, list, tuple, set, frozenset, deque))
         if isinstance(value, dict):
-            self._entries(name, lambda: (list(value), list(value.values())), functools.partial(_write_dict, value), own)
+            self._entries(name, lambda: dict(value.items()), functools.partial(_write_dict, value), own)
         elif isinstance(value, (list, deque)):
-            self._entries(name, lambda: ([None] * len(value), list(value)), functools.partial(_write_list, value), own)
+            read = lambda: dict(enumerate(itertools.islice(value, _ENTRIES + 1)))  # noqa: E731
+            self._entries(name, read, functools.partial(_write_list, value), own)
         elif isinstance(value, (tuple, frozenset)):
             self._parts(name, value, own)
         elif isinstance(value, set):
@@ -270,14 +241,9 @@ class _Walk:
         kind = type(value).__name__
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
-            self._entries(
-                kind,
-                lambda: (list(attributes), list(attributes.values())),
-                functools.partial(_write_dict, attributes),
-                own,
-            )
+            self._entries(kind, lambda: dict(attributes.items()), functools.partial(_write_dict, attributes), own)
         if _slots_of(value):
-            self._entries(kind, lambda: _split(_slots_of(value)), functools.partial(_write_slots, value), own)
+            self._entries(kind, lambda: _slots_of(value), functools.partial(_write_slots, value), own)
         self._push(kind, type(value), own)
 
     # ---- code ----
@@ -303,9 +269,7 @@ class _Walk:
             names.update(code.co_names)
             codes.extend(constant for constant in code.co_consts if isinstance(constant, types.CodeType))
         known = sorted(names & space.keys())
-        if known:
-            write = lambda keys, values: space.update(zip(keys, values, strict=True))  # noqa: E731
-            self._entries(function.__module__, lambda: (known, [space.get(key) for key in known]), write)
+        self._entries(function.__module__, lambda: {key: space.get(key) for key in known}, space.update)
 
     def _class(self, name: str, cls: type) -> None:
         if not _is_own(cls.__module__):
@@ -314,12 +278,12 @@ class _Walk:
             key for key, value in vars(cls).items() if not key.startswith("__") and not hasattr(type(value), "__get__")
         ]
 
-        def write(keys: list[str], values: list[Any]) -> None:
-            for key, value in zip(keys, values, strict=True):
+        def write(entries: dict[str, Any]) -> None:
+            for key, value in entries.items():
                 if vars(cls).get(key) is not value:
                     setattr(cls, key, value)
 
-        self._entries(name, lambda: (plain, [vars(cls).get(key) for key in plain]), write)
+        self._entries(name, lambda: {key: vars(cls).get(key) for key in plain}, write)
         for value in (*vars(cls).values(), *cls.__bases__):
             if isinstance(value, (*_CALLABLES, type)):
                 self._push(name, value, True)
@@ -409,33 +373,29 @@ def _is_own(module: Any) -> bool:
     return not any(library in Path(file).resolve().parents for library in _libraries())
 
 
-def _split(entries: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
-    return list(entries), list(entries.values())
-
-
-def _read_cell(name: str, cell: types.CellType) -> tuple[list[Any], list[Any]]:
+def _read_cell(name: str, cell: types.CellType) -> dict[str, Any]:
     try:
-        return [name], [cell.cell_contents]
+        return {name: cell.cell_contents}
     except ValueError:  # nothing in it
-        return [], []
+        return {}
 
 
-def _write_cell(cell: types.CellType, keys: Sequence[Any], values: Sequence[Any]) -> None:
-    if values:
-        cell.cell_contents = values[0]
-    else:
+def _write_cell(cell: types.CellType, entries: dict[str, Any]) -> None:
+    if not entries:
         del cell.cell_contents
+    for value in entries.values():
+        cell.cell_contents = value
 
 
-def _write_dict(target: dict[Any, Any], keys: Sequence[Any], values: Sequence[Any]) -> None:
+def _write_dict(target: dict[Any, Any], entries: dict[Any, Any]) -> None:
     kind = OrderedDict if isinstance(target, OrderedDict) else dict  # past methods of a class of the user's
     kind.clear(target)
-    kind.update(target, zip(keys, values, strict=True))
+    kind.update(target, entries)
 
 
-def _write_list(target: list[Any] | deque[Any], keys: Sequence[Any], values: Sequence[Any]) -> None:
+def _write_list(target: list[Any] | deque[Any], entries: dict[int, Any]) -> None:
     target.clear()
-    target.extend(values)
+    target.extend(entries.values())
 
 
 def _write_set(target: set[Any], members: set[Any]) -> None:
@@ -443,10 +403,10 @@ def _write_set(target: set[Any], members: set[Any]) -> None:
     target.update(members)
 
 
-def _write_slots(target: Any, keys: Sequence[Any], values: Sequence[Any]) -> None:
-    for slot in _slots_of(target).keys() - set(keys):
+def _write_slots(target: Any, entries: dict[Any, Any]) -> None:
+    for slot in _slots_of(target).keys() - entries.keys():
         slot.__delete__(target)
-    for slot, value in zip(keys, values, strict=True):
+    for slot, value in entries.items():
         slot.__set__(target, value)
 
 
@@ -474,9 +434,7 @@ def apart(row: Any) -> Any:
 
 
 def _is_bare_iterator(value: Any) -> bool:
-    """Whether something is an iterator whose place cannot be read or set from outside: a generator, or what
-    `iter(rows)` gives.
-    """
+    """Whether the place of an iterator cannot be read or set from outside: a generator, or what `iter(rows)` gives."""
     if not hasattr(type(value), "__next__") or isinstance(value, (io.IOBase, Mapping)):
         return False
     return not hasattr(value, "__dict__") and not _slots_of(value)
