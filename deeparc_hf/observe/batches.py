@@ -19,10 +19,7 @@ _PER_SAMPLE = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_id
 
 
 def columns(host: Host, batch: Any) -> list[Any]:
-    """The batches in a batch: more than one where several texts stand side by side, each under a prefix of its own.
-
-    So sentence-transformers collates pairs and triplets: anchor_input_ids, positive_input_ids, ...
-    """
+    """The batches in a batch: several where sentence-transformers has collated pairs (anchor_input_ids, ...)."""
     main = host.main_input
     if not isinstance(batch, Mapping) or host.inputs_in(batch).get(main) is not None:
         return [batch]
@@ -67,10 +64,8 @@ def batch_size(inputs: Mapping[str, Any]) -> int:
 
 
 def is_cuttable(inputs: Mapping[str, Any]) -> bool:
-    """Whether samples can be taken out of a batch: all its tensors have one entry a sample; positions may be the same
-    for all of them.
-
-    Where the patches of all images stand in one tensor (Qwen2-VL) nothing says which of them belong to a sample.
+    """Whether samples can be taken out of a batch: all its tensors have one entry a sample, or positions for them all;
+    not where the patches of all images stand in one tensor (Qwen2-VL).
     """
     whole = batch_size(inputs)
     tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
@@ -78,9 +73,7 @@ def is_cuttable(inputs: Mapping[str, Any]) -> bool:
 
 
 def cut(inputs: Mapping[str, Any], size: int | Sequence[int]) -> dict[str, Any]:
-    """The first `size` samples of a batch, or those of these indices; the whole batch where samples cannot be taken out
-    of it.
-    """
+    """The first `size` samples of a batch, or those of these indices; the whole batch if it is not cuttable."""
     whole = batch_size(inputs)
     indices = list(range(min(size, whole))) if isinstance(size, int) else list(size)
     if not is_cuttable(inputs) or indices == list(range(whole)):
@@ -97,11 +90,7 @@ def cut(inputs: Mapping[str, Any], size: int | Sequence[int]) -> dict[str, Any]:
 
 
 def without_labels(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the forward pass needs: labels only where it cannot do without, or where a decoder's inputs are made from
-    them.
-
-    A loss is not asked for, and some models note in their config which kind of loss the labels call for.
-    """
+    """What the forward pass needs: labels only where it cannot do without, or makes a decoder's inputs from them."""
     if host.needs_labels:
         return dict(inputs)
     known = host.parameters
@@ -116,29 +105,25 @@ def without_labels(host: Host, inputs: Mapping[str, Any]) -> dict[str, Any]:
 def padding_masks(inputs: Mapping[str, Any]) -> dict[str | None, Tensor | None]:
     """Unpadded positions by side ("encoder", "decoder", None for models of one side), bool; None: unknown.
 
-    Their shape is (B, T), or that of the ids where these have more dimensions: (B, choices, T) in multiple choice. The
-    decoder's follow from `decoder_attention_mask`, else from the labels that are not -100: position t of the decoder's
-    input predicts label t.
+    Their shape is (B, T), in multiple choice (B, choices, T). The decoder's follow from `decoder_attention_mask`, else
+    from the labels that are not -100: position t of the decoder's input predicts label t.
     """
     mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
     known = isinstance(mask, Tensor) and (mask.ndim == 2 or (isinstance(ids, Tensor) and mask.shape == ids.shape))
     mask = mask.bool() if known else None
-    decoder = inputs.get("decoder_attention_mask")
-    labels = inputs.get("labels")
+    decoder, labels, fed = (inputs.get(key) for key in ("decoder_attention_mask", "labels", "decoder_input_ids"))
     if isinstance(decoder, Tensor) and decoder.ndim == 2:
         decoder = decoder.bool()
-    elif isinstance(labels, Tensor) and labels.ndim == 2 and _goes_with(labels, inputs.get("decoder_input_ids")):
+    elif (
+        isinstance(labels, Tensor)
+        and labels.ndim == 2
+        # DataCollatorForSeq2Seq(model=...) puts both into a batch
+        and (fed is None or (isinstance(fed, Tensor) and fed.shape == labels.shape))
+    ):
         decoder = labels != -100
     else:
         decoder = None
     return {None: mask, "encoder": mask, "decoder": decoder}
-
-
-def _goes_with(labels: Tensor, decoder_ids: Any) -> bool:
-    """Whether labels stand for decoder inputs position by position: DataCollatorForSeq2Seq(model=...) puts both into a
-    batch.
-    """
-    return decoder_ids is None or (isinstance(decoder_ids, Tensor) and decoder_ids.shape == labels.shape)
 
 
 def _positional(host: Host, batch: Any) -> dict[str, Tensor]:

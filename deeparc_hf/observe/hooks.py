@@ -17,11 +17,7 @@ __all__ = ["did_not_run", "given_hidden_states", "hidden_states", "hooked", "ski
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Within, hooks are at work; afterwards they are removed, whatever happened.
-
-    Args:
-        handles: of the hooks; an iterator that registers them as it goes is fine, also one that fails on its way.
-    """
+    """Within, hooks are at work; afterwards they are removed. An iterator may register them as it goes, and fail."""
     made: list[RemovableHandle] = []
     try:
         for handle in handles:
@@ -36,16 +32,12 @@ def hidden_states(output: Any) -> Tensor:
     """The hidden states in what a block puts out: the output itself, or the first entry of a tuple or ModelOutput."""
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, Mapping):
-        output = next(iter(output.values()))
-        return output
-    return output[0]
+    found: Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    return found
 
 
 def given_hidden_states(args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The hidden states that a block is called with: its first argument, else the one of that name, else its first
-    tensor.
-    """
+    """The hidden states that a block is called with: its first argument, else that of the name, else a tensor."""
     if args:
         return args[0]
     if "hidden_states" in kwargs:
@@ -110,10 +102,6 @@ def did_not_run(stack: Stack, index: int) -> CalibrationError:
 
 
 def _form(hidden: Any = None) -> str:
-    return (
-        f"a tensor of shape {tuple(hidden.shape)}"
-        if isinstance(hidden, Tensor)
-        else "no tensor"
-        if hidden is None
-        else f"a {type(hidden).__name__}"
-    )
+    if isinstance(hidden, Tensor):
+        return f"a tensor of shape {tuple(hidden.shape)}"
+    return "no tensor" if hidden is None else f"a {type(hidden).__name__}"

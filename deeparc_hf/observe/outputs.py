@@ -1,6 +1,4 @@
-"""The outputs of a model for a batch, padding and positions without a label left out, as heads that two models can be
-compared on.
-"""
+"""The outputs of a model for a batch as heads that two models can be compared on, padding left out."""
 
 from __future__ import annotations
 
@@ -23,15 +21,8 @@ IGNORED = -100  # torch's and transformers' label of positions that do not count
 
 
 def heads_of(host: Host, output: Any, inputs: Mapping[str, Any]) -> list[Head]:
-    """What a model put out for some inputs.
-
-    Everything that is called logits counts; without any, the first tensor beside the loss (an embedding model's hidden
-    states).
-
-    Args:
-        host: the model.
-        output: what its forward gave.
-        inputs: what it was given; labels say which positions count, else the attention mask does.
+    """What a model put out for some inputs: all that is called logits; without any, the first tensor beside the loss
+    (an embedding model's hidden states). Labels say which positions count, else the attention mask does.
 
     Raises:
         CalibrationError: if there is no tensor in the output.
@@ -90,30 +81,16 @@ def _entries(output: Any) -> dict[str, Tensor]:
     """The tensors in an output, by name, without the loss."""
     if isinstance(output, Tensor):
         return {"output": output}
-    if isinstance(output, Mapping):
-        return {
-            str(key): value
-            for key, value in output.items()
-            if isinstance(value, Tensor) and key != "loss" and value.ndim > 1
-        }
     if isinstance(output, (tuple, list)):
-        return {
-            f"output {index}": value
-            for index, value in enumerate(output)
-            if isinstance(value, Tensor) and value.ndim > 1
-        }
-    return {}
+        output = {f"output {index}": value for index, value in enumerate(output)}
+    found = output.items() if isinstance(output, Mapping) else ()
+    return {str(k): v for k, v in found if isinstance(v, Tensor) and k != "loss" and v.ndim > 1}
 
 
 def _kind(config: Any, name: str, value: Tensor, inputs: Mapping[str, Any]) -> str:
     problem, labels = getattr(config, "problem_type", None), inputs.get("labels")
-    if (
-        problem is None
-        and isinstance(labels, Tensor)
-        and labels.is_floating_point()
-        and labels.shape == value.shape
-        and value.shape[-1] > 1
-    ):
+    many = isinstance(labels, Tensor) and labels.is_floating_point() and labels.shape == value.shape
+    if problem is None and many and value.shape[-1] > 1:
         # as transformers would note it in the config of the model that is given these labels
         problem = "multi_label_classification"
     if "mask" in name or (problem == "multi_label_classification" and value.ndim == 2):
@@ -126,9 +103,7 @@ def _kind(config: Any, name: str, value: Tensor, inputs: Mapping[str, Any]) -> s
 def _rows(host: Host, value: Tensor, inputs: Mapping[str, Any], kind: str) -> Tensor:
     """Rows (N, C) of an output (B, C), (B, T, C) or (B, C, H, W)."""
     if value.ndim == 4:
-        return (value.movedim(1, -1) if kind != "values" else value.flatten(2).transpose(1, 2)).reshape(
-            -1, value.shape[1]
-        )
+        return value.movedim(1, -1).reshape(-1, value.shape[1])
     if value.ndim != 3:
         return value.reshape(len(value), -1)
     mask = label_mask(host, inputs)
