@@ -16,6 +16,23 @@ beside removing the blocks of least damage and removing random ones.
 Data: .csv files with columns text and label (a name in the model's id2label; not used for causal models), or .parquet
 files with an image and a label column. The kind of model (classifier of texts, causal language model, classifier of
 images) is read from its config.
+
+What it found: the Spearman correlation of 1 - CKA(j - 1, j), on training data, with the rise of the held-out loss when
+block j alone is skipped (95 % bootstrap over held-out examples):
+
+    model, data (blocks that can go; held-out n)            tokens, 8 a sample  mean                 first
+    MiniLM-L6 fine-tuned on Emotion (5; 2,000)              .20 (.00 .. .60)   -.70 (-.70 .. -.50)  -.70 (-.90 .. -.40)
+    MiniLM-L6 fine-tuned on BBC News (5; 600)               .60 (.00 .. .80)   -.30 (-.70 .. .00)   -.92 (-.94 .. -.36)
+    SmolLM2-135M (4-bit GGUF weights) on BBC News (29; 32)  .80 (.76 .. .82)    .54 (.50 .. .59)     .69 (.64 .. .75)
+    small ResNet trained on a CIFAR-10 subset (12; 1,000)   .96 (.84 .. .97)    .77 (.57 .. .79)     .71 (.62 .. .86)
+
+Tokens rank best of the three on all four, so they are the default; 32 or all tokens a sample rank no better than 8. The
+mean and the first token mislead most in classifiers: there the last block looks redundant, and removing it alone takes
+Emotion's accuracy from .93 to .47 (.89 for the block that tokens choose). Limits: two of the rankings rest on 5 blocks;
+damage is that before retraining (40 steps take the last block's on Emotion from 1.24 to .15, and no choice of rows is
+shown to rank MiniLM's blocks then); the cosine ranks SmolLM2's blocks better (.87) and the ResNet's worse (.49). In
+causal models a few outsized activations can carry the variance of the tokens: most of SmolLM2's blocks score above .99
+(0.98 would keep 6 of 30), so prefer a target to a threshold.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from .divergence import Head
 __all__ = [
     "ROW_KINDS",
     "BlockMetric",
-    "RowBuffer",
+    "GroupMetric",
     "SimilarityMetric",
     "SkippingMetric",
     "add_to",
@@ -82,6 +82,45 @@ class SimilarityMetric(BlockMetric):
         """
 
 
+class GroupMetric(SimilarityMetric):
+    """Compares rows in groups of a fixed number, so that results do not depend on the batch size.
+
+    Attributes:
+        group_size: rows of a full group. The last may be smaller, or up to twice as large to avoid a small remainder.
+    """
+
+    group_size: ClassVar[int]
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._parts: list[Tensor] = []  # each (L, n, D)
+        self._count = 0
+
+    def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
+        if not len(rows[0]):
+            return
+        self._parts.append(torch.stack(list(rows)))
+        self._count += len(rows[0])
+        if self._count < 2 * self.group_size:
+            return
+        joined = torch.cat(self._parts, dim=1)
+        # one group's worth always stays back for the remainder to join
+        full = self._count // self.group_size - 1
+        self._parts = [joined[:, full * self.group_size :]]
+        self._count -= full * self.group_size
+        for rows_of_group in torch.split(joined[:, : full * self.group_size], self.group_size, dim=1):
+            add_to(self._sums, self.sums_of(rows_of_group))
+
+    def finish(self) -> dict[str, Tensor]:
+        if self._count >= self.min_rows:
+            add_to(self._sums, self.sums_of(torch.cat(self._parts, dim=1)))
+        return self._sums
+
+    @abstractmethod
+    def sums_of(self, group: Tensor) -> dict[str, Tensor | float]:
+        """What a group adds to the sums; its shape is (L, n, D)."""
+
+
 class SkippingMetric(BlockMetric):
     """Compares what the model puts out with what it puts out while one block is skipped; each block costs a forward
     pass.
@@ -116,38 +155,6 @@ def add_to(sums: dict[str, Tensor], more: Mapping[str, Tensor | float]) -> None:
     for name, value in more.items():
         value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
         sums[name] = sums[name] + value if name in sums else value
-
-
-class RowBuffer:
-    """Regroups portions of rows into groups of a fixed number, so that results do not depend on the batch size.
-
-    Args:
-        size: rows of a full group. The last group may be smaller, or up to twice as large to avoid a small remainder.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._parts: list[Tensor] = []  # each (L, n, D)
-        self._count = 0
-
-    def add(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Take rows (one (N, D) tensor a block); return the groups that are now full, each of shape (L, size, D)."""
-        if not len(rows[0]):
-            return []
-        self._parts.append(torch.stack(list(rows)))
-        self._count += len(rows[0])
-        if self._count < 2 * self.size:
-            return []
-        joined = torch.cat(self._parts, dim=1)
-        # one group's worth always stays back for the remainder to join
-        full = self._count // self.size - 1
-        self._parts = [joined[:, full * self.size :]]
-        self._count -= full * self.size
-        return list(torch.split(joined[:, : full * self.size], self.size, dim=1))
-
-    def rest(self) -> Tensor | None:
-        """All that is left, as one group of shape (L, n, D); None if nothing came."""
-        return torch.cat(self._parts, dim=1) if self._parts else None
 
 
 def centered_grams(group: Tensor) -> Tensor:

@@ -1,8 +1,5 @@
-"""Mean cosine of the outputs of two blocks, over tokens: 1 - block influence (ShortGPT, Men et al. 2024, arXiv
-2403.03853).
-
-For neighbours, 1 - cosine(i - 1, i) is the block influence of block i. Unlike CKA it sees the residual stream's common
-offset, so its values lie close to 1 in pre-norm models: compare blocks, not models, and prefer a target to a threshold.
+"""Mean cosine of the outputs of two blocks, over tokens; of neighbours, 1 - cosine is the block influence of ShortGPT
+(Men et al. 2024, arXiv 2403.03853). Values lie close to 1 in pre-norm models: prefer a target to a threshold.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""What a model puts out, as rows that two models can be compared on: distributions over classes or tokens, or plain
-values.
-"""
+"""What a model puts out, as rows that two models can be compared on: distributions, or plain values."""
 
 from __future__ import annotations
 

@@ -1,24 +1,11 @@
 """The effect of a block: how much what the model puts out changes when the block is skipped.
 
-That two blocks put out nearly the same does not say what the removal of one does to the task; this asks for it. Prior
-art: Shortened LLaMA (Kim et al. 2024, arXiv 2402.02834) takes the perplexity of the model without one block, SLEB (Song
-et al. 2024, arXiv 2402.09025) the same again after each removal. Here no labels are needed: the model is compared with
-itself.
+As in Shortened LLaMA (Kim et al. 2024, arXiv 2402.02834) and SLEB (Song et al. 2024, arXiv 2402.09025), but without
+labels. Of distributions it is the mean Kullback-Leibler divergence from the whole model's, in nats, summed over the
+outputs; of other outputs the squared error over the square of the whole model's, so that 1 is as far away as zeros are.
 
-The effect d of a block, on the calibration rows:
-
-- outputs that are distributions (logits of classes, of tokens): the mean Kullback-Leibler divergence of the model
-  without the block from the whole model, in nats, summed over the outputs of the model;
-- other outputs (hidden states of an embedding model, a regression): the squared error over the square of the whole
-  model's, so that 1 is as far away as zeros are.
-
-A run of blocks counts the sum of its members' effects; to measure every run would take L^2 / 2 forward passes. So the
-sum is an estimate: blocks that do the same work each have a small effect, and none may be left once both are gone.
-exp(-sum) is the similarity: a threshold of 0.98 lets each cluster lose about 0.02 (-ln 0.98) by the sum of its single
-effects. Pinned blocks are not skipped, stay, and add nothing.
-
-With linkage "adjacent" and a target the blocks of least effect go, whatever stands beside them, as in Shortened LLaMA
-(but not the first, or with keep="last" not the last); with linkage "leader" those whose whole run has the least effect.
+The similarity is exp(-sum of the effects in a run): an estimate, as measuring every run would take L^2 / 2 forward
+passes, and too good where blocks do the same work. Pinned blocks are not skipped, stay, and add nothing.
 """
 
 from __future__ import annotations
@@ -45,8 +32,7 @@ class Effect(SkippingMetric):
 
     def __init__(self, blocks: int) -> None:
         super().__init__(blocks)
-        # the rows that each block was left out for; beside the others, so that a stack without a block that can go has
-        # its sums too
+        # the rows that each block was left out for; a stack without a block that can go has these sums too
         self._sums = {"rows": torch.zeros(blocks, dtype=torch.float64)}
 
     def update(self, block: int, full: Sequence[Head], skipped: Sequence[Head]) -> None:
