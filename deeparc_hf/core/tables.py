@@ -8,7 +8,7 @@ from typing import Any
 
 from .plain_text import plain
 
-__all__ = ["html_table", "in_tens", "spans", "text_table", "threshold_text"]
+__all__ = ["html_table", "in_tens", "runs", "spans", "text_table", "threshold_text"]
 
 _MOST_ROWS = 500
 _LONGEST_CELL = 400
@@ -22,14 +22,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def html_table(caption: Any, header: Sequence[str], rows: Sequence[Sequence[Any]], notes: Iterable[Any] = ()) -> str:
-    """A table as HTML, for `_repr_html_`. Whatever a cell holds is shown as text; nothing in it is markup.
-
-    Args:
-        caption: a line above it.
-        header: titles of the columns.
-        rows: of cells; of very many the first ones.
-        notes: lines below it.
-    """
+    """A table as HTML, for `_repr_html_`; of very many rows the first ones. Whatever a cell holds is shown as text."""
     cut = [f"and {len(rows) - _MOST_ROWS} more"] if len(rows) > _MOST_ROWS else []
     left = 'style="text-align: left"'
     lines = [
@@ -43,15 +36,21 @@ def html_table(caption: Any, header: Sequence[str], rows: Sequence[Sequence[Any]
     return "\n".join(lines)
 
 
+def runs(indices: Iterable[int]) -> list[list[int]]:
+    """Whole numbers in rising order, as runs without a gap."""
+    found: list[list[int]] = []
+    for index in indices:
+        if found and index == found[-1][-1] + 1:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return found
+
+
 def spans(indices: Iterable[int]) -> str:
     """Whole numbers in rising order, runs of three and more as their ends: 0-3, 5, 6."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs) or "-"
+    shown = (f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs(indices))
+    return ", ".join(shown) or "-"
 
 
 def in_tens(marks: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.tables import html_table, spans
+from ..core.tables import html_table, runs, spans
 from .block_ends import Ending
 
 __all__ = ["Healing", "Site", "healing_text", "sites_of"]
@@ -89,16 +89,12 @@ def healing_text(site: Mapping[str, Any]) -> str:
 
 def sites_of(removed: Mapping[str, Sequence[int]]) -> list[Site]:
     """The runs of removed blocks that have a kept block before them."""
-    sites = []
-    for stack, indices in removed.items():
-        runs: list[list[int]] = []
-        for index in sorted(indices):
-            if runs and runs[-1][-1] == index - 1:
-                runs[-1].append(index)
-            else:
-                runs.append([index])
-        sites += [Site(stack, run[0] - 1, tuple(run)) for run in runs if run[0] > 0]
-    return sites
+    return [
+        Site(stack, run[0] - 1, tuple(run))
+        for stack, indices in removed.items()
+        for run in runs(sorted(indices))
+        if run[0] > 0
+    ]
 
 
 def _name(stack: str, removed: Sequence[int]) -> str:
