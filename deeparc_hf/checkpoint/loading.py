@@ -228,14 +228,12 @@ def _weight_map(base: str, index: Path) -> dict[str, str]:
 
 
 def _new_key(key: str, namer: Any, layout: Layout) -> str | None:
-    """The key under which a tensor of the base goes into the smaller checkpoint; None if its block does not stay.
-
-    The checkpoint may name it otherwise than the model does, but the block's number stands in both names.
-    """
+    """The key under which a tensor of the base goes into the smaller checkpoint; None if its block does not stay."""
     old = namer(key)
     new = layout.renamed(old)
     if new is None or new == old:
         return None if new is None else key
+    # the checkpoint may name it otherwise than the model does, but the block's number stands in both names
     index, place = next(pair for pair in zip(old.split("."), new.split("."), strict=True) if pair[0] != pair[1])
     parts = key.split(".")
     for number, part in enumerate(parts):

@@ -1,7 +1,4 @@
-"""The record of what was done to a checkpoint over its life. It lives in config.json under the key `pruning_config`.
-
-A downloaded record is hostile input: everything in it is checked before it is used, and sizes are bounded.
-"""
+"""The record of what was done to a checkpoint, in its config.json. A downloaded one is hostile: all is checked."""
 
 from __future__ import annotations
 
@@ -174,7 +171,7 @@ class PrunedConfig:
         if unknown:
             warn_caller(
                 "The pruning record has entries that this version of deeparc_hf does not know and ignores: "
-                f"{listed(unknown)}. pip install -U deeparc_hf may help.",
+                f"{listed(unknown)}. pip install -U deeparc_hf may help."
             )
         stacks = {name: StackRecord.read(name, stack) for name, stack in entry["stacks"].named().items()}
         iterations = entry["iterations"].items() if "iterations" in entry.value else []

@@ -1,7 +1,5 @@
-"""The checks of a record's parts: what each pruning noted, and the zeroed weights.
-
-A record that passes here can be told in a card, so that what is wrong with it is found before blocks are removed, and
-not after. What this version does not know is left alone, and never shown.
+"""The checks of a record's parts, made before blocks are removed: what passes can be told in a card, and what this
+version does not know is left alone, and never shown.
 """
 
 from __future__ import annotations
@@ -21,11 +19,7 @@ _TEXTS = ("id", "revision", "config", "split", "use")
 
 
 def check_iteration(entry: Entry, lengths: Mapping[str, int]) -> None:
-    """Check what a record says of one pruning.
-
-    Args:
-        lengths: number of blocks of each stack of the original model.
-    """
+    """Check what a record says of one pruning; `lengths` are those of the original model's stacks."""
     for part in _given(entry, "settings", "metrics"):
         part.named()
     for settings in _given(entry, "settings"):
@@ -48,7 +42,10 @@ def check_iteration(entry: Entry, lengths: Mapping[str, int]) -> None:
     for part in _given(entry, "data"):
         for data in part.named(limit=LIMIT).values():
             if data.value is not None:
-                _check_data(data)
+                for text in _given(data, *_TEXTS):
+                    text.text()
+                for rows in _given(data, "rows"):
+                    rows.whole()
     for part in _given(entry, "stages"):
         part.entries()
         for quality in _given(part, *_STAGES):
@@ -63,16 +60,7 @@ def _given(entry: Entry, *keys: str) -> list[Entry]:
     return [found for key in keys if (found := entry.get(key)) is not None]
 
 
-def _check_data(data: Entry) -> None:
-    """What is known of a data set."""
-    for text in _given(data, *_TEXTS):
-        text.text()
-    for rows in _given(data, "rows"):
-        rows.whole()
-
-
 def _check_quality(quality: Entry) -> None:
-    """A measure of the model at one stage of a pruning."""
     quality["loss"].number()
     quality["samples"].whole()
     quality["data"].text(LIMIT)
@@ -84,7 +72,6 @@ def _check_quality(quality: Entry) -> None:
 
 
 def _check_site(site: Entry) -> None:
-    """What became of a removal site."""
     site["stack"].text()
     site["removed"].wholes(MAX_BLOCKS - 1)
     for share in _given(site, "held_out", "strength"):

@@ -1,8 +1,5 @@
-"""A mark of a model's weights: which evaluation, and which report, is of the weights at hand. The same of a live model
-and of its files.
-
-A few values of each tensor go into it, so it changes with every training step, removal and zeroing, and costs next to
-nothing. It is no proof against forgery.
+"""A mark of a model's weights, the same of a live model and of its files: which evaluation, and which report, is of the
+weights at hand. A few values of each tensor go into it: it changes with every training step, and is no proof of origin.
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ def mark_of_model(model: nn.Module) -> str | None:
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if place not in seen:  # tied tensors are one in a file
             seen.add(place)
-            found.append(tensor.detach())
+            found.append((tuple(tensor.shape), tensor.detach()))
     return _mark(found)
 
 
@@ -44,7 +41,7 @@ def mark_of_files(folder: Path) -> str | None:
     """The mark of the weights in a folder, of which little is read; None where there are none, or not all."""
     files = _files(folder)
     try:
-        return None if files is None else _mark(tensor for file in files for tensor in _beginnings(file))
+        return None if files is None else _mark(entry for file in files for entry in _beginnings(file))
     except (SafetensorError, OSError):
         return None
 
@@ -75,15 +72,13 @@ def _files(folder: Path) -> list[Path] | None:
     return [folder / name for name in sorted(names)] if known else None
 
 
-def _beginnings(file: Path) -> Iterator[Tensor]:
-    """Of each tensor the first rows, with the whole shape noted."""
+def _beginnings(file: Path) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Of each tensor the whole shape, and the first rows."""
     with safe_open(file, "pt") as stored:
         for key in stored.keys():  # noqa: SIM118  (not a mapping)
             part = stored.get_slice(key)
             shape = part.get_shape()
-            tensor = part[: _rows(shape)] if shape else stored.get_tensor(key)
-            tensor.whole_shape = tuple(shape)  # type: ignore[attr-defined]
-            yield tensor
+            yield tuple(shape), part[: _rows(shape)] if shape else stored.get_tensor(key)
 
 
 def _rows(shape: Sequence[int]) -> int:
@@ -91,16 +86,15 @@ def _rows(shape: Sequence[int]) -> int:
     return -(-_VALUES // max(1, math.prod(shape[1:])))
 
 
-def _mark(tensors: Iterable[Tensor]) -> str:
+def _mark(tensors: Iterable[tuple[tuple[int, ...], Tensor]]) -> str:
     shapes, parts = [], []
-    for tensor in tensors:
-        shapes.append(getattr(tensor, "whole_shape", tuple(tensor.shape)))
+    for shape, tensor in tensors:
+        shapes.append(shape)
         rows = tensor[: _rows(tensor.shape)] if tensor.dim() else tensor
         parts.append(rows.reshape(-1)[:_VALUES].to(torch.float32))
-    values = torch.cat(parts).cpu() if parts else torch.zeros(0)
-    digests, first = [], 0
-    for shape, part in zip(shapes, parts, strict=True):
-        data = values[first : first + len(part)].numpy().tobytes()
-        digests.append(hashlib.sha256(repr(shape).encode() + data).digest())
-        first += len(part)
+    values = torch.cat(parts).cpu().split(list(map(len, parts))) if parts else ()
+    digests = [
+        hashlib.sha256(repr(shape).encode() + part.numpy().tobytes()).digest()
+        for shape, part in zip(shapes, values, strict=True)
+    ]
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:32]
