@@ -1,6 +1,4 @@
-"""JSON that comes from outside (a downloaded record, a plan, a report): an entry is checked before it is used, sizes
-are bounded, and an error names the place of what is wrong.
-"""
+"""JSON from outside (a record, a plan, a report): checked before it is used, bounded; an error names the place."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The only place that touches parts of other libraries that are not documented for users. Each entry says why, and
-where it may, when it can go.
-"""
+"""The only place that touches undocumented parts of other libraries; each entry says why, and when it can go."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Several processes: the same decision in each of them, and a DistributedDataParallel wrapper that follows the model it
-wraps.
-
-`rebuild_reducer` is the only place that touches private names of DistributedDataParallel; they are those that its own
-`__setstate__` calls, and the tests run them in real processes.
-"""
+"""Several processes: the same decision in each, and a DistributedDataParallel wrapper that follows its model."""
 
 from __future__ import annotations
 
@@ -34,11 +29,8 @@ def process_index() -> int:
 def gather(work: Callable[[], Any]) -> list[Any]:
     """Run `work` in every process; each gets the results of all, in the order of the processes.
 
-    If it fails in any process, it fails in all: none is left waiting for the others.
-
-    Raises:
-        What `work` raised here; or, if it failed elsewhere only, the same kind of error where it is one of ours, else
-        SurgeryError.
+    If it fails in any process, it fails in all, elsewhere with an error of the same kind if that is one of ours, else
+    with a SurgeryError: none is left waiting for the others.
     """
     if process_count() == 1:
         return [work()]
@@ -92,6 +84,7 @@ def rebuild_reducer(wrapper: DistributedDataParallel) -> None:
     buffers.
 
     Without it, removed and frozen parameters would be waited for, and parameters that came back would not be reduced.
+    The private names are those that the wrapper's own `__setstate__` calls; the tests run them in real processes.
     """
     parameters, sparse = wrapper._build_params_for_reducer()
     if not parameters:

@@ -15,22 +15,14 @@ __all__ = ["hardware", "package_versions"]
 
 
 def hardware(device: torch.device | str | None = None) -> dict[str, Any]:
-    """The hardware that figures depend on.
-
-    Args:
-        device: where the model ran; None: the accelerator if there is one, else the CPU.
-    """
+    """The hardware that figures depend on; device None: the accelerator if there is one, else the CPU."""
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     device = torch.device(device)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine()
-        if device.type == "cpu"
-        else device.type
-    )
+    name = platform.machine() if device.type == "cpu" else device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {"device": device.type, "device_name": name, "cpu_count": usable, "torch_threads": torch.get_num_threads()}
 
 
@@ -39,9 +31,8 @@ def package_versions() -> dict[str, str]:
     return dict(_installed())
 
 
-@cache
+@cache  # reports are written at every event of a training, and each look at the metadata reads and parses a file
 def _installed() -> dict[str, str]:
-    # reports are written at every event of a training, and each look at the metadata reads and parses a file
     versions = {"python": platform.python_version()}
     for name in ("deeparc_hf", "transformers", "torch", "accelerate", "timm"):
         with contextlib.suppress(metadata.PackageNotFoundError):

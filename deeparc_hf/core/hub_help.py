@@ -26,12 +26,8 @@ _BROKE_OFF = (
 
 @contextmanager
 def hub_help(repo_id: object, uploads: bool = False) -> Iterator[None]:
-    """Add a note to errors of the Hub that leave the block: what to do about it.
-
-    Args:
-        repo_id: the repository.
-        uploads: add one to an upload that breaks off too, for which huggingface_hub and hf_xet raise bare errors of
-            Python.
+    """Add a note to errors of the Hub that leave the block: what to do about it. With `uploads` also to an upload that
+    breaks off, for which huggingface_hub and hf_xet raise bare errors of Python.
     """
     try:
         yield
@@ -53,11 +49,8 @@ def is_connection_error(error: BaseException) -> bool:
 
 
 def no_answer(repo_id: str, file: str, revision: str | None = None, repo_type: str | None = None) -> Exception | None:
-    """Ask the Hub for a file's metadata once, without the libraries' retries, which last for minutes.
-
-    Returns:
-        What went wrong where no answer came in time (HF_HUB_ETAG_TIMEOUT, 10 s if it is not set); None where one came,
-        whatever it says.
+    """Ask the Hub for a file once, without retries, which last for minutes; gives what went wrong where no answer came
+    in time (HF_HUB_ETAG_TIMEOUT, else 10 s), else None.
     """
     try:
         get_hf_file_metadata(

@@ -1,7 +1,5 @@
-"""Ctrl-C while libraries are being imported, which takes seconds.
-
-There it cannot be left to KeyboardInterrupt: some libraries lose one that reaches them in the middle of their import,
-and others make an error of another kind of it. Nothing is at stake yet, so the process ends at once.
+"""Ctrl-C while libraries are being imported, where some lose a KeyboardInterrupt or make another error of it: the
+process ends at once, as nothing is at stake yet.
 """
 
 from __future__ import annotations
@@ -17,10 +15,8 @@ EXIT_CODE = 130
 
 
 def exit_while_importing(message: str) -> None:
-    """Until `work_begins`, Ctrl-C in the middle of an import ends the process with exit code 130 and a line on stderr.
-
-    Elsewhere Ctrl-C raises KeyboardInterrupt as ever. Nothing is changed where a process ignores Ctrl-C or handles it
-    in its own way, and in another thread than the main one.
+    """Until `work_begins`, Ctrl-C in the middle of an import ends the process with exit code 130 and a line on stderr;
+    not where the process ignores Ctrl-C or handles it in its own way.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -41,8 +37,6 @@ def exit_while_importing(message: str) -> None:
 
 
 def work_begins() -> None:
-    """From here on something is to be cleaned up after Ctrl-C,
-    which raises KeyboardInterrupt again wherever it comes.
-    """
+    """From here on something is to be cleaned up after Ctrl-C: it raises KeyboardInterrupt again wherever it comes."""
     if getattr(signal.getsignal(signal.SIGINT), "ends_imports", False):
         signal.signal(signal.SIGINT, signal.default_int_handler)

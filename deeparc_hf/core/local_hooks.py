@@ -1,6 +1,4 @@
-"""Hooks on models that are no part of them: what is saved or copied with a model in place of such a hook does
-nothing.
-"""
+"""Hooks on models that are no part of them: what is saved or copied with a model in their place does nothing."""
 
 from __future__ import annotations
 
@@ -12,15 +10,10 @@ __all__ = ["LocalHook"]
 
 
 class LocalHook:
-    """A hook that works on live models of this process only.
+    """A hook that works on live models of this process, and with `copied` on deep copies of them too.
 
-    A module is pickled together with its hooks (`torch.save(model)`, a worker process), and functions of this package
-    among them would need the package where the pickle is read. This one is pickled as a part of the standard library
-    that takes anything and does nothing.
-
-    Args:
-        act: what the hook does.
-        copied: whether it works on copies of the model (`copy.deepcopy`) too.
+    It is pickled with its module as a part of the standard library that takes anything and does nothing: where the
+    pickle is read this package may not be there.
     """
 
     def __init__(self, act: Callable[..., Any], copied: bool = False) -> None:

@@ -1,6 +1,4 @@
-"""Text of others in a Markdown page: names of models, data and labels may hold Markdown, HTML or worse, and must do no
-harm.
-"""
+"""Text of others in a Markdown page: names of models, data and labels may hold markup, and must do no harm."""
 
 from __future__ import annotations
 
@@ -65,11 +63,8 @@ def _short(data: Any, depth: int) -> Any:
         return {plain(key, 60): _short(value, depth - 1) for key, value in list(data.items())[:_ENTRIES]}
     if isinstance(data, (list, tuple)) and depth:
         return [_short(value, depth - 1) for value in data[:_ENTRIES]]
-    return (
-        data
-        if data is None or isinstance(data, (bool, float)) or (isinstance(data, int) and abs(data) < 2**63)
-        else plain(data)
-    )
+    is_short = data is None or isinstance(data, (bool, float)) or (isinstance(data, int) and abs(data) < 2**63)
+    return data if is_short else plain(data)
 
 
 def folded(title: str, text: str) -> str:
@@ -78,11 +73,7 @@ def folded(title: str, text: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Iterable[str]], left: Collection[int] = (0,)) -> str:
-    """A Markdown table. Its cells are Markdown already; a bar or a line break in one does not end it.
-
-    Args:
-        left: columns that are not of numbers.
-    """
+    """A Markdown table of cells that are Markdown already; columns that are not in `left` are of numbers."""
     marks = ["---" if column in left else "---:" for column in range(len(header))]
     lines = [map(_cell, header), marks, *(map(_cell, row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

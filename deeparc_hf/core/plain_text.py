@@ -1,9 +1,5 @@
-"""The one door for text of others: what a downloaded record, report or config says goes through here before it is
-printed or written.
-
-Names in a checkpoint may hold escape codes that steer a terminal, marks that turn the direction of a text, line breaks
-that forge a line of output, or a megabyte of anything. Here they become one line of visible text of limited length, or
-a word of a known list, or nothing. Markdown (`core.markdown`) starts from this.
+"""The one door for text of others: what a downloaded record, report or config says becomes visible text of limited
+length here before it is printed or written, without what steers a terminal or forges a line.
 """
 
 from __future__ import annotations
@@ -21,8 +17,7 @@ _LONGEST = 10_000  # of a message of several lines
 _NAMES = 5
 # control, format (bidirectional marks too), surrogate, private and unassigned signs, line and paragraph separators
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-# escape sequences as a whole, so that "[31m" does not stay: CSI, OSC and the like with their text, and those of two
-# signs
+# escape sequences as a whole ("[31m" does not stay): CSI, OSC and the like with their text, and those of two signs
 _ESCAPE = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
     r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?"
@@ -43,12 +38,7 @@ def plain(value: Any, limit: int = LIMIT) -> str:
 
 
 def plain_lines(text: Any, limit: int = LIMIT, longest: int = _LONGEST) -> str:
-    """Several lines of visible text: line breaks and indents stay, all else is as in `plain`.
-
-    Args:
-        limit: characters of a line.
-        longest: characters of the whole.
-    """
+    """Several lines of visible text, each of at most `limit` signs: breaks and indents stay, all else as in `plain`."""
     lines = _text(text)[:longest].replace("\t", "    ").split("\n")
     return "\n".join(" " * min(limit, len(line) - len(line.lstrip(" "))) + _kept_apart(line, limit) for line in lines)
 

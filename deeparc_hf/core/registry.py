@@ -1,8 +1,5 @@
-"""Registries: one file adds one family, similarity metric or sparsity method.
-
-A registry belongs to a package folder. Its entries register themselves with a decorator when their module is
-imported, and the registry imports every module of the folder the first time it is asked for an entry. An import error
-in one of them is raised, never swallowed.
+"""Registries: one file adds one family, similarity metric or sparsity method. All files of a folder are imported
+when an entry is first asked for, and their errors are raised.
 """
 
 from __future__ import annotations
@@ -23,13 +20,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class Registry(Generic[T]):
-    """Named classes found in the modules of one package.
-
-    Args:
-        kind: what an entry is, in words, for messages ("similarity metric").
-        package: dotted name of the package whose modules register entries.
-        base: the class that every entry must derive from.
-    """
+    """Named classes, derived from `base`, in the modules of one package; `kind` is what messages call an entry."""
 
     def __init__(self, kind: str, package: str, base: type) -> None:
         self.kind = kind

@@ -1,6 +1,4 @@
-"""What all settings have in common: types and choices are checked, JSON in and out, unknown names are refused with the
-nearest one.
-"""
+"""What all settings have in common: checks of types and choices, JSON in and out, a hint for names that are unknown."""
 
 from __future__ import annotations
 
@@ -61,7 +59,7 @@ class Settings:
         if unknown:
             warn_caller(
                 f"Settings that this version of deeparc_hf does not know are ignored: {listed(unknown)}. The file may "
-                "come from a newer version: pip install -U deeparc_hf.",
+                "come from a newer version: pip install -U deeparc_hf."
             )
         return cls(**{key: value for key, value in data.items() if key in known})
 

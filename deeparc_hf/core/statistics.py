@@ -17,16 +17,6 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     inference, 1927).
 
     Unlike the textbook interval it stays within [0, 1] and is right near 0 and 1 and for small n.
-
-    Args:
-        correct: number of samples that were right.
-        n: number of samples.
-
-    Returns:
-        Lower and upper bound of the share that is right.
-
-    Raises:
-        ConfigError: if the numbers cannot be a share.
     """
     if n < 1 or not 0 <= correct <= n:
         raise ConfigError(f"An interval needs 0 <= correct <= n and n >= 1, found correct={correct}, n={n}.")
