@@ -82,13 +82,16 @@ def load_pruned(
         RECORD_KEY,
         {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit},
     )
-    state = _read(subject, str(base_repo_or_path), layout, hub)
+    folder_or_id = str(base_repo_or_path)
+    state = _read(subject, folder_or_id, layout, hub)
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = type(full).from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
-    _require_blocks(info["missing_keys"], str(base_repo_or_path), layout)
-    model.config.name_or_path = str(base_repo_or_path)
+    _require_blocks(info["missing_keys"], folder_or_id, layout)
+    model.config.name_or_path = folder_or_id
     if model.can_generate():
-        _adopt_generation_config(model, str(base_repo_or_path), hub)
+        # the base's own, as from_pretrained takes it over from a checkpoint that it loads by name
+        if cached_file(folder_or_id, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub):
+            model.generation_config = GenerationConfig.from_pretrained(folder_or_id, **hub)
         follow_generation(model, subject.stacks, layout, Transaction())
     # a pair for those who ask for it, as from_pretrained gives one
     return cast(PreTrainedModel, (model, info) if wants_info else model)
@@ -106,12 +109,6 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder: where to write; made if need be.
     """
     describe(model).host.save(folder)
-
-
-def _adopt_generation_config(model: PreTrainedModel, base: str, hub: Mapping[str, Any]) -> None:
-    """Take over the base's generation_config.json, as from_pretrained does when it loads a checkpoint by name."""
-    if cached_file(base, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
-        model.generation_config = GenerationConfig.from_pretrained(base, **hub)
 
 
 def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:

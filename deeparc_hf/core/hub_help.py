@@ -22,6 +22,18 @@ _BROKE_OFF = (
     "The upload broke off, and the repository is as its last commit left it. Check the connection and the space on the "
     "disk, and do it again: files that are there already are not sent again."
 )
+_LOG_IN = "log in (hf auth login) or set HF_TOKEN."
+# by the kind of error, those of a narrower kind first
+_ADVICE = {
+    GatedRepoError: f"{{}} is gated: ask for access on its page on the Hub, then {_LOG_IN}",
+    RepositoryNotFoundError: f"Check the spelling of {{}} (ORG/NAME). If it is private, {_LOG_IN}",
+    RevisionNotFoundError: "{} has no such branch, tag or commit: see its branches on the Hub, or leave revision out.",
+    OfflineModeIsEnabled: "The Hub is not asked while HF_HUB_OFFLINE is set: unset it.",
+    LocalEntryNotFoundError: (
+        "{} is neither in the cache nor to be reached: check the connection, and that HF_HUB_OFFLINE is not set."
+    ),
+    EntryNotFoundError: "{} lacks that file: it is not a checkpoint of transformers or timm, or not a whole one.",
+}
 
 
 @contextmanager
@@ -69,24 +81,10 @@ def notes_of(error: BaseException) -> str:
 def _help(error: Exception, repo_id: str) -> str:
     if is_connection_error(error):
         return "The Hub cannot be reached: check the connection, and HF_ENDPOINT if it is set."
+    for kind, text in _ADVICE.items():
+        if isinstance(error, kind):
+            return text.format(repo_id)
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, GatedRepoError):
-        return (
-            f"{repo_id} is gated: ask for access on its page on the Hub, then log in (hf auth login) or set HF_TOKEN."
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return f"Check the spelling of {repo_id} (ORG/NAME). If it is private, log in (hf auth login) or set HF_TOKEN."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo_id} has no such branch, tag or commit: see its branches on the Hub, or leave revision out."
-    if isinstance(error, OfflineModeIsEnabled):
-        return "The Hub is not asked while HF_HUB_OFFLINE is set: unset it."
-    if isinstance(error, LocalEntryNotFoundError):
-        return (
-            f"{repo_id} is neither in the cache nor to be reached: check the connection, and that HF_HUB_OFFLINE "
-            "is not set."
-        )
-    if isinstance(error, EntryNotFoundError):
-        return f"{repo_id} lacks that file: it is not a checkpoint of transformers or timm, or not a whole one."
     if status in (401, 403):
         return (
             f"The token that is used may not do this to {repo_id}: log in (hf auth login) or set HF_TOKEN, with "
