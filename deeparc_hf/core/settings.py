@@ -32,7 +32,6 @@ class Settings:
     """Base of the settings: frozen dataclasses whose fields are made by `setting`."""
 
     def _to_tuples(self, *names: str) -> None:
-        """Make tuples of lists."""
         for name in names:
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
@@ -100,7 +99,6 @@ class Settings:
                 )
 
     def _check_types(self) -> None:
-        """Check each value against the type of its field."""
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             value, hint = getattr(self, spec.name), hints[spec.name]

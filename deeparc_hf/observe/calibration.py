@@ -97,7 +97,6 @@ def chosen_rows(rows: int, samples: int, seed: int, skip: int = 0) -> list[int]:
 
 
 def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:
-    """Warn of padding that no mask tells of."""
     pad = getattr(getattr(host.root, "config", None), "pad_token_id", None)
     masks = padding_masks(inputs)
     ids, decoded = inputs.get("input_ids"), inputs.get("decoder_input_ids")

@@ -225,7 +225,6 @@ class _Walk:
         return self._copies[id(iterator)]
 
     def _holder(self, name: str, value: Any) -> None:
-        """Keep a container, or an object with attributes."""
         own = _is_own(type(value).__module__) or isinstance(value, (dict, list, tuple, set, frozenset, deque))
         if isinstance(value, dict):
             self._entries(name, lambda: dict(value.items()), functools.partial(_write_dict, value), own)
