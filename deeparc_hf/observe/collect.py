@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..architectures import Host, Stack
+from ..architectures import Host
 from ..core.caller import warn_caller
 from ..errors import CalibrationError, CalibrationWarning
 from ..similarity import BlockMetric
@@ -34,6 +34,7 @@ class Observed:
             (D,)).
         unmasked: whether padding was compared.
         obstacle: why the stack could not be compared; None if it could.
+        batch: samples of the largest batch, where the sums depend on the batch size; else 0.
     """
 
     sums: Mapping[str, Tensor]
@@ -41,6 +42,7 @@ class Observed:
     constant: Mapping[int | str, Tensor]
     unmasked: bool = False
     obstacle: str | None = None
+    batch: int = 0
 
     @staticmethod
     def merged(parts: Sequence[Observed]) -> Observed:
@@ -58,13 +60,19 @@ class Observed:
             for i, row in first.items()
             if all(i in p.constant and torch.equal(p.constant[i], row) for p in parts)
         }
-        return Observed(sums, sum(part.count for part in parts), constant, any(part.unmasked for part in parts))
+        count, unmasked = sum(part.count for part in parts), any(part.unmasked for part in parts)
+        return Observed(sums, count, constant, unmasked, batch=max(part.batch for part in parts))
 
 
 class Observer(Protocol):
-    """What looks at one stack in calibration passes, for a metric."""
+    """What looks at one stack, or at several together, in calibration passes, for a metric.
 
-    stack: Stack
+    Attributes:
+        name: of the stack, or of the stacks.
+        metric: takes what is seen.
+    """
+
+    name: str
     metric: BlockMetric
 
     def label(self, key: int | str) -> str:
@@ -142,13 +150,18 @@ def _require_enough(observers: Sequence[Observer], found: list[Observed], rows: 
         )
     if all(observed.obstacle is not None for observed in found):
         raise CalibrationError(
-            f"The blocks of {observers[0].stack.name} cannot be compared: {found[0].obstacle}. Name the blocks to "
+            f"The blocks of {observers[0].name} cannot be compared: {found[0].obstacle}. Name the blocks to "
             "remove yourself, with remove_blocks, or take similarity='effect', which looks at what the model puts out."
         )
     for observer, observed, count in zip(observers, found, rows, strict=True):
         if observed.obstacle is not None:
             continue
-        constant, stack, least = sorted(observed.constant), observer.stack.name, observer.metric.min_rows
+        constant, stack, least = sorted(observed.constant), observer.name, observer.metric.min_rows
+        if 0 < observed.batch < least:
+            raise CalibrationError(
+                f"The calibration batches have at most {observed.batch} sample(s), and rows='flat' compares blocks "
+                f"within each batch: {observer.metric.name} needs at least {least} in one. Give batches of 64, say."
+            )
         if count < least:
             raise CalibrationError(
                 f"{seen} calibration samples gave {count} row(s) for {stack}; {observer.metric.name} needs at least "

@@ -1,16 +1,19 @@
 """Observation: one forward pass over calibration batches, with hooks on the blocks, feeding similarity metrics.
 
-Memory does not grow with the number of samples, and the model is left as it was.
+Where rows are whole outputs, `whole` does what `StackObserver` does here. Memory does not grow with the number of
+samples, and the model is left as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Host, Stack
 from ..similarity import SimilarityMetric
@@ -19,6 +22,7 @@ from .calibration import Calibration
 from .collect import Observed, collect, note_first, require_finite
 from .forward import forward
 from .hooks import did_not_run, hidden_states, hooked
+from .whole import WholeObserver
 
 __all__ = ["StackObserver", "observe", "with_axes"]
 
@@ -28,6 +32,7 @@ class StackObserver:
 
     def __init__(self, stack: Stack, metric: SimilarityMetric, rows: str) -> None:
         self.stack = stack
+        self.name = stack.name
         self.metric = metric
         self.rows = rows
         self.count = 0
@@ -44,8 +49,13 @@ class StackObserver:
         self._chosen = torch.empty(0, dtype=torch.long)
         self._per_sample: list[int] = []
 
-    def settle(self, axes: Axes | str | None) -> None:
+    @property
+    def stacks(self) -> list[Stack]:
+        return [self.stack]
+
+    def settle(self, known: Mapping[str, Axes | str]) -> None:
         """Take note of what the dimensions of the blocks' outputs mean, or why that is not known."""
+        axes = known.get(self.name)
         if isinstance(axes, Axes) and axes.samples is None and self.rows != "tokens":
             self.obstacle = (
                 "the positions of all samples stand side by side in what its blocks put out, and which of them belong "
@@ -60,14 +70,14 @@ class StackObserver:
         """Say which batch comes next."""
         self._inputs, self._shape = inputs, ()
 
-    def hook(self, index: int) -> Any:
-        """A forward hook for the block of that index."""
+    def hooks(self) -> Iterator[RemovableHandle]:
+        """Set a forward hook on each block."""
+        for index, block in enumerate(self.stack.blocks):
+            yield block.register_forward_hook(partial(self._take, index))
 
-        def take(module: nn.Module, args: Any, output: Any) -> None:
-            if self._axes is not None:
-                self._batch[index] = self._select(self._axes, hidden_states(output).detach())
-
-        return take
+    def _take(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if self._axes is not None:
+            self._batch[index] = self._select(self._axes, hidden_states(output).detach())
 
     def flush(self) -> None:
         """Hand the batch's rows to the metric.
@@ -143,9 +153,10 @@ class StackObserver:
 
 
 def observe(
-    host: Host, observers: Iterable[StackObserver], calibration: Calibration, *, progress: bool = True
+    host: Host, observers: Iterable[StackObserver | WholeObserver], calibration: Calibration, *, progress: bool = True
 ) -> tuple[int, list[Observed]]:
-    """Run the model over calibration batches and feed the observers, one a stack; gives what `collect` does.
+    """Run the model over calibration batches and feed the observers, one a stack or a chain of stacks; gives what
+    `collect` does.
 
     Raises:
         CalibrationError: if there is no data, too little of it, a batch the model cannot take, or a block whose
@@ -154,15 +165,11 @@ def observe(
     observers = list(observers)
 
     def passes() -> Iterator[dict[str, Any]]:
-        batches, axes = with_axes(host, [observer.stack for observer in observers], calibration.inputs(host))
+        stacks = [stack for observer in observers for stack in observer.stacks]
+        batches, axes = with_axes(host, stacks, calibration.inputs(host))
         for observer in observers:
-            observer.settle(axes.get(observer.stack.name))
-        handles = (
-            block.register_forward_hook(observer.hook(index))
-            for observer in observers
-            for index, block in enumerate(observer.stack.blocks)
-        )
-        with hooked(handles):
+            observer.settle(axes)
+        with hooked(chain.from_iterable(observer.hooks() for observer in observers)):
             for inputs in batches:
                 for observer in observers:
                     observer.begin(inputs)

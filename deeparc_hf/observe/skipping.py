@@ -28,6 +28,7 @@ class StackSkipper:
 
     def __init__(self, host: Host, stack: Stack, metric: SkippingMetric) -> None:
         self.stack = stack
+        self.name = stack.name
         self.metric = metric
         self.count = 0
         self._host = host

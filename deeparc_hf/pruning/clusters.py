@@ -8,12 +8,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ..errors import PlanError
 from .config import MPruneConfig
 
-__all__ = ["ComparedStack", "cluster_blocks", "freezing_set", "reach_target", "removable"]
+__all__ = ["ComparedStack", "chains", "cluster_blocks", "freezing_set", "reach_target", "removable"]
+
+
+class _Feeding(Protocol):
+    @property
+    def next_stack(self) -> str | None: ...
+
+
+Feeding = TypeVar("Feeding", bound=_Feeding)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,9 @@ class ComparedStack:
         labels: what each block is called in patterns, where that is not its index: after an earlier pruning of the same
             training, the index that it had when the training began.
         frozen: blocks that an earlier pruning froze, by the model's record.
+        before: L rows; row i says how alike block i is to each block of the stacks before this one in its chain
+            (`chains`). Empty where there are none, or that is not known: only whole outputs are compared from stack to
+            stack.
     """
 
     similarity: tuple[tuple[float, ...], ...]
@@ -36,6 +47,7 @@ class ComparedStack:
     next_stack: str | None = None
     labels: tuple[int, ...] = ()
     frozen: tuple[int, ...] = ()
+    before: tuple[tuple[float, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.similarity)
@@ -70,24 +82,108 @@ def freezing_set(
     return {name: tuple(i for i in kept[name] if i not in trained[name]) for name in lengths}
 
 
-def cluster_blocks(
-    stack: ComparedStack, threshold: float, linkage: str, keep: str = "leader"
-) -> tuple[tuple[int, ...], ...]:
-    """Split a stack into runs of alike blocks.
+@dataclass(frozen=True)
+class Line:
+    """Blocks in forward order, over which clusters may reach: those of one stack, or of several.
 
-    A block joins the run while its similarity to the run's first block (linkage "leader") or to the block before it
-    ("adjacent") is at least the threshold; otherwise it starts the next run. Where the similarity of two blocks depends
-    on which of them stays, that with the earlier one staying counts, or with the later one where a cluster keeps its
-    last member.
+    Attributes:
+        blocks: all of them, as of one stack.
+        places: stack and index of each.
     """
-    runs: list[list[int]] = []
-    for index in range(len(stack)):
-        anchor = runs[-1][0 if linkage == "leader" else -1] if runs else None
-        if anchor is not None and _alike(stack, anchor, index, keep) >= threshold:
-            runs[-1].append(index)
+
+    blocks: ComparedStack
+    places: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def through(cls, stacks: Mapping[str, ComparedStack]) -> Line:
+        """The line through stacks of which each takes the output of the one before.
+
+        Raises:
+            PlanError: if it is not known how alike blocks of different stacks are.
+        """
+        places: list[tuple[str, int]] = []
+        rows: list[tuple[float, ...]] = []
+        pinned: dict[int, str] = {}
+        for name, stack in stacks.items():
+            known = len(stack.before) == len(stack) and all(len(row) == len(places) for row in stack.before)
+            if places and not known:
+                raise PlanError(
+                    f"How alike the blocks of {name} are to those of the stacks before it is not known. Run analyze "
+                    "with rows='flat', or leave across_stacks out."
+                )
+            pinned |= {len(places) + index: reason for index, reason in stack.pinned.items()}
+            before = stack.before if places else ((),) * len(stack)
+            rows += [(*earlier, *own) for earlier, own in zip(before, stack.similarity, strict=True)]
+            places += [(name, index) for index in range(len(stack))]
+        # a row ends with its own stack; what lies beyond is the same, seen from there
+        around = range(len(rows))
+        full = tuple(tuple(rows[i][j] if j < len(rows[i]) else rows[j][i] for j in around) for i in around)
+        return cls(ComparedStack(full, pinned), tuple(places))
+
+    def clusters(self, threshold: float, config: MPruneConfig) -> list[tuple[int, ...]]:
+        """Split the line into runs of alike blocks.
+
+        A block joins the run while its similarity to the run's first block (linkage "leader") or to the block before it
+        ("adjacent") is at least the threshold; otherwise it starts the next run. Where the similarity of two blocks
+        depends on which of them stays, that with the earlier one staying counts, or with the later one where a cluster
+        keeps its last member.
+        """
+        runs: list[list[int]] = []
+        for index in range(len(self.places)):
+            anchor = runs[-1][0 if config.linkage == "leader" else -1] if runs else None
+            if anchor is not None and _alike(self.blocks, anchor, index, config.keep) >= threshold:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        return list(map(tuple, runs))
+
+
+def chains(stacks: Mapping[str, Feeding]) -> list[dict[str, Feeding]]:
+    """Stacks in forward order, grouped so that each takes the output of the one before it in its group."""
+    found: list[dict[str, Feeding]] = []
+    for name, stack in stacks.items():
+        if found and next(reversed(found[-1].values())).next_stack == name:
+            found[-1][name] = stack
         else:
-            runs.append([index])
-    return tuple(map(tuple, runs))
+            found.append({name: stack})
+    return found
+
+
+def lines(compared: Mapping[str, ComparedStack], config: MPruneConfig) -> list[Line]:
+    """The lines over which clusters may reach: stacks, or where the settings say so chains of stacks."""
+    groups = chains(compared) if config.across_stacks else [{name: stack} for name, stack in compared.items()]
+    return [Line.through(group) for group in groups]
+
+
+@dataclass(frozen=True)
+class StackClusters:
+    """The clusters of one stack.
+
+    Attributes:
+        clusters: runs of blocks that belong together; the first of each is its leader.
+        leader: path of the first cluster's leader, where that lies in an earlier stack.
+    """
+
+    clusters: tuple[tuple[int, ...], ...]
+    leader: str | None = None
+
+
+def cluster_blocks(
+    compared: Mapping[str, ComparedStack], thresholds: Mapping[str, float], config: MPruneConfig
+) -> dict[str, StackClusters]:
+    """The clusters of each stack at its threshold."""
+    parts: dict[str, list[tuple[int, ...]]] = {name: [] for name in compared}
+    leaders: dict[str, str] = {}
+    for line in lines(compared, config):
+        for cluster in line.clusters(thresholds[line.places[0][0]], config):
+            for name, group in itertools.groupby(
+                (line.places[position] for position in cluster), lambda place: place[0]
+            ):
+                parts[name].append(tuple(index for _, index in group))
+                leader, index = line.places[cluster[0]]
+                if leader != name:
+                    leaders[name] = f"{leader}.{index}"
+    return {name: StackClusters(tuple(runs), leaders.get(name)) for name, runs in parts.items()}
 
 
 def _alike(stack: ComparedStack, earlier: int, later: int, keep: str) -> float:
@@ -95,21 +191,29 @@ def _alike(stack: ComparedStack, earlier: int, later: int, keep: str) -> float:
     return stack.similarity[stays][goes]
 
 
-def removable(stack: ComparedStack, threshold: float, protected: set[int], config: MPruneConfig) -> dict[int, float]:
-    """The blocks that this threshold removes, each with the similarity that speaks for its removal.
+def removable(
+    compared: Mapping[str, ComparedStack], threshold: float, protected: Mapping[str, set[int]], config: MPruneConfig
+) -> dict[str, dict[int, float]]:
+    """The blocks that this threshold removes from each stack, each with the similarity that speaks for its removal.
 
     That is its similarity to the member of its cluster that is sure to stay, or, with adjacent linkage, to the
     neighbour through which it joined.
     """
-    removed: dict[int, float] = {}
-    for cluster in cluster_blocks(stack, threshold, config.linkage, config.keep):
-        order = cluster if config.keep == "leader" else cluster[::-1]
-        for position in range(1, len(order), config.k):
-            index = order[position]
-            if index not in stack.pinned and index not in protected:
-                witness = order[0 if config.linkage == "leader" else position - 1]
-                removed[index] = stack.similarity[witness][index]
-    excess = max(0, config.min_blocks - (len(stack) - len(removed)))
+    removed: dict[str, dict[int, float]] = {name: {} for name in compared}
+    for line in lines(compared, config):
+        for cluster in line.clusters(threshold, config):
+            order = cluster if config.keep == "leader" else cluster[::-1]
+            for position in range(1, len(order), config.k):
+                name, index = line.places[order[position]]
+                if index not in compared[name].pinned and index not in protected[name]:
+                    witness = order[0 if config.linkage == "leader" else position - 1]
+                    removed[name][index] = line.blocks.similarity[witness][order[position]]
+    return {name: _leaving(config.min_blocks, len(compared[name]), gone) for name, gone in removed.items()}
+
+
+def _leaving(least: int, length: int, removed: Mapping[int, float]) -> dict[int, float]:
+    """Of the blocks that may go the most similar ones, so that enough stay."""
+    excess = max(0, least - (length - len(removed)))
     return dict(_most_similar(removed)[: max(0, len(removed) - excess)])
 
 
@@ -151,13 +255,13 @@ def _reach(
             f"{length}."
         )
     values = {
-        _alike(stack, i, j, config.keep)
-        for stack in compared.values()
-        for i, j in itertools.combinations(range(len(stack)), 2)
+        _alike(line.blocks, i, j, config.keep)
+        for line in lines(compared, config)
+        for i, j in itertools.combinations(range(len(line.places)), 2)
     }
     most = 0
     for threshold in sorted({1.0, *values}, reverse=True):
-        found = {name: removable(stack, threshold, protected[name], config) for name, stack in compared.items()}
+        found = removable(compared, threshold, protected, config)
         most = max(most, sum(map(len, found.values())))
         if sum(map(len, found.values())) >= wanted:
             flat = {(name, index): value for name, gone in found.items() for index, value in gone.items()}

@@ -9,7 +9,7 @@ from typing import Any
 from ..core.settings import Settings, percent_hint, setting, shown
 from ..distillation.config import DistillConfig
 from ..errors import ConfigError, RegistryError
-from ..similarity import ROW_KINDS, SkippingMetric, metrics
+from ..similarity import ROW_KINDS, SimilarityMetric, SkippingMetric, metrics
 
 __all__ = ["DEFAULT_THRESHOLD", "MPruneConfig"]
 
@@ -93,7 +93,8 @@ class MPruneConfig(Settings):
     )
     rows: str | None = setting(
         None,
-        "Rows that are compared: 'tokens', 'mean' or 'first'; default: what the metric recommends. Not for 'effect'.",
+        "Rows that are compared: 'tokens', 'mean', 'first' or 'flat' (a sample's whole output, within each batch; of "
+        "'cka'); default: what the metric recommends. Not for 'effect'.",
         choices=ROW_KINDS,
     )
     linkage: str = setting(
@@ -101,6 +102,11 @@ class MPruneConfig(Settings):
         "'leader': a block joins while similar to the cluster's first block; 'adjacent': while similar to the block "
         "before it.",
         choices=("leader", "adjacent"),
+    )
+    across_stacks: bool = setting(
+        False,
+        "Let clusters go on into the stack that takes a stack's output (from stage to stage of a CNN): a block's "
+        "leader may lie in an earlier stage. Needs rows='flat'.",
     )
     keep: str = setting(
         "leader", "Which member of a cluster is sure to stay: its 'leader' or its 'last'.", choices=("leader", "last")
@@ -239,6 +245,22 @@ class MPruneConfig(Settings):
             raise ConfigError(
                 f"rows says which rows of the blocks' outputs are compared, and similarity={self.similarity!r} "
                 f"compares the outputs of the whole model, found rows={self.rows!r} beside it. Leave rows out."
+            )
+        if issubclass(metric, SimilarityMetric) and self.effective_rows not in metric.row_kinds:
+            raise ConfigError(
+                f"similarity={self.similarity!r} compares rows of {', '.join(map(repr, metric.row_kinds))}, found "
+                f"rows={self.rows!r}. Take one of them, or similarity='cka'."
+            )
+        if self.across_stacks and self.effective_rows != "flat":
+            raise ConfigError(
+                "across_stacks compares blocks whose outputs differ in shape, which only whole outputs allow, found "
+                f"rows={self.effective_rows!r}. Give rows='flat' (with similarity='cka'), or leave across_stacks out."
+            )
+        targets = self.num_blocks if isinstance(self.num_blocks, tuple) else (self.num_blocks,)
+        if self.across_stacks and any(isinstance(target, dict) for target in targets):
+            raise ConfigError(
+                "num_blocks by stack finds a threshold for each stack, and with across_stacks there is one for all. "
+                "Give the number of blocks of the whole model."
             )
 
     def _check_gate(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from ..core.checks import MAX_BLOCKS, Entry, MalformedError, read_json
 from ..core.plain_text import plain, quoted
 from ..core.tables import html_table, text_table
 from ..errors import CalibrationWarning, ConfigError, PlanError
-from .clusters import ComparedStack, cluster_blocks, freezing_set, reach_target, removable
+from .clusters import ComparedStack, chains, cluster_blocks, freezing_set, reach_target, removable
 from .config import MPruneConfig
 from .heatmap import plot_plan
 
@@ -47,6 +48,7 @@ class StackPlan:
         removed, kept: the blocks that go and stay.
         frozen: those kept blocks that are not trained afterwards; empty if nothing is removed.
         protected: blocks that stay because the user said so.
+        leader: path of the first cluster's leader, where that lies in an earlier stack (`across_stacks`).
     """
 
     compared: ComparedStack
@@ -55,6 +57,7 @@ class StackPlan:
     removed: tuple[int, ...]
     frozen: tuple[int, ...] = ()
     protected: tuple[int, ...] = ()
+    leader: str | None = None
 
     def __len__(self) -> int:
         return len(self.compared)
@@ -80,11 +83,14 @@ class PruningPlan:
         stacks: the plan of each stack, by name, in forward order.
         config: the settings that the plan was made with.
         samples: number of calibration samples behind the similarities; 0 if not known.
+        batch_size: samples of a batch (in each process), where blocks were compared within each batch (rows="flat");
+            else 0.
     """
 
     stacks: Mapping[str, StackPlan]
     config: MPruneConfig
     samples: int = 0
+    batch_size: int = 0
 
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
@@ -108,7 +114,8 @@ class PruningPlan:
     def samples_text(self) -> str:
         """The calibration samples behind the similarities, in words."""
         count = f"{self.samples:,} calibration samples"
-        return count if self.samples else "calibration samples whose number is not known"
+        batches = f" in batches of {self.batch_size}" if self.batch_size else ""
+        return f"{count}{batches}" if self.samples else "calibration samples whose number is not known"
 
     def replan(self, **settings: Any) -> PruningPlan:
         """A plan from the same similarities with other settings, at once. What decides the similarities must stay.
@@ -124,7 +131,8 @@ class PruningPlan:
                     f"replan cannot change {name.removeprefix('effective_')!r}, because the similarities depend on it. "
                     "Call analyze again."
                 )
-        plan = make_plan({name: stack.compared for name, stack in self.stacks.items()}, config, self.samples)
+        compared = {name: stack.compared for name, stack in self.stacks.items()}
+        plan = make_plan(compared, config, self.samples, self.batch_size)
         warn_if_drastic(plan)
         return plan
 
@@ -134,6 +142,7 @@ class PruningPlan:
             "format_version": FORMAT_VERSION,
             "config": self.config.to_dict(),
             "samples": self.samples,
+            "batch_size": self.batch_size,
             "stacks": {name: _stack_to_dict(stack) for name, stack in self.stacks.items()},
         }
 
@@ -153,7 +162,8 @@ class PruningPlan:
                     f"{FORMAT_VERSION}."
                 )
             stacks = {name: _stack_in(stack) for name, stack in entry["stacks"].named().items()}
-            return cls(stacks, MPruneConfig.from_dict(entry["config"].value), entry["samples"].whole())
+            config, batch = MPruneConfig.from_dict(entry["config"].value), entry.get("batch_size")
+            return cls(stacks, config, entry["samples"].whole(), 0 if batch is None else batch.whole())
         except (MalformedError, ConfigError) as error:
             raise _no_plan(error) from error
 
@@ -198,8 +208,11 @@ class PruningPlan:
 
     def _summary(self) -> str:
         verb = "remove" if self.removed else "nothing to remove:"
+        batches = f" in batches of {self.batch_size}" if self.batch_size else ""
         summary = f"{verb} {self.num_blocks - self.num_kept} of {self.num_blocks} blocks"
-        return f"{summary} ({self.config.similarity}, rows={self.config.effective_rows}, {self.samples} samples)"
+        return (
+            f"{summary} ({self.config.similarity}, rows={self.config.effective_rows}, {self.samples} samples{batches})"
+        )
 
     def _pins(self) -> list[str]:
         return [
@@ -215,7 +228,12 @@ class PruningPlan:
                 str(len(stack)),
                 str(len(stack.kept)),
                 f"{stack.threshold:.4f}",
-                " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in stack.clusters),
+                " ".join(
+                    [
+                        *([f"({stack.leader})"] if stack.leader else []),
+                        *(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in stack.clusters),
+                    ]
+                ),
                 _list(stack.removed),
                 _list(stack.frozen),
             ]
@@ -223,8 +241,10 @@ class PruningPlan:
         ]
 
 
-def make_plan(compared: Mapping[str, ComparedStack], config: MPruneConfig, samples: int = 0) -> PruningPlan:
-    """Make a plan from what is known of each stack, in forward order.
+def make_plan(
+    compared: Mapping[str, ComparedStack], config: MPruneConfig, samples: int = 0, batch_size: int = 0
+) -> PruningPlan:
+    """Make a plan from what is known of each stack, in forward order; `samples` and `batch_size` are for the record.
 
     Raises:
         PlanError: if a target cannot be reached, a pattern or a stack name matches nothing, or a similarity is not
@@ -235,6 +255,11 @@ def make_plan(compared: Mapping[str, ComparedStack], config: MPruneConfig, sampl
             raise PlanError(
                 f"The similarity matrix of {name} is not square or not finite. Run analyze on other calibration data."
             )
+        if not all(map(math.isfinite, itertools.chain.from_iterable(stack.before))):
+            raise PlanError(
+                f"The similarities of {name} to the stacks before it are not finite. Run analyze on other calibration "
+                "data."
+            )
     if isinstance(config.num_blocks, tuple):
         raise PlanError(
             f"num_blocks lists {len(config.num_blocks)} targets, one for each iteration of a training with "
@@ -243,33 +268,36 @@ def make_plan(compared: Mapping[str, ComparedStack], config: MPruneConfig, sampl
     protected = _matching(compared, config.protect, "protect")
     if config.target == "threshold":
         thresholds = dict.fromkeys(compared, float(config.threshold))  # type: ignore[arg-type]
-        removed = {
-            name: removable(stack, thresholds[name], protected[name], config) for name, stack in compared.items()
-        }
+        removed = removable(compared, float(config.threshold), protected, config)  # type: ignore[arg-type]
     else:
         thresholds, removed = reach_target(compared, protected, config)
     final = {name: tuple(sorted(removed[name])) for name in compared}
     frozen = _frozen(compared, final, config)
+    found = cluster_blocks(compared, thresholds, config)
     stacks = {
         name: StackPlan(
             compared=stack,
             threshold=thresholds[name],
-            clusters=cluster_blocks(stack, thresholds[name], config.linkage, config.keep),
+            clusters=found[name].clusters,
+            leader=found[name].leader,
             removed=final[name],
             frozen=frozen[name],
             protected=tuple(sorted(protected[name])),
         )
         for name, stack in compared.items()
     }
-    return PruningPlan(stacks, config, samples)
+    return PruningPlan(stacks, config, samples, batch_size)
 
 
 def check_possible(compared: Mapping[str, ComparedStack], config: MPruneConfig) -> None:
     """Raise the PlanError of `make_plan` if no similarities at all could give a plan; those given do not matter."""
-    alike = {
-        name: dataclasses.replace(stack, similarity=((1.0,) * len(stack),) * len(stack))
-        for name, stack in compared.items()
-    }
+    alike: dict[str, ComparedStack] = {}
+    for chain in chains(compared):
+        before = 0
+        for name, stack in chain.items():
+            ones = [((1.0,) * width,) * len(stack) for width in (len(stack), before)]
+            alike[name] = dataclasses.replace(stack, similarity=ones[0], before=ones[1] if before else ())
+            before += len(stack)
     make_plan(alike, config)
 
 
@@ -340,12 +368,14 @@ def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
         "next_stack": stack.compared.next_stack,
         "labels": list(stack.compared.labels),
         "frozen_before": list(stack.compared.frozen),
+        "before": [list(row) for row in stack.compared.before],
         "threshold": stack.threshold,
         "clusters": [list(cluster) for cluster in stack.clusters],
         "removed": list(stack.removed),
         "kept": list(stack.kept),
         "frozen": list(stack.frozen),
         "protected": list(stack.protected),
+        "leader": stack.leader,
     }
 
 
@@ -368,17 +398,33 @@ def _stack_in(entry: Entry) -> StackPlan:
     entry["clusters"].must_be(runs == list(range(len(compared))), "runs that cover the stack")
     threshold = entry["threshold"].number()
     entry["threshold"].must_be(threshold <= 1 + 1e-6, "at most 1")
-    return StackPlan(compared, threshold, clusters, blocks["removed"], blocks["frozen"], blocks["protected"])
+    leader = entry.get("leader")
+    return StackPlan(
+        compared,
+        threshold,
+        clusters,
+        removed=blocks["removed"],
+        frozen=blocks["frozen"],
+        protected=blocks["protected"],
+        leader=None if leader is None else plain(leader.text()),
+    )
 
 
 def _compared_in(entry: Entry) -> ComparedStack:
     rows = entry["similarity"].items(MAX_BLOCKS)
     similarity = tuple(tuple(row.numbers(len(rows))) for row in rows)
-    for row, values in zip(rows, similarity, strict=True):
-        row.must_be(all(abs(value) <= _LARGEST for value in values), f"numbers of at most {_LARGEST:g}")
     next_stack = entry.get("next_stack")
-    # plans of early versions lack these two
-    labels, frozen = (entry[key] if key in entry.mapping() else None for key in ("labels", "frozen_before"))
+    # plans of early versions lack these
+    labels, frozen, before = (
+        entry[key] if key in entry.mapping() else None for key in ("labels", "frozen_before", "before")
+    )
+    earlier = [] if before is None else before.items(MAX_BLOCKS)
+    if before is not None:
+        before.must_be(len(earlier) in (0, len(rows)), f"{len(rows)} rows, one for each block, or none")
+    width = len(earlier[0].items(MAX_BLOCKS)) if earlier else 0
+    similarity_before = tuple(tuple(row.numbers(width)) for row in earlier)
+    for row, values in zip((*rows, *earlier), (*similarity, *similarity_before), strict=True):
+        row.must_be(all(abs(value) <= _LARGEST for value in values), f"numbers of at most {_LARGEST:g}")
     labelled = () if labels is None else labels.wholes()
     if labels is not None:
         labels.must_be(len(labelled) in (0, len(rows)), f"{len(rows)} numbers, one for each block, or none")
@@ -392,6 +438,7 @@ def _compared_in(entry: Entry) -> ComparedStack:
         next_stack=None if next_stack is None else next_stack.text(),
         labels=labelled,
         frozen=() if frozen is None else frozen.wholes(len(rows) - 1),
+        before=similarity_before,
     )
 
 

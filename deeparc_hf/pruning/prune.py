@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..architectures import Stack, Subject, describe
+from ..architectures import Host, Stack, Subject, describe
 from ..checkpoint.record import PrunedConfig, check_record, current_record
 from ..core.caller import warn_caller
 from ..core.progress_bars import doing
@@ -18,10 +18,13 @@ from ..errors import CalibrationError, CalibrationWarning, SurgeryError
 from ..healing.heal import apply_healing, fit_sites, note_healing
 from ..healing.sites import Healing
 from ..observe.calibration import Calibration
+from ..observe.collect import Observed
 from ..observe.forward import require_weights
 from ..observe.rows import StackObserver, observe
 from ..observe.skipping import StackSkipper, skip_blocks
+from ..observe.whole import WholeObserver
 from ..similarity import SimilarityMetric, SkippingMetric, metrics
+from .clusters import chains
 from .config import MPruneConfig
 from .plan import ComparedStack, PruningPlan, check_possible, make_plan, warn_if_drastic
 from .rebuild import inexpressible
@@ -75,36 +78,60 @@ def compare_blocks(
     host, stacks = subject.host, subject.stacks
     require_weights(host)
     check_record(subject, 0)
-    metric = metrics.get(config.similarity)
     blank = _uncompared(stacks, inexpressible(subject), labels)
     check_possible(blank, config)
+    samples, found = _observed(host, stacks, config, calibration, progress)
+    frozen = current_record(subject).frozen
+    compared, obstacles = {}, {}
+    for group, observed in found:
+        matrix = _matrix(config, group, observed)
+        first = 0
+        for stack in group:
+            pinned = blank[stack.name].pinned
+            if observed.obstacle is not None:
+                obstacles[stack.name] = observed.obstacle
+                pinned = {**dict.fromkeys(range(len(stack)), f"not compared: {observed.obstacle}"), **pinned}
+            rows = matrix[first : first + len(stack)]
+            compared[stack.name] = dataclasses.replace(
+                blank[stack.name],
+                similarity=_similarity(stack.name, rows[:, first : first + len(stack)]),
+                before=tuple(map(tuple, rows[:, :first].tolist())) if first else (),
+                pinned=pinned,
+                parameters=tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks),
+                frozen=frozen.get(stack.name, ()),
+            )
+            first += len(stack)
+    plan = make_plan(compared, config, samples, max(observed.batch for _, observed in found))
+    _tell_obstacles(plan, obstacles)
+    return plan
+
+
+def _observed(
+    host: Host, stacks: Mapping[str, Stack], config: MPruneConfig, calibration: Calibration, progress: bool
+) -> tuple[int, list[tuple[list[Stack], Observed]]]:
+    """Look at the model: number of samples, and what was seen of each stack, or of several together."""
+    metric = metrics.get(config.similarity)
+    groups = [[stack] for stack in stacks.values()]
     if issubclass(metric, SkippingMetric):
         skippers = [StackSkipper(host, stack, metric(len(stack))) for stack in stacks.values()]
         samples, found = skip_blocks(host, skippers, calibration, progress=progress)
+        return samples, list(zip(groups, found, strict=True))
+    metric = cast(type[SimilarityMetric], metric)
+    observers: list[StackObserver | WholeObserver]
+    if config.effective_rows == "flat":
+        groups = [list(chain.values()) for chain in chains(stacks)]
+        observers = [WholeObserver(group, metric()) for group in groups]
     else:
-        metric = cast(type[SimilarityMetric], metric)
         observers = [StackObserver(stack, metric(), config.effective_rows) for stack in stacks.values()]
-        samples, found = observe(host, observers, calibration, progress=progress)
-    frozen = current_record(subject).frozen
-    compared, obstacles = {}, {}
-    for (name, stack), observed in zip(stacks.items(), found, strict=True):
-        pinned = blank[name].pinned
-        if observed.obstacle is None:
-            similarity = _similarity(name, metric.matrix(observed.sums))
-        else:  # all of its blocks stay, and none is similar to another
-            obstacles[name] = observed.obstacle
-            similarity = _similarity(name, torch.eye(len(stack), dtype=torch.float64))
-            pinned = {**dict.fromkeys(range(len(stack)), f"not compared: {observed.obstacle}"), **pinned}
-        compared[name] = dataclasses.replace(
-            blank[name],
-            similarity=similarity,
-            pinned=pinned,
-            parameters=tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks),
-            frozen=frozen.get(name, ()),
-        )
-    plan = make_plan(compared, config, samples)
-    _tell_obstacles(plan, obstacles)
-    return plan
+    samples, found = observe(host, observers, calibration, progress=progress)
+    return samples, list(zip(groups, found, strict=True))
+
+
+def _matrix(config: MPruneConfig, group: Sequence[Stack], observed: Observed) -> torch.Tensor:
+    """Similarities of all blocks of some stacks. Where they could not be compared, none is similar to another."""
+    if observed.obstacle is not None:
+        return torch.eye(sum(map(len, group)), dtype=torch.float64)
+    return metrics.get(config.similarity).matrix(observed.sums)
 
 
 def check_settings(model: nn.Module | Subject, config: MPruneConfig) -> None:

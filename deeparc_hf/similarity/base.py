@@ -19,12 +19,16 @@ __all__ = [
     "SimilarityMetric",
     "SkippingMetric",
     "add_to",
+    "centered_gram",
     "centered_grams",
     "metrics",
     "register",
 ]
 
-ROW_KINDS = ("tokens", "mean", "first")
+ROW_KINDS = ("tokens", "mean", "first", "flat")
+
+
+_COLUMNS = 2**16  # of a block's rows that are held in float64 at once
 
 
 class BlockMetric(ABC):
@@ -64,11 +68,14 @@ class SimilarityMetric(BlockMetric):
 
     Attributes:
         rows: which rows are compared unless the user says otherwise: "tokens" (every unpadded position), "mean" (the
-            mean over a sample's unpadded positions) or "first" (a sample's first unpadded position).
+            mean over a sample's unpadded positions), "first" (a sample's first unpadded position) or "flat" (a sample's
+            whole output).
+        row_kinds: the rows that the metric can compare; those with "flat" override `update_grams`.
         tokens_per_sample: at most this many evenly spaced positions of a sample where rows are tokens; None: all.
     """
 
     rows: ClassVar[str] = "mean"
+    row_kinds: ClassVar[tuple[str, ...]] = ("tokens", "mean", "first")
     tokens_per_sample: ClassVar[int | None] = None
 
     @abstractmethod
@@ -80,6 +87,15 @@ class SimilarityMetric(BlockMetric):
                 the same sample.
             samples: shape (N,); rows of one sample share a number, and stand together.
         """
+
+    def update_grams(self, grams: Tensor) -> None:
+        """Take the Gram matrices of a batch of whole outputs, which are too large to be kept as rows.
+
+        Args:
+            grams: shape (L, N, N), float64; inner products of the rows of each block, their mean taken off
+                (`centered_gram`).
+        """
+        raise NotImplementedError(f"{self.name} does not compare whole outputs.")
 
 
 class GroupMetric(SimilarityMetric):
@@ -158,16 +174,21 @@ def add_to(sums: dict[str, Tensor], more: Mapping[str, Tensor | float]) -> None:
 
 
 def centered_grams(group: Tensor) -> Tensor:
-    """Gram matrix of each block's rows, their mean taken off first: shape (L, n, D) -> (L, n, n), float64.
+    """`centered_gram` of each block's rows: shape (L, n, D) -> (L, n, n)."""
+    return torch.stack([centered_gram(rows) for rows in group])
 
-    One block at a time, so that a wide model's rows are never held in float64 all at once.
+
+def centered_gram(rows: Tensor) -> Tensor:
+    """Gram matrix of one block's rows, their mean taken off first: shape (n, D) -> (n, n), float64.
+
+    Some columns at a time, so that rows of whole images (256 x 56 x 56 values) are never held in float64 all at once.
     """
-    device = "cpu" if group.device.type == "mps" else group.device  # mps has no float64
-    grams = torch.empty(len(group), group.shape[1], group.shape[1], dtype=torch.float64, device=device)
-    for index, rows in enumerate(group):
-        rows = rows.to(device, torch.float64)
+    device = "cpu" if rows.device.type == "mps" else rows.device  # mps has no float64
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
+    for part in torch.split(rows, _COLUMNS, dim=1):
+        part = part.to(device, torch.float64)
         # the first row comes off before the mean, so that a constant block is zero to the bit, not to rounding
-        rows = rows - rows[0]
-        rows = rows - rows.mean(dim=0)
-        torch.mm(rows, rows.T, out=grams[index])
-    return grams
+        part = part - part[0]
+        part = part - part.mean(dim=0)
+        gram.addmm_(part, part.T)
+    return gram

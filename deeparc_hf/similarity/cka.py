@@ -5,6 +5,10 @@ the groups. Independent noise scores about 0 at any number of rows, and rotation
 not matter. Groups have a fixed number of rows whatever the batch size, so the result does not depend on it.
 Tokens are compared, 8 a sample: of the choices tried their ranking of blocks is nearest to that by the damage of a
 removal (figures at the head of benchmarks/rows_evidence.py). Most blocks of SmolLM2 score above .99: prefer a target.
+
+With rows="flat" a row is a sample's whole output, as in the method's first experiments with images, and the groups are
+the batches, because whole outputs of more samples do not fit into memory: the minibatch CKA of Nguyen et al. 2021. The
+batch size changes its variance; its expectation little, since every batch's estimate is unbiased.
 """
 
 from __future__ import annotations
@@ -14,30 +18,39 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .base import GroupMetric, centered_grams, register
+from .base import ROW_KINDS, GroupMetric, add_to, centered_grams, register
 
 
 @register("cka")
 class DebiasedCKA(GroupMetric):
     summary = "debiased linear CKA; independent of batch size and number of rows (the default)"
     rows = "tokens"
+    row_kinds = ROW_KINDS
     tokens_per_sample = 8
     min_rows = 4
     group_size = 512  # more rows lower the variance; the work grows as group_size * D per row, far below a forward pass
 
     def sums_of(self, group: Tensor) -> dict[str, Tensor | float]:
+        return self._sums_of_grams(centered_grams(group))
+
+    def update_grams(self, grams: Tensor) -> None:
+        if grams.shape[1] >= self.min_rows:
+            add_to(self._sums, self._sums_of_grams(grams))
+
+    @staticmethod
+    def _sums_of_grams(grams: Tensor) -> dict[str, Tensor | float]:
         # weighted by its rows, so that a group of another size counts for what it is worth
-        return {"hsic": group.shape[1] * hsic_matrix(group)}
+        return {"hsic": grams.shape[1] * hsic_matrix(grams)}
 
     @staticmethod
     def matrix(sums: Mapping[str, Tensor]) -> Tensor:
         return normalize(sums["hsic"])
 
 
-def hsic_matrix(rows: Tensor) -> Tensor:
-    """Unbiased HSIC of every pair of blocks, rows of shape (L, n, D) with n >= 4 -> (L, L)."""
-    n = rows.shape[1]
-    grams = centered_grams(rows)
+def hsic_matrix(grams: Tensor) -> Tensor:
+    """Unbiased HSIC of every pair of blocks, from their Gram matrices of shape (L, n, n) with n >= 4 -> (L, L)."""
+    n = grams.shape[1]
+    grams = grams.clone()
     grams.diagonal(dim1=1, dim2=2).zero_()
     # U-centering (Szekely & Rizzo 2014): the inner product of U-centred grams over n (n - 3) is Song et al.'s estimator
     sums = grams.sum(dim=2, keepdim=True)
