@@ -39,10 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", type=Path, help="the sweep file, such as those in recipes/grids")
     parser.add_argument("--output", type=Path, help="folder of the cells and the table; default: runs/sweep_NAME")
+    parser.add_argument("--recipe-config", type=Path, help="config of the recipe, instead of the sweep file's own")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(own)
     sweep = Sweep(
-        SweepFile.read(args.config),
+        SweepFile.read(args.config, args.recipe_config),
         args.output or Path("runs", f"sweep_{args.config.stem}"),
         extra,
         say=functools.partial(print, flush=True),

@@ -32,6 +32,9 @@ class QuestionArguments:
     prefix: str = setting("generate question: ", "what each input begins with")
     max_source_length: int = setting(512, "longest input in tokens")
     max_target_length: int = setting(64, "longest question in tokens")
+    max_new_tokens: int | None = setting(
+        None, "longest question that is generated, in tokens; default: max_target_length"
+    )
     num_beams: int = setting(4, "beams of the search")
 
 
@@ -85,9 +88,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
             callbacks=callbacks,
         )
 
-    measure = QuestionMeasure(
-        splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=text.max_target_length
-    )
+    longest = text.max_new_tokens or text.max_target_length
+    measure = QuestionMeasure(splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=longest)
     made_by = provenance(__file__, argv, data, text, training, splits)
     load = loader(AutoModelForSeq2SeqLM, data, pruning)
     told = {"provenance": made_by, "finish": lambda rows: write_scores(Path(training.output_dir), rows, measure)}

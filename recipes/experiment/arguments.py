@@ -81,9 +81,13 @@ class PruningArguments:
     k: int = _as_in(MPruneConfig, "k")
     k_max: int = _as_in(MPruneConfig, "k_max")
     freeze: str = setting("none", "none, or partial (the seed's Part)")
-    similarity: str = setting("cka", "cka (debiased), cka_biased (the seed's), cosine or effect")
+    similarity: str = setting(
+        "cka",
+        "cka (debiased; the seed's for images, with rows flat), cka_biased (the seed's for texts), cosine or effect",
+    )
     rows: str | None = _as_in(MPruneConfig, "rows")
     linkage: str = _as_in(MPruneConfig, "linkage")
+    across_stacks: bool = _as_in(MPruneConfig, "across_stacks")
     keep: str = _as_in(MPruneConfig, "keep")
     heal: str | None = _as_in(MPruneConfig, "heal")
     distill_alpha: float | None = setting(None, "weight of the unpruned model's teaching during the retraining")
@@ -172,7 +176,7 @@ class PruningArguments:
 
 # settings of MPruneConfig that are the same in each iteration
 _OF_EACH_ITERATION = (
-    *("k", "k_max", "freeze", "similarity", "rows", "linkage", "keep", "heal", "metric", "max_drop"),
+    *("k", "k_max", "freeze", "similarity", "rows", "linkage", "across_stacks", "keep", "heal", "metric", "max_drop"),
     "calibration_samples",
 )
 
@@ -242,11 +246,23 @@ def _set_apart(argv: Sequence[str], known: Collection[str]) -> tuple[Path | None
 
 
 def read_config(path: Path, what: str = "--config") -> Mapping[str, Any]:
-    """The names and values in a YAML file.
+    """The names and values in a YAML file, and those of the file beside it that it names as its `base`, which it wins
+    over.
 
     Raises:
-        ConfigError: if it is not there, not YAML, or not a mapping.
+        ConfigError: if one is not there, not YAML, or not a mapping, or the base has a base too.
     """
+    data = dict(_mapping(path, what))
+    if "base" not in data:
+        return data
+    base = path.parent / str(data.pop("base"))
+    shared = _mapping(base, f"{path}: base")
+    if "base" in shared:
+        raise ConfigError(f"{path}: its base {base} has a base too. Give all settings in one of them.")
+    return {**shared, **data}
+
+
+def _mapping(path: Path, what: str) -> Mapping[str, Any]:
     try:
         import yaml
     except ImportError as error:

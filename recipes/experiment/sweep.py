@@ -109,8 +109,12 @@ class SweepFile:
     title: str
 
     @classmethod
-    def read(cls, path: Path) -> SweepFile:
+    def read(cls, path: Path, config: Path | None = None) -> SweepFile:
         """Read a file.
+
+        Args:
+            path: of the file.
+            config: the recipe's config, instead of the one that the file names.
 
         Raises:
             ConfigError: if it names something that there is not, or what it asks for makes no sense.
@@ -122,6 +126,7 @@ class SweepFile:
         recipe, config_path = ((path.parent / str(data[key])).resolve() for key in ("recipe", "config"))
         if not recipe.is_file():
             raise ConfigError(f"{path}: there is no recipe {recipe}.")
+        config_path = config_path if config is None else config.resolve()
         settings = {spec.name for each in recipe_types(recipe) for spec in dataclasses.fields(each) if spec.init}
         cells = (Cell(ORIGINAL, {}), *_cells(_named(data["grid"], f"{path}: grid", settings), path))
         return cls(

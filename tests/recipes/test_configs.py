@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from deeparc_hf.errors import ConfigError
-from experiment.arguments import DataArguments, PruningArguments, parse
+from experiment.arguments import DataArguments, PruningArguments, parse, read_config
 from experiment.sweep import Sweep, SweepFile, recipe_types
 
 from .tiny import RECIPES, ROOT
@@ -87,7 +87,7 @@ def parsed(path: Path, *words: str):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_parse_for_their_recipe(path):
     data, pruning, training = parsed(path)
-    written = yaml.safe_load(path.read_text())
+    written = read_config(path)
     for key, value in written.items():
         holder = next((each for each in (data, pruning, training) if hasattr(each, key)), None)
         if holder is not None and key != "num_blocks" and not isinstance(getattr(holder, key), bool):
@@ -99,7 +99,7 @@ def test_configs_parse_for_their_recipe(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_misspelt_setting_is_found(path, tmp_path):
     bad = tmp_path / "bad.yaml"
-    bad.write_text(path.read_text().replace("learning_rate:", "lerning_rate:"))
+    bad.write_text(yaml.safe_dump({**read_config(path), "lerning_rate": 0.5}))
     if not recipe_of(path).exists():
         pytest.skip(f"{recipe_of(path).name} is not there")
     with pytest.raises(ConfigError, match="Did you mean 'learning_rate'"):
@@ -118,7 +118,9 @@ def test_configs_hold_the_seed_s_settings(name):
         3,
         told["iterations"],
     )
-    assert pruning.similarity == "cka_biased" and pruning.max_drop is None
+    measure = (pruning.similarity, pruning.rows, pruning.across_stacks)
+    assert measure == (("cka", "flat", True) if "resnet" in name else ("cka_biased", None, False))
+    assert pruning.max_drop is None
     assert pruning.threshold in told["thresholds"] and pruning.k in told["ks"]
     assert (pruning.sparsity, pruning.sparsity_retrain) == (
         WANDA if "bert" in name else [],
@@ -135,6 +137,39 @@ def test_the_t5_config_holds_the_seed_s_settings():
     assert (data.model, data.dataset) == ("google-t5/t5-base", DATA["t5_base_squad"])
     assert (pruning.threshold, pruning.k, pruning.retrain_epochs, pruning.iterations) == (0.99, 1, 3, 2)
     assert pruning.similarity == "cka_biased"
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_the_published_settings_differ_in_what_the_code_tells_alone(name):
+    path = RECIPES / "configs" / f"{name}_published.yaml"
+    told, ours = read_config(RECIPES / "configs" / f"{name}.yaml"), read_config(path)
+    found = {key: value for key, value in ours.items() if told.get(key) != value}
+    assert found.pop("output_dir") == f"runs/{name}_published"
+    bert = {"warmup_steps": 500, "weight_decay": 1e-3}
+    expected = {
+        "bert_base_emotion": bert,
+        "bert_base_yahoo": {**bert, "text_pair_column": None, "max_length": 512},
+        "t5_base_squad": {"prefix": "", "max_new_tokens": 19, "learning_rate": 3e-5},
+    }
+    assert found == expected.get(name, {"lr_scheduler_type": "constant", "mirror": False, "shift": 0})
+    parsed(path)
+    grid = SweepFile.read(RECIPES / "grids" / f"{name}.yaml", path)
+    assert all(str(path) in command for _, command in Sweep(grid, Path("out")).commands())
+
+
+def test_a_base_is_one_file(tmp_path):
+    for name, text in (
+        ("a", "k: 1\nseed: 1"),
+        ("b", "base: a.yaml\nk: 2"),
+        ("c", "base: b.yaml"),
+        ("d", "base: none.yaml"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert read_config(tmp_path / "b.yaml") == {"k": 2, "seed": 1}
+    with pytest.raises(ConfigError, match="has a base too"):
+        read_config(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError, match="base: there is no file"):
+        read_config(tmp_path / "d.yaml")
 
 
 @pytest.mark.parametrize("name", DATA)
