@@ -102,6 +102,9 @@ class PruningArguments:
     sparsity_retrain: list[float] = _several("shares of the grid that are retrained too; a pattern's is 0.5")
     sparsity_original: bool = setting(True, "zero weights of the original too, not only of the pruned models")
     sparsity_samples: int = _as_in(WandaConfig, "calibration_samples")
+    test_each_epoch: bool = setting(
+        False, "measure the main metric on the test data after each epoch too, for the table; nothing is decided on it"
+    )
     repeats: int = setting(3, "warm evaluations behind each time")
 
     def __post_init__(self) -> None:

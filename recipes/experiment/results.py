@@ -26,6 +26,7 @@ __all__ = [
     "Speed",
     "against_original",
     "metric_cell",
+    "read_ends",
     "read_rows",
     "results_table",
     "shown",
@@ -82,7 +83,8 @@ class Row:
         threshold, k: of the pruning before it.
         sparsity: measured share of zeros in the matrices that were zeroed.
         training_seconds: time of the training that led to it.
-        validation: main metric at the end of each epoch of that training.
+        validation: main metric at the end of each epoch of that training, on the validation data.
+        tested: the same on the test data, where it was asked for.
         folder: where the model lies, within the output folder; None if it was not saved.
         verdict: of the gate.
     """
@@ -97,6 +99,7 @@ class Row:
     sparsity: float | None = None
     training_seconds: float | None = None
     validation: Sequence[float] = ()
+    tested: Sequence[float] = ()
     folder: str | None = None
     verdict: str | None = None
 
@@ -109,7 +112,8 @@ class Row:
         """The inverse of `to_dict`."""
         intervals = {name: tuple(bounds) for name, bounds in data["measured"]["intervals"].items()}
         measured = Measured(**{**data["measured"], "intervals": intervals})
-        return cls(**{**data, "measured": measured, "validation": tuple(data.get("validation", ()))})
+        epochs = {name: tuple(data.get(name, ())) for name in ("validation", "tested")}
+        return cls(**{**data, "measured": measured, **epochs})
 
 
 @dataclass(frozen=True)
@@ -199,14 +203,16 @@ def write_results(
     speeds: Mapping[str, Speed],
     origin: Mapping[str, Any],
     notes: Sequence[str] = (),
+    ends: Mapping[str, str] | None = None,
 ) -> None:
     """Write results.json and results.md, each whole or not at all. Speeds are by name of the row; origin is how it was
-    made (arguments, data).
+    made (arguments, data); ends are why there are no rows of these names.
     """
     data: dict[str, Any] = {
         "rows": [row.to_dict() for row in rows],
         "speeds": {name: dataclasses.asdict(speed) for name, speed in speeds.items()},
         "notes": list(notes),
+        "ends": dict(ends or {}),
         **origin,
         "hardware": hardware(),
         "versions": package_versions(),
@@ -281,7 +287,16 @@ def _test(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows of an experiment that is done."""
-    return [Row.from_dict(entry) for entry in json.loads((folder / f"{RESULTS}.json").read_text("utf-8"))["rows"]]
+    return [Row.from_dict(entry) for entry in _read(folder)["rows"]]
+
+
+def read_ends(folder: Path) -> dict[str, str]:
+    """Why rows of an experiment that is done are missing, by their names."""
+    return dict(_read(folder).get("ends", {}))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / f"{RESULTS}.json").read_text("utf-8")))
 
 
 def metric_cell(measured: Measured, name: str, to: str) -> str:

@@ -105,10 +105,10 @@ class Experiment:
             for row in [row for row in rows if row.folder is not None]:
                 write_evaluations(self._out / row.folder, row, rows[0], facts, speeds.get(row.name), judged=judged)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
-            write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes)
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes, self._ends)
             self._publish(last)
             self.finish(rows)
-            write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, self.notes)
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, self.notes, self._ends)
             sys.stdout.write(
                 f"\n{whereabouts(self._out, rows, self.data.repo_id if last.folder is not None else None)}\n"
             )
@@ -117,6 +117,7 @@ class Experiment:
     def __post_init__(self) -> None:
         self.notes = [*self.splits.notes, *self.notes]
         self._test = self.splits.test
+        self._ends: dict[str, str] = {}  # by name of a row that there is not, why there is none
         self._revision: str | None = None  # commit of the model on the Hub
         if self.training.push_to_hub:
             raise ConfigError(
@@ -143,13 +144,13 @@ class Experiment:
     # ---- steps ----
 
     def _original(self) -> Row:
-        folder, seconds, epochs = None, None, ()
+        folder, seconds, epochs = None, None, {}
         trainer = self._trainer(None, ORIGINAL, self.pruning.finetune_epochs or 1)
         self._revision = getattr(getattr(trainer.model, "config", None), "_commit_hash", None)
         if self.pruning.finetune_epochs > 0:
             seconds, epochs = self._train(trainer)
             folder = self._save(trainer)
-        return self._row(ORIGINAL, trainer, training_seconds=seconds, validation=epochs, folder=folder)
+        return self._row(ORIGINAL, trainer, training_seconds=seconds, **epochs, folder=folder)
 
     def _iteration(self, iteration: int, before: Row, original: Row) -> Row | None:
         """One pruning and its retraining; None where nothing could be removed, or everything was taken back."""
@@ -177,7 +178,7 @@ class Experiment:
             threshold=_only(attempt["thresholds"].values()),
             k=attempt["k"],
             training_seconds=attempt["training_seconds"],
-            validation=tuple(epochs[-self.pruning.retrain_epochs :]),
+            **{name: values[-self.pruning.retrain_epochs :] for name, values in epochs.items()},
             folder=self._save(trainer),
             verdict=None if self.pruning.max_drop is None else "accepted",
         )
@@ -202,6 +203,7 @@ class Experiment:
 
     def _nothing(self, name: str, why: str) -> None:
         self.notes.append(f"{name}: {why}; the table ends before it.")
+        self._ends[name] = why
 
     def _sparse(self, row: Row) -> Iterator[Row]:
         """The Wanda grid on one model: each share right after the zeroing, and retrained where that was asked for."""
@@ -222,7 +224,7 @@ class Experiment:
             Structure(record, record.frozen).freeze(trainer.model)
         seconds, epochs = self._train(trainer)
         share = None if callback.report is None else callback.report.measured
-        trained = {"training_seconds": seconds, "validation": epochs, "folder": self._save(trainer)}
+        trained = {"training_seconds": seconds, **epochs, "folder": self._save(trainer)}
         return self._row(name, trainer, frozen=row.frozen, sparsity=share, **trained)
 
     def _speed(self, original: Row, last: Row) -> Speed:
@@ -278,15 +280,24 @@ class Experiment:
         settings = {"eval_strategy": evaluates, "average_tokens_across_devices": self.average_tokens}
         args = dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, **settings)
         place = self.data.model if row is None or row.folder is None else str(self._out / row.folder)
-        return self.trainer(model=self.load(place), args=args, callbacks=list(callbacks))
-
-    def _train(self, trainer: Trainer) -> tuple[float, tuple[float, ...]]:
-        """Train; time of the training in s, evaluations left out, and the main metric after each epoch."""
         clock = _Clock([self._metric] if self.pruning.metric else ["eval_accuracy", "eval_loss"])
-        trainer.add_callback(clock)
+        # first of all, so that it measures a model before a gate takes it back
+        return self.trainer(model=self.load(place), args=args, callbacks=[clock, *callbacks])
+
+    def _train(self, trainer: Trainer) -> tuple[float, dict[str, tuple[float, ...]]]:
+        """Train; time of the training in s, evaluations left out, and the main metric after each epoch: of the
+        validation data, and of the test data where that was asked for.
+        """
+        clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, _Clock))
+        clock.test = partial(self._tested, trainer) if self.pruning.test_each_epoch else None
         trainer.train()
-        trainer.remove_callback(clock)
-        return clock.seconds, tuple(clock.values)
+        clock.test = None
+        return clock.seconds, {"validation": tuple(clock.values), "tested": tuple(clock.tested)}
+
+    def _tested(self, trainer: Trainer) -> Mapping[str, float]:
+        """Metrics on the test data. `predict` and not `evaluate`: no callback takes them for an evaluation."""
+        found = trainer.predict(self._test, metric_key_prefix="eval").metrics
+        return found or {}
 
     def _save(self, trainer: Trainer) -> str:
         trainer.save_model()
@@ -367,11 +378,15 @@ def _measurement(label: str, row: Row) -> Measurement:
 
 
 class _Clock(TrainerCallback):
-    """The time of the training steps, and the main metric of each evaluation."""
+    """The time of the training steps, and the main metric of each evaluation: on the validation data, and by `test` on
+    the test data.
+    """
 
     def __init__(self, metrics: Sequence[str]) -> None:
         self.seconds = 0.0
         self.values: list[float] = []
+        self.tested: list[float] = []
+        self.test: Callable[[], Mapping[str, float]] | None = None
         self._metrics = metrics  # the first of them that there is
         self._began = 0.0
 
@@ -382,5 +397,9 @@ class _Clock(TrainerCallback):
         self.seconds += time.perf_counter() - self._began
 
     def on_evaluate(self, *event: Any, metrics: Mapping[str, float] | None = None, **more: Any) -> None:
-        found = [metrics[name] for name in self._metrics if metrics and name in metrics]
-        self.values += [float(value) for value in found[:1]]
+        self.values += self._main(metrics or {})
+        if self.test is not None and self._main(metrics or {}):
+            self.tested += self._main(self.test())
+
+    def _main(self, metrics: Mapping[str, float]) -> list[float]:
+        return [float(metrics[name]) for name in self._metrics if name in metrics][:1]

@@ -24,14 +24,16 @@ from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.markdown import table
 from deeparc_hf.core.plain_text import did_you_mean
 from deeparc_hf.errors import ConfigError
+from deeparc_hf.trainer.gate import larger_is_better
 
 from .arguments import DataArguments, PruningArguments, parse_settings, read_config
-from .results import RESULTS, Row, read_rows, shown
+from .results import RESULTS, Row, read_ends, read_rows, shown
 
 __all__ = ["Cell", "Figures", "Sweep", "SweepFile", "recipe_types", "slug"]
 
 SWEEP, CELL, ORIGINAL = "sweep.md", "cell.json", "original"
 PATIENCE = 20.0  # seconds that a stopped recipe gets to end by itself
+_COLUMNS = 3  # metrics that are columns; more are lines of a table of their own
 TAIL = 12  # lines of a failed recipe's log that are shown
 _KEYS = {"recipe", "config", "grid", "metrics", "scale", "seed", "title"}
 # set for each cell by the sweep, or of no use where all cells share one original (held-out data follow the seed)
@@ -67,7 +69,8 @@ class Figures:
         seconds: evaluation time.
         training_seconds: training time.
         freeze: number of frozen blocks.
-        epochs: the main metric after each epoch, None where it was not printed.
+        epochs: the main metric on held-out data after each epoch.
+        tested: the same on the data that the other metrics are of; None where it was not printed.
         slip: which of these figures is known to be wrong, and why.
         note: anything else.
     """
@@ -78,7 +81,8 @@ class Figures:
     seconds: float | None = None
     training_seconds: float | None = None
     freeze: int | None = None
-    epochs: list[float | None] = field(default_factory=list)
+    epochs: list[float] = field(default_factory=list)
+    tested: list[float | None] = field(default_factory=list)
     slip: str | None = None
     note: str | None = None
 
@@ -286,7 +290,9 @@ class Sweep:
     def write(self) -> str:
         """Write the table of what is done, and return it."""
         done = {cell.name: self._place(cell.name) for cell in self.file.cells if self._finished(cell.name)}
-        text = sweep_report(self.file, {name: read_rows(folder) for name, folder in done.items()}, self.failed)
+        rows = {name: read_rows(folder) for name, folder in done.items()}
+        ends = {name: read_ends(folder) for name, folder in done.items()}
+        text = sweep_report(self.file, rows, self.failed, ends)
         write_whole(self.table, text)
         return text
 
@@ -422,88 +428,175 @@ def _alone(path: Path, say: Callable[[str], None]) -> Iterator[Any]:
 # ---- the table ----
 
 
-def sweep_report(file: SweepFile, done: Mapping[str, Sequence[Row]], failed: Sequence[str] = ()) -> str:
-    """Markdown: a row for each cell and iteration, of those that are done."""
-    main, *rest = file.metrics
-    titles = ["blocks", "parameters", main, "change", "time / original", "freeze"]
-    header = [name for title in titles for name in ((title, f"seed: {title}") if file.seed else (title,))]
-    lines, others, remarks = [], [], []
-    for cell, name, ours, our_original, seed in _compared(file, done):
-        digits = 4 if file.scale.get(main, 1) == 1 else 3
-        cells = _figures(main, ours, our_original, digits)
-        if file.seed:
-            printed = _figures(main, seed, file.seed.get(ORIGINAL, {}).get(ORIGINAL, Figures()), digits)
-            printed[0] += " *" if seed.slip else ""
-            cells = [text for pair in zip(cells, printed, strict=True) for text in pair]
-        lines.append([cell, name, *cells])
-        pairs = [(metric, _number(ours.metrics.get(metric)), _number(seed.metrics.get(metric))) for metric in rest]
-        others += [[cell, name, *pair] for pair in pairs if pair[1:] != ("-", "-")]
-        if seed.training_seconds is not None:
-            spent = [shown(figures.training_seconds, ",.2f") for figures in (ours, seed)]
-            others.append([cell, name, "training time (s)", *spent])
-        if seed.slip:
-            remarks.append(f"- {cell}, {name}: \\* known slip: {seed.slip}")
-        if seed.note:
-            remarks.append(f"- {cell}, {name}: {seed.note}")
-    parts = [
-        f"# {file.title}",
-        _table(["cell", "model", *header], lines, 2),
-        "Change: of the metric, against the original. Time: warm evaluation time over that of the original, which each "
-        "cell measures in its own process. Metrics are of one run on the test samples; each cell's results.md has "
-        "intervals.",
-    ]
+@dataclass(frozen=True)
+class _Line:
+    """A model of the table: our figures and the seed's, each with those of its original."""
+
+    cell: str
+    name: str
+    ours: Figures
+    our_original: Figures
+    seed: Figures
+    seed_original: Figures
+    missing: str | None  # why there is no such model of ours
+
+    @property
+    def sides(self) -> tuple[tuple[Figures, Figures], tuple[Figures, Figures]]:
+        return (self.ours, self.our_original), (self.seed, self.seed_original)
+
+
+def sweep_report(
+    file: SweepFile,
+    done: Mapping[str, Sequence[Row]],
+    failed: Sequence[str] = (),
+    ends: Mapping[str, Mapping[str, str]] | None = None,
+) -> str:
+    """Markdown: a line for each cell and iteration, in a table of models, one of epochs and one of times.
+
+    Args:
+        file: the sweep.
+        done: the rows of the cells that are done.
+        failed: names of the cells that failed.
+        ends: by cell and name of a row that there is not, why there is none.
+    """
+    lines = list(_lines(file, done, ends or {}))
+    few = file.metrics[:_COLUMNS]
+    about = "Metrics are of one run on the test samples; each cell's results.md has intervals."
     if file.seed:
-        parts.append(
-            "The seed's times are from other hardware, so only their ratios can be compared; its metrics are those "
-            "after its last epoch; * marks rows with a known slip."
-        )
-    missing = [cell.name for cell in file.cells if cell.name not in done and cell.name not in failed]
-    parts += [f"Failed: {', '.join(failed)}."] * bool(failed) + [f"Not run yet: {', '.join(missing)}."] * bool(missing)
-    if others:
-        parts += ["## Other figures", _table(["cell", "model", "figure", "here", "seed"], others, 3)]
+        about += " * marks rows of the seed's with a known slip, which is explained below."
+    parts = [f"# {file.title}", _both(file, lines, ["blocks", "parameters", *few, "change", "freeze"], _model), about]
+    if any(line.ours.epochs or line.ours.tested or line.seed.tested for line in lines):
+        about = _ABOUT_EPOCHS + (" The seed counts it so." if file.seed else "")
+        parts += ["## After each epoch", _epochs(file, lines), about]
+    titles = ["evaluation time (s)", "time / original", "training time (s)"]
+    about = _ABOUT_TIMES + (" The seed's are from other hardware, so only ratios can be compared." if file.seed else "")
+    parts += ["## Times", _both(file, lines, titles, _times), about]
+    more = [
+        [line.cell, line.name, metric, *(_number(figures.metrics.get(metric)) for figures in (line.ours, line.seed))]
+        for line in lines
+        for metric in file.metrics[_COLUMNS:]
+    ]
+    more = [entry for entry in more if entry[3:] != ["-", "-"]]
+    if more:
+        parts += ["## Other figures", _table(["cell", "model", "figure", "here", "seed"], more, 3)]
+    remarks = []
+    for line in lines:
+        remarks += [f"- {line.cell}, {line.name}: \\* known slip: {line.seed.slip}"] * bool(line.seed.slip)
+        remarks += [f"- {line.cell}, {line.name}: {line.seed.note}"] * bool(line.seed.note)
     if remarks:
         parts += ["## About the seed's figures", "\n".join(remarks)]
+    missing = [cell.name for cell in file.cells if cell.name not in done and cell.name not in failed]
+    parts += [f"Failed: {', '.join(failed)}."] * bool(failed) + [f"Not run yet: {', '.join(missing)}."] * bool(missing)
     return "\n\n".join(parts) + "\n"
 
 
-def _compared(
-    file: SweepFile, done: Mapping[str, Sequence[Row]]
-) -> Iterator[tuple[str, str, Figures, Figures, Figures]]:
-    """Of each row of the table: its cell, its name, our figures, those of our original, and the seed's."""
+_ABOUT_EPOCHS = (
+    "The main metric after each epoch of the training that led to the model, on the test data (where test_each_epoch "
+    "asks for it) and on the data held out. Change: of the best epoch on the test data, against the original after its "
+    "last one. It flatters, for the epoch is chosen on what it is measured on; the change in the first table is of the "
+    "last epoch."
+)
+_ABOUT_TIMES = (
+    "Evaluation: warm. time / original: over that of the original, which each cell measures in its own process. "
+    "Training: of the training steps alone."
+)
+
+
+def _lines(
+    file: SweepFile, done: Mapping[str, Sequence[Row]], ends: Mapping[str, Mapping[str, str]]
+) -> Iterator[_Line]:
+    seed_original = file.seed.get(ORIGINAL, {}).get(ORIGINAL, Figures())
     for cell in file.cells:
-        rows = {row.name: _printed(row, file.scale) for row in done.get(cell.name, ())}
-        seeds = file.seed.get(cell.name, {})
+        rows = {row.name: _printed(row, file) for row in done.get(cell.name, ())}
+        seeds, missing = file.seed.get(cell.name, {}), ends.get(cell.name, {})
         # the original, and what was zeroed of it, stand in the table once
-        own = [name for name in {**rows, **seeds} if cell.name == ORIGINAL or not name.startswith(ORIGINAL)]
-        for name in sorted(own, key=lambda name: "zeros" in name) or ["-"]:
+        names = [
+            name for name in {**rows, **missing, **seeds} if cell.name == ORIGINAL or not name.startswith(ORIGINAL)
+        ]
+        original = rows.get(ORIGINAL, Figures())
+        for name in sorted(names, key=lambda name: "zeros" in name) or ["-"]:
             ours, seed = rows.get(name, Figures()), seeds.get(name, Figures())
-            yield cell.name, name, ours, rows.get(ORIGINAL, Figures()), seed
+            yield _Line(cell.name, name, ours, original, seed, seed_original, missing.get(name))
 
 
-def _printed(row: Row, scale: Mapping[str, float]) -> Figures:
+def _printed(row: Row, file: SweepFile) -> Figures:
     """One of our models, with its metrics as the earlier experiments printed them."""
-    given = row.measured.metrics
-    metrics = {name: scale.get(name, 1) * value for name, value in given.items() if value is not None}
+    scale, main = file.scale, file.metrics[0]
+    metrics = {name: scale.get(name, 1) * value for name, value in row.measured.metrics.items() if value is not None}
+    held, tested = ([scale.get(main, 1) * value for value in values] for values in (row.validation, row.tested))
     blocks, seconds = list(row.blocks.values()), row.measured.seconds
-    return Figures(blocks, row.parameters, metrics, seconds, row.training_seconds, row.frozen)
+    return Figures(blocks, row.parameters, metrics, seconds, row.training_seconds, row.frozen, held, tested)
 
 
-def _figures(main: str, figures: Figures, original: Figures, digits: int) -> list[str]:
-    """Blocks, parameters, main metric, its change, ratio of times, frozen blocks."""
-    value, before = figures.metrics.get(main), original.metrics.get(main)
-    other = figures is not original
-    change = value - before if other and value is not None and before is not None else None
-    ratio = figures.seconds / original.seconds if other and figures.seconds and original.seconds else None
+def _both(
+    file: SweepFile,
+    lines: Sequence[_Line],
+    titles: Sequence[str],
+    cells: Callable[[SweepFile, Figures, Figures], list[str]],
+) -> str:
+    """A table with a column of ours for each title, and beside it the seed's, where there are earlier figures."""
+    header = [name for title in titles for name in ((title, f"seed: {title}") if file.seed else (title,))]
+    found = []
+    for line in lines:
+        sides = [cells(file, *side) for side in line.sides]
+        if line.missing is not None:
+            sides[0][0] = f"none: {line.missing}"
+        if line.seed.slip:
+            sides[1][0] += " *"
+        pairs = zip(*sides, strict=True) if file.seed else ((cell,) for cell in sides[0])
+        found.append([line.cell, line.name, *(text for pair in pairs for text in pair)])
+    return _table(["cell", "model", *header], found, 2)
+
+
+def _model(file: SweepFile, figures: Figures, original: Figures) -> list[str]:
     blocks = [] if figures.blocks is None else _list(figures.blocks)
     parts = " + ".join(map(str, blocks)) or "-"
     return [
         f"{sum(blocks)} ({parts})" if len(blocks) > 2 else parts,  # of the many stages of a CNN their sum comes first
         shown(figures.parameters, ","),
-        _number(value),
-        shown(change, f"+.{digits}f"),
-        shown(ratio, ".3f"),
+        *(_number(figures.metrics.get(metric)) for metric in file.metrics[:_COLUMNS]),
+        _change(file.metrics[0], figures, original),
         shown(figures.freeze),
     ]
+
+
+def _times(file: SweepFile, figures: Figures, original: Figures) -> list[str]:
+    other = figures is not original
+    ratio = figures.seconds / original.seconds if other and figures.seconds and original.seconds else None
+    return [shown(figures.seconds, ",.2f"), shown(ratio, ".3f"), shown(figures.training_seconds, ",.2f")]
+
+
+def _epochs(file: SweepFile, lines: Sequence[_Line]) -> str:
+    """Of each model the main metric after each epoch, on the test data and as held out, and the change of the best."""
+    main, kinds = (
+        file.metrics[0],
+        [name for name in ("tested", "epochs") if any(getattr(line.ours, name) for line in lines)],
+    )
+    count = max(len(values) for line in lines for values in (line.ours.tested, line.ours.epochs, line.seed.tested))
+    header, found = [], [[line.cell, line.name] for line in lines]
+    columns = [("ours", kind, "" if kind == "tested" else " (held out)") for kind in kinds]
+    columns += [("seed", "tested", "")] if file.seed else []
+    for epoch in range(count):
+        for side, kind, told in columns:
+            header.append(f"{'seed: ' if side == 'seed' else ''}epoch {epoch + 1}{told}")
+            for line, cells in zip(lines, found, strict=True):
+                value = getattr(getattr(line, side), kind)[epoch : epoch + 1]
+                cells.append(_number(value[0] if value else None))
+    header += ["change (best epoch)", *(["seed: change (best epoch)"] if file.seed else [])]
+    for line, cells in zip(lines, found, strict=True):
+        cells += [_change(main, *side, best=True) for side in line.sides[: 2 if file.seed else 1]]
+    return _table(["cell", "model", *header], found, 2)
+
+
+def _change(main: str, figures: Figures, original: Figures, *, best: bool = False) -> str:
+    """Change of the main metric against the original, of the last epoch or of the best one on the test data."""
+    value, before = figures.metrics.get(main), original.metrics.get(main)
+    if best:
+        values = [each for each in figures.tested if each is not None]
+        value = (min if larger_is_better(main) is False else max)(values) if values else None
+    if value is None or before is None or figures is original:
+        return "-"
+    return f"{value - before:+.3f}" if abs(before) >= 10 else f"{value - before:+.4f}"
 
 
 def _number(value: float | None) -> str:

@@ -305,9 +305,9 @@ def written(grids) -> Counter:
             for model, row in rows.items():
                 flat = {
                     **row.get("metrics", {}),
-                    **{f"epoch {i}": value for i, value in enumerate(row.get("epochs", [])) if value},
+                    **{f"epoch {i}": value for i, value in enumerate(row.get("tested", [])) if value},
                 }
-                flat |= {key: value for key, value in row.items() if key not in ("metrics", "epochs", "slip", "note")}
+                flat |= {key: value for key, value in row.items() if key not in ("metrics", "tested", "slip", "note")}
                 if set(row) == {"blocks", "note"}:  # "= original"
                     continue
                 for what, value in flat.items():

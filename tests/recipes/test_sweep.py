@@ -5,7 +5,6 @@ the same.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 
 from experiment.results import read_rows
 
+from .markdown import line, tables
 from .tiny import RECIPES, ROOT, make_tiny, write_sweep
 
 GRID = {
@@ -49,14 +49,8 @@ def start(folder, output):
 
 
 def without_times(text):
-    """The table without the ratios of times, and without times."""
-    rows = [
-        re.split(r" *\| *", line.strip("| "))
-        for line in text.partition("## Other")[0].splitlines()
-        if line.startswith("|")
-    ]
-    time_column = rows[0].index("time / original")
-    return [row[:time_column] + row[time_column + 1 :] for row in rows]
+    """The tables without that of times."""
+    return {heading: rows for heading, rows in tables(text).items() if heading != "Times"}
 
 
 @pytest.fixture(scope="module")
@@ -80,17 +74,18 @@ def test_a_sweep_of_a_real_recipe(undisturbed):
     # every cell starts from the same original
     assert first.measured.metrics["accuracy"] == again.measured.metrics["accuracy"]
     assert first.training_seconds is not None and again.training_seconds is None
-    rows = {(row[0], row[1]): row[2:] for row in without_times((undisturbed / "out" / "sweep.md").read_text())}
+    found = tables((undisturbed / "out" / "sweep.md").read_text())
     ours = read_rows(cells / "two")[1]
-    change = ours.measured.metrics["accuracy"] - again.measured.metrics["accuracy"]
-    assert rows["two", "iteration 1"][0:2] == ["2", "2 *"]
-    assert rows["two", "iteration 1"][4:8] == [
-        f"{ours.measured.metrics['accuracy']:.4f}",
-        "0.8000",
-        f"{change:+.4f}",
-        "-0.1000",
-    ]
-    assert rows["two", "iteration 1"][8] == "0.500"  # the seed's ratio of times
+    accuracy, change = (
+        ours.measured.metrics["accuracy"],
+        ours.measured.metrics["accuracy"] - again.measured.metrics["accuracy"],
+    )
+    shown = line(found[""], "two", "iteration 1")
+    assert (shown["blocks"], shown["seed: blocks"]) == ("2", "2 *")
+    assert [shown[name] for name in ("accuracy", "seed: accuracy", "change", "seed: change")] == (
+        [f"{accuracy:.4f}", "0.8000", f"{change:+.4f}", "-0.1000"]
+    )
+    assert line(found["Times"], "two", "iteration 1")["seed: time / original"] == "0.500"
 
 
 @pytest.mark.slow
@@ -114,6 +109,5 @@ def test_killed_in_the_middle_of_the_second_cell_and_started_again(undisturbed):
     said = running.communicate(timeout=400)[0]
     assert running.returncode == 0, said
     assert "original: done before" in said and "two: was not finished, so it is run again from its beginning" in said
-    tables = [(undisturbed / name / "sweep.md").read_text() for name in ("out", "again")]
-    assert without_times(tables[0]) == without_times(tables[1])
-    assert tables[0].partition("## Other")[2] == tables[1].partition("## Other")[2]
+    once, again = ((undisturbed / name / "sweep.md").read_text() for name in ("out", "again"))
+    assert without_times(once) == without_times(again)

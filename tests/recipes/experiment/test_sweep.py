@@ -21,6 +21,8 @@ from experiment.arguments import PruningArguments
 from experiment.command import run
 from experiment.sweep import Sweep, SweepFile, slug
 
+from ..markdown import line, tables
+
 ROOT = Path(__file__).parents[3]
 GRID = {"num_blocks": {"three": 3, "two": 2}, "width": {"": 1, "wide": 9}}
 CELLS = ["original", "three", "three-wide", "two", "two-wide"]
@@ -213,7 +215,13 @@ def test_stopping_stops_the_recipe_too(place, number):
 def test_the_table_shows_both_sides(place):
     seed = {
         "original": {
-            "original": {"blocks": 4, "metrics": {"accuracy": 50.0}, "seconds": 10.0, "training_seconds": 7.0}
+            "original": {
+                "blocks": 4,
+                "metrics": {"accuracy": 50.0},
+                "seconds": 10.0,
+                "training_seconds": 7.0,
+                "tested": [None, 50.0],
+            }
         },
         "three": {
             "iteration 1": {
@@ -222,26 +230,80 @@ def test_the_table_shows_both_sides(place):
                 "metrics": {"accuracy": 49.0},
                 "seconds": 8.0,
                 "freeze": 2,
+                "tested": [49.5, 49.0],
             }
         },
         "two": {"iteration 2": {"blocks": 1, "slip": "no such block", "note": "a note"}},
     }
     write(place, scale={"accuracy": 100}, seed=seed, title="A title")
     sweep(place)
-    main = table(place).partition("## Other")[0]
-    lines = [re.split(r" *\| *", line.strip("| ")) for line in main.splitlines() if line.startswith("|")]
-    rows = {(cells[0], cells[1]): cells[2:] for cells in lines}
     assert table(place).startswith("# A title\n")
-    assert rows["original", "original"] == ["4", "4", "4,000", "-", "54.000", "50.000", "-", "-", "-", "-", "0", "-"]
-    ours_and_seed = ["3", "2 + 1", "3,000", "3,100", "53.100", "49.000", "-0.900", "-1.000", "0.750", "0.800", "0", "2"]
-    assert rows["three", "iteration 1"] == ours_and_seed
-    assert rows["two", "iteration 1"] == ["2", "-", "2,000", "-", "52.100", "-", "-1.900", "-", "0.500", "-", "0", "-"]
-    assert rows["two", "iteration 2"] == ["-", "1 *", *["-"] * 10]
-    assert ("three", "original") not in rows  # the original stands in the table once
-    assert "two, iteration 2: \\* known slip: no such block" in table(place) and "two, iteration 2: a note" in table(
-        place
+    found = tables(table(place))
+    assert list(found) == ["", "After each epoch", "Times", "About the seed's figures"]
+    models, epochs, times = found[""], found["After each epoch"], found["Times"]
+    assert line(models, "original", "original") == {
+        "blocks": "4",
+        "seed: blocks": "4",
+        "parameters": "4,000",
+        "seed: parameters": "-",
+        "accuracy": "54.000",
+        "seed: accuracy": "50.000",
+        "change": "-",
+        "seed: change": "-",
+        "freeze": "0",
+        "seed: freeze": "-",
+    }
+    assert [*line(models, "three", "iteration 1").values()] == (
+        ["3", "2 + 1", "3,000", "3,100", "53.100", "49.000", "-0.900", "-1.000", "0", "2"]
     )
-    assert "| original | original | training time (s) | - | 7.00 |" in table(place)
+    assert [*line(models, "two", "iteration 1").values()] == (
+        ["2", "-", "2,000", "-", "52.100", "-", "-1.900", "-", "0", "-"]
+    )
+    assert [*line(models, "two", "iteration 2").values()] == ["-", "1 *", *["-"] * 8]
+    assert not [row for row in models if row["cell"] == "three" and row["model"] == "original"]  # it stands there once
+    assert line(epochs, "three", "iteration 1") == {
+        "epoch 1": "53.300",
+        "epoch 1 (held out)": "61.000",
+        "seed: epoch 1": "49.500",
+        "epoch 2": "53.100",
+        "epoch 2 (held out)": "62.000",
+        "seed: epoch 2": "49.000",
+        "change (best epoch)": "-0.700",  # 53.3 - 54
+        "seed: change (best epoch)": "-0.500",
+    }
+    assert line(epochs, "original", "original")["seed: epoch 1"] == "-"
+    assert line(times, "three", "iteration 1") == {
+        "evaluation time (s)": "0.30",
+        "seed: evaluation time (s)": "8.00",
+        "time / original": "0.750",
+        "seed: time / original": "0.800",
+        "training time (s)": "5.00",
+        "seed: training time (s)": "-",
+    }
+    assert line(times, "original", "original")["seed: training time (s)"] == "7.00"
+    assert "two, iteration 2: \\* known slip: no such block" in table(place)
+    assert "two, iteration 2: a note" in table(place)
+
+
+def test_where_nothing_was_removed_it_says_so(place):
+    (place / "ends-two").write_text("nothing could be removed")
+    sweep(place)
+    models = tables(table(place))[""]
+    assert line(models, "two", "iteration 1")["blocks"] == "none: nothing could be removed"
+    assert line(models, "two", "iteration 1")["accuracy"] == "-"
+    assert line(models, "three", "iteration 1")["blocks"] == "3"
+
+
+def test_many_metrics_are_lines_of_a_table_of_their_own(place):
+    names = ["accuracy", "b", "c", "d", "e"]
+    seed = {"three": {"iteration 1": {"metrics": {"d": 0.25}}}}
+    write(place, metrics=names, seed=seed)
+    sweep(place)
+    found = tables(table(place))
+    assert [name for name in found[""][0] if name in names] == names[:3]
+    assert found["Other figures"] == [
+        {"cell": "three", "model": "iteration 1", "figure": "d", "here": "-", "seed": "0.2500"}
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -254,11 +316,11 @@ def main():
 
 def test_without_earlier_figures_there_are_no_columns_for_them(place):
     sweep(place)
-    header = table(place).splitlines()[2]
-    assert header == "| cell | model | blocks | parameters | accuracy | change | time / original | freeze |"
-    assert "| two | iteration 1 | 2 | 2,000 | 0.5210 | -0.0190 | 0.500 | 0 |" in table(place) and "seed" not in table(
-        place
-    )
+    found = tables(table(place))
+    assert [*found[""][0]] == ["cell", "model", "blocks", "parameters", "accuracy", "change", "freeze"]
+    assert [*line(found[""], "two", "iteration 1").values()] == ["2", "2,000", "0.5210", "-0.0190", "0"]
+    assert line(found["Times"], "two", "iteration 1")["time / original"] == "0.500"
+    assert "seed" not in table(place)
 
 
 def test_a_list_of_targets_does_not_disturb_the_original():
