@@ -44,13 +44,14 @@ def encode_labels(splits: Splits, column: str, order: Sequence[str] | None = Non
     else:
         numbers = {name: index for index, name in enumerate(names)}
     unnamed = names == [str(index) for index in range(len(names))]  # numbers from 0, which no name goes with
-    if order is not None and names != list(order) and not unnamed:
+    order = None if order is None else _one_name_each(order, names)
+    if order is not None and names != order and not unnamed:
         if sorted(order) != sorted(names):
             raise ConfigError(
                 f"The model's classes are {', '.join(order[:20])}, the data's {', '.join(names[:20])}. Fine-tune it "
                 "(finetune_epochs), or give data with the model's classes."
             )
-        names, numbers = list(order), {name: index for index, name in enumerate(order)}
+        names, numbers = order, {name: index for index, name in enumerate(order)}
     return splits.each(lambda part: _encoded(part, column, names, numbers)), list(names)
 
 
@@ -70,6 +71,19 @@ def _encoded(part: Any, column: str, names: list[str], numbers: dict[Hashable, i
         lambda labels: {"labels_": [found[label] for label in labels]}, batched=True, input_columns=[column]
     )
     return encoded.remove_columns(column).rename_column("labels_", "labels")
+
+
+def _one_name_each(order: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A model's names of its classes. Where several have one name ("crane", a bird and a machine, in ImageNet) they are
+    told apart as the data tells them apart at the same places ("crane2"), or else by their numbers.
+    """
+    found = list(order)
+    for index, name in enumerate(order):
+        if order.count(name) > 1:
+            there = names[index] if index < len(names) else ""
+            alone = f"{name} ({index})" if name in order[:index] else name
+            found[index] = there if there.startswith(name) else alone
+    return found
 
 
 def _number(value: Any, own: list[str] | None, names: list[str], numbers: dict[Hashable, int]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,8 +96,8 @@ class Splits:
 def load_splits(data: DataArguments, seed: int) -> Splits:
     """Load the splits: local files (or folders of images, by class) where they are given, else the data set's.
 
-    Without a validation split a tenth of the training split is held out; without a test split the figures are of the
-    validation split, which a note says.
+    Without a validation split a tenth of the training split is held out, or max_validation_samples of it where these
+    are fewer; without a test split the figures are of the validation split, which a note says.
 
     Raises:
         ConfigError: if there is no data, or a split is not there.
@@ -117,10 +118,11 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
             raise ConfigError(f"The {'training' if use == 'train' else use} data has no rows.")
     parts, notes = dict(given), []
     if "validation" not in given:
-        parts |= _held_out(given["train"], seed)
+        # where the same rows are the test data too, a tenth is not too many
+        parts |= _held_out(given["train"], seed, data.max_validation_samples if "test" in given else None)
         notes.append(
-            "There is no validation split: prunings were judged on a tenth of the training split, which was not "
-            "trained on."
+            f"There is no validation split: prunings were judged on {len(parts['validation'].rows):,} rows of the "
+            "training split, which were not trained on."
         )
     if "test" not in given or ("validation" in given and given["test"].is_the_same_as(given["validation"])):
         origin = {**parts["validation"].origin, "same as": "validation"}
@@ -171,13 +173,15 @@ def _given(data: DataArguments) -> tuple[dict[str, _Part], str]:
     return parts, ", ".join(loaded or parts)
 
 
-def _held_out(train: _Part, seed: int) -> dict[str, _Part]:
+def _held_out(train: _Part, seed: int, most: int | None) -> dict[str, _Part]:
     if len(train.rows) == 1:
         raise ConfigError("The training data has one row, and there is no validation data: nothing can be held out.")
-    parts = train.rows.train_test_split(0.1, seed=seed)
+    tenth = math.ceil(len(train.rows) / 10)
+    count = tenth if most is None else min(tenth, most)  # what is not judged on is trained on
+    parts = train.rows.train_test_split(count, seed=seed)
     return {
-        "train": _Part(parts["train"], {**train.origin, "part": f"all but a tenth, by seed {seed}"}),
-        "validation": _Part(parts["test"], {**train.origin, "part": f"a tenth, held out by seed {seed}"}),
+        "train": _Part(parts["train"], {**train.origin, "part": f"all but {count:,} rows, by seed {seed}"}),
+        "validation": _Part(parts["test"], {**train.origin, "part": f"{count:,} rows, held out by seed {seed}"}),
     }
 
 

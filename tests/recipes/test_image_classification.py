@@ -61,6 +61,9 @@ def run(data, tmp_path_factory):
         "iterations": 2,
         "num_blocks": [9, 8],
         "retrain_epochs": 1,
+        "rows": "flat",
+        "across_stacks": True,
+        "test_each_epoch": True,
         "heal": "lstsq",
         "freeze": "partial",
         "metric": "accuracy",
@@ -103,6 +106,18 @@ def test_rows_tell_structure_and_measured_accuracy(run):
         assert row.measured.metrics["accuracy"] == pytest.approx(right / 24)
         assert row.measured.samples == 24
     assert run.rows["original"].frozen == 0 < run.rows["iteration 1"].frozen
+
+
+def test_each_epoch_is_measured_on_held_out_and_on_test_data(run):
+    epochs = {"original": 2, "iteration 1": 1, "iteration 2": 1, "original, 30 % zeros, retrained": 1}
+    for name, count in epochs.items():
+        row = run.rows[name]
+        assert len(row.validation) == len(row.tested) == count
+        assert row.tested[-1] == pytest.approx(row.measured.metrics["accuracy"])  # the model is that of the last epoch
+
+
+def test_the_card_tells_the_batches_that_blocks_were_compared_in(run):
+    assert "on 64 calibration samples in batches of 8" in (run.folder / "iteration-2" / "README.md").read_text()
 
 
 def test_the_saved_image_processor_scales_as_the_recipe_did(run):

@@ -204,7 +204,7 @@ def test_without_a_test_file_the_figures_are_of_the_validation_rows_and_say_so(d
     rows = main(words(**given, output_dir=str(tmp_path), finetune_epochs=1, iterations=0))
     assert [row.name for row in rows] == ["original"] and rows[0].measured.samples == 10
     text = (tmp_path / "results.md").read_text("utf-8")
-    assert "a tenth of the training split" in text and "no test split" in text
+    assert "rows of the training split" in text and "no test split" in text
 
 
 @pytest.mark.parametrize(

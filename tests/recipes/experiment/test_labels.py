@@ -7,7 +7,7 @@ import pytest
 from transformers import BertConfig
 
 from deeparc_hf.errors import ConfigError
-from experiment.labels import classes_of, encode_labels
+from experiment.labels import classes_of, encode_labels, label_settings
 from experiment.splits import Splits
 
 
@@ -52,6 +52,27 @@ def test_class_labels_keep_their_names_and_nothing_is_written_anew():
 def test_class_labels_of_another_split_are_matched_by_name():
     train, lacking = part([0, 1, 2], ["a", "b", "c"]), part([0, 1, 0], ["b", "c"])
     assert encoded(train, lacking, lacking)[0] == [[0, 1, 2], [1, 2, 1], [1, 2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "found"),
+    [
+        (["crane", "maillot", "crane2"], ["crane", "maillot", "crane"], ["crane", "maillot", "crane2"]),
+        (["0", "1", "2"], ["crane", "maillot", "crane"], ["0", "1", "2"]),  # numbers go with any names
+    ],
+)
+def test_two_classes_of_one_name_stay_two(data, model, found):
+    """ImageNet has two classes "crane", a bird and a machine; its checkpoints call both so, its data set one crane2."""
+    train = part([0, 2, 1, 2], data)
+    splits, names = encode_labels(Splits(train, train, train), "label", order=model)
+    assert list(splits.test["labels"]) == [0, 2, 1, 2] and names == found
+    assert len(BertConfig(**label_settings(names)).label2id) == 3
+
+
+def test_a_model_whose_names_are_not_the_data_s_is_refused_also_where_two_are_alike():
+    train = part([0, 2, 1, 2], ["a", "b", "c"])
+    with pytest.raises(ConfigError, match=r"The model's classes are crane, maillot, crane \(2\), the data's a, b, c"):
+        encode_labels(Splits(train, train, train), "label", order=["crane", "maillot", "crane"])
 
 
 def test_names_and_numbers_may_meet_class_labels():

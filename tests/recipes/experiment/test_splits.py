@@ -52,7 +52,19 @@ def test_without_validation_rows_a_tenth_is_held_out_by_the_seed(files):
     train, held = set(splits.train["text"]), set(splits.validation["text"])
     assert len(train) == 27 and len(held) == 3 and not train & held
     assert list(again.validation["text"]) == list(splits.validation["text"])
-    assert len(splits.test) == 7 and len(splits.notes) == 1 and "a tenth of the training split" in splits.notes[0]
+    assert (
+        len(splits.test) == 7 and len(splits.notes) == 1 and "judged on 3 rows of the training split" in splits.notes[0]
+    )
+
+
+def test_what_is_not_judged_on_is_trained_on(files):
+    del files["validation"]
+    splits = load(files, max_validation_samples=1)
+    assert (len(splits.train), len(splits.validation)) == (29, 1)
+    assert not {*splits.validation["text"]} & {*splits.train["text"]}
+    del files["test"]  # the figures are of the same rows then, and want as many as before
+    splits = load(files, max_validation_samples=1)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (27, 1, 3)
 
 
 def test_without_test_rows_the_figures_are_of_the_validation_rows(files):
@@ -118,13 +130,13 @@ def test_where_each_split_came_from(files):
     assert splits.sources["train"] == {
         "file": "train.csv",
         "sha256": digest,
-        "part": "all but a tenth, by seed 5",
+        "part": "all but 3 rows, by seed 5",
         "rows": 27,
     }
     assert splits.sources["validation"] == {
         "file": "train.csv",
         "sha256": digest,
-        "part": "a tenth, held out by seed 5",
+        "part": "3 rows, held out by seed 5",
         "rows": 3,
     }
     assert splits.sources["test"]["file"] == "test.parquet" and splits.sources["test"]["rows"] == 4
