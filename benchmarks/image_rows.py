@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> tuple[list[list[str]], dict[str, Any]]:
         "batches of": args.batch_size,
         "held-out images": len(labels),
         "seed": args.seed,
-        "seconds to compare": {name: round(value, 1) for name, value in seconds.items()},
+        "seconds to compare": ", ".join(f"{value:.1f}" for value in seconds.values()),
         **hardware(),
         **package_versions(),
     }
