@@ -28,9 +28,6 @@ __all__ = [
 ROW_KINDS = ("tokens", "mean", "first", "flat")
 
 
-_COLUMNS = 2**16  # of a block's rows that are held in float64 at once
-
-
 class BlockMetric(ABC):
     """Compares the blocks of one stack on calibration data. There are two kinds, by what they look at: see the
     subclasses.
@@ -178,14 +175,14 @@ def centered_grams(group: Tensor) -> Tensor:
     return torch.stack([centered_gram(rows) for rows in group])
 
 
-def centered_gram(rows: Tensor) -> Tensor:
+def centered_gram(rows: Tensor, columns: int = 2**16) -> Tensor:
     """Gram matrix of one block's rows, their mean taken off first: shape (n, D) -> (n, n), float64.
 
-    Some columns at a time, so that rows of whole images (256 x 56 x 56 values) are never held in float64 all at once.
+    So many columns at a time, so that rows of whole images (256 x 56 x 56 values) are never held in float64 all at once.
     """
     device = "cpu" if rows.device.type == "mps" else rows.device  # mps has no float64
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for part in torch.split(rows, _COLUMNS, dim=1):
+    for part in torch.split(rows, columns, dim=1):
         part = part.to(device, torch.float64)
         # the first row comes off before the mean, so that a constant block is zero to the bit, not to rounding
         part = part - part[0]
