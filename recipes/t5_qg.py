@@ -5,12 +5,13 @@
 """Question generation: fine-tune a T5, prune encoder and decoder as stacks of their own, retrain, and score generated
 questions.
 
-    accelerate launch recipes/t5_qg.py --config recipes/configs/t5_base_squad.yaml
+    accelerate launch recipes/t5_qg.py
     torchrun --nproc_per_node 2 recipes/t5_qg.py --config recipes/configs/t5_base_squad.yaml
 
-Given are a passage and an answer in it, asked for is the question. Every setting of the config file may be given on the
-command line, which wins. Any data set with a passage, a question and an answer (a text, or SQuAD's list of texts) will
-do. A folder with a config.json and a tokenizer but no weights is trained from scratch.
+Without a config and a model the settings are those of the seed's table (configs/t5_base_squad.yaml). Given are a
+passage and an answer in it, asked for is the question. Every setting of the config file may be given on the command
+line, which wins. Any data set with a passage, a question and an answer (a text, or SQuAD's list of texts) will do. A
+folder with a config.json and a tokenizer but no weights is trained from scratch.
 """
 
 from __future__ import annotations
@@ -55,7 +56,13 @@ def main(argv: list[str] | None = None) -> list[Any]:
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
-    data, text, pruning, training = begin(QuestionArguments, argv, __doc__, Seq2SeqTrainingArguments)
+    data, text, pruning, training = begin(
+        QuestionArguments,
+        argv,
+        __doc__,
+        Seq2SeqTrainingArguments,
+        Path(__file__).parent / "configs" / "t5_base_squad.yaml",
+    )
     splits = load_splits(data, training.seed)
     splits.need_texts(context_column=text.context_column, question_column=text.question_column)
     splits.need(answer_column=text.answer_column)

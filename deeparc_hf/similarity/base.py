@@ -178,7 +178,7 @@ def centered_grams(group: Tensor) -> Tensor:
 def centered_gram(rows: Tensor, columns: int = 2**16) -> Tensor:
     """Gram matrix of one block's rows, their mean taken off first: shape (n, D) -> (n, n), float64.
 
-    So many columns at a time, so that rows of whole images (256 x 56 x 56 values) are never held in float64 all at once.
+    So many columns at a time: rows of whole images (256 x 56 x 56 values) are never held in float64 all at once.
     """
     device = "cpu" if rows.device.type == "mps" else rows.device  # mps has no float64
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)

@@ -75,7 +75,7 @@ class PruningArguments:
     retrain_epochs: int = setting(3, "epochs after each pruning; 0: blocks are removed (and healed), no more")
     threshold: float | None = setting(None, "similarity from which blocks are redundant")
     num_blocks: list[str] | None = setting(
-        None, "blocks that stay: N for each iteration, or STACK=N for each stack (of one iteration)"
+        None, "blocks that stay after each iteration: N, or STACK=N,OTHER=M by stack"
     )
     keep_ratio: float | None = setting(None, "share of the blocks that stays, of each iteration")
     k: int = _as_in(MPruneConfig, "k")
@@ -151,30 +151,42 @@ class PruningArguments:
             )
 
     def _target(self, iteration: int) -> int | dict[str, int] | None:
-        given = self.num_blocks
-        if not given:
-            return None
-        if all(entry.strip().isdigit() for entry in given):
-            if self.iterations and len(given) not in (1, self.iterations):
-                raise ConfigError(
-                    f"num_blocks gives {len(given)} targets for {self.iterations} iterations. Give one for each."
-                )
-            return int(given[min(iteration, len(given) - 1)])
-        if self.iterations > 1:
+        targets = [_target_in(entry) for entry in self.num_blocks or ()]
+        if self.iterations <= 1 and targets and all(isinstance(target, dict) for target in targets):
+            return {name: count for target in targets for name, count in target.items()}  # type: ignore[union-attr]
+        if self.iterations and len(targets) not in (0, 1, self.iterations):
             raise ConfigError(
-                "num_blocks as STACK=N is for one iteration: the first would go all the way. Give N for each of "
-                "several."
+                f"num_blocks gives {len(targets)} targets for {self.iterations} iterations. Give one for each: N, or "
+                "STACK=N,OTHER=M."
             )
-        counts = {}
-        for entry in given:
-            name, sign, number = entry.rpartition("=")
-            if not sign or not name or not number.strip().isdigit():
-                raise ConfigError(
-                    "num_blocks takes whole numbers, one for each iteration, or STACK=N for each stack, found "
-                    f"{entry!r}."
-                )
-            counts[name] = int(number)
-        return counts
+        if self.iterations > 1 and len(targets) == 1 and isinstance(targets[0], dict):
+            raise ConfigError(
+                "num_blocks gives one target by stack for several iterations, and the first would go all the way. Give "
+                "STACK=N,OTHER=M for each."
+            )
+        named = [set(target) for target in targets if isinstance(target, dict)]
+        if any(names != named[0] for names in named):
+            raise ConfigError(
+                f"num_blocks names other stacks for one iteration than for another, found {self.num_blocks}. Give "
+                "STACK=N,OTHER=M for each, with the same stacks."
+            )
+        return targets[min(iteration, len(targets) - 1)] if targets else None
+
+
+def _target_in(entry: str) -> int | dict[str, int]:
+    """A target as the command line gives it: N, or STACK=N,OTHER=M."""
+    if entry.strip().isdigit():
+        return int(entry)
+    counts = {}
+    for part in entry.split(","):
+        name, sign, number = part.strip().rpartition("=")
+        if not sign or not name or not number.strip().isdigit():
+            raise ConfigError(
+                "num_blocks takes a whole number for each iteration, or STACK=N,OTHER=M with one for each stack, found "
+                f"{entry!r}."
+            )
+        counts[name] = int(number)
+    return counts
 
 
 # settings of MPruneConfig that are the same in each iteration
@@ -185,9 +197,20 @@ _OF_EACH_ITERATION = (
 
 
 def begin(
-    own: type, argv: Sequence[str] | None, description: str | None, training: type = TrainingArguments
+    own: type,
+    argv: Sequence[str] | None,
+    description: str | None,
+    training: type = TrainingArguments,
+    default: Path | None = None,
 ) -> tuple[DataArguments, Any, PruningArguments, Any]:
-    """A recipe's settings, as `parse` gives them, with its own in the second place; the Trainer's seed is set."""
+    """A recipe's settings, as `parse` gives them, with its own in the second place; the Trainer's seed is set. The
+    default is the config file that is taken where the arguments name neither one nor a model.
+    """
+    given_words = sys.argv[1:] if argv is None else list(argv)
+    options = {word.partition("=")[0] for word in given_words}
+    if default is not None and default.is_file() and not options & {"--config", "--model", "--help", "-h"}:
+        sys.stderr.write(f"No --config and no --model: the settings are those of {default}.\n")
+        argv = ["--config", str(default), *given_words]
     data, given, pruning, trainer = parse((DataArguments, own, PruningArguments, training), argv, description)
     set_seed(trainer.seed)
     return data, given, pruning, trainer
@@ -281,6 +304,11 @@ def _mapping(path: Path, what: str) -> Mapping[str, Any]:
     return data
 
 
+def _word(value: Any) -> str:
+    """An entry of a list in a config file as a word; names and numbers as NAME=N,OTHER=M."""
+    return ",".join(f"{name}={each}" for name, each in value.items()) if isinstance(value, Mapping) else str(value)
+
+
 def _words(data: Mapping[str, Any], known: Collection[str], path: Path, unset: Collection[str]) -> list[str]:
     """The entries of a config file as words of a command line, but for those that are taken back."""
     words = []
@@ -292,7 +320,7 @@ def _words(data: Mapping[str, Any], known: Collection[str], path: Path, unset: C
         if isinstance(value, Mapping):
             raise ConfigError(f"{path}: {key} holds a mapping. Give a text, a number or a list.")
         if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)] if value else []
+            words += [f"--{key}", *map(_word, value)] if value else []
         elif value is not None:
             words.append(f"--{key}={value}")  # in one word, for texts that begin with a dash
     return words

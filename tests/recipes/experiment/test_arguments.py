@@ -8,7 +8,7 @@ import pytest
 from transformers import TrainingArguments
 
 from deeparc_hf.errors import ConfigError
-from experiment.arguments import DataArguments, PruningArguments, parse
+from experiment.arguments import DataArguments, PruningArguments, begin, parse
 
 TYPES = (DataArguments, PruningArguments)
 
@@ -134,7 +134,28 @@ def test_targets_of_each_iteration():
     ]
     by_stack = pruning(threshold=None, num_blocks=["a.b=3", "c=2"])
     assert by_stack.pruning(0).num_blocks == {"a.b": 3, "c": 2}
+    each = pruning(threshold=None, iterations=2, num_blocks=["a.b=9,c=5", "a.b=8, c=3"])  # the seed's T5
+    assert [each.pruning(i).num_blocks for i in (0, 1)] == [{"a.b": 9, "c": 5}, {"a.b": 8, "c": 3}]
     assert pruning(num_blocks=[]).pruning(0).threshold == 0.9
+
+
+def test_targets_by_stack_for_each_iteration_in_a_file(settings):
+    _, given = parse(TYPES, settings("model: t5\niterations: 2\nnum_blocks: [{a.b: 9, c: 5}, {a.b: 8, c: 3}]\n"))
+    assert [given.pruning(i).num_blocks for i in (0, 1)] == [{"a.b": 9, "c": 5}, {"a.b": 8, "c": 3}]
+
+
+def test_a_default_config_stands_in_where_nothing_is_named(tmp_path, capsys):
+    path = tmp_path / "default.yaml"
+    path.write_text("model: bert\nthreshold: 0.7\n")
+
+    def taken(*words):
+        return begin(Extra, list(words), None, default=path)
+
+    data, _, given, _ = taken("--k", "2", "--use_cpu")
+    assert (data.model, given.threshold, given.k) == ("bert", 0.7, 2)
+    assert f"the settings are those of {path}" in capsys.readouterr().err
+    data, _, given, _ = taken("--model", "mine", "--threshold", "0.8", "--use_cpu")
+    assert (data.model, given.threshold) == ("mine", 0.8) and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -142,8 +163,11 @@ def test_targets_of_each_iteration():
     [
         ({"num_blocks": ["9", "7"], "iterations": 3}, "gives 2 targets for 3 iterations"),
         ({"num_blocks": ["a=x"]}, "found 'a=x'"),
-        ({"num_blocks": ["9", "a=3"]}, "found '9'"),
-        ({"num_blocks": ["a=4", "b=3"], "iterations": 2}, "is for one iteration"),
+        ({"num_blocks": ["9", "a=3"]}, "gives 2 targets for 1 iterations"),
+        ({"num_blocks": ["a=4", "b=3"], "iterations": 2}, "names other stacks for one iteration than for another"),
+        ({"num_blocks": ["a=4,b=3"], "iterations": 2}, "the first would go all the way"),
+        ({"num_blocks": ["a=4,b=3", "a=3,b=3"], "iterations": 3}, "gives 2 targets for 3 iterations"),
+        ({"num_blocks": ["a=4,b"], "iterations": 1}, "found 'a=4,b'"),
         ({"num_blocks": ["=3"]}, "found '=3'"),
         ({"num_blocks": ["-3"]}, "found '-3'"),
         ({"num_blocks": ["0"]}, "must be at least 1"),
