@@ -13,8 +13,7 @@ __all__ = ["run"]
 
 
 STOPPED = (
-    "Stopped. What was written so far stays; a fine-tuned original in it can be given as --model, with another "
-    "output_dir."
+    "Stopped. What was written so far stays; the same command with --resume_from_checkpoint true goes on from there."
 )
 
 

@@ -9,8 +9,7 @@ import logging
 import shutil
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from deeparc_hf.trainer import MPruneCallback, WandaCallback
 from deeparc_hf.trainer.follow_checkpoint import Structure, record_of
 
 from .arguments import DataArguments, PruningArguments
+from .journal import JOURNAL, Clock, Journal, folder_of, newest_checkpoint
 from .results import RESULTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results
 from .splits import Splits
 
@@ -86,17 +86,24 @@ class Experiment:
         """Run it all. The output folder gets results.md and .json, the models, and the last one's card; its end says
         where they are.
         """
-        rows = [self._original()]
+        journal = self._journal
+        rows = [self._done(ORIGINAL, self._original)]
         for iteration in range(self.pruning.iterations):
-            row = self._iteration(iteration, rows[-1], rows[0])
+            name = f"iteration {iteration + 1}"
+            row = journal.row(name, partial(self._iteration, iteration, name, rows[-1], rows[0]))
             if row is None:
                 break
             rows.append(row)
+        self.notes += [f"{name}: {why}; the table ends before it." for name, why in journal.ends.items()]
         last = rows[-1]
-        speeds = {} if last is rows[0] else {last.name: self._speed(rows[0], last)}
+        if last is not rows[0] and last.name not in journal.speeds:
+            journal.speeds[last.name] = self._speed(rows[0], last)
+            journal.write()
+        speeds = journal.speeds
         for row in rows[0 if self.pruning.sparsity_original else 1 :]:
-            rows += self._sparse(row)
-        if self._main:
+            for config in self.pruning.grid():
+                rows += self._sparse(row, config)
+        if self._main and not journal.complete:
             shutil.rmtree(self._out / SCRATCH, ignore_errors=True)
             for folder in self._out.iterdir():  # those that a Trainer made and nothing was saved to
                 if folder.is_dir() and not any(folder.iterdir()):
@@ -105,10 +112,13 @@ class Experiment:
             for row in [row for row in rows if row.folder is not None]:
                 write_evaluations(self._out / row.folder, row, rows[0], facts, speeds.get(row.name), judged=judged)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
-            write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes, self._ends)
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes, journal.ends)
             self._publish(last)
             self.finish(rows)
-            write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, self.notes, self._ends)
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, self.notes, journal.ends)
+            journal.complete = True
+            journal.write()
+        if self._main:
             sys.stdout.write(
                 f"\n{whereabouts(self._out, rows, self.data.repo_id if last.folder is not None else None)}\n"
             )
@@ -117,8 +127,6 @@ class Experiment:
     def __post_init__(self) -> None:
         self.notes = [*self.splits.notes, *self.notes]
         self._test = self.splits.test
-        self._ends: dict[str, str] = {}  # by name of a row that there is not, why there is none
-        self._revision: str | None = None  # commit of the model on the Hub
         if self.training.push_to_hub:
             raise ConfigError(
                 "push_to_hub would publish every model of the experiment. Give repo_id: the last one is published "
@@ -134,27 +142,51 @@ class Experiment:
                 "repo_id publishes the last model, and with finetune_epochs and iterations 0 none is made. Leave one "
                 "out."
             )
-        for pattern in (f"{RESULTS}.json", "original*/config.json", "iteration-*/config.json"):
+        self._journal = Journal(self._out, self._asked(), self._main)
+        self._resumes = self._goes_on()
+
+    def _goes_on(self) -> bool:
+        """Whether this experiment goes on with what lies in the output folder.
+
+        Raises:
+            ConfigError: if that is another one, or it was not said that it shall go on.
+        """
+        given = str(self.training.resume_from_checkpoint or "false")
+        says_so = given.lower() in ("true", "false")
+        if not says_so and Path(given).resolve() != self._out.resolve():
+            raise ConfigError(
+                f"resume_from_checkpoint={given} is not the experiment's folder. Say resume_from_checkpoint=true: what "
+                f"lies in output_dir ({self._out}) goes on where it stood."
+            )
+        if given.lower() != "false":
+            return self._journal.read()
+        for pattern in (JOURNAL, f"{RESULTS}.json", "original*/config.json", "iteration-*/config.json"):
             for earlier in filter(Path.is_file, self._out.glob(pattern)):
                 raise ConfigError(
-                    f"{self._out} holds {earlier.relative_to(self._out)} of an earlier experiment. Give another "
-                    "output_dir, or delete that folder."
+                    f"{self._out} holds {earlier.relative_to(self._out)} of an earlier experiment. To go on with it, "
+                    "say --resume_from_checkpoint true; else give another output_dir, or delete that folder."
                 )
+        return False
 
     # ---- steps ----
 
     def _original(self) -> Row:
-        folder, seconds, epochs = None, None, {}
+        folder, seconds = None, None
+        epochs: dict[str, tuple[float, ...]] = {}
         trainer = self._trainer(None, ORIGINAL, self.pruning.finetune_epochs or 1)
-        self._revision = getattr(getattr(trainer.model, "config", None), "_commit_hash", None)
+        self._journal.revision = getattr(getattr(trainer.model, "config", None), "_commit_hash", None)
         if self.pruning.finetune_epochs > 0:
             seconds, epochs = self._train(trainer)
             folder = self._save(trainer)
         return self._row(ORIGINAL, trainer, training_seconds=seconds, **epochs, folder=folder)
 
-    def _iteration(self, iteration: int, before: Row, original: Row) -> Row | None:
+    def _done(self, name: str, work: Callable[[], Row]) -> Row:
+        row = self._journal.row(name, work)
+        assert row is not None
+        return row
+
+    def _iteration(self, iteration: int, name: str, before: Row, original: Row) -> Row | None:
         """One pruning and its retraining; None where nothing could be removed, or everything was taken back."""
-        name = f"iteration {iteration + 1}"
         if self.pruning.retrain_epochs == 0:
             return self._removal(iteration, name, before)
         baseline = None
@@ -202,20 +234,22 @@ class Experiment:
         return row
 
     def _nothing(self, name: str, why: str) -> None:
-        self.notes.append(f"{name}: {why}; the table ends before it.")
-        self._ends[name] = why
+        self._journal.ends[name] = why
 
-    def _sparse(self, row: Row) -> Iterator[Row]:
-        """The Wanda grid on one model: each share right after the zeroing, and retrained where that was asked for."""
-        for config in self.pruning.grid():
-            name = f"{row.name}, {config.pattern or f'{100 * config.sparsity:g} %'} zeros"
-            trainer = self._trainer(row, SCRATCH)
-            batches, bars = self._batches(trainer, config), shows_bars(trainer.args)
-            report = sparsify_model(trainer.model, batches, config, progress=bars)
-            facts = {"frozen": row.frozen, "threshold": row.threshold, "k": row.k}
-            yield self._row(name, trainer, **facts, sparsity=report.measured)
-            if config.sparsity in self.pruning.sparsity_retrain:
-                yield self._sparse_retrained(row, config, f"{name}, retrained")
+    def _sparse(self, row: Row, config: WandaConfig) -> Iterator[Row]:
+        """One share of the Wanda grid on one model: right after the zeroing, and retrained where that was asked for."""
+        name = f"{row.name}, {config.pattern or f'{100 * config.sparsity:g} %'} zeros"
+        yield self._done(name, partial(self._zeroed, row, config, name))
+        if config.sparsity in self.pruning.sparsity_retrain:
+            name = f"{name}, retrained"
+            yield self._done(name, partial(self._sparse_retrained, row, config, name))
+
+    def _zeroed(self, row: Row, config: WandaConfig, name: str) -> Row:
+        trainer = self._trainer(row, SCRATCH)
+        batches, bars = self._batches(trainer, config), shows_bars(trainer.args)
+        report = sparsify_model(trainer.model, batches, config, progress=bars)
+        facts = {"frozen": row.frozen, "threshold": row.threshold, "k": row.k}
+        return self._row(name, trainer, **facts, sparsity=report.measured)
 
     def _sparse_retrained(self, row: Row, config: WandaConfig, name: str) -> Row:
         callback = WandaCallback(config, calibration=self.calibration)
@@ -275,12 +309,13 @@ class Experiment:
 
     def _trainer(self, row: Row | None, name: str, epochs: float = 1, *callbacks: TrainerCallback) -> Trainer:
         """A Trainer of the model of a row (None: of the model that is given), with a folder of its own."""
-        folder = self._out / name.replace(" ", "-").replace(",", "").replace("%", "percent").replace(":", "-")
+        folder = self._out / folder_of(name)
         evaluates = "epoch" if self.training.eval_strategy == "no" else self.training.eval_strategy
         settings = {"eval_strategy": evaluates, "average_tokens_across_devices": self.average_tokens}
+        settings["resume_from_checkpoint"] = None  # each training is told its own
         args = dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, **settings)
         place = self.data.model if row is None or row.folder is None else str(self._out / row.folder)
-        clock = _Clock([self._metric] if self.pruning.metric else ["eval_accuracy", "eval_loss"])
+        clock = Clock([self._metric] if self.pruning.metric else ["eval_accuracy", "eval_loss"])
         # first of all, so that it measures a model before a gate takes it back
         return self.trainer(model=self.load(place), args=args, callbacks=[clock, *callbacks])
 
@@ -288,9 +323,12 @@ class Experiment:
         """Train; time of the training in s, evaluations left out, and the main metric after each epoch: of the
         validation data, and of the test data where that was asked for.
         """
-        clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, _Clock))
+        clock = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Clock))
         clock.test = partial(self._tested, trainer) if self.pruning.test_each_epoch else None
-        trainer.train()
+        checkpoint = newest_checkpoint(Path(trainer.args.output_dir)) if self._resumes else None
+        if checkpoint is not None:
+            clock.resume(checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         clock.test = None
         return clock.seconds, {"validation": tuple(clock.values), "tested": tuple(clock.tested)}
 
@@ -343,11 +381,16 @@ class Experiment:
         chosen = Subset(data, chosen_rows(len(data), config.calibration_samples, config.seed))
         return DataLoader(chosen, batch_size=trainer.args.train_batch_size, collate_fn=loader.collate_fn)
 
+    def _asked(self) -> dict[str, Any]:
+        """What the figures depend on."""
+        told = {name: dict(self.provenance.get(name) or {}) for name in ("settings", "trainer", "data")}
+        return {**told, "pruning": dataclasses.asdict(self.pruning)}
+
     def _facts(self) -> dict[str, Any]:
         return {
             **{key: value for key, value in self.provenance.items() if key != "settings"},
             "model": self.data.model if not Path(self.data.model).exists() else Path(self.data.model).name,
-            "model revision": self._revision,
+            "model revision": self._journal.revision,
             "settings": self.provenance.get("settings"),
             "pruning": dataclasses.asdict(self.pruning),
             # epochs are of pruning
@@ -375,31 +418,3 @@ def _measurement(label: str, row: Row) -> Measurement:
         threshold=row.threshold,
         k=row.k,
     )
-
-
-class _Clock(TrainerCallback):
-    """The time of the training steps, and the main metric of each evaluation: on the validation data, and by `test` on
-    the test data.
-    """
-
-    def __init__(self, metrics: Sequence[str]) -> None:
-        self.seconds = 0.0
-        self.values: list[float] = []
-        self.tested: list[float] = []
-        self.test: Callable[[], Mapping[str, float]] | None = None
-        self._metrics = metrics  # the first of them that there is
-        self._began = 0.0
-
-    def on_step_begin(self, *event: Any, **more: Any) -> None:
-        self._began = time.perf_counter()
-
-    def on_step_end(self, *event: Any, **more: Any) -> None:
-        self.seconds += time.perf_counter() - self._began
-
-    def on_evaluate(self, *event: Any, metrics: Mapping[str, float] | None = None, **more: Any) -> None:
-        self.values += self._main(metrics or {})
-        if self.test is not None and self._main(metrics or {}):
-            self.tested += self._main(self.test())
-
-    def _main(self, metrics: Mapping[str, float]) -> list[float]:
-        return [float(metrics[name]) for name in self._metrics if name in metrics][:1]
