@@ -10,8 +10,8 @@
 
 Each cell of the grid runs as a process of its own. The original is fine-tuned once, in the first cell, and the others
 take it from there. Start the same command again after a crash, a kill or Ctrl-C: cells that are done stay, the one that
-was at work begins anew. A cell whose arguments have changed is run again. What follows -- goes to every cell; the
-values of the grid win over it.
+was at work goes on where it stood. A cell whose arguments have changed is run again. What follows -- goes to every
+cell; the values of the grid win over it.
 
 Exit code: 0, 1 if a cell failed (the others are run all the same), 2 if the sweep file makes no sense, 130 if it was
 stopped.

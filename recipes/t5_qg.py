@@ -17,6 +17,7 @@ folder with a config.json and a tokenizer but no weights is trained from scratch
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,11 @@ def main(argv: list[str] | None = None) -> list[Any]:
         AutoModelForSeq2SeqLM,
         AutoTokenizer,
         DataCollatorForSeq2Seq,
-        Seq2SeqTrainer,
         Seq2SeqTrainingArguments,
     )
 
     from experiment.arguments import begin
-    from experiment.generation import QuestionMeasure, first_answers, write_scores
+    from experiment.generation import QuestionMeasure, QuestionTrainer, first_answers, scores_of, write_scores
     from experiment.models import loader
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
@@ -84,8 +84,14 @@ def main(argv: list[str] | None = None) -> list[Any]:
     references = list(splits.test[text.question_column])
     splits = splits.map(encode)
 
-    def trainer(model: Any, args: Any, callbacks: list[Any]) -> Seq2SeqTrainer:
-        return Seq2SeqTrainer(
+    longest = text.max_new_tokens or text.max_target_length
+    generates = (pruning.metric or "loss").removeprefix("eval_") != "loss"
+    if generates:  # the gate judges by a score of generated questions
+        training.predict_with_generate = True
+        training.generation_max_length, training.generation_num_beams = longest + 1, text.num_beams  # and the start
+
+    def trainer(model: Any, args: Any, callbacks: list[Any]) -> QuestionTrainer:
+        return QuestionTrainer(
             model=model,
             args=args,
             train_dataset=splits.train,
@@ -93,9 +99,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
             callbacks=callbacks,
+            compute_metrics=partial(scores_of, tokenizer) if generates else None,
         )
 
-    longest = text.max_new_tokens or text.max_target_length
     measure = QuestionMeasure(splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=longest)
     made_by = provenance(__file__, argv, data, text, training, splits)
     load = loader(AutoModelForSeq2SeqLM, data, pruning)

@@ -15,6 +15,7 @@ them, but computed by the libraries behind these, so that no script is fetched f
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Seq2SeqTrainer, Trainer
 
 from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.markdown import table
@@ -31,7 +32,17 @@ from deeparc_hf.errors import ConfigError, MissingDependencyError
 
 from .results import Measured, Row, metric_cell
 
-__all__ = ["TITLES", "QuestionMeasure", "TextScores", "first_answers", "scores_table", "write_scores"]
+__all__ = [
+    "TITLES",
+    "QuestionMeasure",
+    "QuestionTrainer",
+    "TextScores",
+    "can_cache",
+    "first_answers",
+    "scores_of",
+    "scores_table",
+    "write_scores",
+]
 
 TITLES = {
     "bleu": "BLEU",
@@ -47,6 +58,8 @@ TITLES = {
     "rougeLsum": "ROUGE-Lsum F1",
     "meteor": "METEOR",
 }
+logger = logging.getLogger(__name__)
+
 _ORDER = 4
 _ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 _METEOR = {"alpha": 0.9, "beta": 3.0, "gamma": 0.5}
@@ -144,38 +157,67 @@ class QuestionMeasure:
     def __init__(
         self, test: Any, references: Sequence[str], tokenizer: Any, *, num_beams: int, max_new_tokens: int
     ) -> None:
-        self.reasons: dict[str, str] = {}
         self._test = test
         self._references = list(references)
         self._tokenizer = tokenizer
         self._search = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
+        # said now, not after hours: libraries that are missing are an error, METEOR's data can still be got
+        self.reasons = TextScores(["a"], ["a"]).reasons
+        for score, reason in self.reasons.items():
+            logger.warning("%s will be left out: %s", TITLES[score], reason)
 
     def __call__(self, trainer: Trainer) -> Measured:
         """Loss and scores, with bootstrap intervals of the scores over the questions."""
         loss = trainer.evaluate(self._test, metric_key_prefix="test")["test_loss"]
-        scores = TextScores(self.generate(trainer), self._references)
+        generated = self.generate(trainer, self._test)
+        scores = TextScores(generated, self._references)
         self.reasons = scores.reasons
         values = {name: value for name, value in scores.values().items() if value is not None}
-        return Measured({"loss": loss, **values}, len(self._references), scores.intervals())
+        pairs = zip(generated, self._references, strict=True)
+        texts = [{"generated": text, "reference": reference} for text, reference in pairs]
+        return Measured({"loss": loss, **values}, len(self._references), scores.intervals(), texts=texts)
 
-    def generate(self, trainer: Trainer) -> list[str]:
-        """The questions to all test rows, in their order: each process generates a part."""
+    def generate(self, trainer: Trainer, data: Any) -> list[str]:
+        """The questions to all rows, in their order: each process generates a part."""
         accelerator = trainer.accelerator
         model = accelerator.unwrap_model(trainer.model).eval()
         pad = self._tokenizer.pad_token_id
-        # transformers' T5 makes a cache for as many blocks as the encoder has: with more decoder blocks it fails; the
-        # results are the same
-        cached = getattr(model.config, "num_layers", 0) >= getattr(model.config, "num_decoder_layers", 0)
         found: list[str] = []
         # a loader of our own: the Trainer's may group rows by length, and references come in the data's order
-        rows = DataLoader(self._test, batch_size=trainer.args.eval_batch_size, collate_fn=trainer.data_collator)
+        rows = DataLoader(data, batch_size=trainer.args.eval_batch_size, collate_fn=trainer.data_collator)
         for batch in accelerator.prepare(rows):
             inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
             with torch.no_grad():
-                ids = model.generate(**inputs, **self._search, use_cache=cached)
+                ids = model.generate(**inputs, **self._search, use_cache=can_cache(model))
             ids = accelerator.gather_for_metrics(accelerator.pad_across_processes(ids, dim=1, pad_index=pad))
             found += self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in found]
+
+
+class QuestionTrainer(Seq2SeqTrainer):
+    """A Seq2SeqTrainer whose evaluations generate where `predict_with_generate` says so, also without a cache."""
+
+    def evaluate(self, *given: Any, **settings: Any) -> dict[str, float]:
+        if self.args.predict_with_generate:
+            settings.setdefault("use_cache", can_cache(self.accelerator.unwrap_model(self.model)))
+        return super().evaluate(*given, **settings)
+
+
+def can_cache(model: Any) -> bool:
+    """Whether a model can generate with a cache: transformers' T5 makes one for as many blocks as the encoder has, and
+    fails where the decoder has more. The results are the same without.
+    """
+    return getattr(model.config, "num_layers", 0) >= getattr(model.config, "num_decoder_layers", 0)
+
+
+def scores_of(tokenizer: Any, prediction: Any) -> dict[str, float]:
+    """Scores of generated ids, for compute_metrics."""
+    pad = tokenizer.pad_token_id
+    texts = [
+        [text.strip() for text in tokenizer.batch_decode(np.where(ids < 0, pad, ids), skip_special_tokens=True)]
+        for ids in (prediction.predictions, prediction.label_ids)
+    ]
+    return {name: value for name, value in TextScores(*texts).values().items() if value is not None}
 
 
 def scores_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> str:

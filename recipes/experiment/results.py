@@ -49,12 +49,14 @@ class Measured:
         intervals: 95 % intervals of those that have one.
         samples: number of test samples.
         seconds: warm time of one evaluation, the median of several.
+        texts: what was generated, beside what it should be; kept in a file of its own.
     """
 
     metrics: Mapping[str, float]
     samples: int
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     seconds: float | None = None
+    texts: Sequence[Mapping[str, str]] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of_metrics(cls, metrics: Mapping[str, Any], samples: int) -> Measured:
@@ -104,8 +106,10 @@ class Row:
     verdict: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return finite(dataclasses.asdict(self))
+        """Plain JSON types, without the texts."""
+        data = dataclasses.asdict(dataclasses.replace(self, measured=dataclasses.replace(self.measured, texts=())))
+        del data["measured"]["texts"]
+        return finite(data)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Row:

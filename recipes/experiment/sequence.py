@@ -45,7 +45,7 @@ __all__ = ["Experiment"]
 
 logger = logging.getLogger(__name__)
 
-TOLD = "card.json"
+TOLD, TEXTS = "card.json", "texts"
 ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
 
 
@@ -346,6 +346,10 @@ class Experiment:
         """The row of a Trainer's model: structure, metrics on the test data, and the warm time of measuring them."""
         work = self._work(trainer)
         measured = work()
+        if measured.texts and self._main:
+            lines = [json.dumps(pair, ensure_ascii=False) for pair in measured.texts]
+            (self._out / TEXTS).mkdir(parents=True, exist_ok=True)
+            write_whole(self._out / TEXTS / f"{folder_of(name)}.jsonl", "\n".join(lines) + "\n")
         timing = timed_evaluation(work, repeats=self.pruning.repeats, warmup=0)
         measured = dataclasses.replace(measured, seconds=timing.seconds)
         gc.collect()
@@ -384,6 +388,7 @@ class Experiment:
     def _asked(self) -> dict[str, Any]:
         """What the figures depend on."""
         told = {name: dict(self.provenance.get(name) or {}) for name in ("settings", "trainer", "data")}
+        told["trainer"].pop("save_strategy", None)
         return {**told, "pruning": dataclasses.asdict(self.pruning)}
 
     def _facts(self) -> dict[str, Any]:

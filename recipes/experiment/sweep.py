@@ -302,22 +302,24 @@ class Sweep:
         wanted = {"recipe": self.file.recipe.name, "config": self.file.config, "cell": cell.settings}
         wanted = json.loads(json.dumps({**wanted, "extra": list(self.extra), "original": original}))
         known = _json(place / CELL)
-        if known is not None and "run" in known and self._finished(cell.name):
-            reason = _difference(known, wanted)
-            if not reason:
-                self.say(f"{cell.name}: done before")
-                return str(known["run"])
-            self._put_away(place, f"{cell.name}: {reason} changed, so it is run again")
-        elif place.exists():
-            self._put_away(place, f"{cell.name}: was not finished, so it is run again from its beginning")
-        place.mkdir(parents=True)
-        run = str(time.time_ns())
-        write_whole(place / CELL, json.dumps({**wanted, "run": run}, indent=1) + "\n")
+        changed = _difference(known, wanted) if known is not None and "run" in known else "what was asked for"
+        goes_on = place.exists() and not changed
+        run = str(known["run"] if goes_on and known is not None else time.time_ns())
+        if goes_on and self._finished(cell.name):
+            self.say(f"{cell.name}: done before")
+            return run
+        if goes_on:
+            self.say(f"{cell.name}: was not finished, so it goes on where it stood")
+        else:
+            if place.exists():
+                self._put_away(place, f"{cell.name}: {changed} changed, so it is run again")
+            place.mkdir(parents=True)
+            write_whole(place / CELL, json.dumps({**wanted, "run": run}, indent=1) + "\n")
         log = self.output / "logs" / f"{place.name}.log"
         log.parent.mkdir(exist_ok=True)
         self.say(f"{cell.name}: runs; what it prints goes to {log}")
         began = time.monotonic()
-        code = _call(self._command(cell, model), log, lock)
+        code = _call([*self._command(cell, model), "--resume_from_checkpoint", "true"], log, lock)
         if code == 0 and self._finished(cell.name):
             self.say(f"{cell.name}: done in {time.monotonic() - began:,.0f} s")
             return run

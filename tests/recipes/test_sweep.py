@@ -108,6 +108,6 @@ def test_killed_in_the_middle_of_the_second_cell_and_started_again(undisturbed):
     running = start(undisturbed, output)
     said = running.communicate(timeout=400)[0]
     assert running.returncode == 0, said
-    assert "original: done before" in said and "two: was not finished, so it is run again from its beginning" in said
+    assert "original: done before" in said and "two: was not finished, so it goes on where it stood" in said
     once, again = ((undisturbed / name / "sweep.md").read_text() for name in ("out", "again"))
     assert without_times(once) == without_times(again)

@@ -152,6 +152,41 @@ def test_more_decoder_than_encoder_blocks_can_be_measured(place):
     assert rows[-1].blocks == {"encoder.block": 2, "decoder.block": 3} and 0 <= rows[-1].measured.metrics["bleu"] <= 1
 
 
+def test_the_generated_texts_lie_beside_the_scores(alone, place):
+    """So that a score can be added later."""
+    rows, folder = alone
+    wanted = [json.loads(line)["question"] for line in (place / "test.jsonl").read_text().splitlines()]
+    for row in rows:
+        pairs = [json.loads(line) for line in (folder / "texts" / f"{row.folder}.jsonl").read_text().splitlines()]
+        assert [pair["reference"] for pair in pairs] == wanted
+        scores = TextScores([pair["generated"] for pair in pairs], wanted).values()
+        assert scores["rouge1"] == pytest.approx(row.measured.metrics["rouge1"])
+    assert "generated" not in (folder / "results.json").read_text()
+
+
+def test_the_gate_judges_by_a_score_of_generated_questions(place, caplog):
+    rows = recipe("t5_qg").main(
+        [
+            *words(place, place / "gate"),
+            "--iterations",
+            "1",
+            "--num_blocks",
+            "6",
+            "--metric",
+            "rougeL",
+            "--max_drop",
+            "1",
+        ]
+    )
+    report = json.loads((place / "gate" / "iteration-1" / "pruning_report.json").read_text())
+    assert rows[-1].verdict == "accepted" and report["metric"] == "rougeL"
+    held = [json.loads(line)["question"] for line in (place / "validation.jsonl").read_text().splitlines()]
+    assert len(held) == 12
+    last = report["attempts"][-1]["evaluations"][-1]["metrics"]
+    assert rows[-1].validation[-1] == pytest.approx(last["eval_rougeL"]) and 0 <= last["eval_bleu"] <= 1
+    assert "METEOR will be left out" in caplog.text and "nltk.downloader" in caplog.text  # before the run, not after it
+
+
 @pytest.mark.slow
 def test_two_processes_give_every_question_once_and_in_order(place):
     command = [

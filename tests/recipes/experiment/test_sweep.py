@@ -178,9 +178,10 @@ def test_killed_in_the_middle_of_the_second_cell(place):
     (place / "wait-three").unlink()
     assert not (place / "out" / "cells" / "three" / "results.json").exists()
     code, said = sweep(place)
-    assert code == 0 and "original: done before" in said and "three: was not finished" in said
+    assert code == 0 and "original: done before" in said and "three: was not finished, so it goes on" in said
     assert table(place) == undisturbed
-    assert (place / "out" / "set_aside" / "three.1" / "half-done").exists()
+    assert [call.get("resume_from_checkpoint") for call in calls(place)] == ["true"] * len(calls(place))
+    assert not (place / "out" / "set_aside").exists()
 
 
 @pytest.mark.slow
