@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -86,7 +87,7 @@ def collect(
     host: Host,
     observers: Sequence[Observer],
     calibration: Calibration,
-    passes: Callable[[], Iterable[Mapping[str, Any]]],
+    passes: Callable[[], Generator[Mapping[str, Any]]],
     title: str,
     progress: bool,
 ) -> tuple[int, list[Observed]]:
@@ -106,8 +107,9 @@ def collect(
 
     def look() -> tuple[int, list[Observed]]:
         seen = 0
-        with evaluating(host.root), calibration.bar(title, progress) as advance:
-            for inputs in passes():
+        # closed at once, whatever happens: its hooks must not wait for a traceback to be forgotten
+        with evaluating(host.root), calibration.bar(title, progress) as advance, closing(passes()) as batches:
+            for inputs in batches:
                 seen += batch_size(inputs)
                 advance(batch_size(inputs))
         return seen, [observer.observed() for observer in observers]

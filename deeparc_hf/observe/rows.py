@@ -6,7 +6,7 @@ samples, and the model is left as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -164,7 +164,7 @@ def observe(
     """
     observers = list(observers)
 
-    def passes() -> Iterator[dict[str, Any]]:
+    def passes() -> Generator[dict[str, Any]]:
         stacks = [stack for observer in observers for stack in observer.stacks]
         batches, axes = with_axes(host, stacks, calibration.inputs(host))
         for observer in observers:

@@ -6,7 +6,7 @@ Memory does not grow with the number of samples, and the model is left as it was
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -71,7 +71,7 @@ def skip_blocks(
     """
     skippers = list(skippers)
 
-    def passes() -> Iterator[dict[str, Any]]:
+    def passes() -> Generator[dict[str, Any]]:
         for inputs in calibration.inputs(host):
             full = heads_of(host, forward(host, inputs, without_cache=True), inputs)
             _check_finite(host, full)

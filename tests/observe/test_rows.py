@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 
@@ -397,3 +398,37 @@ def test_labels_do_not_write_into_the_config():
     before = model.config.to_dict()
     analyze(model, [{**batch, "labels": torch.zeros(8, dtype=torch.long)} for batch in batches])
     assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("similarity", ["cka", "effect"])
+def test_an_interruption_between_batches_leaves_no_hooks_as_long_as_its_traceback_is_kept(similarity):
+    """A notebook keeps the last traceback, with all that its frames hold."""
+    model = ZOO["bert"].model()
+
+    def batches():
+        yield from ZOO["bert"].batches(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        analyze(model, batches(), similarity=similarity, progress=False)
+    assert caught.tb is not None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Stopped(Calibration):
+    """Ctrl-C comes while the progress is told, when the batch's pass is done and its hooks still stand."""
+
+    def bar(self, what, show):
+        def advance(count):
+            raise KeyboardInterrupt
+
+        return contextlib.nullcontext(advance)
+
+
+def test_an_interruption_while_progress_is_told_leaves_no_hooks():
+    subject = describe(ZOO["bert"].model())
+    observers = [StackObserver(stack, metrics.get("cka")(), "tokens") for stack in subject.stacks.values()]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        observe(subject.host, observers, Stopped(ZOO["bert"].batches(), 48), progress=False)
+    assert caught.tb is not None
+    assert not any(module._forward_hooks for module in subject.host.root.modules())
