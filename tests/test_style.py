@@ -111,3 +111,14 @@ def foreign(source: str, own: set[str]) -> Iterator[tuple[int, str]]:
 def test_the_rule_for_other_libraries_sees_them(source, name):
     assert [found for _, found in foreign(source, {"_own"})] == [name]
     assert list(foreign("module._own", {"_own"})) == []
+
+
+def test_no_seed_is_set_for_all_devices():
+    """torch.manual_seed seeds every GPU, and only the states of the model's are put back (observe/forward.py)."""
+    calls = [
+        f"{path}:{number}"
+        for path in sorted((ROOT / "deeparc_hf").rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if "torch.manual_seed(" in line or "cuda.manual_seed_all(" in line
+    ]
+    assert not calls

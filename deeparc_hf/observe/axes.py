@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import Host, Stack
 from ..errors import CalibrationError
 from .batches import batch_size, padding_masks
-from .forward import evaluating, forward
+from .forward import evaluating, forward, seed_random
 from .hooks import given_hidden_states, hidden_states, hooked
 from .trials import Changed, changed, trials
 
@@ -166,7 +166,7 @@ def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask
         for name, block in middle.items():
             handles.append(block.register_forward_pre_hook(partial(before, name), with_kwargs=True))
     with hooked(handles):
-        torch.manual_seed(0)  # ViLT takes its patches in a random order
+        seed_random(host.root, 0)  # ViLT takes its patches in a random order
         forward(host, inputs, without_cache=True)
     seen = {}
     # after the pass: within it, what transformers collects of each block would be collected again

@@ -15,7 +15,7 @@ from ..architectures import Host
 from ..errors import CalibrationError, DeepArcError
 from .batches import without_labels
 
-__all__ = ["evaluating", "forward", "keeping_random_states", "require_weights"]
+__all__ = ["evaluating", "forward", "keeping_random_states", "require_weights", "seed_random"]
 
 _REGISTERED = ("_modules", "_buffers")
 
@@ -47,14 +47,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def keeping_random_states(model: nn.Module | None) -> Iterator[None]:
     """Afterwards the random states of torch (on the CPU, and where the model is), numpy and python are as before."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    parameters = () if model is None else model.parameters()
-    devices = sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=_gpus(model)):
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def seed_random(model: nn.Module | None, seed: int) -> None:
+    """Seed torch on the CPU and where the model is: the states that `keeping_random_states` puts back.
+    (`torch.manual_seed` would seed all other GPUs too.)
+    """
+    torch.default_generator.manual_seed(seed)
+    for index in _gpus(model):
+        torch.cuda.default_generators[index].manual_seed(seed)
+
+
+def _gpus(model: nn.Module | None) -> list[int]:
+    parameters = () if model is None else model.parameters()
+    return sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
 
 
 def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) -> Any:

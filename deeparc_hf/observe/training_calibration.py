@@ -28,7 +28,7 @@ from ..core.distributed import gather, process_count, process_index
 from ..core.progress_bars import samples_in
 from ..errors import CalibrationError
 from .calibration import Calibration, chosen_rows
-from .forward import keeping_random_states
+from .forward import keeping_random_states, seed_random
 from .untouched import ReadOnceError, apart, untouched
 
 __all__ = ["Sampling", "TrainingCalibration", "calibration_of", "kept_columns"]
@@ -189,7 +189,7 @@ class TrainingCalibration(Calibration):
             chosen = chosen_rows(len(self._data), self._config.calibration_samples, self._config.seed, self._skip)
             share = chosen[index::count]
             return iter(self._loader(Subset(self._data, share)) if share else ())
-        torch.manual_seed(self._config.seed)  # samplers draw from it
+        seed_random(None, self._config.seed)  # samplers draw on the CPU
         batches = self._data if self._how is None else self._loader(self._data)
         return islice(iter(batches), *((None,) if self._shared_out else (index, None, count)))
 
