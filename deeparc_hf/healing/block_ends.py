@@ -64,6 +64,8 @@ def _tried(block: nn.Module, run: Callable[[], Any], output: Tensor, leaves: lis
     norm = next(
         (leaf for leaf in behind if isinstance(leaf.module, BatchNorm) and torch.equal(leaf.input, last.output)), None
     )
+    if norm is not None and any(getattr(norm.module, name) is None for name in ("weight", "bias", "running_mean")):
+        return f"{norm.path} has no weights or no running statistics of its own, which would have to be refitted"
     generator = torch.Generator().manual_seed(0)
     change = torch.randn(last.output.shape, generator=generator).to(last.output) * last.output.std() * 0.1
     output_changed, leaves_changed = _observed(block, run, (last.path, change))

@@ -254,6 +254,19 @@ def test_a_norm_with_statistics_at_the_end_is_left_alone():
     assert "whose statistics are those of its own inputs" in left_alone(model.eval())
 
 
+@pytest.mark.parametrize("how", [{"affine": False}, {"track_running_stats": False}])
+def test_a_norm_that_cannot_be_refitted_is_left_alone(how):
+    """Behind a map without a bias there is nowhere for an intercept to go, and the statistics could not follow."""
+    model = ZOO["resnet"].model()
+    name, stack = next((name, stack) for name, stack in find_stacks(model).items() if len(stack) > 2)
+    for block in stack.blocks:
+        last = block.layer[-1]
+        last.normalization = torch.nn.BatchNorm2d(last.normalization.num_features, **how).eval()
+    (healing,) = fit_sites(describe(model), {name: [2]}, Calibration(ZOO["resnet"].batches(4), 100))
+    assert healing.change is None
+    assert "no weights or no running statistics of its own" in healing.reason
+
+
 def test_positions_in_another_order_than_the_blocks_are_left_alone():
     model = ZOO["bert"].model()
     for layer in model.bert.encoder.layer[1:3]:
