@@ -117,6 +117,11 @@ class PruningPlan:
         batches = f" in batches of {self.batch_size}" if self.batch_size else ""
         return f"{count}{batches}" if self.samples else "calibration samples whose number is not known"
 
+    @property
+    def comparison(self) -> str:
+        """How the blocks were compared, in words."""
+        return f"{self.config.similarity} (rows: {self.config.effective_rows}) on {self.samples_text}"
+
     def replan(self, **settings: Any) -> PruningPlan:
         """A plan from the same similarities with other settings, at once. What decides the similarities must stay.
 

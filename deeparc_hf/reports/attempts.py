@@ -204,6 +204,7 @@ class Attempt:
         training_seconds: time of the training steps; None where it is not known.
         iteration, k, thresholds: number of the pruning among those that are accepted, its stride, and thresholds by
             stack; None and empty for the model before the first pruning.
+        compared: how its blocks were compared, in words.
         removed, plan_removed: blocks that it removed, by stack, numbered as in the original, and as right before.
         stages: what each step did (`quality.measure_quality`, by stage).
         metric, value, baseline, drop: what it was judged by; None where nothing was judged.
@@ -221,6 +222,7 @@ class Attempt:
     iteration: int | None = None
     k: int | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    compared: str | None = None
     removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     plan_removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     healing: list[dict[str, Any]] = field(default_factory=list)
@@ -239,7 +241,7 @@ class Attempt:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, a copy: an entry of the report's attempts."""
         data = asdict(self)
-        lacking = [name for name in ("reason", "decision") if data[name] is None]
+        lacking = [name for name in ("reason", "decision", "compared") if data[name] is None]
         if self.k is None:
             lacking += ["iteration", "k", "thresholds", "removed", "plan_removed", "healing"]
             lacking += [] if self.stages else ["stages"]
@@ -264,6 +266,7 @@ class Attempt:
             frozen=_blocks(entry["frozen"]),
             k=entry.optional("k", Entry.whole),
             thresholds=entry.optional("thresholds", _thresholds, {}),
+            compared=entry["compared"].shown(),
             removed=entry.optional("removed", _blocks, {}),
             epoch=entry["epoch"].number(),
             evaluations=tuple(

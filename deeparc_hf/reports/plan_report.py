@@ -170,7 +170,7 @@ def _markdown(plan: PruningPlan, rows: Sequence[Measurement], data: Mapping[str,
         parts += ["## Measurements", iteration_table(rows), _measured(rows)]
     parts += [
         "## How the blocks were compared",
-        f"By {plan.config.similarity} (rows: {plan.config.effective_rows}) on {plan.samples_text}.",
+        f"By {plan.comparison}.",
         fenced(str(plan), "text"),
     ]
     if data["healing"]:

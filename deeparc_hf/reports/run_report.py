@@ -155,6 +155,7 @@ def _markdown(data: Mapping[str, Any], attempts: Sequence[Attempt]) -> str:
         removed = "; ".join(f"{name}: {', '.join(map(str, blocks))}" for name, blocks in attempt.removed.items())
         verdict = f"{attempt.decision or 'no verdict yet'}{f': {attempt.reason}' if attempt.reason else ''}"
         said = [f"- {attempt.name} (k={attempt.k}, step {attempt.step}) removed {removed}: {verdict}."]
+        said += [f"  - Its blocks were compared by {attempt.compared}."] if attempt.compared else []
         # these are numbered as the model was right before the pruning
         said += [f"  - Healing, blocks numbered as before this pruning: {healing_text(s)}" for s in attempt.healing]
         parts.append("\n".join(said))

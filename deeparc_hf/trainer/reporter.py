@@ -50,6 +50,7 @@ class Reporter:
             attempt.iteration, attempt.k = p.accepted + 1, plan.config.k
             attempt.name = f"pruning {attempt.iteration}"
             attempt.thresholds = {name: stack.threshold for name, stack in plan.stacks.items()}
+            attempt.compared = plan.comparison
             attempt.removed = lists(p.record["iterations"][-1]["removed"])
             attempt.plan_removed = lists(plan.removed)
         p.attempts.append(attempt)

@@ -116,8 +116,10 @@ def test_each_epoch_is_measured_on_held_out_and_on_test_data(run):
         assert row.tested[-1] == pytest.approx(row.measured.metrics["accuracy"])  # the model is that of the last epoch
 
 
-def test_the_card_tells_the_batches_that_blocks_were_compared_in(run):
-    assert "on 64 calibration samples in batches of 8" in (run.folder / "iteration-2" / "README.md").read_text()
+def test_card_and_report_tell_the_batches_that_blocks_were_compared_in(run):
+    told = "on 64 calibration samples in batches of 8"
+    assert told in (run.folder / "iteration-2" / "README.md").read_text()
+    assert f"compared by cka (rows: flat) {told}" in (run.folder / "iteration-1" / "pruning_report.md").read_text()
 
 
 def test_the_saved_image_processor_scales_as_the_recipe_did(run):
