@@ -81,11 +81,16 @@ class MPruneConfig(Settings):
     freeze: str | tuple[str, ...] = setting(
         "none",
         "'partial' trains the kept blocks beside each removal site and freezes the others, and embeddings and stem (a "
-        "tied head too). 'record' freezes at once what the checkpoint's record says was frozen. Or the blocks to "
-        "freeze: patterns, as for protect.",
+        "tied head too; see freeze_inputs). 'record' freezes at once what the checkpoint's record says was frozen. Or "
+        "the blocks to freeze: patterns, as for protect.",
         choices=("none", "partial", "record"),
         cli="What the checkpoint's record notes as not to be retrained: 'none'; 'partial', all kept blocks but those "
         "beside a removal site, and embeddings and stem; 'record', what it notes already.",
+    )
+    freeze_inputs: bool = setting(
+        True,
+        "What runs before the lowest trained block (embeddings, a CNN's stem) is frozen with the blocks that freeze "
+        "names, so that the backward pass ends there. False: these blocks alone.",
     )
     similarity: str = setting(
         "cka",

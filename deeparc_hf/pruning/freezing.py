@@ -23,11 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 def freeze_blocks(
-    subject: Subject, frozen: Mapping[str, Sequence[int]], transaction: Transaction | None = None
+    subject: Subject,
+    frozen: Mapping[str, Sequence[int]],
+    transaction: Transaction | None = None,
+    *,
+    inputs: bool = True,
 ) -> list[nn.Parameter]:
-    """Freeze blocks, and everything that runs before the lowest block that is trained.
+    """Freeze blocks, and with `inputs` everything that runs before the lowest block that is trained.
 
-    Embeddings and stems are frozen too: otherwise the backward pass would still walk through every frozen block to
+    Embeddings and stems are frozen then: otherwise the backward pass would still walk through every frozen block to
     reach them. Heads, final norms and poolers stay trainable, but a head that is tied to the embeddings is frozen with
     them. A model with an encoder and a decoder has a lowest trained block in each.
 
@@ -37,7 +41,7 @@ def freeze_blocks(
     stacks, host = subject.stacks, subject.host
     chosen = [p for name, indices in frozen.items() for i in indices for p in stacks[name].blocks[i].parameters()]
     in_blocks = {id(p) for stack in stacks.values() for p in stack.container.parameters()}
-    for module in _upstream(subject, frozen):
+    for module in _upstream(subject, frozen) if inputs else ():
         # scalars (CLIP's temperature) belong to the head, wherever they are kept
         chosen += [p for p in module.parameters(recurse=False) if id(p) not in in_blocks and p.ndim > 0]
     changed = [p for p in {id(p): p for p in chosen}.values() if p.requires_grad]

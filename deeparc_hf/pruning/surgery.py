@@ -149,7 +149,14 @@ def follow_record(
         )
     if step.removed:
         _operate(subject, step.removed, {}, None, optimizer=None, transaction=transaction, known=record)
-    return freeze_blocks(describe(subject), frozen, transaction) if any(frozen.values()) else []
+    if not any(frozen.values()):
+        return []
+    return freeze_blocks(describe(subject), frozen, transaction, inputs=_freezes_inputs(record))
+
+
+def _freezes_inputs(record: PrunedConfig) -> bool:
+    """Whether the last pruning froze embeddings and stem beside blocks."""
+    return record.iterations[-1].get("settings", {}).get("freeze_inputs") is not False if record.iterations else True
 
 
 def forget_parameters(
@@ -218,7 +225,7 @@ def _operate(
             tell_unproven(stacks, removed)
         changed = []
         if any(frozen.values()):
-            changed = freeze_blocks(subject, step.places(frozen), transaction)
+            changed = freeze_blocks(subject, step.places(frozen), transaction, inputs=_freezes_inputs(record))
         if optimizer is not None:
             lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
             still_used = {id(p) for p in host.root.parameters()}

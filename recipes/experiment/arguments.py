@@ -81,6 +81,7 @@ class PruningArguments:
     k: int = _as_in(MPruneConfig, "k")
     k_max: int = _as_in(MPruneConfig, "k_max")
     freeze: str = setting("none", "none, or partial (the seed's Part)")
+    freeze_inputs: bool = _as_in(MPruneConfig, "freeze_inputs")
     similarity: str = setting(
         "cka",
         "cka (debiased; the seed's for images, with rows flat), cka_biased (the seed's for texts), cosine or effect",
@@ -191,7 +192,20 @@ def _target_in(entry: str) -> int | dict[str, int]:
 
 # settings of MPruneConfig that are the same in each iteration
 _OF_EACH_ITERATION = (
-    *("k", "k_max", "freeze", "similarity", "rows", "linkage", "across_stacks", "keep", "heal", "metric", "max_drop"),
+    *(
+        "k",
+        "k_max",
+        "freeze",
+        "freeze_inputs",
+        "similarity",
+        "rows",
+        "linkage",
+        "across_stacks",
+        "keep",
+        "heal",
+        "metric",
+        "max_drop",
+    ),
     "calibration_samples",
 )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deeparc_hf import find_stacks, remove_blocks
+from deeparc_hf import analyze, apply_plan, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.pruning.freezing import freeze_blocks
+from deeparc_hf.trainer.follow_checkpoint import Structure
 from tests.zoo import ZOO
 
 
@@ -29,6 +30,20 @@ def test_resnet_freezes_the_stem_and_crosses_stages():
     assert blocks == {"resnet.encoder.stages.1.layers.1", "resnet.encoder.stages.2.layers.0"}
     assert not any(name.startswith("resnet.embedder") for name in trainable(model))
     assert any(name.startswith("classifier") for name in trainable(model))
+
+
+@pytest.mark.parametrize("name", ["bert", "resnet"])
+def test_blocks_alone_are_frozen_where_it_is_said(name):
+    model = ZOO[name].model()
+    settings = {"num_blocks": sum(map(len, find_stacks(model).values())) - 1, "freeze": "partial"}
+    plan = analyze(model, ZOO[name].batches(), progress=False, freeze_inputs=False, **settings)
+    record = apply_plan(model, plan)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    blocks = {f"{stack}.{place}" for stack, places in record.frozen.items() for place in places}
+    assert blocks and all(any(name.startswith(f"{block}.") for block in blocks) for name in frozen)
+    again = ZOO[name].model()  # a training that is resumed, or goes on from the record, freezes the same
+    Structure(record, record.frozen).freeze(again)
+    assert {name for name, p in again.named_parameters() if not p.requires_grad} == frozen
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
