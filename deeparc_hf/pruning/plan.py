@@ -147,7 +147,7 @@ class PruningPlan:
             "format_version": FORMAT_VERSION,
             "config": self.config.to_dict(),
             "samples": self.samples,
-            "batch_size": self.batch_size,
+            **({"batch_size": self.batch_size} if self.batch_size else {}),
             "stacks": {name: _stack_to_dict(stack) for name, stack in self.stacks.items()},
         }
 
@@ -373,14 +373,14 @@ def _stack_to_dict(stack: StackPlan) -> dict[str, Any]:
         "next_stack": stack.compared.next_stack,
         "labels": list(stack.compared.labels),
         "frozen_before": list(stack.compared.frozen),
-        "before": [list(row) for row in stack.compared.before],
+        **({"before": [list(row) for row in stack.compared.before]} if stack.compared.before else {}),
         "threshold": stack.threshold,
         "clusters": [list(cluster) for cluster in stack.clusters],
         "removed": list(stack.removed),
         "kept": list(stack.kept),
         "frozen": list(stack.frozen),
         "protected": list(stack.protected),
-        "leader": stack.leader,
+        **({"leader": stack.leader} if stack.leader else {}),
     }
 
 

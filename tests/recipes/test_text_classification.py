@@ -314,7 +314,7 @@ def test_a_fine_tuned_model_keeps_the_order_of_its_classes(data, tmp_path):
 
 def test_a_folder_with_the_results_of_another_experiment_is_left_alone(run):
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
-    with pytest.raises(ConfigError, match=r"holds results\.json of an earlier experiment\. Give another output_dir"):
+    with pytest.raises(ConfigError, match=r"holds experiment\.json of an earlier experiment\. To go on with it"):
         main(words(**{**run.data, "num_blocks": 3}, output_dir=str(run.folder)))
     assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
 
