@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from .publish.push import push_to_hub as push_to_hub
     from .sparsity.config import WandaConfig as WandaConfig
     from .sparsity.sparsify import sparsify_model as sparsify_model
+    from .trainer import KeptZeros as KeptZeros
     from .trainer import MPruneCallback as MPruneCallback
     from .trainer import WandaCallback as WandaCallback
+    from .trainer import follow as follow
 
 __version__ = "0.1.0.dev0"
 
@@ -51,7 +53,7 @@ _NAMES = {
     "publish.push": ["push_to_hub"],
     "sparsity.config": ["WandaConfig"],
     "sparsity.sparsify": ["sparsify_model"],
-    "trainer": ["MPruneCallback", "WandaCallback"],
+    "trainer": ["KeptZeros", "MPruneCallback", "WandaCallback", "follow"],
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

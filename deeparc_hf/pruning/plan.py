@@ -308,6 +308,8 @@ def check_possible(compared: Mapping[str, ComparedStack], config: MPruneConfig) 
 
 def first_threshold(plan: PruningPlan) -> float | None:
     """The highest threshold that would remove a block; None if pinned and protected blocks allow no removal."""
+    if plan.num_blocks < 2:
+        return None
     try:
         nearest = plan.replan(num_blocks=plan.num_blocks - 1)
     except PlanError:

@@ -7,6 +7,7 @@ May import everything but `cli`.
 from __future__ import annotations
 
 from .mprune import MPruneCallback
+from .own_loop import KeptZeros, follow
 from .wanda import WandaCallback
 
-__all__ = ["MPruneCallback", "WandaCallback"]
+__all__ = ["KeptZeros", "MPruneCallback", "WandaCallback", "follow"]

@@ -14,7 +14,7 @@ import pytest
 
 from deeparc_hf import MPruneConfig
 from deeparc_hf.errors import PlanError
-from deeparc_hf.pruning.plan import ComparedStack, freezing_set, make_plan
+from deeparc_hf.pruning.plan import ComparedStack, first_threshold, freezing_set, make_plan
 
 Matrix = tuple[tuple[float, ...], ...]
 
@@ -360,3 +360,12 @@ def test_which_block_stays_decides_where_similarity_depends_on_it():
     for keep, gone in (("leader", 2), ("last", 0)):
         plan = make_plan(compared, MPruneConfig(num_blocks=2, keep=keep))
         assert plan.removed == {"a": (gone,)} and plan.stacks["a"].threshold == 0.99
+
+
+def test_the_first_threshold_removes_one_block_and_of_one_block_there_is_none():
+    stack = by_leader(0.9, 0.7)
+    plan = make_plan({"a": stack}, MPruneConfig(threshold=1.0))
+    first = first_threshold(plan)
+    assert len(make_plan({"a": stack}, MPruneConfig(threshold=first)).removed["a"]) == 1
+    assert not make_plan({"a": stack}, MPruneConfig(threshold=min(1.0, first + 1e-9))).removed
+    assert first_threshold(make_plan({"a": alike(1)}, MPruneConfig(threshold=0.5))) is None

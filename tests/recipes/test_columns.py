@@ -74,7 +74,7 @@ GRIDS = {
     "resnet152_imagenet": ("T99 K1 full", {"iteration 1": RESNET}),
     "resnet50_imagenet": ("T98 full", {"iteration 1": RESNET}),
     "bert_base_emotion": (
-        "T99 full",
+        "T98 full",
         {"iteration 1": BERT, "iteration 1, 50 % zeros": BEFORE, "iteration 1, 50 % zeros, retrained": AFTER},
     ),
     "bert_base_yahoo": ("T98 full", {"iteration 1": BERT, "iteration 1, 10 % zeros": BEFORE}),

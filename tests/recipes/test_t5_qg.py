@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from deeparc_hf import PrunedConfig
@@ -223,6 +225,46 @@ def test_two_processes_give_every_question_once_and_in_order(place):
     grouped = [*words(place, place / "grouped"), "--model", str(last), "--finetune_epochs", "0", "--iterations", "0"]
     (row,) = recipe("t5_qg").main([*grouped, "--train_sampling_strategy", "group_by_length"])
     assert row.measured.metrics["rouge1"] == pytest.approx(again.measured.metrics["rouge1"])
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it_without_arguments_in_two_processes(place, tmp_path):
+    """From a copy of the recipes in which the config of the seed's table asks for tiny things."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    given = words(place, tmp_path / "runs")
+    config: dict[str, object] = {}
+    for word in given:
+        if word.startswith("--"):
+            config[name := word[2:]] = True
+        else:
+            config[name] = (
+                word
+                if config[name] is True
+                else [*([config[name]] if isinstance(config[name], str) else config[name]), word]
+            )
+    (tmp_path / "recipes" / "configs" / "t5_base_squad.yaml").write_text(yaml.safe_dump(config))
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "recipes" / "accelerate_configs" / "two_cpu_processes.yaml"),
+        "--main_process_port",
+        "29741",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "recipes/t5_qg.py"], capture_output=True, text=True, env=environment, timeout=400, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "No --config and no --model" in done.stderr
+    rows = read_rows(tmp_path / "runs")
+    assert [sum(row.blocks.values()) for row in rows] == [7, 6, 5] and all(row.measured.samples == 13 for row in rows)
+    assert (
+        json.loads((tmp_path / "runs" / "iteration-2" / "pruning_report.json").read_text())["training"]["processes"]
+        == 2
+    )
+    assert (tmp_path / "runs" / "scores.md").is_file()
 
 
 def test_a_model_without_weights_is_not_measured_as_it_is(place, tmp_path):
