@@ -215,6 +215,25 @@ def test_settings_by_index_follow(tmp_path):
     assert made(gemma4).config.to_dict() == state
 
 
+@pytest.mark.skipif(not hasattr(tf.PreTrainedConfig, "per_layer_config"), reason="came with later transformers")
+def test_settings_that_skip_parts_of_a_layer_follow(tmp_path):
+    """What a block that stays skips is said at its new place, and a stock class reads it."""
+    skips = {2: {"skip": ["mlp"]}, 4: {"skip": ["attention"]}}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = tf.LlamaConfig(vocab_size=100, num_hidden_layers=5, per_layer_config=skips, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    model = tf.LlamaForCausalLM(config).eval()
+    remove_blocks(model, {"model.layers": [0, 3]}, example={"input_ids": torch.arange(5, 15)[None]})
+    assert model.config.to_dict()["per_layer_config"] == {"1": {"skip": ["mlp"]}, "2": {"skip": ["attention"]}}
+    model.save_pretrained(tmp_path)
+    again, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert [sorted(layer.skip) for layer in again.config.per_layer_config] == [[], ["mlp"], ["attention"]]
+    inputs = {"input_ids": torch.arange(5, 15)[None]}
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
+
+
 def test_gpt_neo_says_its_pattern_anew(tmp_path):
     model = made(gpt_neo)
     remove_blocks(model, {"transformer.h": [1, 2]})
