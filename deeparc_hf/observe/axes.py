@@ -24,12 +24,19 @@ from .forward import evaluating, forward, seed_random
 from .hooks import given_hidden_states, hidden_states, hooked
 from .trials import Changed, changed, trials
 
-__all__ = ["Axes", "Padding", "find_axes"]
+__all__ = ["SIDE_BY_SIDE", "Axes", "Padding", "find_axes"]
 
 _OTHER_MASK = re.compile(r"(pixel|feature|frame|image|audio|patch)\w*_mask$")
 _MAPS = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 logger = logging.getLogger(__name__)
+
+
+# why the samples of a stack cannot be compared one by one
+SIDE_BY_SIDE = (
+    "the positions of all samples stand side by side in what its blocks put out, and which of them belong to a sample "
+    "cannot be told (rows='tokens' compares them all)"
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Host, Stack
 from ..similarity import SimilarityMetric
-from .axes import Axes, Padding, find_axes
+from .axes import SIDE_BY_SIDE, Axes, Padding, find_axes
 from .calibration import Calibration
 from .collect import Observed, collect, note_first, require_finite
 from .forward import forward
@@ -57,10 +57,7 @@ class StackObserver:
         """Take note of what the dimensions of the blocks' outputs mean, or why that is not known."""
         axes = known.get(self.name)
         if isinstance(axes, Axes) and axes.samples is None and self.rows != "tokens":
-            self.obstacle = (
-                "the positions of all samples stand side by side in what its blocks put out, and which of them belong "
-                "to a sample cannot be told (rows='tokens' compares them all)"
-            )
+            self.obstacle = SIDE_BY_SIDE
         elif isinstance(axes, str):
             self.obstacle = axes
         elif axes is not None:

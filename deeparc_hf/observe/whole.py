@@ -19,7 +19,7 @@ from ..architectures import Stack
 from ..errors import CalibrationError
 from ..similarity import SimilarityMetric
 from ..similarity.base import centered_gram
-from .axes import Axes
+from .axes import SIDE_BY_SIDE, Axes
 from .collect import Observed, require_finite
 from .hooks import did_not_run, hidden_states
 
@@ -52,10 +52,7 @@ class WholeObserver:
             if isinstance(axes, str):
                 self.obstacle = axes
             elif axes.samples is None:
-                self.obstacle = (
-                    "the positions of all samples stand side by side in what its blocks put out, and which of them "
-                    "belong to a sample cannot be told (rows='tokens' compares them all)"
-                )
+                self.obstacle = SIDE_BY_SIDE
         if self.obstacle is None:
             self._axes = {name: axes for name, axes in known.items() if isinstance(axes, Axes)}
 

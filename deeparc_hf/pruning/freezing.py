@@ -16,6 +16,7 @@ from ..core.local_hooks import LocalHook
 from ..core.transaction import Transaction
 from ..observe.forward import evaluating
 from ..observe.hooks import hooked
+from .clusters import chains
 
 __all__ = ["freeze_blocks", "let_statistics_go", "thaw"]
 
@@ -88,7 +89,7 @@ def _upstream(subject: Subject, frozen: Mapping[str, Sequence[int]]) -> list[nn.
     order = _execution_order(host)
     found: list[nn.Module] = [module for module in host.root.modules() if isinstance(module, nn.Embedding)]
     blocks = {id(m) for stack in stacks.values() for block in stack.blocks for m in block.modules()}
-    for scope, chain in _chains(stacks).items():
+    for scope, chain in _scopes(stacks).items():
         trained = [block for s in chain for i, block in enumerate(s.blocks) if i not in frozen.get(s.name, ())]
         lowest = trained[0] if trained else chain[-1].blocks[-1]
         for module in host.root.get_submodule(scope).modules():
@@ -97,18 +98,13 @@ def _upstream(subject: Subject, frozen: Mapping[str, Sequence[int]]) -> list[nn.
     return found
 
 
-def _chains(stacks: Mapping[str, Stack]) -> dict[str, list[Stack]]:
+def _scopes(stacks: Mapping[str, Stack]) -> dict[str, list[Stack]]:
     """Stacks that feed each other, under the path of the part of the model that is theirs alone ("": all of it)."""
-    chains: list[list[Stack]] = []
-    for stack in stacks.values():
-        if chains and chains[-1][-1].next_stack == stack.name:
-            chains[-1].append(stack)
-        else:
-            chains.append([stack])
+    chained = [list(chain.values()) for chain in chains(stacks)]
     scopes = {}
-    for chain in chains:
+    for chain in chained:
         parts = chain[0].name.split(".")
-        others = [zip(parts, other[0].name.split("."), strict=False) for other in chains if other is not chain]
+        others = [zip(parts, other[0].name.split("."), strict=False) for other in chained if other is not chain]
         alike = [list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) for pairs in others]
         shared = max(map(len, alike), default=-1)
         scopes[".".join(parts[: shared + 1])] = chain

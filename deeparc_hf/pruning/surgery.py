@@ -110,8 +110,11 @@ def apply_plan(
         return current_record(subject)
     removed = _checked(stacks, plan.removed)
     frozen = {name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}
+    settings = plan.config.to_dict()
+    if plan.config.freeze == "record":  # what was frozen is frozen again, and no more
+        settings["freeze_inputs"] = _freezes_inputs(current_record(subject))
     entry = {
-        "settings": plan.config.to_dict(),
+        "settings": settings,
         "samples": plan.samples,
         "thresholds": {name: stack.threshold for name, stack in plan.stacks.items()},
         "removed": removed,

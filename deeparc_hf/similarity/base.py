@@ -88,6 +88,8 @@ class SimilarityMetric(BlockMetric):
     def update_grams(self, grams: Tensor) -> None:
         """Take the Gram matrices of a batch of whole outputs, which are too large to be kept as rows.
 
+        The metric's matrix must be symmetric: of blocks of different stacks one of two entries is kept.
+
         Args:
             grams: shape (L, N, N), float64; inner products of the rows of each block, their mean taken off
                 (`centered_gram`).

@@ -79,8 +79,8 @@ class Zeros:
         for parameter, kept in self._items():
             _zero_others(parameter, kept)
 
-    def check(self, model: nn.Module) -> None:
-        """Check that all of the weights are zero."""
+    def check(self, model: nn.Module, advice: str) -> None:
+        """Check that all of the weights are zero; the advice is what to do where they are not."""
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         # those of blocks that were removed, but may come back, are not the model's now
         counts = {names[id(p)]: int((p.detach()[~kept] != 0).sum()) for p, kept in self._items() if id(p) in names}
@@ -90,8 +90,7 @@ class Zeros:
             raise SparsityError(
                 f"{sum(broken.values()):,} weights of {next(iter(broken))}{more} that were zeroed are not zero any "
                 "more: something other than the optimizer's steps has changed them (another callback, weights that "
-                "were loaded or averaged). Put WandaCallback last in the list of callbacks, or set keep_zeros=False "
-                "if the zeros are not to stay."
+                f"were loaded or averaged). {advice}"
             )
 
     def _items(self) -> Iterator[tuple[nn.Parameter, Tensor]]:

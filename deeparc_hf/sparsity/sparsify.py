@@ -22,12 +22,12 @@ from ..observe.calibration import Calibration
 from ..observe.forward import evaluating, require_weights
 from .config import WandaConfig
 from .input_norms import measured_inputs
-from .masks import choose_lowest, choose_pattern, zero_chosen
+from .masks import Zeros, choose_lowest, choose_pattern, zero_chosen
 from .matrices import Matrix, find_matrices, matrices_named
 from .methods import methods
 from .report import MatrixSparsity, SparsityReport
 
-__all__ = ["matrices_for", "recorded_mask", "recorded_matrices", "sparsify", "sparsify_model"]
+__all__ = ["keep_recorded", "matrices_for", "recorded_mask", "recorded_matrices", "sparsify", "sparsify_model"]
 
 
 def sparsify_model(
@@ -154,6 +154,15 @@ def recorded_matrices(model: nn.Module | Subject, record: PrunedConfig) -> dict[
             )
         found[name] = (own[name], zeros)
     return found
+
+
+def keep_recorded(zeros: Zeros, model: nn.Module | Subject, record: PrunedConfig) -> bool:
+    """Keep the zeros that a record lists, where they are not kept yet; whether it lists any."""
+    entries, listed = (record.sparsity or {}).get("matrices", {}), recorded_matrices(model, record)
+    for name, (matrix, _) in listed.items():
+        if not zeros.holds(matrix.weight):
+            zeros.add(matrix.weight, recorded_mask(matrix, entries[name]["zeros"]))
+    return bool(listed)
 
 
 def recorded_mask(matrix: Matrix, count: int) -> Tensor:

@@ -13,7 +13,7 @@ from ..errors import SurgeryError
 from ..pruning.surgery import forget_parameters
 from ..sparsity.masks import Zeros
 from ..sparsity.matrices import is_sharded
-from ..sparsity.sparsify import recorded_mask, recorded_matrices
+from ..sparsity.sparsify import keep_recorded
 
 __all__ = ["KeptZeros", "follow"]
 
@@ -80,11 +80,9 @@ class KeptZeros:
 
     def __init__(self, model: nn.Module) -> None:
         subject = describe(model)
-        record = current_record(subject)
         self._model = model
         self._zeros = Zeros()
-        for name, (matrix, _) in recorded_matrices(subject, record).items():
-            self._zeros.add(matrix.weight, recorded_mask(matrix, record.sparsity["matrices"][name]["zeros"]))
+        keep_recorded(self._zeros, subject, current_record(subject))
 
     def __len__(self) -> int:
         """Number of matrices."""
@@ -100,4 +98,4 @@ class KeptZeros:
         Raises:
             SparsityError: naming a matrix in which they are not.
         """
-        self._zeros.check(self._model)
+        self._zeros.check(self._model, "Call apply after every step of the optimizer, and after weights were loaded.")

@@ -21,7 +21,7 @@ from ..reports.provenance import TIMES
 from ..sparsity.config import WandaConfig
 from ..sparsity.masks import Zeros
 from ..sparsity.report import SparsityReport
-from ..sparsity.sparsify import recorded_mask, recorded_matrices, sparsify
+from ..sparsity.sparsify import keep_recorded, recorded_matrices, sparsify
 from .ending import NEXT
 from .evaluations import compared_metrics, last_evaluation, value_text
 from .machine import Saved
@@ -33,6 +33,8 @@ __all__ = ["SPARSITY_REPORT", "SparsityProgress", "SparsityRun"]
 SPARSITY_REPORT = "sparsity_report"
 
 WAITING, KEPT, SPARSE = "waiting", "kept", "sparse"
+
+_ADVICE = "Put WandaCallback last in the list of callbacks, or set keep_zeros=False if the zeros are not to stay."
 
 
 @dataclass
@@ -260,7 +262,7 @@ class SparsityRun(Member):
         """Check that what was zeroed is zero, and note how much that is."""
         if not self._keeping:
             return
-        self._zeros.check(self.session.model)
+        self._zeros.check(self.session.model, _ADVICE)
         try:
             matrices = recorded_matrices(self.session.subject, self.session.record())
         except RecordError as error:
@@ -303,11 +305,7 @@ class SparsityRun(Member):
 
     def _add_recorded(self) -> None:
         """Keep the zeros that the record lists, where they are not kept yet."""
-        record = self.session.record()
-        for name, (matrix, _) in recorded_matrices(self.session.subject, record).items():
-            self._keeping = True
-            if not self._zeros.holds(matrix.weight):
-                self._zeros.add(matrix.weight, recorded_mask(matrix, record.sparsity["matrices"][name]["zeros"]))
+        self._keeping = keep_recorded(self._zeros, self.session.subject, self.session.record()) or self._keeping
 
     @property
     def _is_due(self) -> bool:

@@ -195,12 +195,20 @@ class QuestionMeasure:
 
 
 class QuestionTrainer(Seq2SeqTrainer):
-    """A Seq2SeqTrainer whose evaluations generate where `predict_with_generate` says so, also without a cache."""
+    """A Seq2SeqTrainer whose evaluations in the training generate where `predict_with_generate` says so, also without a
+    cache. Those with a prefix of their own give the loss alone: what measures scores there generates by itself.
+    """
 
-    def evaluate(self, *given: Any, **settings: Any) -> dict[str, float]:
-        if self.args.predict_with_generate:
-            settings.setdefault("use_cache", can_cache(self.accelerator.unwrap_model(self.model)))
-        return super().evaluate(*given, **settings)
+    def evaluate(self, *given: Any, metric_key_prefix: str = "eval", **settings: Any) -> dict[str, float]:
+        generates, compute = self.args.predict_with_generate, self.compute_metrics
+        if metric_key_prefix != "eval":
+            self.args.predict_with_generate, self.compute_metrics = False, None
+        elif generates:
+            settings["use_cache"] = can_cache(self.accelerator.unwrap_model(self.model))
+        try:
+            return super().evaluate(*given, metric_key_prefix=metric_key_prefix, **settings)
+        finally:
+            self.args.predict_with_generate, self.compute_metrics = generates, compute
 
 
 def can_cache(model: Any) -> bool:

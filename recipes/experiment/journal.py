@@ -48,7 +48,7 @@ class Journal:
     complete: bool = False
 
     def read(self) -> bool:
-        """Take over what is noted; whether there was a journal.
+        """Take over what is noted; whether there was a journal. It is begun with the experiment, before any training.
 
         Raises:
             ConfigError: if it is of other settings, or cannot be read.
@@ -58,9 +58,10 @@ class Journal:
             return False
         try:
             data = Entry(read_json(path)).mapping()
+            then = {part: Entry(settings).mapping() for part, settings in Entry(data["asked"]).mapping().items()}
             rows = {entry["name"]: Row.from_dict(entry) for entry in data["rows"]}
             speeds = {name: Speed(**entry) for name, entry in data["speeds"].items()}
-            then, ends, revision, complete = (data[key] for key in ("asked", "ends", "revision", "complete"))
+            ends, revision, complete = (data[key] for key in ("ends", "revision", "complete"))
         except (MalformedError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{path} cannot be read ({error}). Give another output_dir, or delete that one."

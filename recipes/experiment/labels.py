@@ -74,15 +74,15 @@ def _encoded(part: Any, column: str, names: list[str], numbers: dict[Hashable, i
 
 
 def _one_name_each(order: Sequence[str], names: Sequence[str]) -> list[str]:
-    """A model's names of its classes. Where several have one name ("crane", a bird and a machine, in ImageNet) they are
-    told apart as the data tells them apart at the same places ("crane2"), or else by their numbers.
+    """A model's names of its classes. Where several have one name ("crane", a bird and a machine, in ImageNet) the
+    first keeps it, and the others are told apart as the data tells them apart at the same places ("crane2"), or else by
+    their numbers.
     """
     found = list(order)
     for index, name in enumerate(order):
-        if order.count(name) > 1:
+        if name in order[:index]:
             there = names[index] if index < len(names) else ""
-            alone = f"{name} ({index})" if name in order[:index] else name
-            found[index] = there if there.startswith(name) else alone
+            found[index] = there if there.startswith(name) and there != name else f"{name} ({index})"
     return found
 
 

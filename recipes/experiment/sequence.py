@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from deeparc_hf.core.distributed import gather
 from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.progress_bars import shows_bars
 from deeparc_hf.errors import ConfigError
@@ -46,6 +47,13 @@ __all__ = ["Experiment"]
 logger = logging.getLogger(__name__)
 
 TOLD, TEXTS = "card.json", "texts"
+_OF_THE_CARD = ("repo_id", "repo_private", "license", "language")
+# arguments of a Trainer that change no figure, by how their names begin
+_NO_MATTER = (
+    *("output_dir", "resume_from", "save_", "logging_", "log_", "report_to", "run_name", "project", "trackio", "hub_"),
+    *("push_to", "disable_tqdm", "dataloader_num_workers", "dataloader_pin", "dataloader_persistent", "restore_call"),
+    *("local_rank", "ddp_timeout", "do_", "n_gpu"),
+)
 ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
 
 
@@ -87,6 +95,8 @@ class Experiment:
         where they are.
         """
         journal = self._journal
+        gather(lambda: None)  # until every process has looked for an earlier experiment
+        journal.write()  # before any training: what a checkpoint was trained with must be known to go on from it
         rows = [self._done(ORIGINAL, self._original)]
         for iteration in range(self.pruning.iterations):
             name = f"iteration {iteration + 1}"
@@ -103,7 +113,7 @@ class Experiment:
         for row in rows[0 if self.pruning.sparsity_original else 1 :]:
             for config in self.pruning.grid():
                 rows += self._sparse(row, config)
-        if self._main and not journal.complete:
+        if self._main and (not journal.complete or self.data.repo_id is not None):
             shutil.rmtree(self._out / SCRATCH, ignore_errors=True)
             for folder in self._out.iterdir():  # those that a Trainer made and nothing was saved to
                 if folder.is_dir() and not any(folder.iterdir()):
@@ -158,13 +168,19 @@ class Experiment:
                 f"resume_from_checkpoint={given} is not the experiment's folder. Say resume_from_checkpoint=true: what "
                 f"lies in output_dir ({self._out}) goes on where it stood."
             )
-        if given.lower() != "false":
-            return self._journal.read()
-        for pattern in (JOURNAL, f"{RESULTS}.json", "original*/config.json", "iteration-*/config.json"):
+        goes_on = given.lower() != "false"
+        if goes_on and self._journal.read():
+            return True
+        how = (
+            f"There is no {JOURNAL}, so where it stood is not known. Give"
+            if goes_on
+            else ("To go on with it, say --resume_from_checkpoint true; else give")
+        )
+        for pattern in (JOURNAL, f"{RESULTS}.json", *(f"{name}*/*" for name in (ORIGINAL, "iteration-"))):
             for earlier in filter(Path.is_file, self._out.glob(pattern)):
                 raise ConfigError(
-                    f"{self._out} holds {earlier.relative_to(self._out)} of an earlier experiment. To go on with it, "
-                    "say --resume_from_checkpoint true; else give another output_dir, or delete that folder."
+                    f"{self._out} holds {earlier.relative_to(self._out)} of an earlier experiment. {how} another "
+                    "output_dir, or delete that folder."
                 )
         return False
 
@@ -328,6 +344,8 @@ class Experiment:
         checkpoint = newest_checkpoint(Path(trainer.args.output_dir)) if self._resumes else None
         if checkpoint is not None:
             clock.resume(checkpoint)
+            if self._main:
+                sys.stdout.write(f"{checkpoint.parent.name}: goes on from {checkpoint.name}\n")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         clock.test = None
         return clock.seconds, {"validation": tuple(clock.values), "tested": tuple(clock.tested)}
@@ -386,10 +404,17 @@ class Experiment:
         return DataLoader(chosen, batch_size=trainer.args.train_batch_size, collate_fn=loader.collate_fn)
 
     def _asked(self) -> dict[str, Any]:
-        """What the figures depend on."""
-        told = {name: dict(self.provenance.get(name) or {}) for name in ("settings", "trainer", "data")}
-        told["trainer"].pop("save_strategy", None)
-        return {**told, "pruning": dataclasses.asdict(self.pruning)}
+        """What the figures depend on, as it was given: folders by their paths, which a report does not tell."""
+        places = {name: value for name, value in dataclasses.asdict(self.data).items() if name not in _OF_THE_CARD}
+        for name, value in places.items():
+            if isinstance(value, str) and Path(value).exists():
+                places[name] = str(Path(value).resolve())
+        training = {
+            name: value for name, value in self.training.to_sanitized_dict().items() if not name.startswith(_NO_MATTER)
+        }
+        own = {name: dict(self.provenance.get(name) or {}) for name in ("settings", "data")}
+        processes = {"processes": self.training.world_size}
+        return {**own, "model": places, "trainer": training | processes, "pruning": dataclasses.asdict(self.pruning)}
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -41,6 +41,12 @@ def test_blocks_alone_are_frozen_where_it_is_said(name):
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     blocks = {f"{stack}.{place}" for stack, places in record.frozen.items() for place in places}
     assert blocks and all(any(name.startswith(f"{block}.") for block in blocks) for name in frozen)
+    goes_on = {
+        "num_blocks": settings["num_blocks"] - 1,
+        "freeze": "record",
+    }  # a later pruning freezes no more than that
+    apply_plan(model, analyze(model, ZOO[name].batches(), progress=False, **goes_on))
+    assert {name for name, p in model.named_parameters() if not p.requires_grad and "embed" in name} == set()
     again = ZOO[name].model()  # a training that is resumed, or goes on from the record, freezes the same
     Structure(record, record.frozen).freeze(again)
     assert {name for name, p in again.named_parameters() if not p.requires_grad} == frozen

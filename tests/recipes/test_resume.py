@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -94,6 +95,9 @@ def test_killed_and_started_again(where, data, undisturbed, tmp_path):  # noqa: 
     said = again.communicate(timeout=400)[0]
     assert again.returncode == 0, said
     assert figures(folder) == figures(undisturbed)
+    # in the middle of the training, not from its beginning
+    trained = None if pattern is None else pattern.partition("/")[0]
+    assert re.findall(r"^(\S+): goes on from checkpoint-\d+$", said, re.MULTILINE) == ([trained] if trained else [])
     assert all(path.stat().st_mtime_ns == when for path, when in made.items() if path.parent.name == "original")
     assert not list(folder.glob("*/checkpoint-*"))  # what is done needs none
 
@@ -120,8 +124,26 @@ def test_what_lies_there_is_left_alone_unless_it_is_said(data, undisturbed, tmp_
         recipe("text_classification").main([*given, "--resume_from_checkpoint", str(tmp_path / "none")])
 
 
-def test_a_journal_that_cannot_be_read_is_refused(data, tmp_path):  # noqa: F811
-    (tmp_path / "experiment.json").write_text("{")
-    given = words(**data, output_dir=str(tmp_path), **SETTINGS)
-    with pytest.raises(ConfigError, match=r"experiment\.json cannot be read"):
+def test_another_model_and_an_experiment_of_which_nothing_is_noted_are_refused(data, undisturbed, tmp_path):  # noqa: F811
+    """Both would give a table of two experiments; by their published names all folders are alike."""
+    other = shutil.copytree(data["model"], tmp_path / "other" / "bert")
+    given = words(**{**data, "model": str(other)}, output_dir=str(undisturbed), **SETTINGS)
+    with pytest.raises(ConfigError, match=r"other settings \(model\.model\)"):
         recipe("text_classification").main([*given, "--resume_from_checkpoint", "true"])
+    folder = tmp_path / "out"
+    (folder / "original" / "checkpoint-3").mkdir(parents=True)
+    (folder / "original" / "config.json").write_text("{}")
+    given = words(**data, output_dir=str(folder), **SETTINGS)
+    with pytest.raises(ConfigError, match=r"There is no experiment\.json, so where it stood is not known"):
+        recipe("text_classification").main([*given, "--resume_from_checkpoint", "true"])
+    given = words(**data, output_dir=str(undisturbed), **{**SETTINGS, "lr_scheduler_type": "constant"})
+    with pytest.raises(ConfigError, match=r"other settings \(trainer\.lr_scheduler_type\)"):
+        recipe("text_classification").main([*given, "--resume_from_checkpoint", "true"])
+
+
+def test_a_journal_that_cannot_be_read_is_refused(data, tmp_path):  # noqa: F811
+    given = words(**data, output_dir=str(tmp_path), **SETTINGS)
+    for text in ("{", "{}", '{"asked": {"pruning": 3}}', '{"asked": 3, "rows": []}'):
+        (tmp_path / "experiment.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"experiment\.json cannot be read"):
+            recipe("text_classification").main([*given, "--resume_from_checkpoint", "true"])

@@ -184,6 +184,7 @@ def test_the_gate_judges_by_a_score_of_generated_questions(place, caplog):
     assert rows[-1].verdict == "accepted" and report["metric"] == "rougeL"
     held = [json.loads(line)["question"] for line in (place / "validation.jsonl").read_text().splitlines()]
     assert len(held) == 12
+    assert not any("bleu" in name for entry in report["final"] for name in entry["metrics"])  # the loss alone
     last = report["attempts"][-1]["evaluations"][-1]["metrics"]
     assert rows[-1].validation[-1] == pytest.approx(last["eval_rougeL"]) and 0 <= last["eval_bleu"] <= 1
     assert "METEOR will be left out" in caplog.text and "nltk.downloader" in caplog.text  # before the run, not after it

@@ -73,6 +73,9 @@ def test_a_model_whose_names_are_not_the_data_s_is_refused_also_where_two_are_al
     train = part([0, 2, 1, 2], ["a", "b", "c"])
     with pytest.raises(ConfigError, match=r"The model's classes are crane, maillot, crane \(2\), the data's a, b, c"):
         encode_labels(Splits(train, train, train), "label", order=["crane", "maillot", "crane"])
+    train = part([0, 2, 1, 2], ["crane2", "maillot", "crane"])  # numbered otherwise, or not: nobody can tell
+    with pytest.raises(ConfigError, match="The model's classes are"):
+        encode_labels(Splits(train, train, train), "label", order=["crane", "maillot", "crane"])
 
 
 def test_names_and_numbers_may_meet_class_labels():
