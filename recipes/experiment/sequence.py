@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import json
 import logging
 import shutil
@@ -404,17 +405,17 @@ class Experiment:
         return DataLoader(chosen, batch_size=trainer.args.train_batch_size, collate_fn=loader.collate_fn)
 
     def _asked(self) -> dict[str, Any]:
-        """What the figures depend on, as it was given: folders by their paths, which a report does not tell."""
-        places = {name: value for name, value in dataclasses.asdict(self.data).items() if name not in _OF_THE_CARD}
-        for name, value in places.items():
-            if isinstance(value, str) and Path(value).exists():
-                places[name] = str(Path(value).resolve())
+        """What the figures depend on, as it was given. Folders and files are told apart by a hash of their paths: no
+        report names a place of one machine.
+        """
+        data = {name: value for name, value in dataclasses.asdict(self.data).items() if name not in _OF_THE_CARD}
         training = {
             name: value for name, value in self.training.to_sanitized_dict().items() if not name.startswith(_NO_MATTER)
         }
         own = {name: dict(self.provenance.get(name) or {}) for name in ("settings", "data")}
-        processes = {"processes": self.training.world_size}
-        return {**own, "model": places, "trainer": training | processes, "pruning": dataclasses.asdict(self.pruning)}
+        given = {"model": data, "trainer": {**training, "processes": self.training.world_size}}
+        hashed = {part: {name: _hashed(value) for name, value in each.items()} for part, each in given.items()}
+        return {**own, **hashed, "pruning": dataclasses.asdict(self.pruning)}
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -427,6 +428,12 @@ class Experiment:
             "training": {key: value for key, value in training_settings(self.training).items() if key != "epochs"},
             "test data": origin_of(self._test),
         }
+
+
+def _hashed(value: Any) -> Any:
+    if isinstance(value, str) and value and Path(value).exists():
+        return hashlib.sha256(str(Path(value).resolve()).encode()).hexdigest()
+    return value
 
 
 def _only(values: Iterable[float]) -> float | None:
