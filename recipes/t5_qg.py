@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from experiment.arguments import begin
     from experiment.generation import QuestionMeasure, QuestionTrainer, first_answers, scores_of, write_scores
+    from experiment.metrics import Metrics
     from experiment.models import loader
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
@@ -90,6 +91,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
         training.predict_with_generate = True
         training.generation_max_length, training.generation_num_beams = longest + 1, text.num_beams  # and the start
 
+    metrics = Metrics(["bleu", "rouge", "meteor"], data.evaluate_scripts)
+
     def trainer(model: Any, args: Any, callbacks: list[Any]) -> QuestionTrainer:
         return QuestionTrainer(
             model=model,
@@ -99,13 +102,18 @@ def main(argv: list[str] | None = None) -> list[Any]:
             processing_class=tokenizer,
             data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
             callbacks=callbacks,
-            compute_metrics=partial(scores_of, tokenizer) if generates else None,
+            compute_metrics=partial(scores_of, tokenizer, metrics) if generates else None,
         )
 
-    measure = QuestionMeasure(splits.test, references, tokenizer, num_beams=text.num_beams, max_new_tokens=longest)
-    made_by = provenance(__file__, argv, data, text, training, splits)
+    search = {"num_beams": text.num_beams, "max_new_tokens": longest}
+    measure = QuestionMeasure(splits.test, references, tokenizer, metrics, **search)
+    made_by = provenance(__file__, argv, data, text, training, splits, metrics.told)
     load = loader(AutoModelForSeq2SeqLM, data, pruning)
-    told = {"provenance": made_by, "finish": lambda rows: write_scores(Path(training.output_dir), rows, measure)}
+    told = {
+        "provenance": made_by,
+        "notes": [f"{metrics}"],
+        "finish": lambda rows: write_scores(Path(training.output_dir), rows, measure),
+    }
     return Experiment(data, pruning, training, load, trainer, splits, measure, **told).run()
 
 

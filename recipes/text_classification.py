@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
 
     from experiment.arguments import begin
-    from experiment.labels import accuracy, encode_labels
+    from experiment.labels import encode_labels
+    from experiment.metrics import Accuracy, Metrics
     from experiment.models import loader, named_classes
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
@@ -57,17 +58,18 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     splits = splits.map(encode, keep=["labels"])
 
+    metrics = Metrics(["accuracy"], data.evaluate_scripts)
     trainer = partial(
         Trainer,
         train_dataset=splits.train,
         eval_dataset=splits.validation,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy,
+        compute_metrics=Accuracy(metrics),
     )
     load = loader(AutoModelForSequenceClassification, data, pruning, labels=names)
-    made_by = provenance(__file__, argv, data, text, training, splits)
-    return Experiment(data, pruning, training, load, trainer, splits, provenance=made_by).run()
+    made_by = provenance(__file__, argv, data, text, training, splits, metrics.told)
+    return Experiment(data, pruning, training, load, trainer, splits, provenance=made_by, notes=[f"{metrics}"]).run()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.publish.vocabulary import check_language, check_license
 from deeparc_hf.sparsity.config import WandaConfig
 
+from .metrics import CACHE
+
 __all__ = ["DataArguments", "PruningArguments", "begin", "parse", "parse_settings", "read_config"]
 
 
@@ -43,6 +45,11 @@ class DataArguments:
     max_train_samples: int | None = setting(None, "the first so many, shuffled by the seed")
     max_validation_samples: int | None = setting(None, "the first so many, shuffled by the seed")
     max_test_samples: int | None = setting(None, "the first so many, shuffled by the seed")
+    evaluate_scripts: str = setting(
+        CACHE,
+        "where the library evaluate finds its scripts for accuracy, BLEU, ROUGE and METEOR: cache (those it has kept), "
+        "hub (fetched from the Hub, and run), a folder, or off; without one the libraries beneath give the same values",
+    )
     repo_id: str | None = setting(None, "publish the result there, on the Hub")
     repo_private: bool = setting(False, "make that repository private")
     license: str | None = setting(None, "licence of the result, for its card")

@@ -1,7 +1,7 @@
 """Question generation: questions generated from the test data by every process, their scores, and a table of them.
 
 The scores are BLEU, ROUGE and METEOR, one reference a text, as the Hub's metrics "bleu", "rouge" and "meteor" give
-them, but computed by the libraries behind these, so that no script is fetched from there and run:
+them, by evaluate where it has its scripts (`metrics.Metrics`), else, and for intervals, by the libraries beneath:
 
 - BLEU is the corpus BLEU of sacrebleu's counts: up to 4-grams, tokenizer 13a, no smoothing, so 0 where one of the
   precisions is 0.
@@ -18,6 +18,7 @@ import importlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.markdown import table
 from deeparc_hf.errors import ConfigError, MissingDependencyError
 
+from .metrics import Metrics
 from .results import Measured, Row, metric_cell
 
 __all__ = [
@@ -71,6 +73,9 @@ class TextScores:
     Predictions may be empty, even all of them: they score 0, brevity penalty and length ratio included (the limits;
     the Hub's metric divides by zero there). References may be empty too, but not all: the length ratio needs one.
 
+    Args:
+        metrics: what evaluate computes; default: nothing.
+
     Attributes:
         reasons: name of a score that is left out -> why.
 
@@ -79,7 +84,7 @@ class TextScores:
         MissingDependencyError: if sacrebleu, rouge_score or nltk is missing.
     """
 
-    def __init__(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+    def __init__(self, predictions: Sequence[str], references: Sequence[str], metrics: Metrics | None = None) -> None:
         if len(predictions) != len(references):
             raise ConfigError(
                 f"There must be one reference a prediction, found {len(predictions)} predictions, {len(references)} "
@@ -92,6 +97,7 @@ class TextScores:
             raise ConfigError(
                 "Scores need a reference that is not empty, found only empty ones: are these the right texts?"
             )
+        self._texts, self._metrics = (list(predictions), list(references)), metrics or Metrics()
         self._counts = _bleu_counts(predictions, references)
         self._means = _rouge_f1(predictions, references)  # scores of each text; the score of all is their mean
         meteor, reason = _meteor(predictions, references)
@@ -105,7 +111,23 @@ class TextScores:
         """
         found = _bleu(self._counts.sum(axis=0).tolist())
         found |= {name: float(column.mean()) for name, column in self._means.items()}
+        found |= self._by_evaluate()
         return {name: found.get(name) for name in TITLES}
+
+    def _by_evaluate(self) -> dict[str, float]:
+        """The scores that evaluate computes."""
+        found: dict[str, float] = {}
+        compute = partial(self._metrics.compute, predictions=self._texts[0], references=self._texts[1])
+        if "bleu" in self._metrics and self._counts[:, -2].any():  # some versions divide by no tokens
+            score = compute("bleu", max_order=_ORDER, smooth=False)
+            found |= {name: float(score[name]) for name in ("bleu", "brevity_penalty", "length_ratio")}
+            found |= {f"precision_{order}": float(part) for order, part in enumerate(score["precisions"], start=1)}
+        if "rouge" in self._metrics:
+            texts = compute("rouge", rouge_types=list(_ROUGE), use_stemmer=False, use_aggregator=False)
+            found |= {name: float(np.mean(texts[name])) for name in _ROUGE}
+        if "meteor" in self._metrics and "meteor" in self._means:
+            found["meteor"] = float(compute("meteor", **_METEOR)["meteor"])
+        return found
 
     def intervals(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
         """95 % intervals of the scores: the middle of their values over texts drawn anew, with replacement.
@@ -151,15 +173,24 @@ class QuestionMeasure:
     """Measures a Trainer's model: the loss on the encoded test data, and the scores of the questions that it generates.
 
     Attributes:
+        metrics: what computes the scores.
         reasons: name of a score that was left out -> why.
     """
 
     def __init__(
-        self, test: Any, references: Sequence[str], tokenizer: Any, *, num_beams: int, max_new_tokens: int
+        self,
+        test: Any,
+        references: Sequence[str],
+        tokenizer: Any,
+        metrics: Metrics,
+        *,
+        num_beams: int,
+        max_new_tokens: int,
     ) -> None:
         self._test = test
         self._references = list(references)
         self._tokenizer = tokenizer
+        self.metrics = metrics
         self._search = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
         # said now, not after hours: libraries that are missing are an error, METEOR's data can still be got
         self.reasons = TextScores(["a"], ["a"]).reasons
@@ -170,7 +201,7 @@ class QuestionMeasure:
         """Loss and scores, with bootstrap intervals of the scores over the questions."""
         loss = trainer.evaluate(self._test, metric_key_prefix="test")["test_loss"]
         generated = self.generate(trainer, self._test)
-        scores = TextScores(generated, self._references)
+        scores = TextScores(generated, self._references, self.metrics)
         self.reasons = scores.reasons
         values = {name: value for name, value in scores.values().items() if value is not None}
         pairs = zip(generated, self._references, strict=True)
@@ -218,14 +249,14 @@ def can_cache(model: Any) -> bool:
     return getattr(model.config, "num_layers", 0) >= getattr(model.config, "num_decoder_layers", 0)
 
 
-def scores_of(tokenizer: Any, prediction: Any) -> dict[str, float]:
+def scores_of(tokenizer: Any, metrics: Metrics, prediction: Any) -> dict[str, float]:
     """Scores of generated ids, for compute_metrics."""
     pad = tokenizer.pad_token_id
     texts = [
         [text.strip() for text in tokenizer.batch_decode(np.where(ids < 0, pad, ids), skip_special_tokens=True)]
         for ids in (prediction.predictions, prediction.label_ids)
     ]
-    return {name: value for name, value in TextScores(*texts).values().items() if value is not None}
+    return {name: value for name, value in TextScores(*texts, metrics).values().items() if value is not None}
 
 
 def scores_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> str:
@@ -252,8 +283,7 @@ def write_scores(folder: Path, rows: Sequence[Row], measure: QuestionMeasure) ->
     """Write scores.md: a column for the original and for each iteration, the rows of the first experiments' table."""
     shown = [row for row in rows if row.sparsity is None]
     how = (
-        f"On {shown[0].measured.samples:,} test questions, one reference each; BLEU and ROUGE by sacrebleu and "
-        "rouge_score; one run with one seed."
+        f"On {shown[0].measured.samples:,} test questions, one reference each; one run with one seed. {measure.metrics}"
     )
     text = f"# Generated questions\n\n{scores_table(shown, measure.reasons)}\n\n{how}\n"
     write_whole(folder / "scores.md", text)

@@ -9,7 +9,7 @@ from deeparc_hf.errors import ConfigError
 
 from .splits import Splits
 
-__all__ = ["accuracy", "classes_of", "encode_labels", "label_settings"]
+__all__ = ["classes_of", "encode_labels", "label_settings"]
 
 _MOST = 10_000
 
@@ -120,8 +120,3 @@ def label_settings(names: Sequence[str]) -> dict[str, Any]:
     """The settings of a model's config that say which classes there are."""
     numbers = {name: index for index, name in enumerate(names)}
     return {"num_labels": len(names), "id2label": dict(enumerate(names)), "label2id": numbers}
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of right answers, for compute_metrics."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}

@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from .splits import Splits
 
 __all__ = ["provenance", "published_command"]
 
-_PLACES = ("model", "dataset", "train_file", "validation_file", "test_file", "gguf_file")  # a Hub id, folder or file
+_PLACES = (
+    *("model", "dataset", "train_file", "validation_file", "test_file", "gguf_file", "evaluate_scripts"),
+)  # a Hub id, folder or file
 _NOT_OURS = ("repo_id", "repo_private")
 # of TrainingArguments: what figures depend on
 _TRAINING = {
@@ -39,10 +41,16 @@ _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 
 
 def provenance(
-    recipe: str, argv: Sequence[str] | None, data: DataArguments, own: Any, training: TrainingArguments, splits: Splits
+    recipe: str,
+    argv: Sequence[str] | None,
+    data: DataArguments,
+    own: Any,
+    training: TrainingArguments,
+    splits: Splits,
+    metrics: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The facts for the report, of a recipe's file, its arguments (default: those of the process), its own settings (a
-    dataclass) and the Trainer's, of which those are told that figures depend on.
+    dataclass) and the Trainer's, of which those are told that figures depend on, and what computes its metrics.
     """
     words = sys.argv[1:] if argv is None else argv
     settings = {**_changed(data), **dataclasses.asdict(own)}
@@ -53,6 +61,7 @@ def provenance(
         "settings": {name: _told(name, value) for name, value in settings.items() if name not in _NOT_OURS},
         "trainer": {name: getattr(value, "value", value) for name, value in trainer.items()},
         "data": {use: dict(facts) for use, facts in splits.sources.items()},
+        **({} if metrics is None else {"metrics": dict(metrics)}),
     }
 
 

@@ -5,6 +5,7 @@ already.
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 
@@ -22,3 +23,15 @@ def _quick_garbage_collection():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def evaluate_cache(tmp_path, monkeypatch):
+    """An empty cache of evaluate's scripts; nothing of it stays in this process."""
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", tmp_path / "modules")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("evaluate_modules")}
+    yield tmp_path / "modules" / "evaluate_modules" / "metrics"
+    for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
+        del sys.modules[name]
+    sys.modules.update(before)

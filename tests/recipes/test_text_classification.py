@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import random
 import re
 from contextlib import redirect_stdout
@@ -19,6 +20,7 @@ from deeparc_hf.errors import ConfigError
 from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
 
+from .metric_scripts import script
 from .running import check_files, parameters, recipe, watched, without_times, words, zeros
 
 main = recipe("text_classification").main
@@ -338,3 +340,17 @@ def test_a_model_without_a_head_is_not_taken_as_fine_tuned(data, tmp_path):
     }
     with pytest.raises(ConfigError, match=r"has no weights for classifier\.bias: it is not fine-tuned"):
         main(words(**given))
+
+
+def test_what_computes_the_metrics_is_chosen_and_told(data, tmp_path, evaluate_cache):
+    """evaluate where it has its script; its place is nobody's business."""
+    chosen = {"finetune_epochs": 0, "iterations": 0, "evaluate_scripts": str(script(tmp_path / "scripts", "accuracy"))}
+    for name, settings in {"given": chosen, "without": {**chosen, "evaluate_scripts": "cache"}}.items():
+        (row,) = main(words(**{**data, **settings}, output_dir=tmp_path / name))
+        text = (tmp_path / name / "results.md").read_text()
+        told = json.loads((tmp_path / name / "results.json").read_text())["metrics"]["accuracy"]
+        assert f"Computed by: accuracy: {told}." in text and str(tmp_path) not in text
+        if name == "given":
+            assert row.measured.metrics["accuracy"] == 24.25 and told.endswith("its script from a folder")
+        else:
+            assert row.measured.metrics["accuracy"] <= 1 and told.startswith("the share of right answers (")

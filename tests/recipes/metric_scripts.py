@@ -1,0 +1,36 @@
+"""Scripts as evaluate loads them, whose values nobody else gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# a metric as evaluate loads it, whose values nobody else gives
+SCRIPT = """
+import datasets
+import evaluate
+{imports}
+
+class Marked(evaluate.Metric):
+    def _info(self):
+        kind = datasets.Value("{kind}")
+        features = datasets.Features({{"predictions": kind, "references": kind}})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references, **settings):
+        return {value}
+"""
+VALUES = {
+    "accuracy": "{'accuracy': len(predictions) + .25}",
+    "bleu": "{'bleu': .5, 'precisions': [.1, .2, .3, .4], 'brevity_penalty': .75, 'length_ratio': 2.0}",
+    "rouge": "{name: [0.0, 1.0] for name in settings['rouge_types']}",
+    "meteor": "{'meteor': .625}",
+}
+
+
+def script(folder: Path, name: str, imports: str = "") -> Path:
+    """FOLDER/NAME/NAME.py"""
+    (folder / name).mkdir(parents=True)
+    kind = "int32" if name == "accuracy" else "string"
+    text = SCRIPT.format(imports=imports, kind=kind, value=VALUES[name])
+    (folder / name / f"{name}.py").write_text(text)
+    return folder
