@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +30,7 @@ def _quick_garbage_collection():
 def evaluate_cache(tmp_path, monkeypatch):
     """An empty cache of evaluate's scripts; nothing of it stays in this process."""
     monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", tmp_path / "modules")
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if not (Path(place) / "evaluate_modules").is_dir()])
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("evaluate_modules")}
     yield tmp_path / "modules" / "evaluate_modules" / "metrics"
     for name in [name for name in sys.modules if name.startswith("evaluate_modules")]:
