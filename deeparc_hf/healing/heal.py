@@ -34,7 +34,7 @@ from .block_ends import Ending, find_ending
 from .fit import SiteFit
 from .sites import Healing, sites_of
 
-__all__ = ["apply_healing", "fit_sites", "heal_model", "note_healing"]
+__all__ = ["apply_healing", "find_endings", "fit_sites", "heal_model", "note_healing"]
 
 
 def fit_sites(
@@ -96,16 +96,15 @@ def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) 
             final.get_parameter(name).copy_(value)
 
 
-def _find_endings(watched: Sequence[SiteFit], inputs: Mapping[str, Any]) -> None:
-    """Find how the blocks at the sites end, by running each of them by itself."""
-    blocks = list(dict.fromkeys(block for watch in watched for block in (watch.kept, watch.last)))
+def find_endings(host: Host, blocks: Sequence[nn.Module], inputs: Mapping[str, Any]) -> dict[nn.Module, Ending | str]:
+    """Find how blocks end, or why not in a way that can be refitted, by running each of them by itself."""
     calls: dict[nn.Module, tuple[Any, Any]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         calls[module] = (tuple(a.clone() if isinstance(a, Tensor) else a for a in args), dict(kwargs))
 
     with hooked([block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]):
-        forward(watched[0].host, inputs, without_cache=True)
+        forward(host, inputs, without_cache=True)
     found: dict[nn.Module, Ending | str] = {}
     for block in blocks:
         if block not in calls:
@@ -117,8 +116,7 @@ def _find_endings(watched: Sequence[SiteFit], inputs: Mapping[str, Any]) -> None
             return block(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
 
         found[block] = find_ending(block, run)
-    for watch in watched:
-        watch.settle([found[watch.kept], found[watch.last]])
+    return found
 
 
 def _look(
@@ -135,7 +133,10 @@ def _look(
         watch.orient(axes.get(watch.stack.name))
         for inputs in batches:
             if seen == 0 and watch is watched[0]:
-                _find_endings(watched, cut(inputs, 2))
+                blocks = list(dict.fromkeys(block for each in watched for block in (each.kept, each.last)))
+                endings = find_endings(host, blocks, cut(inputs, 2))
+                for each in watched:
+                    each.settle([endings[each.kept], endings[each.last]])
             if watch.reason is None:
                 _pass(watch, before, healed, inputs)
                 watch.take(inputs, seen)

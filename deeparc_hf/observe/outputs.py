@@ -40,11 +40,11 @@ def heads_of(host: Host, output: Any, inputs: Mapping[str, Any]) -> list[Head]:
         # a tuple (return_dict=False) begins with the logits, where the model has a head
         if isinstance(output, (tuple, list)) and host.tuples_begin_with_logits:
             kind = _kind(config, "logits", value, inputs)
-            return [Head("logits", kind, _rows(host, value, inputs, kind))]
+            return [_head(host, "logits", kind, value, inputs)]
         distributes = value.ndim == 2 and host.classifies
-        return [Head(str(name), "softmax" if distributes else "values", _rows(host, value, inputs, "values"))]
+        return [_head(host, str(name), "softmax" if distributes else "values", value, inputs)]
     return [
-        Head(name, kind, _rows(host, value, inputs, kind))
+        _head(host, name, kind, value, inputs)
         for name, value in logits.items()
         if (kind := _kind(config, name, value, inputs))
     ]
@@ -100,7 +100,13 @@ def _kind(config: Any, name: str, value: Tensor, inputs: Mapping[str, Any]) -> s
     return "softmax"
 
 
-def _rows(host: Host, value: Tensor, inputs: Mapping[str, Any], kind: str) -> Tensor:
+def _head(host: Host, name: str, kind: str, value: Tensor, inputs: Mapping[str, Any]) -> Head:
+    numbers = torch.arange(len(value), device=value.device).reshape(-1, *[1] * (value.ndim - 1))
+    one = numbers.expand_as(value[:, :1] if value.ndim != 3 else value[..., :1])
+    return Head(name, kind, _rows(host, value, inputs), _rows(host, one, inputs)[:, 0])
+
+
+def _rows(host: Host, value: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     """Rows (N, C) of an output (B, C), (B, T, C) or (B, C, H, W)."""
     if value.ndim == 4:
         return value.movedim(1, -1).reshape(-1, value.shape[1])

@@ -20,11 +20,13 @@ class Head:
         kind: what a row is: "softmax" (unnormalized log-probabilities of classes that exclude each other), "sigmoid"
             (the same of classes each by itself) or "values" (predicted numbers, hidden states).
         values: shape (N, C), without padding.
+        samples: shape (N,), which sample of the batch each row is of; None: not known.
     """
 
     name: str
     kind: str
     values: Tensor
+    samples: Tensor | None = None
 
 
 def divergence(found: Head, wanted: Head, temperature: float = 1.0) -> Tensor:

@@ -1,0 +1,8 @@
+"""What a search makes small: how far a model with blocks left out is from the whole one, or from the truth.
+
+One file each; `base` says what an objective is.
+"""
+
+from .base import Answer, Objective, Score, objectives
+
+__all__ = ["Answer", "Objective", "Score", "objectives"]

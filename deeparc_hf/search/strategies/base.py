@@ -1,0 +1,49 @@
+"""What a strategy is: it goes from the whole model to smaller ones, and gives those that it finds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+from ...core.registry import Registry
+from ..playback import Block
+from ..workbench import Node, Removed, Workbench
+
+__all__ = ["Free", "Strategy", "best_additions", "register", "strategies"]
+
+Free = Callable[[Removed], list[Block]]  # the blocks that may go beside those that are removed
+
+
+class Strategy(ABC):
+    """Searches for the best blocks to remove. Subclasses are stateless.
+
+    Attributes:
+        name: set by `register`.
+        summary: one line for the tables of the documents and the command line.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+
+    @abstractmethod
+    def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
+        """Give models with 1, 2, ..., `most` blocks removed, as they are found; of a number several times where a
+        better one is found later.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def passes(blocks: int, most: int) -> float:
+        """About how many forward passes over the calibration data it takes, of a model of so many free blocks."""
+
+
+def best_additions(bench: Workbench, node: Node, free: Free, count: int) -> list[Node]:
+    """The best models with one more block removed, judged in full, the best first."""
+    scores = bench.complete(bench.screen(node, free(node.removed)))
+    found = [bench.follow(node.removed | {block}, node) for block in list(scores)[:count]]
+    return sorted(found, key=lambda each: each.score.value)
+
+
+strategies: Registry[Strategy] = Registry("search", "deeparc_hf.search.strategies", Strategy)
+register = strategies.register

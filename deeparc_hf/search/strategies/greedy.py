@@ -1,0 +1,34 @@
+"""Greedy: one block after another, each time that whose removal and repair costs least.
+
+SLEB (Song et al. 2024, arXiv 2402.09025) goes so without repairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..workbench import Node, Workbench
+from .base import Free, Strategy, best_additions, register
+
+__all__ = ["Greedy"]
+
+_FINALISTS = 2
+
+
+@register("greedy")
+class Greedy(Strategy):
+    summary = "one block after another, each time the one that is missed least after the repair"
+
+    def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
+        node = bench.root
+        for _ in range(most):
+            found = best_additions(bench, node, free, _FINALISTS)
+            if not found:
+                return
+            node = found[0]
+            yield node
+
+    @staticmethod
+    def passes(blocks: int, most: int) -> float:
+        candidates = sum(blocks - gone for gone in range(most))
+        return 1 + candidates * 0.5 * 0.375 * 0.5 + _FINALISTS * most * 0.6

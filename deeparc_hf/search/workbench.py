@@ -1,0 +1,335 @@
+"""What a search works with: models with blocks left out and the kept ones healed, and how good they are.
+
+The data is cut in two: on one part repairs are fitted, on the other models are judged. What every block puts out is
+kept for both, so that a model which differs from a known one from some block on is computed from there. A repair
+depends on what is removed before it alone, and is shared by all models that begin alike.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..architectures import Subject
+from ..core.transaction import Transaction
+from ..errors import CalibrationError
+from ..healing.fit import SiteFit
+from ..healing.heal import apply_healing, find_endings
+from ..healing.sites import Healing, Site, sites_of
+from ..observe.axes import find_axes
+from ..observe.batches import batch_size, cut, is_cuttable
+from .objectives import Answer, Objective, Score
+from .playback import Block, Playback
+
+__all__ = ["Node", "Removed", "Workbench", "by_stack"]
+
+Removed = frozenset[Block]
+
+_FIT = 5, 8  # share of the samples that repairs are fitted on
+_ROUGH = 4  # of the judging samples one in so many comes first
+_LEFT = 3  # and one in so many candidates stays for the others
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A model with blocks left out, and the kept ones before them repaired.
+
+    Attributes:
+        removed: the blocks that are left out.
+        repairs: by the kept block that changes, how.
+        states: by kept block, what it puts out, a tensor a batch.
+        score: how good it is.
+    """
+
+    removed: Removed
+    repairs: Mapping[Block, Healing]
+    states: Mapping[Block, Sequence[Tensor]]
+    score: Score
+
+
+class Workbench:
+    """One model and its data. Between calls the model is as it was; it must be evaluating all the time.
+
+    Args:
+        subject: the model.
+        batches: what it is looked at on, as it takes them, with labels.
+        objective: how it is judged.
+        heals: whether the kept block before each removal is repaired.
+        tell: called with the number of forward passes over all data that each step took.
+
+    Attributes:
+        root: the whole model.
+        samples: number of samples.
+        passes: forward passes over all the data so far.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        batches: Sequence[Mapping[str, Any]],
+        objective: Objective,
+        *,
+        heals: bool = True,
+        tell: Callable[[float], None] = lambda passes: None,
+    ) -> None:
+        self.subject, self.host, self.stacks = subject, subject.host, dict(subject.stacks)
+        self._objective, self._heals, self._tell = objective, heals, tell
+        self._fitting, self._judging = _parts(batches) if heals else ([], [dict(batch) for batch in batches])
+        if not self._judging or (heals and not self._fitting):
+            raise CalibrationError(
+                "A search needs several samples: some to fit repairs on, others to judge by. Give some hundreds."
+            )
+        self.samples = sum(map(batch_size, [*self._fitting, *self._judging]))
+        first = cut(self._judging[0], 2)
+        self._playback = Playback.of(self.host, self.stacks, first)
+        self._order = self._playback.order
+        self._position = {block: number for number, block in enumerate(self._order)}
+        self._fits: OrderedDict[tuple[Removed, Site], Healing] = OrderedDict()
+        self._told = 0.0
+        modules = list(self._playback.modules.values())
+        self._endings = find_endings(self.host, modules, first) if heals else {}
+        self._axes = find_axes(self.host, list(self.stacks.values()), first) if heals else {}
+        self._wanted: list[Any] = []
+        self.root = self._whole()
+
+    @property
+    def passes(self) -> float:
+        return self._playback.done[0] / (len(self._order) * self.samples)
+
+    @property
+    def order(self) -> list[Block]:
+        """All blocks, in the order in which they run."""
+        return self._order
+
+    def follow(self, removed: Removed, base: Node) -> Node:
+        """The model with these blocks left out, from a known one: repairs are fitted one after another, each on what
+        the model gives with those before it.
+        """
+        if removed == base.removed:
+            return base
+        sites, earlier = self._sites(removed), self._sites(base.removed)
+        differ = [b for b in self._order if (b in removed) != (b in base.removed) or sites.get(b) != earlier.get(b)]
+        here = self._position[differ[0]]
+        states = {block: list(kept) for block, kept in base.states.items() if self._position[block] < here}
+        repairs = {block: healing for block, healing in base.repairs.items() if self._position[block] < here}
+        with self._repaired() as change:
+            change(repairs)
+            for block in [block for block in self._order[here:] if block in sites]:
+                self._fill(states, removed, here, self._position[block])
+                repairs[block] = self._fit(sites[block], removed, states)
+                change(repairs)
+                here = self._position[block]
+            parts = self._fill(states, removed, here, None)
+        self._account()
+        return Node(removed, repairs, states, Score.of(parts))
+
+    def screen(self, base: Node, blocks: Collection[Block]) -> dict[Block, Score]:
+        """How good a known model is without one more block, for each of several; those that look bad on the first
+        samples are judged by these alone. Repairs behind the block stay those of the known model.
+        """
+        rough = max(1, len(self._judging) // _ROUGH)
+        parts: dict[Block, list[tuple[Tensor, Tensor]]] = {}
+        with self._repaired() as change:
+            change(base.repairs)
+            trials = {block: self._trial(base, block, change) for block in blocks}
+            for block, trial in trials.items():
+                parts[block] = self._judged(base, trial, range(rough), change)
+            order = sorted(trials, key=lambda block: Score.of(parts[block]).value)
+            for block in order[: max(_LEFT, -(-len(order) // _LEFT))]:
+                parts[block] += self._judged(base, trials[block], range(rough, len(self._judging)), change)
+        self._account()
+        return {block: Score.of(found) for block, found in parts.items()}
+
+    def complete(self, scores: Mapping[Block, Score]) -> dict[Block, Score]:
+        """Those that were judged on all samples, the best first."""
+        most = max((score.samples for score in scores.values()), default=0)
+        full = {block: score for block, score in scores.items() if score.samples == most}
+        return dict(sorted(full.items(), key=lambda entry: entry[1].value))
+
+    # ---- one step ----
+
+    def _whole(self) -> Node:
+        states: dict[Block, list[Tensor]] = {}
+        parts = self._fill(states, frozenset(), 0, None)
+        self._account()
+        return Node(frozenset(), {}, states, Score.of(parts))
+
+    def _sites(self, removed: Removed) -> dict[Block, Site]:
+        """The removal sites by their kept blocks; none where nothing is repaired."""
+        return {(site.stack, site.kept): site for site in sites_of(by_stack(removed))} if self._heals else {}
+
+    def _fit(self, site: Site, removed: Removed, states: Mapping[Block, Sequence[Tensor]]) -> Healing:
+        """The repair at a site, whose kept block must not be repaired now; `states` reach up to it."""
+        kept, last = (site.stack, site.kept), (site.stack, site.removed[-1])
+        before = frozenset(block for block in removed if self._position[block] < self._position[kept])
+        key = before, site
+        if key not in self._fits:
+            stack = self.stacks[site.stack]
+            watch = SiteFit(self.host, stack, site)
+            watch.settle([self._endings[stack.blocks[index]] for _, index in (kept, last)])
+            watch.orient(self._axes.get(site.stack))
+            seen = 0
+            for number, inputs in enumerate(self._fitting):
+                if watch.reason is not None:
+                    break
+                self._run_one(number, last, frozenset(), self.root.states, watch.hooks("last"))
+                self._run_one(number, kept, removed, states, watch.hooks("kept"))
+                watch.take(inputs, seen)
+                seen += batch_size(inputs)
+            part = (watch.reason, watch.sums, watch.held, watch.endings, watch.plain)
+            self._fits[key] = watch.finish([part])
+            while len(self._fits) > 3 * len(self._order):
+                self._fits.popitem(last=False)
+        self._fits.move_to_end(key)
+        return self._fits[key]
+
+    def _trial(self, base: Node, block: Block, change: Callable[[Mapping[Block, Healing]], None]) -> _Trial:
+        removed = base.removed | {block}
+        sites, earlier = self._sites(removed), self._sites(base.removed)
+        repairs = {kept: healing for kept, healing in base.repairs.items() if kept != block}
+        begin = self._position[block]
+        for kept, site in sites.items():
+            if site != earlier.get(kept):
+                repairs.pop(kept, None)
+                change(repairs)
+                repairs[kept] = self._fit(site, removed, base.states)
+                begin = self._position[kept]
+        change(base.repairs)
+        return _Trial(removed, repairs, begin)
+
+    def _judged(
+        self, base: Node, trial: _Trial, numbers: range, change: Callable[[Mapping[Block, Healing]], None]
+    ) -> list[tuple[Tensor, Tensor]]:
+        change(trial.repairs)
+        return [self._judge(number, trial.removed, base.states, trial.begin) for number in numbers]
+
+    # ---- passes ----
+
+    def _run_one(
+        self, number: int, block: Block, removed: Removed, states: Mapping[Block, Sequence[Tensor]], hooks: Any
+    ) -> None:
+        """Compute one block for a batch."""
+        begin = self._position[block]
+        known = {each: states[each][number] for each in self._playback.last_known(removed, begin)}
+        inputs = self._batch(number)
+        self._playback.run(inputs, removed, known=known, begin=begin, end=block, hooks=hooks)
+
+    def _fill(
+        self, states: dict[Block, list[Tensor]], removed: Removed, begin: int, stop: int | None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Compute the kept blocks from one on, up to that at `stop`, which is left out, for all batches. Without a stop
+        the model is judged.
+        """
+        kept = [block for block in self._order[begin:stop] if block not in removed]
+        for block in kept:
+            states[block] = []
+
+        def see(block: Block, hidden: Tensor) -> None:
+            if block in states and len(states[block]) == number:
+                states[block].append(hidden)
+
+        parts = []
+        for number in range(len(self._fitting) + len(self._judging)):
+            judged = number - len(self._fitting)
+            if stop is None and judged >= 0:
+                parts.append(self._judge(judged, removed, states, begin, see))
+            elif kept:
+                known = {block: states[block][number] for block in self._playback.last_known(removed, begin)}
+                self._playback.run(self._batch(number), removed, known=known, begin=begin, end=kept[-1], see=see)
+        return parts
+
+    def _judge(
+        self,
+        judged: int,
+        removed: Removed,
+        states: Mapping[Block, Sequence[Tensor]],
+        begin: int,
+        see: Callable[[Block, Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and weights of a batch, computed from a block on."""
+        inputs, objective = self._judging[judged], self._objective
+        number = judged + len(self._fitting)
+        known = {block: states[block][number] for block in self._playback.last_known(removed, begin)}
+        hidden = {block[0]: value for block, value in known.items()}
+
+        def note(block: Block, value: Tensor) -> None:
+            hidden[block[0]] = value
+            if see is not None:
+                see(block, value)
+
+        watches = note if objective.needs_hidden or see is not None else None
+        labels = objective.needs_labels
+        output = self._playback.run(inputs, removed, known=known, begin=begin, see=watches, labels=labels)
+        sides = {name: stack.side for name, stack in self.stacks.items()}
+        answer = Answer(self.host, inputs, output, hidden, sides)
+        if len(self._wanted) <= judged:
+            self._wanted.append(objective.wanted(answer))
+        return objective.losses(answer, self._wanted[judged])
+
+    def _batch(self, number: int) -> Mapping[str, Any]:
+        fits = len(self._fitting)
+        return self._fitting[number] if number < fits else self._judging[number - fits]
+
+    @contextmanager
+    def _repaired(self) -> Iterator[Callable[[Mapping[Block, Healing]], None]]:
+        """Within, call what it gives with the repairs that the model is to have; afterwards it has none."""
+        applied: dict[Block, tuple[Healing, Transaction]] = {}
+
+        def change(wanted: Mapping[Block, Healing]) -> None:
+            for block in [b for b, (healing, _) in applied.items() if wanted.get(b) is not healing]:
+                applied.pop(block)[1].roll_back()
+            for block, healing in wanted.items():
+                if block not in applied:
+                    transaction = Transaction()
+                    applied[block] = healing, transaction
+                    apply_healing(healing, self._module(block), transaction)
+
+        try:
+            yield change
+        finally:
+            change({})
+
+    def _module(self, block: Block) -> nn.Module:
+        return self._playback.modules[block]
+
+    def _account(self) -> None:
+        passes = self.passes
+        self._tell(passes - self._told)
+        self._told = passes
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """A candidate: what is left out, the repairs then, and from which block on it differs from the known model."""
+
+    removed: Removed
+    repairs: Mapping[Block, Healing]
+    begin: int
+
+
+def by_stack(removed: Collection[Block]) -> dict[str, list[int]]:
+    """Blocks by the stack they are of, in order."""
+    found: dict[str, list[int]] = {}
+    for name, index in sorted(removed):
+        found.setdefault(name, []).append(index)
+    return found
+
+
+def _parts(batches: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The data to fit on, and that to judge by: of each batch a share, of those that cannot be cut some whole ones."""
+    fitting, judging = [], []
+    share, of = _FIT
+    for number, batch in enumerate(batches):
+        size = batch_size(batch)
+        first = round(size * share / of)
+        if is_cuttable(batch) and 0 < first < size:
+            fitting.append(cut(batch, range(first)))
+            judging.append(cut(batch, range(first, size)))
+        else:
+            (fitting if number * share % of < share else judging).append(dict(batch))
+    return fitting, judging

@@ -1,0 +1,71 @@
+"""Models with blocks left out and repaired, against real removals and real repairs, over every kind of model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from deeparc_hf import remove_blocks
+from deeparc_hf.architectures import describe
+from deeparc_hf.core.transaction import Transaction
+from deeparc_hf.healing.heal import apply_healing, fit_sites
+from deeparc_hf.observe.batches import cut
+from deeparc_hf.observe.calibration import Calibration
+from deeparc_hf.observe.forward import evaluating
+from deeparc_hf.observe.outputs import heads_of
+from deeparc_hf.search.objectives import objectives
+from deeparc_hf.search.objectives.divergence import relative_errors
+from deeparc_hf.search.workbench import Workbench, by_stack
+from tests.zoo import ZOO
+
+KINDS = sorted(ZOO)
+
+
+def bench_of(model, batches, heals=True, objective="divergence"):
+    subject = describe(model)
+    inputs = list(Calibration(batches, 10**6).inputs(subject.host))
+    return Workbench(subject, inputs, objectives.get(objective)(), heals=heals)
+
+
+def free_blocks(model):
+    return [(s.name, i) for s in describe(model).stacks.values() for i in range(1, len(s)) if i not in s.pinned]
+
+
+def really(model, batches, removed, heals=True):
+    """The same by a removal from a copy and repairs by `fit_sites`: losses over weights on the judging part."""
+    smaller, whole = copy.deepcopy(model), describe(model)
+    fitting = [cut(batch, range(5)) for batch in batches] if heals else []
+    judging = [cut(batch, range(5, 8)) if heals else batch for batch in batches]
+    healings = fit_sites(whole, by_stack(removed), Calibration(fitting, 10**6), progress=False) if heals else []
+    remove_blocks(smaller, by_stack(removed), verify=False)
+    pruned = describe(smaller)
+    kept = {name: [i for i in range(len(s)) if (name, i) not in removed] for name, s in whole.stacks.items()}
+    with Transaction() as undo:
+        for healing in healings:
+            place = kept[healing.site.stack].index(healing.site.kept)
+            apply_healing(healing, pruned.stacks[healing.site.stack].blocks[place], undo)
+    losses, weights = 0.0, 0.0
+    with evaluating(model), evaluating(smaller):
+        for inputs in Calibration(judging, 10**6).inputs(whole.host):
+            wanted, found = (
+                heads_of(each.host, each.root(**each.host.inputs_in(inputs)), inputs) for each in (whole, pruned)
+            )
+            found = relative_errors(found, wanted)
+            losses, weights = losses + found[0].sum(dim=1), weights + found[1].sum(dim=1)
+    return float((losses / weights).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_with_blocks_left_out_is_the_one_after_a_removal(kind):
+    model = ZOO[kind].model().eval()
+    batches = ZOO[kind].batches(count=4)
+    free = free_blocks(model)
+    with evaluating(model):
+        bench = bench_of(model, batches)
+        first = bench.follow(frozenset(free[:1]), bench.root)
+        two = bench.follow(frozenset({free[0], free[-1]}), first)  # from a known model, not from the beginning
+        back = bench.follow(frozenset(free[-1:]), two)
+    assert bench.root.score.value == pytest.approx(0.0, abs=1e-6)
+    for node in (first, two, back):
+        assert node.score.value == pytest.approx(really(model, batches, node.removed), rel=2e-3, abs=1e-7)
