@@ -13,10 +13,11 @@ from ..checkpoint.record import check_record
 from ..errors import ConfigError, MissingDependencyError
 from ..healing.sites import Healing
 from ..observe.calibration import Calibration
+from ..pruning.compare import check_settings
 from ..pruning.config import MPruneConfig
 from ..pruning.heatmap import save_heatmap
 from ..pruning.plan import PruningPlan, first_threshold
-from ..pruning.prune import analyze, apply_healed, check_settings
+from ..pruning.prune import analyze, apply_healed
 from ..reports.plan_report import Measurement, write_report
 from .common import PLAN_FILE, output_folder, public_names, say, whole_folder
 from .data import Job

@@ -16,9 +16,10 @@ from ..errors import ConfigError, PlanError, SurgeryError
 from ..healing.sites import Healing
 from ..observe.forward import evaluating
 from ..observe.training_calibration import TrainingCalibration
+from ..pruning.compare import check_settings, compare_blocks
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, warn_if_drastic
-from ..pruning.prune import apply_healed, check_settings, compare_blocks
+from ..pruning.prune import apply_healed
 from .follow_checkpoint import Structure, let_frozen_statistics_go, note_frozen, record_of, settle, thaw_noted
 from .learning_rate import LearningRate
 from .machine import Progress, Verdict

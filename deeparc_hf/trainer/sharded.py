@@ -16,9 +16,10 @@ from ..core.distributed import agree
 from ..core.progress_bars import shows_bars
 from ..errors import ConfigError
 from ..observe.training_calibration import calibration_of
+from ..pruning.compare import compare_blocks
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
-from ..pruning.prune import apply_healed, compare_blocks
+from ..pruning.prune import apply_healed
 
 __all__ = ["is_sharded", "prune_before_sharding"]
 
