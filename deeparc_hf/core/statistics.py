@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 from ..errors import ConfigError
 
-__all__ = ["wilson_interval"]
+__all__ = ["median_interval", "wilson_interval"]
 
 _CONFIDENCE = 0.95
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """An interval of the median of what the values are drawn from, by their order (binomial): of at least 95 % for six
+    values or more; the lowest and the highest of fewer.
+    """
+    ordered, n = sorted(values), len(values)
+    outside, below = 0, 0.0
+    while 2 * (below + math.comb(n, outside) / 2**n) <= 1 - _CONFIDENCE:
+        below += math.comb(n, outside) / 2**n
+        outside += 1
+    cut = max(outside - 1, 0)
+    return ordered[cut], ordered[n - 1 - cut]
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

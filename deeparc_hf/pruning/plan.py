@@ -17,6 +17,7 @@ from ..core.checks import MAX_BLOCKS, Entry, MalformedError, read_json
 from ..core.plain_text import plain, quoted
 from ..core.tables import html_table, text_table
 from ..errors import CalibrationWarning, ConfigError, PlanError
+from .choice import Choice
 from .clusters import ComparedStack, chains, cluster_blocks, freezing_set, reach_target, removable
 from .config import MPruneConfig
 from .heatmap import plot_plan
@@ -26,6 +27,7 @@ __all__ = [
     "PruningPlan",
     "StackPlan",
     "check_possible",
+    "chosen_plan",
     "first_threshold",
     "freezing_set",
     "make_plan",
@@ -83,6 +85,7 @@ class PruningPlan:
         stacks: the plan of each stack, by name, in forward order.
         config: the settings that the plan was made with.
         samples: number of calibration samples behind the similarities; 0 if not known.
+        choice: how a search chose the blocks; None: they go by their similarity.
         batch_size: samples of a batch (in each process), where blocks were compared within each batch (rows="flat");
             else 0.
     """
@@ -91,6 +94,7 @@ class PruningPlan:
     config: MPruneConfig
     samples: int = 0
     batch_size: int = 0
+    choice: Choice | None = None
 
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
@@ -148,6 +152,7 @@ class PruningPlan:
             "config": self.config.to_dict(),
             "samples": self.samples,
             **({"batch_size": self.batch_size} if self.batch_size else {}),
+            **({} if self.choice is None else {"choice": self.choice.to_dict()}),
             "stacks": {name: _stack_to_dict(stack) for name, stack in self.stacks.items()},
         }
 
@@ -168,7 +173,13 @@ class PruningPlan:
                 )
             stacks = {name: _stack_in(stack) for name, stack in entry["stacks"].named().items()}
             config, batch = MPruneConfig.from_dict(entry["config"].value), entry.get("batch_size")
-            return cls(stacks, config, entry["samples"].whole(), 0 if batch is None else batch.whole())
+            return cls(
+                stacks,
+                config,
+                entry["samples"].whole(),
+                0 if batch is None else batch.whole(),
+                entry.optional("choice", Choice.read),
+            )
         except (MalformedError, ConfigError) as error:
             raise _no_plan(error) from error
 
@@ -215,6 +226,8 @@ class PruningPlan:
         verb = "remove" if self.removed else "nothing to remove:"
         batches = f" in batches of {self.batch_size}" if self.batch_size else ""
         summary = f"{verb} {self.num_blocks - self.num_kept} of {self.num_blocks} blocks"
+        if self.choice is not None:
+            return f"{summary} ({self.choice})"
         return (
             f"{summary} ({self.config.similarity}, rows={self.config.effective_rows}, {self.samples} samples{batches})"
         )
@@ -292,6 +305,32 @@ def make_plan(
         for name, stack in compared.items()
     }
     return PruningPlan(stacks, config, samples, batch_size)
+
+
+def chosen_plan(
+    plan: PruningPlan, removed: Mapping[str, Sequence[int]], choice: Choice, **settings: Any
+) -> PruningPlan:
+    """A plan that removes these blocks, which a search chose, from one of the same model. A cluster is a kept block and
+    those that go behind it, and the threshold of a stack the least similarity in them.
+
+    Args:
+        settings: of `MPruneConfig`, in place of the plan's.
+    """
+    compared = {name: stack.compared for name, stack in plan.stacks.items()}
+    counts = {name: len(stack) - len(removed.get(name, ())) for name, stack in compared.items()}
+    config = plan.config.replace(num_blocks=counts, **settings)
+    protected = _matching(compared, config.protect, "protect")
+    final = {name: tuple(sorted(removed.get(name, ()))) for name in compared}
+    frozen = _frozen(compared, final, config)
+    stacks = {}
+    for name, stack in compared.items():
+        starts = [i for i in range(len(stack)) if i == 0 or i not in final[name]]
+        clusters = tuple(tuple(range(a, b)) for a, b in itertools.pairwise([*starts, len(stack)]))
+        least = [stack.similarity[run[0]][i] for run in clusters for i in run[1:]]
+        threshold = min([1.0, *least])
+        kept = tuple(sorted(protected[name]))
+        stacks[name] = StackPlan(stack, threshold, clusters, final[name], frozen[name], kept)
+    return PruningPlan(stacks, config, plan.samples, plan.batch_size, choice)
 
 
 def check_possible(compared: Mapping[str, ComparedStack], config: MPruneConfig) -> None:

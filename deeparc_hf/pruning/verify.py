@@ -25,7 +25,7 @@ from ..observe.batches import cut, forward_kwargs
 from ..observe.forward import evaluating, forward, require_weights
 from ..observe.hooks import hooked, skipped
 
-__all__ = ["Expectation", "expect"]
+__all__ = ["Expectation", "expect", "generation_error"]
 
 # "hidden_states" and "attentions" of any part, XLNet's mems, RWKV's state, caches, the routers of experts; not
 # "last_hidden_state"
@@ -45,7 +45,7 @@ class Expectation:
     gone: set[int]  # how many blocks go, of any stack: outputs with one entry a block are shorter by so many
 
     def __post_init__(self) -> None:
-        self.generated = _generation_error(self.host, self.inputs) is None
+        self.generated = generation_error(self.host, self.inputs) is None
 
     def check(self) -> None:
         """Run the pruned model on the same inputs.
@@ -61,7 +61,7 @@ class Expectation:
             raise SurgeryError(
                 f"The pruned model cannot run: {type(cause).__name__}: {cause}. The model is as it was before."
             ) from error
-        failure = _generation_error(self.host, self.inputs) if self.generated else None
+        failure = generation_error(self.host, self.inputs) if self.generated else None
         if failure is not None:
             warn_caller(
                 f"{type(self.host.root).__name__} can no longer generate with a cache ({type(failure).__name__}: "
@@ -162,7 +162,7 @@ def _require_reached(
         )
 
 
-def _generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None:
+def generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None:
     """What goes wrong when two tokens are generated with a cache; None if nothing does, or none are generated."""
     root = host.root
     if not host.generates:

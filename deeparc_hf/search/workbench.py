@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ..healing.heal import apply_healing, find_endings
 from ..healing.sites import Healing, Site, sites_of
 from ..observe.axes import find_axes
 from ..observe.batches import batch_size, cut, is_cuttable
+from .journal import Journal
 from .objectives import Answer, Objective, Score
 from .playback import Block, Playback
 
@@ -35,21 +37,34 @@ _ROUGH = 4  # of the judging samples one in so many comes first
 _LEFT = 3  # and one in so many candidates stays for the others
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Node:
     """A model with blocks left out, and the kept ones before them repaired.
 
     Attributes:
         removed: the blocks that are left out.
-        repairs: by the kept block that changes, how.
-        states: by kept block, what it puts out, a tensor a batch.
         score: how good it is.
     """
 
     removed: Removed
-    repairs: Mapping[Block, Healing]
-    states: Mapping[Block, Sequence[Tensor]]
     score: Score
+    _make: Callable[[], tuple[Mapping[Block, Healing], Mapping[Block, Sequence[Tensor]]]]
+
+    @cached_property
+    def _made(self) -> tuple[Mapping[Block, Healing], Mapping[Block, Sequence[Tensor]]]:
+        return self._make()
+
+    @property
+    def repairs(self) -> Mapping[Block, Healing]:
+        """By the kept block that changes, how."""
+        return self._made[0]
+
+    @property
+    def states(self) -> Mapping[Block, Sequence[Tensor]]:
+        """By kept block, what it puts out, a tensor a batch. Of a model whose score was known from a journal they are
+        computed when they are first asked for, outside of other work of the bench.
+        """
+        return self._made[1]
 
 
 class Workbench:
@@ -60,6 +75,7 @@ class Workbench:
         batches: what it is looked at on, as it takes them, with labels.
         objective: how it is judged.
         heals: whether the kept block before each removal is repaired.
+        journal: scores that are known from an earlier search.
         tell: called with the number of forward passes over all data that each step took.
 
     Attributes:
@@ -75,10 +91,12 @@ class Workbench:
         objective: Objective,
         *,
         heals: bool = True,
+        journal: Journal | None = None,
         tell: Callable[[float], None] = lambda passes: None,
     ) -> None:
         self.subject, self.host, self.stacks = subject, subject.host, dict(subject.stacks)
         self._objective, self._heals, self._tell = objective, heals, tell
+        self._journal = journal or Journal(None, {})
         self._fitting, self._judging = _parts(batches) if heals else ([], [dict(batch) for batch in batches])
         if not self._judging or (heals and not self._fitting):
             raise CalibrationError(
@@ -106,15 +124,33 @@ class Workbench:
         """All blocks, in the order in which they run."""
         return self._order
 
+    @property
+    def modules(self) -> Mapping[Block, nn.Module]:
+        return self._playback.modules
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """A small batch."""
+        return cut(self._judging[0], 2)
+
     def follow(self, removed: Removed, base: Node) -> Node:
         """The model with these blocks left out, from a known one: repairs are fitted one after another, each on what
         the model gives with those before it.
         """
         if removed == base.removed:
             return base
+        known = self._journal.get("follow", removed)
+        if known is not None:
+            return Node(removed, known["score"], lambda: self._followed(removed, base)[1:])
+        score, *made = self._followed(removed, base)
+        self._journal.put("follow", removed, {"score": score})
+        return Node(removed, score, lambda: (made[0], made[1]))
+
+    def _followed(self, removed: Removed, base: Node) -> tuple[Score, dict[Block, Healing], dict[Block, list[Tensor]]]:
         sites, earlier = self._sites(removed), self._sites(base.removed)
         differ = [b for b in self._order if (b in removed) != (b in base.removed) or sites.get(b) != earlier.get(b)]
         here = self._position[differ[0]]
+        # of a base that is known from a journal alone they are computed now, before the model is repaired
         states = {block: list(kept) for block, kept in base.states.items() if self._position[block] < here}
         repairs = {block: healing for block, healing in base.repairs.items() if self._position[block] < here}
         with self._repaired() as change:
@@ -126,12 +162,16 @@ class Workbench:
                 here = self._position[block]
             parts = self._fill(states, removed, here, None)
         self._account()
-        return Node(removed, repairs, states, Score.of(parts))
+        return Score.of(parts), repairs, states
 
     def screen(self, base: Node, blocks: Collection[Block]) -> dict[Block, Score]:
         """How good a known model is without one more block, for each of several; those that look bad on the first
         samples are judged by these alone. Repairs behind the block stay those of the known model.
         """
+        known = self._journal.get("screen", base.removed, blocks)
+        if known is not None:
+            return {block: known[_label(block)] for block in blocks}
+        base.states  # noqa: B018  computed now, if that is still to be done: below the model is repaired
         rough = max(1, len(self._judging) // _ROUGH)
         parts: dict[Block, list[tuple[Tensor, Tensor]]] = {}
         with self._repaired() as change:
@@ -143,7 +183,9 @@ class Workbench:
             for block in order[: max(_LEFT, -(-len(order) // _LEFT))]:
                 parts[block] += self._judged(base, trials[block], range(rough, len(self._judging)), change)
         self._account()
-        return {block: Score.of(found) for block, found in parts.items()}
+        scores = {block: Score.of(found) for block, found in parts.items()}
+        self._journal.put("screen", base.removed, {_label(block): score for block, score in scores.items()}, blocks)
+        return scores
 
     def complete(self, scores: Mapping[Block, Score]) -> dict[Block, Score]:
         """Those that were judged on all samples, the best first."""
@@ -157,7 +199,7 @@ class Workbench:
         states: dict[Block, list[Tensor]] = {}
         parts = self._fill(states, frozenset(), 0, None)
         self._account()
-        return Node(frozenset(), {}, states, Score.of(parts))
+        return Node(frozenset(), Score.of(parts), lambda: ({}, states))
 
     def _sites(self, removed: Removed) -> dict[Block, Site]:
         """The removal sites by their kept blocks; none where nothing is repaired."""
@@ -287,15 +329,12 @@ class Workbench:
                 if block not in applied:
                     transaction = Transaction()
                     applied[block] = healing, transaction
-                    apply_healing(healing, self._module(block), transaction)
+                    apply_healing(healing, self.modules[block], transaction)
 
         try:
             yield change
         finally:
             change({})
-
-    def _module(self, block: Block) -> nn.Module:
-        return self._playback.modules[block]
 
     def _account(self) -> None:
         passes = self.passes
@@ -310,6 +349,10 @@ class _Trial:
     removed: Removed
     repairs: Mapping[Block, Healing]
     begin: int
+
+
+def _label(block: Block) -> str:
+    return f"{block[0]}.{block[1]}"
 
 
 def by_stack(removed: Collection[Block]) -> dict[str, list[int]]:
