@@ -3,13 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.checks import Entry
+from ..core.checks import MAX_BLOCKS, Entry
 from ..core.plain_text import plain
 
-__all__ = ["Choice"]
+__all__ = ["Choice", "Lesser"]
+
+
+@dataclass(frozen=True)
+class Lesser:
+    """A model on the way that the search went, with fewer blocks removed.
+
+    Attributes:
+        removed: by stack, the blocks that go.
+        value: of the objective.
+        speedup: how many times as fast the model becomes; None: not known.
+    """
+
+    removed: Mapping[str, tuple[int, ...]]
+    value: float
+    speedup: float | None = None
+
+    @property
+    def count(self) -> int:
+        """Blocks that go."""
+        return sum(map(len, self.removed.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        removed = {name: list(indices) for name, indices in self.removed.items()}
+        return {"removed": removed, "value": self.value, "speedup": self.speedup}
+
+    @classmethod
+    def read(cls, entry: Entry) -> Lesser:
+        """From outside."""
+        removed = {name: indices.wholes() for name, indices in entry["removed"].named().items()}
+        return cls(removed, entry["value"].number(), entry.optional("speedup", Entry.number))
 
 
 @dataclass(frozen=True)
@@ -23,6 +55,7 @@ class Choice:
         samples: number of samples that it was judged on.
         speedup: how many times as fast the model becomes, by the times of its blocks; None: not known.
         measured: the same, measured on the smaller model.
+        lesser: what the search found with fewer blocks removed, from the fewest on.
     """
 
     search: str
@@ -32,10 +65,13 @@ class Choice:
     samples: int = 0
     speedup: float | None = None
     measured: float | None = None
+    lesser: tuple[Lesser, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {**dataclasses.asdict(self), "interval": None if self.interval is None else list(self.interval)}
+        data = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        data["interval"] = None if self.interval is None else list(self.interval)
+        return {**data, "lesser": [each.to_dict() for each in self.lesser]}
 
     @classmethod
     def read(cls, entry: Entry) -> Choice:
@@ -54,6 +90,7 @@ class Choice:
             entry["samples"].whole(),
             entry.optional("speedup", Entry.number),
             entry.optional("measured", Entry.number),
+            tuple(map(Lesser.read, entry["lesser"].items(MAX_BLOCKS))),
         )
 
     def __str__(self) -> str:

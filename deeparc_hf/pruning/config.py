@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +15,20 @@ from ..similarity import ROW_KINDS, SimilarityMetric, SkippingMetric, metrics
 __all__ = ["DEFAULT_THRESHOLD", "MPruneConfig"]
 
 DEFAULT_THRESHOLD = 0.98
-_TARGETS = ("threshold", "num_blocks", "keep_ratio")
+_TARGETS = ("threshold", "num_blocks", "keep_ratio", "speedup")
+_RETRAIN, _RETRAIN_BY_DROP = 3, 1  # epochs
+# what says how blocks are compared: where one of these is set, similarity decides which blocks go
+_OF_SIMILARITY = ("similarity", "rows", "linkage", "across_stacks", "keep", "k")
 
 
 @dataclass(frozen=True)
 class MPruneConfig(Settings):
     """Settings of similarity pruning.
 
-    Exactly one of `threshold`, `num_blocks` and `keep_ratio` counts; with none given the threshold is 0.98. `k_max`,
-    `iterations`, `start_epoch`, `retrain_epochs`, `rewind_lr` and what `max_drop` needs are of use to `MPruneCallback`
-    only.
+    Exactly one of `threshold`, `num_blocks`, `keep_ratio` and `speedup` counts; with none given the threshold is 0.98.
+    But with `max_drop` alone, or with it and `search`, the model becomes as small as that allows: the blocks are
+    searched for, step by step. `k_max`, `iterations`, `start_epoch`, `retrain_epochs`, `rewind_lr` and what `max_drop`
+    needs are of use to `MPruneCallback` only.
 
     Raises:
         ConfigError: if a value makes no sense; the message says which values do.
@@ -48,8 +53,9 @@ class MPruneConfig(Settings):
     )
     start_epoch: int = setting(0, "Epochs of training before the first pruning; 0 prunes at once.", trainer=True)
     retrain_epochs: int = setting(
-        3,
-        "Epochs of training after each pruning; without max_drop the last one lasts to the training's end.",
+        None,
+        "Epochs of training after each pruning; without max_drop the last one lasts to the training's end. Default: 3, "
+        "or 1 where max_drop alone decides how far to go.",
         trainer=True,
     )
     metric: str | None = setting(
@@ -122,6 +128,17 @@ class MPruneConfig(Settings):
         "calibration samples.",
         choices=("lstsq",),
     )
+    search: str | None = setting(
+        None,
+        "Strategy by which the blocks are searched for that are missed least, by what the model puts out with them "
+        "removed and the kept ones healed: 'greedy', 'exchange', 'beam' or 'evolution'. Default: they go by similarity; "
+        "with speedup, or max_drop alone, 'greedy' with heal='lstsq'.",
+    )
+    objective: str = setting(
+        "divergence",
+        "What a search makes small: the 'divergence' of the outputs from the whole model's, that of the 'hidden' "
+        "states, or the 'loss'.",
+    )
     distill: DistillConfig | None = setting(
         None,
         "DistillConfig(...), or a dict of its settings: the unpruned model teaches during the retraining.",
@@ -150,6 +167,10 @@ class MPruneConfig(Settings):
     keep_ratio: float | None = setting(
         None, "Target: the share of all blocks that stays, in (0, 1]; the threshold is then found."
     )
+    speedup: float | None = setting(
+        None,
+        "Target: how many times as fast the model becomes, by the measured times of its blocks; they are searched for.",
+    )
     seed: int = setting(0, "Seed of the choice of calibration samples from a data set.")
 
     def __post_init__(self) -> None:
@@ -158,11 +179,10 @@ class MPruneConfig(Settings):
         self._to_tuples("protect", "freeze", "num_blocks")
         if isinstance(self.distill, dict):
             object.__setattr__(self, "distill", DistillConfig.from_settings(None, self.distill))
+        self._fill_in()
         self._check_types()
         self._check_iterations()
         self._check_target()
-        if self.target == "threshold" and self.threshold is None:
-            object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
         for name in ("k", "k_max", "calibration_samples", "min_blocks", "retrain_epochs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}.")
@@ -170,10 +190,24 @@ class MPruneConfig(Settings):
         self._check_choices({"freeze": " or a list of patterns"})
         self._check_metric()
 
+    def _fill_in(self) -> None:
+        """Give what was left open its value: the target, the search that it needs, and the length of retrainings."""
+        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
+        alike = any(getattr(self, name) != defaults[name] for name in _OF_SIMILARITY)
+        by_drop = not given and self.max_drop is not None and (self.search is not None or not alike)
+        if self.search is None and (by_drop or "speedup" in given):
+            object.__setattr__(self, "search", "greedy")
+            object.__setattr__(self, "heal", self.heal or "lstsq")
+        if not given and not by_drop:
+            object.__setattr__(self, "threshold", DEFAULT_THRESHOLD)
+        if self.retrain_epochs is None:
+            object.__setattr__(self, "retrain_epochs", _RETRAIN_BY_DROP if by_drop else _RETRAIN)
+
     @property
     def target(self) -> str:
-        """Which of "threshold", "num_blocks" and "keep_ratio" counts."""
-        return next((n for n in ("num_blocks", "keep_ratio") if getattr(self, n) is not None), "threshold")
+        """Which of threshold, num_blocks, keep_ratio and speedup counts; "max_drop" where that alone decides."""
+        return next((name for name in _TARGETS if getattr(self, name) is not None), "max_drop")
 
     @property
     def effective_rows(self) -> str:
@@ -194,7 +228,7 @@ class MPruneConfig(Settings):
         )
 
     def replace(self, **settings: Any) -> MPruneConfig:
-        """A copy with other settings. Giving one of threshold, num_blocks and keep_ratio unsets the other two."""
+        """A copy with other settings. Giving one of the targets (threshold, num_blocks, ...) unsets the others."""
         if any(settings.get(name) is not None for name in _TARGETS):
             # a list of targets brought its number of iterations along
             iterations = {"iterations": 1} if isinstance(self.num_blocks, tuple) else {}
@@ -205,8 +239,17 @@ class MPruneConfig(Settings):
         given = [name for name in _TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigError(
-                f"Exactly one of threshold, num_blocks and keep_ratio counts, found {' and '.join(given)}. Give one of "
-                "them."
+                f"Exactly one of {', '.join(_TARGETS)} counts, found {' and '.join(given)}. Give one of them."
+            )
+        if self.search is not None and "threshold" in given:
+            raise ConfigError(
+                "A search goes by what the model puts out and not by similarity, so no threshold bounds it. Give "
+                "num_blocks, keep_ratio, speedup, or max_drop alone, in place of threshold; or leave search out."
+            )
+        if self.speedup is not None and self.speedup <= 1:
+            raise ConfigError(
+                f"speedup says how many times as fast the model becomes, so it must be more than 1, found "
+                f"{shown(self.speedup)}."
             )
         targets = self.num_blocks if isinstance(self.num_blocks, tuple) else (self.num_blocks,)
         counts = [list(t.values()) if isinstance(t, dict) else [t] for t in targets if t is not None]

@@ -283,6 +283,11 @@ def make_plan(
             f"num_blocks lists {len(config.num_blocks)} targets, one for each iteration of a training with "
             "MPruneCallback. Give one target."
         )
+    if config.target in ("speedup", "max_drop"):
+        raise PlanError(
+            f"{config.target} is no target that similarities can be held against: the blocks are searched for. Use "
+            "search_blocks, or give num_blocks."
+        )
     protected = _matching(compared, config.protect, "protect")
     if config.target == "threshold":
         thresholds = dict.fromkeys(compared, float(config.threshold))  # type: ignore[arg-type]
@@ -335,6 +340,10 @@ def chosen_plan(
 
 def check_possible(compared: Mapping[str, ComparedStack], config: MPruneConfig) -> None:
     """Raise the PlanError of `make_plan` if no similarities at all could give a plan; those given do not matter."""
+    if config.target in ("speedup", "max_drop"):  # any number of blocks will do
+        config = config.replace(num_blocks=sum(map(len, compared.values())))
+    if config.search is not None:
+        config = config.replace(k=1)
     alike: dict[str, ComparedStack] = {}
     for chain in chains(compared):
         before = 0

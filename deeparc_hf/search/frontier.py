@@ -13,7 +13,7 @@ from ..core.checks import Entry, MalformedError, read_json
 from ..core.plain_text import plain, quoted
 from ..core.tables import html_table, runs, text_table
 from ..errors import ConfigError, PlanError
-from ..pruning.choice import Choice
+from ..pruning.choice import Choice, Lesser
 from ..pruning.plan import PruningPlan, chosen_plan
 from .drawing import plot_frontier
 
@@ -137,8 +137,16 @@ class Frontier:
 
     def plan_of(self, point: Point, freeze: str | Sequence[str] | None = None) -> PruningPlan:
         """The plan that leads to a model of the frontier; `freeze` as in `choose`."""
+        lesser = [each for each in self.points[1:] if each.num_blocks > point.num_blocks]
         choice = Choice(
-            self.search, self.objective, point.value, point.interval, self.samples, point.speedup, point.measured
+            self.search,
+            self.objective,
+            point.value,
+            point.interval,
+            self.samples,
+            point.speedup,
+            point.measured,
+            tuple(Lesser(each.removed, each.value, each.faster) for each in lesser),
         )
         settings = {} if freeze is None else {"freeze": freeze}
         return chosen_plan(self.plan, point.removed, choice, **settings)

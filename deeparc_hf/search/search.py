@@ -10,7 +10,8 @@ import copy
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,13 @@ from ..pruning.plan import PruningPlan
 from ..pruning.surgery import refuse_wrapped, remove_blocks
 from .frontier import Frontier, Point
 from .journal import Journal
-from .objectives import objectives
+from .objectives import Objective, objectives
 from .playback import Block
 from .strategies import Strategy, strategies
-from .timing import BlockTimes, Work, compare_times, time_blocks, work_of
+from .timing import BlockTimes, compare_times, time_blocks, work_of
 from .workbench import Node, Removed, Workbench, by_stack
 
-__all__ = ["search_blocks"]
+__all__ = ["check_search", "find_frontier", "search_blocks", "search_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -99,58 +100,131 @@ def search_blocks(
         PlanError: if no block can go.
         UnsupportedModelError, SurgeryError: as `analyze` and `remove_blocks`.
     """
-    strategy, goal = _registered(search, objective)
     subject = describe(model)
     refuse_wrapped(model)
     require_weights(subject.host)
     check_record(subject, 0)
     total = sum(map(len, subject.stacks.values()))
-    fewest = -(-total // 2) if num_blocks is None else num_blocks
-    protected = (protect,) if isinstance(protect, str) else tuple(protect)
     config = MPruneConfig(
-        num_blocks=total,
+        num_blocks=-(-total // 2) if num_blocks is None else num_blocks,
         heal=heal,
-        protect=protected,
+        search=search,
+        objective=objective,
+        protect=(protect,) if isinstance(protect, str) else tuple(protect),
         min_blocks=min_blocks,
         freeze=freeze,
         calibration_samples=samples,
     )
-    batches = list(Calibration(dataloader, samples).inputs(subject.host))
-    plan = compare_blocks(subject, Calibration(batches, samples), config, progress=progress)
-    free = _Free(plan, min_blocks)
-    most = min(total - fewest, free.most)
-    if most < 1:
+    return find_frontier(
+        subject,
+        list(Calibration(dataloader, samples).inputs(subject.host)),
+        config,
+        evaluate=evaluate,
+        greater_is_better=greater_is_better,
+        max_value=max_value,
+        measures=("blocks", "models") if measure_times else (),
+        journal=journal,
+        progress=progress,
+        at_most=num_blocks is None,
+    )
+
+
+def search_plan(
+    model: nn.Module | Subject,
+    batches: Sequence[Mapping[str, Any]],
+    config: MPruneConfig,
+    *,
+    most: int | None = None,
+    labels: Mapping[str, tuple[int, ...]] | None = None,
+    progress: bool = True,
+) -> PruningPlan:
+    """The plan that a search finds for the target of the settings.
+
+    Args:
+        batches: what the model is looked at on, as it takes them.
+        most: blocks that go at most; needed where the target is "max_drop", and the plan is the last one then.
+        labels: as in `compare_blocks`.
+
+    Raises:
+        PlanError: if the target cannot be reached; and as `search_blocks`.
+    """
+    subject, target = describe(model), config.target
+    if target == "max_drop" and most is None:
+        raise ConfigError(
+            "max_drop is judged after a retraining, in a training with MPruneCallback. Without one give num_blocks, "
+            "keep_ratio or speedup."
+        )
+    # nothing need be timed to remove a number of blocks
+    frontier = find_frontier(
+        subject, batches, config, measures=("blocks",), most=most, labels=labels, progress=progress
+    )
+    if target == "speedup":
+        return frontier.choose(speedup=config.speedup)
+    return frontier.plan_of(frontier.points[-1])
+
+
+def find_frontier(
+    subject: Subject,
+    batches: Sequence[Mapping[str, Any]],
+    config: MPruneConfig,
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    greater_is_better: bool = True,
+    max_value: float | None = None,
+    measures: Collection[str] = (),
+    journal: str | Path | None = None,
+    most: int | None = None,
+    at_most: bool = False,
+    labels: Mapping[str, tuple[int, ...]] | None = None,
+    progress: bool = True,
+) -> Frontier:
+    """`search_blocks` with settings as a training has them.
+
+    Args:
+        measures: "blocks": the blocks are timed; "models": each smaller model is made, as a copy, and timed.
+        most: blocks that go at most, where the settings do not say.
+        at_most: whether fewer may go than the settings ask for, where not so many can.
+    """
+    strategy, goal = check_search(config)
+    total = sum(map(len, subject.stacks.values()))
+    whole = config.replace(num_blocks=total)
+    plan = compare_blocks(
+        subject, Calibration(batches, config.calibration_samples), whole, progress=progress, labels=labels
+    )
+    free = _Free(plan, config)
+    wanted = free.wanted(total, config)
+    most = min(wanted if most is None else most, free.most)
+    if most < 1 or (most < wanted and config.target in ("num_blocks", "keep_ratio") and not at_most):
         raise PlanError(
-            f"No block can go: {total} blocks, of which {fewest} or more are to stay, and {free.most} may go at all. "
-            "Ask for fewer (num_blocks), or protect fewer."
+            f"The search is to remove {wanted} of {total} blocks, and {free.most} may go: the others are pinned or "
+            f"protected, or min_blocks={config.min_blocks} keeps them. Keep more blocks, or protect fewer."
         )
     asked = {
         "model": [subject.name, subject.lengths, mark_of_model(subject.root)],
         "data": _digest(batches),
-        "settings": {"heal": heal, "objective": objective, "search": search, "min_blocks": min_blocks},
-        "protect": list(protected),
+        "settings": {name: getattr(config, name) for name in ("heal", "objective", "search", "min_blocks")},
+        "protect": list(config.protect),
     }
     about = strategy.passes(len(free(frozenset())), most)
-    logger.info("%s search: about %.0f forward passes over %d samples.", search, about, plan.samples)
-    with (
-        evaluating(subject.root),
-        bar(f"Searching, about {about:.0f} passes over the data", progress, round(about), "pass") as shown,
-    ):
+    logger.info("%s search: about %.0f forward passes over %d samples.", config.search, about, plan.samples)
+    title = f"Searching, about {about:.0f} passes over the data"
+    with evaluating(subject.root), bar(title, progress, round(about), "pass") as shown:
         bench = Workbench(
             subject,
             batches,
             goal(),
-            heals=heal is not None,
+            heals=config.heal is not None,
             journal=Journal(journal, asked),
             tell=lambda passes: _advance(shown, passes),
         )
-        found = _Found(subject, bench, cut(batches[0], _TIMED), evaluate, measure_times)
-        complete = _run(strategy, bench, free, most, max_value, found)
+        found = _Found(subject, bench, cut(batches[0], _TIMED), evaluate, measures)
+        ends = _Ends(max_value, config.speedup)
+        complete = _run(strategy, bench, free, most, ends, found)
     return Frontier(
         points=found.points(),
         plan=plan,
-        search=search,
-        objective=objective,
+        search=strategy.name,
+        objective=goal.name,
         samples=bench.root.score.samples,
         passes=bench.passes,
         work=None if found.times is None else found.times.work,
@@ -159,15 +233,43 @@ def search_blocks(
     )
 
 
-def _run(
-    strategy: type[Strategy], bench: Workbench, free: _Free, most: int, max_value: float | None, found: _Found
-) -> bool:
+def check_search(config: MPruneConfig) -> tuple[type[Strategy], type[Objective]]:
+    """The strategy and the objective that settings name.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    try:
+        return strategies.get(config.search or "greedy"), objectives.get(config.objective)
+    except RegistryError as error:
+        raise ConfigError(str(error)) from None
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Where a search need not go further."""
+
+    max_value: float | None
+    speedup: float | None
+
+    def too_bad(self, node: Node) -> bool:
+        return self.max_value is not None and node.score.value > self.max_value
+
+    def enough(self, point: Point) -> bool:
+        return self.speedup is not None and point.speedup is not None and point.speedup >= self.speedup
+
+
+def _run(strategy: type[Strategy], bench: Workbench, free: _Free, most: int, ends: _Ends, found: _Found) -> bool:
     """Search; whether it came to its end."""
+    reached = most
     try:
         for node in strategy().run(bench, free, most):
-            if max_value is not None and node.score.value > max_value:
+            if ends.too_bad(node):
                 return True
-            found.add(node)
+            if len(node.removed) > reached:
+                return True
+            if ends.enough(found.add(node)):
+                reached = len(node.removed)
     except KeyboardInterrupt:
         if not found.nodes:
             raise
@@ -183,16 +285,28 @@ def _run(
 class _Free:
     """Which blocks may go beside those that are removed already."""
 
-    def __init__(self, plan: PruningPlan, min_blocks: int) -> None:
+    def __init__(self, plan: PruningPlan, config: MPruneConfig) -> None:
         self._blocks = {
             name: [i for i in range(len(stack)) if i not in stack.pinned and i not in stack.protected]
             for name, stack in plan.stacks.items()
         }
-        self._room = {name: max(len(stack) - min_blocks, 0) for name, stack in plan.stacks.items()}
+        stay = dict.fromkeys(plan.stacks, config.min_blocks)
+        if isinstance(config.num_blocks, dict):
+            stay |= {name: len(stack) for name, stack in plan.stacks.items()}
+            stay |= {name: max(count, config.min_blocks) for name, count in config.num_blocks.items()}
+        self._room = {name: max(len(stack) - stay[name], 0) for name, stack in plan.stacks.items()}
 
     @property
     def most(self) -> int:
         return sum(min(len(blocks), self._room[name]) for name, blocks in self._blocks.items())
+
+    def wanted(self, total: int, config: MPruneConfig) -> int:
+        """How many blocks the settings ask to remove; where they do not say, as many as may go."""
+        if isinstance(config.num_blocks, dict):
+            return sum(self._room.values())
+        if isinstance(config.num_blocks, int):
+            return total - config.num_blocks
+        return self.most if config.keep_ratio is None else total - round(total * config.keep_ratio)
 
     def __call__(self, removed: Removed) -> list[Block]:
         gone = by_stack(removed)
@@ -206,39 +320,39 @@ class _Free:
 
 
 class _Found:
-    """The best model of each number of blocks, made for real and measured."""
+    """The best model of each number of blocks, and its measures."""
 
     def __init__(
         self,
         subject: Subject,
         bench: Workbench,
-        timed: Any,
+        timed: Mapping[str, Any],
         evaluate: Callable[[nn.Module], float] | None,
-        measures: bool,
+        measures: Collection[str],
     ) -> None:
         self.nodes: dict[int, Node] = {}
         self.times: BlockTimes | None = None
         self._subject, self._bench, self._evaluate = subject, bench, evaluate
-        self._work: Work | None = None
-        if measures:
-            self._work = work_of(subject.host, timed)
+        self._work = work_of(subject.host, timed)
+        self._makes, self._compares = evaluate is not None or "models" in measures, "models" in measures
+        if "blocks" in measures:
             self.times = time_blocks(subject.host, bench.modules, self._work)
-        self._measured: dict[Removed, Point] = {}
+        self._points: dict[int, Point] = {}
         self._whole = self._point(bench.root, subject.root)
 
-    def add(self, node: Node) -> None:
-        """Keep a model, if it is the best of its number of blocks, and the measures of it."""
+    def add(self, node: Node) -> Point:
+        """Keep a model, if it is the best of its number of blocks, with the measures of it."""
         count = len(node.removed)
         known = self.nodes.get(count)
         if known is None or node.score.value < known.score.value:
             self.nodes[count] = node
-            self._measured.pop(known.removed, None) if known is not None else None
-            self._measured[node.removed] = self._measure(node)
+            self._points[count] = self._measured(node) if self._makes else self._point(node, None)
+        return self._points[count]
 
     def points(self) -> tuple[Point, ...]:
-        return (self._whole, *(self._measured[self.nodes[count].removed] for count in sorted(self.nodes)))
+        return (self._whole, *(self._points[count] for count in sorted(self._points)))
 
-    def _measure(self, node: Node) -> Point:
+    def _measured(self, node: Node) -> Point:
         """Make the smaller model, as a copy, and measure it."""
         smaller = copy.deepcopy(self._subject.root)
         removed = by_stack(node.removed)
@@ -249,32 +363,24 @@ class _Found:
                 place = index - sum(gone < index for gone in removed.get(name, ()))
                 apply_healing(healing, pruned.stacks[name].blocks[place], undo)
         point = self._point(node, smaller)
-        if self._work is None:
+        if not self._compares:
             return point
         ratio, interval = compare_times(self._subject.host, pruned.host, self._work)
         return dataclasses.replace(point, measured=ratio, measured_interval=interval)
 
-    def _point(self, node: Node, model: nn.Module) -> Point:
-        removed = {name: tuple(indices) for name, indices in by_stack(node.removed).items()}
-        metric = None
-        if self._evaluate is not None:
-            metric = float(self._evaluate(model))
+    def _point(self, node: Node, model: nn.Module | None) -> Point:
+        """`model`: the smaller one, where it was made."""
+        gone = {id(p) for block in node.removed for p in self._bench.modules[block].parameters()}
+        left = [p.numel() for p in self._subject.root.parameters() if id(p) not in gone]
         return Point(
-            removed,
+            {name: tuple(indices) for name, indices in by_stack(node.removed).items()},
             len(self._bench.order) - len(node.removed),
-            sum(p.numel() for p in model.parameters()),
+            sum(left if model is None else (p.numel() for p in model.parameters())),
             node.score.value,
             node.score.interval,
-            metric,
+            None if self._evaluate is None or model is None else float(self._evaluate(model)),
             None if self.times is None else self.times.speedup(node.removed),
         )
-
-
-def _registered(search: str, objective: str) -> tuple[type[Strategy], Any]:
-    try:
-        return strategies.get(search), objectives.get(objective)
-    except RegistryError as error:
-        raise ConfigError(str(error)) from None
 
 
 def _advance(shown: Any, passes: float) -> None:
@@ -283,7 +389,7 @@ def _advance(shown: Any, passes: float) -> None:
     shown.update(passes)
 
 
-def _digest(batches: Sequence[dict[str, Any]]) -> str:
+def _digest(batches: Sequence[Mapping[str, Any]]) -> str:
     """What tells the data of one search from that of another."""
     digest = hashlib.sha256()
     for batch in batches:

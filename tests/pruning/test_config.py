@@ -175,7 +175,7 @@ def test_no_hint_where_a_percentage_was_not_meant():
     ids=lambda settings: "+".join(settings),
 )
 def test_two_targets_are_refused_by_name(settings):
-    with pytest.raises(ConfigError, match="Exactly one of threshold, num_blocks and keep_ratio") as caught:
+    with pytest.raises(ConfigError, match="Exactly one of threshold, num_blocks, keep_ratio, speedup") as caught:
         MPruneConfig(**settings)
     assert f"found {' and '.join(settings)}" in str(caught.value)
 
