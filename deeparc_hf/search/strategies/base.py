@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 from ...core.registry import Registry
 from ..playback import Block
 from ..workbench import Node, Removed, Workbench
 
-__all__ = ["Free", "Strategy", "best_additions", "register", "strategies"]
+__all__ = ["Free", "Strategy", "best_additions", "nearest", "register", "strategies"]
 
 Free = Callable[[Removed], list[Block]]  # the blocks that may go beside those that are removed
 
@@ -43,6 +43,16 @@ def best_additions(bench: Workbench, node: Node, free: Free, count: int) -> list
     scores = bench.complete(bench.screen(node, free(node.removed)))
     found = [bench.follow(node.removed | {block}, node) for block in list(scores)[:count]]
     return sorted(found, key=lambda each: each.score.value)
+
+
+def nearest(bench: Workbench, removed: Removed, nodes: Sequence[Node]) -> Node:
+    """Of known models the one from which another is computed at least cost: that which differs from it latest."""
+
+    def differs(node: Node) -> int:
+        apart = (number for number, block in enumerate(bench.order) if (block in removed) != (block in node.removed))
+        return next(apart, len(bench.order))
+
+    return max(nodes, key=differs)
 
 
 strategies: Registry[Strategy] = Registry("search", "deeparc_hf.search.strategies", Strategy)

@@ -1,0 +1,40 @@
+"""Beam search: of each number of removed blocks the best few sets are kept, and each of them grows.
+
+The usual beam search of Lowerre 1976 and since; greedy goes beside, so that the beam is never worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..workbench import Node, Workbench
+from .base import Free, Strategy, register
+from .greedy import Greedy
+
+__all__ = ["Beam"]
+
+_WIDTH = 3
+
+
+@register("beam")
+class Beam(Strategy):
+    summary = "the best three sets of each number of blocks are kept, and grow; never worse than greedy"
+
+    def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
+        members = [bench.root]
+        for greedy in Greedy().run(bench, free, most):
+            found, judged = [greedy], {greedy.removed}
+            while members:
+                parent = members.pop()  # and forgotten: a node holds what all its blocks put out
+                scores = bench.complete(bench.screen(parent, free(parent.removed)))
+                for removed in [parent.removed | {block} for block in list(scores)[:_WIDTH]]:
+                    if removed not in judged:
+                        judged.add(removed)
+                        found.append(bench.follow(removed, parent))
+                        found = sorted(found, key=lambda each: each.score.value)[:_WIDTH]
+            members = found
+            yield members[0]
+
+    @staticmethod
+    def passes(blocks: int, most: int) -> float:
+        return 0.0

@@ -1,0 +1,72 @@
+"""Exchange: greedy, and after each step single removed blocks are exchanged for kept ones while that lowers the score.
+
+Floating selection (Pudil et al. 1994, doi 10.1016/0167-8655(94)90127-9) goes back so, with features in place of blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator
+
+from ..workbench import Node, Removed, Workbench
+from .base import Free, Strategy, best_additions, nearest, register
+from .greedy import Greedy
+
+__all__ = ["Exchange"]
+
+_FINALISTS = 2
+_ROUNDS = 4  # at most so many times each removed block is tried, for each number of them
+
+
+@register("exchange")
+class Exchange(Strategy):
+    summary = "greedy, and removed blocks are exchanged for kept ones while that helps; never worse than greedy"
+
+    def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
+        node, earlier = bench.root, bench.root
+        values: dict[int, float] = {}  # the best so far, by the number of removed blocks
+        for greedy in Greedy().run(bench, free, most):
+            start, grown = greedy, {earlier.removed, node.removed}
+            if node.removed != earlier.removed:
+                start = min([greedy, *best_additions(bench, node, free, _FINALISTS)], key=lambda each: each.score.value)
+            earlier = greedy
+            node = yield from _exchanged(bench, free, start, grown, values)
+
+    @staticmethod
+    def passes(blocks: int, most: int) -> float:
+        return 0.0
+
+
+def _exchanged(
+    bench: Workbench, free: Free, node: Node, grown: Collection[Removed], values: dict[int, float]
+) -> Generator[Node, None, Node]:
+    """Exchange blocks until none helps. Gives each better model, also one with a block less; returns the best.
+
+    Args:
+        grown: sets to which the best block was added already.
+    """
+    tried, judged, count = set(grown), {node.removed}, len(node.removed)
+    values[count] = node.score.value
+    yield node
+    for _ in range(_ROUNDS):
+        before = node
+        for block in sorted(before.removed, key=bench.order.index, reverse=True):
+            fewer = node.removed - {block}
+            if fewer in tried:
+                continue
+            tried.add(fewer)
+            base = bench.follow(fewer, nearest(bench, fewer, [node, bench.root]))
+            if base.score.value < values[count - 1]:
+                values[count - 1] = base.score.value
+                yield base
+            scores = bench.complete(bench.screen(base, [b for b in free(fewer) if fewer | {b} not in judged]))
+            if not scores:
+                continue
+            found = bench.follow(fewer | {next(iter(scores))}, base)
+            judged.add(found.removed)
+            if found.score.value < node.score.value:
+                node = found
+                values[count] = node.score.value
+                yield node
+        if node is before:
+            break
+    return node
