@@ -37,4 +37,5 @@ class Beam(Strategy):
 
     @staticmethod
     def passes(blocks: int, most: int) -> float:
-        return 0.0
+        candidates = sum(blocks - gone for gone in range(most))
+        return Greedy.passes(blocks, most) + _WIDTH * candidates * 0.09 + most * 2.0

@@ -8,6 +8,7 @@ and the block that is missed least beside it.
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator
+from math import comb
 from random import Random
 
 from ..workbench import Node, Removed, Workbench
@@ -37,7 +38,8 @@ class Evolution(Strategy):
 
     @staticmethod
     def passes(blocks: int, most: int) -> float:
-        return 0.0
+        sets = [min(comb(blocks, count), 5 * _OFFSPRING) for count in range(1, most + 1)]
+        return 0.57 * sum(sets)
 
 
 def _generations(bench: Workbench, free: Free, node: Node, random: Random) -> Generator[Node, None, Node]:
