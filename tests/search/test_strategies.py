@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from math import inf
 
 import pytest
@@ -58,10 +58,10 @@ def all_of(seed, heals):
     return found, best
 
 
-def share_found(name, heals):
+def share_found(name):
     """How often the best set of two to four blocks was found."""
     hits = []
-    for seed in SEEDS:
+    for seed, heals in product(SEEDS, (True, False)):
         found, best = all_of(seed, heals)
         hits += [found[name][count] <= best[count] * 1.001 for count in (2, 3, 4)]
     return sum(hits) / len(hits)
@@ -155,7 +155,7 @@ def test_keeps_to_blocks_that_may_go_together(name):
     assert all(len(pair & node.removed) <= 1 for pair in pairs for node in nodes)
 
 
-@pytest.mark.parametrize(("depth", "most"), [(6, 5), (8, 3), (12, 4)])
+@pytest.mark.parametrize(("depth", "most"), [(6, 5), (8, 3), (11, 4)])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_estimate_of_its_passes_is_of_the_right_size(name, depth, most):
     model = bert(depth=depth)
@@ -181,20 +181,11 @@ def test_is_never_worse_than_greedy(name, heals):
     assert better >= 3  # lower at several numbers
 
 
-@pytest.mark.parametrize(
-    ("name", "heals", "least"),
-    [
-        ("evolution", True, 0.95),  # found: all of 15
-        ("evolution", False, 0.95),  # all
-        ("exchange", True, 0.6),  # 10 of 15; greedy 7
-        ("exchange", False, 0.9),  # all; greedy 3
-        ("beam", True, 0.7),  # 11
-        ("beam", False, 0.8),  # 13
-    ],
-)
-def test_finds_the_best_set_of_all_where_greedy_seldom_does(name, heals, least):
-    assert share_found(name, heals) >= least
-    assert share_found("greedy", heals) < least
+# found: 30, 25 and 24 of 30; by greedy 10
+@pytest.mark.parametrize(("name", "least"), [("evolution", 0.95), ("exchange", 0.7), ("beam", 0.7)])
+def test_mostly_finds_the_best_set_of_all_where_greedy_does_not(name, least):
+    assert share_found(name) >= least
+    assert share_found("greedy") < 0.5
 
 
 # ---- planted: blocks that each add one vector to the stream ----
