@@ -75,7 +75,16 @@ def main(argv: list[str] | None = None) -> list[Any]:
     made_by = provenance(__file__, argv, data, image, training, splits, metrics.told)
     # blocks are compared on the training images as they are
     return Experiment(
-        data, pruning, training, load, trainer, seen, calibration=seen.train, provenance=made_by, notes=[f"{metrics}"]
+        data,
+        pruning,
+        training,
+        load,
+        trainer,
+        seen,
+        calibration=seen.train,
+        provenance=made_by,
+        notes=[f"{metrics}"],
+        known=["accuracy"],
     ).run()
 
 

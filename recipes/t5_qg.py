@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from experiment.arguments import begin
-    from experiment.generation import QuestionMeasure, QuestionTrainer, first_answers, scores_of, write_scores
+    from experiment.generation import TITLES, QuestionMeasure, QuestionTrainer, first_answers, scores_of, write_scores
     from experiment.metrics import Metrics
     from experiment.models import loader
     from experiment.provenance import provenance
@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
     told = {
         "provenance": made_by,
         "notes": [f"{metrics}"],
+        "known": list(TITLES),
         "finish": lambda rows: write_scores(Path(training.output_dir), rows, measure),
     }
     return Experiment(data, pruning, training, load, trainer, splits, measure, **told).run()

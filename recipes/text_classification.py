@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
     load = loader(AutoModelForSequenceClassification, data, pruning, labels=names)
     made_by = provenance(__file__, argv, data, text, training, splits, metrics.told)
-    return Experiment(data, pruning, training, load, trainer, splits, provenance=made_by, notes=[f"{metrics}"]).run()
+    return Experiment(
+        data, pruning, training, load, trainer, splits, provenance=made_by, notes=[f"{metrics}"], known=["accuracy"]
+    ).run()
 
 
 if __name__ == "__main__":

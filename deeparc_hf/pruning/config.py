@@ -131,8 +131,8 @@ class MPruneConfig(Settings):
     search: str | None = setting(
         None,
         "Strategy by which the blocks are searched for that are missed least, by what the model puts out with them "
-        "removed and the kept ones healed: 'greedy', 'exchange', 'beam' or 'evolution'. Default: they go by similarity; "
-        "with speedup, or max_drop alone, 'greedy' with heal='lstsq'.",
+        "removed and the kept ones healed: 'greedy', 'exchange', 'beam' or 'evolution'. Default: they go by "
+        "similarity; with speedup, or max_drop alone, 'greedy' with heal='lstsq'.",
     )
     objective: str = setting(
         "divergence",

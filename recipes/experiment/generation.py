@@ -196,6 +196,7 @@ class QuestionMeasure:
         self.reasons = TextScores(["a"], ["a"]).reasons
         for score, reason in self.reasons.items():
             logger.warning("%s will be left out: %s", TITLES[score], reason)
+            metrics.leave_out(score, reason)
 
     def __call__(self, trainer: Trainer) -> Measured:
         """Loss and scores, with bootstrap intervals of the scores over the questions."""

@@ -8,8 +8,10 @@ somebody has used them on this machine before.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,11 @@ class Metrics:
         found = self._modules[name].compute(predictions=predictions, references=references, **settings)
         return dict(found)
 
+    def leave_out(self, name: str, reason: str) -> None:
+        """Note that a metric is computed by nobody."""
+        self._modules.pop(name, None)
+        self.told[name] = f"left out, {reason.rstrip('.')}"
+
     def __str__(self) -> str:
         return "Computed by: " + "; ".join(f"{name}: {told}" for name, told in self.told.items()) + "."
 
@@ -97,24 +104,73 @@ def _loaded(name: str, scripts: str) -> tuple[Any, str]:
         import evaluate
     except ImportError:
         return None, 'evaluate is not installed: pip install "deeparc_hf[recipes]"'
-    version = f"evaluate {evaluate.__version__}"
-    if scripts == HUB and not is_offline_mode():
+    offline = scripts == HUB and is_offline_mode()
+    if scripts == HUB and not offline:
         place, whence = f"evaluate-metric/{name}", "its script from the Hub"
     elif scripts in (CACHE, HUB):
         kept = Path(evaluate.config.HF_MODULES_CACHE) / "evaluate_modules" / "metrics" / f"evaluate-metric--{name}"
         found = sorted(kept.glob(f"*/{name}.py"), key=lambda path: path.stat().st_mtime)
+        more = "this machine is offline" if offline else "evaluate_scripts=hub fetches and runs it"
         if not found:
-            return None, "evaluate's script is not in its cache; evaluate_scripts=hub fetches and runs it"
+            return _without(name, f"evaluate's script is not in its cache; {more}", warns=offline)
         if name == "meteor":
-            return None, "evaluate's script would download data; evaluate_scripts=hub lets it"
-        place, whence = str(found[-1]), "its script from its cache"
+            return _without(name, "evaluate's script would download data, which evaluate_scripts=hub lets it", offline)
+        place, whence = str(found[-1]), f"its script from its cache, {_mark(found[-1].parent)}"
     else:
-        if not (Path(scripts) / name / f"{name}.py").is_file():
-            return None, f"the folder evaluate_scripts has no {name}/{name}.py"
-        place, whence = str(Path(scripts) / name), "its script from a folder"
+        folder = Path(scripts) / name
+        if not (folder / f"{name}.py").is_file():
+            return _without(name, f"the folder evaluate_scripts has no {name}/{name}.py", warns=True)
+        place, whence = str(folder), f"its script from a folder, {_mark(folder)}"
+    told = f"evaluate {evaluate.__version__}, {whence}"
     try:
         # in memory: processes would wait for each other at files
-        return evaluate.load(place, module_type="metric", keep_in_memory=True), f"{version}, {whence}"
+        module = evaluate.load(place, module_type="metric", keep_in_memory=True)
+        if name in _TRIALS and not _TRIALS[name](module):
+            return _without(name, f"{told}, gives other values on a trial", warns=True)
     except Exception as error:  # of a script that is not ours, the Hub and the connection
-        logger.warning("evaluate could not load %s: %s", name, error)
-        return None, f"{version} could not load its script, {type(error).__name__}"
+        logger.warning("evaluate could not load and try %s: %s", name, error)
+        return None, f"{told}, cannot be loaded and tried, {type(error).__name__}"
+    return module, told
+
+
+def _without(name: str, why: str, warns: bool) -> tuple[None, str]:
+    if warns:
+        logger.warning("evaluate does not compute %s, but %s: %s.", name, BENEATH[name], why)
+    return None, why
+
+
+def _mark(folder: Path) -> str:
+    """What tells scripts apart: the beginning of a hash of them."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"sha256 {digest.hexdigest()[:12]}"
+
+
+def _close(found: Any, wanted: Sequence[float]) -> bool:
+    return all(math.isclose(float(one), other, abs_tol=1e-9) for one, other in zip(found, wanted, strict=True))
+
+
+def _bleu(module: Any) -> bool:
+    text = "what is the capital of France ?"
+    found = module.compute(predictions=[text, "who ?"], references=[text, "who wrote it ?"], max_order=4, smooth=False)
+    # 9 tokens for 11; all n-grams are there
+    parts = [*found["precisions"], found["length_ratio"], found["brevity_penalty"], found["bleu"]]
+    penalty = math.exp(1 - 11 / 9)
+    return _close(parts, [1.0, 6 / 7, 1.0, 1.0, 9 / 11, penalty, penalty * (6 / 7) ** 0.25])
+
+
+def _rouge(module: Any) -> bool:
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    found = module.compute(
+        predictions=["a b", "c"], references=["a b", "d"], rouge_types=kinds, use_stemmer=False, use_aggregator=False
+    )
+    return all(_close(found[kind], [1.0, 0.0]) for kind in kinds)
+
+
+def _accuracy(module: Any) -> bool:
+    return _close([module.compute(predictions=[0, 1, 2, 1], references=[0, 1, 1, 1])["accuracy"]], [0.75])
+
+
+# by metric, whether it gives on a small example what it should. METEOR needs data, and is asked only where they are
+_TRIALS: dict[str, Callable[[Any], bool]] = {"accuracy": _accuracy, "bleu": _bleu, "rouge": _rouge}

@@ -10,7 +10,7 @@ import logging
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from deeparc_hf.core.distributed import gather
 from deeparc_hf.core.files import write_whole
+from deeparc_hf.core.plain_text import did_you_mean
 from deeparc_hf.core.progress_bars import shows_bars
 from deeparc_hf.errors import ConfigError
 from deeparc_hf.observe.calibration import Calibration, chosen_rows
@@ -75,6 +76,7 @@ class Experiment:
         notes: sentences beneath the table, after those about the splits.
         average_tokens: whether the model's loss follows the number of tokens of all processes. Where it does not, the
             Trainer would multiply it by their number (`average_tokens_across_devices`).
+        known: the metrics that an evaluation gives, beside the loss; what the gate judges by must be one of them.
         finish: called with the rows in the end, in the first process.
     """
 
@@ -89,6 +91,7 @@ class Experiment:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     average_tokens: bool = False
+    known: Collection[str] = ()
     finish: Callable[[list[Row]], None] = lambda rows: None
 
     def run(self) -> list[Row]:
@@ -148,6 +151,9 @@ class Experiment:
                 "finetune_epochs and retrain_epochs say how long the trainings are. Leave num_train_epochs, max_steps "
                 "out."
             )
+        named = (self.pruning.metric or "loss").removeprefix("eval_")
+        if self.known and named not in {"loss", *self.known}:
+            raise self._no_metric([*self.known, "loss"])
         if self.data.repo_id is not None and self.pruning.finetune_epochs == self.pruning.iterations == 0:
             raise ConfigError(
                 "repo_id publishes the last model, and with finetune_epochs and iterations 0 none is made. Leave one "
@@ -390,10 +396,14 @@ class Experiment:
             known = sorted(
                 key.removeprefix("eval_") for key in metrics if key.startswith("eval_") and not key.endswith(TIMES)
             )
-            raise ConfigError(
-                f"metric={self.pruning.metric!r} is not among the metrics of the evaluation: {', '.join(known)}."
-            )
+            raise self._no_metric(known)
         return float(metrics[self._metric])
+
+    def _no_metric(self, known: Sequence[str]) -> ConfigError:
+        hint = did_you_mean(str(self.pruning.metric), known)
+        return ConfigError(
+            f"metric={self.pruning.metric!r} is not among the metrics of the evaluation: {', '.join(known)}.{hint}"
+        )
 
     def _batches(self, trainer: Trainer, config: MPruneConfig | WandaConfig) -> Iterable[Any]:
         """Batches of randomly chosen samples, collated as for a training; one can go through them again and again, and
@@ -412,7 +422,7 @@ class Experiment:
         training = {
             name: value for name, value in self.training.to_sanitized_dict().items() if not name.startswith(_NO_MATTER)
         }
-        own = {name: dict(self.provenance.get(name) or {}) for name in ("settings", "data")}
+        own = {name: dict(self.provenance.get(name) or {}) for name in ("settings", "data", "metrics")}
         given = {"model": data, "trainer": {**training, "processes": self.training.world_size}}
         hashed = {part: {name: _hashed(value) for name, value in each.items()} for part, each in given.items()}
         return {**own, **hashed, "pruning": dataclasses.asdict(self.pruning)}

@@ -276,6 +276,7 @@ class Sweep:
                 self.failed += [cell.name for cell in others]
             else:
                 folder = read_rows(self._place(ORIGINAL))[0].folder
+                self.write()
                 for cell in others:
                     self._do(cell, None if folder is None else self._place(ORIGINAL) / folder, run, lock)
                     self.write()

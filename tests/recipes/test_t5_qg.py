@@ -281,3 +281,9 @@ def test_a_row_without_an_answer_is_refused(answer):
 
 def test_answers_of_every_kind():
     assert first_answers(["a", {"text": ["b", "c"], "answer_start": [0, 1]}, ["d"]], "answers") == ["a", "b", "d"]
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused_before_any_work(place):
+    with pytest.raises(ConfigError, match=r"metric='blue' is not among .*Did you mean 'bleu'"):
+        recipe("t5_qg").main([*words(place, place / "typo"), "--metric", "blue", "--max_drop", "0.1"])
+    assert not (place / "typo").exists()

@@ -97,7 +97,7 @@ def test_arguments_of_a_trainer_go_into_the_same_file(settings, tmp_path):
         ("", "must hold names and values, found a NoneType"),
         ("model: [unclosed\n", "is not YAML"),
         ("threshold: 98\nmodel: bert\n", "did you mean 0.98"),
-        ("model: bert\nthreshold: 0.9\nkeep_ratio: 0.5\n", "Exactly one of threshold, num_blocks and keep_ratio"),
+        ("model: bert\nthreshold: 0.9\nkeep_ratio: 0.5\n", "Exactly one of threshold, num_blocks, keep_ratio, speedup"),
     ],
 )
 def test_a_wrong_file_is_refused(settings, text, message):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from deeparc_hf.errors import ConfigError  # noqa: E402
 from experiment.generation import TextScores  # noqa: E402
 from experiment.metrics import BENEATH, Accuracy, Metrics  # noqa: E402
 
-from ..metric_scripts import script  # noqa: E402
+from ..metric_scripts import VALUES, script  # noqa: E402
 from .test_generation import random_pairs, tiny_nltk_data  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
@@ -42,13 +43,14 @@ def test_scripts_of_a_folder_compute_all_of_them(evaluate_cache, tmp_path):
     for name in BENEATH:
         script(folder, name)
     metrics = Metrics(BENEATH, str(folder))
-    assert Accuracy(metrics)(predictions_of(3, 4)) == {"accuracy": 4.25}
-    scores = TextScores(["a b", "c"], ["a b", "d"], metrics).values()
+    assert Accuracy(metrics)(predictions_of(2, 4)) == {"accuracy": 4.25}
+    scores = TextScores(["a b", "e"], ["a b", "d"], metrics).values()
     expected = {"bleu": 0.5, "brevity_penalty": 0.75, "length_ratio": 2.0}
     expected |= {"precision_1": 0.1, "precision_2": 0.2, "precision_3": 0.3, "precision_4": 0.4}
-    expected |= dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.5)
+    expected |= dict.fromkeys(("rouge1", "rouge2", "rougeL", "rougeLsum"), 0.25)
     assert {name: scores[name] for name in expected} == expected
-    assert set(metrics.told.values()) == {f"evaluate {evaluate.__version__}, its script from a folder"}
+    for told in metrics.told.values():
+        assert re.fullmatch(rf"evaluate {evaluate.__version__}, its script from a folder, sha256 \w{{12}}", told)
     assert str(tmp_path) not in str(metrics)
 
 
@@ -72,8 +74,8 @@ def test_the_newest_script_in_its_cache_counts_and_nothing_is_fetched(evaluate_c
     newest.write_text(newest.read_text().replace(".25", ".75"))
     os.utime(newest, (5, 5))
     metrics = Metrics(["accuracy"])
-    assert Accuracy(metrics)(predictions_of(3, 4)) == {"accuracy": 4.75}
-    assert metrics.told["accuracy"].endswith("its script from its cache")
+    assert Accuracy(metrics)(predictions_of(2, 4)) == {"accuracy": 4.75}
+    assert "its script from its cache, sha256 " in metrics.told["accuracy"]
 
 
 def test_meteors_script_in_the_cache_is_not_used_for_it_would_download(evaluate_cache):
@@ -85,7 +87,42 @@ def test_meteors_script_in_the_cache_is_not_used_for_it_would_download(evaluate_
 def test_offline_the_hub_is_its_cache(evaluate_cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     script(evaluate_cache / "evaluate-metric--accuracy", "accuracy")
-    assert Metrics(["accuracy"], "hub").told["accuracy"].endswith("its script from its cache")
+    (evaluate_cache / "evaluate-metric--accuracy" / "accuracy").rename(
+        evaluate_cache / "evaluate-metric--accuracy" / ("a" * 64)
+    )
+    assert "its script from its cache" in Metrics(["accuracy"], "hub").told["accuracy"]
+
+
+def test_offline_without_a_script_it_says_so(evaluate_cache, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    told = Metrics(["accuracy"], "hub").told["accuracy"]
+    assert told.endswith("(evaluate's script is not in its cache; this machine is offline)")
+    assert "this machine is offline" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["{'acc': 1.0}", "{'accuracy': 0.25}", "1 / 0"])
+def test_a_script_that_gives_something_else_is_not_used(evaluate_cache, tmp_path, value, caplog):
+    folder = script(tmp_path / "scripts", "accuracy")
+    file = folder / "accuracy" / "accuracy.py"
+    file.write_text(file.read_text().replace(VALUES["accuracy"], value))
+    metrics = Metrics(["accuracy"], str(folder))
+    assert "accuracy" not in metrics and ("trial" in caplog.text or "could not load and try" in caplog.text)
+    assert Accuracy(metrics)(predictions_of(1, 4)) == {"accuracy": 0.25}
+
+
+def test_scripts_are_told_apart(evaluate_cache, tmp_path):
+    """A resume with another script would mix two figures in one table: what is told is part of what was asked for."""
+    folder = script(tmp_path / "scripts", "accuracy")
+    first = Metrics(["accuracy"], str(folder)).told["accuracy"]
+    file = folder / "accuracy" / "accuracy.py"
+    file.write_text(file.read_text().replace("+ .25", "+ .5"))
+    assert Metrics(["accuracy"], str(folder)).told["accuracy"] != first
+
+
+def test_what_nobody_computes_is_told_so():
+    metrics = Metrics(["meteor"], "off")
+    metrics.leave_out("meteor", "there is no data.")
+    assert str(metrics) == "Computed by: meteor: left out, there is no data."
 
 
 @pytest.mark.parametrize(
@@ -93,8 +130,8 @@ def test_offline_the_hub_is_its_cache(evaluate_cache, monkeypatch):
     [
         ("off", "", "evaluate_scripts is off"),
         ("absent", "", "the folder evaluate_scripts has no accuracy/accuracy.py"),
-        ("broken", "import not_a_module_of_anybody", "could not load its script, ImportError"),
-        ("wrong", "raise RuntimeError('in /some/place')", "could not load its script, RuntimeError"),
+        ("broken", "import not_a_module_of_anybody", "cannot be loaded and tried, ImportError"),
+        ("wrong", "raise RuntimeError('in /some/place')", "cannot be loaded and tried, RuntimeError"),
     ],
 )
 def test_why_evaluate_does_not_compute_is_told_without_places(evaluate_cache, tmp_path, scripts, imports, told):
