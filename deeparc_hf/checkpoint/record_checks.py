@@ -50,6 +50,8 @@ def check_iteration(entry: Entry, lengths: Mapping[str, int]) -> None:
         part.entries()
         for quality in _given(part, *_STAGES):
             _check_quality(quality)
+    for search in _given(entry, "search"):
+        search.text(LIMIT)
     for healing in _given(entry, "healing"):
         for site in healing.items(MAX_BLOCKS):
             _check_site(site)

@@ -93,8 +93,12 @@ class Choice:
             tuple(map(Lesser.read, entry["lesser"].items(MAX_BLOCKS))),
         )
 
-    def __str__(self) -> str:
+    @property
+    def judged(self) -> str:
+        """Its outcome in words, without times, which are never the same twice."""
         bounds = "" if self.interval is None else f" ({self.interval[0]:.3g} .. {self.interval[1]:.3g})"
+        return f"{self.search} search: {self.objective} {self.value:.3g}{bounds} on {self.samples} samples"
+
+    def __str__(self) -> str:
         faster = self.measured or self.speedup
-        times = "" if faster is None else f", {faster:.2f} times as fast"
-        return f"{self.search} search: {self.objective} {self.value:.3g}{bounds} on {self.samples} samples{times}"
+        return f"{self.judged}{'' if faster is None else f', {faster:.2f} times as fast'}"

@@ -119,6 +119,7 @@ def apply_plan(
         "thresholds": {name: stack.threshold for name, stack in plan.stacks.items()},
         "removed": removed,
         "frozen": frozen,
+        **({} if plan.choice is None else {"search": plan.choice.judged}),
     }
     return _operate(
         subject, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify, transaction=transaction

@@ -206,6 +206,7 @@ class Attempt:
             stack; None and empty for the model before the first pruning.
         compared: how its blocks were compared, in words.
         removed, plan_removed: blocks that it removed, by stack, numbered as in the original, and as right before.
+        search: how a search chose them, in words; speedup: how many times as fast the model should be after it.
         stages: what each step did (`quality.measure_quality`, by stage).
         metric, value, baseline, drop: what it was judged by; None where nothing was judged.
         reason, decision: of the verdict; None before.
@@ -225,6 +226,8 @@ class Attempt:
     compared: str | None = None
     removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
     plan_removed: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    search: str | None = None
+    speedup: float | None = None
     healing: list[dict[str, Any]] = field(default_factory=list)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     metric: str | None = None
@@ -241,7 +244,7 @@ class Attempt:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, a copy: an entry of the report's attempts."""
         data = asdict(self)
-        lacking = [name for name in ("reason", "decision", "compared") if data[name] is None]
+        lacking = [name for name in ("reason", "decision", "compared", "search", "speedup") if data[name] is None]
         if self.k is None:
             lacking += ["iteration", "k", "thresholds", "removed", "plan_removed", "healing"]
             lacking += [] if self.stages else ["stages"]

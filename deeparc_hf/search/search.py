@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..architectures import Subject, describe
 from ..checkpoint.record import check_record
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.caller import warn_caller
+from ..core.distributed import agree
 from ..core.progress_bars import bar
 from ..core.transaction import Transaction
 from ..errors import CalibrationWarning, ConfigError, PlanError, RegistryError
@@ -136,6 +138,7 @@ def search_plan(
     *,
     most: int | None = None,
     labels: Mapping[str, tuple[int, ...]] | None = None,
+    shared: bool = False,
     progress: bool = True,
 ) -> PruningPlan:
     """The plan that a search finds for the target of the settings.
@@ -144,6 +147,7 @@ def search_plan(
         batches: what the model is looked at on, as it takes them.
         most: blocks that go at most; needed where the target is "max_drop", and the plan is the last one then.
         labels: as in `compare_blocks`.
+        shared: whether all processes search, on the same batches, and share the work.
 
     Raises:
         PlanError: if the target cannot be reached; and as `search_blocks`.
@@ -156,7 +160,7 @@ def search_plan(
         )
     # nothing need be timed to remove a number of blocks
     frontier = find_frontier(
-        subject, batches, config, measures=("blocks",), most=most, labels=labels, progress=progress
+        subject, batches, config, measures=("blocks",), most=most, labels=labels, shared=shared, progress=progress
     )
     if target == "speedup":
         return frontier.choose(speedup=config.speedup)
@@ -176,6 +180,7 @@ def find_frontier(
     most: int | None = None,
     at_most: bool = False,
     labels: Mapping[str, tuple[int, ...]] | None = None,
+    shared: bool = False,
     progress: bool = True,
 ) -> Frontier:
     """`search_blocks` with settings as a training has them.
@@ -214,10 +219,11 @@ def find_frontier(
             batches,
             goal(),
             heals=config.heal is not None,
+            shared=shared,
             journal=Journal(journal, asked),
             tell=lambda passes: _advance(shown, passes),
         )
-        found = _Found(subject, bench, cut(batches[0], _TIMED), evaluate, measures)
+        found = _Found(subject, bench, cut(batches[0], _TIMED), evaluate, measures, shared)
         ends = _Ends(max_value, config.speedup)
         complete = _run(strategy, bench, free, most, ends, found)
     return Frontier(
@@ -329,6 +335,7 @@ class _Found:
         timed: Mapping[str, Any],
         evaluate: Callable[[nn.Module], float] | None,
         measures: Collection[str],
+        shared: bool,
     ) -> None:
         self.nodes: dict[int, Node] = {}
         self.times: BlockTimes | None = None
@@ -336,7 +343,8 @@ class _Found:
         self._work = work_of(subject.host, timed)
         self._makes, self._compares = evaluate is not None or "models" in measures, "models" in measures
         if "blocks" in measures:
-            self.times = time_blocks(subject.host, bench.modules, self._work)
+            time_them = partial(time_blocks, subject.host, bench.modules, self._work)
+            self.times = agree(time_them) if shared else time_them()
         self._points: dict[int, Point] = {}
         self._whole = self._point(bench.root, subject.root)
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..architectures import Subject
+from ..core.distributed import agree, gather, process_count, process_index
 from ..core.transaction import Transaction
 from ..errors import CalibrationError
 from ..healing.fit import SiteFit
@@ -75,6 +76,7 @@ class Workbench:
         batches: what it is looked at on, as it takes them, with labels.
         objective: how it is judged.
         heals: whether the kept block before each removal is repaired.
+        shared: whether all processes have the same model and batches, and try the candidates together.
         journal: scores that are known from an earlier search.
         tell: called with the number of forward passes over all data that each step took.
 
@@ -91,12 +93,14 @@ class Workbench:
         objective: Objective,
         *,
         heals: bool = True,
+        shared: bool = False,
         journal: Journal | None = None,
         tell: Callable[[float], None] = lambda passes: None,
     ) -> None:
         self.subject, self.host, self.stacks = subject, subject.host, dict(subject.stacks)
         self._objective, self._heals, self._tell = objective, heals, tell
         self._journal = journal or Journal(None, {})
+        self._share = (process_index(), process_count()) if shared else (0, 1)
         self._fitting, self._judging = _parts(batches) if heals else ([], [dict(batch) for batch in batches])
         if not self._judging or (heals and not self._fitting):
             raise CalibrationError(
@@ -143,6 +147,8 @@ class Workbench:
         if known is not None:
             return Node(removed, known["score"], lambda: self._followed(removed, base)[1:])
         score, *made = self._followed(removed, base)
+        if self._share[1] > 1:  # rounding may differ from one process to another, and decisions must not
+            score = agree(lambda: score)
         self._journal.put("follow", removed, {"score": score})
         return Node(removed, score, lambda: (made[0], made[1]))
 
@@ -173,17 +179,13 @@ class Workbench:
             return {block: known[_label(block)] for block in blocks}
         base.states  # noqa: B018  computed now, if that is still to be done: below the model is repaired
         rough = max(1, len(self._judging) // _ROUGH)
-        parts: dict[Block, list[tuple[Tensor, Tensor]]] = {}
+        first, rest = range(rough), range(rough, len(self._judging))
         with self._repaired() as change:
-            change(base.repairs)
-            trials = {block: self._trial(base, block, change) for block in blocks}
-            for block, trial in trials.items():
-                parts[block] = self._judged(base, trial, range(rough), change)
-            order = sorted(trials, key=lambda block: Score.of(parts[block]).value)
-            for block in order[: max(_LEFT, -(-len(order) // _LEFT))]:
-                parts[block] += self._judged(base, trials[block], range(rough, len(self._judging)), change)
+            parts = self._tried(base, list(blocks), first, change)
+            order = sorted(parts, key=lambda block: Score.of(parts[block]).value)
+            more = self._tried(base, order[: max(_LEFT, -(-len(order) // _LEFT))], rest, change) if rest else {}
         self._account()
-        scores = {block: Score.of(found) for block, found in parts.items()}
+        scores = {block: Score.of([*found, *more.get(block, ())]) for block, found in parts.items()}
         self._journal.put("screen", base.removed, {_label(block): score for block, score in scores.items()}, blocks)
         return scores
 
@@ -230,6 +232,28 @@ class Workbench:
         self._fits.move_to_end(key)
         return self._fits[key]
 
+    def _tried(
+        self,
+        base: Node,
+        blocks: Sequence[Block],
+        numbers: range,
+        change: Callable[[Mapping[Block, Healing]], None],
+    ) -> dict[Block, list[tuple[Tensor, Tensor]]]:
+        """Losses and weights of candidates on some batches: each process tries its share."""
+        mine, of = self._share
+
+        def work() -> dict[Block, list[tuple[Tensor, Tensor]]]:
+            found = {}
+            for block in blocks[mine::of]:
+                change(base.repairs)
+                trial = self._trial(base, block, change)
+                change(trial.repairs)
+                found[block] = [self._judge(n, trial.removed, base.states, trial.begin) for n in numbers]
+            return found
+
+        together = gather(work) if of > 1 else [work()]
+        return {block: next(part[block] for part in together if block in part) for block in blocks}
+
     def _trial(self, base: Node, block: Block, change: Callable[[Mapping[Block, Healing]], None]) -> _Trial:
         removed = base.removed | {block}
         sites, earlier = self._sites(removed), self._sites(base.removed)
@@ -241,14 +265,7 @@ class Workbench:
                 change(repairs)
                 repairs[kept] = self._fit(site, removed, base.states)
                 begin = self._position[kept]
-        change(base.repairs)
         return _Trial(removed, repairs, begin)
-
-    def _judged(
-        self, base: Node, trial: _Trial, numbers: range, change: Callable[[Mapping[Block, Healing]], None]
-    ) -> list[tuple[Tensor, Tensor]]:
-        change(trial.repairs)
-        return [self._judge(number, trial.removed, base.states, trial.begin) for number in numbers]
 
     # ---- passes ----
 

@@ -336,7 +336,9 @@ class Machine:
     def _plan_weaker(self) -> None:
         self.progress.next_plan = self.world.weaker()
         if self.progress.next_plan is None:
-            self._finish(f"no stride up to k_max={self.config.k_max} removes anything else")
+            searched = self.config.search is not None
+            k_max = f"no stride up to k_max={self.config.k_max} removes anything else"
+            self._finish("no smaller removal is left to try" if searched else k_max)
 
     def _finish(self, reason: str, stop: bool = True) -> None:
         p = self.progress

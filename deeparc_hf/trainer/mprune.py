@@ -15,6 +15,7 @@ from ..errors import ConfigError, SurgeryError
 from ..observe.training_calibration import calibration_of
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
+from ..search.search import check_search
 from .callback import SessionCallback
 from .follow_checkpoint import guard, guard_successors, record_of, thaw_noted
 from .gate import check_measured
@@ -85,6 +86,8 @@ class MPruneCallback(SessionCallback):
     ) -> None:
         super().__init__(calibration)
         self.config = MPruneConfig.from_settings(config, settings)
+        if self.config.search is not None:
+            check_search(self.config)
         self.plan: PruningPlan | None = None
         self.record: PrunedConfig | None = None
         self._sharded: Progress | None = None  # what was done before parameters were sharded

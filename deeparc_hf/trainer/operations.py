@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,14 @@ from ..pruning.compare import check_settings, compare_blocks
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, warn_if_drastic
 from ..pruning.prune import apply_healed
+from ..search.search import search_plan
 from .follow_checkpoint import Structure, let_frozen_statistics_go, note_frozen, record_of, settle, thaw_noted
 from .learning_rate import LearningRate
 from .machine import Progress, Verdict
 from .measures import Stages
 from .rehearsal import rehearse
 from .reporter import Reporter, lists
+from .searching import batches_of_all, first_step, lesser_plan, remaining_speedup
 from .session import Event, Session
 from .snapshots import drop_unused, free_name, read_plans, restore_weights, save_snapshot, set_groups
 from .teacher import Teaching, removed_since
@@ -136,22 +139,48 @@ class Operations:
         p = self._progress
         # patterns call the blocks by the indices that they had when the run began
         labels = {} if p.record in (None, p.start) else dict(removed_since(p.start, p.record).kept)
+        config, bars = self._config.for_iteration(iteration).replace(k=k), shows_bars(self._args)
         with self._calibration.reading():
-            plan = compare_blocks(
-                self._session.subject,
-                self._calibration,
-                self._config.for_iteration(iteration).replace(k=k),
-                progress=shows_bars(self._args),
-                labels=labels,
-            )
+            if config.search is not None:
+                plan = self._search(config, iteration, labels)
+            else:
+                plan = compare_blocks(self._session.subject, self._calibration, config, progress=bars, labels=labels)
+        if plan is None:
+            return None
         plan = PruningPlan.from_dict(agree(plan.to_dict))
         warn_if_drastic(plan)
         self._last = plan
         return plan.to_dict() if plan.removed else None
 
+    def _search(
+        self, config: MPruneConfig, iteration: int, labels: Mapping[str, tuple[int, ...]]
+    ) -> PruningPlan | None:
+        """What a search finds for the model as it is now; None where nothing is left to do."""
+        attempts, most = self._progress.attempts, None
+        if config.target == "speedup":
+            speedup = remaining_speedup(config, attempts, iteration)
+            if speedup <= 1.0:
+                return None
+            config = config.replace(speedup=speedup)
+        if config.target == "max_drop":
+            most = first_step(attempts)
+        subject = self._session.subject
+        batches = batches_of_all(subject.host, self._calibration)
+        bars = shows_bars(self._args)
+        try:
+            return search_plan(subject, batches, config, most=most, labels=labels, shared=True, progress=bars)
+        except PlanError:
+            if config.target != "max_drop":
+                raise
+            return None  # as many are gone as can be
+
     def weaker(self) -> dict[str, Any] | None:
         p = self._progress
         tried = [a.plan_removed for a in p.attempts if a.iteration == p.accepted + 1]
+        if self._config.search is not None:
+            counts = [sum(map(len, removed.values())) for removed in tried]
+            plan = lesser_plan(self._compared(), counts, halves=self._config.target == "max_drop")
+            return None if plan is None else plan.to_dict()
         for k in range(p.k + 1, self._config.k_max + 1):
             try:
                 plan = self._compared().replan(k=k)

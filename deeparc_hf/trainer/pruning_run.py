@@ -15,7 +15,7 @@ from .gate import check_gate, direction_is_doubtful, find_metric, metric_of
 from .machine import Machine, Phase, Progress
 from .operations import Operations
 from .reporter import Reporter
-from .schedule import check_epochs, needed_epochs, refuse_changes
+from .schedule import check_epochs, for_training, needed_epochs, refuse_changes
 from .session import Event, Member, Session
 from .untrained import pruned_untrained
 
@@ -28,7 +28,9 @@ class PruningRun(Member):
     def __init__(
         self, config: MPruneConfig, calibration: TrainingCalibration, session: Session, progress: Progress
     ) -> None:
-        self.config = config
+        self._asked = config
+        steps = session.state.max_steps, session.steps_per_epoch
+        self.config = config = for_training(config, *steps, session.args.eval_on_start)
         self.session = session
         self.progress = progress
         self.metric, self.greater_is_better = metric_of(config, session.args)
@@ -72,7 +74,7 @@ class PruningRun(Member):
     def resume(self, began_with: Mapping[str, Any]) -> None:
         """Go on from a checkpoint, which notes the settings that the run began with."""
         p, session = self.progress, self.session
-        changed = refuse_changes(began_with, self.config, p, session.steps_per_epoch)
+        changed = refuse_changes(began_with, self._asked, p, session.steps_per_epoch)
         if not self.config.gated and not p.is_over:  # a gated run may end early, and says so
             self._check_epochs()
         check_gate(self.config, session.args)

@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..pruning.config import MPruneConfig
 from .machine import Progress
 
-__all__ = ["check_epochs", "needed_epochs", "refuse_changes"]
+__all__ = ["check_epochs", "for_training", "needed_epochs", "refuse_changes"]
 
 _FIXED = ("start_epoch", "k", "metric", "greater_is_better", "baseline")
 
@@ -17,6 +17,21 @@ _FIXED = ("start_epoch", "k", "metric", "greater_is_better", "baseline")
 def needed_epochs(config: MPruneConfig) -> int:
     """Epochs of a run in which every pruning is accepted."""
     return config.start_epoch + config.iterations * config.retrain_epochs
+
+
+def for_training(
+    config: MPruneConfig, max_steps: int, steps_per_epoch: int | None, eval_on_start: bool
+) -> MPruneConfig:
+    """The settings with the schedule filled in where max_drop alone says how far to go: a third of the epochs are for
+    fine-tuning, unless something else says what the metric is before the first pruning, and the rest for as many
+    prunings as fit.
+    """
+    if config.target != "max_drop" or steps_per_epoch is None:
+        return config
+    epochs = max_steps // steps_per_epoch
+    known = config.start_epoch > 0 or config.baseline is not None or eval_on_start
+    start = config.start_epoch if known else max(1, round(epochs / 3))
+    return config.replace(start_epoch=start, iterations=max(1, (epochs - start) // config.retrain_epochs))
 
 
 def check_epochs(config: MPruneConfig, max_steps: int, steps_per_epoch: int | None, by_steps: bool) -> None:

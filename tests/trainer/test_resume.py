@@ -62,6 +62,25 @@ RUNS = {
         {4: 0.9, 3: 0.85, 2: 0.1},
         5,
     ),
+    "searched as far as the metric lets it": (
+        {"search": "greedy", "heal": "lstsq", "max_drop": 0.1, "keep_snapshots": True, "calibration_samples": 32},
+        {4: 0.9, 3: 0.85, 2: 0.1},
+        5,
+    ),
+    "searched, a smaller step": (
+        {
+            "search": "greedy",
+            "heal": "lstsq",
+            "num_blocks": 2,
+            "start_epoch": 1,
+            "freeze": "partial",
+            "max_drop": 0.1,
+            "keep_snapshots": True,
+            "calibration_samples": 32,
+        },
+        {4: 0.9, 2: 0.1, 3: 0.85},
+        4,
+    ),
     "all taken back": (
         {"num_blocks": 2, "start_epoch": 1, "freeze": "partial", "max_drop": 0.1, "keep_snapshots": True},
         {4: 0.9, 2: 0.1},

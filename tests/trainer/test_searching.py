@@ -1,0 +1,113 @@
+"""Blocks that are searched for in a training: max_drop alone, a speed-up, and what is tried where one is taken back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+
+from deeparc_hf import MPruneCallback, MPruneConfig, PrunedConfig
+from deeparc_hf.errors import ConfigError
+from tests.trainers import train
+from tests.zoo import TEXT, ZOO, spread
+
+from .test_resume import blocks, scripted
+
+EPOCHS = {"eval_strategy": "epoch", "learning_rate": 1e-3}
+
+
+def deep(count=12):
+    torch.manual_seed(0)
+    config = tf.BertConfig(**{**TEXT, "num_hidden_layers": count, "num_labels": 2})
+    return spread(tf.BertForSequenceClassification(config))
+
+
+def run(folder, model, accuracy, epochs, **settings):
+    callback = MPruneCallback(metric="accuracy", calibration_samples=48, **settings)
+    compute = scripted(model, accuracy)
+    trainer = train(model, folder, callback, compute_metrics=compute, num_train_epochs=epochs, **EPOCHS)
+    return callback, trainer
+
+
+def removed(callback):
+    return [(sum(map(len, a["plan_removed"].values())), a.get("decision")) for a in callback.attempts[1:]]
+
+
+def test_one_argument_goes_as_far_as_the_metric_lets_it(tmp_path):
+    model = ZOO["bert"].model()
+    callback, _ = run(tmp_path, model, {4: 0.9, 3: 0.9, 2: 0.87, 1: 0.5}, epochs=6, max_drop=0.05)
+    assert removed(callback) == [(1, "accepted"), (1, "accepted"), (1, "rolled back")]
+    assert blocks(model) == 2 and PrunedConfig.from_model(model) == callback.record
+    report = json.loads((tmp_path / "pruning_report.json").read_text())
+    assert report["reason"] == "no smaller removal is left to try"
+    assert all("greedy search: divergence" in a["search"] for a in report["attempts"][1:])
+    assert all(site["healed"] or site["reason"] for a in callback.attempts[1:] for site in a["healing"])
+    # a third of the epochs came first, and each pruning had one
+    assert [a["epoch"] for a in callback.attempts[1:]] == [2.0, 3.0, 4.0]
+
+
+def test_a_step_that_is_taken_back_is_halved_and_later_ones_are_as_small(tmp_path):
+    model = deep()
+    found = {12: 0.9, 10: 0.9, 8: 0.5, 9: 0.9, 7: 0.5}
+    found |= dict.fromkeys((11,), 0.89)
+    callback, _ = run(tmp_path, model, found | {8: 0.5}, epochs=9, max_drop=0.05)
+    assert removed(callback)[:4] == [(2, "accepted"), (2, "rolled back"), (1, "accepted"), (1, "rolled back")]
+    assert blocks(model) == 9
+
+
+def test_what_is_tried_again_is_on_the_way_of_the_same_search(tmp_path):
+    model = deep(6)
+    callback, _ = run(
+        tmp_path, model, {6: 0.9, 5: 0.9, 4: 0.5, 3: 0.5}, epochs=6, max_drop=0.05, start_epoch=1,
+        search="greedy", heal="lstsq", num_blocks=3, retrain_epochs=1,
+    )  # fmt: skip
+    assert removed(callback) == [(3, "rolled back"), (2, "rolled back"), (1, "accepted")]
+    tried = [set(a["plan_removed"]["bert.encoder.layer"]) for a in callback.attempts[1:]]
+    assert tried[2] < tried[1] < tried[0]  # greedy takes one after another
+    assert blocks(model) == 5
+
+
+def test_a_speed_up_is_reached_in_equal_shares(tmp_path):
+    model = deep()
+    callback, _ = run(
+        tmp_path, model, dict.fromkeys(range(1, 13), 0.9), epochs=5, max_drop=0.05, start_epoch=1, speedup=1.6,
+        iterations=2, retrain_epochs=2,
+    )  # fmt: skip
+    assert [decision for _, decision in removed(callback)] == ["accepted", "accepted"]
+    first, second = (a["speedup"] for a in callback.attempts[1:])
+    assert first >= 1 / (1 - (1 - 1 / 1.6) / 2) - 1e-6 and first * second >= 1.6 - 1e-6
+    assert blocks(model) < 10  # blocks this small are a small part of the time
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"search": "gready", "num_blocks": 3}, "no search named 'gready'.*Did you mean 'greedy'"),
+        ({"search": "greedy", "objective": "accuracy", "num_blocks": 3}, "no search objective named 'accuracy'"),
+        ({"search": "greedy", "threshold": 0.9}, "no threshold bounds it"),
+        ({"speedup": 1.0}, "speedup .* must be more than 1"),
+        ({"speedup": 2.0, "num_blocks": 3}, "Exactly one of"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_when_they_are_given(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        MPruneCallback(**settings)
+
+
+def test_what_max_drop_alone_means():
+    alone = MPruneConfig(max_drop=0.01)
+    assert (alone.target, alone.search, alone.heal, alone.retrain_epochs) == ("max_drop", "greedy", "lstsq", 1)
+    assert MPruneConfig.from_dict(alone.to_dict()) == alone
+    assert alone.replace(num_blocks=4).target == "num_blocks" and alone.replace(num_blocks=4).search == "greedy"
+    by_likeness = MPruneConfig(max_drop=0.01, similarity="cosine")
+    assert (by_likeness.target, by_likeness.search, by_likeness.threshold) == ("threshold", None, 0.98)
+    plain = MPruneConfig(max_drop=0.01, search="beam")
+    assert (plain.target, plain.search, plain.heal) == ("max_drop", "beam", None)
+    assert MPruneConfig().target == "threshold" and MPruneConfig().retrain_epochs == 3
+
+
+def test_a_training_that_is_too_short_for_it_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="The schedule needs 2 epochs"):
+        run(tmp_path, ZOO["bert"].model(), {4: 0.9}, epochs=1, max_drop=0.05)
