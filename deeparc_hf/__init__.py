@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .pruning.surgery import remove_blocks as remove_blocks
     from .publish import create_model_card as create_model_card
     from .publish.push import push_to_hub as push_to_hub
+    from .search.frontier import Frontier as Frontier
+    from .search.search import search_blocks as search_blocks
     from .sparsity.config import WandaConfig as WandaConfig
     from .sparsity.sparsify import sparsify_model as sparsify_model
     from .trainer import KeptZeros as KeptZeros
@@ -51,6 +53,8 @@ _NAMES = {
     "pruning.surgery": ["apply_plan", "remove_blocks"],
     "publish": ["create_model_card"],
     "publish.push": ["push_to_hub"],
+    "search.frontier": ["Frontier"],
+    "search.search": ["search_blocks"],
     "sparsity.config": ["WandaConfig"],
     "sparsity.sparsify": ["sparsify_model"],
     "trainer": ["KeptZeros", "MPruneCallback", "WandaCallback", "follow"],

@@ -1,14 +1,11 @@
-"""The frontier of a search as a picture: quality against time or size, with intervals."""
+"""The frontier of a search (`frontier.Frontier`) as a picture: quality against time or size, with intervals."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConfigError, MissingDependencyError
-
-if TYPE_CHECKING:
-    from .frontier import Frontier, Point
 
 __all__ = ["plot_frontier"]
 
@@ -16,7 +13,7 @@ _VALUE, _METRIC = "#0072b2", "#d55e00"  # colours that the colour-blind can tell
 _LABELS = {"speedup": "times as fast", "parameters": "parameters", "num_blocks": "blocks"}
 
 
-def plot_frontier(frontier: Frontier, x: str, ax: Any) -> Any:
+def plot_frontier(frontier: Any, x: str, ax: Any) -> Any:
     """Draw a frontier; see `Frontier.plot`. The Axes are given back."""
     if x not in _LABELS:
         raise ConfigError(f"x must be one of {', '.join(_LABELS)}, found {x!r}.")
@@ -57,13 +54,13 @@ def plot_frontier(frontier: Frontier, x: str, ax: Any) -> Any:
     return ax
 
 
-def _place(frontier: Frontier, point: Point, x: str) -> float | None:
+def _place(frontier: Any, point: Any, x: str) -> float | None:
     if x == "speedup":
         return 1.0 if point is frontier.whole else point.faster
     return float(getattr(point, x))
 
 
-def _spread(frontier: Frontier, places: list[Any]) -> list[list[float]]:
+def _spread(frontier: Any, places: list[Any]) -> list[list[float]]:
     """How far the measured times reach to either side."""
     ends = [point.measured_interval or (place, place) for point, place in zip(frontier.points, places, strict=True)]
     low = [max(place - end[0], 0.0) for place, end in zip(places, ends, strict=True)]

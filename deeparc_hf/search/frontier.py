@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.checks import Entry, MalformedError, read_json
+from ..core.checks import Entry, MalformedError, is_number, read_json
 from ..core.plain_text import plain, quoted
 from ..core.tables import html_table, runs, text_table
 from ..errors import ConfigError, PlanError
@@ -133,6 +133,8 @@ class Frontier:
                 f"Exactly one of {', '.join(budgets)} says which model is wanted, found {', '.join(given) or 'none'}."
             )
         ((name, value),) = given.items()
+        if not is_number(value):
+            raise ConfigError(f"{name} must be a finite number, found {quoted(value)}.")
         return self.plan_of(self._within(name, float(value)), freeze)
 
     def plan_of(self, point: Point, freeze: str | Sequence[str] | None = None) -> PruningPlan:
@@ -248,20 +250,14 @@ class Frontier:
             if not found:
                 raise PlanError(f"No model with {value:g} blocks was found, only with {have}. Take one of these.")
             return found[-1]
-        readings = [self._reading(name, point) for point in self.points]
-        if any(reading is None for reading in readings):
+        readings = [reading for point in self.points if (reading := self._reading(name, point)) is not None]
+        if len(readings) < len(self.points):
             raise ConfigError(_NOT_MEASURED[name])
         good = [point for point, reading in zip(self.points, readings, strict=True) if reading <= _limit(name, value)]
-        if name in ("speedup", "parameters"):
-            if good:
-                return good[0]
-            best = min(readings)  # type: ignore[type-var]
-            told = f"{-best:.2f} times as fast" if name == "speedup" else f"{best:,.0f} parameters"
-            raise PlanError(
-                f"The smallest model that was found has {self.points[-1].num_blocks} blocks and is no less than "
-                f"{told}, and {name}={value:g} asks for more. Search further (num_blocks of search_blocks)."
-            )
-        return good[-1]
+        if good:
+            return good[0] if name in ("speedup", "parameters") else good[-1]
+        best = -min(readings) if name == "speedup" else min(readings)
+        raise PlanError(f"No model that was found meets {name}={value:g}: {_BEST[name].format(best)}")
 
     def _reading(self, name: str, point: Point) -> float | None:
         """What a budget bounds, so that less is better."""
@@ -313,6 +309,13 @@ _NOT_MEASURED = {
     "speedup": "speedup needs times, and this search measured none (measure_times=False). Search with them.",
     "max_drop": "max_drop bounds the metric of evaluate=..., and this search had none. Give search_blocks one, or say "
     "max_value, which bounds the objective.",
+}
+_FURTHER = "Search further (num_blocks of search_blocks), or ask for less."
+_BEST = {
+    "speedup": f"the fastest is {{:.2f}} times as fast as the whole one. {_FURTHER}",
+    "parameters": f"the smallest has {{:,.0f}}. {_FURTHER}",
+    "max_drop": "the whole one's is 0. Give 0 or more.",
+    "max_value": "the least value is {:.4g}. Allow as much.",
 }
 
 

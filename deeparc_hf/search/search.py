@@ -64,7 +64,7 @@ def search_blocks(
     samples: int = 256,
     protect: Sequence[str] = (),
     min_blocks: int = 1,
-    freeze: str | Sequence[str] = "none",
+    freeze: str | tuple[str, ...] = "none",
     measure_times: bool = True,
     journal: str | Path | None = None,
     progress: bool = True,
