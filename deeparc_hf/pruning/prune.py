@@ -12,14 +12,14 @@ from ..architectures import Subject, describe
 from ..checkpoint.record import PrunedConfig, check_record
 from ..core.progress_bars import doing
 from ..core.transaction import Transaction
-from ..errors import CalibrationError
+from ..errors import CalibrationError, ConfigError
 from ..healing.heal import apply_healing, fit_sites, note_healing
 from ..healing.sites import Healing
 from ..observe.calibration import Calibration
 from .compare import compare_blocks
 from .config import MPruneConfig
 from .plan import PruningPlan, warn_if_drastic
-from .surgery import apply_plan, refuse_wrapped
+from .surgery import apply_plan, refuse_wrapped, require_fitting
 
 __all__ = ["analyze", "apply_healed", "prune_model"]
 
@@ -59,7 +59,7 @@ def analyze(
 def prune_model(
     model: nn.Module,
     dataloader: Iterable[Any],
-    config: MPruneConfig | None = None,
+    config: MPruneConfig | PruningPlan | None = None,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     verify: bool = True,
@@ -73,10 +73,19 @@ def prune_model(
     those of `remove_blocks`, whose example is the first batch. Errors are those of `analyze` and `apply_plan`, and
     leave the model as it is.
 
+    In place of a `config` a plan may stand, of `analyze` or of a search (`search_blocks(...).choose(...)`): it is
+    carried out as it is, and healed where its settings say so.
+
     Returns:
         The plan that was carried out; the model carries the record.
     """
-    config = MPruneConfig.from_settings(config, settings)
+    given = config if isinstance(config, PruningPlan) else None
+    if given is not None and settings:
+        raise ConfigError(
+            f"A plan is carried out with its own settings, found {', '.join(settings)} beside it. Leave them out, or "
+            "make another plan: plan.replan(...)."
+        )
+    config = MPruneConfig.from_settings(config, settings) if given is None else given.config  # type: ignore[arg-type]
     if config.heal is not None and isinstance(dataloader, Iterator):
         raise CalibrationError(
             "heal goes through the calibration data again for each site, and an iterator can be used once. Give a list "
@@ -85,12 +94,24 @@ def prune_model(
     subject = describe(model)
     check_record(subject)
     calibration = Calibration(dataloader, config.calibration_samples)
-    plan = compare_blocks(subject, calibration, config, progress=progress)
-    warn_if_drastic(plan)
+    if given is None:
+        plan = compare_blocks(subject, calibration, config, progress=progress)
+        warn_if_drastic(plan)
+    else:
+        plan = given
+        require_fitting(subject, plan)
+        if plan.removed:
+            _require_data(subject, calibration)
     if plan.removed:
         refuse_wrapped(model)
     apply_healed(subject, plan, calibration, optimizer=optimizer, verify=verify, progress=progress)
     return plan
+
+
+def _require_data(subject: Subject, calibration: Calibration) -> None:
+    """Take the first batch, which the result is verified on."""
+    if next(calibration.inputs(subject.host), None) is None:
+        raise CalibrationError("The calibration data is empty. Give batches: the result is verified on the first one.")
 
 
 def apply_healed(

@@ -21,7 +21,7 @@ from .plan import PruningPlan, freezing_set
 from .rebuild import require_told, skeletons, tell_unproven
 from .verify import expect
 
-__all__ = ["apply_plan", "follow_record", "forget_parameters", "refuse_wrapped", "remove_blocks"]
+__all__ = ["apply_plan", "follow_record", "forget_parameters", "refuse_wrapped", "remove_blocks", "require_fitting"]
 
 
 def remove_blocks(
@@ -98,17 +98,10 @@ def apply_plan(
     subject = describe(model)
     if plan.removed:
         refuse_wrapped(model)
-    stacks = subject.stacks
-    for name, stack in plan.stacks.items():
-        if name not in stacks or len(stacks[name]) != len(stack):
-            found = f"{len(stacks[name])} blocks" if name in stacks else f"no such stack (it has {', '.join(stacks)})"
-            raise PlanError(
-                f"The plan is for a model with {len(stack)} blocks in {name}; {subject.name} has {found}. "
-                "Call analyze on this model."
-            )
+    require_fitting(subject, plan)
     if not plan.removed:
         return current_record(subject)
-    removed = _checked(stacks, plan.removed)
+    removed = _checked(subject.stacks, plan.removed)
     frozen = {name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}
     settings = plan.config.to_dict()
     if plan.config.freeze == "record":  # what was frozen is frozen again, and no more
@@ -124,6 +117,22 @@ def apply_plan(
     return _operate(
         subject, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify, transaction=transaction
     )
+
+
+def require_fitting(subject: Subject, plan: PruningPlan) -> None:
+    """Refuse a plan for other stacks.
+
+    Raises:
+        PlanError: naming the first stack that differs.
+    """
+    stacks = subject.stacks
+    for name, stack in plan.stacks.items():
+        if name not in stacks or len(stacks[name]) != len(stack):
+            found = f"{len(stacks[name])} blocks" if name in stacks else f"no such stack (it has {', '.join(stacks)})"
+            raise PlanError(
+                f"The plan is for a model with {len(stack)} blocks in {name}; {subject.name} has {found}. "
+                "Call analyze on this model."
+            )
 
 
 def follow_record(
