@@ -1,4 +1,5 @@
-"""The command `deeparc`: inspect, prune, sparsify or publish a model. Results go to stdout, everything else to stderr.
+"""The command `deeparc`: inspect, search, prune, sparsify or publish a model. Results go to stdout, everything else to
+stderr.
 
 Exit codes: 0 done, 2 an error (one line on stderr; --debug shows where it came from), 130 interrupted. Output folders
 appear whole or not at all. What takes seconds to import is imported by the command that needs it, when it needs it.
@@ -21,6 +22,7 @@ __all__ = ["main"]
 
 _COMMANDS = {  # each is carried out by the module of this name
     "inspect": "show stacks, pinned blocks, parameters and the pruning record of a model",
+    "search": "search for the best blocks to remove, for each number of them",
     "prune": "remove redundant blocks of a model and save the smaller checkpoint",
     "sparsify": "zero the weights of a model that matter least and save the checkpoint",
     "card": "make the model card of a checkpoint from its record and reports",

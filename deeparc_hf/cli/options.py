@@ -139,6 +139,66 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
     _common_options(parser)
 
 
+def _search(parser: argparse.ArgumentParser) -> None:
+    from ..search.objectives import objectives
+    from ..search.strategies import strategies
+
+    parser.description = (
+        "Search for the best blocks to remove, for each number of them, by what the smaller and repaired model puts "
+        "out; print the models that were found, and save them for deeparc prune --frontier. After Ctrl-C what was "
+        "found so far is saved. Use training data, never the data that you evaluate on."
+    )
+    _common_options(parser)
+    _data_options(parser, required=True)
+    group = parser.add_argument_group("search")
+    for name, registry, default, what in (
+        ("search", strategies, "greedy", "how sets of blocks are tried"),
+        ("objective", objectives, "divergence", "what is made small"),
+    ):
+        choices = f"{{{','.join(registry.names())}}}"
+        group.add_argument(f"--{name}", default=default, metavar=choices, help=f"{what} (default {default})")
+    group.add_argument(
+        "--heal",
+        default="lstsq",
+        metavar="{lstsq,none}",
+        help="repair the kept block before each removal in closed form, or leave blocks as they are (default lstsq)",
+    )
+    group.add_argument(
+        "--num-blocks", type=_positive, metavar="N", help="the fewest blocks that stay; default: half of them"
+    )
+    group.add_argument("--max-value", type=float, metavar="X", help="stop where the objective is larger than this")
+    group.add_argument("--samples", type=_positive, default=256, metavar="N", help="samples to use (default 256)")
+    group.add_argument(
+        "--protect",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="pattern (fnmatch) of module paths of blocks that must stay; may be repeated",
+    )
+    group.add_argument(
+        "--min-blocks", type=_positive, default=1, metavar="N", help="fewest blocks of each stack that stay (default 1)"
+    )
+    group.add_argument(
+        "--no-times", dest="times", action="store_false", help="do not time the blocks and the smaller models"
+    )
+    group.add_argument("--journal", metavar="FILE", help="keep scores here; a search that was killed goes on with them")
+    _output_options(parser, "file for the frontier", required=True)
+
+
+def _budget_options(parser: argparse.ArgumentParser) -> None:
+    """What chooses a model from a frontier, beside --num-blocks."""
+    group = parser.add_argument_group("by a search")
+    group.add_argument(
+        "--frontier",
+        metavar="FILE",
+        help="what deeparc search saved: the blocks go that it found for one budget, --speedup, --parameters, "
+        "--max-value or --num-blocks, and the kept ones are repaired if it repaired them",
+    )
+    group.add_argument("--speedup", type=float, metavar="X", help="at least so many times as fast")
+    group.add_argument("--parameters", type=float, metavar="N", help="at most so many parameters (60e6, say)")
+    group.add_argument("--max-value", type=float, metavar="X", help="the smallest model with no larger value")
+
+
 def _prune(parser: argparse.ArgumentParser) -> None:
     # settings stand beside the mathematics, which take seconds to import
     from ..pruning.config import MPruneConfig
@@ -151,6 +211,7 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     _common_options(parser)
     _data_options(parser, required=True)
     _setting_options(parser.add_argument_group("pruning"), MPruneConfig, {"similarity": metrics.names()})
+    _budget_options(parser)
     output = _output_options(
         parser, "folder for checkpoint, plan, report and heatmap; required without --dry-run", required=False
     )
@@ -219,6 +280,7 @@ def _env(parser: argparse.ArgumentParser) -> None:
 
 OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": _inspect,
+    "search": _search,
     "prune": _prune,
     "sparsify": _sparsify,
     "card": _card,

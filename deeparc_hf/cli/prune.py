@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from ..architectures import describe
 from ..checkpoint.record import check_record
 from ..errors import ConfigError, MissingDependencyError
 from ..healing.sites import Healing
@@ -17,8 +19,10 @@ from ..pruning.compare import check_settings
 from ..pruning.config import MPruneConfig
 from ..pruning.heatmap import save_heatmap
 from ..pruning.plan import PruningPlan, first_threshold
-from ..pruning.prune import analyze, apply_healed
+from ..pruning.prune import analyze, apply_healed, take_example
+from ..pruning.surgery import require_fitting
 from ..reports.plan_report import Measurement, write_report
+from ..search.frontier import Frontier
 from .common import PLAN_FILE, output_folder, public_names, say, whole_folder
 from .data import Job
 from .inspect import count_parameters
@@ -27,6 +31,7 @@ from .options import given_settings
 __all__ = ["run"]
 
 HEATMAP_FILE = "heatmap.png"
+_BUDGETS = ("speedup", "parameters", "max_value")
 
 
 def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
@@ -45,25 +50,61 @@ def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
     return counts
 
 
+def _chosen(args: argparse.Namespace, given: dict[str, Any]) -> PruningPlan | None:
+    """The plan for a budget, from the frontier of a search; None where none is given."""
+    budgets = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
+    if args.frontier is None:
+        if budgets:
+            raise ConfigError(
+                f"{_options(budgets)} chooses from what a search found. Give its file with --frontier (deeparc search "
+                "makes one), or --num-blocks or --keep-ratio."
+            )
+        return None
+    if "num_blocks" in given:
+        budgets["num_blocks"] = given["num_blocks"]
+    odd = [name for name in given if name not in ("num_blocks", "freeze")]
+    if odd:
+        raise ConfigError(f"With --frontier the search has settled {_options(odd)}. Leave it out.")
+    if len(budgets) != 1:
+        raise ConfigError(
+            f"With --frontier exactly one of {_options([*_BUDGETS, 'num_blocks'])} says which model is wanted, found "
+            f"{_options(budgets) or 'none'}."
+        )
+    if isinstance(budgets.get("num_blocks"), dict):
+        raise ConfigError("With --frontier --num-blocks counts the blocks of all stacks. Give a whole number.")
+    path = Path(args.frontier).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"There is no file {args.frontier}. deeparc search makes one.")
+    return Frontier.from_json(path).choose(**budgets, freeze=given.get("freeze"))
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; the exit code."""
     given = given_settings(args)
     if "num_blocks" in given:
         given["num_blocks"] = _num_blocks(given["num_blocks"])
-    config = MPruneConfig(**given)
+    chosen = _chosen(args, given)
+    config = MPruneConfig(**given) if chosen is None else chosen.config
     if args.out is None and not args.dry_run:
         raise ConfigError("Give the folder for the pruned checkpoint with -o OUT, or --dry-run to see the plan only.")
     out = None if args.out is None else output_folder(args)
 
     def check(frame: nn.Module) -> None:
         check_record(frame, 1)
-        check_settings(frame, config)
+        if chosen is None:
+            check_settings(frame, config)
+        else:
+            require_fitting(describe(frame), chosen)
 
     job = Job.of(args, config, check)
     model = job.load()
     before = count_parameters(model)
     calibration = Calibration(job.batches, config.calibration_samples)
-    plan = analyze(model, calibration, config)
+    plan = analyze(model, calibration, config) if chosen is None else chosen
     if not args.json:
         print(plan)
     if not plan.removed:
@@ -71,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     after = before - sum(stack.compared.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
     healings: Sequence[Healing] = ()
     if plan.removed and not args.dry_run:
+        take_example(model, calibration)
         _, healings = apply_healed(model, plan, calibration)
         after = count_parameters(model)
     files: list[str] = []
@@ -119,6 +161,8 @@ def _write_findings(
 
 def _nothing_to_remove(plan: PruningPlan) -> str:
     message = "info: nothing to remove, the model stays as it is."
+    if plan.choice is not None:
+        return f"{message} The whole one meets this budget: ask for more."
     first = first_threshold(plan)
     if first is None:
         return f"{message} Its pinned and protected blocks allow no removal."

@@ -123,7 +123,9 @@ class PruningPlan:
 
     @property
     def comparison(self) -> str:
-        """How the blocks were compared, in words."""
+        """How the blocks were compared, or chosen by a search, in words."""
+        if self.choice is not None:
+            return str(self.choice)
         return f"{self.config.similarity} (rows: {self.config.effective_rows}) on {self.samples_text}"
 
     def replan(self, **settings: Any) -> PruningPlan:

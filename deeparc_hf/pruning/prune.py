@@ -21,7 +21,7 @@ from .config import MPruneConfig
 from .plan import PruningPlan, warn_if_drastic
 from .surgery import apply_plan, refuse_wrapped, require_fitting
 
-__all__ = ["analyze", "apply_healed", "prune_model"]
+__all__ = ["analyze", "apply_healed", "prune_model", "take_example"]
 
 
 def analyze(
@@ -101,16 +101,20 @@ def prune_model(
         plan = given
         require_fitting(subject, plan)
         if plan.removed:
-            _require_data(subject, calibration)
+            take_example(subject, calibration)
     if plan.removed:
         refuse_wrapped(model)
     apply_healed(subject, plan, calibration, optimizer=optimizer, verify=verify, progress=progress)
     return plan
 
 
-def _require_data(subject: Subject, calibration: Calibration) -> None:
-    """Take the first batch, which the result is verified on."""
-    if next(calibration.inputs(subject.host), None) is None:
+def take_example(model: nn.Module | Subject, calibration: Calibration) -> None:
+    """Note the first batch in the calibration: a removal is verified on it.
+
+    Raises:
+        CalibrationError: if there is none.
+    """
+    if calibration.example is None and next(calibration.inputs(describe(model).host), None) is None:
         raise CalibrationError("The calibration data is empty. Give batches: the result is verified on the first one.")
 
 

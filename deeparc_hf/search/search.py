@@ -23,6 +23,7 @@ from ..architectures import Subject, describe
 from ..checkpoint.record import check_record
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.caller import warn_caller
+from ..core.checks import is_number
 from ..core.distributed import agree
 from ..core.progress_bars import bar
 from ..core.transaction import Transaction
@@ -107,6 +108,7 @@ def search_blocks(
     require_weights(subject.host)
     check_record(subject, 0)
     total = sum(map(len, subject.stacks.values()))
+    _check_goals(total, num_blocks, max_value)
     config = MPruneConfig(
         num_blocks=-(-total // 2) if num_blocks is None else num_blocks,
         heal=heal,
@@ -277,10 +279,10 @@ def _run(strategy: type[Strategy], bench: Workbench, free: _Free, most: int, end
             if ends.enough(found.add(node)):
                 reached = len(node.removed)
     except KeyboardInterrupt:
-        if not found.nodes:
+        if not found.found:
             raise
         warn_caller(
-            f"The search was broken off after {len(found.nodes)} of {most} numbers of blocks: the frontier holds what "
+            f"The search was broken off after {len(found.found)} of {most} numbers of blocks: the frontier holds what "
             "was found.",
             CalibrationWarning,
         )
@@ -337,7 +339,7 @@ class _Found:
         measures: Collection[str],
         shared: bool,
     ) -> None:
-        self.nodes: dict[int, Node] = {}
+        self.found: dict[int, tuple[Node, Point]] = {}
         self.times: BlockTimes | None = None
         self._subject, self._bench, self._evaluate = subject, bench, evaluate
         self._work = work_of(subject.host, timed)
@@ -345,20 +347,17 @@ class _Found:
         if "blocks" in measures:
             time_them = partial(time_blocks, subject.host, bench.modules, self._work)
             self.times = agree(time_them) if shared else time_them()
-        self._points: dict[int, Point] = {}
         self._whole = self._point(bench.root, subject.root)
 
     def add(self, node: Node) -> Point:
         """Keep a model, if it is the best of its number of blocks, with the measures of it."""
         count = len(node.removed)
-        known = self.nodes.get(count)
-        if known is None or node.score.value < known.score.value:
-            self.nodes[count] = node
-            self._points[count] = self._measured(node) if self._makes else self._point(node, None)
-        return self._points[count]
+        if count not in self.found or node.score.value < self.found[count][0].score.value:
+            self.found[count] = node, self._measured(node) if self._makes else self._point(node, None)
+        return self.found[count][1]
 
     def points(self) -> tuple[Point, ...]:
-        return (self._whole, *(self._points[count] for count in sorted(self._points)))
+        return (self._whole, *(self.found[count][1] for count in sorted(self.found)))
 
     def _measured(self, node: Node) -> Point:
         """Make the smaller model, as a copy, and measure it."""
@@ -389,6 +388,19 @@ class _Found:
             None if self._evaluate is None or model is None else float(self._evaluate(model)),
             None if self.times is None else self.times.speedup(node.removed),
         )
+
+
+def _check_goals(total: int, num_blocks: int | None, max_value: float | None) -> None:
+    """Refuse what no search could reach, before any work is done."""
+    if num_blocks is not None and (type(num_blocks) is not int or num_blocks < 1):
+        raise ConfigError(f"num_blocks counts the blocks that stay, so it must be at least 1, found {num_blocks!r}.")
+    if num_blocks is not None and num_blocks >= total:
+        raise PlanError(
+            f"num_blocks counts the blocks that stay, and the model has {total} blocks, found {num_blocks}. Give a "
+            "smaller number."
+        )
+    if max_value is not None and not is_number(max_value):
+        raise ConfigError(f"max_value must be a finite number, found {max_value!r}.")
 
 
 def _advance(shown: Any, passes: float) -> None:

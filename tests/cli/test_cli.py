@@ -26,7 +26,7 @@ from .cli_tools import error_of, run
 checkpoints, data, own_cache = cli_tools.checkpoints, cli_tools.data, cli_tools.own_cache
 
 
-@pytest.mark.parametrize("arguments", [[], ["inspect"], ["prune"]])
+@pytest.mark.parametrize("arguments", [[], ["inspect"], ["search"], ["prune"]])
 def test_help_renders(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--help"])
@@ -42,7 +42,7 @@ def test_without_arguments_the_help_is_printed(capsys):
     code, out, err = run(capsys)
     assert code == 0 and err == ""
     assert "usage: deeparc" in out and all(
-        command in out for command in ("inspect", "prune", "sparsify", "card", "push", "env")
+        command in out for command in ("inspect", "search", "prune", "sparsify", "card", "push", "env")
     )
 
 
@@ -57,7 +57,7 @@ ELSEWHERE = (
 )
 
 
-@pytest.mark.parametrize("command", ["inspect", "prune", "sparsify", "card", "push", "env"])
+@pytest.mark.parametrize("command", ["inspect", "search", "prune", "sparsify", "card", "push", "env"])
 def test_help_speaks_of_nothing_that_the_command_does_not_take(command):
     parsers = make_parser([command])._subparsers._group_actions[0].choices
     actions = parsers[command]._actions
