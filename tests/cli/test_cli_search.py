@@ -45,19 +45,8 @@ def test_search_prints_the_frontier_and_saves_it(capsys, common, tmp_path):
 
 def test_search_takes_its_settings(capsys, common, tmp_path):
     out, journal = tmp_path / "f.json", tmp_path / "journal"
-    settings = (
-        "--heal",
-        "none",
-        "--objective",
-        "hidden",
-        "--num-blocks",
-        1,
-        "--samples",
-        40,
-        "--protect",
-        f"{STACK}.3",
-    )
-    more = ("--min-blocks", 3, "--no-times", "--journal", journal, "--json")
+    settings = ("--heal", "none", "--objective", "hidden", "--num-blocks", 1, "--samples", 40)
+    more = ("--protect", f"{STACK}.3", "--min-blocks", 3, "--no-times", "--journal", journal, "--json")
     code, said, _ = run(capsys, "search", *common, *settings, *more, "-o", out)
     told = json.loads(said)
     frontier = Frontier.from_json(out)
@@ -172,6 +161,7 @@ def test_without_times_a_speedup_cannot_be_asked_for(capsys, common, tmp_path):
     assert "speedup needs times, and this search measured none" in error_of(capsys, "prune", *common, *arguments)
 
 
+@pytest.mark.filterwarnings("always::deeparc_hf.errors.CalibrationWarning")
 def test_after_ctrl_c_what_was_found_is_saved(capsys, common, tmp_path, monkeypatch):
     calls = []
 
