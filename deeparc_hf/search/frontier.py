@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.checks import Entry, MalformedError, is_number, read_json
+from ..core.checks import MAX_BLOCKS, Entry, MalformedError, is_number, read_json
+from ..core.files import finite
 from ..core.plain_text import plain, quoted
 from ..core.tables import html_table, runs, text_table
 from ..errors import ConfigError, PlanError
@@ -200,8 +202,11 @@ class Frontier:
                     f"{FORMAT_VERSION}."
                 )
             plan = PruningPlan.from_dict(entry["plan"].value)
-            points = tuple(_point_in(point, plan) for point in entry["points"].items())
-            entry["points"].must_be(bool(points) and not any(points[0].removed.values()), "the whole model first")
+            entry["plan"].must_be(not plan.removed, "one that removes nothing")
+            points = tuple(_point_in(point, plan) for point in entry["points"].items(MAX_BLOCKS))
+            counts = [point.num_blocks for point in points]
+            falling = all(more > fewer for more, fewer in itertools.pairwise(counts))
+            entry["points"].must_be(counts[:1] == [plan.num_blocks] and falling, "the whole model, then smaller ones")
             for name in ("greater_is_better", "complete"):
                 entry[name].must_be(isinstance(entry[name].value, bool), "true or false")
             return cls(
@@ -220,7 +225,7 @@ class Frontier:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The frontier as JSON text; written to `path` too if one is given."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        text = json.dumps(finite(self.to_dict()), indent=1, allow_nan=False)
         if path is not None:
             Path(path).write_text(text, "utf-8")
         return text
@@ -337,13 +342,20 @@ def _point_in(entry: Entry, plan: PruningPlan) -> Point:
     for name, indices in entry["removed"].entries().items():
         indices.must_be(name in plan.stacks, f"of a stack of the plan ({', '.join(plan.stacks)})")
         removed[name] = tuple(sorted(indices.wholes(len(plan.stacks[name]) - 1)))
-        indices.must_be(len(set(removed[name])) == len(removed[name]), "blocks, none twice")
+        good = len(set(removed[name])) == len(removed[name]) and not plan.stacks[name].pinned.keys() & set(
+            removed[name]
+        )
+        indices.must_be(good, "blocks that may go, none twice")
     entry["num_blocks"].must_be(
         entry["num_blocks"].whole() == plan.num_blocks - sum(map(len, removed.values())), "the blocks that stay"
     )
     intervals = {key: entry.optional(key, lambda found: found.numbers(2)) for key in ("interval", "measured_interval")}
     pairs: dict[str, Any] = {key: None if found is None else (found[0], found[1]) for key, found in intervals.items()}
+    for key, pair in pairs.items():
+        entry[key].must_be(pair is None or pair[0] <= pair[1], "a lower and an upper bound")
     numbers = {key: entry.optional(key, Entry.number) for key in ("metric", "speedup", "measured")}
+    for key in ("speedup", "measured"):
+        entry[key].must_be(numbers[key] is None or numbers[key] > 0, "a number above 0")
     return Point(
         removed, entry["num_blocks"].whole(), entry["parameters"].whole(), entry["value"].number(), **numbers, **pairs
     )

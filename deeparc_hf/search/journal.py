@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..core.checks import Entry, MalformedError
+from ..core.files import write_whole
 from ..core.plain_text import plain
 from ..errors import ConfigError
 from .objectives import Score
@@ -39,7 +40,7 @@ class Journal:
         self._known: dict[str, dict[str, Score]] = {}
         if self._path is None:
             return
-        if self._path.exists():
+        if self._path.exists() and self._path.stat().st_size:
             self._read(dict(asked))
         else:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +67,8 @@ class Journal:
 
     def _read(self, asked: dict[str, Any]) -> None:
         assert self._path is not None
-        text = self._path.read_text("utf-8")
-        whole, _, cut_off = text.rpartition("\n")
         try:
+            whole, _, cut_off = self._path.read_text("utf-8").rpartition("\n")
             first, *steps = [Entry(json.loads(line)) for line in whole.split("\n")]
             found = first["asked"].mapping()
             if found != json.loads(json.dumps(asked)):
@@ -87,7 +87,7 @@ class Journal:
                 "it."
             ) from error
         if cut_off:  # the process was killed while it wrote
-            self._path.write_text(f"{whole}\n", "utf-8")
+            write_whole(self._path, f"{whole}\n")
 
 
 def _key(what: str, removed: Collection[Block], blocks: Iterable[Block]) -> str:
@@ -98,7 +98,8 @@ def _score_in(entry: Entry) -> Score:
     parts = []
     for part in entry.items(2):
         rows = part.items(_MOST_OUTPUTS)
-        width = len(rows[0].items(_MOST_SAMPLES)) if rows else 0
+        part.must_be(bool(rows), "a list for each output")
+        width = len(rows[0].items(_MOST_SAMPLES))
         parts.append(torch.tensor([row.numbers(width) for row in rows], dtype=torch.float64))
     entry.must_be(len(parts) == 2 and parts[0].shape == parts[1].shape, "losses and weights")
     return Score(*parts)

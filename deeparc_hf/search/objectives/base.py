@@ -17,6 +17,7 @@ from ...core.registry import Registry
 
 __all__ = ["Answer", "Objective", "Score", "objectives", "register"]
 
+_WORST = 1e30
 _Z = 1.959964  # of the normal distribution, for an interval of 95 %
 
 
@@ -55,7 +56,9 @@ class Score:
     def of(cls, parts: Sequence[tuple[Tensor, Tensor]]) -> Score:
         """From the losses and weights of batches."""
         losses, weights = zip(*parts, strict=True)
-        return cls(torch.cat(losses, dim=1), torch.cat(weights, dim=1))
+        # a model that overflows is as bad as can be, and figures stay figures
+        known = torch.cat(losses, dim=1).nan_to_num(nan=_WORST, posinf=_WORST, neginf=_WORST)
+        return cls(known, torch.cat(weights, dim=1))
 
     @property
     def samples(self) -> int:
