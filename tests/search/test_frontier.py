@@ -159,7 +159,7 @@ WRONG = {  # of each field what it can never be; a point's are those of the seco
     "points": [None, [], {}, DATA["points"][1:], [*DATA["points"], DATA["points"][0]], [DATA["points"][0]] * 5000],
 }
 WRONG_POINT = {
-    "removed": [None, [], {"nothing": [1]}, {"layers": 3}, {"layers": [9]}, {"layers": [3, 3]}, {"layers": []}],
+    "removed": [None, [], {"nothing": [1]}, {"layers": 3}, {"layers": [9]}, {"layers": [3, 3]}],
     "num_blocks": [None, 4, 5.0, "5", -1],
     "parameters": [None, -1, 1e3, "900"],
     "value": [None, "0.1", float("nan"), True],
@@ -228,7 +228,7 @@ def test_the_table_tells_of_each_model():
     lines = str(FRONTIER).splitlines()
     assert lines[0].split("  ")[0] == "blocks" and "divergence (95 % interval)" in lines[0]
     assert lines[2].split() == ["6", "-", "1,000", "0", "(0", "..", "0)", "0.9000", "1.00", "-"]
-    assert lines[5].split()[:2] == ["3", "1,3-4"] and "2.00  1.83 (1.67 .. 2.17)" in " ".join(lines[5].split("    "))
+    assert lines[5].split()[:3] == ["3", "1,3-4", "700"] and lines[5].endswith("  1.83 (1.67 .. 2.17)")
     assert lines[-1] == (
         "greedy search by divergence, models healed, judged on 96 samples, 4.5 forward passes over the calibration "
         "data. Timed: a forward pass for 32 samples."
@@ -261,7 +261,7 @@ def test_the_picture_shows_values_intervals_and_the_metric(x, places):
     from matplotlib import pyplot
 
     ax = FRONTIER.plot(x)
-    line, caps, bars = ax.containers[0]
+    line, _, bars = ax.containers[0]
     assert list(line.get_xdata()) == pytest.approx(places) and list(line.get_ydata()) == pytest.approx(
         [0, 0.1, 0.2, 0.3, 0.4]
     )
