@@ -81,7 +81,7 @@ class Journal:
                 self._known[entry["step"].text(limit=100_000)] = {
                     name: _score_in(score) for name, score in entry["scores"].entries().items()
                 }
-        except (MalformedError, ValueError) as error:
+        except (MalformedError, RecursionError, ValueError) as error:
             raise ConfigError(
                 f"{self._path.name} is not the journal of a search ({plain(error, 200)}). Give another file, or delete "
                 "it."
