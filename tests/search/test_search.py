@@ -1,0 +1,212 @@
+"""`search_blocks` end to end: what it finds, what it leaves alone, where it stops."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from deeparc_hf import find_stacks, search_blocks
+from deeparc_hf.errors import CalibrationError, CalibrationWarning, ConfigError, PlanError, SurgeryError
+from deeparc_hf.search.strategies import strategies
+from tests.zoo import ZOO
+
+from .judging import divergence, parts
+
+QUICK = {"measure_times": False, "progress": False}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def total(model) -> int:
+    return sum(map(len, find_stacks(model).values()))
+
+
+def state_of(model):
+    """All that a search must leave alone."""
+    return (
+        {key: value.clone() for key, value in model.state_dict().items()},
+        [(name, module.training, sorted(vars(module))) for name, module in model.named_modules()],
+        [[len(getattr(module, hooks)) for hooks in HOOKS] for module in model.modules()],
+        [(name, p.requires_grad, p.grad) for name, p in model.named_parameters()],
+        model.config.to_dict(),
+        torch.get_rng_state(),
+    )
+
+
+def same(one, other) -> bool:
+    return (
+        all(torch.equal(value, other[0][key]) for key, value in one[0].items())
+        and one[1:5] == other[1:5]
+        and torch.equal(one[5], other[5])
+    )
+
+
+def still(module) -> None:
+    """Make a block of a model whose blocks add to their input one that adds nothing."""
+    with torch.no_grad():
+        for part in module.modules():
+            if hasattr(part, "weight") and getattr(part.weight, "ndim", 0) == 2:
+                part.weight.zero_()
+                if getattr(part, "bias", None) is not None:
+                    part.bias.zero_()
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "resnet"])
+def test_the_model_is_left_as_it_is_and_smaller_ones_are_judged_as_they_are(kind):
+    model, batches = ZOO[kind].model().train(), ZOO[kind].batches(count=4, size=16)
+    before, seen = state_of(model), []
+
+    def evaluate(smaller) -> float:
+        assert not torch.is_grad_enabled() and not smaller.training
+        assert "forward" not in {name for module in smaller.modules() for name in vars(module)}
+        seen.append(smaller if smaller is model else copy.deepcopy(smaller))
+        return float(total(smaller))
+
+    frontier = search_blocks(model, batches, evaluate=evaluate, **QUICK)
+    assert same(before, state_of(model)) and model.training
+    assert [p.num_blocks for p in frontier.points] == list(range(total(model), -(-total(model) // 2) - 1, -1))
+    assert seen[0] is model and len(seen) == len(frontier.points)
+    assert [point.metric for point in frontier.points] == [point.num_blocks for point in frontier.points]
+    judging = parts(batches)[1]
+    for point, smaller in zip(frontier.points, seen, strict=True):
+        low, high = point.interval
+        assert low <= point.value <= high and frontier.samples == 24
+        assert point.parameters == sum(p.numel() for p in smaller.parameters())
+        assert divergence(model, smaller, judging) == pytest.approx(point.value, rel=1e-3, abs=1e-6)
+    gone = [{(n, i) for n, indices in point.removed.items() for i in indices} for point in frontier.points]
+    assert [len(blocks) for blocks in gone] == list(range(len(gone)))
+    assert frontier.complete and frontier.passes > 1 and frontier.work is None
+
+
+def test_a_search_that_fails_leaves_the_model_alone_too():
+    model, batches, calls = ZOO["bert"].model().train(), ZOO["bert"].batches(), []
+    before = state_of(model)
+
+    def evaluate(smaller) -> float:
+        calls.append(smaller)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        return 0.0
+
+    with pytest.raises(ZeroDivisionError):
+        search_blocks(model, batches, evaluate=evaluate, **QUICK)
+    assert same(before, state_of(model))
+
+
+@pytest.mark.parametrize("heal", ["lstsq", None])
+@pytest.mark.parametrize("search", strategies.names())
+@pytest.mark.parametrize("kind", ["gpt2", "vit"])
+def test_blocks_that_do_nothing_are_found_first(kind, search, heal):
+    model = ZOO[kind].model()
+    (stack,) = find_stacks(model).values()
+    for index in (1, 3):
+        still(stack.blocks[index])
+    frontier = search_blocks(model, ZOO[kind].batches(), search=search, heal=heal, num_blocks=1, **QUICK)
+    assert frontier.search == search
+    assert frontier.points[2].removed == {stack.name: (1, 3)}
+    assert [point.value for point in frontier.points[:3]] == pytest.approx([0, 0, 0], abs=1e-5)
+    assert frontier.points[3].value > 1e-3
+
+
+def test_repairs_find_another_block_than_bare_removals():
+    """One block adds a large constant, which the block before it can take over; another adds little, but not a linear
+    function of anything.
+    """
+    model = ZOO["gpt2"].model()
+    first, second = model.transformer.h[2], model.transformer.h[3]
+    still(first)
+    with torch.no_grad():
+        first.mlp.c_proj.bias.normal_(0, 2)
+        for part in (second.attn.c_proj, second.mlp.c_proj):
+            part.weight.mul_(0.2)
+    found = {}
+    for heal in ("lstsq", None):
+        frontier = search_blocks(model, ZOO["gpt2"].batches(count=8), heal=heal, num_blocks=3, protect=["*.1"], **QUICK)
+        found[heal] = frontier.points[1]
+        assert frontier.plan.config.heal == heal
+    assert found["lstsq"].removed == {"transformer.h": (2,)} and found[None].removed == {"transformer.h": (3,)}
+    assert found["lstsq"].value < 1e-2 * found[None].value
+
+
+def test_ctrl_c_gives_what_was_found():
+    model, batches, calls = ZOO["bert"].model(), ZOO["bert"].batches(), []
+
+    def evaluate(smaller) -> float:
+        calls.append(smaller)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return 0.5
+
+    before = state_of(model)
+    with pytest.warns(CalibrationWarning, match=r"broken off after 1 of 3 numbers of blocks"):
+        frontier = search_blocks(model, batches, evaluate=evaluate, num_blocks=1, **QUICK)
+    assert same(before, state_of(model)) and not frontier.complete
+    whole = search_blocks(model, batches, num_blocks=3, **QUICK)
+    assert [point.removed for point in frontier.points] == [point.removed for point in whole.points]
+    assert frontier.choose(num_blocks=3).num_kept == 3
+    calls[:] = [None, None]
+    with pytest.raises(KeyboardInterrupt):  # nothing was found
+        search_blocks(model, batches, evaluate=evaluate, num_blocks=1, **QUICK)
+
+
+def test_a_value_that_is_too_large_ends_the_search():
+    model, batches = ZOO["bert"].model(), ZOO["bert"].batches()
+    values = [point.value for point in search_blocks(model, batches, heal=None, num_blocks=1, **QUICK).points]
+    assert len(values) == 4
+    for limit in values:
+        frontier = search_blocks(model, batches, heal=None, num_blocks=1, max_value=limit, **QUICK)
+        expected = [0.0, *itertools.takewhile(lambda value, limit=limit: value <= limit, values[1:])]
+        assert [point.value for point in frontier.points] == expected and frontier.complete
+    assert len(expected) > 1
+
+
+@pytest.mark.parametrize("search", strategies.names())
+def test_what_is_pinned_protected_or_needed_stays(search):
+    model, batches = ZOO["t5"].model(), ZOO["t5"].batches()
+    settings = {"protect": ["encoder.block.2", "decoder.block.1"], "min_blocks": 2, "num_blocks": 1}
+    frontier = search_blocks(model, batches, search=search, **settings, **QUICK)
+    assert frontier.points[-1].removed == {"encoder.block": (1, 3), "decoder.block": (2,)}
+    assert frontier.points[-1].num_blocks == 4
+    assert frontier.plan.config.protect == ("encoder.block.2", "decoder.block.1")
+    assert frontier.plan_of(frontier.points[-1]).stacks["encoder.block"].protected == (2,)
+
+
+def test_samples_are_those_that_were_asked_for():
+    frontier = search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), samples=40, num_blocks=3, **QUICK)
+    assert frontier.plan.samples == 40 and frontier.samples == 15
+    bare = search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), samples=40, heal=None, num_blocks=3, **QUICK)
+    assert bare.samples == 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"search": "greddy"}, ConfigError, "Did you mean 'greedy'"),
+        ({"objective": "divergense"}, ConfigError, "Did you mean 'divergence'"),
+        ({"heal": "lsq"}, ConfigError, "Did you mean 'lstsq'"),
+        ({"num_blocks": 0}, ConfigError, "must be at least 1, found 0"),
+        ({"num_blocks": "3"}, ConfigError, "found '3'"),
+        ({"num_blocks": 4}, PlanError, r"has 4 blocks, found 4\. Give a smaller number"),
+        ({"max_value": float("nan")}, ConfigError, "max_value must be a finite number"),
+        ({"min_blocks": 0}, ConfigError, "min_blocks must be at least 1"),
+        ({"samples": 0}, ConfigError, "calibration_samples must be at least 1"),
+        ({"samples": 1}, CalibrationError, "only 1 calibration sample"),
+        ({"protect": "*"}, PlanError, r"No block can go: 4 blocks"),
+        ({"protect": ["nothing"]}, PlanError, "matches no block"),
+        ({"freeze": ["nothing"]}, PlanError, "matches no block"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), **{**QUICK, **settings})
+
+
+def test_a_wrapped_model_is_refused():
+    class DistributedDataParallel(torch.nn.DataParallel):
+        """As far as its name goes."""
+
+    with pytest.raises(SurgeryError, match="wrapped in DistributedDataParallel"):
+        search_blocks(DistributedDataParallel(ZOO["bert"].model()), ZOO["bert"].batches(), **QUICK)
