@@ -35,7 +35,7 @@ ENDS = {
 
 
 # settings that came later, and what they were before there was a choice
-LATER = {"across_stacks": False, "freeze_inputs": True}
+LATER = {"across_stacks": False, "freeze_inputs": True, "objective": "divergence", "search": None, "speedup": None}
 
 
 def read(file):

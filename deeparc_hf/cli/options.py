@@ -194,7 +194,6 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
         help="what deeparc search saved: the blocks go that it found for one budget, --speedup, --parameters, "
         "--max-value or --num-blocks, and the kept ones are repaired if it repaired them",
     )
-    group.add_argument("--speedup", type=float, metavar="X", help="at least so many times as fast")
     group.add_argument("--parameters", type=float, metavar="N", help="at most so many parameters (60e6, say)")
     group.add_argument("--max-value", type=float, metavar="X", help="the smallest model with no larger value")
 

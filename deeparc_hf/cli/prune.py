@@ -31,7 +31,7 @@ from .options import given_settings
 __all__ = ["run"]
 
 HEATMAP_FILE = "heatmap.png"
-_BUDGETS = ("speedup", "parameters", "max_value")
+_BUDGETS = ("parameters", "max_value")  # of a frontier alone; the settings have others
 
 
 def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
@@ -52,23 +52,22 @@ def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
 
 def _chosen(args: argparse.Namespace, given: dict[str, Any]) -> PruningPlan | None:
     """The plan for a budget, from the frontier of a search; None where none is given."""
-    budgets = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
+    budgets: dict[str, Any] = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     if args.frontier is None:
         if budgets:
             raise ConfigError(
                 f"{_options(budgets)} chooses from what a search found. Give its file with --frontier (deeparc search "
-                "makes one), or --num-blocks or --keep-ratio."
+                "makes one), or --num-blocks, --keep-ratio or --speedup."
             )
         return None
-    if "num_blocks" in given:
-        budgets["num_blocks"] = given["num_blocks"]
-    odd = [name for name in given if name not in ("num_blocks", "freeze")]
+    budgets |= {name: given[name] for name in ("speedup", "num_blocks") if name in given}
+    odd = [name for name in given if name not in (*budgets, "freeze")]
     if odd:
         raise ConfigError(f"With --frontier the search has settled {_options(odd)}. Leave it out.")
     if len(budgets) != 1:
         raise ConfigError(
-            f"With --frontier exactly one of {_options([*_BUDGETS, 'num_blocks'])} says which model is wanted, found "
-            f"{_options(budgets) or 'none'}."
+            f"With --frontier exactly one of {_options(['speedup', *_BUDGETS, 'num_blocks'])} says which model is "
+            f"wanted, found {_options(budgets) or 'none'}."
         )
     if isinstance(budgets.get("num_blocks"), dict):
         raise ConfigError("With --frontier --num-blocks counts the blocks of all stacks. Give a whole number.")

@@ -16,6 +16,8 @@ from ..errors import CalibrationError, ConfigError
 from ..healing.heal import apply_healing, fit_sites, note_healing
 from ..healing.sites import Healing
 from ..observe.calibration import Calibration
+from ..observe.forward import require_weights
+from ..search.search import search_plan
 from .compare import compare_blocks
 from .config import MPruneConfig
 from .plan import PruningPlan, warn_if_drastic
@@ -32,7 +34,8 @@ def analyze(
     progress: bool = True,
     **settings: Any,
 ) -> PruningPlan:
-    """Compare the blocks of every stack on calibration data, and plan what to remove. Changes nothing.
+    """Compare the blocks of every stack on calibration data, or search for those that are missed least (`search`,
+    `speedup`), and plan what to remove. Changes nothing.
 
     Args:
         model: a model that `find_stacks` knows.
@@ -51,7 +54,15 @@ def analyze(
         UnsupportedModelError, ConfigError, PlanError: see these.
     """
     config = MPruneConfig.from_settings(config, settings)
-    plan = compare_blocks(model, Calibration(dataloader, config.calibration_samples), config, progress=progress)
+    return _planned(describe(model), Calibration(dataloader, config.calibration_samples), config, progress)
+
+
+def _planned(subject: Subject, calibration: Calibration, config: MPruneConfig, progress: bool) -> PruningPlan:
+    """The plan that settings lead to: by similarity, or by a search."""
+    if config.search is not None:
+        require_weights(subject.host)
+        return search_plan(subject, list(calibration.inputs(subject.host)), config, progress=progress)
+    plan = compare_blocks(subject, calibration, config, progress=progress)
     warn_if_drastic(plan)
     return plan
 
@@ -95,8 +106,7 @@ def prune_model(
     check_record(subject)
     calibration = Calibration(dataloader, config.calibration_samples)
     if given is None:
-        plan = compare_blocks(subject, calibration, config, progress=progress)
-        warn_if_drastic(plan)
+        plan = _planned(subject, calibration, config, progress)
     else:
         plan = given
         require_fitting(subject, plan)

@@ -129,7 +129,7 @@ def search_blocks(
         measures=("blocks", "models") if measure_times else (),
         journal=journal,
         progress=progress,
-        at_most=num_blocks is None,
+        at_most=True,
     )
 
 

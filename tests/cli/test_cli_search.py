@@ -128,7 +128,7 @@ def test_only_a_frontier_is_overwritten(capsys, common, found, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--speedup", "1.5"], "--speedup chooses from what a search found. Give its file with --frontier"),
+        (["--parameters", "1e6"], "--parameters chooses from what a search found. Give its file with --frontier"),
         (["--frontier", "{found}"], "exactly one of --speedup, --parameters, --max-value, --num-blocks"),
         (["--frontier", "{found}", "--speedup", "1.5", "--num-blocks", "3"], "found --speedup, --num-blocks"),
         (["--frontier", "{found}", "--num-blocks", "3", "--similarity", "cka"], "has settled --similarity"),

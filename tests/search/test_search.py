@@ -193,7 +193,7 @@ def test_samples_are_those_that_were_asked_for():
         ({"min_blocks": 0}, ConfigError, "min_blocks must be at least 1"),
         ({"samples": 0}, ConfigError, "calibration_samples must be at least 1"),
         ({"samples": 1}, CalibrationError, "only 1 calibration sample"),
-        ({"protect": "*"}, PlanError, r"No block can go: 4 blocks"),
+        ({"protect": "*"}, PlanError, r"The search is to remove 2 of 4 blocks, and 0 may go"),
         ({"protect": ["nothing"]}, PlanError, "matches no block"),
         ({"freeze": ["nothing"]}, PlanError, "matches no block"),
     ],
