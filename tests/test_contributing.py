@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import re
@@ -13,9 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForImageClassification, RegNetConfig, RegNetForImageClassification
 
-from deeparc_hf import analyze, apply_plan, find_stacks, remove_blocks
+from deeparc_hf import analyze, apply_plan, find_stacks, remove_blocks, search_blocks
 from deeparc_hf.architectures import families
 from deeparc_hf.errors import SurgeryError, UnsupportedModelError
+from deeparc_hf.search.objectives import objectives
+from deeparc_hf.search.strategies import strategies
 from deeparc_hf.similarity import metrics
 from deeparc_hf.sparsity.masks import choose_lowest
 from deeparc_hf.sparsity.methods import methods
@@ -71,15 +74,15 @@ def images(count: int = 40) -> dict[str, torch.Tensor]:
 
 
 def test_every_page_has_an_example_that_is_not_in_the_package_yet():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 5
     for path, source in EXAMPLES.items():
         assert not (CONTRIBUTING.parent / path).exists()
         assert all(len(line) <= 120 for line in source.splitlines())
 
 
-def test_the_map_answers_ten_questions_with_files_that_are_there():
+def test_the_map_answers_eleven_questions_with_files_that_are_there():
     rows = re.findall(r"^\| \.\.\. (.*\?) \| (.*) \|$", CONTRIBUTING.read_text("utf-8"), re.MULTILINE)
-    assert len({question for question, _ in rows}) == 10
+    assert len({question for question, _ in rows}) == 11
     for _, answer in rows:
         files = re.findall(r"`(deeparc_hf/[\w/]+\.py)`", answer)
         assert files and all((CONTRIBUTING.parent / file).is_file() for file in files)
@@ -192,6 +195,34 @@ def test_the_example_metric_finds_a_planted_identity(example):
         torch.nn.init.zeros_(linear.bias)
     plan = analyze(model, specimen.batches(), similarity=metric.name, num_blocks=3, progress=False)
     assert plan.removed == {"bert.encoder.layer": (2,)}
+
+
+def test_the_example_objective_counts_other_choices(example):
+    objective = example("search/objectives", objectives)
+    assert objective.summary and objective.unit
+    specimen = ZOO["bert"]
+    model, batches = specimen.model(), specimen.batches(8)
+    frontier = search_blocks(
+        model, batches, objective=objective.name, heal=None, num_blocks=3, measure_times=False, progress=False
+    )
+    smaller = copy.deepcopy(model)
+    remove_blocks(smaller, frontier.points[1].removed)
+    with torch.no_grad():
+        choices = [
+            torch.cat([each(**batch).logits.argmax(dim=1) for batch in batches]) for each in (model.eval(), smaller)
+        ]
+    assert frontier.whole.value == 0
+    assert frontier.points[1].value == pytest.approx(float((choices[0] != choices[1]).double().mean()))
+
+
+def test_the_example_search_goes_from_the_end(example):
+    strategy = example("search/strategies", strategies)
+    specimen = ZOO["t5"]
+    frontier = search_blocks(
+        specimen.model(), specimen.batches(), search=strategy.name, num_blocks=3, measure_times=False, progress=False
+    )
+    assert strategy.summary and strategy.passes(5, 4) > 1 and frontier.search == "from_the_end"
+    assert frontier.points[-1].removed == {"decoder.block": (1, 2), "encoder.block": (2, 3)}
 
 
 def test_the_example_sparsity_method_scores_and_chooses(example):

@@ -21,6 +21,8 @@ from markdown_it import MarkdownIt
 
 import deeparc_hf
 from deeparc_hf.architectures import families
+from deeparc_hf.search.objectives import objectives
+from deeparc_hf.search.strategies import strategies
 from deeparc_hf.similarity import metrics
 from deeparc_hf.sparsity.methods import methods
 from tests.test_project import PUBLIC, ROOT, imported, required
@@ -33,9 +35,16 @@ SETTINGS = {
     "distillation": deeparc_hf.DistillConfig,
     "sparsity": deeparc_hf.WandaConfig,
 }
-REGISTRIES = {"families": families, "metrics": metrics, "methods": methods}
+REGISTRIES = {
+    "families": families,
+    "metrics": metrics,
+    "methods": methods,
+    "objectives": objectives,
+    "strategies": strategies,
+}
 TABLES = {
     "architectures": ["families"],
+    "search": ["strategies", "objectives"],
     "settings": ["settings", "distillation", "sparsity"],
     "similarity": ["metrics"],
     "sparsity": ["methods"],
@@ -262,6 +271,13 @@ def healed(names: dict[str, Any]) -> None:
     assert names["pruned"].config.num_hidden_layers == 9 and "is healed" in str(names["site"])
 
 
+def searched(names: dict[str, Any]) -> None:
+    assert [point.num_blocks for point in names["frontier"].points] == [12, 11, 10, 9, 8]
+    record = deeparc_hf.PrunedConfig.from_pretrained("runs/searched")
+    assert len(record.kept["bert.encoder.layer"]) == 9 and record.iterations[-1]["healing"]
+    assert Path("runs/search.journal").is_file()
+
+
 def sparse(names: dict[str, Any]) -> None:
     record = deeparc_hf.PrunedConfig.from_pretrained("runs/sparse")
     assert len(record.kept["bert.encoder.layer"]) == 8 and len(record.sparsity["matrices"]) == 48
@@ -279,6 +295,7 @@ def by_hand(names: dict[str, Any]) -> None:
 CHECKS = {
     "distillation": distilled,
     "healing": healed,
+    "search": searched,
     "sparsity": sparse,
     "trainer": trained,
     "without_trainer": by_hand,
