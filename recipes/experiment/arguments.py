@@ -16,7 +16,7 @@ from deeparc_hf.core.plain_text import did_you_mean
 from deeparc_hf.core.settings import setting
 from deeparc_hf.distillation.config import DistillConfig
 from deeparc_hf.errors import ConfigError, MissingDependencyError
-from deeparc_hf.pruning.config import MPruneConfig
+from deeparc_hf.pruning.config import DEFAULT_THRESHOLD, MPruneConfig
 from deeparc_hf.publish.vocabulary import check_language, check_license
 from deeparc_hf.sparsity.config import WandaConfig
 
@@ -85,6 +85,11 @@ class PruningArguments:
         None, "blocks that stay after each iteration: N, or STACK=N,OTHER=M by stack"
     )
     keep_ratio: float | None = setting(None, "share of the blocks that stays, of each iteration")
+    speedup: float | None = setting(
+        None, "how many times as fast the model becomes, over all iterations: each takes an equal factor"
+    )
+    search: str | None = _as_in(MPruneConfig, "search")
+    objective: str = _as_in(MPruneConfig, "objective")
     k: int = _as_in(MPruneConfig, "k")
     k_max: int = _as_in(MPruneConfig, "k_max")
     freeze: str = setting("none", "none, or partial (the seed's Part)")
@@ -124,10 +129,12 @@ class PruningArguments:
     def pruning(self, iteration: int, baseline: float | None = None) -> MPruneConfig:
         """The settings of one iteration, counted from 0: a training of its own, which prunes at once."""
         teaching = {"alpha": self.distill_alpha, "temperature": self.distill_temperature}
+        target = {"num_blocks": self._target(iteration), "keep_ratio": self.keep_ratio, "threshold": self.threshold}
+        target["speedup"] = None if self.speedup is None else self.speedup ** (1 / max(1, self.iterations))
+        if self.search is None and not any(value is not None for value in target.values()):
+            target["threshold"] = DEFAULT_THRESHOLD  # here max_drop alone says how much may be lost, not how far to go
         return MPruneConfig(
-            threshold=self.threshold,
-            num_blocks=self._target(iteration),
-            keep_ratio=self.keep_ratio,
+            **target,
             retrain_epochs=max(1, self.retrain_epochs),  # with 0 no training is there to ask
             baseline=baseline if self.max_drop is not None else None,
             distill=None if self.distill_alpha is None else teaching,
@@ -212,6 +219,8 @@ _OF_EACH_ITERATION = (
         "heal",
         "metric",
         "max_drop",
+        "search",
+        "objective",
     ),
     "calibration_samples",
 )

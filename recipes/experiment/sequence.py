@@ -217,7 +217,7 @@ class Experiment:
             # of the original, on the data that judges: drops must not add up over the iterations
             baseline = self._judged(self._trainer(original, SCRATCH))
         callback = MPruneCallback(self.pruning.pruning(iteration, baseline), calibration=self.calibration)
-        tries = 1 if self.pruning.max_drop is None else self.pruning.k_max - self.pruning.k + 1
+        tries = 1 if self.pruning.max_drop is None else self.pruning.k_max - self.pruning.k + 1  # of a search as many
         trainer = self._trainer(before, name, self.pruning.retrain_epochs * tries, callback)
         _, epochs = self._train(trainer)
         standing = [attempt for attempt in callback.attempts[1:] if attempt.get("decision") == "accepted"]
