@@ -241,7 +241,11 @@ def test_the_examples_of_the_readme_run(small, monkeypatch, tmp_path):
     monkeypatch.chdir(prepared(tmp_path))
     namespace: dict[str, Any] = {}
     run(README.read_text("utf-8"), namespace, "README.md")
-    assert namespace["model"].config.num_hidden_layers == 8
+    report = json.loads(Path("runs/pruned/pruning_report.json").read_text("utf-8"))
+    accepted = [a for a in report["attempts"] if a.get("decision") == "accepted"]
+    gone = sum(len(blocks) for attempt in accepted for blocks in attempt["plan_removed"].values())
+    assert accepted and namespace["model"].config.num_hidden_layers == 12 - gone
+    assert len(accepted[0]["plan_removed"]["bert.encoder.layer"]) == 2  # a sixth
 
 
 @pytest.fixture(scope="module")

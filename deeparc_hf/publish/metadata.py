@@ -52,7 +52,8 @@ def _tags(content: CardContent) -> list[str]:
     tags = ["deeparc"]
     if content.removed:
         # a public word: of those that are known
-        metric = allowed((content.config or {}).get("similarity"), list(similarities.names()))
+        config = content.config or {}
+        metric = allowed(config.get("similarity"), list(similarities.names())) if not config.get("search") else "search"
         tags += ["pruned", "depth-pruning", *([metric] if metric else [])]
     if content.record.zeros is not None:
         tags += ["sparse", *([plain(content.sparsity.config.method, 40)] if content.sparsity is not None else [])]

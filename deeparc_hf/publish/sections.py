@@ -30,6 +30,10 @@ _CITED = {
     "cosine": "Block influence: ShortGPT, Men et al. 2024, [arXiv 2403.03853](https://arxiv.org/abs/2403.03853)",
     "effect": "Effect of skipping a block: Shortened LLaMA, Kim et al. 2024, [arXiv "
     "2402.02834](https://arxiv.org/abs/2402.02834)",
+    "sleb": "Removal of one block after another by what the model puts out: SLEB, Song et al. 2024, [arXiv "
+    "2402.09025](https://arxiv.org/abs/2402.09025)",
+    "evopress": "Search by the divergence of the outputs: EvoPress, Sieberling et al. 2025, [arXiv "
+    "2410.14649](https://arxiv.org/abs/2410.14649)",
     "heal": "Related to the repair: ReplaceMe, [arXiv 2505.02819](https://arxiv.org/abs/2505.02819); LLM-Streamline, "
     "[arXiv 2403.19135](https://arxiv.org/abs/2403.19135)",
     "distill": "Distillation: Hinton et al. 2015, [arXiv 1503.02531](https://arxiv.org/abs/1503.02531)",
@@ -56,7 +60,14 @@ def summary(content: CardContent) -> str:
 
 
 def _how_chosen(content: CardContent) -> str:
-    metrics = [(noted.get("settings") or {}).get("similarity") for noted in content.record.iterations]
+    settings = [noted.get("settings") or {} for noted in content.record.iterations]
+    searches = {noted.get("search") for noted in settings}
+    if searches and None not in searches:
+        names = " and ".join(sorted(md(str(name)) for name in searches))
+        return f" (found by {names} search, each candidate judged by what it puts out)"
+    if len(searches) > 1:
+        return ""
+    metrics = [noted.get("similarity") for noted in settings]
     metric = metrics[0] if metrics else ""
     if any(other != metric for other in metrics):  # it is told of all prunings, or of none
         return ""
@@ -163,11 +174,15 @@ def _hardware(content: CardContent) -> str:
 
 
 def similarity_note(plan: PruningPlan) -> str:
-    """How the blocks were compared."""
+    """How the blocks were compared, and chosen where that was otherwise."""
     c = plan.config
+    chosen = (
+        "" if plan.choice is None else f" The blocks that went were not chosen by it, but by {md(str(plan.choice))}."
+    )
     rows = "" if c.similarity == "effect" else f" (rows: {md(c.effective_rows)})"
     metric = _METRICS.get(c.similarity, md(c.similarity))
     note = f"By {metric}{rows} on {plan.samples_text}, before the last pruning, of the blocks that were left then."
+    note += chosen
     return f"{note} {_EFFECT}" if c.similarity == "effect" else note
 
 
@@ -238,9 +253,9 @@ def citations(content: CardContent) -> str:
     config = content.config or {}
     keys = []
     if content.removed and content.compared:
-        keys.append("mpruner")
         metric = str(config.get("similarity", ""))
-        keys.append("cka" if metric.startswith("cka") else metric)
+        by_similarity = ["mpruner", "cka" if metric.startswith("cka") else metric]
+        keys += by_similarity if config.get("search") is None else ["sleb", "evopress"]
         keys += [key for key in ("heal", "distill") if config.get(key)]
     if content.sparsity is not None:
         keys.append(content.sparsity.config.method)

@@ -40,6 +40,8 @@ class Journal:
         self._known: dict[str, dict[str, Score]] = {}
         if self._path is None:
             return
+        if self._path.is_dir():
+            raise ConfigError(f"The journal of a search is a file, and {self._path.name or '.'} is a folder.")
         if self._path.exists() and self._path.stat().st_size:
             self._read(dict(asked))
         else:
@@ -81,6 +83,8 @@ class Journal:
                 self._known[entry["step"].text(limit=100_000)] = {
                     name: _score_in(score) for name, score in entry["scores"].entries().items()
                 }
+        except ConfigError:
+            raise
         except (MalformedError, RecursionError, ValueError) as error:
             raise ConfigError(
                 f"{self._path.name} is not the journal of a search ({plain(error, 200)}). Give another file, or delete "

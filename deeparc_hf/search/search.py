@@ -416,5 +416,6 @@ def _digest(batches: Sequence[Mapping[str, Any]]) -> str:
         for name, value in sorted(batch.items()):
             digest.update(name.encode())
             if isinstance(value, torch.Tensor):
+                digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

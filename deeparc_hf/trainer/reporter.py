@@ -52,7 +52,7 @@ class Reporter:
             attempt.thresholds = {name: stack.threshold for name, stack in plan.stacks.items()}
             attempt.compared = plan.comparison
             if plan.choice is not None:
-                attempt.search, attempt.speedup = str(plan.choice), plan.choice.speedup
+                attempt.search, attempt.speedup, attempt.thresholds = str(plan.choice), plan.choice.speedup, {}
             attempt.removed = lists(p.record["iterations"][-1]["removed"])
             attempt.plan_removed = lists(plan.removed)
         p.attempts.append(attempt)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerState, TrainingArguments
 
+from ..architectures import find_host
 from ..core.compat import accelerate_has_state
 from ..core.distributed import agree
 from ..core.progress_bars import shows_bars
@@ -20,6 +21,8 @@ from ..pruning.compare import compare_blocks
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..pruning.prune import apply_healed
+from ..search.search import search_plan
+from .searching import batches_of_all
 
 __all__ = ["is_sharded", "prune_before_sharding"]
 
@@ -54,7 +57,11 @@ def prune_before_sharding(
     source = calibration_of(calibration, config, args, TrainerState(), known, again=config.heal is not None)
     bars = shows_bars(args)
     with source.reading():
-        plan = compare_blocks(model, source, config, progress=bars)
+        if config.search is not None:
+            batches = batches_of_all(find_host(model), source)
+            plan = search_plan(model, batches, config, shared=True, progress=bars)
+        else:
+            plan = compare_blocks(model, source, config, progress=bars)
         plan = PruningPlan.from_dict(agree(plan.to_dict))
         apply_healed(model, plan, source, progress=bars)
     return plan

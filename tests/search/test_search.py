@@ -7,11 +7,12 @@ import itertools
 
 import pytest
 import torch
+import transformers as tf
 
-from deeparc_hf import find_stacks, search_blocks
+from deeparc_hf import analyze, find_stacks, search_blocks
 from deeparc_hf.errors import CalibrationError, CalibrationWarning, ConfigError, PlanError, SurgeryError
 from deeparc_hf.search.strategies import strategies
-from tests.zoo import ZOO
+from tests.zoo import ZOO, spread
 
 from .judging import divergence, parts
 
@@ -128,6 +129,43 @@ def test_repairs_find_another_block_than_bare_removals():
         assert frontier.plan.config.heal == heal
     assert found["lstsq"].removed == {"transformer.h": (2,)} and found[None].removed == {"transformer.h": (3,)}
     assert found["lstsq"].value < 1e-2 * found[None].value
+
+
+def test_what_is_redundant_with_a_repair_alone_is_found_by_the_search_and_not_by_likeness():
+    """Block 2 adds a vector times a linear function of its normed input: a good deal, and nothing that the block before
+    it could not add too. Block 3 adds less, and nothing linear.
+    """
+    model, batches = ZOO["gpt2"].model(), ZOO["gpt2"].batches(count=12)
+    planted, generator = model.transformer.h[2], torch.Generator().manual_seed(0)
+    still(planted)
+    with torch.no_grad():
+        planted.mlp.c_fc.weight[:, 0] = torch.randn(32, generator=generator) * 0.5
+        planted.mlp.c_fc.bias[0] = 12.0  # there gelu is a straight line
+        planted.mlp.c_proj.weight[0] = torch.randn(32, generator=generator) * 0.5
+        planted.mlp.c_proj.bias.copy_(-12.0 * planted.mlp.c_proj.weight[0])
+    settings = {"num_blocks": 3, "protect": ["*.1"]}
+    healed, bare = (search_blocks(model, batches, heal=heal, **settings, **QUICK).points[1] for heal in ("lstsq", None))
+    assert healed.removed == {"transformer.h": (2,)} and bare.removed == {"transformer.h": (3,)}
+    assert healed.value < 0.1 * bare.value
+    for similarity in ("cka", "cosine", "effect"):
+        plan = analyze(model, batches, similarity=similarity, progress=False, **settings)
+        assert plan.removed == {"transformer.h": (3,)}
+
+
+@pytest.mark.parametrize(("kind", "blocks", "left", "most"), [("bert", 12, 6, 30), ("llama", 30, 20, 120)])
+def test_what_a_search_costs(kind, blocks, left, most):
+    """In forward passes over all samples: what makes it cheap enough to be the default advice."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": blocks}
+    shared = {**sizes, "vocab_size": 120, "pad_token_id": 0}
+    if kind == "bert":
+        model = tf.BertForSequenceClassification(tf.BertConfig(**shared))
+    else:
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**shared, num_key_value_heads=2))
+    batches = ZOO[kind].batches(count=8)
+    frontier = search_blocks(spread(model), batches, num_blocks=left, **QUICK)
+    assert len(frontier.points) == blocks - left + 1
+    assert frontier.passes <= most, frontier.passes
 
 
 def test_ctrl_c_gives_what_was_found():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as tf
 
-from deeparc_hf import MPruneCallback, MPruneConfig, PrunedConfig
+from deeparc_hf import MPruneCallback, MPruneConfig, PrunedConfig, create_model_card
 from deeparc_hf.errors import ConfigError
 from tests.trainers import train
 from tests.zoo import TEXT, ZOO, spread
@@ -46,6 +46,17 @@ def test_one_argument_goes_as_far_as_the_metric_lets_it(tmp_path):
     assert all(site["healed"] or site["reason"] for a in callback.attempts[1:] for site in a["healing"])
     # a third of the epochs came first, and each pruning had one
     assert [a["epoch"] for a in callback.attempts[1:]] == [2.0, 3.0, 4.0]
+
+
+def test_the_card_says_that_the_blocks_were_searched_for(tmp_path):
+    model = ZOO["bert"].model()
+    _, trainer = run(tmp_path, model, {4: 0.9, 3: 0.9, 2: 0.87, 1: 0.5}, epochs=5, max_drop=0.05)
+    trainer.save_model(tmp_path)
+    card = str(create_model_card(tmp_path))
+    assert "(found by greedy search, each candidate judged by what it puts out)" in card
+    assert "not chosen by it, but by greedy search" in card
+    assert "arXiv 2410.14649" in card and "MPruner, which clusters" not in card and "debiased CKA)" not in card
+    assert "- search" in card and "- cka" not in card
 
 
 def test_a_step_that_is_taken_back_is_halved_and_later_ones_are_as_small(tmp_path):
