@@ -1,5 +1,5 @@
-"""Whether a model becomes as fast as the times of its blocks say: an encoder, a T5 that generates, a ResNet whose blocks
-differ. Prints both speed-ups.
+"""Whether a model becomes as fast as the times of its blocks say: an encoder, a T5 that generates, and a ResNet, whose
+blocks differ. Prints both speed-ups.
 
 pytest benchmarks/test_search_times.py
 
@@ -62,8 +62,8 @@ def test_a_model_becomes_as_fast_as_the_times_of_its_blocks_say(make, capsys):
     error = predicted / measured - 1
     with capsys.disabled():
         print(
-            f"\n{make.__name__}, {work}: predicted {predicted:.3f} times as fast, measured {measured:.3f} ({low:.3f} .. "
-            f"{high:.3f}), {100 * error:+.1f} % ({TURNS} turns, {THREADS} threads)"
+            f"\n{make.__name__}, {work}: predicted {predicted:.3f} times as fast, measured {measured:.3f} "
+            f"({low:.3f} .. {high:.3f}), {100 * error:+.1f} % ({TURNS} turns, {THREADS} threads)"
         )
     assert 0 < sum(times.shares.values()) <= 1.05
     if os.environ.get("DEEPARC_BENCHMARK_BOUND"):
