@@ -73,8 +73,8 @@ def search_blocks(
     """Search for the best blocks to remove. The model is left as it is.
 
     Five eighths of the samples are for the repairs, the others judge. What every block puts out is kept in memory for
-    all of them, about twice: samples x positions x width x blocks values. After Ctrl-C the frontier holds what was
-    found so far, where that is anything.
+    all of them, about twice (samples x positions x width x blocks values): where that would be more than 4 GB, fewer
+    samples are used. After Ctrl-C the frontier holds what was found so far, where that is anything.
 
     Args:
         model: a model that `find_stacks` knows.

@@ -7,6 +7,7 @@ depends on what is removed before it alone, and is shared by all models that beg
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,8 +34,11 @@ __all__ = ["Node", "Removed", "Workbench", "by_stack"]
 
 Removed = frozenset[Block]
 
+logger = logging.getLogger(__name__)
+
 _FIT = 5, 8  # share of the samples that repairs are fitted on
 _ROUGH = 4  # of the judging samples one in so many comes first
+MEMORY = 4 * 10**9  # bytes, for what blocks put out
 _LEFT = 3  # and one in so many candidates stays for the others
 
 
@@ -101,14 +105,15 @@ class Workbench:
         self._objective, self._heals, self._tell = objective, heals, tell
         self._journal = journal or Journal(None, {})
         self._share = (process_index(), process_count()) if shared else (0, 1)
+        first = cut(batches[0], 2)
+        self._playback = Playback.of(self.host, self.stacks, first)
+        batches = self._that_fit(batches)
         self._fitting, self._judging = _parts(batches) if heals else ([], [dict(batch) for batch in batches])
         if not self._judging or (heals and not self._fitting):
             raise CalibrationError(
                 "A search needs several samples: some to fit repairs on, others to judge by. Give some hundreds."
             )
         self.samples = sum(map(batch_size, [*self._fitting, *self._judging]))
-        first = cut(self._judging[0], 2)
-        self._playback = Playback.of(self.host, self.stacks, first)
         self._order = self._playback.order
         self._position = {block: number for number, block in enumerate(self._order)}
         self._fits: OrderedDict[tuple[Removed, Site], Healing] = OrderedDict()
@@ -194,6 +199,36 @@ class Workbench:
         most = max((score.samples for score in scores.values()), default=0)
         full = {block: score for block, score in scores.items() if score.samples == most}
         return dict(sorted(full.items(), key=lambda entry: entry[1].value))
+
+    def _that_fit(self, batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The first batches, as many as memory is meant for: what all blocks put out is kept for them."""
+        taken: list[Mapping[str, Any]] = []
+        size, each = 0.0, 0.0
+        for batch in batches:
+            if not taken or _shapes(batch) != _shapes(taken[-1]):
+                each = 2 * self._bytes_of(cut(batch, 1))  # of the whole model, and of the one at hand
+            size += each * batch_size(batch)
+            if taken and size > MEMORY:
+                logger.info(
+                    "The search looks at %d of %d samples, for more would take %.0f GB of memory.",
+                    sum(map(batch_size, taken)),
+                    sum(map(batch_size, batches)),
+                    MEMORY / 1e9,
+                )
+                break
+            taken.append(batch)
+        self._playback.done[0] = 0
+        return taken
+
+    def _bytes_of(self, batch: Mapping[str, Any]) -> float:
+        """What all blocks put out for a sample."""
+        seen: list[int] = []
+
+        def note(block: Block, hidden: Tensor) -> None:
+            seen.append(hidden.numel() * hidden.element_size())
+
+        self._playback.run(batch, see=note)
+        return sum(seen) / max(batch_size(batch), 1)
 
     # ---- one step ----
 
@@ -366,6 +401,11 @@ class _Trial:
     removed: Removed
     repairs: Mapping[Block, Healing]
     begin: int
+
+
+def _shapes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a sample's tensors, by name."""
+    return {name: tuple(value.shape[1:]) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
 
 
 def _label(block: Block) -> str:

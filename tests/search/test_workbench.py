@@ -69,3 +69,28 @@ def test_a_model_with_blocks_left_out_is_the_one_after_a_removal(kind):
     assert bench.root.score.value == pytest.approx(0.0, abs=1e-6)
     for node in (first, two, back):
         assert node.score.value == pytest.approx(really(model, batches, node.removed), rel=2e-3, abs=1e-7)
+
+
+def test_as_many_samples_are_used_as_memory_is_meant_for(monkeypatch):
+    """Twice what 4 blocks put out, 10 positions of 32 floats each, for every sample."""
+    model, batches = ZOO["bert"].model(), ZOO["bert"].batches(count=6)
+    each = 2 * 4 * 10 * 32 * 4
+    for room, used in ((10**9, 48), (each * 30, 24), (each, 8)):
+        monkeypatch.setattr("deeparc_hf.search.workbench.MEMORY", room)
+        with evaluating(model):
+            assert bench_of(model, batches).samples == used
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "resnet"])
+def test_screening_a_block_where_nothing_is_repaired_behind_it_is_exact(kind):
+    model = ZOO[kind].model()
+    with evaluating(model):
+        bench = bench_of(model, ZOO[kind].batches(count=2))
+        free = free_blocks(model)
+        scores = bench.screen(bench.root, free)
+        full = bench.complete(scores)
+        assert 3 <= len(full) <= len(free) and list(full.values()) == sorted(full.values(), key=lambda s: s.value)
+        for block, score in full.items():
+            assert bench.follow(frozenset({block}), bench.root).score.value == pytest.approx(
+                score.value, rel=1e-4, abs=1e-9
+            )

@@ -70,9 +70,12 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 %, normal, from the samples' jackknife; None for fewer than two."""
+        """95 %, normal, from the samples' jackknife, cut off at 0, which no loss is below; None for fewer than two."""
         left = self._without_each()
-        return None if left is None else _interval(self.value, left)
+        if left is None:
+            return None
+        low, high = _interval(self.value, left)
+        return max(low, min(self.value, 0.0)), high
 
     def difference(self, other: Score) -> tuple[float, tuple[float, float] | None]:
         """How much larger this one is than another on the same samples, with its 95 % interval."""
