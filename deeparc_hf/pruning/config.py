@@ -137,7 +137,7 @@ class MPruneConfig(Settings):
     objective: str = setting(
         "divergence",
         "What a search makes small: the 'divergence' of the outputs from the whole model's, that of the 'hidden' "
-        "states, or the 'loss'.",
+        "states, or the 'loss'; of `search_blocks` the 'metric' of evaluate too.",
     )
     distill: DistillConfig | None = setting(
         None,

@@ -6,10 +6,10 @@ blocks finds neither: so every candidate is repaired, in closed form, before it 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,16 +26,14 @@ from ..core.caller import warn_caller
 from ..core.checks import is_number
 from ..core.distributed import agree
 from ..core.progress_bars import bar
-from ..core.transaction import Transaction
 from ..errors import CalibrationWarning, ConfigError, PlanError, RegistryError
-from ..healing.heal import apply_healing
 from ..observe.batches import cut
 from ..observe.calibration import Calibration
 from ..observe.forward import evaluating, require_weights
 from ..pruning.compare import compare_blocks
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
-from ..pruning.surgery import refuse_wrapped, remove_blocks
+from ..pruning.surgery import refuse_wrapped
 from .frontier import Frontier, Point
 from .journal import Journal
 from .objectives import Objective, objectives
@@ -48,6 +46,7 @@ __all__ = ["check_search", "find_frontier", "search_blocks", "search_plan"]
 
 logger = logging.getLogger(__name__)
 
+_WORST = 1e300  # of a metric that is no number
 _TIMED = 32  # samples of the batch that is timed, at most
 
 
@@ -85,7 +84,8 @@ def search_blocks(
         greater_is_better: whether a larger number from `evaluate` is better.
         search: the strategy: "greedy", "exchange", "beam" or "evolution".
         objective: what is made small: "divergence" of the outputs from the whole model's (no labels needed), "hidden"
-            (the last hidden states), or the model's "loss".
+            (the last hidden states), the model's "loss", or the "metric" of `evaluate`: each candidate is made and
+            measured then.
         num_blocks: how far to go: the fewest blocks that stay; default: half of them.
         max_value: stop where the objective is larger than this.
         samples: the most samples to use.
@@ -192,7 +192,7 @@ def find_frontier(
         most: blocks that go at most, where the settings do not say.
         at_most: whether fewer may go than the settings ask for, where not so many can.
     """
-    strategy, goal = check_search(config)
+    strategy, goal = check_search(config, measured=evaluate is not None)
     total = sum(map(len, subject.stacks.values()))
     whole = config.replace(num_blocks=total)
     plan = compare_blocks(
@@ -221,6 +221,7 @@ def find_frontier(
             batches,
             goal(),
             heals=config.heal is not None,
+            measure=None if evaluate is None else partial(_loss_of, evaluate, greater_is_better),
             shared=shared,
             journal=Journal(journal, asked),
             tell=lambda passes: _advance(shown, passes),
@@ -241,16 +242,22 @@ def find_frontier(
     )
 
 
-def check_search(config: MPruneConfig) -> tuple[type[Strategy], type[Objective]]:
-    """The strategy and the objective that settings name.
+def check_search(config: MPruneConfig, measured: bool = False) -> tuple[type[Strategy], type[Objective]]:
+    """The strategy and the objective that settings name; `measured`: there is an `evaluate`.
 
     Raises:
-        ConfigError: if there is none of that name.
+        ConfigError: if there is none of that name, or it needs an `evaluate`.
     """
     try:
-        return strategies.get(config.search or "greedy"), objectives.get(config.objective)
+        strategy, goal = strategies.get(config.search or "greedy"), objectives.get(config.objective)
     except RegistryError as error:
         raise ConfigError(str(error)) from None
+    if goal.needs_model and not measured:
+        raise ConfigError(
+            f"objective={config.objective!r} is what evaluate=... of search_blocks measures, and there is none. Give "
+            "one, or take objective='divergence'."
+        )
+    return strategy, goal
 
 
 @dataclass(frozen=True)
@@ -361,18 +368,11 @@ class _Found:
 
     def _measured(self, node: Node) -> Point:
         """Make the smaller model, as a copy, and measure it."""
-        smaller = copy.deepcopy(self._subject.root)
-        removed = by_stack(node.removed)
-        remove_blocks(smaller, removed, example=self._bench.example)
-        pruned = describe(smaller)
-        with Transaction() as undo:
-            for (name, index), healing in node.repairs.items():
-                place = index - sum(gone < index for gone in removed.get(name, ()))
-                apply_healing(healing, pruned.stacks[name].blocks[place], undo)
+        smaller = self._bench.make(node)
         point = self._point(node, smaller)
         if not self._compares:
             return point
-        ratio, interval = compare_times(self._subject.host, pruned.host, self._work)
+        ratio, interval = compare_times(self._subject.host, describe(smaller).host, self._work)
         return dataclasses.replace(point, measured=ratio, measured_interval=interval)
 
     def _point(self, node: Node, model: nn.Module | None) -> Point:
@@ -401,6 +401,14 @@ def _check_goals(total: int, num_blocks: int | None, max_value: float | None) ->
         )
     if max_value is not None and not is_number(max_value):
         raise ConfigError(f"max_value must be a finite number, found {max_value!r}.")
+
+
+def _loss_of(evaluate: Callable[[nn.Module], float], greater_is_better: bool, model: nn.Module) -> float:
+    """What an objective makes small."""
+    value = float(evaluate(model))
+    if not math.isfinite(value):
+        return _WORST
+    return -value if greater_is_better else value
 
 
 def _advance(shown: Any, passes: float) -> None:

@@ -7,6 +7,7 @@ depends on what is removed before it alone, and is shared by all models that beg
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..architectures import Subject
@@ -26,6 +28,7 @@ from ..healing.heal import apply_healing, find_endings
 from ..healing.sites import Healing, Site, sites_of
 from ..observe.axes import find_axes
 from ..observe.batches import batch_size, cut, is_cuttable
+from ..pruning.surgery import remove_blocks
 from .journal import Journal
 from .objectives import Answer, Objective, Score
 from .playback import Block, Playback
@@ -80,6 +83,7 @@ class Workbench:
         batches: what it is looked at on, as it takes them, with labels.
         objective: how it is judged.
         heals: whether the kept block before each removal is repaired.
+        measure: measures a model, less is better; for objectives that need one.
         shared: whether all processes have the same model and batches, and try the candidates together.
         journal: scores that are known from an earlier search.
         tell: called with the number of forward passes over all data that each step took.
@@ -97,12 +101,14 @@ class Workbench:
         objective: Objective,
         *,
         heals: bool = True,
+        measure: Callable[[nn.Module], float] | None = None,
         shared: bool = False,
         journal: Journal | None = None,
         tell: Callable[[float], None] = lambda passes: None,
     ) -> None:
         self.subject, self.host, self.stacks = subject, subject.host, dict(subject.stacks)
         self._objective, self._heals, self._tell = objective, heals, tell
+        self._measure = measure if objective.needs_model else None
         self._journal = journal or Journal(None, {})
         self._share = (process_index(), process_count()) if shared else (0, 1)
         first = cut(batches[0], 2)
@@ -113,6 +119,8 @@ class Workbench:
             raise CalibrationError(
                 "A search needs several samples: some to fit repairs on, others to judge by. Give some hundreds."
             )
+        if self._measure is not None:
+            self._judging = self._judging[:1]  # `measure` has data of its own
         self.samples = sum(map(batch_size, [*self._fitting, *self._judging]))
         self._order = self._playback.order
         self._position = {block: number for number, block in enumerate(self._order)}
@@ -141,6 +149,20 @@ class Workbench:
     def example(self) -> dict[str, Any]:
         """A small batch."""
         return cut(self._judging[0], 2)
+
+    def make(self, node: Node) -> nn.Module:
+        """A model as a copy, with the blocks really removed and the kept ones repaired."""
+        with self._repaired() as change:
+            change(node.repairs)
+            return self._smaller(node.removed)
+
+    def _smaller(self, removed: Removed) -> nn.Module:
+        """A copy of the model as it is now, without blocks; the model itself where none are named."""
+        if not removed:
+            return self.subject.root
+        smaller = copy.deepcopy(self.subject.root)
+        remove_blocks(smaller, by_stack(removed), example=self.example)
+        return smaller
 
     def follow(self, removed: Removed, base: Node) -> Node:
         """The model with these blocks left out, from a known one: repairs are fitted one after another, each on what
@@ -346,6 +368,9 @@ class Workbench:
         see: Callable[[Block, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses and weights of a batch, computed from a block on."""
+        if self._measure is not None:
+            value = self._measure(self._smaller(removed))
+            return torch.tensor([[value]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
         inputs, objective = self._judging[judged], self._objective
         number = judged + len(self._fitting)
         known = {block: states[block][number] for block in self._playback.last_known(removed, begin)}

@@ -168,6 +168,35 @@ def test_what_a_search_costs(kind, blocks, left, most):
     assert frontier.passes <= most, frontier.passes
 
 
+@pytest.mark.parametrize("greater", [True, False])
+def test_the_users_metric_can_be_what_is_sought(greater):
+    """A metric that likes models without block 3, then those without block 2: nothing else would find them."""
+    model = ZOO["bert"].model()
+    marks = [block.output.dense.weight[0, 1].item() for block in model.bert.encoder.layer]
+
+    def evaluate(smaller) -> float:
+        assert smaller.config.num_hidden_layers == total(smaller)
+        left = {block.output.dense.weight[0, 1].item() for block in smaller.bert.encoder.layer}
+        score = sum(worth for worth, mark in zip((0, 0, 1, 3), marks, strict=True) if mark not in left)
+        return float(score if greater else -score)
+
+    assert len(set(marks)) == 4
+    frontier = search_blocks(
+        model,
+        ZOO["bert"].batches(),
+        objective="metric",
+        evaluate=evaluate,
+        greater_is_better=greater,
+        heal=None,
+        **QUICK,
+    )
+    removed = [point.removed.get("bert.encoder.layer", ()) for point in frontier.points]
+    assert removed == [(), (3,), (2, 3)]
+    assert [point.value for point in frontier.points] == [0.0, -3.0, -4.0]
+    with pytest.raises(ConfigError, match=r"objective='metric' is what evaluate=\.\.\. of search_blocks measures"):
+        search_blocks(model, ZOO["bert"].batches(), objective="metric", **QUICK)
+
+
 def test_ctrl_c_gives_what_was_found():
     model, batches, calls = ZOO["bert"].model(), ZOO["bert"].batches(), []
 

@@ -112,6 +112,8 @@ class Objective(ABC):
         unit: what a value is, in a word or two.
         needs_labels: whether the model is given the labels of the batches.
         needs_hidden: whether `Answer.hidden` is looked at.
+        needs_model: whether the smaller model is made, as a copy, and measured by what the user gave, in place of
+            looking at its answers; `wanted` and `losses` are not asked for then.
     """
 
     name: ClassVar[str] = ""
@@ -119,6 +121,7 @@ class Objective(ABC):
     unit: ClassVar[str]
     needs_labels: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
 
     @abstractmethod
     def wanted(self, answer: Answer) -> Any:
