@@ -97,6 +97,7 @@ def test_a_speed_up_is_reached_in_equal_shares(tmp_path):
     [
         ({"search": "gready", "num_blocks": 3}, "no search named 'gready'.*Did you mean 'greedy'"),
         ({"search": "greedy", "objective": "accuracy", "num_blocks": 3}, "no search objective named 'accuracy'"),
+        ({"search": "greedy", "objective": "metric", "num_blocks": 3}, "objective='metric' is what evaluate"),
         ({"search": "greedy", "threshold": 0.9}, "no threshold bounds it"),
         ({"speedup": 1.0}, "speedup .* must be more than 1"),
         ({"speedup": 2.0, "num_blocks": 3}, "Exactly one of"),
