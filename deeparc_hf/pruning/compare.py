@@ -25,7 +25,7 @@ from .config import MPruneConfig
 from .plan import ComparedStack, PruningPlan, check_possible, make_plan
 from .rebuild import inexpressible
 
-__all__ = ["check_settings", "compare_blocks"]
+__all__ = ["check_settings", "compare_blocks", "uncompared_plan"]
 
 
 def compare_blocks(
@@ -112,6 +112,13 @@ def check_settings(model: nn.Module | Subject, config: MPruneConfig) -> None:
         name, reasons = next(iter(refused.items()))
         index, reason = next(iter(reasons.items()))
         raise SurgeryError(f"No block of {subject.name} can be removed. {name}.{index}: {reason}.")
+
+
+def uncompared_plan(
+    subject: Subject, config: MPruneConfig, labels: Mapping[str, tuple[int, ...]] | None = None
+) -> PruningPlan:
+    """A plan of settings that remove nothing: which blocks are pinned and protected, without comparing any."""
+    return make_plan(_uncompared(subject.stacks, inexpressible(subject), labels), config)
 
 
 def _uncompared(

@@ -30,7 +30,7 @@ from ..errors import CalibrationWarning, ConfigError, PlanError, RegistryError
 from ..observe.batches import cut
 from ..observe.calibration import Calibration
 from ..observe.forward import evaluating, require_weights
-from ..pruning.compare import compare_blocks
+from ..pruning.compare import compare_blocks, uncompared_plan
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..pruning.surgery import refuse_wrapped
@@ -42,7 +42,7 @@ from .strategies import Strategy, strategies
 from .timing import BlockTimes, compare_times, time_blocks, work_of
 from .workbench import Node, Removed, Workbench, by_stack
 
-__all__ = ["check_search", "find_frontier", "search_blocks", "search_plan"]
+__all__ = ["check_search", "check_speedup", "find_frontier", "most_blocks", "search_blocks", "search_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +258,37 @@ def check_search(config: MPruneConfig, measured: bool = False) -> tuple[type[Str
             "one, or take objective='divergence'."
         )
     return strategy, goal
+
+
+def most_blocks(subject: Subject, config: MPruneConfig, labels: Mapping[str, tuple[int, ...]] | None = None) -> int:
+    """How many blocks may go at all."""
+    return _Free(uncompared_plan(subject, config, labels), config).most
+
+
+def check_speedup(subject: Subject, calibration: Calibration, config: MPruneConfig) -> None:
+    """Time the blocks on a batch, and refuse a speed-up that would not be reached if all went that may go.
+
+    Raises:
+        PlanError: in every process.
+    """
+    assert config.speedup is not None
+    whole = config.replace(num_blocks=sum(subject.lengths.values()))
+    free = _Free(uncompared_plan(subject, whole), whole)
+
+    def time_them() -> BlockTimes | None:
+        inputs = next(calibration.inputs(subject.host), None)
+        if inputs is None:
+            return None
+        modules = {(name, i): block for name, stack in subject.stacks.items() for i, block in enumerate(stack.blocks)}
+        return time_blocks(subject.host, modules, work_of(subject.host, cut(inputs, _TIMED)))
+
+    times = agree(time_them)
+    fastest = config.speedup if times is None else times.speedup(free(frozenset()))
+    if fastest < config.speedup:
+        raise PlanError(
+            f"speedup={config.speedup:g} cannot be reached: with every block gone that may go the model would be "
+            f"{fastest:.2f} times as fast ({times.work}). Ask for less, or protect fewer blocks."
+        )
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from ..core.progress_bars import doing, shows_bars
 from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
 from ..healing.sites import Healing
+from ..observe.calibration import Calibration
 from ..observe.forward import evaluating
 from ..observe.training_calibration import TrainingCalibration
 from ..pruning.compare import check_settings, compare_blocks
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, warn_if_drastic
 from ..pruning.prune import apply_healed
-from ..search.search import search_plan
+from ..search.search import check_speedup, most_blocks, search_plan
 from .follow_checkpoint import Structure, let_frozen_statistics_go, note_frozen, record_of, settle, thaw_noted
 from .learning_rate import LearningRate
 from .machine import Progress, Verdict
@@ -71,6 +72,9 @@ class Operations:
         thaw_noted(self._model)  # what an earlier training of this model froze
         check_settings(self._session.subject, self._config.for_iteration(0))
         rehearse(self._session.subject, self._calibration, "MPruneCallback")
+        if self._config.target == "speedup":
+            with self._calibration.reading():
+                check_speedup(self._session.subject, self._calibration, self._config)
         p.start = p.base = p.record = None if record is None else record.to_dict()
         if self._config.freeze != "record":
             return
@@ -145,34 +149,26 @@ class Operations:
                 plan = self._search(config, iteration, labels)
             else:
                 plan = compare_blocks(self._session.subject, self._calibration, config, progress=bars, labels=labels)
-        if plan is None:
-            return None
         plan = PruningPlan.from_dict(agree(plan.to_dict))
         warn_if_drastic(plan)
         self._last = plan
         return plan.to_dict() if plan.removed else None
 
-    def _search(
-        self, config: MPruneConfig, iteration: int, labels: Mapping[str, tuple[int, ...]]
-    ) -> PruningPlan | None:
-        """What a search finds for the model as it is now; None where nothing is left to do."""
+    def _search(self, config: MPruneConfig, iteration: int, labels: Mapping[str, tuple[int, ...]]) -> PruningPlan:
+        """What a search finds for the model as it is now."""
         attempts, most = self._progress.attempts, None
+        subject, bars = self._session.subject, shows_bars(self._args)
+        batches = batches_of_all(subject.host, self._calibration)
+        nothing = config.replace(num_blocks=sum(subject.lengths.values()))
+        if config.target == "max_drop":
+            most = min(first_step(attempts), most_blocks(subject, nothing, labels))
         if config.target == "speedup":
             speedup = remaining_speedup(config, attempts, iteration)
-            if speedup <= 1.0:
-                return None
-            config = config.replace(speedup=speedup)
-        if config.target == "max_drop":
-            most = first_step(attempts)
-        subject = self._session.subject
-        batches = batches_of_all(subject.host, self._calibration)
-        bars = shows_bars(self._args)
-        try:
-            return search_plan(subject, batches, config, most=most, labels=labels, shared=True, progress=bars)
-        except PlanError:
-            if config.target != "max_drop":
-                raise
-            return None  # as many are gone as can be
+            config = config.replace(speedup=speedup) if speedup > 1.0 else nothing
+        if most == 0 or config is nothing:
+            calibration = Calibration(batches, config.calibration_samples)
+            return compare_blocks(subject, calibration, nothing, progress=bars, labels=labels)
+        return search_plan(subject, batches, config, most=most, labels=labels, shared=True, progress=bars)
 
     def weaker(self) -> dict[str, Any] | None:
         p = self._progress

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from deeparc_hf import MPruneCallback, MPruneConfig, PrunedConfig, create_model_card
-from deeparc_hf.errors import ConfigError
+from deeparc_hf.errors import ConfigError, PlanError
 from tests.trainers import train
 from tests.zoo import TEXT, ZOO, spread
 
@@ -123,3 +123,17 @@ def test_what_max_drop_alone_means():
 def test_a_training_that_is_too_short_for_it_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="The schedule needs 2 epochs"):
         run(tmp_path, ZOO["bert"].model(), {4: 0.9}, epochs=1, max_drop=0.05)
+
+
+def test_a_speed_up_that_cannot_be_reached_is_refused_before_any_step(tmp_path):
+    model = ZOO["bert"].model()
+    with pytest.raises(PlanError, match=r"speedup=50 cannot be reached: with every block gone that may go"):
+        run(tmp_path, model, {4: 0.9}, epochs=9, max_drop=0.05, start_epoch=1, speedup=50.0)
+    assert blocks(model) == 4
+
+
+def test_where_no_block_may_go_the_training_goes_on_as_it_is(tmp_path):
+    model = ZOO["bert"].model()
+    callback, trainer = run(tmp_path, model, {4: 0.9}, epochs=3, max_drop=0.05, protect="*")
+    assert removed(callback) == [] and blocks(model) == 4
+    assert trainer.state.global_step == 24 and callback.plan is not None and not callback.plan.removed
