@@ -89,7 +89,9 @@ def search_blocks(
         num_blocks: how far to go: the fewest blocks that stay; default: half of them.
         max_value: stop where the objective is larger than this.
         samples: the most samples to use.
-        protect, min_blocks, freeze: as in `MPruneConfig`; the plans take them over.
+        protect: patterns of blocks that stay, as in `MPruneConfig`.
+        min_blocks: the fewest blocks that stay in each stack.
+        freeze: as in `MPruneConfig`, for the plans.
         measure_times: time the blocks, and each of the smaller models beside the whole one.
         journal: a file where scores are kept; a search that was killed goes on with it.
         progress: show a progress bar on a terminal.
