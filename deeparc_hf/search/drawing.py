@@ -13,8 +13,10 @@ _VALUE, _METRIC = "#0072b2", "#d55e00"  # colours that the colour-blind can tell
 _LABELS = {"speedup": "times as fast", "parameters": "parameters", "num_blocks": "blocks"}
 
 
-def plot_frontier(frontier: Any, x: str, ax: Any) -> Any:
+def plot_frontier(frontier: Any, x: str | None, ax: Any) -> Any:
     """Draw a frontier; see `Frontier.plot`. The Axes are given back."""
+    if x is None:
+        x = "parameters" if frontier.work is None else "speedup"
     if x not in _LABELS:
         raise ConfigError(f"x must be one of {', '.join(_LABELS)}, found {x!r}.")
     places = [_place(frontier, point, x) for point in frontier.points]

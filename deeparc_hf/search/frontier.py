@@ -155,12 +155,12 @@ class Frontier:
         settings = {} if freeze is None else {"freeze": freeze}
         return chosen_plan(self.plan, point.removed, choice, **settings)
 
-    def plot(self, x: str = "speedup", ax: Any = None) -> Any:
+    def plot(self, x: str | None = None, ax: Any = None) -> Any:
         """Draw quality against time or size: the objective, and the metric where there is one, with their intervals.
         Needs matplotlib.
 
         Args:
-            x: "speedup", "parameters" or "num_blocks".
+            x: "speedup", "parameters" or "num_blocks"; default: "speedup" where times are known, else "parameters".
             ax: matplotlib Axes to draw into; default: those of a new figure.
 
         Raises:

@@ -293,7 +293,8 @@ def test_pictures_that_cannot_be_drawn_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"x must be one of speedup, parameters, num_blocks, found 'time'"):
         FRONTIER.plot("time")
     with pytest.raises(ConfigError, match="Take x='parameters'"):
-        made_up(times=False).plot()
+        made_up(times=False).plot("speedup")
+    assert made_up(times=False).plot().get_xlabel() == "parameters"
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(MissingDependencyError, match="pip install"):
         FRONTIER.plot()
