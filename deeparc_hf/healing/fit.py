@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from typing import Any
@@ -98,8 +98,8 @@ class SiteFit:
             return f"its output comes from {ending.final}, whose statistics are those of its own inputs"
         return None
 
-    def hooks(self, which: str) -> list[Any]:
-        """Hooks that note what the "kept" or the "last" removed block is about."""
+    def hooks(self, which: str) -> Iterator[Any]:
+        """Make hooks that note what the "kept" or the "last" removed block is about."""
 
         def noting_input(module: nn.Module, name: str) -> Any:
             def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -113,10 +113,11 @@ class SiteFit:
             self.seen[f"{which} output"] = at_home(hidden_states(result).detach())
 
         block, ending = (self.kept, self.endings[0]) if which == "kept" else (self.last, self.endings[1])
-        handles = [noting_input(self.module, "x")] if which == "kept" else []
+        if which == "kept":
+            yield noting_input(self.module, "x")
         if ending.final is not None:
-            handles.append(noting_input(block.get_submodule(ending.final), f"{which} sum"))
-        return [*handles, block.register_forward_hook(note_output)]
+            yield noting_input(block.get_submodule(ending.final), f"{which} sum")
+        yield block.register_forward_hook(note_output)
 
     def take(self, inputs: Mapping[str, Any], first: int) -> None:
         """Add what a batch showed to the sums; `first` samples came before it."""

@@ -10,7 +10,7 @@ down projection) and LLM-Streamline (Chen et al. 2024, arXiv 2403.19135: a small
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -149,9 +149,14 @@ def _pass(
     watch: SiteFit, before: Sequence[tuple[Stack, int]], healed: Sequence[tuple[SiteFit, Healing]], inputs: Any
 ) -> None:
     """Run a batch up to the last removed block; where blocks before the site are gone, once more up to the kept one."""
+
     # hooks run in the order in which they are made: the pass ends when all has been noted
-    handles = [*watch.hooks("last"), *(() if before else watch.hooks("kept"))]
-    forward_until(watch.host, inputs, [*handles, watch.last.register_forward_hook(enough)])
+    def handles(*which: str, end: nn.Module) -> Iterator[Any]:
+        for each in which:
+            yield from watch.hooks(each)
+        yield end.register_forward_hook(enough)
+
+    forward_until(watch.host, inputs, handles("last", *(() if before else ["kept"]), end=watch.last))
     if not before:
         return
     with ExitStack() as inside:
@@ -162,7 +167,7 @@ def _pass(
         for stack, index in before:
             # not all of them need run before the site: a model of texts and images has two towers
             inside.enter_context(skipped(stack, index, must_run=False))
-        forward_until(watch.host, inputs, [*watch.hooks("kept"), watch.kept.register_forward_hook(enough)])
+        forward_until(watch.host, inputs, handles("kept", end=watch.kept))
 
 
 def _refit_norm(norm: Any, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:

@@ -52,7 +52,7 @@ class Choice:
         search, objective: names of the strategy, and of what it made small.
         value: of the objective, with the blocks removed and healed.
         interval: 95 %, over the samples; None where there were too few.
-        samples: number of samples that it was judged on.
+        samples: number of samples that it was judged on; 0: on data of the user's own.
         speedup: how many times as fast the model becomes, by the times of its blocks; None: not known.
         measured: the same, measured on the smaller model.
         lesser: what the search found with fewer blocks removed, from the fewest on.
@@ -97,7 +97,8 @@ class Choice:
     def judged(self) -> str:
         """Its outcome in words, without times, which are never the same twice."""
         bounds = "" if self.interval is None else f" ({self.interval[0]:.3g} .. {self.interval[1]:.3g})"
-        return f"{self.search} search: {self.objective} {self.value:.3g}{bounds} on {self.samples} samples"
+        on = f" on {self.samples} samples" if self.samples else ""
+        return f"{self.search} search: {self.objective} {self.value:.3g}{bounds}{on}"
 
     def __str__(self) -> str:
         faster = self.measured or self.speedup

@@ -135,7 +135,8 @@ class PruningPlan:
             ConfigError: if `similarity`, `rows` or another setting of the calibration would change; run `analyze` for
                 that.
         """
-        config = self.config.replace(**settings)
+        # the new plan is one by similarity, whatever found this one
+        config = self.config.replace(**({} if self.config.search is None else {"search": None}), **settings)
         for name in ("similarity", "effective_rows", "calibration_samples", "seed"):
             if getattr(config, name) != getattr(self.config, name):
                 raise ConfigError(

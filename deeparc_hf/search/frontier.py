@@ -255,10 +255,12 @@ class Frontier:
             if not found:
                 raise PlanError(f"No model with {value:g} blocks was found, only with {have}. Take one of these.")
             return found[-1]
-        readings = [reading for point in self.points if (reading := self._reading(name, point)) is not None]
-        if len(readings) < len(self.points):
+        known = [(point, reading) for point in self.points if (reading := self._reading(name, point)) is not None]
+        # a metric that was no number is one that no budget lets through
+        if not known or (name == "speedup" and len(known) < len(self.points)):
             raise ConfigError(_NOT_MEASURED[name])
-        good = [point for point, reading in zip(self.points, readings, strict=True) if reading <= _limit(name, value)]
+        readings = [reading for _, reading in known]
+        good = [point for point, reading in known if reading <= _limit(name, value)]
         if good:
             return good[0] if name in ("speedup", "parameters") else good[-1]
         best = -min(readings) if name == "speedup" else min(readings)
@@ -304,16 +306,17 @@ class Frontier:
         heals = "healed" if self.plan.config.heal is not None else "as the removal leaves them"
         ended = "" if self.complete else "; the search was broken off"
         timed = "" if self.work is None else f" Timed: {self.work}."
+        judged = f"judged on {self.samples} samples" if self.samples else "judged by evaluate"
         return (
-            f"{self.search} search by {self.objective}, models {heals}, judged on {self.samples} samples, "
+            f"{self.search} search by {self.objective}, models {heals}, {judged}, "
             f"{self.passes:.1f} forward passes over the calibration data{ended}.{timed}"
         )
 
 
 _NOT_MEASURED = {
     "speedup": "speedup needs times, and this search measured none (measure_times=False). Search with them.",
-    "max_drop": "max_drop bounds the metric of evaluate=..., and this search had none. Give search_blocks one, or say "
-    "max_value, which bounds the objective.",
+    "max_drop": "max_drop bounds the metric of evaluate=..., and there is none of the whole model. Give search_blocks "
+    "one that gives a number, or say max_value, which bounds the objective.",
 }
 _FURTHER = "Search further (num_blocks of search_blocks), or ask for less."
 _BEST = {
@@ -342,10 +345,9 @@ def _point_in(entry: Entry, plan: PruningPlan) -> Point:
     for name, indices in entry["removed"].entries().items():
         indices.must_be(name in plan.stacks, f"of a stack of the plan ({', '.join(plan.stacks)})")
         removed[name] = tuple(sorted(indices.wholes(len(plan.stacks[name]) - 1)))
-        good = len(set(removed[name])) == len(removed[name]) and not plan.stacks[name].pinned.keys() & set(
-            removed[name]
-        )
-        indices.must_be(good, "blocks that may go, none twice")
+        stack, gone = plan.stacks[name], set(removed[name])
+        good = len(gone) == len(removed[name]) < len(stack) and not gone & {*stack.pinned, *stack.protected}
+        indices.must_be(good, "blocks that may go, none twice, and not all")
     entry["num_blocks"].must_be(
         entry["num_blocks"].whole() == plan.num_blocks - sum(map(len, removed.values())), "the blocks that stay"
     )

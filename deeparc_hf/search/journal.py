@@ -70,7 +70,10 @@ class Journal:
     def _read(self, asked: dict[str, Any]) -> None:
         assert self._path is not None
         try:
-            whole, _, cut_off = self._path.read_text("utf-8").rpartition("\n")
+            whole, ended, cut_off = self._path.read_text("utf-8").rpartition("\n")
+            if not ended and cut_off.startswith('{"asked"'):  # killed while it wrote its first line
+                write_whole(self._path, json.dumps({"asked": asked}, allow_nan=False) + "\n")
+                return
             first, *steps = [Entry(json.loads(line)) for line in whole.split("\n")]
             found = first["asked"].mapping()
             if found != json.loads(json.dumps(asked)):

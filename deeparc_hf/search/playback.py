@@ -9,7 +9,7 @@ and where they do not hold every pass is a whole one, with hooks that skip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,8 @@ from ..errors import CalibrationError
 from ..observe.batches import batch_size
 from ..observe.forward import forward
 from ..observe.hooks import did_not_run, given_hidden_states, hidden_states, hooked, skipped, with_hidden_states
+from ..observe.outputs import heads_of
+from ..similarity.divergence import Head
 from ..sparsity.sequential import EnoughError, enough
 
 __all__ = ["Block", "Playback"]
@@ -96,7 +98,7 @@ class Playback:
         begin: int = 0,
         end: Block | None = None,
         see: Callable[[Block, Tensor], None] | None = None,
-        hooks: Iterable[Any] = (),
+        hooks: Callable[[], Iterable[Any]] = tuple,
         labels: bool = False,
     ) -> Any:
         """One pass over a batch.
@@ -107,7 +109,7 @@ class Playback:
             begin: the position of the first block that is computed; the number of blocks: none is.
             end: the last one that is; default: the whole model.
             see: called with each block that was computed and what it put out.
-            hooks: handles of more hooks, which are removed.
+            hooks: makes more hooks, one after another, which are removed.
             labels: whether the model is given its labels, and so makes its loss.
 
         Returns:
@@ -116,7 +118,7 @@ class Playback:
         first = begin if self.can_begin_anywhere else 0
         live: list[Block] = []
         with ExitStack() as within:
-            within.enter_context(hooked(hooks))
+            within.enter_context(hooked(hooks()))
             transaction = Transaction()
             within.callback(transaction.roll_back)
             self._stand_in(within, transaction, removed, known or {}, first)
@@ -190,13 +192,13 @@ class Playback:
             for index in {free[0], free[-1]} if free else ():
                 with skipped(stack, index):
                     without = forward(self.host, inputs, without_cache=True)
-                wanted.append((without, {"removed": {(stack.name, index)}}))
+                wanted.append((heads_of(self.host, without, inputs), {"removed": {(stack.name, index)}}))
         try:
-            whole = self.run(inputs, see=seen.__setitem__)
+            whole = heads_of(self.host, self.run(inputs, see=seen.__setitem__), inputs)
             for stack in self.stacks.values():
                 middles, found = {len(stack) // 2, len(stack) - 1}, self.order
                 wanted += [(whole, {"known": seen, "begin": found.index((stack.name, index))}) for index in middles]
-            return all(_close(self.run(inputs, **how), output) for output, how in wanted)
+            return all(_close(heads_of(self.host, self.run(inputs, **how), inputs), heads) for heads, how in wanted)
         except (AttributeError, CalibrationError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return False
         finally:
@@ -239,22 +241,13 @@ def _bare(output: Any) -> Any:
     return with_hidden_states(output, torch.empty(0))
 
 
-def _close(found: Any, wanted: Any) -> bool:
-    """Whether two outputs of the model are the same but for rounding."""
-    pairs = list(zip(_tensors(found), _tensors(wanted), strict=True))
-    return bool(pairs) and all(
-        one.shape == other.shape and bool((one - other).abs().max() <= _CLOSE * other.abs().max().clamp(min=1e-30))
-        for one, other in pairs
-        if other.is_floating_point() and other.numel()
+def _close(found: list[Head], wanted: list[Head]) -> bool:
+    """Whether two outputs are the same but for rounding. What a model puts out beside them (the hidden states of all
+    blocks, attentions) need not be.
+    """
+    return [head.name for head in found] == [head.name for head in wanted] and all(
+        one.values.shape == other.values.shape
+        and bool((one.values - other.values).abs().max() <= _CLOSE * other.values.abs().max().clamp(min=1e-30))
+        for one, other in zip(found, wanted, strict=True)
+        if other.values.numel()
     )
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, Sequence) and not isinstance(output, str):
-        for value in output:
-            yield from _tensors(value)

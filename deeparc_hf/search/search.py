@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -21,16 +22,16 @@ from torch import nn
 
 from ..architectures import Subject, describe
 from ..checkpoint.record import check_record
-from ..checkpoint.weights_mark import mark_of_model
 from ..core.caller import warn_caller
 from ..core.checks import is_number
 from ..core.distributed import agree
+from ..core.environment import package_versions
 from ..core.progress_bars import bar
 from ..errors import CalibrationWarning, ConfigError, PlanError, RegistryError
 from ..observe.batches import cut
 from ..observe.calibration import Calibration
 from ..observe.forward import evaluating, require_weights
-from ..pruning.compare import compare_blocks, uncompared_plan
+from ..pruning.compare import check_settings, compare_blocks, uncompared_plan
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..pruning.surgery import refuse_wrapped
@@ -46,7 +47,7 @@ __all__ = ["check_search", "check_speedup", "find_frontier", "most_blocks", "sea
 
 logger = logging.getLogger(__name__)
 
-_WORST = 1e300  # of a metric that is no number
+_WORST = 1e100  # of a metric that is no number
 _TIMED = 32  # samples of the batch that is timed, at most
 
 
@@ -157,12 +158,21 @@ def search_plan(
         PlanError: if the target cannot be reached; and as `search_blocks`.
     """
     subject, target = describe(model), config.target
+    if isinstance(config.num_blocks, tuple):
+        raise PlanError(
+            f"num_blocks lists {len(config.num_blocks)} targets, one for each iteration of a training with "
+            "MPruneCallback. Give one target."
+        )
     if target == "max_drop" and most is None:
         raise ConfigError(
             "max_drop is judged after a retraining, in a training with MPruneCallback. Without one give num_blocks, "
             "keep_ratio or speedup."
         )
-    # nothing need be timed to remove a number of blocks
+    check_settings(subject, config)
+    whole = config.replace(num_blocks=sum(subject.lengths.values()))
+    if target != "max_drop" and _Free(uncompared_plan(subject, whole, labels), config).wanted(config) == 0:
+        calibration = Calibration(batches, config.calibration_samples)
+        return compare_blocks(subject, calibration, whole, progress=progress, labels=labels)  # nothing is to go
     frontier = find_frontier(
         subject, batches, config, measures=("blocks",), most=most, labels=labels, shared=shared, progress=progress
     )
@@ -201,19 +211,14 @@ def find_frontier(
         subject, Calibration(batches, config.calibration_samples), whole, progress=progress, labels=labels
     )
     free = _Free(plan, config)
-    wanted = free.wanted(total, config)
+    wanted = free.wanted(config)
     most = min(wanted if most is None else most, free.most)
     if most < 1 or (most < wanted and config.target in ("num_blocks", "keep_ratio") and not at_most):
         raise PlanError(
             f"The search is to remove {wanted} of {total} blocks, and {free.most} may go: the others are pinned or "
             f"protected, or min_blocks={config.min_blocks} keeps them. Keep more blocks, or protect fewer."
         )
-    asked = {
-        "model": [subject.name, subject.lengths, mark_of_model(subject.root)],
-        "data": _digest(batches),
-        "settings": {name: getattr(config, name) for name in ("heal", "objective", "search", "min_blocks")},
-        "protect": list(config.protect),
-    }
+    asked = {} if journal is None else _asked(subject, batches, config, evaluate, greater_is_better)
     about = strategy.passes(len(free(frozenset())), most)
     logger.info("%s search: about %.0f forward passes over %d samples.", config.search, about, plan.samples)
     title = f"Searching, about {about:.0f} passes over the data"
@@ -236,7 +241,7 @@ def find_frontier(
         plan=plan,
         search=strategy.name,
         objective=goal.name,
-        samples=bench.root.score.samples,
+        samples=0 if goal.needs_model else bench.root.score.samples,
         passes=bench.passes,
         work=None if found.times is None else found.times.work,
         greater_is_better=greater_is_better,
@@ -342,14 +347,16 @@ class _Free:
         if isinstance(config.num_blocks, dict):
             stay |= {name: len(stack) for name, stack in plan.stacks.items()}
             stay |= {name: max(count, config.min_blocks) for name, count in config.num_blocks.items()}
+        self._lengths = {name: len(stack) for name, stack in plan.stacks.items()}
         self._room = {name: max(len(stack) - stay[name], 0) for name, stack in plan.stacks.items()}
 
     @property
     def most(self) -> int:
         return sum(min(len(blocks), self._room[name]) for name, blocks in self._blocks.items())
 
-    def wanted(self, total: int, config: MPruneConfig) -> int:
+    def wanted(self, config: MPruneConfig) -> int:
         """How many blocks the settings ask to remove; where they do not say, as many as may go."""
+        total = sum(self._lengths.values())
         if isinstance(config.num_blocks, dict):
             return sum(self._room.values())
         if isinstance(config.num_blocks, int):
@@ -418,7 +425,7 @@ class _Found:
             sum(left if model is None else (p.numel() for p in model.parameters())),
             node.score.value,
             node.score.interval,
-            None if self._evaluate is None or model is None else float(self._evaluate(model)),
+            None if self._evaluate is None or model is None else _finite(_evaluated(self._evaluate, model)),
             None if self.times is None else self.times.speedup(node.removed),
         )
 
@@ -438,16 +445,57 @@ def _check_goals(total: int, num_blocks: int | None, max_value: float | None) ->
 
 def _loss_of(evaluate: Callable[[nn.Module], float], greater_is_better: bool, model: nn.Module) -> float:
     """What an objective makes small."""
-    value = float(evaluate(model))
+    value = _evaluated(evaluate, model)
     if not math.isfinite(value):
         return _WORST
     return -value if greater_is_better else value
+
+
+def _evaluated(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
+    """What the user measures; many functions leave the model training."""
+    value = float(evaluate(model))
+    model.eval()
+    return value
+
+
+def _finite(value: float) -> float | None:
+    if math.isfinite(value):
+        return value
+    warn_caller(f"evaluate gave {value} for a model. Its metric is left out.", CalibrationWarning)
+    return None
 
 
 def _advance(shown: Any, passes: float) -> None:
     if shown.total is not None and shown.n + passes > shown.total:
         shown.total = None
     shown.update(passes)
+
+
+def _asked(
+    subject: Subject,
+    batches: Sequence[Mapping[str, Any]],
+    config: MPruneConfig,
+    evaluate: Callable[[nn.Module], float] | None,
+    greater_is_better: bool,
+) -> dict[str, Any]:
+    """What the scores of a search depend on."""
+    measures = config.objective == "metric"
+    judged = f"{config.objective}, {_name_of(evaluate)}, {greater_is_better}" if measures else config.objective
+    state = {name: value for name, value in subject.root.state_dict().items() if isinstance(value, torch.Tensor)}
+    return {
+        "model": [subject.name, subject.lengths],
+        "weights": _digest([state]),
+        "config": hashlib.sha256(json.dumps(subject.host.settings(), sort_keys=True, default=str).encode()).hexdigest(),
+        "data": _digest(batches),
+        "settings": {name: getattr(config, name) for name in ("heal", "search", "min_blocks")},
+        "objective": judged,
+        "protect": list(config.protect),
+        "versions": package_versions(),
+    }
+
+
+def _name_of(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _digest(batches: Sequence[Mapping[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from .playback import Block, Playback
 __all__ = ["Node", "Removed", "Workbench", "by_stack"]
 
 Removed = frozenset[Block]
+Change = Callable[[Mapping[Block, Healing]], None]  # gives the model these repairs, and no others
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ class Workbench:
             change(repairs)
             for block in [block for block in self._order[here:] if block in sites]:
                 self._fill(states, removed, here, self._position[block])
-                repairs[block] = self._fit(sites[block], removed, states)
+                repairs[block] = self._fit(sites[block], removed, states, change, dict(repairs))
                 change(repairs)
                 here = self._position[block]
             parts = self._fill(states, removed, here, None)
@@ -264,8 +265,15 @@ class Workbench:
         """The removal sites by their kept blocks; none where nothing is repaired."""
         return {(site.stack, site.kept): site for site in sites_of(by_stack(removed))} if self._heals else {}
 
-    def _fit(self, site: Site, removed: Removed, states: Mapping[Block, Sequence[Tensor]]) -> Healing:
-        """The repair at a site, whose kept block must not be repaired now; `states` reach up to it."""
+    def _fit(
+        self,
+        site: Site,
+        removed: Removed,
+        states: Mapping[Block, Sequence[Tensor]],
+        change: Change,
+        repairs: Mapping[Block, Healing],
+    ) -> Healing:
+        """The repair at a site, with those before it; `states` reach up to it."""
         kept, last = (site.stack, site.kept), (site.stack, site.removed[-1])
         before = frozenset(block for block in removed if self._position[block] < self._position[kept])
         key = before, site
@@ -278,8 +286,11 @@ class Workbench:
             for number, inputs in enumerate(self._fitting):
                 if watch.reason is not None:
                     break
-                self._run_one(number, last, frozenset(), self.root.states, watch.hooks("last"))
-                self._run_one(number, kept, removed, states, watch.hooks("kept"))
+                if not self._playback.can_begin_anywhere:  # the pass goes through the blocks that are repaired
+                    change({})
+                self._run_one(number, last, frozenset(), self.root.states, partial(watch.hooks, "last"))
+                change(repairs)
+                self._run_one(number, kept, removed, states, partial(watch.hooks, "kept"))
                 watch.take(inputs, seen)
                 seen += batch_size(inputs)
             part = (watch.reason, watch.sums, watch.held, watch.endings, watch.plain)
@@ -294,7 +305,7 @@ class Workbench:
         base: Node,
         blocks: Sequence[Block],
         numbers: range,
-        change: Callable[[Mapping[Block, Healing]], None],
+        change: Change,
     ) -> dict[Block, list[tuple[Tensor, Tensor]]]:
         """Losses and weights of candidates on some batches: each process tries its share."""
         mine, of = self._share
@@ -311,7 +322,7 @@ class Workbench:
         together = gather(work) if of > 1 else [work()]
         return {block: next(part[block] for part in together if block in part) for block in blocks}
 
-    def _trial(self, base: Node, block: Block, change: Callable[[Mapping[Block, Healing]], None]) -> _Trial:
+    def _trial(self, base: Node, block: Block, change: Change) -> _Trial:
         removed = base.removed | {block}
         sites, earlier = self._sites(removed), self._sites(base.removed)
         repairs = {kept: healing for kept, healing in base.repairs.items() if kept != block}
@@ -319,15 +330,19 @@ class Workbench:
         for kept, site in sites.items():
             if site != earlier.get(kept):
                 repairs.pop(kept, None)
-                change(repairs)
-                repairs[kept] = self._fit(site, removed, base.states)
+                repairs[kept] = self._fit(site, removed, base.states, change, dict(repairs))
                 begin = self._position[kept]
         return _Trial(removed, repairs, begin)
 
     # ---- passes ----
 
     def _run_one(
-        self, number: int, block: Block, removed: Removed, states: Mapping[Block, Sequence[Tensor]], hooks: Any
+        self,
+        number: int,
+        block: Block,
+        removed: Removed,
+        states: Mapping[Block, Sequence[Tensor]],
+        hooks: Callable[[], Any],
     ) -> None:
         """Compute one block for a batch."""
         begin = self._position[block]
@@ -395,13 +410,14 @@ class Workbench:
         return self._fitting[number] if number < fits else self._judging[number - fits]
 
     @contextmanager
-    def _repaired(self) -> Iterator[Callable[[Mapping[Block, Healing]], None]]:
+    def _repaired(self) -> Iterator[Change]:
         """Within, call what it gives with the repairs that the model is to have; afterwards it has none."""
         applied: dict[Block, tuple[Healing, Transaction]] = {}
 
         def change(wanted: Mapping[Block, Healing]) -> None:
             for block in [b for b, (healing, _) in applied.items() if wanted.get(b) is not healing]:
-                applied.pop(block)[1].roll_back()
+                applied[block][1].roll_back()
+                del applied[block]
             for block, healing in wanted.items():
                 if block not in applied:
                     transaction = Transaction()
@@ -411,7 +427,7 @@ class Workbench:
         try:
             yield change
         finally:
-            change({})
+            _take_back(applied)
 
     def _account(self) -> None:
         passes = self.passes
@@ -426,6 +442,20 @@ class _Trial:
     removed: Removed
     repairs: Mapping[Block, Healing]
     begin: int
+
+
+def _take_back(applied: dict[Block, tuple[Healing, Transaction]]) -> None:
+    """Take all repairs back, whatever happens: after Ctrl-C in the middle it is gone on with."""
+    interrupted: KeyboardInterrupt | None = None
+    while applied:
+        block = next(iter(applied))
+        try:
+            applied[block][1].roll_back()
+            del applied[block]
+        except KeyboardInterrupt as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
 
 
 def _shapes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

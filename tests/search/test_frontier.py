@@ -80,7 +80,12 @@ def test_a_metric_that_is_better_when_smaller():
         (FRONTIER, {"speedup": float("nan")}, ConfigError, "speedup must be a finite number, found nan"),
         (FRONTIER, {"speedup": "1.5"}, ConfigError, "speedup must be a finite number"),
         (made_up(times=False), {"speedup": 1.5}, ConfigError, r"measured none \(measure_times=False\)"),
-        (made_up(metric=False), {"max_drop": 0.1}, ConfigError, r"evaluate=\.\.\., and this search had none"),
+        (
+            made_up(metric=False),
+            {"max_drop": 0.1},
+            ConfigError,
+            r"evaluate=\.\.\., and there is none",
+        ),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(frontier, budget, error, message):

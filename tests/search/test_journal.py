@@ -97,12 +97,12 @@ def test_an_empty_file_is_a_new_journal(whole, written, tmp_path):
     ("settings", "differs"),
     [
         ({"heal": None}, "settings"),
-        ({"objective": "hidden"}, "settings"),
+        ({"objective": "hidden"}, "objective"),
         ({"min_blocks": 2}, "settings"),
         ({"protect": ["*.3"]}, "protect"),
         ({"count": 5}, "data"),
-        ({"seed": 1}, "model"),
-        ({"kind": "bert"}, "model"),
+        ({"seed": 1}, "weights"),
+        ({"kind": "bert"}, "config, model, weights"),
     ],
     ids=str,
 )

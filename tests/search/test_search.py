@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
-from deeparc_hf import analyze, find_stacks, search_blocks
+from deeparc_hf import Frontier, analyze, find_stacks, search_blocks
 from deeparc_hf.errors import CalibrationError, CalibrationWarning, ConfigError, PlanError, SurgeryError
 from deeparc_hf.search.strategies import strategies
 from tests.zoo import ZOO, spread
@@ -195,6 +195,84 @@ def test_the_users_metric_can_be_what_is_sought(greater):
     assert [point.value for point in frontier.points] == [0.0, -3.0, -4.0]
     with pytest.raises(ConfigError, match=r"objective='metric' is what evaluate=\.\.\. of search_blocks measures"):
         search_blocks(model, ZOO["bert"].batches(), objective="metric", **QUICK)
+
+
+def test_an_evaluation_that_leaves_the_model_training_changes_nothing():
+    model, batches = ZOO["bert"].model(), ZOO["bert"].batches()
+
+    def evaluate(smaller) -> float:
+        smaller.train()
+        return 0.5
+
+    plain = search_blocks(model, batches, **QUICK)
+    measured = search_blocks(model, batches, evaluate=evaluate, **QUICK)
+    assert [(p.removed, p.value) for p in measured.points] == [(p.removed, p.value) for p in plain.points]
+
+
+def test_a_metric_that_is_no_number_is_left_out_and_told():
+    model = ZOO["bert"].model()
+    with pytest.warns(CalibrationWarning, match="evaluate gave nan for a model"):
+        frontier = search_blocks(
+            model, ZOO["bert"].batches(), evaluate=lambda m: float("nan") if total(m) == 3 else 1.0, **QUICK
+        )
+    for each in (frontier, Frontier.from_json(frontier.to_json())):
+        assert [point.metric for point in each.points] == [1.0, None, 1.0]
+        assert each.choose(max_drop=0.0).num_kept == 2
+
+
+@pytest.mark.filterwarnings("ignore:evaluate gave nan")
+def test_a_journal_of_a_candidate_without_a_metric_can_be_gone_on_with(tmp_path):
+    settings = {"objective": "metric", "evaluate": unsure, "heal": None, "journal": tmp_path / "j", **QUICK}
+    first, second = (search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), **settings) for _ in range(2))
+    assert [p.removed for p in first.points] == [p.removed for p in second.points]
+    assert Frontier.from_json(first.to_json()).points[-1].num_blocks == 2 and "on 1 samples" not in str(first)
+    with pytest.raises(ConfigError, match="is of another search: objective differ"):
+        search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), **settings, greater_is_better=False)
+
+
+def unsure(model) -> float:
+    return float("nan") if total(model) == 3 and model.bert.encoder.layer[1].output.dense.weight[0, 0] > 0 else 1.0
+
+
+@pytest.mark.parametrize("change", ["weights", "config"])
+def test_a_journal_of_another_model_is_refused(tmp_path, change):
+    model, batches = ZOO["bert"].model(), ZOO["bert"].batches()
+    search_blocks(model, batches, journal=tmp_path / "j", **QUICK)
+    if change == "weights":
+        with torch.no_grad():
+            model.bert.encoder.layer[2].output.dense.weight[9:].zero_()
+    else:
+        model.config.layer_norm_eps = 0.5
+    with pytest.raises(ConfigError, match=f"is of another search: {change} differ"):
+        search_blocks(model, batches, journal=tmp_path / "j", **QUICK)
+
+
+@pytest.mark.parametrize("settings", [{"num_blocks": 4}, {"keep_ratio": 1.0}, {"keep_ratio": 0.9}])
+def test_where_nothing_is_to_go_the_plan_removes_nothing(settings):
+    plan = analyze(ZOO["bert"].model(), ZOO["bert"].batches(), search="greedy", progress=False, **settings)
+    assert not plan.removed and plan.num_kept == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_blocks": [3, 2]}, "num_blocks lists 2 targets"),
+        ({"num_blocks": 9}, "num_blocks asks for 9 blocks"),
+        ({"num_blocks": {"nope": 2}}, "names 'nope', which is not a stack"),
+        ({"max_drop": 0.1}, "judged after a retraining"),
+    ],
+)
+def test_targets_that_a_plan_cannot_have_are_refused_as_without_a_search(settings, message):
+    with pytest.raises((PlanError, ConfigError), match=message):
+        analyze(ZOO["bert"].model(), ZOO["bert"].batches(), search="greedy", progress=False, **settings)
+
+
+def test_a_new_plan_of_a_searched_one_is_one_by_similarity():
+    frontier = search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), **QUICK)
+    plan = frontier.choose(num_blocks=2)
+    assert plan.config.search == "greedy" and plan.choice is not None
+    again = plan.replan(num_blocks=3)
+    assert again.config.search is None and again.choice is None and again.num_kept == 3
 
 
 def test_ctrl_c_gives_what_was_found():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 
 from deeparc_hf import remove_blocks
 from deeparc_hf.architectures import describe
@@ -16,6 +17,7 @@ from deeparc_hf.observe.forward import evaluating
 from deeparc_hf.observe.outputs import heads_of
 from deeparc_hf.search.objectives import objectives
 from deeparc_hf.search.objectives.divergence import relative_errors
+from deeparc_hf.search.playback import Playback
 from deeparc_hf.search.workbench import Workbench, by_stack
 from tests.zoo import ZOO
 
@@ -94,3 +96,64 @@ def test_screening_a_block_where_nothing_is_repaired_behind_it_is_exact(kind):
             assert bench.follow(frozenset({block}), bench.root).score.value == pytest.approx(
                 score.value, rel=1e-4, abs=1e-9
             )
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "vit"])
+def test_where_blocks_hand_on_something_else_every_pass_is_a_whole_one(kind):
+    """The third block is given a part of what the first one put out, past the second. Repairs must be fitted on what
+    the model gave without any.
+    """
+    model, batches, seen = ZOO[kind].model(), ZOO[kind].batches(count=2), []
+    (stack,) = describe(model).stacks.values()
+
+    def note(module, args, output):
+        seen[:] = [output if isinstance(output, torch.Tensor) else output[0]]
+
+    def add(module, args):
+        return (args[0] + 0.5 * seen[0], *args[1:])
+
+    stack.blocks[0].register_forward_hook(note)
+    stack.blocks[2].register_forward_pre_hook(add)
+    with evaluating(model):
+        subject = describe(model)
+        assert not Playback.of(subject.host, dict(subject.stacks), batches[0]).can_begin_anywhere
+        bench = bench_of(model, batches)
+        nodes = [bench.follow(frozenset(blocks), bench.root) for blocks in ([(stack.name, 1)], bench.order[1::2])]
+        scores = bench.complete(bench.screen(nodes[0], [bench.order[3]]))
+    for node in nodes:
+        assert node.score.value == pytest.approx(really(model, batches, node.removed), rel=2e-3, abs=1e-7)
+    assert next(iter(scores.values())).value == pytest.approx(nodes[1].score.value, rel=2e-3)
+
+
+def test_hidden_states_that_a_model_puts_out_are_no_obstacle():
+    model = ZOO["bert"].model()
+    model.set_attn_implementation("eager")
+    model.config.output_hidden_states = model.config.output_attentions = True
+    inputs = ZOO["bert"].batches(count=1)[0]
+    with evaluating(model):
+        subject = describe(model)
+        assert Playback.of(subject.host, dict(subject.stacks), inputs).can_begin_anywhere
+
+
+def test_ctrl_c_while_repairs_are_taken_back_leaves_none(monkeypatch):
+    model = ZOO["bert"].model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain, calls = Transaction.roll_back, []
+
+    def interrupted(self):
+        plain(self)
+        calls.append(self)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    for stop in range(1, 12):
+        calls.clear()
+        with monkeypatch.context() as patch, evaluating(model):
+            bench = bench_of(model, ZOO["bert"].batches(count=2))
+            patch.setattr(Transaction, "roll_back", interrupted)
+            try:
+                node = bench.follow(frozenset(free_blocks(model)[::2]), bench.root)
+                bench.screen(node, free_blocks(model)[1:2])
+            except KeyboardInterrupt:
+                pass
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), stop

@@ -137,3 +137,10 @@ def test_where_no_block_may_go_the_training_goes_on_as_it_is(tmp_path):
     callback, trainer = run(tmp_path, model, {4: 0.9}, epochs=3, max_drop=0.05, protect="*")
     assert removed(callback) == [] and blocks(model) == 4
     assert trainer.state.global_step == 24 and callback.plan is not None and not callback.plan.removed
+
+
+def test_a_share_that_leaves_nothing_to_remove_ends_the_prunings_and_not_the_training(tmp_path):
+    model = ZOO["bert"].model()
+    callback = MPruneCallback(keep_ratio=0.75, iterations=3, search="greedy", retrain_epochs=1, calibration_samples=32)
+    train(model, tmp_path, callback, num_train_epochs=3)
+    assert blocks(model) == 2 and [count for count, _ in removed(callback)] == [1, 1]
