@@ -202,7 +202,7 @@ def find_frontier(
     Args:
         measures: "blocks": the blocks are timed; "models": each smaller model is made, as a copy, and timed.
         most: blocks that go at most, where the settings do not say.
-        at_most: whether fewer may go than the settings ask for, where not so many can.
+        at_most: whether fewer may go than the settings ask for, where not so many can, or Ctrl-C ends the search.
     """
     strategy, goal = check_search(config, measured=evaluate is not None)
     total = sum(map(len, subject.stacks.values()))
@@ -235,7 +235,7 @@ def find_frontier(
         )
         found = _Found(subject, bench, cut(batches[0], _TIMED), evaluate, measures, shared)
         ends = _Ends(max_value, config.speedup)
-        complete = _run(strategy, bench, free, most, ends, found)
+        complete = _run(strategy, bench, free, most, ends, found, at_most)
     return Frontier(
         points=found.points(),
         plan=plan,
@@ -312,7 +312,15 @@ class _Ends:
         return self.speedup is not None and point.speedup is not None and point.speedup >= self.speedup
 
 
-def _run(strategy: type[Strategy], bench: Workbench, free: _Free, most: int, ends: _Ends, found: _Found) -> bool:
+def _run(
+    strategy: type[Strategy],
+    bench: Workbench,
+    free: _Free,
+    most: int,
+    ends: _Ends,
+    found: _Found,
+    may_break_off: bool,
+) -> bool:
     """Search; whether it came to its end."""
     reached = most
     try:
@@ -324,7 +332,7 @@ def _run(strategy: type[Strategy], bench: Workbench, free: _Free, most: int, end
             if ends.enough(found.add(node)):
                 reached = len(node.removed)
     except KeyboardInterrupt:
-        if not found.found:
+        if not found.found or not may_break_off:
             raise
         warn_caller(
             f"The search was broken off after {len(found.found)} of {most} numbers of blocks: the frontier holds what "

@@ -275,6 +275,25 @@ def test_a_new_plan_of_a_searched_one_is_one_by_similarity():
     assert again.config.search is None and again.choice is None and again.num_kept == 3
 
 
+def test_ctrl_c_in_a_plan_or_a_training_is_no_answer():
+    """It ends what asked for the plan, and does not go on with half a search."""
+    model, calls = ZOO["bert"].model(), []
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def interrupt(module, args):
+        calls.append(module)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+
+    handle = model.classifier.register_forward_pre_hook(interrupt)
+    for stop in (10, 40, 60):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            analyze(model, ZOO["bert"].batches(), search="greedy", heal="lstsq", num_blocks=1, progress=False)
+        assert len(calls) == stop and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    handle.remove()
+
+
 def test_ctrl_c_gives_what_was_found():
     model, batches, calls = ZOO["bert"].model(), ZOO["bert"].batches(), []
 
