@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from .healing.heal import heal_model as heal_model
     from .pruning.config import MPruneConfig as MPruneConfig
     from .pruning.plan import PruningPlan as PruningPlan
-    from .pruning.prune import analyze as analyze
-    from .pruning.prune import prune_model as prune_model
     from .pruning.surgery import apply_plan as apply_plan
     from .pruning.surgery import remove_blocks as remove_blocks
     from .publish import create_model_card as create_model_card
     from .publish.push import push_to_hub as push_to_hub
     from .search.frontier import Frontier as Frontier
+    from .search.prune import analyze as analyze
+    from .search.prune import prune_model as prune_model
     from .search.search import search_blocks as search_blocks
     from .sparsity.config import WandaConfig as WandaConfig
     from .sparsity.sparsify import sparsify_model as sparsify_model
@@ -49,11 +49,11 @@ _NAMES = {
     "healing.heal": ["heal_model"],
     "pruning.config": ["MPruneConfig"],
     "pruning.plan": ["PruningPlan"],
-    "pruning.prune": ["analyze", "prune_model"],
     "pruning.surgery": ["apply_plan", "remove_blocks"],
     "publish": ["create_model_card"],
     "publish.push": ["push_to_hub"],
     "search.frontier": ["Frontier"],
+    "search.prune": ["analyze", "prune_model"],
     "search.search": ["search_blocks"],
     "sparsity.config": ["WandaConfig"],
     "sparsity.sparsify": ["sparsify_model"],

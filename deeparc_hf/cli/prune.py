@@ -19,10 +19,10 @@ from ..pruning.compare import check_settings
 from ..pruning.config import MPruneConfig
 from ..pruning.heatmap import save_heatmap
 from ..pruning.plan import PruningPlan, first_threshold
-from ..pruning.prune import analyze, apply_healed, take_example
 from ..pruning.surgery import require_fitting
 from ..reports.plan_report import Measurement, write_report
 from ..search.frontier import Frontier
+from ..search.prune import analyze, apply_healed, take_example
 from .common import PLAN_FILE, output_folder, public_names, say, whole_folder
 from .data import Job
 from .inspect import count_parameters

@@ -133,11 +133,16 @@ class MPruneConfig(Settings):
         "Strategy by which the blocks are searched for that are missed least, by what the model puts out with them "
         "removed and the kept ones healed: 'greedy', 'exchange', 'beam' or 'evolution'. Default: they go by "
         "similarity; with speedup, or max_drop alone, 'greedy' with heal='lstsq'.",
+        cli="Strategy by which the blocks are searched for that are missed least, by what the model puts out with them "
+        "removed and the kept ones healed: 'greedy', 'exchange', 'beam' or 'evolution'. Default: they go by "
+        "similarity; with --speedup 'greedy', healed by 'lstsq'.",
     )
     objective: str = setting(
         "divergence",
         "What a search makes small: the 'divergence' of the outputs from the whole model's, that of the 'hidden' "
         "states, or the 'loss'; of `search_blocks` the 'metric' of evaluate too.",
+        cli="What a search makes small: the 'divergence' of the outputs from the whole model's, that of the 'hidden' "
+        "states, or the 'loss'.",
     )
     distill: DistillConfig | None = setting(
         None,
@@ -233,6 +238,8 @@ class MPruneConfig(Settings):
             # a list of targets brought its number of iterations along
             iterations = {"iterations": 1} if isinstance(self.num_blocks, tuple) else {}
             settings = {**dict.fromkeys(_TARGETS), **iterations, **settings}
+        elif self.target == "max_drop" and settings.get("max_drop", self.max_drop) is None:
+            settings = {"search": None, **settings}  # nothing says any more how far a search is to go
         return super().replace(**settings)
 
     def _check_target(self) -> None:

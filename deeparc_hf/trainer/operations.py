@@ -21,7 +21,7 @@ from ..observe.training_calibration import TrainingCalibration
 from ..pruning.compare import check_settings, compare_blocks
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, warn_if_drastic
-from ..pruning.prune import apply_healed
+from ..search.prune import apply_healed
 from ..search.search import check_speedup, most_blocks, search_plan
 from .follow_checkpoint import Structure, let_frozen_statistics_go, note_frozen, record_of, settle, thaw_noted
 from .learning_rate import LearningRate

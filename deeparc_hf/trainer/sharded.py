@@ -20,7 +20,7 @@ from ..observe.training_calibration import calibration_of
 from ..pruning.compare import compare_blocks
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
-from ..pruning.prune import apply_healed
+from ..search.prune import apply_healed
 from ..search.search import search_plan
 from .searching import batches_of_all
 

@@ -27,13 +27,13 @@ from deeparc_hf.core.progress_bars import shows_bars
 from deeparc_hf.errors import ConfigError
 from deeparc_hf.observe.calibration import Calibration, chosen_rows
 from deeparc_hf.pruning.config import MPruneConfig
-from deeparc_hf.pruning.prune import analyze, apply_healed
 from deeparc_hf.publish import create_model_card
 from deeparc_hf.publish.gather import PLAN_FILE
 from deeparc_hf.publish.push import push_to_hub
 from deeparc_hf.reports.plan_report import Measurement, timed_evaluation, write_report
 from deeparc_hf.reports.provenance import TIMES, origin_of, training_settings
 from deeparc_hf.reports.run_report import structure_of
+from deeparc_hf.search.prune import analyze, apply_healed
 from deeparc_hf.sparsity.config import WandaConfig
 from deeparc_hf.sparsity.sparsify import sparsify_model
 from deeparc_hf.trainer import MPruneCallback, WandaCallback

@@ -45,7 +45,7 @@ def test_names(names, expected):
 
 def gate(folder, metric, said=None, **arguments):
     args = TrainingArguments(str(folder), use_cpu=True, eval_strategy="epoch", report_to="none", **arguments)
-    return MPruneConfig(metric=metric, max_drop=0.1, start_epoch=1, greater_is_better=said), args
+    return MPruneConfig(metric=metric, max_drop=0.1, threshold=0.98, start_epoch=1, greater_is_better=said), args
 
 
 @pytest.mark.parametrize(

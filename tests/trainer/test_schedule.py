@@ -11,7 +11,7 @@ from deeparc_hf.errors import ConfigError
 from deeparc_hf.trainer.machine import Phase, Progress
 from deeparc_hf.trainer.schedule import check_epochs, needed_epochs, refuse_changes
 
-GATE = {"max_drop": 0.1}
+GATE = {"max_drop": 0.1, "threshold": 0.98}
 PER_EPOCH = 8
 
 

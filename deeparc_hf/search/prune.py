@@ -1,4 +1,4 @@
-"""Similarity pruning without a Trainer: analyze a model, and carry the plan out."""
+"""Pruning without a Trainer: analyze a model, by similarity or by a search, and carry the plan out."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..healing.heal import apply_healing, fit_sites, note_healing
 from ..healing.sites import Healing
 from ..observe.calibration import Calibration
 from ..observe.forward import require_weights
-from ..search.search import search_plan
-from .compare import compare_blocks
-from .config import MPruneConfig
-from .plan import PruningPlan, warn_if_drastic
-from .surgery import apply_plan, refuse_wrapped, require_fitting
+from ..pruning.compare import compare_blocks
+from ..pruning.config import MPruneConfig
+from ..pruning.plan import PruningPlan, warn_if_drastic
+from ..pruning.surgery import apply_plan, refuse_wrapped, require_fitting
+from .search import search_plan
 
 __all__ = ["analyze", "apply_healed", "prune_model", "take_example"]
 
