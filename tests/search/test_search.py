@@ -152,7 +152,10 @@ def test_what_is_redundant_with_a_repair_alone_is_found_by_the_search_and_not_by
         assert plan.removed == {"transformer.h": (3,)}
 
 
-@pytest.mark.parametrize(("kind", "blocks", "left", "most"), [("bert", 12, 6, 30), ("llama", 30, 20, 120)])
+@pytest.mark.parametrize(
+    ("kind", "blocks", "left", "most"),
+    [("bert", 12, 6, 30), pytest.param("llama", 30, 20, 120, marks=pytest.mark.slow)],
+)
 def test_what_a_search_costs(kind, blocks, left, most):
     """In forward passes over all samples: what makes it cheap enough to be the default advice."""
     torch.manual_seed(0)

@@ -172,7 +172,7 @@ def test_keeps_to_blocks_that_may_go_together(name):
     assert all(len(pair & removed) <= 1 for pair in pairs for removed in sets)
 
 
-@pytest.mark.parametrize(("depth", "most"), [(6, 5), (8, 3), (11, 4)])
+@pytest.mark.parametrize(("depth", "most"), [(6, 5), (8, 3), pytest.param(11, 4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_estimate_of_its_passes_is_of_the_right_size(name, depth, most):
     model = bert(depth=depth)
@@ -187,7 +187,7 @@ def test_the_estimate_of_its_passes_is_of_the_right_size(name, depth, most):
 # ---- how good they are ----
 
 
-@pytest.mark.parametrize("heals", [True, False])
+@pytest.mark.parametrize("heals", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("name", ["beam", "exchange"])
 def test_is_never_worse_than_greedy(name, heals):
     better = 0
@@ -199,6 +199,7 @@ def test_is_never_worse_than_greedy(name, heals):
 
 
 # found: 30, 25 and 24 of 30; by greedy 10
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "least"), [("evolution", 0.95), ("exchange", 0.7), ("beam", 0.7)])
 def test_mostly_finds_the_best_set_of_all_where_greedy_does_not(name, least):
     assert share_found(name) >= least

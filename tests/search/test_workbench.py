@@ -21,7 +21,8 @@ from deeparc_hf.search.playback import Playback
 from deeparc_hf.search.workbench import Workbench, by_stack
 from tests.zoo import ZOO
 
-KINDS = sorted(ZOO)
+FIRST = ("bert", "gpt2", "resnet", "t5", "timm_convnext", "vit", "whisper")
+KINDS = [kind if kind in FIRST else pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(ZOO)]
 
 
 def bench_of(model, batches, heals=True, objective="divergence"):
