@@ -71,7 +71,7 @@ class Playback:
             often.extend([name] if name in order else [])
             order[name], outputs[name] = module, output
 
-        with hooked([block.register_forward_hook(note) for block in names]):
+        with hooked(block.register_forward_hook(note) for block in names):
             forward(host, inputs, without_cache=True)
         absent = next((name for name in names.values() if name not in order), None)
         if absent is not None:
@@ -129,10 +129,10 @@ class Playback:
                     see(block, hidden_states(output).detach().clone())  # what comes behind may work on it in place
 
             computed = [block for number, block in enumerate(self.order) if number >= first and block not in removed]
-            watch = [self.modules[block].register_forward_hook(partial(after, block)) for block in computed]
-            if end is not None:
-                watch.append(self.modules[end].register_forward_hook(enough))
+            watch = (self.modules[block].register_forward_hook(partial(after, block)) for block in computed)
             within.enter_context(hooked(watch))
+            if end is not None:  # behind all others: the pass ends there
+                within.enter_context(hooked([self.modules[end].register_forward_hook(enough)]))
             try:
                 if not labels:
                     return forward(self.host, inputs, without_cache=True)

@@ -1,7 +1,7 @@
 """Search for the best blocks to remove, for each number of them, by what the smaller and healed model puts out.
 
-What is best to remove when the kept blocks are repaired is among the worst to remove when they are not, and likeness of
-blocks finds neither: so every candidate is repaired, in closed form, before it is judged.
+What is best to remove when the kept blocks are repaired may be among the worst to remove when they are not, and
+likeness of blocks need not find it: so every candidate is repaired, in closed form, before it is judged.
 """
 
 from __future__ import annotations
@@ -37,17 +37,16 @@ from ..pruning.plan import PruningPlan
 from ..pruning.surgery import refuse_wrapped
 from .frontier import Frontier, Point
 from .journal import Journal
-from .objectives import Objective, objectives
+from .objectives import ModelObjective, Objective, objectives
 from .playback import Block
 from .strategies import Strategy, strategies
 from .timing import BlockTimes, compare_times, time_blocks, work_of
 from .workbench import Node, Removed, Workbench, by_stack
 
-__all__ = ["check_search", "check_speedup", "find_frontier", "most_blocks", "search_blocks", "search_plan"]
+__all__ = ["check_search", "check_speedup", "find_frontier", "search_blocks", "search_plan"]
 
 logger = logging.getLogger(__name__)
 
-_WORST = 1e100  # of a metric that is no number
 _TIMED = 32  # samples of the batch that is timed, at most
 
 
@@ -170,7 +169,9 @@ def search_plan(
         )
     check_settings(subject, config)
     whole = config.replace(num_blocks=sum(subject.lengths.values()))
-    if target != "max_drop" and _Free(uncompared_plan(subject, whole, labels), config).wanted(config) == 0:
+    if most is not None:
+        most = min(most, _Free(uncompared_plan(subject, whole, labels), config).most)
+    if 0 in (most, _wanted(subject.lengths, config)):
         calibration = Calibration(batches, config.calibration_samples)
         return compare_blocks(subject, calibration, whole, progress=progress, labels=labels)  # nothing is to go
     frontier = find_frontier(
@@ -211,8 +212,9 @@ def find_frontier(
         subject, Calibration(batches, config.calibration_samples), whole, progress=progress, labels=labels
     )
     free = _Free(plan, config)
-    wanted = free.wanted(config)
-    most = min(wanted if most is None else most, free.most)
+    wanted = _wanted(subject.lengths, config)
+    wanted = (free.most if most is None else most) if wanted is None else wanted
+    most = min(wanted, free.most)
     if most < 1 or (most < wanted and config.target in ("num_blocks", "keep_ratio") and not at_most):
         raise PlanError(
             f"The search is to remove {wanted} of {total} blocks, and {free.most} may go: the others are pinned or "
@@ -220,7 +222,8 @@ def find_frontier(
         )
     asked = {} if journal is None else _asked(subject, batches, config, evaluate, greater_is_better)
     about = strategy.passes(len(free(frozenset())), most)
-    logger.info("%s search: about %.0f forward passes over %d samples.", config.search, about, plan.samples)
+    told = strategy.name, goal.unit, about, plan.samples
+    logger.info("%s search for the least %s: about %.0f forward passes over %d samples.", *told)
     title = f"Searching, about {about:.0f} passes over the data"
     with evaluating(subject.root), bar(title, progress, round(about), "pass") as shown:
         bench = Workbench(
@@ -228,7 +231,7 @@ def find_frontier(
             batches,
             goal(),
             heals=config.heal is not None,
-            measure=None if evaluate is None else partial(_loss_of, evaluate, greater_is_better),
+            measure=_measure(goal, evaluate, greater_is_better),
             shared=shared,
             journal=Journal(journal, asked),
             tell=lambda passes: _advance(shown, passes),
@@ -241,7 +244,7 @@ def find_frontier(
         plan=plan,
         search=strategy.name,
         objective=goal.name,
-        samples=0 if goal.needs_model else bench.root.score.samples,
+        samples=0 if issubclass(goal, ModelObjective) else bench.root.score.samples,
         passes=bench.passes,
         work=None if found.times is None else found.times.work,
         greater_is_better=greater_is_better,
@@ -259,17 +262,12 @@ def check_search(config: MPruneConfig, measured: bool = False) -> tuple[type[Str
         strategy, goal = strategies.get(config.search or "greedy"), objectives.get(config.objective)
     except RegistryError as error:
         raise ConfigError(str(error)) from None
-    if goal.needs_model and not measured:
+    if issubclass(goal, ModelObjective) and not measured:
         raise ConfigError(
             f"objective={config.objective!r} is what evaluate=... of search_blocks measures, and there is none. Give "
             "one, or take objective='divergence'."
         )
     return strategy, goal
-
-
-def most_blocks(subject: Subject, config: MPruneConfig, labels: Mapping[str, tuple[int, ...]] | None = None) -> int:
-    """How many blocks may go at all."""
-    return _Free(uncompared_plan(subject, config, labels), config).most
 
 
 def check_speedup(subject: Subject, calibration: Calibration, config: MPruneConfig) -> None:
@@ -343,6 +341,16 @@ def _run(
     return True
 
 
+def _wanted(lengths: Mapping[str, int], config: MPruneConfig) -> int | None:
+    """How many blocks the settings ask to remove; None where they do not say."""
+    total = sum(lengths.values())
+    if isinstance(config.num_blocks, dict):
+        return sum(lengths[name] - count for name, count in config.num_blocks.items())
+    if isinstance(config.num_blocks, int):
+        return total - config.num_blocks
+    return None if config.keep_ratio is None else total - round(total * config.keep_ratio)
+
+
 class _Free:
     """Which blocks may go beside those that are removed already."""
 
@@ -355,21 +363,11 @@ class _Free:
         if isinstance(config.num_blocks, dict):
             stay |= {name: len(stack) for name, stack in plan.stacks.items()}
             stay |= {name: max(count, config.min_blocks) for name, count in config.num_blocks.items()}
-        self._lengths = {name: len(stack) for name, stack in plan.stacks.items()}
         self._room = {name: max(len(stack) - stay[name], 0) for name, stack in plan.stacks.items()}
 
     @property
     def most(self) -> int:
         return sum(min(len(blocks), self._room[name]) for name, blocks in self._blocks.items())
-
-    def wanted(self, config: MPruneConfig) -> int:
-        """How many blocks the settings ask to remove; where they do not say, as many as may go."""
-        total = sum(self._lengths.values())
-        if isinstance(config.num_blocks, dict):
-            return sum(self._room.values())
-        if isinstance(config.num_blocks, int):
-            return total - config.num_blocks
-        return self.most if config.keep_ratio is None else total - round(total * config.keep_ratio)
 
     def __call__(self, removed: Removed) -> list[Block]:
         gone = by_stack(removed)
@@ -451,12 +449,13 @@ def _check_goals(total: int, num_blocks: int | None, max_value: float | None) ->
         raise ConfigError(f"max_value must be a finite number, found {max_value!r}.")
 
 
-def _loss_of(evaluate: Callable[[nn.Module], float], greater_is_better: bool, model: nn.Module) -> float:
-    """What an objective makes small."""
-    value = _evaluated(evaluate, model)
-    if not math.isfinite(value):
-        return _WORST
-    return -value if greater_is_better else value
+def _measure(
+    goal: type[Objective], evaluate: Callable[[nn.Module], float] | None, greater_is_better: bool
+) -> Callable[[nn.Module], float] | None:
+    """What gives the loss of a model, for objectives that look at models."""
+    if evaluate is None or not issubclass(goal, ModelObjective):
+        return None
+    return lambda model: goal.loss(_evaluated(evaluate, model), greater_is_better)
 
 
 def _evaluated(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
@@ -487,8 +486,9 @@ def _asked(
     greater_is_better: bool,
 ) -> dict[str, Any]:
     """What the scores of a search depend on."""
-    measures = config.objective == "metric"
-    judged = f"{config.objective}, {_name_of(evaluate)}, {greater_is_better}" if measures else config.objective
+    judged = config.objective
+    if issubclass(objectives.get(judged), ModelObjective):
+        judged += f", {_name_of(evaluate)}, {greater_is_better}"
     state = {name: value for name, value in subject.root.state_dict().items() if isinstance(value, torch.Tensor)}
     return {
         "model": [subject.name, subject.lengths],

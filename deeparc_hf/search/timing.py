@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -92,15 +92,7 @@ def time_blocks(host: Host, modules: Mapping[Block, nn.Module], work: Work, turn
         run = work.by(host)
         for turn in range(_WARM + turns):
             clocks = {block: _Clock(_device(host)) for block in modules}
-            handles = [
-                handle
-                for block, module in modules.items()
-                for handle in (
-                    module.register_forward_pre_hook(partial(_start, clocks[block])),
-                    module.register_forward_hook(partial(_stop, clocks[block])),
-                )
-            ]
-            with hooked(handles):
+            with hooked(_watched(modules, clocks)):
                 seconds = _timed(host, run)
             if turn >= _WARM:
                 totals.append(seconds)
@@ -108,6 +100,12 @@ def time_blocks(host: Host, modules: Mapping[Block, nn.Module], work: Work, turn
                     shares[block].append(clock.seconds() / seconds)
     medians = {block: statistics.median(found) for block, found in shares.items()}
     return BlockTimes(statistics.median(totals), medians, str(work), turns)
+
+
+def _watched(modules: Mapping[Block, nn.Module], clocks: Mapping[Block, _Clock]) -> Iterator[Any]:
+    for block, module in modules.items():
+        yield module.register_forward_pre_hook(partial(_start, clocks[block]))
+        yield module.register_forward_hook(partial(_stop, clocks[block]))
 
 
 def compare_times(whole: Host, smaller: Host, work: Work, turns: int = TURNS) -> tuple[float, tuple[float, float]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from ..observe.axes import find_axes
 from ..observe.batches import batch_size, cut, is_cuttable
 from ..pruning.surgery import remove_blocks
 from .journal import Journal
-from .objectives import Answer, Objective, Score
+from .objectives import Answer, AnswerObjective, ModelObjective, Objective, Score
 from .playback import Block, Playback
 
 __all__ = ["Node", "Removed", "Workbench", "by_stack"]
@@ -84,7 +84,7 @@ class Workbench:
         batches: what it is looked at on, as it takes them, with labels.
         objective: how it is judged.
         heals: whether the kept block before each removal is repaired.
-        measure: measures a model, less is better; for objectives that need one.
+        measure: measures a model for a `ModelObjective`: less is better.
         shared: whether all processes have the same model and batches, and try the candidates together.
         journal: scores that are known from an earlier search.
         tell: called with the number of forward passes over all data that each step took.
@@ -109,7 +109,7 @@ class Workbench:
     ) -> None:
         self.subject, self.host, self.stacks = subject, subject.host, dict(subject.stacks)
         self._objective, self._heals, self._tell = objective, heals, tell
-        self._measure = measure if objective.needs_model else None
+        self._measure = measure if isinstance(objective, ModelObjective) else None
         self._journal = journal or Journal(None, {})
         self._share = (process_index(), process_count()) if shared else (0, 1)
         first = cut(batches[0], 2)
@@ -386,7 +386,7 @@ class Workbench:
         if self._measure is not None:
             value = self._measure(self._smaller(removed))
             return torch.tensor([[value]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-        inputs, objective = self._judging[judged], self._objective
+        inputs, objective = self._judging[judged], cast(AnswerObjective, self._objective)
         number = judged + len(self._fitting)
         known = {block: states[block][number] for block in self._playback.last_known(removed, begin)}
         hidden = {block[0]: value for block, value in known.items()}

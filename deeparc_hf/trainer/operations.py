@@ -15,14 +15,13 @@ from ..core.progress_bars import doing, shows_bars
 from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
 from ..healing.sites import Healing
-from ..observe.calibration import Calibration
 from ..observe.forward import evaluating
 from ..observe.training_calibration import TrainingCalibration
 from ..pruning.compare import check_settings, compare_blocks
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, warn_if_drastic
 from ..search.prune import apply_healed
-from ..search.search import check_speedup, most_blocks, search_plan
+from ..search.search import check_speedup, search_plan
 from .follow_checkpoint import Structure, let_frozen_statistics_go, note_frozen, record_of, settle, thaw_noted
 from .learning_rate import LearningRate
 from .machine import Progress, Verdict
@@ -159,15 +158,12 @@ class Operations:
         attempts, most = self._progress.attempts, None
         subject, bars = self._session.subject, shows_bars(self._args)
         batches = batches_of_all(subject.host, self._calibration)
-        nothing = config.replace(num_blocks=sum(subject.lengths.values()))
         if config.target == "max_drop":
-            most = min(first_step(attempts), most_blocks(subject, nothing, labels))
+            most = first_step(attempts)
         if config.target == "speedup":
             speedup = remaining_speedup(config, attempts, iteration)
-            config = config.replace(speedup=speedup) if speedup > 1.0 else nothing
-        if most == 0 or config is nothing:
-            calibration = Calibration(batches, config.calibration_samples)
-            return compare_blocks(subject, calibration, nothing, progress=bars, labels=labels)
+            whole = {"num_blocks": sum(subject.lengths.values())}  # it is reached: nothing is to go
+            config = config.replace(**({"speedup": speedup} if speedup > 1.0 else whole))
         return search_plan(subject, batches, config, most=most, labels=labels, shared=True, progress=bars)
 
     def weaker(self) -> dict[str, Any] | None:

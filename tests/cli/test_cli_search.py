@@ -186,3 +186,11 @@ def test_ctrl_c_before_anything_was_found_writes_nothing(capsys, common, tmp_pat
     monkeypatch.setattr(search_module, "time_blocks", interrupted)
     code, _, err = run(capsys, "search", *common, "-o", tmp_path / "f.json")
     assert code == 130 and "interrupted: nothing was written" in err and list(tmp_path.iterdir()) == []
+
+
+def test_prune_searches_by_itself_for_a_speed_up(capsys, common, tmp_path):
+    code, said, _ = run(capsys, "prune", *common, "--speedup", "1.02", "-o", tmp_path / "out")
+    assert code == 0 and "greedy search: divergence" in said
+    record = PrunedConfig.from_pretrained(tmp_path / "out")
+    assert record.iterations[-1]["settings"]["search"] == "greedy" and record.iterations[-1]["healing"]
+    assert tf.AutoConfig.from_pretrained(tmp_path / "out").num_hidden_layers < 4

@@ -354,3 +354,21 @@ def test_what_computes_the_metrics_is_chosen_and_told(data, tmp_path, evaluate_c
             assert row.measured.metrics["accuracy"] == 24.25 and "its script from a folder, sha256" in told
         else:
             assert row.measured.metrics["accuracy"] <= 1 and told.startswith("the share of right answers (")
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"search": "greedy", "heal": "lstsq", "num_blocks": [3, 2], "iterations": 2}, [4, 3, 2]),
+        ({"speedup": 1.05, "iterations": 1}, None),
+        ({"search": "greedy", "num_blocks": [2], "iterations": 1, "retrain_epochs": 0}, [4, 2]),
+    ],
+    ids=["search", "speedup", "without retraining"],
+)
+def test_blocks_can_be_searched_for(data, tmp_path, settings, left):
+    given = {**data, "finetune_epochs": 1, "retrain_epochs": 1, **settings}
+    rows = main(words(**given, output_dir=tmp_path / "out"))
+    counts = [row.blocks[STACK] for row in rows]
+    assert counts == left if left else counts[0] == 4 > counts[1]
+    card = (tmp_path / "out" / rows[-1].folder / "README.md").read_text()
+    assert "(found by greedy search" in card

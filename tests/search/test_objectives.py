@@ -13,11 +13,11 @@ from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError
 from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.forward import evaluating
-from deeparc_hf.search.objectives import Answer, Score, objectives
+from deeparc_hf.search.objectives import Answer, AnswerObjective, Score, objectives
 from tests.zoo import ZOO
 
 KINDS = ["bert", "gpt2", "resnet", "t5"]
-OF_ANSWERS = [name for name in objectives.names() if not objectives.get(name).needs_model]
+OF_ANSWERS = [name for name in objectives.names() if issubclass(objectives.get(name), AnswerObjective)]
 BY_SAMPLE = [name for name in OF_ANSWERS if name != "loss"]  # a batch has one loss
 
 

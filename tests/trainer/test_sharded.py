@@ -64,6 +64,10 @@ def test_with_calibration_data_the_model_is_pruned_when_the_trainer_is_made(tmp_
     assert not any(info.values())
     resumed, done = launch_sharded(tmp_path / "again", {**job, "resume": str(tmp_path / "checkpoint-8")})
     assert same(resumed[0]["weights"], whole[0]["weights"])
+    searched = {**job, "settings": {"search": "greedy", "heal": "lstsq", "num_blocks": 3, "retrain_epochs": 1}}
+    found, _ = launch_sharded(tmp_path / "searched", searched)
+    assert [result["blocks"] for result in found] == [3, 3] and found[0]["plan"] == found[1]["plan"]
+    assert same(found[0]["weights"], found[1]["weights"]) and '"search": "greedy"' in found[0]["plan"]
     other = {
         **job,
         "calibration": BATCHES[::-1],

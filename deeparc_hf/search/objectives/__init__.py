@@ -3,6 +3,6 @@
 One file each; `base` says what an objective is.
 """
 
-from .base import Answer, Objective, Score, objectives
+from .base import Answer, AnswerObjective, ModelObjective, Objective, Score, objectives
 
-__all__ = ["Answer", "Objective", "Score", "objectives"]
+__all__ = ["Answer", "AnswerObjective", "ModelObjective", "Objective", "Score", "objectives"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...architectures import Host
 from ...core.registry import Registry
 
-__all__ = ["Answer", "Objective", "Score", "objectives", "register"]
+__all__ = ["Answer", "AnswerObjective", "ModelObjective", "Objective", "Score", "objectives", "register"]
 
 _WORST = 1e30
 _Z = 1.959964  # of the normal distribution, for an interval of 95 %
@@ -103,25 +103,39 @@ def _interval(value: float, left: Tensor) -> tuple[float, float]:
     return value - half, value + half
 
 
-class Objective(ABC):
-    """Tells how good what is left of a model is.
+class Objective:
+    """Tells how good what is left of a model is. There are two kinds, by what they look at: see the subclasses.
 
     Attributes:
         name: set by `register`.
         summary: one line for the tables of the documents and the command line.
         unit: what a value is, in a word or two.
-        needs_labels: whether the model is given the labels of the batches.
-        needs_hidden: whether `Answer.hidden` is looked at.
-        needs_model: whether the smaller model is made, as a copy, and measured by what the user gave, in place of
-            looking at its answers; `wanted` and `losses` are not asked for then.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     unit: ClassVar[str]
+
+
+class ModelObjective(Objective, ABC):
+    """Looks at what the user's `evaluate` gives: each candidate is made for it, as a copy."""
+
+    @staticmethod
+    @abstractmethod
+    def loss(measured: float, greater_is_better: bool) -> float:
+        """What is made small, of what was measured; finite."""
+
+
+class AnswerObjective(Objective, ABC):
+    """Looks at what the model makes of the calibration batches.
+
+    Attributes:
+        needs_labels: whether the model is given the labels of the batches.
+        needs_hidden: whether `Answer.hidden` is looked at.
+    """
+
     needs_labels: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
-    needs_model: ClassVar[bool] = False
 
     @abstractmethod
     def wanted(self, answer: Answer) -> Any:

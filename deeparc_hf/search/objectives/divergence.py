@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...observe.outputs import heads_of
 from ...similarity.divergence import Head, divergence, mean_square
-from .base import Answer, Objective, register
+from .base import Answer, AnswerObjective, register
 
 __all__ = ["Divergence", "relative_errors"]
 
@@ -20,7 +20,7 @@ _ROWS = 1024  # compared at once: a causal model's row holds a float for every w
 
 
 @register("divergence")
-class Divergence(Objective):
+class Divergence(AnswerObjective):
     summary = "how far the model's outputs are from the whole model's; without labels"
     unit = "divergence"
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ...observe.batches import padding_masks
-from .base import Answer, Objective, register
+from .base import Answer, AnswerObjective, register
 
 __all__ = ["HiddenStates"]
 
 
 @register("hidden")
-class HiddenStates(Objective):
+class HiddenStates(AnswerObjective):
     summary = "how far the hidden states at the end of each stack are from the whole model's"
     unit = "relative squared error"
     needs_hidden = True

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ...errors import CalibrationError
 from ...observe.batches import batch_size
-from .base import Answer, Objective, register
+from .base import Answer, AnswerObjective, register
 
 __all__ = ["Loss"]
 
 
 @register("loss")
-class Loss(Objective):
+class Loss(AnswerObjective):
     summary = "the model's loss on the labels; a batch counts as one in its interval"
     unit = "loss"
     needs_labels = True

@@ -1,24 +1,23 @@
-"""The metric that the user measures: each candidate is made, as a copy, and handed to `evaluate`."""
+"""The metric that the user measures, negated where larger is better."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
-from torch import Tensor
-
-from .base import Answer, Objective, register
+from .base import ModelObjective, register
 
 __all__ = ["Metric"]
 
+_WORST = 1e100  # of what is no number
+
 
 @register("metric")
-class Metric(Objective):
+class Metric(ModelObjective):
     summary = "what `evaluate` gives, negated where larger is better; each candidate is made and measured"
     unit = "metric"
-    needs_model = True
 
-    def wanted(self, answer: Answer) -> Any:
-        raise NotImplementedError("The metric is measured on a model, not on its answers.")
-
-    def losses(self, answer: Answer, wanted: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("The metric is measured on a model, not on its answers.")
+    @staticmethod
+    def loss(measured: float, greater_is_better: bool) -> float:
+        if not math.isfinite(measured):
+            return _WORST
+        return -measured if greater_is_better else measured
