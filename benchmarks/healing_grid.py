@@ -42,6 +42,7 @@ from deeparc_hf.healing.heal import Healing
 from .images import model_input, read_images
 
 LENGTH = 128
+BATCH = 32
 Measured = tuple[float, ...]  # the metric, its interval, and the loss where it is measured
 
 
@@ -54,6 +55,8 @@ class Subject:
     tests: int
     metric: str
     measure: Callable[[nn.Module], Measured]
+    heldout: list[dict[str, torch.Tensor]]
+    training: list[dict[str, torch.Tensor]]  # with labels
 
 
 @dataclass
@@ -85,7 +88,7 @@ def texts_of(path: Path, count: int, seed: int) -> list[dict[str, str]]:
 
 
 def batches(
-    rows: Sequence[dict[str, str]], tokenizer: object, causal: bool, size: int = 32
+    rows: Sequence[dict[str, str]], tokenizer: object, causal: bool, size: int = BATCH
 ) -> list[dict[str, torch.Tensor]]:
     texts = [row["text"] for row in rows]
     if not causal:
@@ -137,31 +140,43 @@ def language_subject(args: argparse.Namespace) -> Subject:
             del config.quantization_config
         model = tf.LlamaForCausalLM(config)
         model.load_state_dict(state)
-    train, heldout = texts_of(args.train, args.samples, args.seed), texts_of(args.heldout, args.tests, args.seed)
-    calibration, given = batches(train, tokenizer, causal), batches(heldout, tokenizer, causal)
+    more = getattr(args, "retrain", 0)
+    train, heldout = texts_of(args.train, max(args.samples, more), args.seed), texts_of(args.heldout, args.tests, 0)
+    calibration, given = batches(train[: args.samples], tokenizer, causal), batches(heldout, tokenizer, causal)
+    training = batches(train[:more], tokenizer, causal)
     tests = sum(len(batch["input_ids"]) for batch in given)
     if causal:
-        return Subject(model, calibration, tests, "perplexity", lambda model: perplexity(model, given))
-    targets = torch.tensor([model.config.label2id[row["label"]] for row in heldout])
-    return Subject(model, calibration, tests, "accuracy", lambda model: accuracy(logits_of(model, given), targets))
+        training = [{**batch, "labels": batch["input_ids"]} for batch in training]
+        return Subject(model, calibration, tests, "perplexity", lambda model: perplexity(model, given), given, training)
+    known, targets = (torch.tensor([model.config.label2id[row["label"]] for row in rows]) for rows in (train, heldout))
+    training = [{**batch, "labels": labels} for batch, labels in zip(training, known[:more].split(BATCH), strict=True)]
+
+    def measure(model: nn.Module) -> Measured:
+        return accuracy(logits_of(model, given), targets)
+
+    return Subject(model, calibration, tests, "accuracy", measure, given, training)
 
 
 def image_subject(args: argparse.Namespace) -> Subject:
     """A classifier of images; nothing is done to them but to scale them."""
-    parts = []
-    for path, count in ((args.train, args.samples), (args.heldout, args.tests)):
+    more, parts = getattr(args, "retrain", 0), []
+    for path, count, seed in ((args.train, max(args.samples, more), args.seed), (args.heldout, args.tests, 0)):
         pixels, labels, _ = read_images(path)
-        chosen = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(pixels))[:count])
-        given = [{"pixel_values": model_input(part, args.image_size)} for part in pixels[chosen].split(100)]
-        parts.append((given, labels[chosen]))
-    (calibration, _), (given, targets) = parts
+        chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(pixels))[:count])
+        parts.append((model_input(pixels[chosen], args.image_size), labels[chosen]))
+    (train, known), (heldout, targets) = parts
+    calibration, given = (
+        [{"pixel_values": part} for part in pixels.split(64)] for pixels in (train[: args.samples], heldout)
+    )
+    pairs = zip(train[:more].split(64), known[:more].split(64), strict=True)
+    training = [{"pixel_values": part, "labels": labels} for part, labels in pairs]
 
     def measure(model: nn.Module) -> Measured:
         logits = logits_of(model, given)
         return *accuracy(logits, targets), float(nn.functional.cross_entropy(logits, targets))
 
     model = tf.AutoModelForImageClassification.from_pretrained(args.model).to(memory_format=torch.channels_last)
-    return Subject(model, calibration, len(targets), "accuracy", measure)
+    return Subject(model, calibration, len(targets), "accuracy", measure, given, training)
 
 
 def parsed(given: str, stacks: Sequence[str]) -> Removal:

@@ -28,6 +28,7 @@ _EACH = 5  # each fifth sample is held out
 _ZEROS = 0.02  # share of zeros from which on a map is taken for a sparse one, whatever the record says
 _RESERVOIR = 8192  # most held-out positions on which the block's output is compared
 _MOST = 100.0  # positions of median size that a larger one counts for at most
+_EVEN = 0.5  # of its sample's mean, what each position counts for at least
 
 
 class SiteFit:
@@ -46,6 +47,7 @@ class SiteFit:
         self.plain: RidgeSums | None = None  # of all positions alike, where a BatchNorm needs them
         self.stride = 1  # of the held-out positions that are kept
         self.seen: dict[str, Tensor] = {}
+        self.unit: float | None = None  # the mean sensitivity of the first batch; 0: all positions count alike
 
     @property
     def module(self) -> nn.Module:
@@ -119,8 +121,14 @@ class SiteFit:
             yield noting_input(block.get_submodule(ending.final), f"{which} sum")
         yield block.register_forward_hook(note_output)
 
-    def take(self, inputs: Mapping[str, Any], first: int) -> None:
-        """Add what a batch showed to the sums; `first` samples came before it."""
+    def take(self, inputs: Mapping[str, Any], first: int, sensitivities: Tensor | None = None) -> None:
+        """Add what a batch showed to the sums.
+
+        Args:
+            first: the number of samples that came before it.
+            sensitivities: of the outputs to what the last removed block puts out (`output_sensitivities`), by which
+                positions count. None: all count alike.
+        """
         module, scale = self.module, self.endings[0].scale
         assert self.axes is not None and self.axes.samples is not None
         shape = self.seen["kept output"].shape
@@ -147,6 +155,10 @@ class SiteFit:
         inverse = torch.where(scale.abs() > 1e-6 * scale.abs().max(), 1 / scale, 0.0)
         missing = (sums[1].double() - sums[0].double()) * inverse
         weights = _weights(missing, valid)
+        each = torch.arange(count, device=valid.device)[:, None].expand(count, positions)
+        more = self._counted(sensitivities, self.axes.as_put_out(each, shape).flatten(), valid)
+        if more is not None:
+            weights = more if weights is None else weights * more
         for part in (False, True):
             pick = valid & (chosen == part)
             if not bool(pick.any()):
@@ -162,6 +174,24 @@ class SiteFit:
                 self.plain = _total([self.plain, plain])
             if part:
                 self._keep(inputs, sums[0][pick], outputs[0][pick], outputs[1][pick], weight)
+
+    def _counted(self, sensitivities: Tensor | None, samples: Tensor, valid: Tensor) -> Tensor | None:
+        """How much positions count, shape (N,): by their sensitivities, and half of the mean of their sample's. The
+        unit is left as it is, so that samples whose outputs are decided count for little, in whatever batch.
+        """
+        if sensitivities is not None and self.unit != 0.0:
+            size = rows(at_home(sensitivities), self.module)[:, 0].double()
+            size = torch.where(valid, size.nan_to_num(0.0, 0.0, 0.0), 0.0)
+            sums = torch.zeros(2, int(samples.max()) + 1, dtype=torch.float64, device=size.device)
+            sums.index_add_(1, samples, torch.stack([size, valid.double()]))
+            counted = size + _EVEN * (sums[0] / sums[1].clamp(min=1.0))[samples]
+            mean = float(sums[0].sum() / sums[1].sum().clamp(min=1.0))
+            if mean > 0:
+                self.unit = mean if self.unit is None else self.unit
+                return counted
+        # what is not known counts like the mean; where nothing is known at first, all positions count alike
+        self.unit = 0.0 if self.unit is None else self.unit
+        return torch.full(valid.shape, (1 + _EVEN) * self.unit).to(samples.device).double() if self.unit else None
 
     def _keep(self, *held: Tensor) -> None:
         """Keep held-out positions to compare the block's output on: each so many of every batch, fewer as more come."""

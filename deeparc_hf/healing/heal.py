@@ -32,6 +32,7 @@ from ..observe.rows import with_axes
 from ..sparsity.sequential import enough, forward_until
 from .block_ends import Ending, find_ending
 from .fit import SiteFit
+from .sensitivity import output_sensitivities
 from .sites import Healing, sites_of
 
 __all__ = ["apply_healing", "find_endings", "fit_sites", "heal_model", "note_healing"]
@@ -138,8 +139,7 @@ def _look(
                 for each in watched:
                     each.settle([endings[each.kept], endings[each.last]])
             if watch.reason is None:
-                _pass(watch, before, healed, inputs)
-                watch.take(inputs, seen)
+                watch.take(inputs, seen, _pass(watch, before, healed, inputs))
             seen += batch_size(inputs)
             advance(batch_size(inputs))
     return watch.reason, watch.sums, watch.held, watch.endings, watch.plain
@@ -147,18 +147,29 @@ def _look(
 
 def _pass(
     watch: SiteFit, before: Sequence[tuple[Stack, int]], healed: Sequence[tuple[SiteFit, Healing]], inputs: Any
-) -> None:
-    """Run a batch up to the last removed block; where blocks before the site are gone, once more up to the kept one."""
+) -> Tensor | None:
+    """Run a batch through the whole model; where blocks before the site are gone, once more up to the kept one.
 
-    # hooks run in the order in which they are made: the pass ends when all has been noted
-    def handles(*which: str, end: nn.Module) -> Iterator[Any]:
+    Returns:
+        How sensitive the outputs are to what the last removed block puts out; None where it cannot be told.
+    """
+
+    # hooks run in the order in which they are made: what is noted is noted before a pass ends
+    def handles(*which: str, end: nn.Module | None = None) -> Iterator[Any]:
         for each in which:
             yield from watch.hooks(each)
-        yield end.register_forward_hook(enough)
+        if end is not None:
+            yield end.register_forward_hook(enough)
 
-    forward_until(watch.host, inputs, handles("last", *(() if before else ["kept"]), end=watch.last))
+    together = ("last", *(() if before else ("kept",)))
+    features = -1 if watch.axes is None else watch.axes.features
+    with hooked(handles(*together)):
+        sensitivities = output_sensitivities(watch.host, {watch.last: features}, inputs)
+    if sensitivities is None:
+        forward_until(watch.host, inputs, handles(*together, end=watch.last))
+    found = None if sensitivities is None else sensitivities.get(watch.last)
     if not before:
-        return
+        return found
     with ExitStack() as inside:
         undo = Transaction()
         inside.callback(undo.roll_back)
@@ -168,6 +179,7 @@ def _pass(
             # not all of them need run before the site: a model of texts and images has two towers
             inside.enter_context(skipped(stack, index, must_run=False))
         forward_until(watch.host, inputs, handles("kept", end=watch.kept))
+    return found
 
 
 def _refit_norm(norm: Any, scale: Tensor, statistics: tuple[Tensor, Tensor], intercept: Tensor | None) -> None:

@@ -25,8 +25,9 @@ from ..core.transaction import Transaction
 from ..errors import CalibrationError
 from ..healing.fit import SiteFit
 from ..healing.heal import apply_healing, find_endings
+from ..healing.sensitivity import output_sensitivities
 from ..healing.sites import Healing, Site, sites_of
-from ..observe.axes import find_axes
+from ..observe.axes import Axes, find_axes
 from ..observe.batches import batch_size, cut, is_cuttable
 from ..pruning.surgery import remove_blocks
 from .journal import Journal
@@ -132,6 +133,7 @@ class Workbench:
         self._axes = find_axes(self.host, list(self.stacks.values()), first) if heals else {}
         self._wanted: list[Any] = []
         self.root = self._whole()
+        self._sensitivities = self._differentiated()
 
     @property
     def passes(self) -> float:
@@ -261,6 +263,19 @@ class Workbench:
         self._account()
         return Node(frozenset(), Score.of(parts), lambda: ({}, states))
 
+    def _differentiated(self) -> list[Mapping[nn.Module, Tensor]]:
+        """For each batch that repairs are fitted on, how sensitive the whole model's outputs are to what blocks put
+        out; nothing where it cannot be told.
+        """
+        found: list[Mapping[nn.Module, Tensor]] = []
+        axes = {name: axes.features for name, axes in self._axes.items() if isinstance(axes, Axes)}
+        blocks = {module: axes[block[0]] for block, module in self.modules.items() if block[0] in axes}
+        for inputs in self._fitting if blocks else ():
+            found.append(output_sensitivities(self.host, blocks, inputs) or {})
+            self._playback.done[0] += 3 * len(self._order) * batch_size(inputs)  # backward counts twice
+        self._account()
+        return found or [{}] * len(self._fitting)
+
     def _sites(self, removed: Removed) -> dict[Block, Site]:
         """The removal sites by their kept blocks; none where nothing is repaired."""
         return {(site.stack, site.kept): site for site in sites_of(by_stack(removed))} if self._heals else {}
@@ -291,7 +306,7 @@ class Workbench:
                 self._run_one(number, last, frozenset(), self.root.states, partial(watch.hooks, "last"))
                 change(repairs)
                 self._run_one(number, kept, removed, states, partial(watch.hooks, "kept"))
-                watch.take(inputs, seen)
+                watch.take(inputs, seen, self._sensitivities[number].get(self.modules[last]))
                 seen += batch_size(inputs)
             part = (watch.reason, watch.sums, watch.held, watch.endings, watch.plain)
             self._fits[key] = watch.finish([part])

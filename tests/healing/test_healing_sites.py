@@ -14,9 +14,11 @@ from deeparc_hf.errors import CalibrationError
 from deeparc_hf.healing.block_ends import Ending
 from deeparc_hf.healing.fit import SiteFit
 from deeparc_hf.healing.heal import fit_sites
+from deeparc_hf.healing.sensitivity import output_sensitivities
 from deeparc_hf.healing.sites import Site
 from deeparc_hf.observe.axes import Axes
 from deeparc_hf.observe.calibration import Calibration
+from deeparc_hf.observe.forward import evaluating
 from tests.zoo import ZOO, spread
 
 LAYERS = "model.layers"
@@ -42,7 +44,22 @@ def seen_at(model, path, batches):
     return torch.cat(x)[mask].double(), torch.cat(out)[mask].double(), samples
 
 
-def ridge(x, e, strength):
+def weights_at(model, path, batches):
+    """How much each unpadded position counts: by how sensitive the outputs are to it, and half of its sample's mean."""
+    found = []
+    with evaluating(model):
+        for batch in batches:
+            block = model.get_submodule(path)
+            size = output_sensitivities(describe(model).host, {block: 2}, batch)[block][..., 0].double()
+            mask = batch["attention_mask"].bool()
+            size = size * mask
+            mean = size.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+            found.append((size + 0.5 * mean)[mask])
+    return torch.cat(found)
+
+
+def ridge(x, e, weights, strength):
+    x, e = x * weights.sqrt()[:, None], e * weights.sqrt()[:, None]
     gram = x.T @ x
     return torch.linalg.solve(
         gram + strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype), x.T @ e
@@ -63,10 +80,12 @@ def test_a_later_site_is_fitted_on_what_the_healed_model_gives_it():
     x, kept, samples = seen_at(alone, f"{LAYERS}.1", batches)  # block 2, behind the healed site
     _, target, _ = seen_at(model, f"{LAYERS}.3", batches)
     fit = samples % 5 != 4
-    expected = ridge(x[fit], (target - kept)[fit], second.strength)
+    weights = weights_at(model, f"{LAYERS}.3", batches)
+    expected = ridge(x[fit], (target - kept)[fit], weights[fit], second.strength)
     found = (pruned.model.layers[1].mlp.down_proj.weight - model.model.layers[2].mlp.down_proj.weight).double()
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
-    held = ((target - kept - x @ expected.T)[~fit].square().sum() / (target - kept)[~fit].square().sum()).item()
+    before, after = (e[~fit].square().sum(1) @ weights[~fit] for e in (target - kept, target - kept - x @ expected.T))
+    held = (after / before).item()
     assert second.held_out == pytest.approx(held, rel=1e-3) and first.held_out < 1
 
 
@@ -181,7 +200,7 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
     weight = torch.cat([(100 * m.square().sum(1).median() / m.square().sum(1)).clamp(max=1) for m in targets])[:, None]
     x, missing = torch.cat(xs), torch.cat(targets)
     fit = torch.arange(80).repeat_interleave(20) % 5 != 4
-    expected = ridge((x * weight.sqrt())[fit], (missing * weight.sqrt())[fit], healing.strength)
+    expected = ridge(x[fit], missing[fit], weight[fit, 0], healing.strength)
     torch.testing.assert_close(healing.change, expected, atol=1e-4, rtol=1e-4)
     held = weight * (missing - x @ expected.T).square(), weight * missing.square()
     assert healing.held_out == pytest.approx(float(held[0][~fit].sum() / held[1][~fit].sum()), rel=1e-4)

@@ -1,11 +1,13 @@
-"""Trains a small bottleneck ResNet of transformers from scratch, as a subject for the benchmarks of blocks.
+"""Trains a small bottleneck ResNet or ViT of transformers from scratch, as a subject for the benchmarks of blocks.
 
-14 blocks in four stages. transformers' stem divides the sides by four, so the images are scaled up first: from 32 to 64
-pixels the first stage works on 16x16 positions. Each epoch sees every image once, mirrored by chance and shifted by up
-to 4 pixels. The held-out images are looked at only to report: the last epoch's weights are saved, whatever their
-accuracy.
+The ResNet: 14 blocks in four stages. transformers' stem divides the sides by four, so the images are scaled up first:
+from 32 to 64 pixels the first stage works on 16x16 positions. The ViT: 12 blocks on patches of 4 x 4 pixels. Each epoch
+sees every image once, mirrored by chance and shifted by up to 4 pixels. The held-out images are looked at only to
+report: the last epoch's weights are saved, whatever their accuracy.
 
-    python -m benchmarks.train_resnet --train train.parquet --heldout test.parquet --output FOLDER
+    python -m benchmarks.train_images --train train.parquet --heldout test.parquet --output FOLDER
+    python -m benchmarks.train_images --kind vit --image-size 32 --train train.parquet --heldout test.parquet \
+        --output FOLDER
 
 Data: .parquet files with an image and a label column (CIFAR-10 and its like).
 """
@@ -16,6 +18,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tf
@@ -30,17 +33,30 @@ from .images import model_input, read_images
 SHIFT = 4
 
 
-def build(names: list[str], depths: list[int], hidden_sizes: list[int], embedding_size: int) -> nn.Module:
-    """The untrained network."""
+def build_resnet(classes: dict[str, Any], args: argparse.Namespace) -> nn.Module:
+    """The untrained ResNet."""
     config = tf.ResNetConfig(
         layer_type="bottleneck",
-        depths=depths,
-        hidden_sizes=hidden_sizes,
-        embedding_size=embedding_size,
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
+        depths=args.depths,
+        hidden_sizes=args.hidden_sizes,
+        embedding_size=args.embedding_size,
+        **classes,
     )
     return tf.ResNetForImageClassification(config)
+
+
+def build_vit(classes: dict[str, Any], args: argparse.Namespace) -> nn.Module:
+    """The untrained ViT."""
+    config = tf.ViTConfig(
+        hidden_size=128,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        intermediate_size=256,
+        image_size=args.image_size,
+        patch_size=4,
+        **classes,
+    )
+    return tf.ViTForImageClassification(config)
 
 
 def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -63,9 +79,14 @@ def evaluate(model: nn.Module, pixels: Tensor, labels: Tensor, size: int) -> tup
 
 
 def train(model: nn.Module, pixels: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
-    """SGD with momentum; the rate rises for a fifth of the steps and then falls along a cosine."""
+    """SGD with momentum, AdamW for the ViT; the rate rises for a fifth of the steps and then falls along a cosine."""
     generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=args.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    if args.kind == "vit":
+        args.rate = args.rate or 1e-3
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.05)
+    else:
+        args.rate = args.rate or 0.05
+        optimizer = torch.optim.SGD(model.parameters(), lr=args.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = len(pixels) // args.batch_size  # what is left of an epoch's images waits for another epoch
     rate = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.rate, epochs=args.epochs, steps_per_epoch=steps, pct_start=0.2
@@ -95,6 +116,7 @@ def train(model: nn.Module, pixels: Tensor, labels: Tensor, args: argparse.Names
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("resnet", "vit"), default="resnet")
     parser.add_argument("--train", required=True, type=Path)
     parser.add_argument("--heldout", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path, help="folder for the model and training.json")
@@ -104,7 +126,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=64, help="sides that the images are scaled to")
     parser.add_argument("--epochs", type=int, default=70)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=0.05, help="highest learning rate")
+    parser.add_argument("--rate", type=float, help="highest learning rate; default: 0.05, of the ViT 0.001")
     parser.add_argument("--rows", type=int, help="training images; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -114,7 +136,9 @@ def main() -> None:
     pixels, labels, names = read_images(args.train)
     pixels, labels = pixels[: args.rows], labels[: args.rows]
     heldout = read_images(args.heldout)
-    model = build(names, args.depths, args.hidden_sizes, args.embedding_size).to(memory_format=torch.channels_last)
+    classes = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    build = build_vit if args.kind == "vit" else build_resnet
+    model = build(classes, args).to(memory_format=torch.channels_last)
     start = time.perf_counter()
     train(model, pixels, labels, args)
     seconds = time.perf_counter() - start

@@ -1,0 +1,316 @@
+r"""Is a search with repairs better than other ways to choose blocks? How far outputs are from the whole model's, and
+the metric, on held-out samples: right after the removal, repaired, and after an epoch of training.
+
+The ways: similarity by debiased CKA and by cosine (ShortGPT), block influence, the straightest run of blocks (Gromov et
+al. 2024, arXiv 2403.17887), ReplaceMe's (Shopkhoev et al. 2025, arXiv 2505.02819: that run, and a linear map behind the
+kept block's last one in place of our repair), random sets, SLEB's greedy search (Song et al. 2024, arXiv 2402.09025:
+without repairs), and searches with repairs. Each chooses and repairs on the same training samples; each seed takes
+others. The held-out samples are the same for all.
+
+    python -m benchmarks.search_evidence --model DIR --train train.csv --heldout test.csv --remove 2 4 --seeds 0 1 2 \
+        --retrain 1600 --output FOLDER --name NAME
+
+Data as in `criteria_grid`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deeparc_hf import analyze, find_stacks, heal_model, remove_blocks, search_blocks
+from deeparc_hf.architectures import describe
+from deeparc_hf.core.environment import hardware, package_versions
+from deeparc_hf.healing.block_ends import rows
+from deeparc_hf.healing.heal import find_endings
+from deeparc_hf.healing.sites import sites_of
+from deeparc_hf.observe.hooks import hidden_states, hooked
+from deeparc_hf.observe.outputs import heads_of
+from deeparc_hf.search.objectives.divergence import relative_errors
+
+from .criteria_grid import random_set, straight_run
+from .healing_grid import Subject, image_subject, language_subject, shown
+
+OURS = "search: greedy, with repairs"
+REPLACE_ME = "ReplaceMe"
+Blocks = dict[str, list[int]]
+
+
+class Judge:
+    """How far models are from the whole one on the held-out samples."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self._whole = [heads for heads, _ in self._answers(subject.model)]
+
+    def _answers(self, model: nn.Module) -> Any:
+        host = describe(model).host
+        for batch in self.subject.heldout:
+            with torch.no_grad():
+                output = model.eval()(**batch, **({"use_cache": False} if host.takes_cache else {}))
+            yield heads_of(host, output, batch), batch
+
+    def __call__(self, model: nn.Module) -> list[float]:
+        """For each sample, the divergence of the outputs."""
+        found: list[float] = []
+        for (heads, _), wanted in zip(self._answers(model), self._whole, strict=True):
+            losses, weights = relative_errors(heads, wanted)
+            found += (losses.sum(dim=0) / weights.sum(dim=0)).tolist()
+        return found
+
+
+def mapped(model: nn.Module, pruned: nn.Module, removed: Blocks, calibration: Sequence[Mapping[str, Tensor]]) -> None:
+    """ReplaceMe's fit at the one site: a linear map T behind the kept block's last map, by least squares over all
+    positions, folded into that map. In place.
+    """
+    whole, smaller = describe(model), describe(pruned)
+    (site,) = sites_of(removed)
+    stack = whole.stacks[site.stack]
+    kept, last = stack.blocks[site.kept], stack.blocks[site.removed[-1]]
+    endings = find_endings(whole.host, [kept, last], calibration[0])
+    ending, end = endings[kept], endings[last]
+    if isinstance(ending, str) or isinstance(end, str):
+        return
+    module, seen = kept.get_submodule(ending.map), {}
+
+    def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        seen[name] = hidden_states(output).detach()
+
+    def note_input(name: str, module: nn.Module, args: Any) -> None:
+        seen[name] = args[0].detach()
+
+    def watch(name: str, block: nn.Module, final: str | None) -> Any:
+        if final is None:
+            return block.register_forward_hook(partial(note, name))
+        return block.get_submodule(final).register_forward_pre_hook(partial(note_input, name))
+
+    handles = [
+        module.register_forward_hook(partial(note, "map")),
+        watch("kept", kept, ending.final),
+        watch("last", last, end.final),
+    ]
+    gram = cross = 0.0
+    with hooked(handles), torch.no_grad():
+        for batch in calibration:
+            model.eval()(**batch, **({"use_cache": False} if whole.host.takes_cache else {}))
+            valid = torch.ones(len(rows(seen["map"], module)), dtype=torch.bool)
+            if "attention_mask" in batch:
+                valid = batch["attention_mask"].flatten().bool()
+            m, missing = rows(seen["map"], module)[valid], rows(seen["last"] - seen["kept"], module)[valid]
+            m, missing = m.double(), missing.double() / ending.scale
+            gram, cross = gram + m.T @ m, cross + m.T @ missing
+    gram = gram + torch.eye(len(gram), dtype=torch.float64) * 1e-6 * gram.diagonal().mean()
+    change = torch.linalg.solve(gram, cross).T.float()  # T - 1
+    position = [i for i in range(len(stack)) if i not in removed[site.stack]].index(site.kept)
+    block = smaller.stacks[site.stack].blocks[position]
+    with torch.no_grad():
+        target = block.get_submodule(ending.map)
+        target.weight.add_((change @ target.weight.flatten(1)).reshape(target.weight.shape))
+        if target.bias is not None:
+            target.bias.add_(change @ target.bias)
+        if end.final is not None:
+            theirs = last.get_submodule(end.final).state_dict()
+            block.get_submodule(end.final).load_state_dict(theirs)
+
+
+def ways(subject: Subject, args: argparse.Namespace, seed: int) -> dict[str, Callable[[int], Blocks]]:
+    """What each way removes, by how many."""
+    model, data, total = subject.model.eval(), subject.calibration, sum(map(len, find_stacks(subject.model).values()))
+    fewest = total - max(args.remove)
+    found: dict[str, Callable[[int], Blocks]] = {}
+    settings = {"calibration_samples": args.samples, "num_blocks": total, "progress": False}
+    plans = {metric: analyze(model, data, similarity=metric, **settings) for metric in ("cka", "cosine", "effect")}
+    for title, plan in (
+        ("CKA", plans["cka"]),
+        ("cosine (ShortGPT)", plans["cosine"]),
+        ("effect", plans["effect"].replan(linkage="adjacent")),
+    ):
+        found[title] = lambda count, plan=plan: plan.replan(num_blocks=total - count).removed
+    found["straightest run"] = found[REPLACE_ME] = partial(straight_run, plans["cosine"])
+    found["random"] = partial(random_set, plans["cosine"], seed)
+    for title, heal in (("search: greedy, without repairs (SLEB)", None), (OURS, "lstsq")):
+        frontier = search_blocks(
+            model,
+            data,
+            heal=heal,
+            num_blocks=fewest,
+            samples=args.samples,
+            measure_times=False,
+            progress=False,
+        )
+        chosen = {total - point.num_blocks: point.removed for point in frontier.points}
+        found[title] = chosen.__getitem__
+    return found
+
+
+def retrain(model: nn.Module, training: Sequence[Mapping[str, Tensor]], rate: float, seed: int) -> None:
+    """One epoch of AdamW; the rate falls to nothing."""
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(training))
+    model.train()
+    for number in torch.randperm(len(training)).tolist():
+        model(**training[number]).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        falling.step()
+    model.eval()
+
+
+def measured(args: argparse.Namespace, subject: Subject, judge: Judge, way: str, blocks: Blocks, seed: int) -> Any:
+    """One row: plain, repaired, retrained."""
+    pruned = copy.deepcopy(subject.model)
+    remove_blocks(pruned, blocks)
+    row: dict[str, Any] = {"way": way, "seed": seed, "removed": blocks}
+    row["plain"] = {"divergence": judge(pruned), "metric": subject.measure(pruned)}
+    if way == REPLACE_ME:
+        mapped(subject.model, pruned, blocks, subject.calibration)
+    else:
+        heal_model(pruned, subject.model, subject.calibration, samples=args.samples, progress=False)
+    row["repaired"] = {"divergence": judge(pruned), "metric": subject.measure(pruned)}
+    if subject.training and sum(map(len, blocks.values())) == max(args.remove):
+        retrain(pruned, subject.training, args.rate, seed)
+        row["retrained"] = {"divergence": judge(pruned), "metric": subject.measure(pruned)}
+    return row
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    result: dict[str, Any] = {"rows": []}
+    for seed in args.seeds:
+        args.seed, start = seed, time.perf_counter()
+        subject = image_subject(args) if args.train.suffix == ".parquet" else language_subject(args)
+        judge = Judge(subject)
+        result |= {"metric": subject.metric, "original": subject.measure(subject.model), "tests": subject.tests}
+        result["facts"] = facts(args, subject)
+        for way, choose in ways(subject, args, seed).items():
+            for count in args.remove:
+                blocks = {stack: list(indices) for stack, indices in choose(count).items() if indices}
+                row = measured(args, subject, judge, way, blocks, seed)
+                result["rows"].append({"count": count, **row})
+                told = [
+                    f"{kind} {np.mean(row[kind]['divergence']):.4f} {row[kind]['metric'][0]:.4f}"
+                    for kind in KINDS
+                    if kind in row
+                ]
+                print(
+                    seed, count, way, list(blocks.values()), *told, f"{time.perf_counter() - start:.0f} s", flush=True
+                )
+        write(args, result)
+    return result
+
+
+KINDS = ("plain", "repaired", "retrained")
+
+
+def facts(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
+    return {
+        "model": args.name,
+        "blocks": sum(map(len, find_stacks(subject.model).values())),
+        "samples to choose and repair on": sum(len(next(iter(batch.values()))) for batch in subject.calibration),
+        "samples of the epoch": sum(len(batch["labels"]) for batch in subject.training),
+        "held-out samples": subject.tests,
+        "seeds": args.seeds,
+        **hardware(),
+        **package_versions(),
+    }
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """A mean with its 95 % normal interval."""
+    half = 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
+
+
+def means(result: Mapping[str, Any], count: int, way: str, kind: str) -> tuple[np.ndarray, float] | None:
+    """Each held-out sample's divergence, the mean over the seeds, and the mean of the metric."""
+    rows = [row[kind] for row in result["rows"] if row["count"] == count and row["way"] == way and kind in row]
+    if not rows:
+        return None
+    return np.mean([row["divergence"] for row in rows], axis=0), float(np.mean([row["metric"][0] for row in rows]))
+
+
+def report(result: Mapping[str, Any]) -> str:
+    facts, original = result["facts"], result["original"][0]
+    parts = [f"# Choosing blocks: {facts['model']}"]
+    parts.append(
+        f"Divergence (nats) of the outputs from the whole model's on {result['tests']} held-out samples, and "
+        f"{result['metric']}: right after the removal, repaired, and after an epoch of training. Means over the seeds "
+        f"{', '.join(map(str, facts['seeds']))}, with 95 % intervals over the samples. The whole model: "
+        f"{shown(result['original'][:3])}. More than ours: the repaired divergence less that of the search with "
+        "repairs, sample by sample."
+    )
+    for count in sorted({row["count"] for row in result["rows"]}):
+        lines = [
+            f"| {count} of {facts['blocks']} removed by | removed (first seed) | plain | repaired | more than ours | "
+            f"{result['metric']}: plain | repaired | retrained |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        listed = [row for row in result["rows"] if row["count"] == count]
+        ours = means(result, count, OURS, "repaired")
+        for way in dict.fromkeys(row["way"] for row in listed):
+            blocks = next(row["removed"] for row in listed if row["way"] == way)
+            named = "; ".join(", ".join(map(str, indices)) for indices in blocks.values())
+            plain, repaired, retrained = (means(result, count, way, kind) for kind in KINDS)
+            assert plain is not None and repaired is not None and ours is not None
+            more = "" if way == OURS else "{:+.4f} ({:+.4f} .. {:+.4f})".format(*interval(repaired[0] - ours[0]))
+            spread = "{:.4f} ({:.4f} .. {:.4f})".format(*interval(repaired[0]))
+            after = "" if retrained is None else f"{retrained[1]:.4g}"
+            lines.append(
+                f"| {way} | {named} | {plain[0].mean():.4f} | {spread} | {more} | {plain[1]:.4g} | {repaired[1]:.4g} | "
+                f"{after} |"
+            )
+        parts.append("\n".join(lines))
+        cka, best = means(result, count, "CKA", "plain"), ours
+        if cka is not None and best is not None and cka[1] != original:
+            share = 100 * (1 - (best[1] - original) / (cka[1] - original))
+            left = 100 * (1 - best[0].mean() / cka[0].mean())
+            parts.append(
+                f"Of what plain removal by CKA costs, the search with repairs undoes {share:.0f} % in "
+                f"{result['metric']} and {left:.0f} % in divergence, without training."
+            )
+    parts.append("\n".join(f"- {key}: {value}" for key, value in facts.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def write(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    stem = args.output / f"search_{args.name.lower().replace(' ', '_')}"
+    stem.with_suffix(".json").write_text(json.dumps(result) + "\n")
+    stem.with_suffix(".md").write_text(report(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--gguf", help="name of the file, where the model is one")
+    parser.add_argument("--train", required=True, type=Path)
+    parser.add_argument("--heldout", required=True, type=Path)
+    parser.add_argument("--remove", type=int, nargs="+", required=True, help="numbers of blocks to remove")
+    parser.add_argument("--image-size", type=int, help="sides that images are scaled to; default: as they are")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--name", required=True, help="of the model, for the report")
+    parser.add_argument("--samples", type=int, default=256, help="training samples to choose and repair on")
+    parser.add_argument("--tests", type=int, default=500)
+    parser.add_argument("--retrain", type=int, default=0, help="training samples of the epoch, of the smallest models")
+    parser.add_argument("--rate", type=float, default=5e-5, help="learning rate of the epoch")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    write(args, run(args))
+
+
+if __name__ == "__main__":
+    main()
