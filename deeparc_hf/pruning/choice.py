@@ -101,5 +101,8 @@ class Choice:
         return f"{self.search} search: {self.objective} {self.value:.3g}{bounds}{on}"
 
     def __str__(self) -> str:
-        faster = self.measured or self.speedup
-        return f"{self.judged}{'' if faster is None else f', {faster:.2f} times as fast'}"
+        faster = self.speedup if self.measured is None else self.measured
+        told = "" if faster is None else f", {faster:.2f} times as fast"
+        if self.measured is not None and self.speedup is not None:
+            told += f" (by the times of its blocks {self.speedup:.2f})"
+        return self.judged + told

@@ -41,7 +41,7 @@ from .objectives import ModelObjective, Objective, objectives
 from .playback import Block
 from .strategies import Strategy, strategies
 from .timing import BlockTimes, compare_times, time_blocks, work_of
-from .workbench import Node, Removed, Workbench, by_stack
+from .workbench import SENSITIVITY_PASSES, Node, Removed, Workbench, by_stack
 
 __all__ = ["check_search", "check_speedup", "find_frontier", "search_blocks", "search_plan"]
 
@@ -174,12 +174,35 @@ def search_plan(
     if 0 in (most, _wanted(subject.lengths, config)):
         calibration = Calibration(batches, config.calibration_samples)
         return compare_blocks(subject, calibration, whole, progress=progress, labels=labels)  # nothing is to go
+    chosen: list[int] = []
+
+    def choose(points: Sequence[Point]) -> Point:
+        """By the times of the blocks, which a later timing of the smaller model may not quite reach."""
+        point = points[-1]
+        if target == "speedup":
+            enough = [each for each in points if (each.speedup or 0.0) >= (config.speedup or 0.0)]
+            fastest = max(points, key=lambda each: each.speedup or 0.0)
+            if not enough:
+                raise PlanError(
+                    f"speedup={config.speedup:g} cannot be reached: the fastest model that was found is "
+                    f"{fastest.speedup or 0.0:.3g} times as fast, with {fastest.num_blocks} blocks. Ask for less."
+                )
+            point = enough[0]
+        chosen.append(points.index(point))
+        return point
+
     frontier = find_frontier(
-        subject, batches, config, measures=("blocks",), most=most, labels=labels, shared=shared, progress=progress
+        subject,
+        batches,
+        config,
+        measures=("blocks",),
+        most=most,
+        labels=labels,
+        shared=shared,
+        progress=progress,
+        choose=choose,
     )
-    if target == "speedup":
-        return frontier.choose(speedup=config.speedup)
-    return frontier.plan_of(frontier.points[-1])
+    return frontier.plan_of(frontier.points[chosen[0]])
 
 
 def find_frontier(
@@ -197,6 +220,7 @@ def find_frontier(
     labels: Mapping[str, tuple[int, ...]] | None = None,
     shared: bool = False,
     progress: bool = True,
+    choose: Callable[[Sequence[Point]], Point] | None = None,
 ) -> Frontier:
     """`search_blocks` with settings as a training has them.
 
@@ -204,6 +228,7 @@ def find_frontier(
         measures: "blocks": the blocks are timed; "models": each smaller model is made, as a copy, and timed.
         most: blocks that go at most, where the settings do not say.
         at_most: whether fewer may go than the settings ask for, where not so many can, or Ctrl-C ends the search.
+        choose: names one of the models that were found, which is timed beside the whole one at the end.
     """
     strategy, goal = check_search(config, measured=evaluate is not None)
     total = sum(map(len, subject.stacks.values()))
@@ -221,7 +246,7 @@ def find_frontier(
             f"protected, or min_blocks={config.min_blocks} keeps them. Keep more blocks, or protect fewer."
         )
     asked = {} if journal is None else _asked(subject, batches, config, evaluate, greater_is_better)
-    about = strategy.passes(len(free(frozenset())), most)
+    about = strategy.passes(len(free(frozenset())), most) + (0.0 if config.heal is None else SENSITIVITY_PASSES)
     told = strategy.name, goal.unit, about, plan.samples
     logger.info("%s search for the least %s: about %.0f forward passes over %d samples.", *told)
     title = f"Searching, about {about:.0f} passes over the data"
@@ -239,6 +264,8 @@ def find_frontier(
         found = _Found(subject, bench, cut(batches[0], _TIMED), evaluate, measures, shared)
         ends = _Ends(max_value, config.speedup)
         complete = _run(strategy, bench, free, most, ends, found, at_most)
+        if choose is not None:
+            found.time(choose(found.points()))
     return Frontier(
         points=found.points(),
         plan=plan,
@@ -395,11 +422,10 @@ class _Found:
         self.found: dict[int, tuple[Node, Point]] = {}
         self.times: BlockTimes | None = None
         self._subject, self._bench, self._evaluate = subject, bench, evaluate
-        self._work = work_of(subject.host, timed)
+        self._work, self._agree = work_of(subject.host, timed), agree if shared else _alone
         self._makes, self._compares = evaluate is not None or "models" in measures, "models" in measures
         if "blocks" in measures:
-            time_them = partial(time_blocks, subject.host, bench.modules, self._work)
-            self.times = agree(time_them) if shared else time_them()
+            self.times = self._agree(partial(time_blocks, subject.host, bench.modules, self._work))
         self._whole = self._point(bench.root, subject.root)
 
     def add(self, node: Node) -> Point:
@@ -412,12 +438,29 @@ class _Found:
     def points(self) -> tuple[Point, ...]:
         return (self._whole, *(self.found[count][1] for count in sorted(self.found)))
 
+    def time(self, point: Point) -> None:
+        """Time a model that was found beside the whole one, where memory suffices for a copy of it."""
+        node, known = next((entry for entry in self.found.values() if entry[1] is point), (None, point))
+        if node is None or known.measured is not None:
+            return
+        node.repairs  # noqa: B018  computed in all processes, if that is still to be done
+
+        def compare() -> Point:
+            try:
+                return self._timed(known, self._bench.make(node))
+            except torch.OutOfMemoryError:
+                logger.info("The smaller model is not timed: memory does not suffice for a copy of it.")
+                return known
+
+        self.found[len(node.removed)] = node, self._agree(compare)
+
     def _measured(self, node: Node) -> Point:
         """Make the smaller model, as a copy, and measure it."""
         smaller = self._bench.make(node)
         point = self._point(node, smaller)
-        if not self._compares:
-            return point
+        return self._timed(point, smaller) if self._compares else point
+
+    def _timed(self, point: Point, smaller: nn.Module) -> Point:
         ratio, interval = compare_times(self._subject.host, describe(smaller).host, self._work)
         return dataclasses.replace(point, measured=ratio, measured_interval=interval)
 
@@ -434,6 +477,10 @@ class _Found:
             None if self._evaluate is None or model is None else _finite(_evaluated(self._evaluate, model)),
             None if self.times is None else self.times.speedup(node.removed),
         )
+
+
+def _alone(work: Callable[[], Any]) -> Any:
+    return work()
 
 
 def _check_goals(total: int, num_blocks: int | None, max_value: float | None) -> None:

@@ -34,7 +34,7 @@ from .journal import Journal
 from .objectives import Answer, AnswerObjective, ModelObjective, Objective, Score
 from .playback import Block, Playback
 
-__all__ = ["Node", "Removed", "Workbench", "by_stack"]
+__all__ = ["SENSITIVITY_PASSES", "Node", "Removed", "Workbench", "by_stack"]
 
 Removed = frozenset[Block]
 Change = Callable[[Mapping[Block, Healing]], None]  # gives the model these repairs, and no others
@@ -42,6 +42,8 @@ Change = Callable[[Mapping[Block, Healing]], None]  # gives the model these repa
 logger = logging.getLogger(__name__)
 
 _FIT = 5, 8  # share of the samples that repairs are fitted on
+_BACKWARD = 3  # forward passes that one forward and backward pass counts for
+SENSITIVITY_PASSES = _BACKWARD * _FIT[0] / _FIT[1]  # over all data, before a search with repairs begins
 _ROUGH = 4  # of the judging samples one in so many comes first
 MEMORY = 4 * 10**9  # bytes, for what blocks put out
 _LEFT = 3  # and one in so many candidates stays for the others
@@ -272,7 +274,7 @@ class Workbench:
         blocks = {module: axes[block[0]] for block, module in self.modules.items() if block[0] in axes}
         for inputs in self._fitting if blocks else ():
             found.append(output_sensitivities(self.host, blocks, inputs) or {})
-            self._playback.done[0] += 3 * len(self._order) * batch_size(inputs)  # backward counts twice
+            self._playback.done[0] += _BACKWARD * len(self._order) * batch_size(inputs)
         self._account()
         return found or [{}] * len(self._fitting)
 

@@ -205,8 +205,37 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
     held = weight * (missing - x @ expected.T).square(), weight * missing.square()
     assert healing.held_out == pytest.approx(float(held[0][~fit].sum() / held[1][~fit].sum()), rel=1e-4)
     assert int((weight < 1).sum()) == 80
-    plain = ridge(x[fit], missing[fit], healing.strength)
+    plain = ridge(x[fit], missing[fit], torch.ones(len(x), dtype=x.dtype)[fit], healing.strength)
     assert (expected - planted).square().sum() < 0.1 * (plain - planted).square().sum()
+
+
+@pytest.mark.parametrize("known", [[True, False, True], [False, True, True], [True, True, True]])
+def test_what_is_not_known_to_be_sensitive_counts_like_the_mean(known):
+    """Of the first batch; if nothing is known of that, all positions count alike. Weights written out by hand."""
+    model = ZOO["llama"].model()
+    subject = describe(model)
+    site = SiteFit(subject.host, subject.stacks[LAYERS], Site(LAYERS, 2, (3,)))
+    width, size = model.config.hidden_size, model.config.intermediate_size
+    site.endings = [Ending("mlp.down_proj", None, None, torch.ones(width))] * 2
+    site.orient(Axes(features=2, samples=0))
+    generator = torch.Generator().manual_seed(0)
+    xs, wanted, weights, first = [], [], [], 0.0
+    for number, is_known in enumerate(known):
+        x, kept, missing = (torch.randn(10, 6, n, generator=generator).double() for n in (size, width, width))
+        found = torch.rand(10, 6, 1, generator=generator) * 1e-3
+        found[:, 4:] = torch.nan if number == 2 and all(known) else 0.0
+        site.seen = {"x": x, "kept output": kept.float(), "last output": (kept + missing).float()}
+        site.take({"input_ids": torch.zeros(10, 6)}, 10 * number, found if is_known else None)
+        size_of = found[..., 0].double().nan_to_num(0.0)
+        counted = size_of + 0.5 * size_of.mean(1, keepdim=True)
+        first = float(size_of.mean()) if number == 0 else first
+        counted = counted if is_known else torch.full_like(counted, 1.5 * first)
+        weights.append(counted if known[0] else torch.ones_like(counted))
+        xs, wanted = [*xs, x.flatten(0, 1)], [*wanted, missing.flatten(0, 1)]
+    fit = torch.arange(30).repeat_interleave(6) % 5 != 4
+    x, e, weights = (torch.cat(parts)[fit] for parts in (xs, wanted, [each.reshape(-1, 1) for each in weights]))
+    torch.testing.assert_close(site.sums[False].inputs, (x * weights).T @ x)
+    torch.testing.assert_close(site.sums[False].cross, (x * weights).T @ e, atol=1e-6, rtol=1e-5)
 
 
 def test_a_site_whose_samples_cannot_be_told_apart_is_left_alone():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
-from deeparc_hf import Frontier, analyze, find_stacks, search_blocks
+from deeparc_hf import Frontier, PruningPlan, analyze, find_stacks, search_blocks
 from deeparc_hf.errors import CalibrationError, CalibrationWarning, ConfigError, PlanError, SurgeryError
 from deeparc_hf.search.strategies import strategies
 from tests.zoo import ZOO, spread
@@ -268,6 +268,32 @@ def test_where_nothing_is_to_go_the_plan_removes_nothing(settings):
 def test_targets_that_a_plan_cannot_have_are_refused_as_without_a_search(settings, message):
     with pytest.raises((PlanError, ConfigError), match=message):
         analyze(ZOO["bert"].model(), ZOO["bert"].batches(), search="greedy", progress=False, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"num_blocks": 3}, {"speedup": 1.05}])
+def test_a_plan_tells_the_measured_time_beside_the_predicted_one(settings, monkeypatch):
+    timed = []
+
+    def compare(whole, smaller, work):
+        timed.append(tuple(sum(map(len, find_stacks(host.root).values())) for host in (whole, smaller)))
+        return 1.01, (1.0, 1.02)  # less than what was asked for: the plan stands
+
+    monkeypatch.setattr("deeparc_hf.search.search.compare_times", compare)
+    plan = analyze(ZOO["bert"].model(), ZOO["bert"].batches(), search="greedy", progress=False, **settings)
+    assert timed == [(4, plan.num_blocks - sum(map(len, plan.removed.values())))]
+    assert plan.choice.measured == 1.01 and plan.choice.speedup > 1.0
+    assert f"1.01 times as fast (by the times of its blocks {plan.choice.speedup:.2f})" in str(plan)
+    again = PruningPlan.from_dict(plan.to_dict())
+    assert again.choice == plan.choice
+
+
+def test_a_model_that_memory_has_no_room_for_is_not_timed(monkeypatch):
+    def compare(whole, smaller, work):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("deeparc_hf.search.search.compare_times", compare)
+    plan = analyze(ZOO["bert"].model(), ZOO["bert"].batches(), search="greedy", progress=False, num_blocks=3)
+    assert plan.choice.measured is None and "times as fast" in str(plan.choice) and "by the times" not in str(plan)
 
 
 def test_a_new_plan_of_a_searched_one_is_one_by_similarity():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -89,6 +90,8 @@ def test_a_speed_up_is_reached_in_equal_shares(tmp_path):
     assert [decision for _, decision in removed(callback)] == ["accepted", "accepted"]
     first, second = (a["speedup"] for a in callback.attempts[1:])
     assert first >= 1 / (1 - (1 - 1 / 1.6) / 2) - 1e-6 and first * second >= 1.6 - 1e-6
+    for attempt in callback.attempts[1:]:  # the smaller model was timed beside the one before it
+        assert re.search(r", \d+\.\d\d times as fast \(by the times of its blocks \d+\.\d\d\)$", attempt["search"])
     assert blocks(model) < 10  # blocks this small are a small part of the time
 
 
