@@ -112,7 +112,7 @@ class SiteFit:
             return module.register_forward_pre_hook(note, with_kwargs=True)
 
         def note_output(module: nn.Module, args: Any, result: Any) -> None:
-            self.seen[f"{which} output"] = at_home(hidden_states(result).detach())
+            self.seen[f"{which} output"] = at_home(hidden_states(result).detach()).clone()
 
         block, ending = (self.kept, self.endings[0]) if which == "kept" else (self.last, self.endings[1])
         if which == "kept":

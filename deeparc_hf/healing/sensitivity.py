@@ -51,7 +51,7 @@ def output_sensitivities(
             found[module] = hidden
             return None
         found[module] = hidden.detach().requires_grad_()
-        return with_hidden_states(output, found[module])
+        return with_hidden_states(output, found[module].clone())  # what comes behind may work on it in place
 
     try:
         with torch.enable_grad(), hooked(block.register_forward_hook(record) for block in blocks):

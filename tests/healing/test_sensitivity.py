@@ -152,3 +152,30 @@ def test_a_repair_serves_what_the_outputs_hang_on():
                 total += float(divergence(Head("logits", "softmax", found), Head("logits", "softmax", wanted)).sum())
         errors.append(total)
     assert errors[0] < errors[1]
+
+
+def test_what_runs_behind_a_site_may_change_its_output_in_place():
+    """The target is what the block put out, and the positions still count by their sensitivity."""
+
+    class InPlace(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, hidden, *args, **kwargs):
+            copied = self.block(hidden.clone(), *args, **kwargs)
+            hidden.mul_(3.0)
+            return copied
+
+    changes = []
+    for in_place in (False, True):
+        model = ZOO["llama"].model()
+        layers = model.model.layers
+        if in_place:
+            layers[3].forward = InPlace(copy.deepcopy(layers[3])).forward
+        pruned = ZOO["llama"].model()
+        remove_blocks(pruned, {"model.layers": [2]})
+        (site,) = heal_model(pruned, model, ZOO["llama"].batches(20))
+        assert site.reason is None
+        changes.append(pruned.model.layers[1].mlp.down_proj.weight)
+    assert torch.equal(*changes)
