@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,25 @@ from .block_ends import Ending, at_home, rows
 from .ridge import RidgeSums, Solution, solve
 from .sites import Healing, Site
 
-__all__ = ["SiteFit"]
+__all__ = ["SiteFit", "SitePart", "in_one_unit"]
 
 _EACH = 5  # each fifth sample is held out
 _ZEROS = 0.02  # share of zeros from which on a map is taken for a sparse one, whatever the record says
 _RESERVOIR = 8192  # most held-out positions on which the block's output is compared
 _MOST = 100.0  # positions of median size that a larger one counts for at most
 _EVEN = 0.5  # of its sample's mean, what each position counts for at least
+_LEAST = 1e-20  # so that where no output hangs on anything, all positions count alike
+
+
+class SitePart(NamedTuple):
+    """What one process has seen of a site; see the attributes of `SiteFit`."""
+
+    reason: str | None
+    sums: Mapping[bool, RidgeSums | None]
+    held: list[tuple[Tensor, ...]]
+    endings: list[Ending]
+    plain: RidgeSums | None
+    unit: float | None
 
 
 class SiteFit:
@@ -179,19 +191,21 @@ class SiteFit:
         """How much positions count, shape (N,): by their sensitivities, and half of the mean of their sample's. The
         unit is left as it is, so that samples whose outputs are decided count for little, in whatever batch.
         """
-        if sensitivities is not None and self.unit != 0.0:
-            size = rows(at_home(sensitivities), self.module)[:, 0].double()
-            size = torch.where(valid, size.nan_to_num(0.0, 0.0, 0.0), 0.0)
-            sums = torch.zeros(2, int(samples.max()) + 1, dtype=torch.float64, device=size.device)
-            sums.index_add_(1, samples, torch.stack([size, valid.double()]))
-            counted = size + _EVEN * (sums[0] / sums[1].clamp(min=1.0))[samples]
-            mean = float(sums[0].sum() / sums[1].sum().clamp(min=1.0))
-            if mean > 0:
-                self.unit = mean if self.unit is None else self.unit
-                return counted
-        # what is not known counts like the mean; where nothing is known at first, all positions count alike
-        self.unit = 0.0 if self.unit is None else self.unit
-        return torch.full(valid.shape, (1 + _EVEN) * self.unit).to(samples.device).double() if self.unit else None
+        if sensitivities is None or self.unit == 0.0:
+            # what is not known counts like the mean; where nothing is known at first, all positions count alike
+            self.unit = 0.0 if self.unit is None else self.unit
+            return None if self.unit == 0.0 else torch.full_like(samples, (1 + _EVEN) * self.unit, dtype=torch.float64)
+        size = rows(at_home(sensitivities), self.module)[:, 0].double()
+        size = torch.where(valid, size.nan_to_num(0.0, 0.0, 0.0), 0.0)
+        sums = torch.zeros(2, int(samples.max()) + 1, dtype=torch.float64, device=size.device)
+        sums.index_add_(1, samples, torch.stack([size, valid.double()]))
+        mean = float(sums[0].sum() / sums[1].sum().clamp(min=1.0))
+        self.unit = mean if self.unit is None and mean > 0 else self.unit
+        return size + _EVEN * (sums[0] / sums[1].clamp(min=1.0))[samples] + _LEAST
+
+    def part(self) -> SitePart:
+        """What this process has seen, for `finish`."""
+        return SitePart(self.reason, self.sums, self.held, self.endings, self.plain, self.unit)
 
     def _keep(self, *held: Tensor) -> None:
         """Keep held-out positions to compare the block's output on: each so many of every batch, fewer as more come."""
@@ -200,21 +214,22 @@ class SiteFit:
             self.held = [tuple(rows[::2] for rows in entry) for entry in self.held]
             self.stride *= 2
 
-    def finish(self, parts: Sequence[Any]) -> Healing:
+    def finish(self, parts: Sequence[SitePart]) -> Healing:
         """Solve, and compare the block's output with and without the change."""
-        reasons, sums, held_rows, endings, plain = zip(*parts, strict=True)
-        reason = next((reason for reason in reasons if reason is not None), None)
+        parts = in_one_unit(parts)
+        reason = next((part.reason for part in parts if part.reason is not None), None)
         if reason is not None:
             return Healing(self.site, reason)
-        self.endings = next(filter(None, endings), [])  # of the first process that saw a batch, for all
-        fit, held = (_total([found[part] for found in sums]) for part in (False, True))
+        # of the first process that saw a batch, for all
+        self.endings = next(filter(None, (part.endings for part in parts)), [])
+        fit, held = (_total([part.sums[held_out] for part in parts]) for held_out in (False, True))
         if fit is None or held is None or not self.endings:
             raise CalibrationError(
                 "Healing needs at least 5 calibration samples: each fifth is held out. Give some hundreds."
             )
         solution = solve(fit, held, self.has_intercept)
         found = Healing(self.site, positions=fit.count, strength=solution.strength, ending=self.endings[0])
-        found.held_out = self._distance(solution, list(chain.from_iterable(held_rows)))
+        found.held_out = self._distance(solution, list(chain.from_iterable(part.held for part in parts)))
         if solution.change is None or found.held_out >= 1.0:
             found.reason = "held-out positions do not come closer to the removed block's output"
             return found
@@ -225,7 +240,7 @@ class SiteFit:
         if final is not None:
             found.final = {name: p.detach().clone() for name, p in self.last.get_submodule(final).named_parameters()}
         if self.endings[0].batch_norm is not None:
-            found.statistics = self._statistics(_total(plain), found.change)
+            found.statistics = self._statistics(_total([part.plain for part in parts]), found.change)
         return found
 
     def _distance(self, solution: Solution, held: Sequence[tuple[Tensor, ...]]) -> float:
@@ -266,6 +281,20 @@ def _weights(missing: Tensor, valid: Tensor) -> Tensor | None:
     size = missing.square().sum(dim=1)
     most = _MOST * size[valid].median()
     return (most / size).clamp(max=1.0) if 0 < most < size[valid].max() else None
+
+
+def in_one_unit(parts: Sequence[SitePart]) -> list[SitePart]:
+    """Where only some processes know how much positions count, those of the others count like their mean."""
+    units = [part.unit for part in parts if part.unit]
+    if not units:
+        return list(parts)
+    factor = (1 + _EVEN) * sum(units) / len(units)
+    return [part if part.unit != 0.0 else _weighed(part, factor) for part in parts]
+
+
+def _weighed(part: SitePart, factor: float) -> SitePart:
+    sums = {held: None if known is None else known * factor for held, known in part.sums.items()}
+    return part._replace(sums=sums, held=[(*rows, weight * factor) for *rows, weight in part.held])
 
 
 def _total(parts: Sequence[RidgeSums | None]) -> RidgeSums | None:

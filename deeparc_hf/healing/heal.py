@@ -142,7 +142,7 @@ def _look(
                 watch.take(inputs, seen, _pass(watch, before, healed, inputs))
             seen += batch_size(inputs)
             advance(batch_size(inputs))
-    return watch.reason, watch.sums, watch.held, watch.endings, watch.plain
+    return watch.part()
 
 
 def _pass(

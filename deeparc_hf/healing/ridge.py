@@ -39,6 +39,9 @@ class RidgeSums:
             self.inputs + other.inputs, self.cross + other.cross, self.errors + other.errors, self.count + other.count
         )
 
+    def __mul__(self, weight: float) -> RidgeSums:
+        return RidgeSums(self.inputs * weight, self.cross * weight, self.errors * weight, self.count)
+
     def squared_error(self, change: Tensor) -> float:
         """Sum of squares of e - x D over the positions."""
         return float((change * (self.inputs @ change)).sum() - 2 * (change * self.cross).sum()) + self.errors

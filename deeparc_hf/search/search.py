@@ -47,6 +47,7 @@ __all__ = ["check_search", "check_speedup", "find_frontier", "search_blocks", "s
 
 logger = logging.getLogger(__name__)
 
+_SCORES = 2  # counts up where the same search gives other scores than in an earlier version
 _TIMED = 32  # samples of the batch that is timed, at most
 
 
@@ -448,8 +449,9 @@ class _Found:
         def compare() -> Point:
             try:
                 return self._timed(known, self._bench.make(node))
-            except torch.OutOfMemoryError:
-                logger.info("The smaller model is not timed: memory does not suffice for a copy of it.")
+            except Exception as error:  # a time is told, and decides nothing: a model that cannot be copied has none
+                told = f"{type(error).__name__}: {error}".splitlines()[0]
+                logger.info("The smaller model is not timed, because it cannot be copied: %s", told)
                 return known
 
         self.found[len(node.removed)] = node, self._agree(compare)
@@ -546,6 +548,7 @@ def _asked(
         "objective": judged,
         "protect": list(config.protect),
         "versions": package_versions(),
+        "scores": _SCORES,
     }
 
 

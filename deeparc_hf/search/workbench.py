@@ -23,6 +23,7 @@ from ..architectures import Subject
 from ..core.distributed import agree, gather, process_count, process_index
 from ..core.transaction import Transaction
 from ..errors import CalibrationError
+from ..healing.block_ends import Ending
 from ..healing.fit import SiteFit
 from ..healing.heal import apply_healing, find_endings
 from ..healing.sensitivity import output_sensitivities
@@ -271,11 +272,18 @@ class Workbench:
         """
         found: list[Mapping[nn.Module, Tensor]] = []
         axes = {name: axes.features for name, axes in self._axes.items() if isinstance(axes, Axes)}
-        blocks = {module: axes[block[0]] for block, module in self.modules.items() if block[0] in axes}
+        blocks = {
+            module: axes[block[0]]
+            for block, module in self.modules.items()
+            if block[0] in axes and isinstance(self._endings.get(module), Ending)
+        }
         for inputs in self._fitting if blocks else ():
             found.append(output_sensitivities(self.host, blocks, inputs) or {})
             self._playback.done[0] += _BACKWARD * len(self._order) * batch_size(inputs)
         self._account()
+        if self._share[1] > 1:  # what one process could not find out, none goes by: repairs are the same in all
+            known = gather(lambda: [bool(each) for each in found])
+            found = [each if all(flags) else {} for each, *flags in zip(found, *known, strict=True)]
         return found or [{}] * len(self._fitting)
 
     def _sites(self, removed: Removed) -> dict[Block, Site]:
@@ -310,8 +318,7 @@ class Workbench:
                 self._run_one(number, kept, removed, states, partial(watch.hooks, "kept"))
                 watch.take(inputs, seen, self._sensitivities[number].get(self.modules[last]))
                 seen += batch_size(inputs)
-            part = (watch.reason, watch.sums, watch.held, watch.endings, watch.plain)
-            self._fits[key] = watch.finish([part])
+            self._fits[key] = watch.finish([watch.part()])
             while len(self._fits) > 3 * len(self._order):
                 self._fits.popitem(last=False)
         self._fits.move_to_end(key)

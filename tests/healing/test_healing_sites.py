@@ -12,7 +12,7 @@ from deeparc_hf import find_stacks, heal_model, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError
 from deeparc_hf.healing.block_ends import Ending
-from deeparc_hf.healing.fit import SiteFit
+from deeparc_hf.healing.fit import SiteFit, in_one_unit
 from deeparc_hf.healing.heal import fit_sites
 from deeparc_hf.healing.sensitivity import output_sensitivities
 from deeparc_hf.healing.sites import Site
@@ -196,7 +196,7 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
         site.seen = {"x": x, "kept output": kept.float(), "last output": (kept + missing).float()}
         site.take({"input_ids": torch.zeros(8, 20)}, 8 * batch)
         xs, kepts, targets = [*xs, x.flatten(0, 1)], [*kepts, kept.flatten(0, 1)], [*targets, missing.flatten(0, 1)]
-    healing = site.finish([(None, site.sums, site.held, site.endings, site.plain)])
+    healing = site.finish([site.part()])
     weight = torch.cat([(100 * m.square().sum(1).median() / m.square().sum(1)).clamp(max=1) for m in targets])[:, None]
     x, missing = torch.cat(xs), torch.cat(targets)
     fit = torch.arange(80).repeat_interleave(20) % 5 != 4
@@ -236,6 +236,28 @@ def test_what_is_not_known_to_be_sensitive_counts_like_the_mean(known):
     x, e, weights = (torch.cat(parts)[fit] for parts in (xs, wanted, [each.reshape(-1, 1) for each in weights]))
     torch.testing.assert_close(site.sums[False].inputs, (x * weights).T @ x)
     torch.testing.assert_close(site.sums[False].cross, (x * weights).T @ e, atol=1e-6, rtol=1e-5)
+
+
+def test_a_process_that_does_not_know_what_counts_counts_like_the_mean_of_the_others():
+    subject = describe(ZOO["llama"].model())
+    width, size = 32, 48
+    generator = torch.Generator().manual_seed(0)
+
+    def seen(unit):
+        site = SiteFit(subject.host, subject.stacks[LAYERS], Site(LAYERS, 2, (3,)))
+        site.endings = [Ending("mlp.down_proj", None, None, torch.ones(width))] * 2
+        site.orient(Axes(features=2, samples=0))
+        x, kept, missing = (torch.randn(10, 6, n, generator=generator).double() for n in (size, width, width))
+        site.seen = {"x": x, "kept output": kept.float(), "last output": (kept + missing).float()}
+        site.take({"input_ids": torch.zeros(10, 6)}, 0, None if unit is None else torch.full((10, 6, 1), unit))
+        return site.part()
+
+    parts = in_one_unit([seen(1e-3), seen(None), seen(3e-3)])
+    first, second, third = (part.sums[False].inputs.trace().item() for part in parts)
+    assert second == pytest.approx((first + third) / 2, rel=0.2) and third == pytest.approx(3 * first, rel=0.2)
+    assert parts[1].held[0][-1].mean().item() == pytest.approx(3e-3)
+    alone = seen(None)
+    assert in_one_unit([alone])[0] is alone
 
 
 def test_a_site_whose_samples_cannot_be_told_apart_is_left_alone():

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers as tf
 
 from deeparc_hf import heal_model, remove_blocks
 from deeparc_hf.architectures import describe
@@ -13,7 +14,7 @@ from deeparc_hf.healing.sensitivity import output_sensitivities
 from deeparc_hf.observe.forward import evaluating
 from deeparc_hf.observe.hooks import hidden_states, with_hidden_states
 from deeparc_hf.similarity.divergence import Head, divergence
-from tests.zoo import ZOO
+from tests.zoo import TEXT, ZOO, spread
 
 LAYERS = "bert.encoder.layer"
 
@@ -25,7 +26,7 @@ def sensitivities(model, path, batch, seed=0, features=2):
 
 
 def outputs_by(model, path, batch):
-    """The hidden states of a block, and the function from them to the logits."""
+    """The hidden states of a block, and the function from them to the heads."""
     kept = {}
 
     def logits(hidden=None):
@@ -35,7 +36,7 @@ def outputs_by(model, path, batch):
 
         handle = model.get_submodule(path).register_forward_hook(hook)
         try:
-            return model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+            return [value for name, value in model(**batch).items() if name.endswith("logits")]
         finally:
             handle.remove()
 
@@ -44,18 +45,31 @@ def outputs_by(model, path, batch):
     return kept["hidden"].clone(), logits
 
 
-@pytest.mark.parametrize("name, path", [("bert", f"{LAYERS}.1"), ("llama", "model.layers.2")])
-def test_squares_are_the_fisher_information_of_each_position_in_the_mean(name, path):
-    model = ZOO[name].model().eval()
-    batch = {key: value[:2] for key, value in ZOO[name].batches(2)[0].items()}
+def question_answering():
+    torch.manual_seed(0)
+    return spread(tf.BertForQuestionAnswering(tf.BertConfig(**TEXT)))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "path"),
+    [
+        (ZOO["bert"].model, "bert", f"{LAYERS}.1"),
+        (ZOO["llama"].model, "llama", "model.layers.2"),
+        (question_answering, "bert", f"{LAYERS}.3"),  # two heads, whose signs are their own
+    ],
+)
+def test_squares_are_the_fisher_information_of_each_position_in_the_mean(make, name, path):
+    model = make().eval()
+    batch = {key: value[:2] for key, value in ZOO[name].batches(2)[0].items() if key != "labels"}
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    hidden, logits = outputs_by(model, path, batch)
-    jacobian = torch.autograd.functional.jacobian(logits, hidden)
-    p = logits(hidden).detach().softmax(-1)
-    rows, classes = p.numel() // p.shape[-1], p.shape[-1]
-    jacobian, p = jacobian.reshape(rows, classes, *hidden.shape), p.reshape(rows, classes)
-    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    exact = torch.einsum("rcbtd,rce,rebtd->bt", jacobian, fisher, jacobian)
+    hidden, heads = outputs_by(model, path, batch)
+    exact = 0.0
+    for number, p in enumerate(head.detach().softmax(-1) for head in heads(hidden)):
+        jacobian = torch.autograd.functional.jacobian(lambda given, number=number: heads(given)[number], hidden)
+        rows, classes = p.numel() // p.shape[-1], p.shape[-1]
+        jacobian, p = jacobian.reshape(rows, classes, *hidden.shape), p.reshape(rows, classes)
+        fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        exact = exact + torch.einsum("rcbtd,rce,rebtd->bt", jacobian, fisher, jacobian)
     draws = [sensitivities(model, path, batch, seed)[..., 0].square() for seed in range(400)]
     torch.testing.assert_close(torch.stack(draws).mean(0), exact, rtol=0.25, atol=0.02 * float(exact.max()))
 
@@ -90,7 +104,86 @@ def test_nothing_is_left_behind():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_model_that_cannot_run_backward_is_repaired_with_all_positions_alike():
+def test_predicted_numbers_count_alike_however_large_they_are():
+    """As the divergence of numbers is measured: in the unit of all samples together."""
+    torch.manual_seed(0)
+    model = spread(tf.BertForSequenceClassification(tf.BertConfig(**TEXT, num_labels=1)))
+    with torch.no_grad():
+        model.classifier.bias.zero_()
+    (batch, *_) = ZOO["bert"].batches(4)
+    batch = {key: value for key, value in batch.items() if key != "labels"}
+    last = f"{LAYERS}.{len(model.bert.encoder.layer) - 1}"
+    before = sensitivities(model, last, batch)
+    with torch.no_grad():
+        predicted = model.eval()(**batch).logits[0, 0]
+        model.classifier.bias.sub_(predicted)  # the first sample's is 0 now
+    torch.testing.assert_close(sensitivities(model, last, batch), before)
+
+
+def test_samples_that_no_output_counts_for_count_for_nothing_in_whatever_batch():
+    """Labels say which outputs count: the samples without any leave the repair as it is without them."""
+    model = ZOO["llama"].model()
+    (batch,) = [dict(each) for each in ZOO["llama"].batches(1, size=40)]
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    batch["labels"][::2] = -100
+    singles = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(40)]
+    changes = []
+    for batches in ([batch], singles, [*singles[1:6], *singles[:1], *singles[6:]]):
+        pruned = ZOO["llama"].model()
+        remove_blocks(pruned, {"model.layers": [2]})
+        heal_model(pruned, model, batches)
+        changes.append(pruned.model.layers[1].mlp.down_proj.weight.detach())
+    torch.testing.assert_close(changes[1], changes[0], atol=1e-4, rtol=1e-3)
+    assert not torch.equal(changes[0], ZOO["llama"].model().model.layers[1].mlp.down_proj.weight)
+    # held-out samples are each fifth, so another order is another fit, but no other way to count
+    assert (changes[2] - changes[0]).norm() < 2 * changes[0].norm()
+
+
+def test_half_precision_neither_vanishes_nor_overflows():
+    model = ZOO["llama"].model()
+    (batch, *_) = ZOO["llama"].batches(4)
+    wanted = sensitivities(model, "model.layers.1", batch)
+    found = sensitivities(copy.deepcopy(model).half(), "model.layers.1", batch)
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.01 * float(wanted.max()))
+    with torch.no_grad():  # small hidden states, for which outputs are the more sensitive
+        model.model.embed_tokens.weight.mul_(1e-3)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-3)
+            layer.mlp.down_proj.weight.mul_(1e-3)
+    found = sensitivities(copy.deepcopy(model).half(), "model.layers.1", batch)
+    assert bool(found.isfinite().all()) and float(found.max()) > 100 * float(wanted.max())
+
+
+def test_what_runs_before_the_block_is_not_recorded():
+    model = ZOO["llama"].model()
+    (batch, *_) = ZOO["llama"].batches(4)
+
+    def recorded(path):
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            sensitivities(model, path, batch)
+        return sum(sizes)
+
+    first, last = recorded("model.layers.0"), recorded("model.layers.3")
+    assert last < 0.5 * first
+
+
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode])
+def test_it_can_be_told_wherever_it_is_asked(grad):
+    model = ZOO["bert"].model()
+    (batch, *_) = ZOO["bert"].batches(4)
+    wanted = sensitivities(model, f"{LAYERS}.1", batch)
+    with grad():
+        torch.testing.assert_close(sensitivities(model, f"{LAYERS}.1", batch), wanted)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, AssertionError])
+def test_a_model_that_cannot_run_backward_is_repaired_with_all_positions_alike(error, caplog):
     class OneWay(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -98,34 +191,31 @@ def test_a_model_that_cannot_run_backward_is_repaired_with_all_positions_alike()
 
         @staticmethod
         def backward(ctx, gradient):
-            raise RuntimeError("no way back")
+            raise error("no way back")
 
-    def healed(classifier):
+    class Wrapped(torch.nn.Module):
+        def __init__(self, head, around):
+            super().__init__()
+            self.head, self.around = head, around
+
+        def forward(self, x):
+            return self.around(self.head(x))
+
+    def healed(around):
         model = ZOO["bert"].model()
-        model.classifier = classifier(model.classifier)
+        model.classifier = Wrapped(model.classifier, around)
         pruned = copy.deepcopy(model)
         remove_blocks(pruned, {LAYERS: [2]})
         (site,) = heal_model(pruned, model, ZOO["bert"].batches(20))
-        return site, pruned.state_dict()
+        assert site.reason is None
+        return pruned.bert.state_dict()
 
-    class Ended(torch.nn.Module):
-        def __init__(self, head):
-            super().__init__()
-            self.head = head
-
-        def forward(self, x):
-            return OneWay.apply(self.head(x))
-
-    class Cut(Ended):
-        def forward(self, x):
-            return self.head(x.detach()).detach()
-
-    (one, first), (other, second) = healed(Ended), healed(Cut)
-    usual, third = healed(lambda head: head)
-    assert one.reason is None and other.reason is None and usual.reason is None
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    name = f"{LAYERS}.1.output.dense.weight"
-    assert not torch.equal(first[name], third[name])
+    with caplog.at_level("INFO", "deeparc_hf"):
+        one, other = healed(OneWay.apply), healed(torch.Tensor.detach)
+    assert f"cannot be differentiated, so all positions count alike: {error.__name__}: no way back" in caplog.text
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    usual = healed(torch.Tensor.clone)
+    assert any(not torch.equal(one[name], usual[name]) for name in one)
 
 
 def test_a_repair_serves_what_the_outputs_hang_on():

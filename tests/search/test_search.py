@@ -287,12 +287,17 @@ def test_a_plan_tells_the_measured_time_beside_the_predicted_one(settings, monke
     assert again.choice == plan.choice
 
 
-def test_a_model_that_memory_has_no_room_for_is_not_timed(monkeypatch):
-    def compare(whole, smaller, work):
-        raise torch.OutOfMemoryError("no room")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, TypeError])
+def test_a_model_that_cannot_be_copied_is_not_timed(error):
+    """A time decides nothing."""
+    model = ZOO["bert"].model()
 
-    monkeypatch.setattr("deeparc_hf.search.search.compare_times", compare)
-    plan = analyze(ZOO["bert"].model(), ZOO["bert"].batches(), search="greedy", progress=False, num_blocks=3)
+    class Single:
+        def __deepcopy__(self, memo):
+            raise error("not twice")
+
+    model.extra = Single()
+    plan = analyze(model, ZOO["bert"].batches(), search="greedy", progress=False, num_blocks=3)
     assert plan.choice.measured is None and "times as fast" in str(plan.choice) and "by the times" not in str(plan)
 
 
