@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ _EVEN = 0.5  # of its sample's mean, what each position counts for at least
 _LEAST = 1e-20  # so that where no output hangs on anything, all positions count alike
 
 
-class SitePart(NamedTuple):
+@dataclass(frozen=True)
+class SitePart:
     """What one process has seen of a site; see the attributes of `SiteFit`."""
 
     reason: str | None
@@ -294,7 +297,7 @@ def in_one_unit(parts: Sequence[SitePart]) -> list[SitePart]:
 
 def _weighed(part: SitePart, factor: float) -> SitePart:
     sums = {held: None if known is None else known * factor for held, known in part.sums.items()}
-    return part._replace(sums=sums, held=[(*rows, weight * factor) for *rows, weight in part.held])
+    return dataclasses.replace(part, sums=sums, held=[(*rows, weight * factor) for *rows, weight in part.held])
 
 
 def _total(parts: Sequence[RidgeSums | None]) -> RidgeSums | None:
