@@ -149,7 +149,8 @@ def language_subject(args: argparse.Namespace) -> Subject:
         training = [{**batch, "labels": batch["input_ids"]} for batch in training]
         return Subject(model, calibration, tests, "perplexity", lambda model: perplexity(model, given), given, training)
     known, targets = (torch.tensor([model.config.label2id[row["label"]] for row in rows]) for rows in (train, heldout))
-    training = [{**batch, "labels": labels} for batch, labels in zip(training, known[:more].split(BATCH), strict=True)]
+    pairs = zip(training, known[: more or None].split(BATCH), strict=False)  # rows beyond those of the epoch may follow
+    training = [{**batch, "labels": labels} for batch, labels in pairs]
 
     def measure(model: nn.Module) -> Measured:
         return accuracy(logits_of(model, given), targets)
@@ -168,7 +169,7 @@ def image_subject(args: argparse.Namespace) -> Subject:
     calibration, given = (
         [{"pixel_values": part} for part in pixels.split(64)] for pixels in (train[: args.samples], heldout)
     )
-    pairs = zip(train[:more].split(64), known[:more].split(64), strict=True)
+    pairs = zip(train[:more].split(64), known[:more].split(64), strict=True) if more else ()
     training = [{"pixel_values": part, "labels": labels} for part, labels in pairs]
 
     def measure(model: nn.Module) -> Measured:

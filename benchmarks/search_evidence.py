@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, help="sides that images are scaled to; default: as they are")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--name", required=True, help="of the model, for the report")
-    parser.add_argument("--samples", type=int, default=256, help="training samples to choose and repair on")
+    parser.add_argument("--samples", type=int, default=512, help="training samples to choose and repair on")
     parser.add_argument("--tests", type=int, default=500)
     parser.add_argument(
         "--retrain", type=int, default=0, help="training samples of the epoch; smallest models, first seed"

@@ -62,7 +62,7 @@ def search_blocks(
     objective: str = "divergence",
     num_blocks: int | None = None,
     max_value: float | None = None,
-    samples: int = 256,
+    samples: int = 512,
     protect: Sequence[str] = (),
     min_blocks: int = 1,
     freeze: str | tuple[str, ...] = "none",

@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..architectures import Subject
+from ..architectures import Host, Subject
 from ..core.distributed import agree, gather, process_count, process_index
 from ..core.transaction import Transaction
 from ..errors import CalibrationError
@@ -30,6 +30,8 @@ from ..healing.sensitivity import output_sensitivities
 from ..healing.sites import Healing, Site, sites_of
 from ..observe.axes import Axes, find_axes
 from ..observe.batches import batch_size, cut, is_cuttable
+from ..observe.forward import forward
+from ..observe.outputs import heads_of
 from ..pruning.surgery import remove_blocks
 from .journal import Journal
 from .objectives import Answer, AnswerObjective, ModelObjective, Objective, Score
@@ -45,7 +47,8 @@ logger = logging.getLogger(__name__)
 _FIT = 5, 8  # share of the samples that repairs are fitted on
 _BACKWARD = 3  # forward passes that one forward and backward pass counts for
 SENSITIVITY_PASSES = _BACKWARD * _FIT[0] / _FIT[1]  # over all data, before a search with repairs begins
-_ROUGH = 4  # of the judging samples one in so many comes first
+_ROUGH = 4  # of the judging samples one in so many comes first,
+_ROUGH_OUTPUTS = 64  # or as many as have so many outputs: fewer would tell too little of a classifier
 MEMORY = 4 * 10**9  # bytes, for what blocks put out
 _LEFT = 3  # and one in so many candidates stays for the others
 
@@ -135,6 +138,7 @@ class Workbench:
         self._endings = find_endings(self.host, modules, first) if heals else {}
         self._axes = find_axes(self.host, list(self.stacks.values()), first) if heals else {}
         self._wanted: list[Any] = []
+        self._outputs_each = _outputs_each(self.host, first)
         self.root = self._whole()
         self._sensitivities = self._differentiated()
 
@@ -211,7 +215,7 @@ class Workbench:
         if known is not None:
             return {block: known[_label(block)] for block in blocks}
         base.states  # noqa: B018  computed now, if that is still to be done: below the model is repaired
-        rough = max(1, len(self._judging) // _ROUGH)
+        rough = self._rough()
         first, rest = range(rough), range(rough, len(self._judging))
         with self._repaired() as change:
             parts = self._tried(base, list(blocks), first, change)
@@ -221,6 +225,15 @@ class Workbench:
         scores = {block: Score.of([*found, *more.get(block, ())]) for block, found in parts.items()}
         self._journal.put("screen", base.removed, {_label(block): score for block, score in scores.items()}, blocks)
         return scores
+
+    def _rough(self) -> int:
+        """How many of the judging batches come first."""
+        outputs = 0.0
+        for number, batch in enumerate(self._judging, 1):
+            outputs += batch_size(batch) * self._outputs_each
+            if outputs >= _ROUGH_OUTPUTS and number >= len(self._judging) // _ROUGH:
+                return number
+        return len(self._judging)
 
     def complete(self, scores: Mapping[Block, Score]) -> dict[Block, Score]:
         """Those that were judged on all samples, the best first."""
@@ -485,6 +498,15 @@ def _take_back(applied: dict[Block, tuple[Healing, Transaction]]) -> None:
 def _shapes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of a sample's tensors, by name."""
     return {name: tuple(value.shape[1:]) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+
+
+def _outputs_each(host: Host, inputs: Mapping[str, Any]) -> float:
+    """How many outputs a sample has: one of a classifier, one for each token of a language model."""
+    try:
+        head, *_ = heads_of(host, forward(host, inputs, without_cache=True), inputs)
+    except CalibrationError:  # a loss alone
+        return 1.0
+    return len(head.values) / batch_size(inputs)
 
 
 def _label(block: Block) -> str:
