@@ -2,7 +2,9 @@
 
 pytest benchmarks/test_healing_cost.py
 
-Slow: at 1.45 to 1.49 of the bound of 1.5 it is no check that a busy machine could pass each time.
+A site takes a forward pass, a backward pass through what is behind it (of a block, twice its forward pass), and the
+sums: those may take half a forward pass. Slow: at 1.73 of the bound of 1.83 it is no check that a busy machine could
+pass each time.
 """
 
 from __future__ import annotations
@@ -21,19 +23,21 @@ from deeparc_hf.observe.calibration import Calibration
 
 from .measuring import THREADS, interval
 
-BOUND = 1.5
+BLOCKS, REMOVED = 6, [3, 4]
+BEHIND = BLOCKS - 1 - REMOVED[-1]
+BOUND = 1 + 2 * BEHIND / BLOCKS + 0.5
 TEXTS, LENGTH, SIZE, ROUNDS = 512, 64, 32, 3
 
 
 @pytest.mark.slow
 @pytest.mark.benchmark
 @pytest.mark.usefixtures("threads")
-def test_healing_costs_at_most_half_a_forward_pass_more(capsys):
+def test_sums_cost_at_most_half_a_forward_pass_beside_the_passes(capsys):
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 384,
         "intermediate_size": 1536,
-        "num_hidden_layers": 6,
+        "num_hidden_layers": BLOCKS,
         "num_attention_heads": 12,
         "vocab_size": 1000,
     }
@@ -49,7 +53,7 @@ def test_healing_costs_at_most_half_a_forward_pass_more(capsys):
                 model(**batch)
         plain.append(time.perf_counter() - start)
         start = time.perf_counter()
-        fit_sites(subject, {"bert.encoder.layer": [3, 4]}, Calibration(batches, TEXTS))
+        fit_sites(subject, {"bert.encoder.layer": REMOVED}, Calibration(batches, TEXTS))
         healed.append(time.perf_counter() - start)
     # the solves do not grow with the data: their time is taken off, and told
     x, e = torch.randn(4000, 1537), torch.randn(4000, 384)
