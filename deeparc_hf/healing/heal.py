@@ -43,8 +43,8 @@ def fit_sites(
 ) -> list[Healing]:
     """Fit the changes of all sites, one site after another in forward order. Changes nothing.
 
-    Each site takes a pass over the data: its target is what the unpruned model gives, its input what the model gives
-    with the blocks before it removed and healed already.
+    Each site takes a forward and a backward pass over the data: its target is what the unpruned model gives, its input
+    what the model gives with the blocks before it removed and healed already.
 
     Args:
         subject: the unpruned model.
