@@ -25,7 +25,6 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from torch import nn
 from deeparc_hf import PruningPlan, analyze, find_stacks, heal_model, remove_blocks, search_blocks
 from deeparc_hf.core.environment import hardware, package_versions
 
-from .healing_grid import Measured, Removal, Subject, image_subject, language_subject, shown
+from .healing_grid import Measured, Removal, Subject, shown, subject_of, subject_parser
 
 CRITERIA: dict[str, dict[str, str]] = {
     "cka, keep=leader": {"similarity": "cka"},
@@ -169,7 +168,7 @@ def report(args: argparse.Namespace, result: Mapping[str, Any], higher: bool) ->
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     chosen_on, args.samples = args.samples, max(args.samples, args.fit)  # as many are read
-    subject = image_subject(args) if args.train.suffix == ".parquet" else language_subject(args)
+    subject = subject_of(args)
     chosen, seconds = plans(subject.model.eval(), subject.calibration, chosen_on)
     outcomes, single = Outcomes(subject, args.fit), len(find_stacks(subject.model)) == 1
     ways: dict[str, Chosen] = {
@@ -211,22 +210,14 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--gguf", help="name of the file, where the model is one")
-    parser.add_argument("--train", required=True, type=Path)
-    parser.add_argument("--heldout", required=True, type=Path)
+    parser = subject_parser(__doc__)
     parser.add_argument("--remove", type=int, nargs="+", default=[1, 2, 3], help="numbers of blocks to remove")
     parser.add_argument("--search", nargs="*", default=["greedy"], help="strategies of searches")
     parser.add_argument("--random", type=int, default=3, help="number of random sets")
-    parser.add_argument("--image-size", type=int, help="sides that images are scaled to; default: as they are")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--name", required=True, help="of the model, for the report")
     parser.add_argument("--samples", type=int, default=512, help="training samples to choose on")
     parser.add_argument("--fit", type=int, default=2000, help="training samples to heal on")
     parser.add_argument("--tests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result, higher = run(args)

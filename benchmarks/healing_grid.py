@@ -140,7 +140,7 @@ def language_subject(args: argparse.Namespace) -> Subject:
             del config.quantization_config
         model = tf.LlamaForCausalLM(config)
         model.load_state_dict(state)
-    more = getattr(args, "retrain", 0)
+    more = args.retrain
     train, heldout = texts_of(args.train, max(args.samples, more), args.seed), texts_of(args.heldout, args.tests, 0)
     calibration, given = batches(train[: args.samples], tokenizer, causal), batches(heldout, tokenizer, causal)
     training = batches(train[:more], tokenizer, causal)
@@ -160,7 +160,7 @@ def language_subject(args: argparse.Namespace) -> Subject:
 
 def image_subject(args: argparse.Namespace) -> Subject:
     """A classifier of images; nothing is done to them but to scale them."""
-    more, parts = getattr(args, "retrain", 0), []
+    more, parts = args.retrain, []
     for path, count, seed in ((args.train, max(args.samples, more), args.seed), (args.heldout, args.tests, 0)):
         pixels, labels, _ = read_images(path)
         chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(pixels))[:count])
@@ -178,6 +178,26 @@ def image_subject(args: argparse.Namespace) -> Subject:
 
     model = tf.AutoModelForImageClassification.from_pretrained(args.model).to(memory_format=torch.channels_last)
     return Subject(model, calibration, len(targets), "accuracy", measure, given, training)
+
+
+def subject_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a program that measures a model on held-out samples."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--gguf", help="name of the file, where the model is one")
+    parser.add_argument("--train", required=True, type=Path)
+    parser.add_argument("--heldout", required=True, type=Path)
+    parser.add_argument("--image-size", type=int, help="sides that images are scaled to; default: as they are")
+    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--name", required=True, help="of the model, for the report")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.set_defaults(retrain=0)
+    return parser
+
+
+def subject_of(args: argparse.Namespace) -> Subject:
+    """The model and the data that the options name."""
+    return image_subject(args) if args.train.suffix == ".parquet" else language_subject(args)
 
 
 def parsed(given: str, stacks: Sequence[str]) -> Removal:
@@ -224,11 +244,7 @@ def removals(args: argparse.Namespace, subject: Subject) -> list[Removal]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--gguf", help="name of the file, where the model is one")
-    parser.add_argument("--train", required=True, type=Path)
-    parser.add_argument("--heldout", required=True, type=Path)
+    parser = subject_parser(__doc__)
     parser.add_argument(
         "--remove", action="append", default=[], help="blocks, as 3,4 or STACK:1,2+STACK:3; may be repeated"
     )
@@ -236,19 +252,14 @@ def main() -> None:
     parser.add_argument(
         "--choose", type=int, action="append", default=[], metavar="N", help="N blocks as a plan would; may be repeated"
     )
-    parser.add_argument("--image-size", type=int, help="sides that images are scaled to; default: as they are")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--name", required=True, help="of the model, for the report")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--tests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if not (args.remove or args.each or args.choose):
         parser.error("give at least one of --remove, --each and --choose")
     torch.set_num_threads(args.threads)
-    images = args.train.suffix == ".parquet"
-    subject = image_subject(args) if images else language_subject(args)
+    images, subject = args.train.suffix == ".parquet", subject_of(args)
     model, metric = subject.model, subject.metric
     stacks = find_stacks(model)
     total = sum(map(len, stacks.values())) if images else len(next(iter(stacks.values())))

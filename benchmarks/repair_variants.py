@@ -20,13 +20,11 @@ Models: BERT, ViT and Llama kinds of transformers. Data as in `healing_grid`.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -46,7 +44,7 @@ from deeparc_hf.observe.hooks import hidden_states, hooked
 from deeparc_hf.observe.outputs import heads_of
 from deeparc_hf.similarity.divergence import divergence
 
-from .healing_grid import Subject, image_subject, language_subject
+from .healing_grid import Subject, subject_of, subject_parser
 from .search_evidence import Judge, interval
 
 ATTENTION = ("attention.output.dense", "attention.o_proj", "self_attn.o_proj")
@@ -289,22 +287,14 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--gguf", help="name of the file, where the model is one")
-    parser.add_argument("--train", required=True, type=Path)
-    parser.add_argument("--heldout", required=True, type=Path)
+    parser = subject_parser(__doc__)
     parser.add_argument("--remove", required=True, action="append", help="blocks, as 3,4; may be repeated")
-    parser.add_argument("--image-size", type=int, help="sides that images are scaled to; default: as they are")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--name", required=True, help="of the model, for the report")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--tests", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    subject = image_subject(args) if args.train.suffix == ".parquet" else language_subject(args)
+    subject = subject_of(args)
     subject.model.eval()
     judge = Judge(subject)
     rows: dict[str, dict[str, Any]] = {}

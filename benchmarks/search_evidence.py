@@ -22,7 +22,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ from deeparc_hf.observe.outputs import heads_of
 from deeparc_hf.search.objectives.divergence import relative_errors
 
 from .criteria_grid import random_set, straight_run
-from .healing_grid import Subject, image_subject, language_subject, shown
+from .healing_grid import Subject, shown, subject_of, subject_parser
 
 OURS = "search: greedy, with repairs"
 REPLACE_ME = "ReplaceMe"
@@ -191,7 +190,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"rows": []}
     for seed in args.seeds:
         args.seed, start = seed, time.perf_counter()
-        subject = image_subject(args) if args.train.suffix == ".parquet" else language_subject(args)
+        subject = subject_of(args)
         judge = Judge(subject)
         result |= {"metric": subject.metric, "original": subject.measure(subject.model), "tests": subject.tests}
         result["facts"] = facts(args, subject)
@@ -293,15 +292,8 @@ def write(args: argparse.Namespace, result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--gguf", help="name of the file, where the model is one")
-    parser.add_argument("--train", required=True, type=Path)
-    parser.add_argument("--heldout", required=True, type=Path)
+    parser = subject_parser(__doc__)
     parser.add_argument("--remove", type=int, nargs="+", required=True, help="numbers of blocks to remove")
-    parser.add_argument("--image-size", type=int, help="sides that images are scaled to; default: as they are")
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--name", required=True, help="of the model, for the report")
     parser.add_argument("--samples", type=int, default=512, help="training samples to choose and repair on")
     parser.add_argument("--tests", type=int, default=500)
     parser.add_argument(
@@ -309,7 +301,6 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, default=5e-5, help="learning rate of the epoch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     write(args, run(args))

@@ -163,8 +163,10 @@ def _pass(
 
     together = ("last", *(() if before else ("kept",)))
     features = -1 if watch.axes is None else watch.axes.features
-    with hooked(handles(*together)):
-        sensitivities = output_sensitivities(watch.host, {watch.last: features}, inputs)
+    sensitivities = None
+    if watch.unit != 0.0:  # else they were not found for the first batch, and are not looked for again
+        with hooked(handles(*together)):
+            sensitivities = output_sensitivities(watch.host, {watch.last: features}, inputs)
     if sensitivities is None:
         forward_until(watch.host, inputs, handles(*together, end=watch.last))
     found = None if sensitivities is None else sensitivities.get(watch.last)

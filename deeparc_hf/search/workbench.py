@@ -291,6 +291,9 @@ class Workbench:
             if block[0] in axes and isinstance(self._endings.get(module), Ending)
         }
         for inputs in self._fitting if blocks else ():
+            if found and not found[0]:  # where the first batch's are not found, no other's count
+                found.append({})
+                continue
             found.append(output_sensitivities(self.host, blocks, inputs) or {})
             self._playback.done[0] += _BACKWARD * len(self._order) * batch_size(inputs)
         self._account()

@@ -215,7 +215,8 @@ def test_a_model_that_cannot_run_backward_is_repaired_with_all_positions_alike(e
 
     with caplog.at_level("INFO", "deeparc_hf"):
         one, other = healed(OneWay.apply), healed(torch.Tensor.detach)
-    assert f"cannot be differentiated, so all positions count alike: {error.__name__}: no way back" in caplog.text
+    told = f"cannot be differentiated, so all positions count alike: {error.__name__}: no way back"
+    assert caplog.text.count(told) == 1  # after the first batch it is not tried again
     assert all(torch.equal(one[name], other[name]) for name in one)
     usual = healed(torch.Tensor.clone)
     assert any(not torch.equal(one[name], usual[name]) for name in one)
