@@ -41,7 +41,6 @@ from deeparc_hf.healing.heal import Healing
 
 from .images import model_input, read_images
 
-LENGTH = 128
 BATCH = 32
 Measured = tuple[float, ...]  # the metric, its interval, and the loss where it is measured
 
@@ -88,15 +87,15 @@ def texts_of(path: Path, count: int, seed: int) -> list[dict[str, str]]:
 
 
 def batches(
-    rows: Sequence[dict[str, str]], tokenizer: object, causal: bool, size: int = BATCH
+    rows: Sequence[dict[str, str]], tokenizer: object, causal: bool, length: int, size: int = BATCH
 ) -> list[dict[str, torch.Tensor]]:
     texts = [row["text"] for row in rows]
     if not causal:
-        settings = {"truncation": True, "max_length": LENGTH, "padding": True, "return_tensors": "pt"}
+        settings = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
         return [dict(tokenizer(texts[i : i + size], **settings)) for i in range(0, len(texts), size)]
     # whole sequences of one length: texts end to end
     ids = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"])
-    ids = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[: len(rows)]
+    ids = ids[: len(ids) // length * length].view(-1, length)[: len(rows)]
     return [{"input_ids": part} for part in ids.split(8)]
 
 
@@ -142,8 +141,9 @@ def language_subject(args: argparse.Namespace) -> Subject:
         model.load_state_dict(state)
     more = args.retrain
     train, heldout = texts_of(args.train, max(args.samples, more), args.seed), texts_of(args.heldout, args.tests, 0)
-    calibration, given = batches(train[: args.samples], tokenizer, causal), batches(heldout, tokenizer, causal)
-    training = batches(train[:more], tokenizer, causal)
+    calibration, given, training = (
+        batches(texts, tokenizer, causal, args.length) for texts in (train[: args.samples], heldout, train[:more])
+    )
     tests = sum(len(batch["input_ids"]) for batch in given)
     if causal:
         training = [{**batch, "labels": batch["input_ids"]} for batch in training]
@@ -188,6 +188,7 @@ def subject_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--train", required=True, type=Path)
     parser.add_argument("--heldout", required=True, type=Path)
     parser.add_argument("--image-size", type=int, help="sides that images are scaled to; default: as they are")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a text, at most")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--name", required=True, help="of the model, for the report")
     parser.add_argument("--threads", type=int, default=2)

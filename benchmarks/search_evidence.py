@@ -169,10 +169,10 @@ def retrain(model: nn.Module, training: Sequence[Mapping[str, Tensor]], rate: fl
 
 
 def measured(args: argparse.Namespace, subject: Subject, judge: Judge, way: str, blocks: Blocks, seed: int) -> Any:
-    """One row: plain, repaired, retrained."""
+    """Plain, repaired, retrained."""
     pruned = copy.deepcopy(subject.model)
     remove_blocks(pruned, blocks)
-    row: dict[str, Any] = {"way": way, "seed": seed, "removed": blocks}
+    row: dict[str, Any] = {}
     row["plain"] = {"divergence": judge(pruned), "metric": subject.measure(pruned)}
     if way == REPLACE_ME:
         mapped(subject.model, pruned, blocks, subject.calibration)
@@ -194,11 +194,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         judge = Judge(subject)
         result |= {"metric": subject.metric, "original": subject.measure(subject.model), "tests": subject.tests}
         result["facts"] = facts(args, subject)
+        known: dict[str, dict[str, Any]] = {}  # several ways may choose the same blocks
         for way, choose in ways(subject, args, seed).items():
             for count in args.remove:
                 blocks = {stack: list(indices) for stack, indices in choose(count).items() if indices}
-                row = measured(args, subject, judge, way, blocks, seed)
-                result["rows"].append({"count": count, **row})
+                case = json.dumps([way == REPLACE_ME, blocks], sort_keys=True)
+                if case not in known:
+                    known[case] = measured(args, subject, judge, way, blocks, seed)
+                row = {"count": count, "way": way, "seed": seed, "removed": blocks, **known[case]}
+                result["rows"].append(row)
                 told = [
                     f"{kind} {np.mean(row[kind]['divergence']):.4f} {row[kind]['metric'][0]:.4f}"
                     for kind in KINDS
