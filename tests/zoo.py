@@ -159,7 +159,8 @@ def _hf(cls: str, config: str, **kwargs) -> Callable[[], nn.Module]:
 CLASSIFY, CAUSAL_LM, SEQ2SEQ_LM = "AutoModelForSequenceClassification", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 PICTURE = "AutoModelForImageClassification"
 TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4}
-TINY_RESNET = {"layers": [2, 3, 3, 2]}
+TINY_RESNET = {"layers": [2, 3, 3, 2], "channels": (64, 24, 32, 48)}  # as wide as its stem at first, as resnet18
+TINY_RESNEXT = {"layers": [2, 2, 3, 2], "channels": (24, 24, 32, 48)}
 TINY_CONVNEXT = {"depths": [2, 2, 4, 2], "dims": [16, 24, 32, 48]}
 
 ZOO: dict[str, Specimen] = {
@@ -265,7 +266,7 @@ ZOO: dict[str, Specimen] = {
         _hf("WhisperForConditionalGeneration", "WhisperConfig", **WHISPER), "audio", "AutoModelForSpeechSeq2Seq"
     ),
     "wrapped_convnext": Specimen(_wrapped("convnext_atto", **TINY_CONVNEXT), "image", PICTURE),
-    "wrapped_resnext": Specimen(_wrapped("resnext50_32x4d", layers=[2, 2, 3, 2]), "image", PICTURE, "bn3"),
+    "wrapped_resnext": Specimen(_wrapped("resnext50_32x4d", **TINY_RESNEXT), "image", PICTURE, "bn3"),
     "wrapped_vit": Specimen(_wrapped("vit_tiny_patch16_224", **TINY_VIT), "image", PICTURE),
 }
 

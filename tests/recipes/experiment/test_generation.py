@@ -125,26 +125,31 @@ def tiny_nltk_data(folder: Path, punkt: bool = True) -> Path:
     return folder
 
 
-def meteor_with(data: Path, predictions: list[str], references: list[str]) -> dict:
-    """Scores and intervals in a process of its own that knows only this folder of nltk's data: nltk keeps what it has
-    once loaded.
+def meteors_with(*cases: tuple[Path, list[str], list[str]]) -> list[dict]:
+    """Scores and intervals of each case (a folder of nltk's data, predictions, references), in a process of its own
+    that knows only this folder: nltk keeps what it has once loaded, so each is a fork of one that has loaded nothing.
     """
     code = f"""
-import json, nltk
-nltk.data.path[:] = [{str(data)!r}]
+import json, nltk, os
 from experiment.generation import TextScores
-scores = TextScores({predictions!r}, {references!r})
-found = {{"scores": scores.values(), "reasons": scores.reasons, "intervals": scores.intervals(resamples=50)}}
-print(json.dumps(found))
+for data, predictions, references in {[(str(data), *texts) for data, *texts in cases]!r}:
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    nltk.data.path[:] = [data]
+    scores = TextScores(predictions, references)
+    found = {{"scores": scores.values(), "reasons": scores.reasons, "intervals": scores.intervals(resamples=50)}}
+    print(json.dumps(found))
+    break
 """
     environment = {
         **os.environ,
-        "NLTK_DATA": str(data),
+        "NLTK_DATA": str(cases[0][0]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "recipes")]),
     }
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def test_bleu_by_hand():
@@ -286,10 +291,20 @@ def test_meteor_is_left_out_without_data(no_nltk_data):
     assert found.values()["bleu"] > 0  # the others are there
 
 
-def test_meteor_by_hand(tmp_path):
+def test_meteor_by_hand_and_which_data_is_missing(tmp_path):
     predictions = ["the auto stops here", "here the car", ""]
     references = ["the car stopped here", "the car stops here", "the car"]
-    found = meteor_with(tiny_nltk_data(tmp_path), predictions, references)
+    no_punkt = tiny_nltk_data(tmp_path / "no_punkt", punkt=False)
+    not_whole = tiny_nltk_data(tmp_path / "not_whole", punkt=False)
+    (not_whole / "corpora" / "wordnet" / "lexnames").unlink()
+    *missing, found = meteors_with(
+        (not_whole, ["a"], ["a"]),
+        (no_punkt, ["a"], ["a"]),
+        (tiny_nltk_data(tmp_path / "whole"), predictions, references),
+    )
+    assert [each["scores"]["meteor"] for each in missing] == [None, None]
+    assert missing[0]["reasons"]["meteor"].endswith("nltk.downloader punkt_tab wordnet")
+    assert missing[1]["reasons"]["meteor"].endswith("nltk.downloader punkt_tab")
     # 1: the and here match, stops and stopped by their stem, auto and car by WordNet: 4 of 4, in one piece: 1 - 0.5 *
     # (1 / 4)^3 2: here, the, car: precision 3/3, recall 3/4, mean 3/4 / (0.9 * 1 + 0.1 * 3/4) = 10/13; two pieces: 1 -
     # 0.5 * (2 / 3)^3 = 23/27
@@ -297,13 +312,6 @@ def test_meteor_by_hand(tmp_path):
     assert found["reasons"] == {}
     low, high = found["intervals"]["meteor"]
     assert 0 <= low < found["scores"]["meteor"] < high <= 127 / 128
-
-
-def test_meteor_says_which_data_is_missing(tmp_path):
-    found = meteor_with(tiny_nltk_data(tmp_path, punkt=False), ["a"], ["a"])
-    assert found["scores"]["meteor"] is None and found["reasons"]["meteor"].endswith("nltk.downloader punkt_tab")
-    (tmp_path / "corpora" / "wordnet" / "lexnames").unlink()  # not whole
-    assert meteor_with(tmp_path, ["a"], ["a"])["reasons"]["meteor"].endswith("nltk.downloader punkt_tab wordnet")
 
 
 def test_scores_come_in_the_order_of_the_table():
