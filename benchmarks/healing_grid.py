@@ -53,9 +53,14 @@ class Subject:
     calibration: list[dict[str, torch.Tensor]]
     tests: int
     metric: str
-    measure: Callable[[nn.Module], Measured]
+    scored: Callable[[Sequence[torch.Tensor]], Measured]  # by the logits of the held-out batches
     heldout: list[dict[str, torch.Tensor]]
     training: list[dict[str, torch.Tensor]]  # with labels
+
+    def measure(self, model: nn.Module) -> Measured:
+        options = {"use_cache": False} if self.metric == "perplexity" else {}
+        with torch.no_grad():
+            return self.scored([model.eval()(**batch, **options).logits for batch in self.heldout])
 
 
 @dataclass
@@ -99,23 +104,18 @@ def batches(
     return [{"input_ids": part} for part in ids.split(8)]
 
 
-def logits_of(model: nn.Module, given: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([model.eval()(**batch).logits for batch in given])
-
-
 def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, float, float]:
     right = logits.argmax(1) == targets
     return float(right.float().mean()), *wilson_interval(int(right.sum()), len(right))
 
 
-def perplexity(model: nn.Module, given: Sequence[Mapping[str, torch.Tensor]]) -> tuple[float, float, float]:
+def perplexity(
+    logits: Sequence[torch.Tensor], given: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[float, float, float]:
     losses = []
-    with torch.no_grad():
-        for batch in given:
-            logits, ids = model.eval()(**batch, use_cache=False).logits[:, :-1], batch["input_ids"][:, 1:]
-            loss = nn.functional.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(dim=1)
-            losses += loss.tolist()
+    for found, batch in zip(logits, given, strict=True):
+        ids = batch["input_ids"][:, 1:]
+        losses += nn.functional.cross_entropy(found[:, :-1].transpose(1, 2), ids, reduction="none").mean(dim=1).tolist()
     values = np.array(losses)
     draws = values[np.random.default_rng(0).integers(0, len(values), (2000, len(values)))].mean(axis=1)
     return math.exp(values.mean()), *(math.exp(q) for q in np.quantile(draws, [0.025, 0.975]))
@@ -147,15 +147,22 @@ def language_subject(args: argparse.Namespace) -> Subject:
     tests = sum(len(batch["input_ids"]) for batch in given)
     if causal:
         training = [{**batch, "labels": batch["input_ids"]} for batch in training]
-        return Subject(model, calibration, tests, "perplexity", lambda model: perplexity(model, given), given, training)
+        return Subject(
+            model, calibration, tests, "perplexity", lambda logits: perplexity(logits, given), given, training
+        )
     known, targets = (torch.tensor([model.config.label2id[row["label"]] for row in rows]) for rows in (train, heldout))
     pairs = zip(training, known[: more or None].split(BATCH), strict=False)  # rows beyond those of the epoch may follow
     training = [{**batch, "labels": labels} for batch, labels in pairs]
 
-    def measure(model: nn.Module) -> Measured:
-        return accuracy(logits_of(model, given), targets)
-
-    return Subject(model, calibration, tests, "accuracy", measure, given, training)
+    return Subject(
+        model,
+        calibration,
+        tests,
+        "accuracy",
+        lambda logits: accuracy(torch.cat(list(logits)), targets),
+        given,
+        training,
+    )
 
 
 def image_subject(args: argparse.Namespace) -> Subject:
@@ -172,12 +179,12 @@ def image_subject(args: argparse.Namespace) -> Subject:
     pairs = zip(train[:more].split(64), known[:more].split(64), strict=True) if more else ()
     training = [{"pixel_values": part, "labels": labels} for part, labels in pairs]
 
-    def measure(model: nn.Module) -> Measured:
-        logits = logits_of(model, given)
+    def scored(parts: Sequence[torch.Tensor]) -> Measured:
+        logits = torch.cat(list(parts))
         return *accuracy(logits, targets), float(nn.functional.cross_entropy(logits, targets))
 
     model = tf.AutoModelForImageClassification.from_pretrained(args.model).to(memory_format=torch.channels_last)
-    return Subject(model, calibration, len(targets), "accuracy", measure, given, training)
+    return Subject(model, calibration, len(targets), "accuracy", scored, given, training)
 
 
 def subject_parser(description: str | None) -> argparse.ArgumentParser:

@@ -5,7 +5,8 @@ The ways: similarity by debiased CKA and by cosine (ShortGPT), block influence, 
 al. 2024, arXiv 2403.17887), ReplaceMe's (Shopkhoev et al. 2025, arXiv 2505.02819: that run, and a linear map behind the
 kept block's last one in place of our repair), random sets, SLEB's greedy search (Song et al. 2024, arXiv 2402.09025:
 without repairs), and searches with repairs. Each chooses and repairs on the same training samples; each seed takes
-others. The held-out samples are the same for all.
+others. The held-out samples are the same for all. With --every all sets are tried, and the best of them by the held-out
+samples themselves tells what no choice could pass.
 
     python -m benchmarks.search_evidence --model DIR --train train.csv --heldout test.csv --remove 2 4 --seeds 0 1 2 \
         --retrain 1600 --output FOLDER --name NAME
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import time
@@ -43,11 +45,12 @@ from .healing_grid import Subject, shown, subject_of, subject_parser
 
 OURS = "search: greedy, with repairs"
 REPLACE_ME = "ReplaceMe"
+BEST = "the best of all sets, by the held-out samples"
 Blocks = dict[str, list[int]]
 
 
 class Judge:
-    """How far models are from the whole one on the held-out samples."""
+    """How far models are from the whole one on the held-out samples, and their metric."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
@@ -58,15 +61,17 @@ class Judge:
         for batch in self.subject.heldout:
             with torch.no_grad():
                 output = model.eval()(**batch, **({"use_cache": False} if host.takes_cache else {}))
-            yield heads_of(host, output, batch), batch
+            yield heads_of(host, output, batch), output.logits
 
-    def __call__(self, model: nn.Module) -> list[float]:
-        """For each sample, the divergence of the outputs."""
-        found: list[float] = []
-        for (heads, _), wanted in zip(self._answers(model), self._whole, strict=True):
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        """For each sample, the divergence of the outputs; and the metric with its interval."""
+        divergences: list[float] = []
+        outputs = []
+        for (heads, logits), wanted in zip(self._answers(model), self._whole, strict=True):
             losses, weights = relative_errors(heads, wanted)
-            found += (losses.sum(dim=0) / weights.sum(dim=0)).tolist()
-        return found
+            divergences += (losses.sum(dim=0) / weights.sum(dim=0)).tolist()
+            outputs.append(logits)
+        return {"divergence": divergences, "metric": self.subject.scored(outputs)}
 
 
 def mapped(model: nn.Module, pruned: nn.Module, removed: Blocks, calibration: Sequence[Mapping[str, Tensor]]) -> None:
@@ -77,7 +82,8 @@ def mapped(model: nn.Module, pruned: nn.Module, removed: Blocks, calibration: Se
     (site,) = sites_of(removed)
     stack = whole.stacks[site.stack]
     kept, last = stack.blocks[site.kept], stack.blocks[site.removed[-1]]
-    endings = find_endings(whole.host, [kept, last], calibration[0])
+    with torch.no_grad():
+        endings = find_endings(whole.host, [kept, last], calibration[0])
     ending, end = endings[kept], endings[last]
     if isinstance(ending, str) or isinstance(end, str):
         return
@@ -153,6 +159,15 @@ def ways(subject: Subject, args: argparse.Namespace, seed: int) -> dict[str, Cal
     return found
 
 
+def every_set(model: nn.Module, count: int) -> list[Blocks]:
+    """All sets of so many blocks that may go."""
+    free = [(name, i) for name, stack in find_stacks(model).items() for i in range(len(stack)) if i not in stack.pinned]
+    return [
+        {name: [i for stack, i in chosen if stack == name] for name, _ in chosen}
+        for chosen in itertools.combinations(free, count)
+    ]
+
+
 def retrain(model: nn.Module, training: Sequence[Mapping[str, Tensor]], rate: float, seed: int) -> None:
     """One epoch of AdamW; the rate falls to nothing."""
     torch.manual_seed(seed)
@@ -168,49 +183,57 @@ def retrain(model: nn.Module, training: Sequence[Mapping[str, Tensor]], rate: fl
     model.eval()
 
 
-def measured(args: argparse.Namespace, subject: Subject, judge: Judge, way: str, blocks: Blocks, seed: int) -> Any:
-    """Plain, repaired, retrained."""
-    pruned = copy.deepcopy(subject.model)
-    remove_blocks(pruned, blocks)
-    row: dict[str, Any] = {}
-    row["plain"] = {"divergence": judge(pruned), "metric": subject.measure(pruned)}
-    if way == REPLACE_ME:
-        mapped(subject.model, pruned, blocks, subject.calibration)
-    else:
-        heal_model(pruned, subject.model, subject.calibration, samples=args.samples, progress=False)
-    row["repaired"] = {"divergence": judge(pruned), "metric": subject.measure(pruned)}
-    most = sum(map(len, blocks.values())) == max(args.remove)
-    if subject.training and most and seed == args.seeds[0]:  # the dearest part
-        retrain(pruned, subject.training, args.rate, seed)
-        row["retrained"] = {"divergence": judge(pruned), "metric": subject.measure(pruned)}
-    return row
+class Trials:
+    """What was measured with one seed; blocks that several ways choose are measured once."""
+
+    def __init__(self, args: argparse.Namespace, subject: Subject) -> None:
+        self.args, self.subject, self.judge = args, subject, Judge(subject)
+        self._start, self._known = time.perf_counter(), dict[str, dict[str, Any]]()
+
+    def row(self, count: int, way: str, blocks: Blocks) -> dict[str, Any]:
+        case = json.dumps([way == REPLACE_ME, blocks], sort_keys=True)
+        first, most = self.args.seed == self.args.seeds[0], count == max(self.args.remove)
+        if case not in self._known:
+            trains = bool(self.subject.training) and first and most and way != BEST  # the dearest part
+            self._known[case] = self._measured(way, blocks, trains)
+        found = self._known[case]
+        told = [f"{kind} {np.mean(found[kind]['divergence']):.4f} {found[kind]['metric'][0]:.4f}" for kind in found]
+        took = f"{time.perf_counter() - self._start:.0f} s"
+        print(self.args.seed, count, way, list(blocks.values()), *told, took, flush=True)
+        return {"count": count, "way": way, "seed": self.args.seed, "removed": blocks, **found}
+
+    def _measured(self, way: str, blocks: Blocks, trains: bool) -> dict[str, Any]:
+        """Plain, repaired, retrained."""
+        subject, args = self.subject, self.args
+        pruned = copy.deepcopy(subject.model)
+        remove_blocks(pruned, blocks)
+        found = {"plain": self.judge(pruned)}
+        if way == REPLACE_ME:
+            mapped(subject.model, pruned, blocks, subject.calibration)
+        else:
+            heal_model(pruned, subject.model, subject.calibration, samples=args.samples, progress=False)
+        found["repaired"] = self.judge(pruned)
+        if trains:
+            retrain(pruned, subject.training, args.rate, args.seed)
+            found["retrained"] = self.judge(pruned)
+        return found
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"rows": []}
     for seed in args.seeds:
-        args.seed, start = seed, time.perf_counter()
+        args.seed = seed
         subject = subject_of(args)
-        judge = Judge(subject)
+        trials = Trials(args, subject)
         result |= {"metric": subject.metric, "original": subject.measure(subject.model), "tests": subject.tests}
         result["facts"] = facts(args, subject)
-        known: dict[str, dict[str, Any]] = {}  # several ways may choose the same blocks
         for way, choose in ways(subject, args, seed).items():
             for count in args.remove:
                 blocks = {stack: list(indices) for stack, indices in choose(count).items() if indices}
-                case = json.dumps([way == REPLACE_ME, blocks], sort_keys=True)
-                if case not in known:
-                    known[case] = measured(args, subject, judge, way, blocks, seed)
-                row = {"count": count, "way": way, "seed": seed, "removed": blocks, **known[case]}
-                result["rows"].append(row)
-                told = [
-                    f"{kind} {np.mean(row[kind]['divergence']):.4f} {row[kind]['metric'][0]:.4f}"
-                    for kind in KINDS
-                    if kind in row
-                ]
-                print(
-                    seed, count, way, list(blocks.values()), *told, f"{time.perf_counter() - start:.0f} s", flush=True
-                )
+                result["rows"].append(trials.row(count, way, blocks))
+        for count in args.every if seed == args.seeds[0] else ():
+            tried = [trials.row(count, BEST, blocks) for blocks in every_set(subject.model, count)]
+            result["rows"].append(min(tried, key=lambda row: float(np.mean(row["repaired"]["divergence"]))))
         write(args, result)
     return result
 
@@ -225,7 +248,6 @@ def facts(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
         "samples to choose and repair on": sum(len(next(iter(batch.values()))) for batch in subject.calibration),
         "samples of the epoch": sum(len(batch["labels"]) for batch in subject.training),
         "held-out samples": subject.tests,
-        "seeds": args.seeds,
         **hardware(),
         **package_versions(),
     }
@@ -247,11 +269,12 @@ def means(result: Mapping[str, Any], count: int, way: str, kind: str) -> tuple[n
 
 def report(result: Mapping[str, Any]) -> str:
     facts, original = result["facts"], result["original"][0]
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(row["seed"] for row in result["rows"]))
     parts = [f"# Choosing blocks: {facts['model']}"]
     parts.append(
         f"Divergence (nats) of the outputs from the whole model's on {result['tests']} held-out samples, and "
         f"{result['metric']}: right after the removal, repaired, and after an epoch of training (first seed). Means "
-        f"over the seeds {', '.join(map(str, facts['seeds']))}, with 95 % intervals over the samples. The whole model: "
+        f"over the seeds ({seeds}), with 95 % intervals over the samples. The whole model: "
         f"{shown(result['original'][:3])}. More than ours: the repaired divergence less that of the search with "
         "repairs, sample by sample."
     )
@@ -302,6 +325,9 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=500)
     parser.add_argument(
         "--retrain", type=int, default=0, help="training samples of the epoch; smallest models, first seed"
+    )
+    parser.add_argument(
+        "--every", type=int, nargs="*", default=[], help="numbers of blocks of which all sets are tried (first seed)"
     )
     parser.add_argument("--rate", type=float, default=5e-5, help="learning rate of the epoch")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .search_evidence import OURS, interval, means
+from .search_evidence import BEST, OURS, interval, means
 
 
 def verdicts(result: Mapping[str, Any], count: int) -> dict[str, tuple[float, str]]:
@@ -38,7 +38,7 @@ def undone(result: Mapping[str, Any], count: int) -> tuple[float, float]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    ways = [way for way in dict.fromkeys(row["way"] for row in results[0]["rows"]) if way != OURS]
+    ways = [way for way in dict.fromkeys(row["way"] for row in results[0]["rows"]) if way not in (OURS, BEST)]
     lines = [
         f"| model | removed | {' | '.join(ways)} | {OURS} | undone: divergence | metric |",
         "| --- | ---: |" + " ---: |" * (len(ways) + 3),

@@ -167,7 +167,7 @@ def _search(parser: argparse.ArgumentParser) -> None:
         "--num-blocks", type=_positive, metavar="N", help="the fewest blocks that stay; default: half of them"
     )
     group.add_argument("--max-value", type=float, metavar="X", help="stop where the objective is larger than this")
-    group.add_argument("--samples", type=_positive, default=512, metavar="N", help="samples to use (default 512)")
+    group.add_argument("--samples", type=_positive, default=1024, metavar="N", help="samples to use (default 1024)")
     group.add_argument(
         "--protect",
         action="append",

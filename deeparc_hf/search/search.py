@@ -62,7 +62,7 @@ def search_blocks(
     objective: str = "divergence",
     num_blocks: int | None = None,
     max_value: float | None = None,
-    samples: int = 512,
+    samples: int = 1024,
     protect: Sequence[str] = (),
     min_blocks: int = 1,
     freeze: str | tuple[str, ...] = "none",
