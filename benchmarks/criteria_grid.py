@@ -1,9 +1,7 @@
 r"""Which criterion kept more: the metric right after each criterion's blocks are removed, plain and healed, without any
 retraining.
 
-Beside the criteria of the package: the run of blocks over which hidden states turn least (Gromov et al. 2024, arXiv
-2403.17887), random sets (--random), and searches (--search), where "without repairs" is SLEB's greedy form (Song et al.
-2024, arXiv 2402.09025).
+Searches, and criteria of other methods, are compared by `search_evidence`.
 
 Each criterion chooses on training samples. A classifier of texts or of images (accuracy with its 95 % Wilson interval;
 of images the loss too) or a causal language model (perplexity with a 95 % bootstrap interval over the held-out
@@ -21,16 +19,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from deeparc_hf import PruningPlan, analyze, find_stacks, heal_model, remove_blocks, search_blocks
+from deeparc_hf import PruningPlan, analyze, find_stacks, heal_model, remove_blocks
 from deeparc_hf.core.environment import hardware, package_versions
 
 from .healing_grid import Measured, Removal, Subject, shown, subject_of, subject_parser
@@ -43,53 +39,6 @@ CRITERIA: dict[str, dict[str, str]] = {
     "effect, keep=last": {"similarity": "effect", "keep": "last"},
     "effect, linkage=adjacent": {"similarity": "effect", "linkage": "adjacent"},
 }
-
-
-Chosen = Callable[[int], Mapping[str, Sequence[int]]]  # the blocks that go, by how many
-
-
-def straight_run(plan: PruningPlan, count: int) -> dict[str, list[int]]:
-    """The run of so many blocks of one stack between whose ends the cosine is largest."""
-    found = [
-        (stack.similarity[i][i + count], name, list(range(i + 1, i + count + 1)))
-        for name, stack in plan.stacks.items()
-        for i in range(len(stack) - count)
-        if not set(range(i + 1, i + count + 1)) & set(stack.pinned)
-    ]
-    return {max(found)[1]: max(found)[2]}
-
-
-def random_set(plan: PruningPlan, seed: int, count: int) -> dict[str, list[int]]:
-    free = [(name, i) for name, stack in plan.stacks.items() for i in range(len(stack)) if i not in stack.pinned]
-    found: dict[str, list[int]] = {}
-    for name, index in sorted(random.Random(seed).sample(free, count)):
-        found.setdefault(name, []).append(index)
-    return found
-
-
-def searched(
-    model: nn.Module, calibration: Sequence[Any], args: argparse.Namespace, samples: int
-) -> tuple[dict[str, Chosen], dict[str, float]]:
-    """What searches find, with repairs and without, and the seconds that each took."""
-    total, found, seconds = sum(map(len, find_stacks(model).values())), {}, {}
-    for name in args.search:
-        for heal in ("lstsq", None):
-            start = time.perf_counter()
-            frontier = search_blocks(
-                model,
-                calibration,
-                search=name,
-                heal=heal,
-                num_blocks=total - max(args.remove),
-                samples=samples,
-                measure_times=False,
-                progress=False,
-            )
-            title = f"search: {name}, {'with' if heal else 'without'} repairs"
-            seconds[title] = time.perf_counter() - start
-            removed = {total - point.num_blocks: point.removed for point in frontier.points}
-            found[title] = removed.__getitem__
-    return found, seconds
 
 
 def plans(
@@ -161,7 +110,7 @@ def report(args: argparse.Namespace, result: Mapping[str, Any], higher: bool) ->
         )
     )
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items())
-    parts.append(f"Time to compare the blocks, and of the searches: {seconds}.")
+    parts.append(f"Time to compare the blocks: {seconds}.")
     parts.append("\n".join(f"- {key}: {value}" for key, value in result["facts"].items()))
     return "\n\n".join(parts) + "\n"
 
@@ -171,20 +120,11 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     subject = subject_of(args)
     chosen, seconds = plans(subject.model.eval(), subject.calibration, chosen_on)
     outcomes, single = Outcomes(subject, args.fit), len(find_stacks(subject.model)) == 1
-    ways: dict[str, Chosen] = {
-        name: lambda count, plan=plan: plan.replan(num_blocks=plan.num_blocks - count).removed
-        for name, plan in chosen.items()
-    }
-    by_angle = chosen["cosine, keep=leader"]
-    ways["straightest run"] = partial(straight_run, by_angle)
-    ways |= {f"random {seed}": partial(random_set, by_angle, seed) for seed in range(args.random)}
-    more, took = searched(subject.model, subject.calibration, args, chosen_on)
-    ways, seconds = ways | more, seconds | took
     rows: dict[int, list[dict[str, Any]]] = {}
     for count in args.remove:
         rows[count] = []
-        for name, choose in ways.items():
-            removed = choose(count)
+        for name, plan in chosen.items():
+            removed = plan.replan(num_blocks=plan.num_blocks - count).removed
             removal = Removal({stack: list(blocks) for stack, blocks in removed.items()}, plain=single)
             plain, healed = outcomes(removal)
             rows[count].append({"criterion": name, "removed": str(removal), "plain": plain, "healed": healed})
@@ -212,8 +152,6 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 def main() -> None:
     parser = subject_parser(__doc__)
     parser.add_argument("--remove", type=int, nargs="+", default=[1, 2, 3], help="numbers of blocks to remove")
-    parser.add_argument("--search", nargs="*", default=["greedy"], help="strategies of searches")
-    parser.add_argument("--random", type=int, default=3, help="number of random sets")
     parser.add_argument("--samples", type=int, default=512, help="training samples to choose on")
     parser.add_argument("--fit", type=int, default=2000, help="training samples to heal on")
     parser.add_argument("--tests", type=int, default=2000)

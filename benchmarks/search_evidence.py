@@ -11,7 +11,7 @@ samples themselves tells what no choice could pass.
     python -m benchmarks.search_evidence --model DIR --train train.csv --heldout test.csv --remove 2 4 --seeds 0 1 2 \
         --retrain 1600 --output FOLDER --name NAME
 
-Data as in `criteria_grid`.
+Data as in `healing_grid`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import copy
 import itertools
 import json
 import math
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deeparc_hf import analyze, find_stacks, heal_model, remove_blocks, search_blocks
+from deeparc_hf import PruningPlan, analyze, find_stacks, heal_model, remove_blocks, search_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.core.environment import hardware, package_versions
 from deeparc_hf.healing.block_ends import rows
@@ -40,7 +41,6 @@ from deeparc_hf.observe.hooks import hidden_states, hooked
 from deeparc_hf.observe.outputs import heads_of
 from deeparc_hf.search.objectives.divergence import relative_errors
 
-from .criteria_grid import random_set, straight_run
 from .healing_grid import Subject, shown, subject_of, subject_parser
 
 OURS = "search: greedy, with repairs"
@@ -127,6 +127,25 @@ def mapped(model: nn.Module, pruned: nn.Module, removed: Blocks, calibration: Se
         if end.final is not None:
             theirs = last.get_submodule(end.final).state_dict()
             block.get_submodule(end.final).load_state_dict(theirs)
+
+
+def straight_run(plan: PruningPlan, count: int) -> dict[str, list[int]]:
+    """The run of so many blocks of one stack between whose ends the cosine is largest."""
+    found = [
+        (stack.similarity[i][i + count], name, list(range(i + 1, i + count + 1)))
+        for name, stack in plan.stacks.items()
+        for i in range(len(stack) - count)
+        if not set(range(i + 1, i + count + 1)) & set(stack.pinned)
+    ]
+    return {max(found)[1]: max(found)[2]}
+
+
+def random_set(plan: PruningPlan, seed: int, count: int) -> dict[str, list[int]]:
+    free = [(name, i) for name, stack in plan.stacks.items() for i in range(len(stack)) if i not in stack.pinned]
+    found: dict[str, list[int]] = {}
+    for name, index in sorted(random.Random(seed).sample(free, count)):
+        found.setdefault(name, []).append(index)
+    return found
 
 
 def ways(subject: Subject, args: argparse.Namespace, seed: int) -> dict[str, Callable[[int], Blocks]]:
