@@ -40,8 +40,8 @@ def undone(result: Mapping[str, Any], count: int) -> tuple[float, float]:
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     ways = [way for way in dict.fromkeys(row["way"] for row in results[0]["rows"]) if way not in (OURS, BEST)]
     lines = [
-        f"| model | removed | {' | '.join(ways)} | {OURS} | undone: divergence | metric |",
-        "| --- | ---: |" + " ---: |" * (len(ways) + 3),
+        f"| model | samples | seeds | removed | {' | '.join(ways)} | {OURS} | undone: divergence | metric |",
+        "| --- | ---: | ---: | ---: |" + " ---: |" * (len(ways) + 3),
     ]
     rows = worse = best = 0
     for result in results:
@@ -51,7 +51,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             others = [found[way] for way in ways]
             cells = [f"{value:.4f}{' ' + sign if sign else ''}" for value, sign in others]
             lines.append(
-                f"| {name} | {count} of {facts['blocks']} | {' | '.join(cells)} | {found[OURS][0]:.4f} | "
+                f"| {name} | {facts['samples to choose and repair on']} | {len({r['seed'] for r in result['rows']})} | "
+                f"{count} of {facts['blocks']} | {' | '.join(cells)} | {found[OURS][0]:.4f} | "
                 f"{shares[0]:.0%} | {shares[1]:.0%} |"
             )
             rows, name = rows + 1, ""
