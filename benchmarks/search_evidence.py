@@ -130,14 +130,14 @@ def mapped(model: nn.Module, pruned: nn.Module, removed: Blocks, calibration: Se
 
 
 def straight_run(plan: PruningPlan, count: int) -> dict[str, list[int]]:
-    """The run of so many blocks of one stack between whose ends the cosine is largest."""
+    """The run of so many blocks of one stack between whose ends the cosine is largest; none where no stack has one."""
     found = [
         (stack.similarity[i][i + count], name, list(range(i + 1, i + count + 1)))
         for name, stack in plan.stacks.items()
         for i in range(len(stack) - count)
         if not set(range(i + 1, i + count + 1)) & set(stack.pinned)
     ]
-    return {max(found)[1]: max(found)[2]}
+    return {max(found)[1]: max(found)[2]} if found else {}
 
 
 def random_set(plan: PruningPlan, seed: int, count: int) -> dict[str, list[int]]:
@@ -249,7 +249,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for way, choose in ways(subject, args, seed).items():
             for count in args.remove:
                 blocks = {stack: list(indices) for stack, indices in choose(count).items() if indices}
-                result["rows"].append(trials.row(count, way, blocks))
+                if blocks:
+                    result["rows"].append(trials.row(count, way, blocks))
         for count in args.every if seed == args.seeds[0] else ():
             tried = [trials.row(count, BEST, blocks) for blocks in every_set(subject.model, count)]
             result["rows"].append(min(tried, key=lambda row: float(np.mean(row["repaired"]["divergence"]))))

@@ -23,7 +23,8 @@ def verdicts(result: Mapping[str, Any], count: int) -> dict[str, tuple[float, st
     assert ours is not None
     for way in dict.fromkeys(row["way"] for row in result["rows"]):
         theirs = means(result, count, way, "repaired")
-        assert theirs is not None
+        if theirs is None:  # this way cannot choose so many
+            continue
         _, low, high = interval(theirs[0] - ours[0])
         found[way] = float(theirs[0].mean()), ">" if low > 0 else "<" if high < 0 else ""
     return found
@@ -48,8 +49,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         name, facts = result["facts"]["model"], result["facts"]
         for count in sorted({row["count"] for row in result["rows"]}):
             found, shares = verdicts(result, count), undone(result, count)
-            others = [found[way] for way in ways]
-            cells = [f"{value:.4f}{' ' + sign if sign else ''}" for value, sign in others]
+            others = [found[way] for way in ways if way in found]
+            cells = [f"{found[way][0]:.4f} {found[way][1]}".strip() if way in found else "-" for way in ways]
             lines.append(
                 f"| {name} | {facts['samples to choose and repair on']} | {len({r['seed'] for r in result['rows']})} | "
                 f"{count} of {facts['blocks']} | {' | '.join(cells)} | {found[OURS][0]:.4f} | "
