@@ -279,9 +279,15 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
 
 
-def means(result: Mapping[str, Any], count: int, way: str, kind: str) -> tuple[np.ndarray, float] | None:
-    """Each held-out sample's divergence, the mean over the seeds, and the mean of the metric."""
-    rows = [row[kind] for row in result["rows"] if row["count"] == count and row["way"] == way and kind in row]
+def means(
+    result: Mapping[str, Any], count: int, way: str, kind: str, like: str | None = None
+) -> tuple[np.ndarray, float] | None:
+    """Each held-out sample's divergence, the mean over the seeds, and the mean of the metric; `like`: of the seeds that
+    this way has.
+    """
+    listed = [row for row in result["rows"] if row["count"] == count]
+    seeds = {row["seed"] for row in listed if row["way"] == (like or way)}
+    rows = [row[kind] for row in listed if row["way"] == way and kind in row and row["seed"] in seeds]
     if not rows:
         return None
     return np.mean([row["divergence"] for row in rows], axis=0), float(np.mean([row["metric"][0] for row in rows]))
@@ -296,7 +302,7 @@ def report(result: Mapping[str, Any]) -> str:
         f"{result['metric']}: right after the removal, repaired, and after an epoch of training (first seed). Means "
         f"over the seeds ({seeds}), with 95 % intervals over the samples. The whole model: "
         f"{shown(result['original'][:3])}. More than ours: the repaired divergence less that of the search with "
-        "repairs, sample by sample (the best of all sets: of the first seed)."
+        "repairs, sample by sample (the best of all sets: with the first seed)."
     )
     for count in sorted({row["count"] for row in result["rows"]}):
         lines = [
@@ -310,8 +316,9 @@ def report(result: Mapping[str, Any]) -> str:
             blocks = next(row["removed"] for row in listed if row["way"] == way)
             named = "; ".join(", ".join(map(str, indices)) for indices in blocks.values())
             plain, repaired, retrained = (means(result, count, way, kind) for kind in KINDS)
-            assert plain is not None and repaired is not None and ours is not None
-            more = "" if way == OURS else "{:+.4f} ({:+.4f} .. {:+.4f})".format(*interval(repaired[0] - ours[0]))
+            beside = means(result, count, OURS, "repaired", like=way)
+            assert plain is not None and repaired is not None and beside is not None
+            more = "" if way == OURS else "{:+.4f} ({:+.4f} .. {:+.4f})".format(*interval(repaired[0] - beside[0]))
             spread = "{:.4f} ({:.4f} .. {:.4f})".format(*interval(repaired[0]))
             after = "" if retrained is None else f"{retrained[1]:.4g}"
             lines.append(

@@ -54,7 +54,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             lines.append(
                 f"| {name} | {facts['samples to choose and repair on']} | {len({r['seed'] for r in result['rows']})} | "
                 f"{count} of {facts['blocks']} | {' | '.join(cells)} | {found[OURS][0]:.4f} | "
-                f"{shares[0]:.0%} | {shares[1]:.0%} |"
+                f"{100 * shares[0]:.0f} % | {100 * shares[1]:.0f} % |"
             )
             rows, name = rows + 1, ""
             worse += any(sign == "<" for _, sign in others)
