@@ -264,6 +264,7 @@ KINDS = ("plain", "repaired", "retrained")
 def facts(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     return {
         "model": args.name,
+        "stacks": list(find_stacks(subject.model)),
         "blocks": sum(map(len, find_stacks(subject.model).values())),
         "samples to choose and repair on": sum(len(next(iter(batch.values()))) for batch in subject.calibration),
         "samples of the epoch": sum(len(batch["labels"]) for batch in subject.training),
@@ -314,7 +315,10 @@ def report(result: Mapping[str, Any]) -> str:
         ours = means(result, count, OURS, "repaired")
         for way in dict.fromkeys(row["way"] for row in listed):
             blocks = next(row["removed"] for row in listed if row["way"] == way)
-            named = "; ".join(", ".join(map(str, indices)) for indices in blocks.values())
+            named = "; ".join(
+                f"{stack.split('.')[-2]}: " * (len(facts["stacks"]) > 1) + ", ".join(map(str, indices))
+                for stack, indices in blocks.items()
+            )
             plain, repaired, retrained = (means(result, count, way, kind) for kind in KINDS)
             beside = means(result, count, OURS, "repaired", like=way)
             assert plain is not None and repaired is not None and beside is not None
@@ -334,7 +338,7 @@ def report(result: Mapping[str, Any]) -> str:
                 f"Of what plain removal by CKA costs, the search with repairs undoes {share:.0f} % in "
                 f"{result['metric']} and {left:.0f} % in divergence, without training."
             )
-    parts.append("\n".join(f"- {key}: {value}" for key, value in facts.items()))
+    parts.append("\n".join(f"- {key}: {value}" for key, value in facts.items() if key != "stacks"))
     return "\n\n".join(parts) + "\n"
 
 
