@@ -24,7 +24,7 @@ import copy
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,15 @@ class Subject:
     heldout: list[dict[str, torch.Tensor]]
     training: list[dict[str, torch.Tensor]]  # with labels
 
-    def measure(self, model: nn.Module) -> Measured:
+    def outputs(self, model: nn.Module) -> Iterator[Any]:
+        """What a model puts out for the held-out batches, one after another."""
         options = {"use_cache": False} if self.metric == "perplexity" else {}
-        with torch.no_grad():
-            return self.scored([model.eval()(**batch, **options).logits for batch in self.heldout])
+        for batch in self.heldout:
+            with torch.no_grad():
+                yield model.eval()(**batch, **options)
+
+    def measure(self, model: nn.Module) -> Measured:
+        return self.scored([output.logits for output in self.outputs(model)])
 
 
 @dataclass

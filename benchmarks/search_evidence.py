@@ -23,7 +23,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from deeparc_hf.healing.sites import sites_of
 from deeparc_hf.observe.hooks import hidden_states, hooked
 from deeparc_hf.observe.outputs import heads_of
 from deeparc_hf.search.objectives.divergence import relative_errors
+from deeparc_hf.similarity.divergence import Head
 
 from .healing_grid import Subject, shown, subject_of, subject_parser
 
@@ -56,11 +57,9 @@ class Judge:
         self.subject = subject
         self._whole = [heads for heads, _ in self._answers(subject.model)]
 
-    def _answers(self, model: nn.Module) -> Any:
+    def _answers(self, model: nn.Module) -> Iterator[tuple[list[Head], Tensor]]:
         host = describe(model).host
-        for batch in self.subject.heldout:
-            with torch.no_grad():
-                output = model.eval()(**batch, **({"use_cache": False} if host.takes_cache else {}))
+        for batch, output in zip(self.subject.heldout, self.subject.outputs(model), strict=True):
             yield heads_of(host, output, batch), output.logits
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
