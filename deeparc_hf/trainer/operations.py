@@ -28,7 +28,7 @@ from .machine import Progress, Verdict
 from .measures import Stages
 from .rehearsal import rehearse
 from .reporter import Reporter, lists
-from .searching import batches_of_all, first_step, lesser_plan, remaining_speedup
+from .searching import batches_of_all, first_step, learned_by_heart, lesser_plan, remaining_speedup
 from .session import Event, Session
 from .snapshots import drop_unused, free_name, read_plans, restore_weights, save_snapshot, set_groups
 from .teacher import Teaching, removed_since
@@ -143,6 +143,11 @@ class Operations:
         # patterns call the blocks by the indices that they had when the run began
         labels = {} if p.record in (None, p.start) else dict(removed_since(p.start, p.record).kept)
         config, bars = self._config.for_iteration(iteration).replace(k=k), shows_bars(self._args)
+        judges_by_outputs = config.search is not None or config.heal is not None
+        if judges_by_outputs and not self._calibration.is_given and len(p.attempts) == 1:
+            doubt = learned_by_heart(self._session.state.log_history)
+            if doubt is not None:
+                self._session.warn(doubt)
         with self._calibration.reading():
             if config.search is not None:
                 plan = self._search(config, iteration, labels)

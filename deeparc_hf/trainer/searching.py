@@ -16,9 +16,10 @@ from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan, chosen_plan
 from ..reports.attempts import Attempt
 
-__all__ = ["batches_of_all", "first_step", "lesser_plan", "remaining_speedup"]
+__all__ = ["batches_of_all", "first_step", "learned_by_heart", "lesser_plan", "remaining_speedup"]
 
 _FIRST = 6  # of the blocks one in so many goes at first, where the metric alone says how far to go
+_BY_HEART = 10  # times as large as the training loss is the evaluation loss where samples are learned by heart
 
 
 def batches_of_all(host: Host, calibration: TrainingCalibration) -> list[dict[str, Any]]:
@@ -26,6 +27,18 @@ def batches_of_all(host: Host, calibration: TrainingCalibration) -> list[dict[st
     parts = gather(lambda: [_placed(inputs, "cpu") for inputs in calibration.inputs(host)])
     device = next(host.root.parameters()).device
     return [_placed(inputs, device) for part in parts for inputs in part]
+
+
+def learned_by_heart(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to warn of where the training samples tell little of others, by the last losses in the Trainer's log."""
+    last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
+    if len(last) < 2 or not 0 <= last["loss"] * _BY_HEART < last["eval_loss"]:
+        return None
+    return (
+        f"The loss on the training data is {last['loss']:.3g} and on the evaluation data {last['eval_loss']:.3g}: the "
+        "training samples are learned by heart, and what a smaller model loses on them tells little of other data. "
+        "Hold some samples back from training and evaluation, and give them: MPruneCallback(calibration=dataset)."
+    )
 
 
 def first_step(attempts: Sequence[Attempt]) -> int:

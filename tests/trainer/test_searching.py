@@ -8,10 +8,11 @@ import re
 import pytest
 import torch
 import transformers as tf
+from transformers import Trainer
 
 from deeparc_hf import MPruneCallback, MPruneConfig, PrunedConfig, create_model_card
-from deeparc_hf.errors import ConfigError, PlanError
-from tests.trainers import train
+from deeparc_hf.errors import ConfigError, DeepArcWarning, PlanError
+from tests.trainers import arguments, text_data, train
 from tests.zoo import TEXT, ZOO, spread
 
 from .test_resume import blocks, scripted
@@ -121,6 +122,33 @@ def test_what_max_drop_alone_means():
     plain = MPruneConfig(max_drop=0.01, search="beam")
     assert (plain.target, plain.search, plain.heal) == ("max_drop", "beam", None)
     assert MPruneConfig().target == "threshold" and MPruneConfig().retrain_epochs == 3
+
+
+BY_HEART = re.compile(r"The loss on the training data is 0\.0\d+ and on the evaluation data .* learned by heart")
+
+
+def overfitted(folder, **settings):
+    """A training on few samples whose labels are chance, evaluated on others."""
+    labels = torch.randint(2, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = text_data().map(lambda row, i: {"labels": labels[i]}, with_indices=True)
+    args = arguments(folder, num_train_epochs=30, eval_strategy="epoch", learning_rate=3e-3, logging_strategy="epoch")
+    pruning = MPruneCallback(
+        metric="loss", greater_is_better=False, max_drop=99.0, start_epoch=29, calibration_samples=32, **settings
+    )
+    train_data, others = rows.select(range(32)), rows.select(range(32, 64))
+    trainer = Trainer(ZOO["bert"].model(), args, train_dataset=train_data, eval_dataset=others, callbacks=[pruning])
+    trainer.train()
+
+
+def test_samples_that_are_learned_by_heart_are_warned_of(tmp_path):
+    with pytest.warns(DeepArcWarning, match=BY_HEART) as told:
+        overfitted(tmp_path)
+    assert sum(bool(BY_HEART.search(str(each.message))) for each in told) == 1
+
+
+def test_samples_that_were_held_back_are_not_warned_of(tmp_path, recwarn):
+    overfitted(tmp_path, calibration=text_data(rows=96).select(range(64, 96)))
+    assert not any(BY_HEART.search(str(each.message)) for each in recwarn)
 
 
 def test_a_training_that_is_too_short_for_it_is_refused(tmp_path):
