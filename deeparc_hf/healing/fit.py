@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain
 from typing import Any
 
@@ -21,16 +21,17 @@ from ..observe.axes import Axes
 from ..observe.batches import batch_size
 from ..observe.hooks import hidden_states
 from .block_ends import Ending, at_home, rows
-from .ridge import RidgeSums, Solution, solve
+from .ridge import RidgeSums, solve, solve_crosswise
 from .sites import Healing, Site
 
-__all__ = ["SiteFit", "SitePart", "in_one_unit"]
+__all__ = ["CrossFit", "SiteFit", "SitePart", "in_one_unit"]
 
 _EACH = 5  # each fifth sample is held out
 _ZEROS = 0.02  # share of zeros from which on a map is taken for a sparse one, whatever the record says
 _RESERVOIR = 8192  # most held-out positions on which the block's output is compared
 _MOST = 100.0  # positions of median size that a larger one counts for at most
 _EVEN = 0.5  # of its sample's mean, what each position counts for at least
+_NO_GAIN = "held-out positions do not come closer to the removed block's output"
 _LEAST = 1e-20  # so that where no output hangs on anything, all positions count alike
 
 
@@ -40,16 +41,29 @@ class SitePart:
 
     reason: str | None
     sums: Mapping[bool, RidgeSums | None]
-    held: list[tuple[Tensor, ...]]
+    held: Mapping[bool, list[tuple[Tensor, ...]]]
     endings: list[Ending]
     plain: RidgeSums | None
     unit: float | None
 
 
-class SiteFit:
-    """One site while the model runs."""
+@dataclass(frozen=True, eq=False)
+class CrossFit:
+    """The outcomes at one site where the samples are in two folds.
 
-    def __init__(self, host: Host, stack: Stack, site: Site) -> None:
+    Attributes:
+        folds: for the samples of each fold, fitted on those of the other.
+        whole: fitted on all.
+    """
+
+    folds: tuple[Healing, Healing]
+    whole: Healing
+
+
+class SiteFit:
+    """One site while the model runs; crosswise: its samples are in two folds, and none is held out."""
+
+    def __init__(self, host: Host, stack: Stack, site: Site, crosswise: bool = False) -> None:
         self.host = host
         self.stack = stack
         self.site = site
@@ -57,10 +71,13 @@ class SiteFit:
         self.reason: str | None = None
         self.axes: Axes | None = None
         self.endings: list[Ending] = []
-        self.sums: dict[bool, RidgeSums | None] = {False: None, True: None}  # by whether the samples are held out
-        self.held: list[tuple[Tensor, ...]] = []
+        # by whether the samples are held out, or crosswise: in the second fold
+        self.sums: dict[bool, RidgeSums | None] = {False: None, True: None}
+        self.held: dict[bool, list[tuple[Tensor, ...]]] = {
+            part: [] for part in ((False, True) if crosswise else (True,))
+        }
         self.plain: RidgeSums | None = None  # of all positions alike, where a BatchNorm needs them
-        self.stride = 1  # of the held-out positions that are kept
+        self.strides = {False: 1, True: 1}  # of the positions that are kept in `held`
         self.seen: dict[str, Tensor] = {}
         self.unit: float | None = None  # the mean sensitivity of the first batch; 0: all positions count alike
 
@@ -72,6 +89,15 @@ class SiteFit:
     def has_intercept(self) -> bool:
         paths = (self.endings[0].map, self.endings[0].batch_norm)
         return any(path and getattr(self.kept.get_submodule(path), "bias", None) is not None for path in paths)
+
+    @property
+    def needs_last_block(self) -> bool:
+        """Whether more is to be seen of the last removed block than what it puts out: the sum before its final norm."""
+        return self.endings[1].final is not None
+
+    def show_last_output(self, output: Tensor) -> None:
+        """Take note of what the last removed block puts out for a batch, where it is known."""
+        self.seen["last output"] = at_home(output)
 
     def settle(self, endings: Sequence[Ending | str]) -> None:
         """Take note of how the kept and the last removed block end, or why the site is left alone."""
@@ -136,13 +162,20 @@ class SiteFit:
             yield noting_input(block.get_submodule(ending.final), f"{which} sum")
         yield block.register_forward_hook(note_output)
 
-    def take(self, inputs: Mapping[str, Any], first: int, sensitivities: Tensor | None = None) -> None:
+    def take(
+        self,
+        inputs: Mapping[str, Any],
+        first: int,
+        sensitivities: Tensor | None = None,
+        second_fold: bool | None = None,
+    ) -> None:
         """Add what a batch showed to the sums.
 
         Args:
-            first: the number of samples that came before it.
+            first: the number of samples that came before it; each fifth of all is held out.
             sensitivities: of the outputs to what the last removed block puts out (`output_sensitivities`), by which
                 positions count. None: all count alike.
+            second_fold: which fold the samples are in, where none is held out.
         """
         module, scale = self.module, self.endings[0].scale
         assert self.axes is not None and self.axes.samples is not None
@@ -154,7 +187,8 @@ class SiteFit:
         count, size = shape[self.axes.samples], batch_size(inputs)
         numbers = first + torch.arange(count, device=self.seen["x"].device) // max(count // size, 1)
         positions = math.prod(shape) // (shape[self.axes.features] * count)  # of a sample
-        held_out = (numbers % _EACH == _EACH - 1)[:, None].expand(count, positions)
+        held_out = numbers % _EACH == _EACH - 1 if second_fold is None else torch.full_like(numbers, second_fold).bool()
+        held_out = held_out[:, None].expand(count, positions)
         chosen = self.axes.as_put_out(held_out, shape).flatten()
         layout = [size for dimension, size in enumerate(shape) if dimension != self.axes.features]
         x = self.seen["x"]
@@ -187,8 +221,8 @@ class SiteFit:
             if self.endings[0].batch_norm is not None:  # its statistics are of all positions alike
                 plain = found if weights is None else RidgeSums.of(inputs, wanted)
                 self.plain = _total([self.plain, plain])
-            if part:
-                self._keep(inputs, sums[0][pick], outputs[0][pick], outputs[1][pick], weight)
+            if part in self.held:
+                self._keep(part, inputs, sums[0][pick], outputs[0][pick], outputs[1][pick], weight)
 
     def _counted(self, sensitivities: Tensor | None, samples: Tensor, valid: Tensor) -> Tensor | None:
         """How much positions count, shape (N,): by their sensitivities, and half of the mean of their sample's. The
@@ -210,19 +244,51 @@ class SiteFit:
         """What this process has seen, for `finish`."""
         return SitePart(self.reason, self.sums, self.held, self.endings, self.plain, self.unit)
 
-    def _keep(self, *held: Tensor) -> None:
-        """Keep held-out positions to compare the block's output on: each so many of every batch, fewer as more come."""
-        self.held.append(tuple(rows[:: self.stride].cpu() for rows in held))
-        while sum(len(entry[0]) for entry in self.held) > _RESERVOIR:
-            self.held = [tuple(rows[::2] for rows in entry) for entry in self.held]
-            self.stride *= 2
+    def _keep(self, part: bool, *held: Tensor) -> None:
+        """Keep positions to compare the block's output on: each so many of every batch, fewer as more come."""
+        self.held[part].append(tuple(rows[:: self.strides[part]].cpu() for rows in held))
+        while sum(len(entry[0]) for entry in self.held[part]) > _RESERVOIR:
+            self.held[part] = [tuple(rows[::2] for rows in entry) for entry in self.held[part]]
+            self.strides[part] *= 2
 
     def finish(self, parts: Sequence[SitePart]) -> Healing:
-        """Solve, and compare the block's output with and without the change."""
+        """Solve, and compare the block's output with and without the change on what was held out."""
+        seen = self._together(parts)
+        if isinstance(seen, str):
+            return Healing(self.site, seen)
+        solution = solve(seen.sums[False], seen.sums[True], self.has_intercept)
+        found = Healing(self.site, positions=seen.sums[False].count, strength=solution.strength, ending=self.endings[0])
+        found.held_out = _share([self._distances(solution.change, seen.held[True])])
+        if solution.change is None or found.held_out >= 1.0:
+            found.reason = _NO_GAIN
+            return found
+        return self._changed(found, solution.change, seen)
+
+    def cross(self, parts: Sequence[SitePart]) -> CrossFit:
+        """Solve for each fold on the samples of the other, and compare the block's output with and without that."""
+        seen = self._together(parts)
+        if isinstance(seen, str):
+            alone = Healing(self.site, seen)
+            return CrossFit((alone, alone), alone)
+        solution = solve_crosswise(seen.sums[False], seen.sums[True], self.has_intercept)
+        changes = solution.changes or (None, None, None)
+        positions = seen.sums[False].count + seen.sums[True].count
+        share = _share([self._distances(changes[not part], seen.held[part]) for part in (False, True)])
+        known = partial(Healing, self.site, held_out=share, strength=solution.strength, positions=positions)
+        if solution.changes is None or share >= 1.0:
+            alone = known(reason=_NO_GAIN)
+            return CrossFit((alone, alone), alone)
+        first, second, whole = (
+            self._changed(known(ending=self.endings[0]), change, seen) for change in solution.changes
+        )
+        return CrossFit((second, first), whole)
+
+    def _together(self, parts: Sequence[SitePart]) -> _Seen | str:
+        """What all processes have seen, or why the site is left alone."""
         parts = in_one_unit(parts)
         reason = next((part.reason for part in parts if part.reason is not None), None)
         if reason is not None:
-            return Healing(self.site, reason)
+            return reason
         # of the first process that saw a batch, for all
         self.endings = next(filter(None, (part.endings for part in parts)), [])
         fit, held = (_total([part.sums[held_out] for part in parts]) for held_out in (False, True))
@@ -230,29 +296,28 @@ class SiteFit:
             raise CalibrationError(
                 "Healing needs at least 5 calibration samples: each fifth is held out. Give some hundreds."
             )
-        solution = solve(fit, held, self.has_intercept)
-        found = Healing(self.site, positions=fit.count, strength=solution.strength, ending=self.endings[0])
-        found.held_out = self._distance(solution, list(chain.from_iterable(part.held for part in parts)))
-        if solution.change is None or found.held_out >= 1.0:
-            found.reason = "held-out positions do not come closer to the removed block's output"
-            return found
-        width = len(fit.inputs) - self.has_intercept
-        found.change = solution.change[:width].T.contiguous()
-        found.intercept = solution.change[width] if self.has_intercept else None
+        kept = {which: list(chain.from_iterable(part.held[which] for part in parts)) for which in self.held}
+        return _Seen({False: fit, True: held}, kept, _total([part.plain for part in parts]))
+
+    def _changed(self, found: Healing, change: Tensor, seen: _Seen) -> Healing:
+        """The healing with a change that was fitted."""
+        width = len(change) - self.has_intercept
+        found.change = change[:width].T.contiguous()
+        found.intercept = change[width] if self.has_intercept else None
         final = self.endings[1].final
         if final is not None:
             found.final = {name: p.detach().clone() for name, p in self.last.get_submodule(final).named_parameters()}
         if self.endings[0].batch_norm is not None:
-            found.statistics = self._statistics(_total([part.plain for part in parts]), found.change)
+            found.statistics = self._statistics(seen.plain, found.change)
         return found
 
-    def _distance(self, solution: Solution, held: Sequence[tuple[Tensor, ...]]) -> float:
-        """Squared distance from the removed block's output on held-out positions, relative to the unchanged one."""
-        if solution.change is None or not held:
-            return 1.0
-        ending, change = self.endings[1], solution.change.cpu()
-        final = None if ending.final is None else self.last.get_submodule(ending.final)
+    def _distances(self, change: Tensor | None, held: Sequence[tuple[Tensor, ...]]) -> tuple[float, float]:
+        """Squared distance from the removed block's output on kept positions, without a change and with it."""
         before = after = 0.0
+        if change is None:
+            return before, after
+        ending, change = self.endings[1], change.cpu()
+        final = None if ending.final is None else self.last.get_submodule(ending.final)
         with torch.no_grad():
             for inputs, kept_sum, kept_output, target, weight in held:
                 changed = kept_sum.double() + (inputs.double() @ change) * self.endings[0].scale.cpu()
@@ -261,7 +326,7 @@ class SiteFit:
                     changed = final(changed.float().to(device)).cpu().double()
                 before += float((weight * (kept_output.double() - target.double()).square()).sum())
                 after += float((weight * (changed - target.double()).square()).sum())
-        return after / before if before > 0 else 1.0
+        return before, after
 
     def _statistics(self, sums: RidgeSums, change: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the changed map's output, for the BatchNorm behind it."""
@@ -271,6 +336,21 @@ class SiteFit:
         mean = sums.inputs[-1, :width] / total
         covariance = sums.inputs[:width, :width] / total - torch.outer(mean, mean)
         return weight @ mean, ((weight @ covariance) * weight).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What all processes have seen of a site."""
+
+    sums: Mapping[bool, RidgeSums]
+    held: Mapping[bool, list[tuple[Tensor, ...]]]
+    plain: RidgeSums | None
+
+
+def _share(distances: Sequence[tuple[float, float]]) -> float:
+    """What is left of the squared distance."""
+    before, after = (sum(values) for values in zip(*distances, strict=True))
+    return after / before if before > 0 else 1.0
 
 
 def _weights(missing: Tensor, valid: Tensor) -> Tensor | None:
@@ -297,7 +377,8 @@ def in_one_unit(parts: Sequence[SitePart]) -> list[SitePart]:
 
 def _weighed(part: SitePart, factor: float) -> SitePart:
     sums = {held: None if known is None else known * factor for held, known in part.sums.items()}
-    return dataclasses.replace(part, sums=sums, held=[(*rows, weight * factor) for *rows, weight in part.held])
+    kept = {which: [(*rows, weight * factor) for *rows, weight in held] for which, held in part.held.items()}
+    return dataclasses.replace(part, sums=sums, held=kept)
 
 
 def _total(parts: Sequence[RidgeSums | None]) -> RidgeSums | None:

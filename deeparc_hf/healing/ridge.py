@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RidgeSums", "Solution", "solve"]
+__all__ = ["CrossSolution", "RidgeSums", "Solution", "solve", "solve_crosswise"]
 
 _PARTS = 8
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -68,6 +68,16 @@ class Solution:
     held_out: float  # squared error on the held-out positions with the change, relative to that without
 
 
+@dataclass(frozen=True)
+class CrossSolution:
+    """Changes of one strength, fitted on either of two parts and on both; None: no strength lowers the error of each
+    part with what is fitted on the other.
+    """
+
+    changes: tuple[Tensor, Tensor, Tensor] | None
+    strength: float | None
+
+
 def solve(fit: RidgeSums, held_out: RidgeSums, intercept: bool, strengths: Sequence[float] = STRENGTHS) -> Solution:
     """Fit on one part of the positions for each strength, and keep the change whose error on the other is the least.
     With `intercept` the last input is the constant 1, which is not shrunk.
@@ -75,16 +85,45 @@ def solve(fit: RidgeSums, held_out: RidgeSums, intercept: bool, strengths: Seque
     best = Solution(None, None, 1.0)
     if held_out.errors <= 0 or fit.errors <= 0:
         return best
-    shrunk = torch.ones(len(fit.inputs), dtype=torch.float64, device=fit.inputs.device)
-    if intercept:
-        shrunk[-1] = 0.0
-    mean = float(fit.inputs.diagonal()[: len(shrunk) - intercept].mean())
     for strength in strengths:
-        factor, failed = torch.linalg.cholesky_ex(fit.inputs + torch.diag(shrunk * strength * mean))
-        if int(failed):
+        change = _fitted(fit, intercept, strength)
+        if change is None:
             continue
-        change = torch.cholesky_solve(fit.cross, factor)
         held = held_out.squared_error(change) / held_out.errors
         if held < best.held_out:
             best = Solution(change, strength, held)
     return best
+
+
+def solve_crosswise(
+    one: RidgeSums, other: RidgeSums, intercept: bool, strengths: Sequence[float] = STRENGTHS
+) -> CrossSolution:
+    """Fit on each of two parts for each strength, and keep that where the error on the respective other is the least
+    (cross-validation in two folds); with it fit on both parts together too.
+    """
+    best, found = CrossSolution(None, None), None
+    least = one.errors + other.errors
+    if one.errors <= 0 or other.errors <= 0:
+        return best
+    for strength in strengths:
+        changes = _fitted(one, intercept, strength), _fitted(other, intercept, strength)
+        if changes[0] is None or changes[1] is None:
+            continue
+        error = other.squared_error(changes[0]) + one.squared_error(changes[1])
+        if error < least:
+            least, found, best = error, changes, CrossSolution(None, strength)
+    if found is None or best.strength is None:
+        return best
+    whole = _fitted(one + other, intercept, best.strength)
+    assert found[0] is not None and found[1] is not None and whole is not None  # the sum is as definite as its parts
+    return CrossSolution((found[0], found[1], whole), best.strength)
+
+
+def _fitted(sums: RidgeSums, intercept: bool, strength: float) -> Tensor | None:
+    """The change of one strength; None where it is too small for these sums."""
+    shrunk = torch.ones(len(sums.inputs), dtype=torch.float64, device=sums.inputs.device)
+    if intercept:
+        shrunk[-1] = 0.0
+    mean = float(sums.inputs.diagonal()[: len(shrunk) - intercept].mean())
+    factor, failed = torch.linalg.cholesky_ex(sums.inputs + torch.diag(shrunk * strength * mean))
+    return None if int(failed) else torch.cholesky_solve(sums.cross, factor)

@@ -47,7 +47,7 @@ __all__ = ["check_search", "check_speedup", "find_frontier", "search_blocks", "s
 
 logger = logging.getLogger(__name__)
 
-_SCORES = 2  # counts up where the same search gives other scores than in an earlier version
+_SCORES = 3  # counts up where the same search gives other scores than in an earlier version
 _TIMED = 32  # samples of the batch that is timed, at most
 
 
@@ -72,9 +72,10 @@ def search_blocks(
 ) -> Frontier:
     """Search for the best blocks to remove. The model is left as it is.
 
-    Five eighths of the samples are for the repairs, the others judge. What every block puts out is kept in memory for
-    all of them, about twice (samples x positions x width x blocks values): where that would be more than 4 GB, fewer
-    samples are used. After Ctrl-C the frontier holds what was found so far, where that is anything.
+    All samples judge, each by repairs that were fitted on the half it is not in. What every block puts out is kept in
+    memory for all of them, about twice (samples x positions x width x blocks values), and the whole model's outputs:
+    where that would be more than 4 GB, fewer samples are used. After Ctrl-C the frontier holds what was found so far,
+    where that is anything.
 
     Args:
         model: a model that `find_stacks` knows.

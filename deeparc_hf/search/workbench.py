@@ -1,7 +1,9 @@
 """What a search works with: models with blocks left out and the kept ones healed, and how good they are.
 
-The data is cut in two: on one part repairs are fitted, on the other models are judged. What every block puts out is
-kept for both, so that a model which differs from a known one from some block on is computed from there. A repair
+The data is cut into two folds. Each sample runs through a model whose repairs were fitted on the other fold, and is
+judged so: all samples judge, and none by a repair that has seen it (cross-fitting: Chernozhukov et al. 2018, doi
+10.1111/ectj.12097). The repairs of the model that is made in the end are fitted on both. What every block puts out is
+kept for all samples, so that a model which differs from a known one from some block on is computed from there. A repair
 depends on what is removed before it alone, and is shared by all models that begin alike.
 """
 
@@ -24,7 +26,7 @@ from ..core.distributed import agree, gather, process_count, process_index
 from ..core.transaction import Transaction
 from ..errors import CalibrationError
 from ..healing.block_ends import Ending
-from ..healing.fit import SiteFit
+from ..healing.fit import CrossFit, SiteFit
 from ..healing.heal import apply_healing, find_endings
 from ..healing.sensitivity import output_sensitivities
 from ..healing.sites import Healing, Site, sites_of
@@ -40,14 +42,13 @@ from .playback import Block, Playback
 __all__ = ["SENSITIVITY_PASSES", "Node", "Removed", "Workbench", "by_stack"]
 
 Removed = frozenset[Block]
+States = Mapping[Block, Sequence[Tensor]]
 Change = Callable[[Mapping[Block, Healing]], None]  # gives the model these repairs, and no others
 
 logger = logging.getLogger(__name__)
 
-_FIT = 5, 8  # share of the samples that repairs are fitted on
-_BACKWARD = 3  # forward passes that one forward and backward pass counts for
-SENSITIVITY_PASSES = _BACKWARD * _FIT[0] / _FIT[1]  # over all data, before a search with repairs begins
-_ROUGH = 4  # of the judging samples one in so many comes first,
+SENSITIVITY_PASSES = 3.0  # that one forward and backward pass counts for, before a search with repairs begins
+_ROUGH = 8  # of the samples one in so many comes first,
 _ROUGH_OUTPUTS = 64  # or as many as have so many outputs: fewer would tell too little of a classifier
 MEMORY = 4 * 10**9  # bytes, for what blocks put out
 _LEFT = 3  # and one in so many candidates stays for the others
@@ -64,19 +65,19 @@ class Node:
 
     removed: Removed
     score: Score
-    _make: Callable[[], tuple[Mapping[Block, Healing], Mapping[Block, Sequence[Tensor]]]]
+    _make: Callable[[], tuple[Mapping[Block, CrossFit], States]]
 
     @cached_property
-    def _made(self) -> tuple[Mapping[Block, Healing], Mapping[Block, Sequence[Tensor]]]:
+    def _made(self) -> tuple[Mapping[Block, CrossFit], States]:
         return self._make()
 
     @property
-    def repairs(self) -> Mapping[Block, Healing]:
+    def repairs(self) -> Mapping[Block, CrossFit]:
         """By the kept block that changes, how."""
         return self._made[0]
 
     @property
-    def states(self) -> Mapping[Block, Sequence[Tensor]]:
+    def states(self) -> States:
         """By kept block, what it puts out, a tensor a batch. Of a model whose score was known from a journal they are
         computed when they are first asked for, outside of other work of the bench.
         """
@@ -121,24 +122,24 @@ class Workbench:
         self._share = (process_index(), process_count()) if shared else (0, 1)
         first = cut(batches[0], 2)
         self._playback = Playback.of(self.host, self.stacks, first)
-        batches = self._that_fit(batches)
-        self._fitting, self._judging = _parts(batches) if heals else ([], [dict(batch) for batch in batches])
-        if not self._judging or (heals and not self._fitting):
+        self._outputs_each, self._outputs_bytes = _outputs_each(self.host, first)
+        self._batches, self._folds = _halves(self._that_fit(batches)) if heals else (self._that_fit(batches), [])
+        if not self._batches or (heals and len(set(self._folds)) < 2):
             raise CalibrationError(
-                "A search needs several samples: some to fit repairs on, others to judge by. Give some hundreds."
+                "A search needs several samples: repairs are fitted on a half of them and judged by the other. Give "
+                "some hundreds."
             )
-        if self._measure is not None:
-            self._judging = self._judging[:1]  # `measure` has data of its own
-        self.samples = sum(map(batch_size, [*self._fitting, *self._judging]))
+        # `measure` has data of its own
+        self._judging = range(len(self._batches) if self._measure is None else 1)
+        self.samples = sum(map(batch_size, self._batches))
         self._order = self._playback.order
         self._position = {block: number for number, block in enumerate(self._order)}
-        self._fits: OrderedDict[tuple[Removed, Site], Healing] = OrderedDict()
+        self._fits: OrderedDict[tuple[Removed, Site], CrossFit] = OrderedDict()
         self._told = 0.0
         modules = list(self._playback.modules.values())
         self._endings = find_endings(self.host, modules, first) if heals else {}
         self._axes = find_axes(self.host, list(self.stacks.values()), first) if heals else {}
-        self._wanted: list[Any] = []
-        self._outputs_each = _outputs_each(self.host, first)
+        self._wanted: dict[int, Any] = {}
         self.root = self._whole()
         self._sensitivities = self._differentiated()
 
@@ -158,12 +159,12 @@ class Workbench:
     @property
     def example(self) -> dict[str, Any]:
         """A small batch."""
-        return cut(self._judging[0], 2)
+        return cut(self._batches[0], 2)
 
     def make(self, node: Node) -> nn.Module:
         """A model as a copy, with the blocks really removed and the kept ones repaired."""
         with self._repaired() as change:
-            change(node.repairs)
+            change({block: fit.whole for block, fit in node.repairs.items()})
             return self._smaller(node.removed)
 
     def _smaller(self, removed: Removed) -> nn.Module:
@@ -189,7 +190,7 @@ class Workbench:
         self._journal.put("follow", removed, {"score": score})
         return Node(removed, score, lambda: (made[0], made[1]))
 
-    def _followed(self, removed: Removed, base: Node) -> tuple[Score, dict[Block, Healing], dict[Block, list[Tensor]]]:
+    def _followed(self, removed: Removed, base: Node) -> tuple[Score, dict[Block, CrossFit], dict[Block, list[Tensor]]]:
         sites, earlier = self._sites(removed), self._sites(base.removed)
         differ = [b for b in self._order if (b in removed) != (b in base.removed) or sites.get(b) != earlier.get(b)]
         here = self._position[differ[0]]
@@ -197,13 +198,11 @@ class Workbench:
         states = {block: list(kept) for block, kept in base.states.items() if self._position[block] < here}
         repairs = {block: healing for block, healing in base.repairs.items() if self._position[block] < here}
         with self._repaired() as change:
-            change(repairs)
             for block in [block for block in self._order[here:] if block in sites]:
-                self._fill(states, removed, here, self._position[block])
+                self._fill(states, removed, here, self._position[block], repairs, change)
                 repairs[block] = self._fit(sites[block], removed, states, change, dict(repairs))
-                change(repairs)
                 here = self._position[block]
-            parts = self._fill(states, removed, here, None)
+            parts = self._fill(states, removed, here, None, repairs, change)
         self._account()
         return Score.of(parts), repairs, states
 
@@ -216,7 +215,7 @@ class Workbench:
             return {block: known[_label(block)] for block in blocks}
         base.states  # noqa: B018  computed now, if that is still to be done: below the model is repaired
         rough = self._rough()
-        first, rest = range(rough), range(rough, len(self._judging))
+        first, rest = self._judging[:rough], self._judging[rough:]
         with self._repaired() as change:
             parts = self._tried(base, list(blocks), first, change)
             order = sorted(parts, key=lambda block: Score.of(parts[block]).value)
@@ -227,12 +226,12 @@ class Workbench:
         return scores
 
     def _rough(self) -> int:
-        """How many of the judging batches come first."""
+        """How many of the batches come first."""
         outputs = 0.0
-        for number, batch in enumerate(self._judging, 1):
-            outputs += batch_size(batch) * self._outputs_each
-            if outputs >= _ROUGH_OUTPUTS and number >= len(self._judging) // _ROUGH:
-                return number
+        for number in self._judging:
+            outputs += batch_size(self._batches[number]) * self._outputs_each
+            if outputs >= _ROUGH_OUTPUTS and number + 1 >= len(self._judging) // _ROUGH:
+                return number + 1
         return len(self._judging)
 
     def complete(self, scores: Mapping[Block, Score]) -> dict[Block, Score]:
@@ -242,12 +241,13 @@ class Workbench:
         return dict(sorted(full.items(), key=lambda entry: entry[1].value))
 
     def _that_fit(self, batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """The first batches, as many as memory is meant for: what all blocks put out is kept for them."""
+        """The first batches, as many as memory is meant for: what all blocks and the model put out is kept for them."""
         taken: list[Mapping[str, Any]] = []
         size, each = 0.0, 0.0
         for batch in batches:
             if not taken or _shapes(batch) != _shapes(taken[-1]):
-                each = 2 * self._bytes_of(cut(batch, 1))  # of the whole model, and of the one at hand
+                # what blocks put out in the whole model, and in the one at hand; and what the whole one puts out
+                each = 2 * self._bytes_of(cut(batch, 1)) + self._outputs_bytes
             size += each * batch_size(batch)
             if taken and size > MEMORY:
                 logger.info(
@@ -275,13 +275,13 @@ class Workbench:
 
     def _whole(self) -> Node:
         states: dict[Block, list[Tensor]] = {}
-        parts = self._fill(states, frozenset(), 0, None)
+        parts = self._fill(states, frozenset(), 0, None, {}, lambda wanted: None)
         self._account()
         return Node(frozenset(), Score.of(parts), lambda: ({}, states))
 
     def _differentiated(self) -> list[Mapping[nn.Module, Tensor]]:
-        """For each batch that repairs are fitted on, how sensitive the whole model's outputs are to what blocks put
-        out; nothing where it cannot be told.
+        """For each batch, how sensitive the whole model's outputs are to what blocks put out; nothing where that cannot
+        be told.
         """
         found: list[Mapping[nn.Module, Tensor]] = []
         axes = {name: axes.features for name, axes in self._axes.items() if isinstance(axes, Axes)}
@@ -290,17 +290,17 @@ class Workbench:
             for block, module in self.modules.items()
             if block[0] in axes and isinstance(self._endings.get(module), Ending)
         }
-        for inputs in self._fitting if blocks else ():
+        for inputs in self._batches if blocks else ():
             if found and not found[0]:  # where the first batch's are not found, no other's count
                 found.append({})
                 continue
             found.append(output_sensitivities(self.host, blocks, inputs) or {})
-            self._playback.done[0] += _BACKWARD * len(self._order) * batch_size(inputs)
+            self._playback.done[0] += round(SENSITIVITY_PASSES * len(self._order) * batch_size(inputs))
         self._account()
         if self._share[1] > 1:  # what one process could not find out, none goes by: repairs are the same in all
             known = gather(lambda: [bool(each) for each in found])
             found = [each if all(flags) else {} for each, *flags in zip(found, *known, strict=True)]
-        return found or [{}] * len(self._fitting)
+        return found or [{}] * len(self._batches)
 
     def _sites(self, removed: Removed) -> dict[Block, Site]:
         """The removal sites by their kept blocks; none where nothing is repaired."""
@@ -310,41 +310,58 @@ class Workbench:
         self,
         site: Site,
         removed: Removed,
-        states: Mapping[Block, Sequence[Tensor]],
+        states: States,
         change: Change,
-        repairs: Mapping[Block, Healing],
-    ) -> Healing:
+        repairs: Mapping[Block, CrossFit],
+    ) -> CrossFit:
         """The repair at a site, with those before it; `states` reach up to it."""
         kept, last = (site.stack, site.kept), (site.stack, site.removed[-1])
         before = frozenset(block for block in removed if self._position[block] < self._position[kept])
         key = before, site
         if key not in self._fits:
             stack = self.stacks[site.stack]
-            watch = SiteFit(self.host, stack, site)
+            watch = SiteFit(self.host, stack, site, crosswise=True)
             watch.settle([self._endings[stack.blocks[index]] for _, index in (kept, last)])
             watch.orient(self._axes.get(site.stack))
             seen = 0
-            for number, inputs in enumerate(self._fitting):
+            for number, inputs in enumerate(self._batches):
                 if watch.reason is not None:
                     break
-                if not self._playback.can_begin_anywhere:  # the pass goes through the blocks that are repaired
-                    change({})
-                self._run_one(number, last, frozenset(), self.root.states, partial(watch.hooks, "last"))
-                change(repairs)
+                if watch.needs_last_block:
+                    if not self._playback.can_begin_anywhere:  # the pass goes through the blocks that are repaired
+                        change({})
+                    self._run_one(number, last, frozenset(), self.root.states, partial(watch.hooks, "last"))
+                else:
+                    watch.show_last_output(self.root.states[last][number])
+                if not self._playback.can_begin_anywhere:
+                    change(self._applied(repairs, number))
                 self._run_one(number, kept, removed, states, partial(watch.hooks, "kept"))
-                watch.take(inputs, seen, self._sensitivities[number].get(self.modules[last]))
+                sensitive = self._sensitivities[number].get(self.modules[last])
+                watch.take(inputs, seen, sensitive, second_fold=self._folds[number] == 1)
                 seen += batch_size(inputs)
-            self._fits[key] = watch.finish([watch.part()])
+            self._fits[key] = watch.cross([watch.part()])
             while len(self._fits) > 3 * len(self._order):
                 self._fits.popitem(last=False)
         self._fits.move_to_end(key)
         return self._fits[key]
 
+    def _applied(self, repairs: Mapping[Block, CrossFit], number: int) -> dict[Block, Healing]:
+        """What repairs do to the model that a batch runs through."""
+        if self._measure is not None:  # what is judged is no answer to a batch
+            return {block: fit.whole for block, fit in repairs.items()}
+        return {block: fit.folds[self._folds[number]] for block, fit in repairs.items()}
+
+    def _in_turns(self, numbers: Sequence[int], repairs: Mapping[Block, CrossFit], change: Change) -> Iterator[int]:
+        """Some batches, one fold after the other; the model is repaired for each."""
+        for number in sorted(numbers, key=lambda each: self._folds[each] if self._folds else 0):
+            change(self._applied(repairs, number))
+            yield number
+
     def _tried(
         self,
         base: Node,
         blocks: Sequence[Block],
-        numbers: range,
+        numbers: Sequence[int],
         change: Change,
     ) -> dict[Block, list[tuple[Tensor, Tensor]]]:
         """Losses and weights of candidates on some batches: each process tries its share."""
@@ -353,10 +370,12 @@ class Workbench:
         def work() -> dict[Block, list[tuple[Tensor, Tensor]]]:
             found = {}
             for block in blocks[mine::of]:
-                change(base.repairs)
                 trial = self._trial(base, block, change)
-                change(trial.repairs)
-                found[block] = [self._judge(n, trial.removed, base.states, trial.begin) for n in numbers]
+                judged = {
+                    number: self._judge(number, trial.removed, base.states, trial.begin)
+                    for number in self._in_turns(numbers, trial.repairs, change)
+                }
+                found[block] = [judged[number] for number in numbers]
             return found
 
         together = gather(work) if of > 1 else [work()]
@@ -381,44 +400,49 @@ class Workbench:
         number: int,
         block: Block,
         removed: Removed,
-        states: Mapping[Block, Sequence[Tensor]],
+        states: States,
         hooks: Callable[[], Any],
     ) -> None:
         """Compute one block for a batch."""
         begin = self._position[block]
         known = {each: states[each][number] for each in self._playback.last_known(removed, begin)}
-        inputs = self._batch(number)
-        self._playback.run(inputs, removed, known=known, begin=begin, end=block, hooks=hooks)
+        self._playback.run(self._batches[number], removed, known=known, begin=begin, end=block, hooks=hooks)
 
     def _fill(
-        self, states: dict[Block, list[Tensor]], removed: Removed, begin: int, stop: int | None
+        self,
+        states: dict[Block, list[Tensor]],
+        removed: Removed,
+        begin: int,
+        stop: int | None,
+        repairs: Mapping[Block, CrossFit],
+        change: Change,
     ) -> list[tuple[Tensor, Tensor]]:
         """Compute the kept blocks from one on, up to that at `stop`, which is left out, for all batches. Without a stop
         the model is judged.
         """
         kept = [block for block in self._order[begin:stop] if block not in removed]
-        for block in kept:
-            states[block] = []
+        made: dict[Block, dict[int, Tensor]] = {block: {} for block in kept}
 
         def see(block: Block, hidden: Tensor) -> None:
-            if block in states and len(states[block]) == number:
-                states[block].append(hidden)
+            if block in made:
+                made[block].setdefault(number, hidden)
 
-        parts = []
-        for number in range(len(self._fitting) + len(self._judging)):
-            judged = number - len(self._fitting)
-            if stop is None and judged >= 0:
-                parts.append(self._judge(judged, removed, states, begin, see))
-            elif kept:
+        parts = {}
+        for number in self._in_turns(range(len(self._batches)), repairs, change):
+            judges = stop is None and number in self._judging
+            if judges:
+                parts[number] = self._judge(number, removed, states, begin, see)
+            if kept and not (judges and self._measure is None):  # to measure a model is no pass over the batch
                 known = {block: states[block][number] for block in self._playback.last_known(removed, begin)}
-                self._playback.run(self._batch(number), removed, known=known, begin=begin, end=kept[-1], see=see)
-        return parts
+                self._playback.run(self._batches[number], removed, known=known, begin=begin, end=kept[-1], see=see)
+        states.update({block: [found[number] for number in sorted(found)] for block, found in made.items()})
+        return [parts[number] for number in sorted(parts)]
 
     def _judge(
         self,
-        judged: int,
+        number: int,
         removed: Removed,
-        states: Mapping[Block, Sequence[Tensor]],
+        states: States,
         begin: int,
         see: Callable[[Block, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -426,8 +450,7 @@ class Workbench:
         if self._measure is not None:
             value = self._measure(self._smaller(removed))
             return torch.tensor([[value]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-        inputs, objective = self._judging[judged], cast(AnswerObjective, self._objective)
-        number = judged + len(self._fitting)
+        inputs, objective = self._batches[number], cast(AnswerObjective, self._objective)
         known = {block: states[block][number] for block in self._playback.last_known(removed, begin)}
         hidden = {block[0]: value for block, value in known.items()}
 
@@ -441,13 +464,9 @@ class Workbench:
         output = self._playback.run(inputs, removed, known=known, begin=begin, see=watches, labels=labels)
         sides = {name: stack.side for name, stack in self.stacks.items()}
         answer = Answer(self.host, inputs, output, hidden, sides)
-        if len(self._wanted) <= judged:
-            self._wanted.append(objective.wanted(answer))
-        return objective.losses(answer, self._wanted[judged])
-
-    def _batch(self, number: int) -> Mapping[str, Any]:
-        fits = len(self._fitting)
-        return self._fitting[number] if number < fits else self._judging[number - fits]
+        if number not in self._wanted:
+            self._wanted[number] = objective.wanted(answer)
+        return objective.losses(answer, self._wanted[number])
 
     @contextmanager
     def _repaired(self) -> Iterator[Change]:
@@ -480,7 +499,7 @@ class _Trial:
     """A candidate: what is left out, the repairs then, and from which block on it differs from the known model."""
 
     removed: Removed
-    repairs: Mapping[Block, Healing]
+    repairs: Mapping[Block, CrossFit]
     begin: int
 
 
@@ -503,13 +522,14 @@ def _shapes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape[1:]) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
 
 
-def _outputs_each(host: Host, inputs: Mapping[str, Any]) -> float:
-    """How many outputs a sample has: one of a classifier, one for each token of a language model."""
+def _outputs_each(host: Host, inputs: Mapping[str, Any]) -> tuple[float, float]:
+    """How many outputs a sample has (one of a classifier, one for each token of a language model), and their bytes."""
     try:
-        head, *_ = heads_of(host, forward(host, inputs, without_cache=True), inputs)
+        heads = heads_of(host, forward(host, inputs, without_cache=True), inputs)
     except CalibrationError:  # a loss alone
-        return 1.0
-    return len(head.values) / batch_size(inputs)
+        return 1.0, 0.0
+    size = sum(head.values.numel() * head.values.element_size() for head in heads)
+    return len(heads[0].values) / batch_size(inputs), size / batch_size(inputs)
 
 
 def _label(block: Block) -> str:
@@ -524,16 +544,16 @@ def by_stack(removed: Collection[Block]) -> dict[str, list[int]]:
     return found
 
 
-def _parts(batches: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The data to fit on, and that to judge by: of each batch a share, of those that cannot be cut some whole ones."""
-    fitting, judging = [], []
-    share, of = _FIT
-    for number, batch in enumerate(batches):
+def _halves(batches: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[int]]:
+    """Batches, and the fold that each is in: a half of each batch in either, of those that cannot be cut whole ones."""
+    found: list[Mapping[str, Any]] = []
+    folds: list[int] = []
+    for batch in batches:
         size = batch_size(batch)
-        first = round(size * share / of)
-        if is_cuttable(batch) and 0 < first < size:
-            fitting.append(cut(batch, range(first)))
-            judging.append(cut(batch, range(first, size)))
+        if is_cuttable(batch) and size > 1:
+            found += [cut(batch, range(size // 2)), cut(batch, range(size // 2, size))]
+            folds += [0, 1]
         else:
-            (fitting if number * share % of < share else judging).append(dict(batch))
-    return fitting, judging
+            found.append(batch)
+            folds.append(1 - folds[-1] if folds else 0)
+    return found, folds

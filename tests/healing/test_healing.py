@@ -12,7 +12,7 @@ from deeparc_hf import MPruneCallback, find_stacks, heal_model, prune_model, rem
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError, SurgeryError
 from deeparc_hf.healing.heal import fit_sites
-from deeparc_hf.healing.ridge import RidgeSums, solve
+from deeparc_hf.healing.ridge import RidgeSums, solve, solve_crosswise
 from deeparc_hf.healing.sites import Site, healing_text, sites_of
 from deeparc_hf.observe.calibration import Calibration
 from tests.trainer.test_resume import equal, scripted
@@ -80,6 +80,41 @@ def test_sums_add_up_to_what_ridge_regression_says():
     assert np.allclose(solution.change.numpy(), reference)
     held = e[200:].double().numpy() - x[200:].double().numpy() @ reference
     assert np.isclose(solution.held_out, np.square(held).sum() / np.square(e[200:].double().numpy()).sum())
+
+
+def test_two_folds_are_fitted_on_one_another():
+    """Against ridge regression written out with numpy; the strength is the best by both held-out errors together."""
+    x, e, _ = planted()
+    e = e + 3 * torch.randn(e.shape, generator=torch.Generator().manual_seed(3))
+    strengths = (1e-2, 1.0, 100.0)
+    solution = solve_crosswise(RidgeSums.of(x[:80], e[:80]), RidgeSums.of(x[80:], e[80:]), True, strengths)
+
+    def reference(rows, strength):
+        a, b = x[rows].double().numpy(), e[rows].double().numpy()
+        weights = np.diag([strength * np.square(a).sum(axis=0)[:6].mean()] * 6 + [0.0])
+        return np.linalg.solve(a.T @ a + weights, a.T @ b)
+
+    folds, errors = (slice(0, 80), slice(80, 300)), {}
+    for strength in strengths:
+        fits = [reference(rows, strength) for rows in folds]
+        misses = [
+            e[rows].double().numpy() - x[rows].double().numpy() @ fit
+            for rows, fit in zip(folds, fits[::-1], strict=True)
+        ]
+        errors[strength] = sum(np.square(miss).sum() for miss in misses)
+    assert solution.strength == min(errors, key=errors.get)
+    for rows, change in zip((*folds, slice(None)), solution.changes, strict=True):
+        assert np.allclose(change.numpy(), reference(rows, solution.strength))
+
+
+def test_noise_is_not_fitted_crosswise():
+    generator = torch.Generator().manual_seed(1)
+    x, e = torch.randn(40, 30, generator=generator), torch.randn(40, 5, generator=generator)
+    halves = [RidgeSums.of(x[rows], e[rows]) for rows in (slice(0, 20), slice(20, 40))]
+    solution = solve_crosswise(*halves, False, strengths=(1e-5, 1e-4))
+    assert solution.changes is None and solution.strength is None
+    nothing = RidgeSums.of(x, torch.zeros(40, 5))
+    assert solve_crosswise(nothing, nothing, False).changes is None
 
 
 def test_noise_is_not_fitted():

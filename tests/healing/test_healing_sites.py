@@ -238,6 +238,34 @@ def test_what_is_not_known_to_be_sensitive_counts_like_the_mean(known):
     torch.testing.assert_close(site.sums[False].cross, (x * weights).T @ e, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("gains", [True, False])
+def test_each_fold_is_repaired_by_what_the_other_shows(gains):
+    """Planted: what is missing is linear in the inputs, in each fold by another map; or it is noise."""
+    subject = describe(ZOO["llama"].model())
+    site = SiteFit(subject.host, subject.stacks[LAYERS], Site(LAYERS, 2, (3,)), crosswise=True)
+    width, size = 32, 48
+    site.endings = [Ending("mlp.down_proj", None, None, torch.ones(width))] * 2
+    site.orient(Axes(features=2, samples=0))
+    generator = torch.Generator().manual_seed(0)
+    shared, apart = (torch.randn(width, size, generator=generator).double() for _ in range(2))
+    maps = [shared - 0.1 * apart, shared + 0.1 * apart]
+    for number in range(8):
+        x, kept, missing = (torch.randn(10, 6, n, generator=generator).double() for n in (size, width, width))
+        missing = x @ maps[number % 2].T if gains else missing
+        site.seen = {"x": x, "kept output": kept.float(), "last output": (kept + missing).float()}
+        site.take({"input_ids": torch.zeros(10, 6)}, 10 * number, second_fold=number % 2 == 1)
+    fit = site.cross([site.part()])
+    if not gains:
+        assert {each.reason for each in (*fit.folds, fit.whole)} == {fit.whole.reason} != {None}
+        return
+    assert all(each.reason is None for each in (*fit.folds, fit.whole)) and fit.whole.positions == 480
+    for each, expected in zip((*fit.folds, fit.whole), (maps[1], maps[0], shared), strict=True):
+        assert (each.change - expected).norm() < 0.4 * (maps[1] - maps[0]).norm()
+    # the distance that is left is that of the wrong map: each is judged by the other's samples
+    left = (0.2 * apart).square().sum() / shared.square().sum()
+    assert fit.whole.held_out == pytest.approx(float(left), rel=0.1)
+
+
 def test_a_process_that_does_not_know_what_counts_counts_like_the_mean_of_the_others():
     subject = describe(ZOO["llama"].model())
     width, size = 32, 48
@@ -255,7 +283,7 @@ def test_a_process_that_does_not_know_what_counts_counts_like_the_mean_of_the_ot
     parts = in_one_unit([seen(1e-3), seen(None), seen(3e-3)])
     first, second, third = (part.sums[False].inputs.trace().item() for part in parts)
     assert second == pytest.approx((first + third) / 2, rel=0.2) and third == pytest.approx(3 * first, rel=0.2)
-    assert parts[1].held[0][-1].mean().item() == pytest.approx(3e-3)
+    assert parts[1].held[True][0][-1].mean().item() == pytest.approx(3e-3)
     alone = seen(None)
     assert in_one_unit([alone])[0] is alone
 

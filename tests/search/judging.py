@@ -10,7 +10,6 @@ from torch import nn
 
 from deeparc_hf import Frontier, MPruneConfig
 from deeparc_hf.architectures import describe
-from deeparc_hf.observe.batches import cut
 from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.forward import evaluating
 from deeparc_hf.observe.outputs import heads_of
@@ -18,13 +17,7 @@ from deeparc_hf.pruning.plan import ComparedStack, make_plan
 from deeparc_hf.search.frontier import Point
 from deeparc_hf.search.objectives.divergence import relative_errors
 
-__all__ = ["divergence", "made_up", "parts"]
-
-
-def parts(batches: Sequence[dict[str, Any]], size: int = 16) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """What repairs are fitted on, and what judges: five and three eighths of each batch."""
-    first = size * 5 // 8
-    return [cut(batch, range(first)) for batch in batches], [cut(batch, range(first, size)) for batch in batches]
+__all__ = ["divergence", "made_up"]
 
 
 def divergence(whole: nn.Module, smaller: nn.Module, batches: Sequence[dict[str, Any]]) -> float:

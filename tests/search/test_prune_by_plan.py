@@ -12,7 +12,7 @@ from deeparc_hf import PrunedConfig, PruningPlan, analyze, find_stacks, prune_mo
 from deeparc_hf.errors import CalibrationError, ConfigError, PlanError
 from tests.zoo import ZOO
 
-from .judging import divergence, parts
+from .judging import divergence
 
 KINDS = ["bert", "gpt2", "resnet"]
 
@@ -24,33 +24,33 @@ def searched(request):
     model = ZOO[request.param].model()
     batches = ZOO[request.param].batches(count=12, size=16)
     fewest = total_blocks(model) - 2
-    return model, batches, search_blocks(model, batches, num_blocks=fewest, measure_times=False, progress=False)
+    return (
+        request.param,
+        model,
+        batches,
+        search_blocks(model, batches, num_blocks=fewest, measure_times=False, progress=False),
+    )
 
 
 def total_blocks(model) -> int:
     return sum(map(len, find_stacks(model).values()))
 
 
-def test_the_pruned_model_is_the_one_that_was_judged(searched):
-    model, batches, frontier = searched
-    fitting, judging = parts(batches)
+def test_the_pruned_model_is_the_one_that_was_planned_and_about_as_good_as_told(searched):
+    kind, model, batches, frontier = searched
     for point in frontier.points[1:]:
         smaller = copy.deepcopy(model)
-        plan = prune_model(smaller, fitting, frontier.choose(num_blocks=point.num_blocks), progress=False)
+        plan = prune_model(smaller, batches, frontier.choose(num_blocks=point.num_blocks), progress=False)
         assert plan.num_kept == point.num_blocks == total_blocks(smaller)
         assert sum(p.numel() for p in smaller.parameters()) == point.parameters
-        assert divergence(model, smaller, judging) == pytest.approx(point.value, rel=1e-2)
-
-
-def test_fitted_on_all_samples_it_is_no_worse_on_them(searched):
-    model, batches, frontier = searched
-    smaller = copy.deepcopy(model)
-    prune_model(smaller, batches, frontier.plan_of(frontier.points[1]), progress=False)
-    assert divergence(model, smaller, parts(batches)[1]) <= 1.02 * frontier.points[1].value
+        # told is what repairs that are fitted on a half give on the other half
+        others = ZOO[kind].batches(count=24, size=16, seed=2)
+        low, high = point.interval
+        assert 0.5 * low < divergence(model, smaller, others) < 1.5 * high
 
 
 def test_the_plan_survives_json_and_the_model_carries_the_record(searched):
-    model, batches, frontier = searched
+    _, model, batches, frontier = searched
     plan = frontier.choose(num_blocks=frontier.points[-1].num_blocks)
     again = PruningPlan.from_json(plan.to_json())
     assert again == plan and json.loads(plan.to_json())["choice"]["search"] == "greedy"

@@ -14,7 +14,7 @@ from deeparc_hf.errors import CalibrationError, CalibrationWarning, ConfigError,
 from deeparc_hf.search.strategies import strategies
 from tests.zoo import ZOO, spread
 
-from .judging import divergence, parts
+from .judging import divergence
 
 QUICK = {"measure_times": False, "progress": False}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -70,12 +70,12 @@ def test_the_model_is_left_as_it_is_and_smaller_ones_are_judged_as_they_are(kind
     assert [p.num_blocks for p in frontier.points] == list(range(total(model), -(-total(model) // 2) - 1, -1))
     assert seen[0] is model and len(seen) == len(frontier.points)
     assert [point.metric for point in frontier.points] == [point.num_blocks for point in frontier.points]
-    judging = parts(batches)[1]
+    others = ZOO[kind].batches(count=8, size=16, seed=2)
     for point, smaller in zip(frontier.points, seen, strict=True):
         low, high = point.interval
-        assert low <= point.value <= high and frontier.samples == 24
+        assert low <= point.value <= high and frontier.samples == 64
         assert point.parameters == sum(p.numel() for p in smaller.parameters())
-        assert divergence(model, smaller, judging) == pytest.approx(point.value, rel=1e-3, abs=1e-6)
+        assert 0.5 * low <= divergence(model, smaller, others) <= 1.5 * high  # on samples of their own
     gone = [{(n, i) for n, indices in point.removed.items() for i in indices} for point in frontier.points]
     assert [len(blocks) for blocks in gone] == list(range(len(gone)))
     assert frontier.complete and frontier.passes > 1 and frontier.work is None
@@ -165,7 +165,7 @@ def test_what_a_search_costs(kind, blocks, left, most):
         model = tf.BertForSequenceClassification(tf.BertConfig(**shared))
     else:
         model = tf.LlamaForCausalLM(tf.LlamaConfig(**shared, num_key_value_heads=2))
-    batches = ZOO[kind].batches(count=8)
+    batches = ZOO[kind].batches(count=16, size=32)
     frontier = search_blocks(spread(model), batches, num_blocks=left, **QUICK)
     assert len(frontier.points) == blocks - left + 1
     assert frontier.passes <= most, frontier.passes
@@ -373,7 +373,7 @@ def test_what_is_pinned_protected_or_needed_stays(search):
 
 def test_samples_are_those_that_were_asked_for():
     frontier = search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), samples=40, num_blocks=3, **QUICK)
-    assert frontier.plan.samples == 40 and frontier.samples == 15
+    assert frontier.plan.samples == frontier.samples == 40
     bare = search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), samples=40, heal=None, num_blocks=3, **QUICK)
     assert bare.samples == 40
 

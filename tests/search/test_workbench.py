@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ import torch
 from deeparc_hf import remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.core.transaction import Transaction
-from deeparc_hf.healing.heal import apply_healing, fit_sites
+from deeparc_hf.healing.fit import SiteFit
+from deeparc_hf.healing.heal import apply_healing, find_endings
+from deeparc_hf.healing.sensitivity import output_sensitivities
+from deeparc_hf.healing.sites import sites_of
+from deeparc_hf.observe.axes import find_axes
 from deeparc_hf.observe.batches import cut
 from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.forward import evaluating
+from deeparc_hf.observe.hooks import hooked, skipped
 from deeparc_hf.observe.outputs import heads_of
 from deeparc_hf.search.objectives import objectives
 from deeparc_hf.search.objectives.divergence import relative_errors
@@ -36,27 +42,72 @@ def free_blocks(model):
 
 
 def really(model, batches, removed, heals=True):
-    """The same by a removal from a copy and repairs by `fit_sites`: losses over weights on the judging part."""
-    smaller, whole = copy.deepcopy(model), describe(model)
-    fitting = [cut(batch, range(5)) for batch in batches] if heals else []
-    judging = [cut(batch, range(5, 8)) if heals else batch for batch in batches]
-    healings = fit_sites(whole, by_stack(removed), Calibration(fitting, 10**6), progress=False) if heals else []
-    remove_blocks(smaller, by_stack(removed), verify=False)
-    pruned = describe(smaller)
+    """The same by whole passes, real removals from copies, and repairs fitted site after site, by fold; losses over
+    weights.
+    """
+    whole = describe(model)
+    first = batches[0]["input_ids" if "input_ids" in batches[0] else next(iter(batches[0]))].shape[0] // 2
+    folds = [
+        [cut(batch, range(first)) for batch in batches],
+        [cut(batch, range(first, 2 * first)) for batch in batches],
+    ]
+    folds = [list(Calibration(fold, 10**6).inputs(whole.host)) for fold in folds]
+    fits = crosswise(whole, folds, removed) if heals else []
     kept = {name: [i for i in range(len(s)) if (name, i) not in removed] for name, s in whole.stacks.items()}
-    with Transaction() as undo:
-        for healing in healings:
-            place = kept[healing.site.stack].index(healing.site.kept)
-            apply_healing(healing, pruned.stacks[healing.site.stack].blocks[place], undo)
     losses, weights = 0.0, 0.0
-    with evaluating(model), evaluating(smaller):
-        for inputs in Calibration(judging, 10**6).inputs(whole.host):
-            wanted, found = (
-                heads_of(each.host, each.root(**each.host.inputs_in(inputs)), inputs) for each in (whole, pruned)
-            )
-            found = relative_errors(found, wanted)
-            losses, weights = losses + found[0].sum(dim=1), weights + found[1].sum(dim=1)
+    for number, fold in enumerate(folds):
+        smaller = copy.deepcopy(model)
+        remove_blocks(smaller, by_stack(removed), verify=False)
+        pruned = describe(smaller)
+        with Transaction() as undo, evaluating(model), evaluating(smaller):
+            for site, fit in fits:
+                block = pruned.stacks[site.stack].blocks[kept[site.stack].index(site.kept)]
+                apply_healing(fit.folds[number], block, undo)
+            for inputs in fold:
+                wanted, found = (
+                    heads_of(each.host, each.root(**each.host.inputs_in(inputs)), inputs) for each in (whole, pruned)
+                )
+                found = relative_errors(found, wanted)
+                losses, weights = losses + found[0].sum(dim=1), weights + found[1].sum(dim=1)
     return float((losses / weights).sum())
+
+
+def crosswise(subject, folds, removed):
+    """The repairs at each site, each fold's fitted on the other; a pass through the model as it is, and one through the
+    model with what is removed before the site and the repairs of the fold.
+    """
+    host, stacks, fits = subject.host, subject.stacks, []
+    order, pairs = list(stacks), list(zip(*folds, strict=True))
+    with evaluating(subject.root):
+        endings = find_endings(
+            host, [block for stack in stacks.values() for block in stack.blocks], cut(pairs[0][0], 2)
+        )
+        axes = find_axes(host, list(stacks.values()), pairs[0][0])
+        for site in sorted(sites_of(by_stack(removed)), key=lambda site: (order.index(site.stack), site.kept)):
+            stack = stacks[site.stack]
+            watch = SiteFit(host, stack, site, crosswise=True)
+            watch.settle([endings[watch.kept], endings[watch.last]])
+            watch.orient(axes[site.stack])
+            before = [b for b in removed if (order.index(b[0]), b[1]) < (order.index(site.stack), site.kept)]
+            for number, inputs in [(number, inputs) for pair in pairs for number, inputs in enumerate(pair)]:
+                if watch.reason is not None:
+                    break
+                with hooked(watch.hooks("last")):
+                    found = output_sensitivities(host, {watch.last: watch.axes.features}, inputs)
+                    if found is None:
+                        host.root(**inputs)
+                with ExitStack() as inside:
+                    undo = Transaction()
+                    inside.callback(undo.roll_back)
+                    for earlier, fit in fits:
+                        apply_healing(fit.folds[number], stacks[earlier.stack].blocks[earlier.kept], undo)
+                    for name, index in before:
+                        inside.enter_context(skipped(stacks[name], index, must_run=False))
+                    with hooked(watch.hooks("kept")), torch.no_grad():
+                        host.root(**inputs)
+                watch.take(inputs, 0, None if found is None else found.get(watch.last), second_fold=number == 1)
+            fits.append((site, watch.cross([watch.part()])))
+    return fits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,9 +126,9 @@ def test_a_model_with_blocks_left_out_is_the_one_after_a_removal(kind):
 
 
 def test_as_many_samples_are_used_as_memory_is_meant_for(monkeypatch):
-    """Twice what 4 blocks put out, 10 positions of 32 floats each, for every sample."""
+    """Twice what 4 blocks put out, 10 positions of 32 floats each, and two logits, for every sample."""
     model, batches = ZOO["bert"].model(), ZOO["bert"].batches(count=6)
-    each = 2 * 4 * 10 * 32 * 4
+    each = 2 * 4 * 10 * 32 * 4 + 2 * 4
     for room, used in ((10**9, 48), (each * 30, 24), (each, 8)):
         monkeypatch.setattr("deeparc_hf.search.workbench.MEMORY", room)
         with evaluating(model):

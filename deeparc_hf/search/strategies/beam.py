@@ -38,4 +38,4 @@ class Beam(Strategy):
     @staticmethod
     def passes(blocks: int, most: int) -> float:
         candidates = sum(blocks - gone for gone in range(most))
-        return Greedy.passes(blocks, most) + _WIDTH * candidates * 0.09 + most * 2.0
+        return Greedy.passes(blocks, most) + _WIDTH * candidates * 0.2 + most * 2.0

@@ -39,7 +39,7 @@ class Evolution(Strategy):
     @staticmethod
     def passes(blocks: int, most: int) -> float:
         sets = [min(comb(blocks, count), 5 * _OFFSPRING) for count in range(1, most + 1)]
-        return 0.57 * sum(sets)
+        return 0.7 * sum(sets)
 
 
 def _generations(bench: Workbench, free: Free, node: Node, random: Random) -> Generator[Node, None, Node]:

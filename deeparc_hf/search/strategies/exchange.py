@@ -36,7 +36,7 @@ class Exchange(Strategy):
         total = Greedy.passes(blocks, most)
         for count in range(2, most + 1):
             kept = blocks - count + 1
-            total += count * kept / blocks * (1.6 + 0.12 * kept)  # two models and a screening for each removed block
+            total += count * kept / blocks * (1.6 + 0.25 * kept)  # two models and a screening for each removed block
         return total
 
 
