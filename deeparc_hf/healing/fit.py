@@ -21,7 +21,7 @@ from ..observe.axes import Axes
 from ..observe.batches import batch_size
 from ..observe.hooks import hidden_states
 from .block_ends import Ending, at_home, rows
-from .ridge import RidgeSums, solve, solve_crosswise
+from .ridge import RidgeSums, fitted, solve, solve_crosswise
 from .sites import Healing, Site
 
 __all__ = ["CrossFit", "SiteFit", "SitePart", "in_one_unit"]
@@ -252,17 +252,24 @@ class SiteFit:
             self.strides[part] *= 2
 
     def finish(self, parts: Sequence[SitePart]) -> Healing:
-        """Solve, and compare the block's output with and without the change on what was held out."""
+        """Solve, and compare the block's output with and without the change on what was held out; then, with the
+        strength that was best there, solve for all positions.
+        """
         seen = self._together(parts)
         if isinstance(seen, str):
             return Healing(self.site, seen)
-        solution = solve(seen.sums[False], seen.sums[True], self.has_intercept)
-        found = Healing(self.site, positions=seen.sums[False].count, strength=solution.strength, ending=self.endings[0])
+        fit, held_out = seen.sums[False], seen.sums[True]
+        solution = solve(fit, held_out, self.has_intercept)
+        found = Healing(self.site, positions=fit.count, strength=solution.strength, ending=self.endings[0])
         found.held_out = _share([self._distances(solution.change, seen.held[True])])
-        if solution.change is None or found.held_out >= 1.0:
+        if solution.change is None or solution.strength is None or found.held_out >= 1.0:
             found.reason = _NO_GAIN
             return found
-        return self._changed(found, solution.change, seen)
+        together = fit + held_out
+        change = fitted(together, self.has_intercept, solution.strength)
+        assert change is not None  # the sum is as definite as its parts
+        found.positions = together.count
+        return self._changed(found, change, seen)
 
     def cross(self, parts: Sequence[SitePart]) -> CrossFit:
         """Solve for each fold on the samples of the other, and compare the block's output with and without that."""

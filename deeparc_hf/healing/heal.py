@@ -205,8 +205,8 @@ def heal_model(
         model: the pruned model, not trained since the removal.
         original: the model that it was pruned from.
         dataloader: calibration batches. Use training data, never the data you evaluate on.
-        samples: the most samples to use; each fifth is held out, to choose the ridge's strength and to see whether a
-            site gains.
+        samples: the most samples to use; each fifth is held out at first, to choose the ridge's strength and to see
+            whether a site gains.
         progress: show a progress bar on a terminal.
 
     Returns:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["CrossSolution", "RidgeSums", "Solution", "solve", "solve_crosswise"]
+__all__ = ["CrossSolution", "RidgeSums", "Solution", "fitted", "solve", "solve_crosswise"]
 
 _PARTS = 8
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -86,7 +86,7 @@ def solve(fit: RidgeSums, held_out: RidgeSums, intercept: bool, strengths: Seque
     if held_out.errors <= 0 or fit.errors <= 0:
         return best
     for strength in strengths:
-        change = _fitted(fit, intercept, strength)
+        change = fitted(fit, intercept, strength)
         if change is None:
             continue
         held = held_out.squared_error(change) / held_out.errors
@@ -106,7 +106,7 @@ def solve_crosswise(
     if one.errors <= 0 or other.errors <= 0:
         return best
     for strength in strengths:
-        changes = _fitted(one, intercept, strength), _fitted(other, intercept, strength)
+        changes = fitted(one, intercept, strength), fitted(other, intercept, strength)
         if changes[0] is None or changes[1] is None:
             continue
         error = other.squared_error(changes[0]) + one.squared_error(changes[1])
@@ -114,12 +114,12 @@ def solve_crosswise(
             least, found, best = error, changes, CrossSolution(None, strength)
     if found is None or best.strength is None:
         return best
-    whole = _fitted(one + other, intercept, best.strength)
+    whole = fitted(one + other, intercept, best.strength)
     assert found[0] is not None and found[1] is not None and whole is not None  # the sum is as definite as its parts
     return CrossSolution((found[0], found[1], whole), best.strength)
 
 
-def _fitted(sums: RidgeSums, intercept: bool, strength: float) -> Tensor | None:
+def fitted(sums: RidgeSums, intercept: bool, strength: float) -> Tensor | None:
     """The change of one strength; None where it is too small for these sums."""
     shrunk = torch.ones(len(sums.inputs), dtype=torch.float64, device=sums.inputs.device)
     if intercept:

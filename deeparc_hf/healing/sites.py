@@ -34,7 +34,7 @@ class Healing:
         site: where.
         reason: why the site is left alone; None if there is a change to apply.
         held_out: squared distance of the kept block's output from the last removed block's, on held-out positions, with
-            the change, relative to that without; None where nothing was fitted.
+            a change that was fitted on the others, relative to that without; None where nothing was fitted.
         strength: of the ridge, relative to the mean square of the inputs.
         positions: number of positions that the change was fitted on.
     """

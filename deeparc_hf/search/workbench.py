@@ -47,11 +47,11 @@ Change = Callable[[Mapping[Block, Healing]], None]  # gives the model these repa
 
 logger = logging.getLogger(__name__)
 
-SENSITIVITY_PASSES = 3.0  # that one forward and backward pass counts for, before a search with repairs begins
+SENSITIVITY_PASSES = 2.0  # of a forward and backward pass without gradients of weights (measured: 2.0 to 2.1)
 _ROUGH = 8  # of the samples one in so many comes first,
-_ROUGH_OUTPUTS = 64  # or as many as have so many outputs: fewer would tell too little of a classifier
+_ROUGH_OUTPUTS = 64  # or as many as have so many outputs: fewer would tell too little of a classifier;
+_LEFT = 3  # so many candidates at least stay, else the better half, for each doubling of the samples
 MEMORY = 4 * 10**9  # bytes, for what blocks put out
-_LEFT = 3  # and one in so many candidates stays for the others
 
 
 @dataclass(eq=False)
@@ -208,22 +208,34 @@ class Workbench:
 
     def screen(self, base: Node, blocks: Collection[Block]) -> dict[Block, Score]:
         """How good a known model is without one more block, for each of several; those that look bad on the first
-        samples are judged by these alone. Repairs behind the block stay those of the known model.
+        samples are judged by these alone (successive halving: Jamieson and Talwalkar 2016, arXiv 1502.07943). Repairs
+        behind the block stay those of the known model.
         """
         known = self._journal.get("screen", base.removed, blocks)
         if known is not None:
             return {block: known[_label(block)] for block in blocks}
         base.states  # noqa: B018  computed now, if that is still to be done: below the model is repaired
-        rough = self._rough()
-        first, rest = self._judging[:rough], self._judging[rough:]
+        parts: dict[Block, list[tuple[Tensor, Tensor]]] = {block: [] for block in blocks}
+        left, start = list(blocks), 0
         with self._repaired() as change:
-            parts = self._tried(base, list(blocks), first, change)
-            order = sorted(parts, key=lambda block: Score.of(parts[block]).value)
-            more = self._tried(base, order[: max(_LEFT, -(-len(order) // _LEFT))], rest, change) if rest else {}
+            for end in self._rounds():
+                for block, found in self._tried(base, left, self._judging[start:end], change).items():
+                    parts[block] += found
+                left.sort(key=lambda block: Score.of(parts[block]).value)
+                left, start = left[: max(_LEFT, len(left) // 2)], end
         self._account()
-        scores = {block: Score.of([*found, *more.get(block, ())]) for block, found in parts.items()}
+        scores = {block: Score.of(found) for block, found in parts.items()}
         self._journal.put("screen", base.removed, {_label(block): score for block, score in scores.items()}, blocks)
         return scores
+
+    def _rounds(self) -> list[int]:
+        """How many of the batches candidates are judged by, round after round: successive halving."""
+        rounds, count = [], len(self._judging)
+        end = self._rough()
+        while end < count:
+            rounds.append(end)
+            end *= 2
+        return [*rounds, count]
 
     def _rough(self) -> int:
         """How many of the batches come first."""

@@ -81,10 +81,11 @@ def test_a_later_site_is_fitted_on_what_the_healed_model_gives_it():
     _, target, _ = seen_at(model, f"{LAYERS}.3", batches)
     fit = samples % 5 != 4
     weights = weights_at(model, f"{LAYERS}.3", batches)
-    expected = ridge(x[fit], (target - kept)[fit], weights[fit], second.strength)
+    expected = ridge(x, target - kept, weights, second.strength)
+    judged = ridge(x[fit], (target - kept)[fit], weights[fit], second.strength)
     found = (pruned.model.layers[1].mlp.down_proj.weight - model.model.layers[2].mlp.down_proj.weight).double()
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
-    before, after = (e[~fit].square().sum(1) @ weights[~fit] for e in (target - kept, target - kept - x @ expected.T))
+    before, after = (e[~fit].square().sum(1) @ weights[~fit] for e in (target - kept, target - kept - x @ judged.T))
     held = (after / before).item()
     assert second.held_out == pytest.approx(held, rel=1e-3) and first.held_out < 1
 
@@ -200,12 +201,13 @@ def test_a_few_huge_positions_count_no_more_than_a_hundred_others():
     weight = torch.cat([(100 * m.square().sum(1).median() / m.square().sum(1)).clamp(max=1) for m in targets])[:, None]
     x, missing = torch.cat(xs), torch.cat(targets)
     fit = torch.arange(80).repeat_interleave(20) % 5 != 4
-    expected = ridge(x[fit], missing[fit], weight[fit, 0], healing.strength)
+    expected = ridge(x, missing, weight[:, 0], healing.strength)
     torch.testing.assert_close(healing.change, expected, atol=1e-4, rtol=1e-4)
-    held = weight * (missing - x @ expected.T).square(), weight * missing.square()
+    judged = ridge(x[fit], missing[fit], weight[fit, 0], healing.strength)
+    held = weight * (missing - x @ judged.T).square(), weight * missing.square()
     assert healing.held_out == pytest.approx(float(held[0][~fit].sum() / held[1][~fit].sum()), rel=1e-4)
     assert int((weight < 1).sum()) == 80
-    plain = ridge(x[fit], missing[fit], torch.ones(len(x), dtype=x.dtype)[fit], healing.strength)
+    plain = ridge(x, missing, torch.ones(len(x), dtype=x.dtype), healing.strength)
     assert (expected - planted).square().sum() < 0.1 * (plain - planted).square().sum()
 
 
