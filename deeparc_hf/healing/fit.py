@@ -28,7 +28,7 @@ __all__ = ["CrossFit", "SiteFit", "SitePart", "in_one_unit"]
 
 _EACH = 5  # each fifth sample is held out
 _ZEROS = 0.02  # share of zeros from which on a map is taken for a sparse one, whatever the record says
-_RESERVOIR = 8192  # most held-out positions on which the block's output is compared
+_RESERVOIR = 8192  # most positions on which the block's output is compared
 _MOST = 100.0  # positions of median size that a larger one counts for at most
 _EVEN = 0.5  # of its sample's mean, what each position counts for at least
 _NO_GAIN = "held-out positions do not come closer to the removed block's output"
@@ -40,8 +40,8 @@ class SitePart:
     """What one process has seen of a site; see the attributes of `SiteFit`."""
 
     reason: str | None
-    sums: Mapping[bool, RidgeSums | None]
-    held: Mapping[bool, list[tuple[Tensor, ...]]]
+    sums: Mapping[int, RidgeSums | None]
+    held: Mapping[int, list[tuple[Tensor, ...]]]
     endings: list[Ending]
     plain: RidgeSums | None
     unit: float | None
@@ -49,21 +49,25 @@ class SitePart:
 
 @dataclass(frozen=True, eq=False)
 class CrossFit:
-    """The outcomes at one site where the samples are in two folds.
+    """The outcomes at one site where the samples are in folds.
 
     Attributes:
-        folds: for the samples of each fold, fitted on those of the other.
+        folds: for the samples of each fold, fitted on those of the others.
         whole: fitted on all.
     """
 
-    folds: tuple[Healing, Healing]
+    folds: tuple[Healing, ...]
     whole: Healing
 
 
 class SiteFit:
-    """One site while the model runs; crosswise: its samples are in two folds, and none is held out."""
+    """One site while the model runs.
 
-    def __init__(self, host: Host, stack: Stack, site: Site, crosswise: bool = False) -> None:
+    Args:
+        folds: how many the samples are in, for `cross`; None: each fifth is held out, for `finish`.
+    """
+
+    def __init__(self, host: Host, stack: Stack, site: Site, folds: int | None = None) -> None:
         self.host = host
         self.stack = stack
         self.site = site
@@ -71,13 +75,11 @@ class SiteFit:
         self.reason: str | None = None
         self.axes: Axes | None = None
         self.endings: list[Ending] = []
-        # by whether the samples are held out, or crosswise: in the second fold
-        self.sums: dict[bool, RidgeSums | None] = {False: None, True: None}
-        self.held: dict[bool, list[tuple[Tensor, ...]]] = {
-            part: [] for part in ((False, True) if crosswise else (True,))
-        }
+        # by fold; without folds 1 are those that are held out
+        self.sums: dict[int, RidgeSums | None] = dict.fromkeys(range(folds or 2))
+        self.held: dict[int, list[tuple[Tensor, ...]]] = {part: [] for part in self.sums if part or folds}
         self.plain: RidgeSums | None = None  # of all positions alike, where a BatchNorm needs them
-        self.strides = {False: 1, True: 1}  # of the positions that are kept in `held`
+        self.strides = dict.fromkeys(self.held, 1)  # of the positions that are kept
         self.seen: dict[str, Tensor] = {}
         self.unit: float | None = None  # the mean sensitivity of the first batch; 0: all positions count alike
 
@@ -167,15 +169,15 @@ class SiteFit:
         inputs: Mapping[str, Any],
         first: int,
         sensitivities: Tensor | None = None,
-        second_fold: bool | None = None,
+        fold: int | None = None,
     ) -> None:
         """Add what a batch showed to the sums.
 
         Args:
-            first: the number of samples that came before it; each fifth of all is held out.
+            first: the number of samples that came before it.
             sensitivities: of the outputs to what the last removed block puts out (`output_sensitivities`), by which
                 positions count. None: all count alike.
-            second_fold: which fold the samples are in, where none is held out.
+            fold: which the samples are in; None: each fifth is held out.
         """
         module, scale = self.module, self.endings[0].scale
         assert self.axes is not None and self.axes.samples is not None
@@ -187,9 +189,8 @@ class SiteFit:
         count, size = shape[self.axes.samples], batch_size(inputs)
         numbers = first + torch.arange(count, device=self.seen["x"].device) // max(count // size, 1)
         positions = math.prod(shape) // (shape[self.axes.features] * count)  # of a sample
-        held_out = numbers % _EACH == _EACH - 1 if second_fold is None else torch.full_like(numbers, second_fold).bool()
-        held_out = held_out[:, None].expand(count, positions)
-        chosen = self.axes.as_put_out(held_out, shape).flatten()
+        part_of = (numbers % _EACH == _EACH - 1).long() if fold is None else torch.full_like(numbers, fold)
+        chosen = self.axes.as_put_out(part_of[:, None].expand(count, positions), shape).flatten()
         layout = [size for dimension, size in enumerate(shape) if dimension != self.axes.features]
         x = self.seen["x"]
         own = list((x.movedim(1, -1) if isinstance(module, nn.Conv2d) else x).shape[:-1])
@@ -200,7 +201,7 @@ class SiteFit:
         outputs = [rows(self.seen[f"{which} output"], module) for which in ("kept", "last")]
         sums = [rows(self.seen.get(f"{which} sum", self.seen[f"{which} output"]), module) for which in ("kept", "last")]
         self.seen = {}
-        valid = torch.ones_like(chosen) if mask is None else mask.flatten().to(x.device)
+        valid = torch.ones_like(chosen, dtype=torch.bool) if mask is None else mask.flatten().to(x.device)
         inverse = torch.where(scale.abs() > 1e-6 * scale.abs().max(), 1 / scale, 0.0)
         missing = (sums[1].double() - sums[0].double()) * inverse
         weights = _weights(missing, valid)
@@ -208,7 +209,7 @@ class SiteFit:
         more = self._counted(sensitivities, self.axes.as_put_out(each, shape).flatten(), valid)
         if more is not None:
             weights = more if weights is None else weights * more
-        for part in (False, True):
+        for part in self.sums:
             pick = valid & (chosen == part)
             if not bool(pick.any()):
                 continue
@@ -241,27 +242,27 @@ class SiteFit:
         return size + _EVEN * (sums[0] / sums[1].clamp(min=1.0))[samples] + _LEAST
 
     def part(self) -> SitePart:
-        """What this process has seen, for `finish`."""
+        """What this process has seen, for `finish` and `cross`."""
         return SitePart(self.reason, self.sums, self.held, self.endings, self.plain, self.unit)
 
-    def _keep(self, part: bool, *held: Tensor) -> None:
+    def _keep(self, part: int, *held: Tensor) -> None:
         """Keep positions to compare the block's output on: each so many of every batch, fewer as more come."""
-        self.held[part].append(tuple(rows[:: self.strides[part]].cpu() for rows in held))
-        while sum(len(entry[0]) for entry in self.held[part]) > _RESERVOIR:
-            self.held[part] = [tuple(rows[::2] for rows in entry) for entry in self.held[part]]
+        self.held[part].append(tuple(rows[:: self.strides[part]].float().cpu().contiguous() for rows in held))
+        while sum(len(entry[0]) for entry in self.held[part]) > _RESERVOIR // len(self.held):
+            self.held[part] = [tuple(rows[::2].clone() for rows in entry) for entry in self.held[part]]
             self.strides[part] *= 2
 
     def finish(self, parts: Sequence[SitePart]) -> Healing:
         """Solve, and compare the block's output with and without the change on what was held out; then, with the
         strength that was best there, solve for all positions.
         """
-        seen = self._together(parts)
+        seen = self._together(parts, "Healing needs at least 5 calibration samples: each fifth is held out.")
         if isinstance(seen, str):
             return Healing(self.site, seen)
-        fit, held_out = seen.sums[False], seen.sums[True]
+        fit, held_out = seen.sums[0], seen.sums[1]
         solution = solve(fit, held_out, self.has_intercept)
         found = Healing(self.site, positions=fit.count, strength=solution.strength, ending=self.endings[0])
-        found.held_out = _share([self._distances(solution.change, seen.held[True])])
+        found.held_out = _share([self._distances(solution.change, seen.held[1])])
         if solution.change is None or solution.strength is None or found.held_out >= 1.0:
             found.reason = _NO_GAIN
             return found
@@ -272,25 +273,27 @@ class SiteFit:
         return self._changed(found, change, seen)
 
     def cross(self, parts: Sequence[SitePart]) -> CrossFit:
-        """Solve for each fold on the samples of the other, and compare the block's output with and without that."""
-        seen = self._together(parts)
+        """Solve for each fold on the samples of the others, and compare the block's output with and without that."""
+        seen = self._together(parts, f"No position of the samples in one of {len(self.sums)} folds counts.")
         if isinstance(seen, str):
-            alone = Healing(self.site, seen)
-            return CrossFit((alone, alone), alone)
-        solution = solve_crosswise(seen.sums[False], seen.sums[True], self.has_intercept)
-        changes = solution.changes or (None, None, None)
-        positions = seen.sums[False].count + seen.sums[True].count
-        share = _share([self._distances(changes[not part], seen.held[part]) for part in (False, True)])
+            return self._alone(Healing(self.site, seen))
+        sums = [seen.sums[fold] for fold in self.sums]
+        solution = solve_crosswise(sums, self.has_intercept)
+        changes = solution.changes or (None,) * len(sums)
+        share = _share([self._distances(changes[fold], seen.held[fold]) for fold in self.sums])
+        positions = sum(each.count for each in sums)
         known = partial(Healing, self.site, held_out=share, strength=solution.strength, positions=positions)
-        if solution.changes is None or share >= 1.0:
-            alone = known(reason=_NO_GAIN)
-            return CrossFit((alone, alone), alone)
-        first, second, whole = (
-            self._changed(known(ending=self.endings[0]), change, seen) for change in solution.changes
+        if solution.changes is None or solution.whole is None or share >= 1.0:
+            return self._alone(known(reason=_NO_GAIN))
+        *folds, whole = (
+            self._changed(known(ending=self.endings[0]), change, seen) for change in (*solution.changes, solution.whole)
         )
-        return CrossFit((second, first), whole)
+        return CrossFit(tuple(folds), whole)
 
-    def _together(self, parts: Sequence[SitePart]) -> _Seen | str:
+    def _alone(self, outcome: Healing) -> CrossFit:
+        return CrossFit((outcome,) * len(self.sums), outcome)
+
+    def _together(self, parts: Sequence[SitePart], lacking: str) -> _Seen | str:
         """What all processes have seen, or why the site is left alone."""
         parts = in_one_unit(parts)
         reason = next((part.reason for part in parts if part.reason is not None), None)
@@ -298,24 +301,24 @@ class SiteFit:
             return reason
         # of the first process that saw a batch, for all
         self.endings = next(filter(None, (part.endings for part in parts)), [])
-        fit, held = (_total([part.sums[held_out] for part in parts]) for held_out in (False, True))
-        if fit is None or held is None or not self.endings:
-            raise CalibrationError(
-                "Healing needs at least 5 calibration samples: each fifth is held out. Give some hundreds."
-            )
+        totals = {which: _total([part.sums[which] for part in parts]) for which in self.sums}
+        sums = {which: total for which, total in totals.items() if total is not None}
+        if len(sums) < len(totals) or not self.endings:
+            raise CalibrationError(f"{lacking} Give some hundreds of samples.")
         kept = {which: list(chain.from_iterable(part.held[which] for part in parts)) for which in self.held}
-        return _Seen({False: fit, True: held}, kept, _total([part.plain for part in parts]))
+        return _Seen(sums, kept, _total([part.plain for part in parts]))
 
     def _changed(self, found: Healing, change: Tensor, seen: _Seen) -> Healing:
         """The healing with a change that was fitted."""
         width = len(change) - self.has_intercept
         found.change = change[:width].T.contiguous()
-        found.intercept = change[width] if self.has_intercept else None
+        found.intercept = change[width].clone() if self.has_intercept else None
         final = self.endings[1].final
         if final is not None:
             found.final = {name: p.detach().clone() for name, p in self.last.get_submodule(final).named_parameters()}
         if self.endings[0].batch_norm is not None:
             found.statistics = self._statistics(seen.plain, found.change)
+        found.change = found.change.to(self.module.weight.dtype)  # in which it is added
         return found
 
     def _distances(self, change: Tensor | None, held: Sequence[tuple[Tensor, ...]]) -> tuple[float, float]:
@@ -349,8 +352,8 @@ class SiteFit:
 class _Seen:
     """What all processes have seen of a site."""
 
-    sums: Mapping[bool, RidgeSums]
-    held: Mapping[bool, list[tuple[Tensor, ...]]]
+    sums: Mapping[int, RidgeSums]
+    held: Mapping[int, list[tuple[Tensor, ...]]]
     plain: RidgeSums | None
 
 

@@ -7,8 +7,11 @@ error on held-out positions follows from their sums too.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -70,11 +73,12 @@ class Solution:
 
 @dataclass(frozen=True)
 class CrossSolution:
-    """Changes of one strength, fitted on either of two parts and on both; None: no strength lowers the error of each
-    part with what is fitted on the other.
+    """Changes of one strength: for each part of the positions that which is fitted on the others, and that which is
+    fitted on all; None: no strength lowers the errors of the parts together.
     """
 
-    changes: tuple[Tensor, Tensor, Tensor] | None
+    changes: tuple[Tensor, ...] | None
+    whole: Tensor | None
     strength: float | None
 
 
@@ -96,27 +100,37 @@ def solve(fit: RidgeSums, held_out: RidgeSums, intercept: bool, strengths: Seque
 
 
 def solve_crosswise(
-    one: RidgeSums, other: RidgeSums, intercept: bool, strengths: Sequence[float] = STRENGTHS
+    parts: Sequence[RidgeSums], intercept: bool, strengths: Sequence[float] = STRENGTHS
 ) -> CrossSolution:
-    """Fit on each of two parts for each strength, and keep that where the error on the respective other is the least
-    (cross-validation in two folds); with it fit on both parts together too.
+    """Fit for each part on the others, with the strength at which the errors of the parts are the least together
+    (cross-validation); and on all with that strength. Of the strengths, which must be in order, those are tried that
+    lie on the way down from the middle.
     """
-    best, found = CrossSolution(None, None), None
-    least = one.errors + other.errors
-    if one.errors <= 0 or other.errors <= 0:
-        return best
-    for strength in strengths:
-        changes = fitted(one, intercept, strength), fitted(other, intercept, strength)
-        if changes[0] is None or changes[1] is None:
-            continue
-        error = other.squared_error(changes[0]) + one.squared_error(changes[1])
-        if error < least:
-            least, found, best = error, changes, CrossSolution(None, strength)
-    if found is None or best.strength is None:
-        return best
-    whole = fitted(one + other, intercept, best.strength)
-    assert found[0] is not None and found[1] is not None and whole is not None  # the sum is as definite as its parts
-    return CrossSolution((found[0], found[1], whole), best.strength)
+    none = CrossSolution(None, None, None)
+    least = sum(part.errors for part in parts)
+    others = [reduce(operator.add, [*parts[:number], *parts[number + 1 :]]) for number in range(len(parts))]
+    if least <= 0 or any(other.errors <= 0 for other in others):
+        return none
+    tried: dict[int, tuple[float, list[Tensor]]] = {}
+
+    def error(number: int) -> float:
+        if not 0 <= number < len(strengths):
+            return math.inf
+        if number not in tried:
+            found = [fitted(other, intercept, strengths[number]) for other in others]
+            known = [change for change in found if change is not None]
+            errors = [part.squared_error(change) for part, change in zip(parts, known, strict=False)]
+            tried[number] = (sum(errors) if len(known) == len(parts) else math.inf), known
+        return tried[number][0]
+
+    best, following = -1, len(strengths) // 2
+    while best != following:
+        best = following
+        following = min((best, best - 1, best + 1), key=error)
+    if not error(best) < least:
+        return none
+    whole = fitted(reduce(operator.add, parts), intercept, strengths[best])
+    return CrossSolution(tuple(tried[best][1]), whole, strengths[best])
 
 
 def fitted(sums: RidgeSums, intercept: bool, strength: float) -> Tensor | None:

@@ -1,8 +1,8 @@
 """What a search works with: models with blocks left out and the kept ones healed, and how good they are.
 
-The data is cut into two folds. Each sample runs through a model whose repairs were fitted on the other fold, and is
-judged so: all samples judge, and none by a repair that has seen it (cross-fitting: Chernozhukov et al. 2018, doi
-10.1111/ectj.12097). The repairs of the model that is made in the end are fitted on both. What every block puts out is
+The data is in folds. Each sample runs through a model whose repairs were fitted on the other folds, and is judged so:
+all samples judge, and none by a repair that has seen it (cross-fitting: Chernozhukov et al. 2018, doi
+10.1111/ectj.12097). The repairs of the model that is made in the end are fitted on all. What every block puts out is
 kept for all samples, so that a model which differs from a known one from some block on is computed from there. A repair
 depends on what is removed before it alone, and is shared by all models that begin alike.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -39,7 +40,7 @@ from .journal import Journal
 from .objectives import Answer, AnswerObjective, ModelObjective, Objective, Score
 from .playback import Block, Playback
 
-__all__ = ["SENSITIVITY_PASSES", "Node", "Removed", "Workbench", "by_stack"]
+__all__ = ["FOLDS", "SENSITIVITY_PASSES", "Node", "Removed", "Workbench", "by_stack"]
 
 Removed = frozenset[Block]
 States = Mapping[Block, Sequence[Tensor]]
@@ -48,10 +49,12 @@ Change = Callable[[Mapping[Block, Healing]], None]  # gives the model these repa
 logger = logging.getLogger(__name__)
 
 SENSITIVITY_PASSES = 2.0  # of a forward and backward pass without gradients of weights (measured: 2.0 to 2.1)
+FOLDS = 4  # a repair is fitted on three quarters of the samples: on fewer, models with many of them would look worse
 _ROUGH = 8  # of the samples one in so many comes first,
 _ROUGH_OUTPUTS = 64  # or as many as have so many outputs: fewer would tell too little of a classifier;
 _LEFT = 3  # so many candidates at least stay, else the better half, for each doubling of the samples
-MEMORY = 4 * 10**9  # bytes, for what blocks put out
+MEMORY = 4 * 10**9  # bytes, for what blocks put out,
+_MEMORY_OF_FITS = 10**9  # and for repairs that may be wanted again
 
 
 @dataclass(eq=False)
@@ -122,11 +125,11 @@ class Workbench:
         self._share = (process_index(), process_count()) if shared else (0, 1)
         first = cut(batches[0], 2)
         self._playback = Playback.of(self.host, self.stacks, first)
-        self._outputs_each, self._outputs_bytes = _outputs_each(self.host, first)
-        self._batches, self._folds = _halves(self._that_fit(batches)) if heals else (self._that_fit(batches), [])
-        if not self._batches or (heals and len(set(self._folds)) < 2):
+        self._outputs_each = _outputs_each(self.host, first)
+        self._batches, self._folds = _in_folds(self._that_fit(batches)) if heals else (self._that_fit(batches), [])
+        if not self._batches or (heals and len(set(self._folds)) < FOLDS):
             raise CalibrationError(
-                "A search needs several samples: repairs are fitted on a half of them and judged by the other. Give "
+                f"A search needs more samples: repairs are fitted on some and judged by others, in {FOLDS} turns. Give "
                 "some hundreds."
             )
         # `measure` has data of its own
@@ -217,9 +220,11 @@ class Workbench:
         base.states  # noqa: B018  computed now, if that is still to be done: below the model is repaired
         parts: dict[Block, list[tuple[Tensor, Tensor]]] = {block: [] for block in blocks}
         left, start = list(blocks), 0
+        mine = set(left[self._share[0] :: self._share[1]])  # the same in all rounds: fits are kept
         with self._repaired() as change:
             for end in self._rounds():
-                for block, found in self._tried(base, left, self._judging[start:end], change).items():
+                tried = self._tried(base, left, mine, self._judging[start:end], change)
+                for block, found in tried.items():
                     parts[block] += found
                 left.sort(key=lambda block: Score.of(parts[block]).value)
                 left, start = left[: max(_LEFT, len(left) // 2)], end
@@ -258,8 +263,7 @@ class Workbench:
         size, each = 0.0, 0.0
         for batch in batches:
             if not taken or _shapes(batch) != _shapes(taken[-1]):
-                # what blocks put out in the whole model, and in the one at hand; and what the whole one puts out
-                each = 2 * self._bytes_of(cut(batch, 1)) + self._outputs_bytes
+                each = self._bytes_of(cut(batch, 1))
             size += each * batch_size(batch)
             if taken and size > MEMORY:
                 logger.info(
@@ -274,14 +278,20 @@ class Workbench:
         return taken
 
     def _bytes_of(self, batch: Mapping[str, Any]) -> float:
-        """What all blocks put out for a sample."""
+        """What is kept of a sample: what all blocks put out in the whole model, and in the one at hand; and what the
+        whole one puts out.
+        """
         seen: list[int] = []
 
         def note(block: Block, hidden: Tensor) -> None:
             seen.append(hidden.numel() * hidden.element_size())
 
-        self._playback.run(batch, see=note)
-        return sum(seen) / max(batch_size(batch), 1)
+        output = self._playback.run(batch, see=note)
+        kept = 2 * sum(seen)
+        if isinstance(self._objective, AnswerObjective) and self._objective.keeps_outputs:
+            heads = heads_of(self.host, output, batch)
+            kept += sum(head.values.numel() * head.values.element_size() for head in heads)
+        return kept / max(batch_size(batch), 1)
 
     # ---- one step ----
 
@@ -332,10 +342,11 @@ class Workbench:
         key = before, site
         if key not in self._fits:
             stack = self.stacks[site.stack]
-            watch = SiteFit(self.host, stack, site, crosswise=True)
+            watch = SiteFit(self.host, stack, site, folds=FOLDS)
             watch.settle([self._endings[stack.blocks[index]] for _, index in (kept, last)])
             watch.orient(self._axes.get(site.stack))
             seen = 0
+            change({})  # what is missing is missing in blocks without repairs
             for number, inputs in enumerate(self._batches):
                 if watch.reason is not None:
                     break
@@ -349,10 +360,10 @@ class Workbench:
                     change(self._applied(repairs, number))
                 self._run_one(number, kept, removed, states, partial(watch.hooks, "kept"))
                 sensitive = self._sensitivities[number].get(self.modules[last])
-                watch.take(inputs, seen, sensitive, second_fold=self._folds[number] == 1)
+                watch.take(inputs, seen, sensitive, fold=self._folds[number])
                 seen += batch_size(inputs)
             self._fits[key] = watch.cross([watch.part()])
-            while len(self._fits) > 3 * len(self._order):
+            while len(self._fits) > 1 and sum(map(_bytes_of_fit, self._fits.values())) > _MEMORY_OF_FITS:
                 self._fits.popitem(last=False)
         self._fits.move_to_end(key)
         return self._fits[key]
@@ -373,15 +384,15 @@ class Workbench:
         self,
         base: Node,
         blocks: Sequence[Block],
+        mine: Collection[Block],
         numbers: Sequence[int],
         change: Change,
     ) -> dict[Block, list[tuple[Tensor, Tensor]]]:
-        """Losses and weights of candidates on some batches: each process tries its share."""
-        mine, of = self._share
+        """Losses and weights of candidates on some batches; each process tries those that are its own."""
 
         def work() -> dict[Block, list[tuple[Tensor, Tensor]]]:
             found = {}
-            for block in blocks[mine::of]:
+            for block in (block for block in blocks if block in mine):
                 trial = self._trial(base, block, change)
                 judged = {
                     number: self._judge(number, trial.removed, base.states, trial.begin)
@@ -390,7 +401,7 @@ class Workbench:
                 found[block] = [judged[number] for number in numbers]
             return found
 
-        together = gather(work) if of > 1 else [work()]
+        together = gather(work) if self._share[1] > 1 else [work()]
         return {block: next(part[block] for part in together if block in part) for block in blocks}
 
     def _trial(self, base: Node, block: Block, change: Change) -> _Trial:
@@ -534,14 +545,18 @@ def _shapes(batch: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape[1:]) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
 
 
-def _outputs_each(host: Host, inputs: Mapping[str, Any]) -> tuple[float, float]:
-    """How many outputs a sample has (one of a classifier, one for each token of a language model), and their bytes."""
+def _outputs_each(host: Host, inputs: Mapping[str, Any]) -> float:
+    """How many outputs a sample has: one of a classifier, one for each token of a language model."""
     try:
-        heads = heads_of(host, forward(host, inputs, without_cache=True), inputs)
+        head, *_ = heads_of(host, forward(host, inputs, without_cache=True), inputs)
     except CalibrationError:  # a loss alone
-        return 1.0, 0.0
-    size = sum(head.values.numel() * head.values.element_size() for head in heads)
-    return len(heads[0].values) / batch_size(inputs), size / batch_size(inputs)
+        return 1.0
+    return len(head.values) / batch_size(inputs)
+
+
+def _bytes_of_fit(fit: CrossFit) -> int:
+    changes = [each.change for each in {id(each): each for each in (*fit.folds, fit.whole)}.values()]
+    return sum(change.numel() * change.element_size() for change in changes if change is not None)
 
 
 def _label(block: Block) -> str:
@@ -556,16 +571,16 @@ def by_stack(removed: Collection[Block]) -> dict[str, list[int]]:
     return found
 
 
-def _halves(batches: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[int]]:
-    """Batches, and the fold that each is in: a half of each batch in either, of those that cannot be cut whole ones."""
+def _in_folds(batches: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[int]]:
+    """Batches, and the fold that each is in: in turn. Where they are few, each is cut into a part for every fold, if it
+    can be.
+    """
     found: list[Mapping[str, Any]] = []
-    folds: list[int] = []
     for batch in batches:
-        size = batch_size(batch)
-        if is_cuttable(batch) and size > 1:
-            found += [cut(batch, range(size // 2)), cut(batch, range(size // 2, size))]
-            folds += [0, 1]
+        each, left = divmod(batch_size(batch), FOLDS)
+        if len(batches) < 2 * FOLDS and each and is_cuttable(batch):
+            ends = [each * number + min(number, left) for number in range(FOLDS + 1)]
+            found += [cut(batch, range(*pair)) for pair in pairwise(ends)]
         else:
             found.append(batch)
-            folds.append(1 - folds[-1] if folds else 0)
-    return found, folds
+    return found, [number % FOLDS for number in range(len(found))]

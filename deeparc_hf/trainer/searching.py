@@ -19,7 +19,8 @@ from ..reports.attempts import Attempt
 __all__ = ["batches_of_all", "first_step", "learned_by_heart", "lesser_plan", "remaining_speedup"]
 
 _FIRST = 6  # of the blocks one in so many goes at first, where the metric alone says how far to go
-_BY_HEART = 10  # times as large as the training loss is the evaluation loss where samples are learned by heart
+# times as large as the training loss is the evaluation loss where samples are learned by heart, if it is large at all
+_BY_HEART, _LARGE = 10, 0.1
 
 
 def batches_of_all(host: Host, calibration: TrainingCalibration) -> list[dict[str, Any]]:
@@ -31,11 +32,20 @@ def batches_of_all(host: Host, calibration: TrainingCalibration) -> list[dict[st
 
 def learned_by_heart(history: Sequence[Mapping[str, Any]]) -> str | None:
     """What to warn of where the training samples tell little of others, by the last losses in the Trainer's log."""
-    last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
-    if len(last) < 2 or not 0 <= last["loss"] * _BY_HEART < last["eval_loss"]:
+    training = [entry["loss"] for entry in history if "loss" in entry]
+    evaluation = [
+        value
+        for entry in history
+        for name, value in entry.items()
+        if name.startswith("eval_") and name.endswith("loss")  # eval_NAME_loss, where there are several data sets
+    ]
+    if not training or not evaluation:
+        return None
+    seen, unseen = training[-1], evaluation[-1]
+    if unseen < _LARGE or not 0 <= seen * _BY_HEART < unseen:
         return None
     return (
-        f"The loss on the training data is {last['loss']:.3g} and on the evaluation data {last['eval_loss']:.3g}: the "
+        f"The loss on the training data is {seen:.3g} and on the evaluation data {unseen:.3g}: the "
         "training samples are learned by heart, and what a smaller model loses on them tells little of other data. "
         "Hold some samples back from training and evaluation, and give them: MPruneCallback(calibration=dataset)."
     )

@@ -82,28 +82,25 @@ def test_sums_add_up_to_what_ridge_regression_says():
     assert np.isclose(solution.held_out, np.square(held).sum() / np.square(e[200:].double().numpy()).sum())
 
 
-def test_two_folds_are_fitted_on_one_another():
-    """Against ridge regression written out with numpy; the strength is the best by both held-out errors together."""
+def test_each_fold_is_fitted_on_the_others():
+    """Against ridge regression written out with numpy; the strength is the best by all held-out errors together."""
     x, e, _ = planted()
     e = e + 3 * torch.randn(e.shape, generator=torch.Generator().manual_seed(3))
-    strengths = (1e-2, 1.0, 100.0)
-    solution = solve_crosswise(RidgeSums.of(x[:80], e[:80]), RidgeSums.of(x[80:], e[80:]), True, strengths)
+    strengths, folds = (1e-3, 1e-2, 1e-1, 1.0, 100.0), [slice(0, 80), slice(80, 170), slice(170, 300)]
+    solution = solve_crosswise([RidgeSums.of(x[rows], e[rows]) for rows in folds], True, strengths)
+    a, b = x.double().numpy(), e.double().numpy()
 
-    def reference(rows, strength):
-        a, b = x[rows].double().numpy(), e[rows].double().numpy()
-        weights = np.diag([strength * np.square(a).sum(axis=0)[:6].mean()] * 6 + [0.0])
-        return np.linalg.solve(a.T @ a + weights, a.T @ b)
+    def reference(left_out, strength):
+        given, wanted = np.delete(a, left_out, axis=0), np.delete(b, left_out, axis=0)
+        weights = np.diag([strength * np.square(given).sum(axis=0)[:6].mean()] * 6 + [0.0])
+        return np.linalg.solve(given.T @ given + weights, given.T @ wanted)
 
-    folds, errors = (slice(0, 80), slice(80, 300)), {}
-    for strength in strengths:
-        fits = [reference(rows, strength) for rows in folds]
-        misses = [
-            e[rows].double().numpy() - x[rows].double().numpy() @ fit
-            for rows, fit in zip(folds, fits[::-1], strict=True)
-        ]
-        errors[strength] = sum(np.square(miss).sum() for miss in misses)
+    errors = {
+        strength: sum(np.square(b[rows] - a[rows] @ reference(rows, strength)).sum() for rows in folds)
+        for strength in strengths
+    }
     assert solution.strength == min(errors, key=errors.get)
-    for rows, change in zip((*folds, slice(None)), solution.changes, strict=True):
+    for rows, change in zip([*folds, slice(0, 0)], [*solution.changes, solution.whole], strict=True):
         assert np.allclose(change.numpy(), reference(rows, solution.strength))
 
 
@@ -111,10 +108,10 @@ def test_noise_is_not_fitted_crosswise():
     generator = torch.Generator().manual_seed(1)
     x, e = torch.randn(40, 30, generator=generator), torch.randn(40, 5, generator=generator)
     halves = [RidgeSums.of(x[rows], e[rows]) for rows in (slice(0, 20), slice(20, 40))]
-    solution = solve_crosswise(*halves, False, strengths=(1e-5, 1e-4))
-    assert solution.changes is None and solution.strength is None
+    solution = solve_crosswise(halves, False, strengths=(1e-5, 1e-4))
+    assert solution.changes is None and solution.whole is None and solution.strength is None
     nothing = RidgeSums.of(x, torch.zeros(40, 5))
-    assert solve_crosswise(nothing, nothing, False).changes is None
+    assert solve_crosswise([nothing, nothing], False).changes is None
 
 
 def test_noise_is_not_fitted():

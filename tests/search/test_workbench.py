@@ -16,7 +16,7 @@ from deeparc_hf.healing.heal import apply_healing, find_endings
 from deeparc_hf.healing.sensitivity import output_sensitivities
 from deeparc_hf.healing.sites import sites_of
 from deeparc_hf.observe.axes import find_axes
-from deeparc_hf.observe.batches import cut
+from deeparc_hf.observe.batches import batch_size, cut
 from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.forward import evaluating
 from deeparc_hf.observe.hooks import hooked, skipped
@@ -24,7 +24,7 @@ from deeparc_hf.observe.outputs import heads_of
 from deeparc_hf.search.objectives import objectives
 from deeparc_hf.search.objectives.divergence import relative_errors
 from deeparc_hf.search.playback import Playback
-from deeparc_hf.search.workbench import Workbench, by_stack
+from deeparc_hf.search.workbench import FOLDS, Workbench, by_stack
 from tests.zoo import ZOO
 
 FIRST = ("bert", "gpt2", "resnet", "t5", "timm_convnext", "vit", "whisper")
@@ -46,12 +46,12 @@ def really(model, batches, removed, heals=True):
     weights.
     """
     whole = describe(model)
-    first = batches[0]["input_ids" if "input_ids" in batches[0] else next(iter(batches[0]))].shape[0] // 2
-    folds = [
-        [cut(batch, range(first)) for batch in batches],
-        [cut(batch, range(first, 2 * first)) for batch in batches],
-    ]
-    folds = [list(Calibration(fold, 10**6).inputs(whole.host)) for fold in folds]
+    inputs = list(Calibration(batches, 10**6).inputs(whole.host))
+    if len(inputs) < 2 * FOLDS:  # of each batch a part in each fold
+        size = batch_size(inputs[0]) // FOLDS
+        folds = [[cut(batch, range(k * size, (k + 1) * size)) for batch in inputs] for k in range(FOLDS)]
+    else:
+        folds = [inputs[k::FOLDS] for k in range(FOLDS)]
     fits = crosswise(whole, folds, removed) if heals else []
     kept = {name: [i for i in range(len(s)) if (name, i) not in removed] for name, s in whole.stacks.items()}
     losses, weights = 0.0, 0.0
@@ -85,7 +85,7 @@ def crosswise(subject, folds, removed):
         axes = find_axes(host, list(stacks.values()), pairs[0][0])
         for site in sorted(sites_of(by_stack(removed)), key=lambda site: (order.index(site.stack), site.kept)):
             stack = stacks[site.stack]
-            watch = SiteFit(host, stack, site, crosswise=True)
+            watch = SiteFit(host, stack, site, folds=FOLDS)
             watch.settle([endings[watch.kept], endings[watch.last]])
             watch.orient(axes[site.stack])
             before = [b for b in removed if (order.index(b[0]), b[1]) < (order.index(site.stack), site.kept)]
@@ -105,7 +105,7 @@ def crosswise(subject, folds, removed):
                         inside.enter_context(skipped(stacks[name], index, must_run=False))
                     with hooked(watch.hooks("kept")), torch.no_grad():
                         host.root(**inputs)
-                watch.take(inputs, 0, None if found is None else found.get(watch.last), second_fold=number == 1)
+                watch.take(inputs, 0, None if found is None else found.get(watch.last), fold=number)
             fits.append((site, watch.cross([watch.part()])))
     return fits
 
@@ -148,6 +148,21 @@ def test_screening_a_block_where_nothing_is_repaired_behind_it_is_exact(kind):
             assert bench.follow(frozenset({block}), bench.root).score.value == pytest.approx(
                 score.value, rel=1e-4, abs=1e-9
             )
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "resnet"])
+def test_candidates_that_are_screened_together_are_judged_as_each_alone(kind):
+    """No repair of one, or of the model that they go on from, is in the way of another's."""
+    model, batches = ZOO[kind].model(), ZOO[kind].batches(count=2)
+    first, *others = free_blocks(model)
+    with evaluating(model):
+        bench = bench_of(model, batches)
+        base = bench.follow(frozenset({first}), bench.root)
+        assert base.repairs
+        for order in (others, others[::-1]):
+            for block, score in bench.complete(bench_of(model, batches).screen(base, order)).items():
+                alone = bench_of(model, batches).screen(base, [block])[block]
+                assert alone.value == pytest.approx(score.value, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "vit"])

@@ -132,10 +132,12 @@ class AnswerObjective(Objective, ABC):
     Attributes:
         needs_labels: whether the model is given the labels of the batches.
         needs_hidden: whether `Answer.hidden` is looked at.
+        keeps_outputs: whether `wanted` keeps what the model puts out: for the account of memory.
     """
 
     needs_labels: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
+    keeps_outputs: ClassVar[bool] = False
 
     @abstractmethod
     def wanted(self, answer: Answer) -> Any:

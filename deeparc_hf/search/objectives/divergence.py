@@ -23,6 +23,7 @@ _ROWS = 1024  # compared at once: a causal model's row holds a float for every w
 class Divergence(AnswerObjective):
     summary = "how far the model's outputs are from the whole model's; without labels"
     unit = "divergence"
+    keeps_outputs = True
 
     def wanted(self, answer: Answer) -> list[Head]:
         return heads_of(answer.host, answer.output, answer.inputs)

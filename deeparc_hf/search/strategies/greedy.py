@@ -31,5 +31,5 @@ class Greedy(Strategy):
     @staticmethod
     def passes(blocks: int, most: int) -> float:
         candidates = sum(blocks - gone for gone in range(most))
-        # a third of the candidates on all samples, the others on an eighth, from their block on; and their fits
+        # all candidates on an eighth of the samples, the better halves on more, from their block on; and their fits
         return 1 + candidates * (0.42 * 0.5 + 1.2 / blocks) + _FINALISTS * most * 0.6
