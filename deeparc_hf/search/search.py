@@ -72,7 +72,7 @@ def search_blocks(
 ) -> Frontier:
     """Search for the best blocks to remove. The model is left as it is.
 
-    All samples judge, each by repairs that were fitted on the half it is not in. What every block puts out is kept in
+    All samples judge, each quarter by repairs that were fitted on the others. What every block puts out is kept in
     memory for all of them, about twice (samples x positions x width x blocks values), and the whole model's outputs:
     where that would be more than 4 GB, fewer samples are used. After Ctrl-C the frontier holds what was found so far,
     where that is anything.
