@@ -67,7 +67,7 @@ def _tried(block: nn.Module, run: Callable[[], Any], output: Tensor, leaves: lis
     if norm is not None and any(getattr(norm.module, name) is None for name in ("weight", "bias", "running_mean")):
         return f"{norm.path} has no weights or no running statistics of its own, which would have to be refitted"
     generator = torch.Generator().manual_seed(0)
-    change = torch.randn(last.output.shape, generator=generator).to(last.output) * last.output.std() * 0.1
+    change = (torch.randn(last.output.shape, generator=generator) * _size(last.output, output)).to(last.output)
     output_changed, leaves_changed = _observed(block, run, (last.path, change))
     final, final_changed = leaves[-1], leaves_changed[-1]
     effect, final_path, what = output_changed - output, None, "its output"
@@ -92,14 +92,21 @@ def rows(tensor: Tensor, module: nn.Module) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _size(put_out: Tensor, output: Tensor) -> float:
+    """How much the map's output is changed: a little, but where numbers have few digits so much that these show it."""
+    size = 0.1 * float(put_out.float().std())
+    return size if put_out.dtype.itemsize > 2 else max(size, 4.0 * float(output.float().square().mean().sqrt()))
+
+
 def _scale(effect: Tensor, change: Tensor, module: nn.Module) -> Tensor | None:
     """The factor of each output by which a change of the map's output reaches a sum; None if it does more."""
     if effect.shape != change.shape or not bool(effect.any()):
         return None
+    most = 1e-2 if effect.dtype.itemsize > 2 else 2e-2
     effect, change = at_home(rows(effect, module)).double(), at_home(rows(change, module)).double()
     scale = (effect * change).sum(dim=0) / change.square().sum(dim=0)
     error = (effect - change * scale).norm() / effect.norm().clamp(min=1e-30)
-    return scale if float(error) < 1e-2 else None
+    return scale if float(error) < most else None
 
 
 def _observed(block: nn.Module, run: Callable[[], Any], change: tuple[str, Tensor] | None) -> tuple[Tensor, list[_Run]]:

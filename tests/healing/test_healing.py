@@ -340,3 +340,23 @@ def test_a_healed_pruning_that_is_taken_back_leaves_no_trace(tmp_path):
         eval_strategy="epoch",
     )
     assert equal(before, model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "resnet", "t5", "vit"])
+def test_models_of_numbers_with_few_digits_are_healed_as_others(kind, dtype):
+    """How their blocks end is found, and what is left is what is left of the same model in float32."""
+    left = {}
+    for number in (torch.float32, dtype):
+        model = ZOO[kind].model().to(number)
+        batches = [
+            {name: value.to(number) if value.is_floating_point() else value for name, value in batch.items()}
+            for batch in ZOO[kind].batches(count=4, size=16)
+        ]
+        name, index = removable(model)
+        pruned = copy.deepcopy(model)
+        remove_blocks(pruned, {name: [index]})
+        (healing,) = heal_model(pruned, model, batches, progress=False)
+        assert healing.reason is None, str(healing)
+        left[number] = healing.held_out
+    assert left[dtype] == pytest.approx(left[torch.float32], rel=0.05, abs=0.02)
