@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host, Subject
-from ..core.distributed import agree, gather, process_count, process_index
+from ..core.distributed import gather, process_count, process_index
 from ..core.transaction import Transaction
 from ..errors import CalibrationError
 from ..healing.block_ends import Ending
@@ -187,9 +187,15 @@ class Workbench:
         known = self._journal.get("follow", removed)
         if known is not None:
             return Node(removed, known["score"], lambda: self._followed(removed, base)[1:])
-        score, *made = self._followed(removed, base)
-        if self._share[1] > 1:  # rounding may differ from one process to another, and decisions must not
-            score = agree(lambda: score)
+        made: list[Any] = []
+
+        def work() -> Score:
+            score, *rest = self._followed(removed, base)
+            made.extend(rest)
+            return score
+
+        # the first process's: rounding may differ from one process to another, and decisions must not
+        score = gather(work)[0] if self._share[1] > 1 else work()
         self._journal.put("follow", removed, {"score": score})
         return Node(removed, score, lambda: (made[0], made[1]))
 

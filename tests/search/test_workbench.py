@@ -202,6 +202,51 @@ def test_hidden_states_that_a_model_puts_out_are_no_obstacle():
         assert Playback.of(subject.host, dict(subject.stacks), inputs).can_begin_anywhere
 
 
+@pytest.mark.slow
+def test_two_processes_find_what_one_does_and_fail_together(tmp_path):
+    torch.multiprocessing.spawn(_in_two_processes, (str(tmp_path),), nprocs=2)
+    two = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone = _tried(ZOO["bert"].model(), shared=False)
+    assert two[0]["found"] == two[1]["found"] and two[0]["found"].keys() == alone.keys()
+    assert all(two[0]["found"][block] == pytest.approx(value, rel=1e-4) for block, value in alone.items())
+    assert "not here" in two[1]["error"] and "In process 1" in two[0]["error"]
+
+
+def _tried(model, shared):
+    with evaluating(model):
+        bench = _bench(model, shared)
+        free = free_blocks(model)
+        base = bench.follow(frozenset(free[:1]), bench.root)
+        return {index: score.value for (_, index), score in bench.screen(base, free[1:]).items()}
+
+
+def _bench(model, shared):
+    subject = describe(model)
+    inputs = list(Calibration(ZOO["bert"].batches(count=2), 10**6).inputs(subject.host))
+    return Workbench(subject, inputs, objectives.get("divergence")(), shared=shared)
+
+
+def _in_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = ZOO["bert"].model()
+    found, error = _tried(model, shared=True), ""
+    with evaluating(model):
+        bench = _bench(model, shared=True)
+        if rank == 1:
+            model.classifier.register_forward_pre_hook(_not_here)
+        try:
+            bench.follow(frozenset(free_blocks(model)[:1]), bench.root)
+        except Exception as caught:
+            error = str(caught)
+    torch.save({"found": found, "error": error}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _not_here(module, args):
+    raise ValueError("not here")
+
+
 def test_ctrl_c_while_repairs_are_taken_back_leaves_none(monkeypatch):
     model = ZOO["bert"].model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
