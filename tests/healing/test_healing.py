@@ -11,10 +11,11 @@ import torch
 from deeparc_hf import MPruneCallback, find_stacks, heal_model, prune_model, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError, SurgeryError
-from deeparc_hf.healing.heal import fit_sites
+from deeparc_hf.healing.heal import find_endings, fit_sites
 from deeparc_hf.healing.ridge import RidgeSums, solve, solve_crosswise
 from deeparc_hf.healing.sites import Site, healing_text, sites_of
 from deeparc_hf.observe.calibration import Calibration
+from deeparc_hf.observe.forward import evaluating
 from tests.trainer.test_resume import equal, scripted
 from tests.trainers import train
 from tests.zoo import ZOO
@@ -340,6 +341,28 @@ def test_a_healed_pruning_that_is_taken_back_leaves_no_trace(tmp_path):
         eval_strategy="epoch",
     )
     assert equal(before, model.state_dict())
+
+
+@pytest.mark.parametrize("kind", sorted(ZOO))
+def test_blocks_end_alike_in_numbers_with_few_digits(kind):
+    """What is left alone in float32 is left alone, what is found is the same; LongT5 may clip in float16."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        subject = describe(ZOO[kind].model().eval().to(dtype))
+        inputs = next(Calibration(ZOO[kind].batches(count=1), 100).inputs(subject.host))
+        blocks = [block for stack in subject.stacks.values() for block in stack.blocks]
+        with evaluating(subject.root):
+            found[dtype] = list(find_endings(subject.host, blocks, inputs).values())
+    for dtype in (torch.bfloat16, torch.float16):
+        for ours, theirs in zip(found[dtype], found[torch.float32], strict=True):
+            if kind == "longt5" and dtype is torch.float16 and isinstance(ours, str):
+                continue
+            assert isinstance(ours, str) == isinstance(theirs, str)
+            if not isinstance(ours, str):
+                assert (ours.map, ours.batch_norm, ours.final) == (theirs.map, theirs.batch_norm, theirs.final)
+                torch.testing.assert_close(
+                    ours.scale, theirs.scale, rtol=0.02, atol=0.02 * float(theirs.scale.abs().max())
+                )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

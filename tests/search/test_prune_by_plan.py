@@ -49,6 +49,24 @@ def test_the_pruned_model_is_the_one_that_was_planned_and_about_as_good_as_told(
         assert 0.5 * low < divergence(model, smaller, others) < 1.5 * high
 
 
+def test_fitted_on_all_samples_it_is_no_worse_on_them(searched):
+    _, model, batches, frontier = searched
+    smaller = copy.deepcopy(model)
+    prune_model(smaller, batches, frontier.plan_of(frontier.points[1]), progress=False)
+    assert divergence(model, smaller, batches) <= 1.02 * frontier.points[1].value
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_repairs_the_pruned_model_is_the_one_that_was_judged(kind):
+    model, batches = ZOO[kind].model(), ZOO[kind].batches(count=4, size=16)
+    settings = {"num_blocks": total_blocks(model) - 2, "heal": None}
+    frontier = search_blocks(model, batches, measure_times=False, progress=False, **settings)
+    for point in frontier.points[1:]:
+        smaller = copy.deepcopy(model)
+        prune_model(smaller, batches, frontier.choose(num_blocks=point.num_blocks), progress=False)
+        assert divergence(model, smaller, batches) == pytest.approx(point.value, rel=1e-3)
+
+
 def test_the_plan_survives_json_and_the_model_carries_the_record(searched):
     _, model, batches, frontier = searched
     plan = frontier.choose(num_blocks=frontier.points[-1].num_blocks)

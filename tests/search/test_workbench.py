@@ -73,8 +73,8 @@ def really(model, batches, removed, heals=True):
 
 
 def crosswise(subject, folds, removed):
-    """The repairs at each site, each fold's fitted on the other; a pass through the model as it is, and one through the
-    model with what is removed before the site and the repairs of the fold.
+    """The repairs at each site, each fold's fitted on the others: a pass through the model as it is, and one through
+    the model with what is removed before the site and the repairs of the fold.
     """
     host, stacks, fits = subject.host, subject.stacks, []
     order, pairs = list(stacks), list(zip(*folds, strict=True))
@@ -123,6 +123,29 @@ def test_a_model_with_blocks_left_out_is_the_one_after_a_removal(kind):
     assert bench.root.score.value == pytest.approx(0.0, abs=1e-6)
     for node in (first, two, back):
         assert node.score.value == pytest.approx(really(model, batches, node.removed), rel=2e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "resnet", "t5"])
+def test_the_model_that_is_made_has_the_repairs_that_are_fitted_on_all(kind):
+    model, batches = ZOO[kind].model().eval(), ZOO[kind].batches(count=4)
+    free, whole = free_blocks(model), describe(model)
+    removed = frozenset({free[0], free[-1]})
+    with evaluating(model):
+        bench = bench_of(model, batches)
+        made = bench.make(bench.follow(removed, bench.root))
+    folds = [[cut(batch, range(2 * k, 2 * k + 2)) for batch in batches] for k in range(FOLDS)]
+    folds = [list(Calibration(fold, 10**6).inputs(whole.host)) for fold in folds]
+    expected = copy.deepcopy(model)
+    remove_blocks(expected, by_stack(removed), verify=False)
+    stacks = describe(expected).stacks
+    with Transaction() as undo:
+        for site, fit in crosswise(whole, folds, removed):
+            place = [i for i in range(len(whole.stacks[site.stack])) if (site.stack, i) not in removed].index(site.kept)
+            apply_healing(fit.whole, stacks[site.stack].blocks[place], undo)
+    states = made.state_dict(), expected.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_as_many_samples_are_used_as_memory_is_meant_for(monkeypatch):
