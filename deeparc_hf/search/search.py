@@ -248,7 +248,8 @@ def find_frontier(
             f"protected, or min_blocks={config.min_blocks} keeps them. Keep more blocks, or protect fewer."
         )
     asked = {} if journal is None else _asked(subject, batches, config, evaluate, greater_is_better)
-    about = strategy.passes(len(free(frozenset())), most) + (0.0 if config.heal is None else SENSITIVITY_PASSES)
+    repaired = config.heal is not None
+    about = strategy.passes(len(free(frozenset())), most, repaired) + (SENSITIVITY_PASSES if repaired else 0.0)
     told = strategy.name, goal.unit, about, plan.samples
     logger.info("%s search for the least %s: about %.0f forward passes over %d samples.", *told)
     title = f"Searching, about {about:.0f} passes over the data"
@@ -257,7 +258,7 @@ def find_frontier(
             subject,
             batches,
             goal(),
-            heals=config.heal is not None,
+            heals=repaired,
             measure=_measure(goal, evaluate, greater_is_better),
             shared=shared,
             journal=Journal(journal, asked),

@@ -173,15 +173,16 @@ def test_keeps_to_blocks_that_may_go_together(name):
 
 
 @pytest.mark.parametrize(("depth", "most"), [(6, 5), (8, 3), pytest.param(11, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("repaired", [True, False])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_estimate_of_its_passes_is_of_the_right_size(name, depth, most):
+def test_the_estimate_of_its_passes_is_of_the_right_size(name, repaired, depth, most):
     model = bert(depth=depth)
     with evaluating(model):
-        bench, blocks = bench_of(model, ZOO["bert"].batches(count=COUNT)), free_blocks(model)
+        bench, blocks = bench_of(model, ZOO["bert"].batches(count=COUNT), heals=repaired), free_blocks(model)
         before = bench.passes
         searched(name, bench, beside(blocks), most)
         counted = bench.passes - before
-    assert counted / 2 <= strategies.get(name).passes(len(blocks), most) <= counted * 2
+    assert counted / 2 <= strategies.get(name).passes(len(blocks), most, repaired) <= counted * 2
 
 
 # ---- how good they are ----

@@ -34,8 +34,10 @@ class Strategy(ABC):
 
     @staticmethod
     @abstractmethod
-    def passes(blocks: int, most: int) -> float:
-        """About how many forward passes over the calibration data it takes, of a model of so many free blocks."""
+    def passes(blocks: int, most: int, repaired: bool) -> float:
+        """About how many forward passes over the calibration data it takes, of a model of so many free blocks, with
+        their repairs or without.
+        """
 
 
 def best_additions(bench: Workbench, node: Node, free: Free, count: int) -> list[Node]:

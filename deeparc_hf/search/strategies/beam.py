@@ -36,6 +36,6 @@ class Beam(Strategy):
             yield members[0]
 
     @staticmethod
-    def passes(blocks: int, most: int) -> float:
+    def passes(blocks: int, most: int, repaired: bool) -> float:
         candidates = sum(blocks - gone for gone in range(most))
-        return Greedy.passes(blocks, most) + _WIDTH * candidates * 0.2 + most * 2.0
+        return Greedy.passes(blocks, most, repaired) + _WIDTH * candidates * 0.2 + most * (2.0 if repaired else 1.2)

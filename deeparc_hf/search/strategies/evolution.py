@@ -37,7 +37,7 @@ class Evolution(Strategy):
             node = yield from _generations(bench, free, node, random)
 
     @staticmethod
-    def passes(blocks: int, most: int) -> float:
+    def passes(blocks: int, most: int, repaired: bool) -> float:
         sets = [min(comb(blocks, count), 5 * _OFFSPRING) for count in range(1, most + 1)]
         return 0.7 * sum(sets)
 

@@ -32,11 +32,12 @@ class Exchange(Strategy):
             node = yield from _exchanged(bench, free, start, grown, values)
 
     @staticmethod
-    def passes(blocks: int, most: int) -> float:
-        total = Greedy.passes(blocks, most)
+    def passes(blocks: int, most: int, repaired: bool) -> float:
+        total = Greedy.passes(blocks, most, repaired)
+        models = 1.6 if repaired else 1.0  # two for each removed block, beside a screening
         for count in range(2, most + 1):
             kept = blocks - count + 1
-            total += count * kept / blocks * (1.6 + 0.25 * kept)  # two models and a screening for each removed block
+            total += count * kept / blocks * (models + 0.25 * kept)
         return total
 
 

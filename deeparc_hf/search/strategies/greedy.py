@@ -29,7 +29,9 @@ class Greedy(Strategy):
             yield node
 
     @staticmethod
-    def passes(blocks: int, most: int) -> float:
+    def passes(blocks: int, most: int, repaired: bool) -> float:
         candidates = sum(blocks - gone for gone in range(most))
+        length = 1 - most / blocks / 2  # of a pass, for fewer and fewer blocks are left
         # all candidates on an eighth of the samples, the better halves on more, from their block on; and their fits
-        return 1 + candidates * (0.42 * 0.5 + 1.2 / blocks) + _FINALISTS * most * 0.6
+        each = 0.42 * 0.5 + (1.8 / blocks if repaired else 0.0)
+        return 1 + length * (candidates * each + _FINALISTS * most * 0.6)
