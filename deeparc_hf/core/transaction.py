@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from .interrupts import uninterrupted
+
 __all__ = ["Transaction"]
 
 _MISSING = object()
@@ -25,11 +27,7 @@ class Transaction:
 
     def set(self, owner: Any, attribute: str, value: Any) -> None:
         """`setattr` that can be taken back."""
-        old = vars(owner).get(attribute, _MISSING)
-        if old is _MISSING:
-            self._undo.callback(delattr, owner, attribute)
-        else:
-            self._undo.callback(setattr, owner, attribute, old)
+        self._undo.callback(_set_back, owner, attribute, vars(owner).get(attribute, _MISSING))
         setattr(owner, attribute, value)
 
     def on_failure(self, step: Callable[[], Any]) -> None:
@@ -50,7 +48,15 @@ class Transaction:
 
     def roll_back(self) -> None:
         """Take all changes back, last first."""
-        self._undo.__exit__(*sys.exc_info())  # an error of a step names the one that it was to take back
+        with uninterrupted():
+            self._undo.__exit__(*sys.exc_info())  # an error of a step names the one that it was to take back
+
+
+def _set_back(owner: Any, attribute: str, old: Any) -> None:
+    if old is not _MISSING:
+        setattr(owner, attribute, old)
+    elif hasattr(owner, attribute):  # else Ctrl-C came before it was set
+        delattr(owner, attribute)
 
 
 def _refill(container: nn.ModuleList | nn.Sequential, children: list[nn.Module]) -> None:

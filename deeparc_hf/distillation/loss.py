@@ -183,13 +183,11 @@ class Distillation:
         if "use_cache" in inspect.signature(type(self._teacher).forward).parameters:
             given["use_cache"] = False
         ran: list[bool] = []
-        checks = []
-        if not self._checked:
-            block = next(iter(self._stacks.values())).blocks[0]
-            checks = [block.register_forward_pre_hook(lambda *_: ran.append(True))]
+        checked = () if self._checked else (next(iter(self._stacks.values())).blocks[0],)
+        checks = (block.register_forward_pre_hook(lambda *_: ran.append(True)) for block in checked)
         with hooked(checks), torch.no_grad():
             output = self._teacher(**given, **more)
-        if checks and not ran:
+        if checked and not ran:
             raise ConfigError(
                 f"The forward of {type(self._teacher).__name__} was replaced by one that a copy of the model shares, "
                 "so the copy cannot teach. Leave distill out, or leave the model's forward as it is."

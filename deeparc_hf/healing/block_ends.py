@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def _observed(block: nn.Module, run: Callable[[], Any], change: tuple[str, Tenso
         leaves.append(_Run(paths[module], module, inputs[module], output.clone()))
         return output
 
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in paths]
-    handles += [module.register_forward_hook(after) for module in paths]
-    with hooked(handles):
+    noting = (module.register_forward_pre_hook(before, with_kwargs=True) for module in paths)
+    changing = (module.register_forward_hook(after) for module in paths)
+    with hooked(chain(noting, changing)):
         return hidden_states(run()), leaves

@@ -104,7 +104,7 @@ def find_endings(host: Host, blocks: Sequence[nn.Module], inputs: Mapping[str, A
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         calls[module] = (tuple(a.clone() if isinstance(a, Tensor) else a for a in args), dict(kwargs))
 
-    with hooked([block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]):
+    with hooked(block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks):
         forward(host, inputs, without_cache=True)
     found: dict[nn.Module, Ending | str] = {}
     for block in blocks:

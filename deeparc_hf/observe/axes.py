@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -168,11 +169,13 @@ def _outputs(host: Host, stacks: Sequence[Stack], inputs: Mapping[str, Any], ask
         outputs[name] = hidden.detach().clone() if isinstance(hidden, Tensor) else hidden
 
     middle = {stack.name: stack.blocks[len(stack) // 2] for stack in stacks}
-    handles = [block.register_forward_hook(partial(after, name)) for name, block in middle.items()]
-    if ask:
-        for name, block in middle.items():
-            handles.append(block.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-    with hooked(handles):
+    handles = (block.register_forward_hook(partial(after, name)) for name, block in middle.items())
+    asked = (
+        block.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+        for name, block in middle.items()
+        if ask
+    )
+    with hooked(chain(handles, asked)):
         seed_random(host.root, 0)  # ViLT takes its patches in a random order
         forward(host, inputs, without_cache=True)
     seen = {}
@@ -196,7 +199,7 @@ def _features(block: nn.Module, args: Any, kwargs: Any, output: Tensor) -> int |
         if isinstance(result, Tensor) and result.numel():
             ran.append(module)
 
-    def run(handles: Sequence[Any]) -> Tensor | None:
+    def run(handles: Iterable[Any]) -> Tensor | None:
         with hooked(handles):
             try:
                 found = hidden_states(block(*_copied(args), **_copied(kwargs)))
@@ -204,11 +207,11 @@ def _features(block: nn.Module, args: Any, kwargs: Any, output: Tensor) -> int |
                 return None  # a block that keeps state, and cannot be run a second time
         return found if isinstance(found, Tensor) and found.shape == output.shape else None
 
-    plain = run([module.register_forward_hook(note) for module in block.modules() if isinstance(module, _MAPS)])
+    plain = run(module.register_forward_hook(note) for module in block.modules() if isinstance(module, _MAPS))
     if plain is None:
         return _features_by_size(block, output)
     for module in list(dict.fromkeys(reversed(ran)))[:3]:
-        changed = run([module.register_forward_hook(_at_one_place)])
+        changed = run(each.register_forward_hook(_at_one_place) for each in (module,))
         if changed is None:
             continue
         far = (changed - plain).abs() > 1e-6 * plain.abs().max().clamp(min=1e-30)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Stack
+from ..core.interrupts import uninterrupted
 from ..errors import CalibrationError
 
 __all__ = ["did_not_run", "given_hidden_states", "hidden_states", "hooked", "skipped", "with_hidden_states"]
@@ -17,14 +18,25 @@ __all__ = ["did_not_run", "given_hidden_states", "hidden_states", "hooked", "ski
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Within, hooks are at work; afterwards they are removed. An iterator may register them as it goes, and fail."""
+    """Within, hooks are at work; afterwards they are removed, after Ctrl-C too. Give an iterator that registers them as
+    it goes: it may fail, and Ctrl-C waits for it.
+    """
     made: list[RemovableHandle] = []
     try:
-        for handle in handles:
-            made.append(handle)
+        with uninterrupted():
+            made.extend(handles)
         yield
     finally:
-        for handle in made:
+        try:
+            _remove(made)
+        except KeyboardInterrupt:  # it may have come before the first
+            _remove(made)
+            raise
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    with uninterrupted():
+        for handle in handles:
             handle.remove()
 
 
@@ -81,12 +93,12 @@ def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[None]:
             )
         return with_hidden_states(output, given.pop())
 
-    # before other hooks: those by which transformers collects hidden states must see the block as skipped
-    handles = [
-        block.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-        block.register_forward_hook(after, prepend=True),
-    ]
-    with hooked(handles):
+    def handles() -> Iterator[RemovableHandle]:
+        # before other hooks: those by which transformers collects hidden states must see the block as skipped
+        yield block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        yield block.register_forward_hook(after, prepend=True)
+
+    with hooked(handles()):
         yield
     if must_run and not ran:
         raise did_not_run(stack, index)

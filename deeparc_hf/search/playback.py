@@ -132,7 +132,7 @@ class Playback:
             watch = (self.modules[block].register_forward_hook(partial(after, block)) for block in computed)
             within.enter_context(hooked(watch))
             if end is not None:  # behind all others: the pass ends there
-                within.enter_context(hooked([self.modules[end].register_forward_hook(enough)]))
+                within.enter_context(hooked(module.register_forward_hook(enough) for module in (self.modules[end],)))
             try:
                 if not labels:
                     return forward(self.host, inputs, without_cache=True)

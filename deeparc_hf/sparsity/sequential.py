@@ -164,7 +164,7 @@ def _passes_through(host: Host, stack: Stack, batches: Callable[[], Iterator[Inp
     """Runs of the model up to the end of one block."""
 
     def run(inputs: Inputs) -> None:
-        forward_until(host, inputs, [stack.blocks[index].register_forward_hook(enough)])
+        forward_until(host, inputs, (block.register_forward_hook(enough) for block in (stack.blocks[index],)))
 
     for inputs in batches():
         yield inputs, partial(run, inputs)

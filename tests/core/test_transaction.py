@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from torch import nn
 
@@ -40,3 +42,35 @@ def test_what_was_taken_back_is_not_taken_back_twice():
     undo.roll_back()
     undo.roll_back()
     assert done == [1]
+
+
+class Slow:
+    """Ctrl-C comes as an attribute is set, before it is: a number of times."""
+
+    def __init__(self, times: int) -> None:
+        self.__dict__["times"] = times
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self.times:
+            self.__dict__["times"] -= 1
+            signal.raise_signal(signal.SIGINT)
+        self.__dict__[name] = value
+
+
+def test_ctrl_c_before_an_attribute_is_set_is_what_is_raised():
+    owner = Slow(1)
+    with pytest.raises(KeyboardInterrupt), Transaction() as undo:
+        undo.set(owner, "forward", 1)
+    assert vars(owner) == {"times": 0}
+
+
+def test_ctrl_c_in_the_undoing_waits_for_the_end_of_it():
+    owner = Slow(0)
+    owner.first, owner.second = 1, 2
+    undo = Transaction()
+    undo.set(owner, "first", 3)
+    undo.set(owner, "second", 4)
+    owner.__dict__["times"] = 2
+    with pytest.raises(KeyboardInterrupt):
+        undo.roll_back()
+    assert (owner.first, owner.second) == (1, 2)
