@@ -140,7 +140,7 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _search(parser: argparse.ArgumentParser) -> None:
-    from ..search.objectives import objectives
+    from ..search.objectives import AnswerObjective, objectives
     from ..search.strategies import strategies
 
     parser.description = (
@@ -151,11 +151,12 @@ def _search(parser: argparse.ArgumentParser) -> None:
     _common_options(parser)
     _data_options(parser, required=True)
     group = parser.add_argument_group("search")
-    for name, registry, default, what in (
-        ("search", strategies, "greedy", "how sets of blocks are tried"),
-        ("objective", objectives, "divergence", "what is made small"),
+    goals = [name for name in objectives.names() if issubclass(objectives.get(name), AnswerObjective)]
+    for name, names, default, what in (
+        ("search", strategies.names(), "greedy", "how sets of blocks are tried"),
+        ("objective", goals, "divergence", "what is made small"),
     ):
-        choices = f"{{{','.join(registry.names())}}}"
+        choices = f"{{{','.join(names)}}}"
         group.add_argument(f"--{name}", default=default, metavar=choices, help=f"{what} (default {default})")
     group.add_argument(
         "--heal",

@@ -23,6 +23,7 @@ from ..pruning.surgery import require_fitting
 from ..reports.plan_report import Measurement, write_report
 from ..search.frontier import Frontier
 from ..search.prune import analyze, apply_healed, take_example
+from ..search.search import check_search
 from .common import PLAN_FILE, output_folder, public_names, say, whole_folder
 from .data import Job
 from .inspect import count_parameters
@@ -99,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             require_fitting(describe(frame), chosen)
 
+    if config.search is not None:
+        check_search(config)
     job = Job.of(args, config, check)
     model = job.load()
     before = count_parameters(model)

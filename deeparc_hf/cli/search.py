@@ -16,7 +16,7 @@ from ..errors import ConfigError, PlanError
 from ..pruning.compare import check_settings
 from ..pruning.config import MPruneConfig
 from ..search.frontier import Frontier
-from ..search.objectives import objectives
+from ..search.objectives import AnswerObjective, objectives
 from ..search.search import search_blocks
 from ..search.strategies import strategies
 from .data import Job
@@ -27,7 +27,11 @@ __all__ = ["run"]
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; the exit code."""
     strategies.get(args.search)
-    objectives.get(args.objective)
+    if not issubclass(objectives.get(args.objective), AnswerObjective):
+        raise ConfigError(
+            f"--objective {args.objective} is what a function of yours measures: search_blocks(..., "
+            f"objective={args.objective!r}, evaluate=...) in Python. Here take divergence, hidden or loss."
+        )
     heal = None if args.heal == "none" else args.heal
     config = MPruneConfig(
         heal=heal, protect=tuple(args.protect), min_blocks=args.min_blocks, calibration_samples=args.samples

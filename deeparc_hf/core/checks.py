@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .plain_text import LIMIT, is_plain, plain, quoted
 
-__all__ = ["MAX_BLOCKS", "MAX_ENTRIES", "MAX_TEXT", "Entry", "MalformedError", "is_number", "read_json"]
+__all__ = [
+    "MAX_BLOCKS",
+    "MAX_ENTRIES",
+    "MAX_TEXT",
+    "Entry",
+    "MalformedError",
+    "at_most",
+    "is_number",
+    "read_json",
+    "unboxed",
+]
 
 MAX_BLOCKS = 4096  # of a stack
 MAX_ENTRIES = 256
@@ -132,12 +145,24 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < _MAX_NUMBER
 
 
+def at_most(value: float, limit: float) -> bool:
+    """Whether a number is within a limit, but for rounding: 0.92 - 0.91 is a little more than 0.01."""
+    return value <= limit or math.isclose(value, limit, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def unboxed(value: Any) -> Any:
+    """A number of NumPy's as Python's own; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def read_json(source: Path | str) -> Any:
     """What a JSON file, or a JSON text, holds.
 
     Raises:
-        MalformedError: if the file is too large, or this is not JSON.
+        MalformedError: if it is a folder, the file is too large, or this is not JSON.
     """
+    if isinstance(source, Path) and source.is_dir():
+        raise MalformedError("it is a folder, not a file")
     if isinstance(source, Path) and source.stat().st_size > _MAX_FILE:
         raise MalformedError(f"it is larger than {_MAX_FILE} bytes, so it is not read")
     try:

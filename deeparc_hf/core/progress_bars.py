@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-__all__ = ["bar", "doing", "samples_in", "shows_bars"]
+__all__ = ["bar", "doing", "duration", "samples_in", "shows_bars"]
 
 
 def bar(what: str, show: bool, total: int | None = None, unit: str = "sample", **more: Any) -> tqdm:
@@ -26,6 +26,11 @@ def doing(what: str, show: bool) -> Iterator[None]:
     """A line that says what is being done, where no steps of it can be counted."""
     with bar(what, show, bar_format="{desc} ..."):
         yield
+
+
+def duration(seconds: float) -> str:
+    """A time as bars show it: minutes and seconds, with hours where there are any."""
+    return str(tqdm.format_interval(seconds))
 
 
 def samples_in(batches: Any) -> int | None:

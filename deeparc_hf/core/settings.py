@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from ..errors import ConfigError
 from .caller import warn_caller
-from .checks import MalformedError, read_json
+from .checks import MalformedError, read_json, unboxed
 from .plain_text import did_you_mean, listed, quoted
 
 __all__ = ["Settings", "percent_hint", "setting", "shown"]
@@ -101,7 +101,8 @@ class Settings:
     def _check_types(self) -> None:
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
-            value, hint = getattr(self, spec.name), hints[spec.name]
+            value, hint = unboxed(getattr(self, spec.name)), hints[spec.name]
+            object.__setattr__(self, spec.name, value)
             takes_float = float in (hint, *typing.get_args(hint))
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{spec.name} must be a finite number, found {value}.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..architectures import Host
 from ..core.caller import warn_caller
 from ..core.progress_bars import bar, samples_in
-from ..errors import CalibrationWarning
+from ..errors import CalibrationError, CalibrationWarning
 from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable, padding_masks
 
 __all__ = ["Calibration", "chosen_rows"]
@@ -30,6 +30,10 @@ class Calibration:
     """
 
     def __init__(self, batches: Iterable[Any], samples: int) -> None:
+        if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+            raise CalibrationError(
+                f"The calibration data must be batches, in a list or a DataLoader, found {type(batches).__name__}."
+            )
         self._batches = batches
         self.samples = samples
         self.can_repeat = not isinstance(batches, Iterator)

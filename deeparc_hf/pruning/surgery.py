@@ -96,6 +96,10 @@ def apply_plan(
         SurgeryError, UnsupportedModelError: as in `remove_blocks`.
     """
     subject = describe(model)
+    if not isinstance(plan, PruningPlan):
+        raise PlanError(
+            f"A plan is carried out, found {type(plan).__name__}. Make one: analyze(...), or frontier.choose(...)."
+        )
     if plan.removed:
         refuse_wrapped(model)
     require_fitting(subject, plan)

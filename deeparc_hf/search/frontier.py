@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.checks import MAX_BLOCKS, Entry, MalformedError, is_number, read_json
+from ..core.checks import MAX_BLOCKS, Entry, MalformedError, at_most, is_number, read_json, unboxed
 from ..core.files import finite
 from ..core.plain_text import plain, quoted
 from ..core.tables import html_table, runs, text_table
@@ -129,7 +129,7 @@ class Frontier:
             "max_drop": max_drop,
             "max_value": max_value,
         }
-        given = {name: value for name, value in budgets.items() if value is not None}
+        given = {name: unboxed(value) for name, value in budgets.items() if value is not None}
         if len(given) != 1:
             raise ConfigError(
                 f"Exactly one of {', '.join(budgets)} says which model is wanted, found {', '.join(given) or 'none'}."
@@ -260,7 +260,7 @@ class Frontier:
         if not known or (name == "speedup" and len(known) < len(self.points)):
             raise ConfigError(_NOT_MEASURED[name])
         readings = [reading for _, reading in known]
-        good = [point for point, reading in known if reading <= _limit(name, value)]
+        good = [point for point, reading in known if at_most(reading, _limit(name, value))]
         if good:
             return good[0] if name in ("speedup", "parameters") else good[-1]
         best = -min(readings) if name == "speedup" else min(readings)

@@ -5,22 +5,27 @@ A file of JSON lines: the first says which search it is of, each other one holds
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..architectures import Subject
 from ..core.checks import Entry, MalformedError
+from ..core.environment import package_versions
 from ..core.files import write_whole
 from ..core.plain_text import plain
 from ..errors import ConfigError
-from .objectives import Score
+from ..pruning.config import MPruneConfig
+from .objectives import ModelObjective, Score, objectives
 from .playback import Block
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "asked_of"]
 
+_SCORES = 4  # counts up where the same search gives other scores than in an earlier version
 _MOST_SAMPLES, _MOST_OUTPUTS = 1_000_000, 1_000
 
 
@@ -45,12 +50,28 @@ class Journal:
         if self._path.exists() and self._path.stat().st_size:
             self._read(dict(asked))
         else:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"asked": dict(asked)})
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._append({"asked": dict(asked)})
+            except OSError as error:
+                raise ConfigError(
+                    f"The journal cannot be written: {plain(error, 200)}. Give a file in a folder that can."
+                ) from error
 
-    def get(self, what: str, removed: Collection[Block], blocks: Iterable[Block] = ()) -> dict[str, Score] | None:
-        """The scores that a step gave, by name; None if it has not been made."""
-        return self._known.get(_key(what, removed, blocks))
+    def get(
+        self, what: str, removed: Collection[Block], names: Collection[str], blocks: Iterable[Block] = ()
+    ) -> dict[str, Score] | None:
+        """The scores of these names that a step gave; None if it has not been made.
+
+        Raises:
+            ConfigError: if the file holds scores of others.
+        """
+        known = self._known.get(_key(what, removed, blocks))
+        if known is not None and known.keys() != set(names):
+            raise self._no_journal(
+                f"it has scores of {', '.join(map(plain, known)) or 'nothing'} where those of {', '.join(names)} belong"
+            )
+        return known
 
     def put(
         self, what: str, removed: Collection[Block], scores: Mapping[str, Score], blocks: Iterable[Block] = ()
@@ -61,6 +82,12 @@ class Journal:
         if self._path is not None:
             lists = {name: [score.losses.tolist(), score.weights.tolist()] for name, score in scores.items()}
             self._append({"step": key, "scores": lists})
+
+    def _no_journal(self, why: str) -> ConfigError:
+        assert self._path is not None
+        return ConfigError(
+            f"{self._path.name} is not the journal of a search ({why}). Give another file, or delete it."
+        )
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         assert self._path is not None
@@ -89,12 +116,50 @@ class Journal:
         except ConfigError:
             raise
         except (MalformedError, RecursionError, ValueError) as error:
-            raise ConfigError(
-                f"{self._path.name} is not the journal of a search ({plain(error, 200)}). Give another file, or delete "
-                "it."
-            ) from error
+            raise self._no_journal(plain(error, 200)) from error
         if cut_off:  # the process was killed while it wrote
             write_whole(self._path, f"{whole}\n")
+
+
+def asked_of(
+    subject: Subject,
+    batches: Sequence[Mapping[str, Any]],
+    config: MPruneConfig,
+    evaluation: str | None,
+    greater_is_better: bool,
+) -> dict[str, Any]:
+    """What the scores of a search depend on, for its journal.
+
+    Args:
+        evaluation: what tells the function that the user measures models by from others.
+    """
+    judged = config.objective
+    if issubclass(objectives.get(judged), ModelObjective):
+        judged += f", {evaluation}, {greater_is_better}"
+    state = {name: value for name, value in subject.root.state_dict().items() if isinstance(value, torch.Tensor)}
+    return {
+        "model": [subject.name, subject.lengths],
+        "weights": _digest([state]),
+        "config": hashlib.sha256(json.dumps(subject.host.settings(), sort_keys=True, default=str).encode()).hexdigest(),
+        "data": _digest(batches),
+        "settings": {name: getattr(config, name) for name in ("heal", "search", "min_blocks")},
+        "objective": judged,
+        "protect": list(config.protect),
+        "versions": package_versions(),
+        "scores": _SCORES,
+    }
+
+
+def _digest(batches: Sequence[Mapping[str, Any]]) -> str:
+    """What tells the data of one search from that of another."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            digest.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _key(what: str, removed: Collection[Block], blocks: Iterable[Block]) -> str:

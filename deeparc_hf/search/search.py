@@ -6,27 +6,20 @@ likeness of blocks need not find it: so every candidate is repaired, in closed f
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import logging
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..architectures import Subject, describe
 from ..checkpoint.record import check_record
 from ..core.caller import warn_caller
-from ..core.checks import is_number
+from ..core.checks import is_number, unboxed
 from ..core.distributed import agree
-from ..core.environment import package_versions
-from ..core.progress_bars import bar
+from ..core.plain_text import quoted
+from ..core.progress_bars import bar, duration
 from ..errors import CalibrationWarning, ConfigError, PlanError, RegistryError
 from ..observe.batches import cut
 from ..observe.calibration import Calibration
@@ -35,19 +28,19 @@ from ..pruning.compare import check_settings, compare_blocks, uncompared_plan
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..pruning.surgery import refuse_wrapped
+from .found import Ends, Evaluation, Found
 from .frontier import Frontier, Point
-from .journal import Journal
+from .journal import Journal, asked_of
 from .objectives import ModelObjective, Objective, objectives
 from .playback import Block
 from .strategies import Strategy, strategies
-from .timing import BlockTimes, compare_times, time_blocks, work_of
-from .workbench import SENSITIVITY_PASSES, Node, Removed, Workbench, by_stack
+from .timing import BlockTimes, time_blocks, work_of
+from .workbench import SENSITIVITY_PASSES, Removed, Workbench, by_stack
 
 __all__ = ["check_search", "check_speedup", "find_frontier", "search_blocks", "search_plan"]
 
 logger = logging.getLogger(__name__)
 
-_SCORES = 4  # counts up where the same search gives other scores than in an earlier version
 _TIMED = 32  # samples of the batch that is timed, at most
 
 
@@ -112,13 +105,14 @@ def search_blocks(
     require_weights(subject.host)
     check_record(subject, 0)
     total = sum(map(len, subject.stacks.values()))
-    _check_goals(total, num_blocks, max_value)
+    num_blocks, max_value, samples = unboxed(num_blocks), unboxed(max_value), unboxed(samples)
+    _check_goals(total, num_blocks, max_value, samples)
     config = MPruneConfig(
         num_blocks=-(-total // 2) if num_blocks is None else num_blocks,
         heal=heal,
         search=search,
         objective=objective,
-        protect=(protect,) if isinstance(protect, str) else tuple(protect),
+        protect=protect,  # type: ignore[arg-type]  # made a tuple there
         min_blocks=min_blocks,
         freeze=freeze,
         calibration_samples=samples,
@@ -233,6 +227,9 @@ def find_frontier(
         choose: names one of the models that were found, which is timed beside the whole one at the end.
     """
     strategy, goal = check_search(config, measured=evaluate is not None)
+    measured = None if evaluate is None else Evaluation(evaluate, subject.root)
+    judge = None if measured is None else str(measured)
+    known = Journal(journal, {} if journal is None else asked_of(subject, batches, config, judge, greater_is_better))
     total = sum(map(len, subject.stacks.values()))
     whole = config.replace(num_blocks=total)
     plan = compare_blocks(
@@ -247,11 +244,8 @@ def find_frontier(
             f"The search is to remove {wanted} of {total} blocks, and {free.most} may go: the others are pinned or "
             f"protected, or min_blocks={config.min_blocks} keeps them. Keep more blocks, or protect fewer."
         )
-    asked = {} if journal is None else _asked(subject, batches, config, evaluate, greater_is_better)
     repaired = config.heal is not None
     about = strategy.passes(len(free(frozenset())), most, repaired) + (SENSITIVITY_PASSES if repaired else 0.0)
-    told = strategy.name, goal.unit, about, plan.samples
-    logger.info("%s search for the least %s: about %.0f forward passes over %d samples.", *told)
     title = f"Searching, about {about:.0f} passes over the data"
     with evaluating(subject.root), bar(title, progress, round(about), "pass") as shown:
         bench = Workbench(
@@ -259,13 +253,15 @@ def find_frontier(
             batches,
             goal(),
             heals=repaired,
-            measure=_measure(goal, evaluate, greater_is_better),
+            measure=_measure(goal, measured, greater_is_better),
             shared=shared,
-            journal=Journal(journal, asked),
+            journal=known,
             tell=lambda passes: _advance(shown, passes),
         )
-        found = _Found(subject, bench, cut(batches[0], _TIMED), evaluate, measures, shared)
-        ends = _Ends(max_value, config.speedup)
+        told = strategy.name, goal.unit, about, bench.samples, duration(about * bench.seconds)
+        logger.info("%s search for the least %s: about %.0f forward passes over %d samples, %s.", *told)
+        ends = Ends(max_value, config.speedup)
+        found = Found(subject, bench, cut(batches[0], _TIMED), measured, measures, ends, shared)
         complete = _run(strategy, bench, free, most, ends, found, at_most)
         if choose is not None:
             found.time(choose(found.points()))
@@ -318,7 +314,7 @@ def check_speedup(subject: Subject, calibration: Calibration, config: MPruneConf
         return time_blocks(subject.host, modules, work_of(subject.host, cut(inputs, _TIMED)))
 
     times = agree(time_them)
-    fastest = config.speedup if times is None else times.speedup(free(frozenset()))
+    fastest = config.speedup if times is None else times.speedup(free.slowest(times.shares))
     if fastest < config.speedup:
         raise PlanError(
             f"speedup={config.speedup:g} cannot be reached: with every block gone that may go the model would be "
@@ -326,39 +322,27 @@ def check_speedup(subject: Subject, calibration: Calibration, config: MPruneConf
         )
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """Where a search need not go further."""
-
-    max_value: float | None
-    speedup: float | None
-
-    def too_bad(self, node: Node) -> bool:
-        return self.max_value is not None and node.score.value > self.max_value
-
-    def enough(self, point: Point) -> bool:
-        return self.speedup is not None and point.speedup is not None and point.speedup >= self.speedup
-
-
 def _run(
     strategy: type[Strategy],
     bench: Workbench,
     free: _Free,
     most: int,
-    ends: _Ends,
-    found: _Found,
+    ends: Ends,
+    found: Found,
     may_break_off: bool,
 ) -> bool:
     """Search; whether it came to its end."""
-    reached = most
+    deepest = 0
     try:
         for node in strategy().run(bench, free, most):
-            if ends.too_bad(node):
+            if len(node.removed) > deepest:  # those with fewer blocks removed are as good as they get, or nearly
+                if found.is_enough or (deepest and deepest not in found.found):
+                    return True
+                deepest = len(node.removed)
+            if not ends.too_bad(node):
+                found.add(node)
+            if not strategy.refines and (found.is_enough or ends.too_bad(node)):
                 return True
-            if len(node.removed) > reached:
-                return True
-            if ends.enough(found.add(node)):
-                reached = len(node.removed)
     except KeyboardInterrupt:
         if not found.found or not may_break_off:
             raise
@@ -399,6 +383,14 @@ class _Free:
     def most(self) -> int:
         return sum(min(len(blocks), self._room[name]) for name, blocks in self._blocks.items())
 
+    def slowest(self, shares: Mapping[Block, float]) -> list[Block]:
+        """The blocks that take most of the time, as many as may go."""
+        return [
+            block
+            for name, blocks in self._blocks.items()
+            for block in sorted(((name, i) for i in blocks), key=lambda each: -shares[each])[: self._room[name]]
+        ]
+
     def __call__(self, removed: Removed) -> list[Block]:
         gone = by_stack(removed)
         return [
@@ -410,94 +402,22 @@ class _Free:
         ]
 
 
-class _Found:
-    """The best model of each number of blocks, and its measures."""
-
-    def __init__(
-        self,
-        subject: Subject,
-        bench: Workbench,
-        timed: Mapping[str, Any],
-        evaluate: Callable[[nn.Module], float] | None,
-        measures: Collection[str],
-        shared: bool,
-    ) -> None:
-        self.found: dict[int, tuple[Node, Point]] = {}
-        self.times: BlockTimes | None = None
-        self._subject, self._bench, self._evaluate = subject, bench, evaluate
-        self._work, self._agree = work_of(subject.host, timed), agree if shared else _alone
-        self._makes, self._compares = evaluate is not None or "models" in measures, "models" in measures
-        if "blocks" in measures:
-            self.times = self._agree(partial(time_blocks, subject.host, bench.modules, self._work))
-        self._whole = self._point(bench.root, subject.root)
-
-    def add(self, node: Node) -> Point:
-        """Keep a model, if it is the best of its number of blocks, with the measures of it."""
-        count = len(node.removed)
-        if count not in self.found or node.score.value < self.found[count][0].score.value:
-            self.found[count] = node, self._measured(node) if self._makes else self._point(node, None)
-        return self.found[count][1]
-
-    def points(self) -> tuple[Point, ...]:
-        return (self._whole, *(self.found[count][1] for count in sorted(self.found)))
-
-    def time(self, point: Point) -> None:
-        """Time a model that was found beside the whole one, where memory suffices for a copy of it."""
-        node, known = next((entry for entry in self.found.values() if entry[1] is point), (None, point))
-        if node is None or known.measured is not None:
-            return
-        node.repairs  # noqa: B018  computed in all processes, if that is still to be done
-
-        def compare() -> Point:
-            try:
-                return self._timed(known, self._bench.make(node))
-            except Exception as error:  # a time is told, and decides nothing: a model that cannot be copied has none
-                told = f"{type(error).__name__}: {error}".splitlines()[0]
-                logger.info("The smaller model is not timed, because it cannot be copied: %s", told)
-                return known
-
-        self.found[len(node.removed)] = node, self._agree(compare)
-
-    def _measured(self, node: Node) -> Point:
-        """Make the smaller model, as a copy, and measure it."""
-        smaller = self._bench.make(node)
-        point = self._point(node, smaller)
-        return self._timed(point, smaller) if self._compares else point
-
-    def _timed(self, point: Point, smaller: nn.Module) -> Point:
-        ratio, interval = compare_times(self._subject.host, describe(smaller).host, self._work)
-        return dataclasses.replace(point, measured=ratio, measured_interval=interval)
-
-    def _point(self, node: Node, model: nn.Module | None) -> Point:
-        """`model`: the smaller one, where it was made."""
-        gone = {id(p) for block in node.removed for p in self._bench.modules[block].parameters()}
-        left = [p.numel() for p in self._subject.root.parameters() if id(p) not in gone]
-        return Point(
-            {name: tuple(indices) for name, indices in by_stack(node.removed).items()},
-            len(self._bench.order) - len(node.removed),
-            sum(left if model is None else (p.numel() for p in model.parameters())),
-            node.score.value,
-            node.score.interval,
-            None if self._evaluate is None or model is None else _finite(_evaluated(self._evaluate, model)),
-            None if self.times is None else self.times.speedup(node.removed),
-        )
-
-
-def _alone(work: Callable[[], Any]) -> Any:
-    return work()
-
-
-def _check_goals(total: int, num_blocks: int | None, max_value: float | None) -> None:
+def _check_goals(total: int, num_blocks: int | None, max_value: float | None, samples: int) -> None:
     """Refuse what no search could reach, before any work is done."""
     if num_blocks is not None and (type(num_blocks) is not int or num_blocks < 1):
-        raise ConfigError(f"num_blocks counts the blocks that stay, so it must be at least 1, found {num_blocks!r}.")
+        raise ConfigError(
+            "num_blocks counts the blocks that stay, of all stacks, so it must be a whole number from 1, found "
+            f"{quoted(num_blocks)}."
+        )
+    if type(samples) is not int or samples < 1:
+        raise ConfigError(f"samples must be a whole number from 1, found {quoted(samples)}.")
     if num_blocks is not None and num_blocks >= total:
         raise PlanError(
             f"num_blocks counts the blocks that stay, and the model has {total} blocks, found {num_blocks}. Give a "
             "smaller number."
         )
     if max_value is not None and not is_number(max_value):
-        raise ConfigError(f"max_value must be a finite number, found {max_value!r}.")
+        raise ConfigError(f"max_value must be a finite number, found {quoted(max_value)}.")
 
 
 def _measure(
@@ -506,65 +426,10 @@ def _measure(
     """What gives the loss of a model, for objectives that look at models."""
     if evaluate is None or not issubclass(goal, ModelObjective):
         return None
-    return lambda model: goal.loss(_evaluated(evaluate, model), greater_is_better)
-
-
-def _evaluated(evaluate: Callable[[nn.Module], float], model: nn.Module) -> float:
-    """What the user measures; many functions leave the model training."""
-    value = float(evaluate(model))
-    model.eval()
-    return value
-
-
-def _finite(value: float) -> float | None:
-    if math.isfinite(value):
-        return value
-    warn_caller(f"evaluate gave {value} for a model. Its metric is left out.", CalibrationWarning)
-    return None
+    return lambda model: goal.loss(evaluate(model), greater_is_better)
 
 
 def _advance(shown: Any, passes: float) -> None:
     if shown.total is not None and shown.n + passes > shown.total:
         shown.total = None
     shown.update(passes)
-
-
-def _asked(
-    subject: Subject,
-    batches: Sequence[Mapping[str, Any]],
-    config: MPruneConfig,
-    evaluate: Callable[[nn.Module], float] | None,
-    greater_is_better: bool,
-) -> dict[str, Any]:
-    """What the scores of a search depend on."""
-    judged = config.objective
-    if issubclass(objectives.get(judged), ModelObjective):
-        judged += f", {_name_of(evaluate)}, {greater_is_better}"
-    state = {name: value for name, value in subject.root.state_dict().items() if isinstance(value, torch.Tensor)}
-    return {
-        "model": [subject.name, subject.lengths],
-        "weights": _digest([state]),
-        "config": hashlib.sha256(json.dumps(subject.host.settings(), sort_keys=True, default=str).encode()).hexdigest(),
-        "data": _digest(batches),
-        "settings": {name: getattr(config, name) for name in ("heal", "search", "min_blocks")},
-        "objective": judged,
-        "protect": list(config.protect),
-        "versions": package_versions(),
-        "scores": _SCORES,
-    }
-
-
-def _name_of(function: Any) -> str:
-    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-
-
-def _digest(batches: Sequence[Mapping[str, Any]]) -> str:
-    """What tells the data of one search from that of another."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, value in sorted(batch.items()):
-            digest.update(name.encode())
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

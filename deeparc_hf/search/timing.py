@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging as hf_logging
 
 from ..architectures import Host
+from ..architectures.hosts import quiet
 from ..core.statistics import median_interval
 from ..observe.batches import batch_size
 from ..observe.forward import evaluating, forward
@@ -50,7 +52,12 @@ class Work:
         given = {key: self.inputs[key] for key in (host.main_input, "attention_mask") if key in self.inputs}
         tokens = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 1}
         caches = generation_error(host, given) is None
-        return partial(host.root.generate, **given, **tokens, use_cache=caches)  # type: ignore[arg-type, misc]
+
+        def generate() -> None:
+            with quiet(hf_logging.ERROR):  # that other lengths than those of its settings are asked for is known
+                host.root.generate(**given, **tokens, use_cache=caches)  # type: ignore[operator]
+
+        return generate
 
     def __str__(self) -> str:
         what = f"generating {NEW_TOKENS} tokens" if self.generates else "a forward pass"

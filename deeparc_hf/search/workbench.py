@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,7 @@ class Workbench:
     Attributes:
         root: the whole model.
         samples: number of samples.
+        seconds: that a forward pass over them took.
         passes: forward passes over all the data so far.
     """
 
@@ -143,7 +145,9 @@ class Workbench:
         self._endings = find_endings(self.host, modules, first) if heals else {}
         self._axes = find_axes(self.host, list(self.stacks.values()), first) if heals else {}
         self._wanted: dict[int, Any] = {}
+        start = time.perf_counter()
         self.root = self._whole()
+        self.seconds = time.perf_counter() - start
         self._sensitivities = self._differentiated()
 
     @property
@@ -184,7 +188,7 @@ class Workbench:
         """
         if removed == base.removed:
             return base
-        known = self._journal.get("follow", removed)
+        known = self._journal.get("follow", removed, ["score"])
         if known is not None:
             return Node(removed, known["score"], lambda: self._followed(removed, base)[1:])
         made: list[Any] = []
@@ -220,7 +224,7 @@ class Workbench:
         samples are judged by these alone (successive halving: Jamieson and Talwalkar 2016, arXiv 1502.07943). Repairs
         behind the block stay those of the known model.
         """
-        known = self._journal.get("screen", base.removed, blocks)
+        known = self._journal.get("screen", base.removed, list(map(_label, blocks)), blocks)
         if known is not None:
             return {block: known[_label(block)] for block in blocks}
         base.states  # noqa: B018  computed now, if that is still to be done: below the model is repaired
@@ -401,7 +405,7 @@ class Workbench:
             for block in (block for block in blocks if block in mine):
                 trial = self._trial(base, block, change)
                 judged = {
-                    number: self._judge(number, trial.removed, base.states, trial.begin)
+                    number: self._judge(number, trial.removed, base.states, trial.begin, change)
                     for number in self._in_turns(numbers, trial.repairs, change)
                 }
                 found[block] = [judged[number] for number in numbers]
@@ -460,8 +464,9 @@ class Workbench:
         for number in self._in_turns(range(len(self._batches)), repairs, change):
             judges = stop is None and number in self._judging
             if judges:
-                parts[number] = self._judge(number, removed, states, begin, see)
+                parts[number] = self._judge(number, removed, states, begin, change, see)
             if kept and not (judges and self._measure is None):  # to measure a model is no pass over the batch
+                change(self._applied(repairs, number))
                 known = {block: states[block][number] for block in self._playback.last_known(removed, begin)}
                 self._playback.run(self._batches[number], removed, known=known, begin=begin, end=kept[-1], see=see)
         states.update({block: [found[number] for number in sorted(found)] for block, found in made.items()})
@@ -473,11 +478,16 @@ class Workbench:
         removed: Removed,
         states: States,
         begin: int,
+        change: Change,
         see: Callable[[Block, Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Losses and weights of a batch, computed from a block on."""
+        """Losses and weights of a batch, computed from a block on; a model that was measured is left without repairs:
+        what measures it may look at the whole one too.
+        """
         if self._measure is not None:
-            value = self._measure(self._smaller(removed))
+            smaller = self._smaller(removed)
+            change({})
+            value = self._measure(smaller)
             return torch.tensor([[value]], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
         inputs, objective = self._batches[number], cast(AnswerObjective, self._objective)
         known = {block: states[block][number] for block in self._playback.last_known(removed, begin)}

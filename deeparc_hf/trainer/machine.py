@@ -16,6 +16,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from ..core.checks import at_most
 from ..errors import RecordError
 from ..reports.attempts import BEFORE, FINISHED, Attempt
 from ..reports.attempts import RETRAINING as BEING_RETRAINED
@@ -171,7 +172,7 @@ def judge(config: MPruneConfig, name: str, baseline: float, value: float, greate
     if not math.isfinite(value):
         return Verdict(False, drop, f"{name} is {value:g} after the retraining, and was {baseline:.6g}")
     # 0.8 - 0.7 is more than 0.1 for a computer, and for nobody else
-    accepted = drop <= allowed or math.isclose(drop, allowed, rel_tol=1e-9, abs_tol=1e-12)
+    accepted = at_most(drop, allowed)
     change = f"{name} went from {baseline:.4g} to {value:.4g}"
     change += f", {'worse' if drop > 0 else 'better'} by {abs(drop):.4g}" if drop else ", unchanged"
     return Verdict(accepted, drop, f"{change} ({'' if accepted else 'only '}a drop of up to {allowed:g} is allowed)")

@@ -8,7 +8,7 @@ import pytest
 import transformers as tf
 
 from deeparc_hf import Frontier, PrunedConfig, PruningPlan
-from deeparc_hf.search import search as search_module
+from deeparc_hf.search import found as found_module
 
 from . import cli_tools
 from .cli_tools import error_of, run
@@ -98,6 +98,7 @@ def test_a_budget_that_the_whole_model_meets_is_told(capsys, common, found):
         (["--search", "greddy"], "Did you mean 'greedy'?"),
         (["--objective", "divergense"], "Did you mean 'divergence'?"),
         (["--objective", "loss"], "Give batches with labels, or take objective='divergence'"),
+        (["--objective", "metric"], "is what a function of yours measures: search_blocks("),
         (["--heal", "lsq"], "Did you mean 'lstsq'?"),
         (["--protect", "nothing.3"], "matches no block"),
         (["--num-blocks", "4"], "has 4 blocks, found 4. Give a smaller number"),
@@ -171,7 +172,7 @@ def test_after_ctrl_c_what_was_found_is_saved(capsys, common, tmp_path, monkeypa
             raise KeyboardInterrupt
         return 1.0, (0.9, 1.1)
 
-    monkeypatch.setattr(search_module, "compare_times", interrupted)
+    monkeypatch.setattr(found_module, "compare_times", interrupted)
     code, said, err = run(capsys, "search", *common, "-o", tmp_path / "f.json")
     assert "warning: The search was broken off after 1 of 2" in err
     frontier = Frontier.from_json(tmp_path / "f.json")
@@ -183,7 +184,7 @@ def test_ctrl_c_before_anything_was_found_writes_nothing(capsys, common, tmp_pat
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(search_module, "time_blocks", interrupted)
+    monkeypatch.setattr(found_module, "time_blocks", interrupted)
     code, _, err = run(capsys, "search", *common, "-o", tmp_path / "f.json")
     assert code == 130 and "interrupted: nothing was written" in err and list(tmp_path.iterdir()) == []
 

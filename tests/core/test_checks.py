@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deeparc_hf.core.checks import MAX_ENTRIES, Entry, MalformedError, read_json
+from deeparc_hf.core.checks import MAX_ENTRIES, Entry, MalformedError, at_most, read_json
 
 DATA = {"list": [1, 2], "object": {"a": {"b": 0.5}}, "text": "visible", "null": None, "number": 3}
 
@@ -88,3 +88,13 @@ def test_a_file_is_read_unless_it_is_too_large(tmp_path):
         opened.truncate(17 * 2**20)
     with pytest.raises(MalformedError, match="larger than 16777216 bytes"):
         read_json(file)
+
+
+def test_a_folder_is_no_json(tmp_path):
+    with pytest.raises(MalformedError, match="it is a folder, not a file"):
+        read_json(tmp_path)
+
+
+def test_a_limit_allows_for_rounding_alone():
+    assert at_most(0.92 - 0.91, 0.01) and 0.92 - 0.91 > 0.01 and at_most(0.0, 0.0) and at_most(-1.0, 0.0)
+    assert not at_most(0.0100001, 0.01) and not at_most(float("nan"), 1.0) and not at_most(1e-9, 0.0)

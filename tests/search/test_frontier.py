@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from deeparc_hf import Frontier, PruningPlan, apply_plan, find_stacks, search_blocks
@@ -46,8 +47,11 @@ def chosen(frontier=FRONTIER, **budget) -> int:
         ({"max_value": 0.35}, 3),
         ({"max_value": 100}, 2),
         ({"max_drop": 0}, 6),
+        ({"max_drop": 0.02}, 5),  # 0.9 - 0.88 is a little more
         ({"max_drop": 0.05}, 4),
         ({"max_drop": 1}, 2),
+        ({"max_value": np.float64(0.1)}, 5),
+        ({"num_blocks": np.int64(3)}, 3),
     ],
     ids=str,
 )

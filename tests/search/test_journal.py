@@ -114,6 +114,28 @@ def test_the_journal_of_another_search_is_refused_and_stays(written, tmp_path, s
     assert path.read_text("utf-8") == written
 
 
+def test_the_journal_of_another_evaluation_is_refused(tmp_path):
+    """Functions that are made alike, of other data."""
+
+    def by(index):
+        return lambda smaller: float(smaller.classifier.weight[0, index])
+
+    model, batches = ZOO["bert"].model(), ZOO["bert"].batches()
+    settings = {"objective": "metric", "heal": None, "measure_times": False, "progress": False, "num_blocks": 3}
+    for _ in range(2):
+        search_blocks(model, batches, evaluate=by(0), journal=tmp_path / "journal", **settings)
+    with pytest.raises(ConfigError, match="is of another search: objective differ"):
+        search_blocks(model, batches, evaluate=by(1), journal=tmp_path / "journal", **settings)
+
+
+def test_a_journal_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    settings = {"journal": tmp_path / "file" / "journal", "measure_times": False, "progress": False}
+    with pytest.raises(ConfigError, match="The journal cannot be written"):
+        search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), **settings)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_how_far_to_go_is_not_part_of_a_search(written, tmp_path):
     path = tmp_path / "journal"
     path.write_text(written, "utf-8")
@@ -160,6 +182,9 @@ def test_scores_come_back_to_the_bit(tmp_path):
     journal = Journal(tmp_path / "journal", {"of": [1]})
     journal.put("screen", {("b", 1), ("a", 2)}, {"a.3": score}, [("a", 3)])
     again = Journal(tmp_path / "journal", {"of": (1,)})
-    found = again.get("screen", {("a", 2), ("b", 1)}, [("a", 3)])["a.3"]
+    found = again.get("screen", {("a", 2), ("b", 1)}, ["a.3"], [("a", 3)])["a.3"]
     assert torch.equal(found.losses, score.losses) and torch.equal(found.weights, score.weights)
-    assert again.get("screen", {("a", 2)}, [("a", 3)]) is None and again.get("follow", {("a", 2), ("b", 1)}) is None
+    assert again.get("screen", {("a", 2)}, ["a.3"], [("a", 3)]) is None
+    assert again.get("follow", {("a", 2), ("b", 1)}, ["score"]) is None
+    with pytest.raises(ConfigError, match=r"it has scores of a\.3 where those of a\.4 belong"):
+        again.get("screen", {("a", 2), ("b", 1)}, ["a.4"], [("a", 3)])

@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
 
-from deeparc_hf import Frontier, PruningPlan, analyze, find_stacks, search_blocks
+from deeparc_hf import Frontier, PruningPlan, analyze, apply_plan, find_stacks, search_blocks
 from deeparc_hf.errors import CalibrationError, CalibrationWarning, ConfigError, PlanError, SurgeryError
+from deeparc_hf.observe.forward import evaluating
 from deeparc_hf.search.strategies import strategies
-from tests.zoo import ZOO, spread
+from deeparc_hf.search.strategies.exchange import Exchange
+from deeparc_hf.search.timing import BlockTimes
+from deeparc_hf.search.workbench import Workbench
+from tests.zoo import TEXT, ZOO, as_trained, spread
 
 from .judging import divergence
+from .test_workbench import bench_of
 
 QUICK = {"measure_times": False, "progress": False}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -278,7 +284,7 @@ def test_a_plan_tells_the_measured_time_beside_the_predicted_one(settings, monke
         timed.append(tuple(sum(map(len, find_stacks(host.root).values())) for host in (whole, smaller)))
         return 1.01, (1.0, 1.02)  # less than what was asked for: the plan stands
 
-    monkeypatch.setattr("deeparc_hf.search.search.compare_times", compare)
+    monkeypatch.setattr("deeparc_hf.search.found.compare_times", compare)
     plan = analyze(ZOO["bert"].model(), ZOO["bert"].batches(), search="greedy", progress=False, **settings)
     assert timed == [(4, plan.num_blocks - sum(map(len, plan.removed.values())))]
     assert plan.choice.measured == 1.01 and plan.choice.speedup > 1.0
@@ -360,6 +366,114 @@ def test_a_value_that_is_too_large_ends_the_search():
     assert len(expected) > 1
 
 
+@pytest.fixture(scope="module")
+def refined():
+    """A model, its batches, and by number of removed blocks the sets that exchanges find, the first one first; of some
+    number a better one comes later, and no fewer blocks cost as much as the first.
+    """
+    for seed in range(10):
+        torch.manual_seed(seed)
+        config = tf.BertConfig(**{**TEXT, "num_hidden_layers": 6})
+        model = as_trained(spread(tf.BertForSequenceClassification(config)))
+        batches, found = ZOO["bert"].batches(8), {}
+        blocks = [("bert.encoder.layer", index) for index in range(6)]
+        with evaluating(model):
+            bench = bench_of(model, batches, heals=False)
+            for node in Exchange().run(bench, lambda gone, all=blocks: [b for b in all if b not in gone], 4):
+                found.setdefault(len(node.removed), []).append(node)
+        if brought_down(found):
+            return model, batches, found
+    raise AssertionError("there is no such model")
+
+
+def brought_down(found):
+    """Numbers of removed blocks of which the first set costs too much for some bound, and no other set that counts."""
+    best = {count: min(node.score.value for node in nodes) for count, nodes in found.items()}
+    first = {count: nodes[0].score.value for count, nodes in found.items()}
+    return [
+        count
+        for count in found
+        if best[count] < first[count] and all(best[less] < first[count] for less in range(1, count))
+    ]
+
+
+def test_a_value_that_an_exchange_brings_down_does_not_end_the_search(refined):
+    model, batches, found = refined
+    for count in brought_down(found):
+        best = min(node.score.value for node in found[count])
+        least = max([best, *(min(node.score.value for node in found[less]) for less in range(1, count))])
+        limit = (found[count][0].score.value + least) / 2
+        settings = {"search": "exchange", "heal": None, "num_blocks": 2, "max_value": limit, **QUICK}
+        frontier = search_blocks(model, batches, **settings)
+        assert frontier.points[count].value == pytest.approx(best) and frontier.complete
+        assert all(point.value <= limit for point in frontier.points)
+
+
+@pytest.mark.parametrize("search", ["exchange", "evolution"])
+def test_a_set_that_is_fast_enough_is_kept_beside_a_better_one_that_is_not(refined, search, monkeypatch):
+    """As in a model whose blocks take different times."""
+    model, batches, found = refined
+    for count in brought_down(found):
+        first, best = found[count][0], min(found[count], key=lambda node: node.score.value)
+        fast = first.removed - best.removed
+        blocks = [("bert.encoder.layer", index) for index in range(6)]
+        times = BlockTimes(1.0, {block: 0.2 if block in fast else 0.05 for block in blocks}, "made up", 1)
+        monkeypatch.setattr("deeparc_hf.search.found.time_blocks", lambda *args, times=times: times)
+        wanted = times.speedup(first.removed) - 1e-6
+        assert times.speedup(best.removed) < wanted
+        plan = analyze(model, batches, speedup=wanted, search=search, heal=None, progress=False)
+        assert plan.choice.speedup >= wanted
+        assert sum(map(len, plan.removed.values())) <= len(first.removed)
+
+
+def test_a_search_for_a_speed_up_goes_no_further_than_it_must(monkeypatch):
+    model, seen = ZOO["bert"].model(), []
+    times = BlockTimes(1.0, {("bert.encoder.layer", index): 0.2 for index in range(4)}, "made up", 1)
+    monkeypatch.setattr("deeparc_hf.search.found.time_blocks", lambda *args: times)
+    follow = Workbench.follow
+
+    def noted(self, removed, base):
+        seen.append(len(removed))
+        return follow(self, removed, base)
+
+    monkeypatch.setattr(Workbench, "follow", noted)
+    plan = analyze(model, ZOO["bert"].batches(), speedup=1.2, progress=False)
+    assert sum(map(len, plan.removed.values())) == 1 and set(seen) == {1}
+
+
+def test_what_measures_sees_the_whole_model_as_it_is():
+    """Repairs of a candidate are in it while the candidate is computed."""
+    model, batches = ZOO["bert"].model(), ZOO["bert"].batches()
+    before, seen = state_of(model), []
+
+    def evaluate(smaller) -> float:
+        seen.append(same(before, state_of(model)))
+        return -divergence(model, smaller, batches)
+
+    for objective in ("metric", "divergence"):
+        frontier = search_blocks(model, batches, objective=objective, evaluate=evaluate, **QUICK)
+        assert all(seen) and len(seen) >= 3 and frontier.whole.metric == 0.0
+        seen.clear()
+    frontier = search_blocks(model, batches, objective="metric", evaluate=evaluate, **QUICK)
+    assert [point.value for point in frontier.points[1:]] == [-point.metric for point in frontier.points[1:]]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "evaluate must give a number, found None"),
+        ({"eval_loss": 0.5, "eval_accuracy": 1.0}, r"Give one of its entries: 'eval_loss', 'eval_accuracy'"),
+        (torch.ones(2), "evaluate must give a number, found tensor"),
+        ("good", "evaluate must give a number, found 'good'"),
+    ],
+    ids=str,
+)
+def test_an_evaluation_that_gives_no_number_is_refused_before_any_work(value, message):
+    model = ZOO["bert"].model()
+    with pytest.raises(ConfigError, match=message):
+        search_blocks(model, ZOO["bert"].batches(), evaluate=lambda smaller: value, **QUICK)
+
+
 @pytest.mark.parametrize("search", strategies.names())
 def test_what_is_pinned_protected_or_needed_stays(search):
     model, batches = ZOO["t5"].model(), ZOO["t5"].batches()
@@ -384,12 +498,15 @@ def test_samples_are_those_that_were_asked_for():
         ({"search": "greddy"}, ConfigError, "Did you mean 'greedy'"),
         ({"objective": "divergense"}, ConfigError, "Did you mean 'divergence'"),
         ({"heal": "lsq"}, ConfigError, "Did you mean 'lstsq'"),
-        ({"num_blocks": 0}, ConfigError, "must be at least 1, found 0"),
+        ({"num_blocks": 0}, ConfigError, "must be a whole number from 1, found 0"),
+        ({"num_blocks": {"bert.encoder.layer": 3}}, ConfigError, "must be a whole number from 1, found {"),
         ({"num_blocks": "3"}, ConfigError, "found '3'"),
         ({"num_blocks": 4}, PlanError, r"has 4 blocks, found 4\. Give a smaller number"),
         ({"max_value": float("nan")}, ConfigError, "max_value must be a finite number"),
         ({"min_blocks": 0}, ConfigError, "min_blocks must be at least 1"),
-        ({"samples": 0}, ConfigError, "calibration_samples must be at least 1"),
+        ({"samples": 0}, ConfigError, "^samples must be a whole number from 1, found 0"),
+        ({"protect": None}, ConfigError, "protect must be"),
+        ({"evaluate": "accuracy"}, ConfigError, "it must be a function, found 'accuracy'"),
         ({"samples": 1}, CalibrationError, "only 1 calibration sample"),
         ({"protect": "*"}, PlanError, r"The search is to remove 2 of 4 blocks, and 0 may go"),
         ({"protect": ["nothing"]}, PlanError, "matches no block"),
@@ -408,3 +525,23 @@ def test_a_wrapped_model_is_refused():
 
     with pytest.raises(SurgeryError, match="wrapped in DistributedDataParallel"):
         search_blocks(DistributedDataParallel(ZOO["bert"].model()), ZOO["bert"].batches(), **QUICK)
+
+
+def test_data_that_is_none_is_refused():
+    with pytest.raises(CalibrationError, match=r"must be batches, in a list or a DataLoader, found NoneType"):
+        search_blocks(ZOO["bert"].model(), None, **QUICK)
+
+
+def test_a_frontier_is_no_plan():
+    model = ZOO["bert"].model()
+    frontier = search_blocks(model, ZOO["bert"].batches(), num_blocks=3, heal=None, **QUICK)
+    with pytest.raises(PlanError, match=r"found Frontier\. Make one: .* frontier\.choose\(\.\.\.\)"):
+        apply_plan(model, frontier)
+    assert total(model) == 4
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = {"num_blocks": np.int64(3), "max_value": np.float32(100.0), "samples": np.int32(40)}
+    frontier = search_blocks(ZOO["bert"].model(), ZOO["bert"].batches(), heal=None, **settings, **QUICK)
+    assert frontier.points[-1].num_blocks == 3 and frontier.samples == 40
+    assert analyze(ZOO["bert"].model(), ZOO["bert"].batches(), num_blocks=np.int64(3), progress=False).num_kept == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 
 import pytest
@@ -108,3 +109,14 @@ def test_a_decoder_that_generates_takes_more_of_the_time_than_its_encoder():
     point = frontier.points[1]
     assert point.speedup > 1 and point.measured_interval[0] <= point.measured <= point.measured_interval[1]
     assert frontier.whole.speedup == 1 and frontier.whole.measured is None
+
+
+def test_lengths_in_the_settings_for_generation_are_no_matter(caplog, monkeypatch):
+    library = logging.getLogger("transformers")
+    monkeypatch.setattr(library, "propagate", True)
+    monkeypatch.setattr(library, "level", logging.WARNING)
+    model, batch = ZOO["bart"].model(), ZOO["bart"].batches(1)[0]
+    model.generation_config.update(max_length=142, min_length=56, num_beams=4, no_repeat_ngram_size=3)
+    host, modules = parts(model)
+    time_blocks(host, modules, work_of(host, batch), turns=1)
+    assert not caplog.records

@@ -163,6 +163,13 @@ def test_a_speed_up_that_cannot_be_reached_is_refused_before_any_step(tmp_path):
     assert blocks(model) == 4
 
 
+def test_a_speed_up_for_which_too_few_blocks_may_go_is_refused_before_any_step(tmp_path):
+    model = ZOO["bert"].model()
+    with pytest.raises(PlanError, match=r"speedup=1\.5 cannot be reached: with every block gone that may go"):
+        run(tmp_path, model, {4: 0.9}, epochs=9, max_drop=0.05, start_epoch=1, speedup=1.5, min_blocks=3)
+    assert blocks(model) == 4
+
+
 def test_where_no_block_may_go_the_training_goes_on_as_it_is(tmp_path):
     model = ZOO["bert"].model()
     callback, trainer = run(tmp_path, model, {4: 0.9}, epochs=3, max_drop=0.05, protect="*")

@@ -21,10 +21,12 @@ class Strategy(ABC):
     Attributes:
         name: set by `register`.
         summary: one line for the tables of the documents and the command line.
+        refines: whether a better model may come after the first of its number of blocks.
     """
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    refines: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:

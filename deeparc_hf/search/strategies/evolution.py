@@ -26,6 +26,7 @@ _DRAWS = 20  # for each of the offspring, until one is new
 @register("evolution")
 class Evolution(Strategy):
     summary = "one or two removed blocks are exchanged at random, and the best of several such sets goes on (EvoPress)"
+    refines = True
 
     def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
         random, node = Random(_SEED), bench.root

@@ -20,6 +20,7 @@ _ROUNDS = 4  # at most so many times each removed block is tried, for each numbe
 @register("exchange")
 class Exchange(Strategy):
     summary = "greedy, and removed blocks are exchanged for kept ones while that helps; never worse than greedy"
+    refines = True
 
     def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
         node, earlier = bench.root, bench.root
