@@ -227,11 +227,12 @@ def find_frontier(
         choose: names one of the models that were found, which is timed beside the whole one at the end.
     """
     strategy, goal = check_search(config, measured=evaluate is not None)
+    total = sum(map(len, subject.stacks.values()))
+    whole = config.replace(num_blocks=total)
+    check_settings(subject, whole)
     measured = None if evaluate is None else Evaluation(evaluate, subject.root)
     judge = None if measured is None else str(measured)
     known = Journal(journal, {} if journal is None else asked_of(subject, batches, config, judge, greater_is_better))
-    total = sum(map(len, subject.stacks.values()))
-    whole = config.replace(num_blocks=total)
     plan = compare_blocks(
         subject, Calibration(batches, config.calibration_samples), whole, progress=progress, labels=labels
     )
