@@ -324,7 +324,7 @@ class Machine:
         p, gated = self.progress, self.config.gated
         p.phase, p.verdict = Phase.JUDGED, self._is_accepted()
         if gated and p.verdict and p.accepted + 1 >= self.config.iterations:
-            self._finish(_ALL_ACCEPTED)
+            self._finish(self._all_accepted())
         elif gated and step + self.retraining > self.max_steps:
             self._finish("there are not enough epochs left for one more retraining")
         elif p.verdict:
@@ -333,6 +333,10 @@ class Machine:
                 self._finish("nothing more can be removed")
         else:
             self._plan_weaker()
+
+    def _all_accepted(self) -> str:
+        fewer = any(attempt.is_taken_back for attempt in self.progress.attempts)
+        return _ALL_ACCEPTED + (", with fewer blocks removed than was tried first" if fewer else "")
 
     def _plan_weaker(self) -> None:
         self.progress.next_plan = self.world.weaker()
@@ -349,7 +353,7 @@ class Machine:
         p, accepted = self.progress, bool(self.progress.verdict)
         if p.goes_on and self.config.gated:  # the settings may ask for less than when the verdict was made
             if accepted and p.accepted + 1 >= self.config.iterations:
-                self._finish(_ALL_ACCEPTED)
+                self._finish(self._all_accepted())
             elif not accepted and p.next_plan is None:
                 self._plan_weaker()  # the first version of the format did not keep it
         if accepted:

@@ -77,6 +77,8 @@ def test_what_is_tried_again_is_on_the_way_of_the_same_search(tmp_path):
         search="greedy", heal="lstsq", num_blocks=3, retrain_epochs=1,
     )  # fmt: skip
     assert removed(callback) == [(3, "rolled back"), (2, "rolled back"), (1, "accepted")]
+    reason = json.loads((tmp_path / "pruning_report.json").read_text())["reason"]
+    assert reason == "every pruning that was asked for is accepted, with fewer blocks removed than was tried first"
     tried = [set(a["plan_removed"]["bert.encoder.layer"]) for a in callback.attempts[1:]]
     assert tried[2] < tried[1] < tried[0]  # greedy takes one after another
     assert blocks(model) == 5
@@ -85,12 +87,12 @@ def test_what_is_tried_again_is_on_the_way_of_the_same_search(tmp_path):
 def test_a_speed_up_is_reached_in_equal_shares(tmp_path):
     model = deep()
     callback, _ = run(
-        tmp_path, model, dict.fromkeys(range(1, 13), 0.9), epochs=5, max_drop=0.05, start_epoch=1, speedup=1.6,
+        tmp_path, model, dict.fromkeys(range(1, 13), 0.9), epochs=5, max_drop=0.05, start_epoch=1, speedup=1.4,
         iterations=2, retrain_epochs=2,
     )  # fmt: skip
     assert [decision for _, decision in removed(callback)] == ["accepted", "accepted"]
     first, second = (a["speedup"] for a in callback.attempts[1:])
-    assert first >= 1 / (1 - (1 - 1 / 1.6) / 2) - 1e-6 and first * second >= 1.6 - 1e-6
+    assert first >= 1 / (1 - (1 - 1 / 1.4) / 2) - 1e-6 and first * second >= 1.4 - 1e-6
     for attempt in callback.attempts[1:]:  # the smaller model was timed beside the one before it
         assert re.search(r", \d+\.\d\d times as fast \(by the times of its blocks \d+\.\d\d\)$", attempt["search"])
     assert blocks(model) < 10  # blocks this small are a small part of the time
