@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
@@ -41,3 +42,11 @@ def publisher(hub_client) -> Client:
     client = hub_client("hf_owner")
     client.run(BEGIN)
     return client
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Within, Ctrl-C raises KeyboardInterrupt, in a process that was started to ignore it too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

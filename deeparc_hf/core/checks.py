@@ -6,10 +6,9 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from .plain_text import LIMIT, is_plain, plain, quoted
 
@@ -152,7 +151,9 @@ def at_most(value: float, limit: float) -> bool:
 
 def unboxed(value: Any) -> Any:
     """A number of NumPy's as Python's own; anything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def read_json(source: Path | str) -> Any:

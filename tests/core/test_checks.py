@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
-from deeparc_hf.core.checks import MAX_ENTRIES, Entry, MalformedError, at_most, read_json
+from deeparc_hf.core.checks import MAX_ENTRIES, Entry, MalformedError, at_most, read_json, unboxed
 
 DATA = {"list": [1, 2], "object": {"a": {"b": 0.5}}, "text": "visible", "null": None, "number": 3}
 
@@ -98,3 +100,15 @@ def test_a_folder_is_no_json(tmp_path):
 def test_a_limit_allows_for_rounding_alone():
     assert at_most(0.92 - 0.91, 0.01) and 0.92 - 0.91 > 0.01 and at_most(0.0, 0.0) and at_most(-1.0, 0.0)
     assert not at_most(0.0100001, 0.01) and not at_most(float("nan"), 1.0) and not at_most(1e-9, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "own"), [(np.int64(3), 3), (np.uint8(3), 3), (np.float32(0.5), 0.5), (np.float64(0.5), 0.5)], ids=repr
+)
+def test_numbers_of_numpy_become_pythons_own(value, own):
+    assert unboxed(value) == own and type(unboxed(value)) is type(own)
+
+
+@pytest.mark.parametrize("value", [True, 3, 0.5, "3", None, [3], np.bool_(True), np.ones(1), torch.ones(())], ids=repr)
+def test_anything_else_stays_as_it_is(value):
+    assert unboxed(value) is value

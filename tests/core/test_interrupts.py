@@ -9,6 +9,8 @@ import pytest
 
 from deeparc_hf.core.interrupts import uninterrupted
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
 
 def test_ctrl_c_waits_for_the_end():
     steps = []

@@ -9,6 +9,8 @@ from torch import nn
 
 from deeparc_hf.core.transaction import Transaction
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
 
 def test_all_is_as_it_was_after_an_error():
     blocks = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])

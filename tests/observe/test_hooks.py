@@ -11,6 +11,8 @@ from deeparc_hf import find_stacks
 from deeparc_hf.observe.hooks import hooked, skipped
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.usefixtures("ctrl_c")
+
 
 def registered(*modules, after=lambda number: None):
     for number, module in enumerate(modules):
