@@ -48,28 +48,46 @@ def test_a_block_that_waits_gets_the_time():
     handle.remove()
 
 
+def within(tries: int, check) -> None:
+    """Other work on the machine may disturb a measurement, and what measures wrongly does so each time."""
+    for left in reversed(range(tries)):
+        try:
+            return check()
+        except AssertionError:
+            if not left:
+                raise
+
+
 def test_more_work_is_more_of_the_time_and_speedups_are_those_that_are_measured():
     model, inputs = matmuls({2: 6})
     host, modules = parts(model)
-    times = time_blocks(host, modules, Work(inputs), turns=11)
-    shares = [times.shares["encoder.layer", index] for index in range(6)]
-    assert shares[2] == max(shares) and 2.5 < shares[2] / sorted(shares)[2] < 6  # 52 to 12 products of matrices
-    assert 0.85 < sum(shares) <= 1
-    for removed in ({2}, {0, 1, 4}):
-        smaller = copy.deepcopy(model)
-        smaller.encoder.layer = nn.ModuleList(
-            block for index, block in enumerate(smaller.encoder.layer) if index not in removed
-        )
-        measured, (low, high) = compare_times(host, find_host(smaller), Work(inputs), turns=11)
-        assert times.speedup({("encoder.layer", index) for index in removed}) == pytest.approx(measured, rel=0.15)
-        assert low <= measured <= high
+    smaller = {gone: copy.deepcopy(model) for gone in ((2,), (0, 1, 4))}
+    for gone, each in smaller.items():
+        kept = [block for index, block in enumerate(each.encoder.layer) if index not in gone]
+        each.encoder.layer = nn.ModuleList(kept)
+
+    def check() -> None:
+        times = time_blocks(host, modules, Work(inputs), turns=11)
+        shares = [times.shares["encoder.layer", index] for index in range(6)]
+        assert shares[2] == max(shares) and 2.5 < shares[2] / sorted(shares)[2] < 6  # 52 to 12 products of matrices
+        assert 0.85 < sum(shares) <= 1
+        for gone, each in smaller.items():
+            measured, (low, high) = compare_times(host, find_host(each), Work(inputs), turns=11)
+            assert times.speedup({("encoder.layer", index) for index in gone}) == pytest.approx(measured, rel=0.15)
+            assert low <= measured <= high
+
+    within(3, check)
 
 
 def test_a_model_is_as_fast_as_itself():
     model, inputs = matmuls({})
-    host = describe(model).host
-    measured, _ = compare_times(host, describe(copy.deepcopy(model)).host, Work(inputs), turns=11)
-    assert measured == pytest.approx(1, rel=0.1)
+    host, other = describe(model).host, describe(copy.deepcopy(model)).host
+
+    def check() -> None:
+        measured, _ = compare_times(host, other, Work(inputs), turns=11)
+        assert measured == pytest.approx(1, rel=0.1)
+
+    within(3, check)
 
 
 def test_shares_add_up_to_a_speedup():
