@@ -58,6 +58,7 @@ def within(tries: int, check) -> None:
                 raise
 
 
+@pytest.mark.slow  # bounds of times: not where other work may run beside
 def test_more_work_is_more_of_the_time_and_speedups_are_those_that_are_measured():
     model, inputs = matmuls({2: 6})
     host, modules = parts(model)
@@ -79,6 +80,7 @@ def test_more_work_is_more_of_the_time_and_speedups_are_those_that_are_measured(
     within(3, check)
 
 
+@pytest.mark.slow
 def test_a_model_is_as_fast_as_itself():
     model, inputs = matmuls({})
     host, other = describe(model).host, describe(copy.deepcopy(model)).host
@@ -120,10 +122,14 @@ def test_a_decoder_that_generates_takes_more_of_the_time_than_its_encoder():
     frontier = search_blocks(model, ZOO["t5"].batches(), num_blocks=6, progress=False)
     assert frontier.work == "generating 16 tokens for 8 samples" and frontier.work in str(frontier)
     host, modules = parts(model)
-    times = time_blocks(host, modules, work_of(host, ZOO["t5"].batches(1)[0]), turns=3)
-    decoder = [share for (name, _), share in times.shares.items() if name == "decoder.block"]
-    encoder = [share for (name, _), share in times.shares.items() if name == "encoder.block"]
-    assert min(decoder) > 4 * max(encoder)
+
+    def check() -> None:  # each block of the decoder runs 16 times
+        times = time_blocks(host, modules, work_of(host, ZOO["t5"].batches(1)[0]))
+        decoder = [share for (name, _), share in times.shares.items() if name == "decoder.block"]
+        encoder = [share for (name, _), share in times.shares.items() if name == "encoder.block"]
+        assert min(decoder) > 4 * max(encoder)
+
+    within(3, check)
     point = frontier.points[1]
     assert point.speedup > 1 and point.measured_interval[0] <= point.measured <= point.measured_interval[1]
     assert frontier.whole.speedup == 1 and frontier.whole.measured is None
