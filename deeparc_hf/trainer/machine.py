@@ -171,7 +171,6 @@ def judge(config: MPruneConfig, name: str, baseline: float, value: float, greate
     allowed = float(config.max_drop or 0.0)
     if not math.isfinite(value):
         return Verdict(False, drop, f"{name} is {value:g} after the retraining, and was {baseline:.6g}")
-    # 0.8 - 0.7 is more than 0.1 for a computer, and for nobody else
     accepted = at_most(drop, allowed)
     change = f"{name} went from {baseline:.4g} to {value:.4g}"
     change += f", {'worse' if drop > 0 else 'better'} by {abs(drop):.4g}" if drop else ", unchanged"
