@@ -160,7 +160,11 @@ def test_what_is_redundant_with_a_repair_alone_is_found_by_the_search_and_not_by
 
 @pytest.mark.parametrize(
     ("kind", "blocks", "left", "most"),
-    [("bert", 12, 6, 30), pytest.param("llama", 30, 20, 120, marks=pytest.mark.slow)],
+    [
+        ("bert", 12, 6, 30),
+        pytest.param("llama", 30, 20, 120, marks=pytest.mark.slow),
+        pytest.param("llama", 80, 72, 120, marks=pytest.mark.slow),  # 153 if all were tried at each step
+    ],
 )
 def test_what_a_search_costs(kind, blocks, left, most):
     """In forward passes over all samples: what makes it cheap enough to be the default advice."""

@@ -172,7 +172,9 @@ def test_keeps_to_blocks_that_may_go_together(name):
     assert all(len(pair & removed) <= 1 for pair in pairs for removed in sets)
 
 
-@pytest.mark.parametrize(("depth", "most"), [(6, 5), (8, 3), pytest.param(11, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("depth", "most"), [(6, 5), (8, 3), *(pytest.param(*long, marks=pytest.mark.slow) for long in [(11, 4), (42, 4)])]
+)
 @pytest.mark.parametrize("repaired", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_estimate_of_its_passes_is_of_the_right_size(name, repaired, depth, most):

@@ -68,6 +68,10 @@ class Score:
     def value(self) -> float:
         return float(_ratio(self.losses.sum(dim=1), self.weights.sum(dim=1)).sum())
 
+    def first(self, count: int) -> Score:
+        """That of the first samples alone."""
+        return Score(self.losses[:, :count], self.weights[:, :count])
+
     @property
     def interval(self) -> tuple[float, float] | None:
         """95 %, normal, from the samples' jackknife, cut off at 0, which no loss is below; None for fewer than two."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..workbench import Node, Workbench
-from .base import Free, Strategy, register
+from .base import Additions, Free, Strategy, register, tried
 from .greedy import Greedy
 
 __all__ = ["Beam"]
@@ -21,13 +21,12 @@ class Beam(Strategy):
     summary = "the best three sets of each number of blocks are kept, and grow; never worse than greedy"
 
     def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
-        members = [bench.root]
+        additions, members = Additions(bench, free), [bench.root]
         for greedy in Greedy().run(bench, free, most):
             found, judged = [greedy], {greedy.removed}
             while members:
                 parent = members.pop()  # and forgotten: a node holds what all its blocks put out
-                scores = bench.complete(bench.screen(parent, free(parent.removed)))
-                for removed in [parent.removed | {block} for block in list(scores)[:_WIDTH]]:
+                for removed in additions.judged(parent)[:_WIDTH]:
                     if removed not in judged:
                         judged.add(removed)
                         found.append(bench.follow(removed, parent))
@@ -37,5 +36,5 @@ class Beam(Strategy):
 
     @staticmethod
     def passes(blocks: int, most: int, repaired: bool) -> float:
-        candidates = sum(blocks - gone for gone in range(most))
+        candidates = sum(tried(blocks, gone) for gone in range(most))
         return Greedy.passes(blocks, most, repaired) + _WIDTH * candidates * 0.2 + most * (2.0 if repaired else 1.2)

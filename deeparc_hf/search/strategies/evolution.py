@@ -12,7 +12,7 @@ from math import comb
 from random import Random
 
 from ..workbench import Node, Removed, Workbench
-from .base import Free, Strategy, best_additions, nearest, register
+from .base import Additions, Free, Strategy, nearest, register
 
 __all__ = ["Evolution"]
 
@@ -29,9 +29,9 @@ class Evolution(Strategy):
     refines = True
 
     def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
-        random, node = Random(_SEED), bench.root
+        random, additions, node = Random(_SEED), Additions(bench, free), bench.root
         for _ in range(most):
-            found = best_additions(bench, node, free, 1)
+            found = additions.best(node, 1)
             if not found:
                 return
             node = found[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterator
 
 from ..workbench import Node, Removed, Workbench
-from .base import Free, Strategy, best_additions, nearest, register
+from .base import Additions, Free, Strategy, nearest, register, tried
 from .greedy import Greedy
 
 __all__ = ["Exchange"]
@@ -23,14 +23,14 @@ class Exchange(Strategy):
     refines = True
 
     def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
-        node, earlier = bench.root, bench.root
+        additions, node, earlier = Additions(bench, free), bench.root, bench.root
         values = {0: node.score.value}  # the best so far, by the number of removed blocks
         for greedy in Greedy().run(bench, free, most):
             start, grown = greedy, {earlier.removed, node.removed}
             if node.removed != earlier.removed:
-                start = min([greedy, *best_additions(bench, node, free, _FINALISTS)], key=lambda each: each.score.value)
+                start = min([greedy, *additions.best(node, _FINALISTS)], key=lambda each: each.score.value)
             earlier = greedy
-            node = yield from _exchanged(bench, free, start, grown, values)
+            node = yield from _exchanged(bench, additions, start, grown, values)
 
     @staticmethod
     def passes(blocks: int, most: int, repaired: bool) -> float:
@@ -38,12 +38,12 @@ class Exchange(Strategy):
         models = 1.6 if repaired else 1.0  # two for each removed block, beside a screening
         for count in range(2, most + 1):
             kept = blocks - count + 1
-            total += count * kept / blocks * (models + 0.25 * kept)
+            total += count * kept / blocks * (models + 0.25 * tried(blocks, count - 1))
         return total
 
 
 def _exchanged(
-    bench: Workbench, free: Free, node: Node, grown: Collection[Removed], values: dict[int, float]
+    bench: Workbench, additions: Additions, node: Node, grown: Collection[Removed], values: dict[int, float]
 ) -> Generator[Node, None, Node]:
     """Exchange blocks until none helps. Gives each better model, also one with a block less; returns the best.
 
@@ -64,10 +64,10 @@ def _exchanged(
             if base.score.value < values[count - 1]:
                 values[count - 1] = base.score.value
                 yield base
-            scores = bench.complete(bench.screen(base, [b for b in free(fewer) if fewer | {b} not in judged]))
-            if not scores:
+            best = additions.judged(base, but=judged)
+            if not best:
                 continue
-            found = bench.follow(fewer | {next(iter(scores))}, base)
+            found = bench.follow(best[0], base)
             judged.add(found.removed)
             if found.score.value < node.score.value:
                 node = found

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..workbench import Node, Workbench
-from .base import Free, Strategy, best_additions, register
+from .base import Additions, Free, Strategy, register, tried
 
 __all__ = ["Greedy"]
 
@@ -20,9 +20,9 @@ class Greedy(Strategy):
     summary = "one block after another, each time the one that is missed least after the repair"
 
     def run(self, bench: Workbench, free: Free, most: int) -> Iterator[Node]:
-        node = bench.root
+        additions, node = Additions(bench, free), bench.root
         for _ in range(most):
-            found = best_additions(bench, node, free, _FINALISTS)
+            found = additions.best(node, _FINALISTS)
             if not found:
                 return
             node = found[0]
@@ -30,7 +30,7 @@ class Greedy(Strategy):
 
     @staticmethod
     def passes(blocks: int, most: int, repaired: bool) -> float:
-        candidates = sum(blocks - gone for gone in range(most))
+        candidates = sum(tried(blocks, gone) for gone in range(most))
         length = 1 - most / blocks / 2  # of a pass, for fewer and fewer blocks are left
         # all candidates on an eighth of the samples, the better halves on more, from their block on; and their fits
         each = 0.42 * 0.5 + (1.8 / blocks if repaired else 0.0)
