@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -24,12 +21,11 @@ from ..core.compat import builder_of
 from ..core.transaction import Transaction
 from ..errors import RecordError, UnsupportedModelError
 from .record import PrunedConfig, current_record, renumbered
+from .stored import new_key, weight_files
 
 __all__ = ["load_pruned", "save_pruned"]
 
 _HUB_SETTINGS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
-_SHARD = re.compile(r"[\w.\-]+\.safetensors")
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_pruned(
@@ -173,70 +169,15 @@ def _read(subject: Subject, base: str, layout: Layout, hub: Mapping[str, Any]) -
     """The tensors that stay, under the keys of the smaller checkpoint."""
     namer = subject.host.key_namer()
     state: dict[str, Tensor] = {}
-    for keys, file in _files(base, hub, lambda key: _new_key(key, namer, layout) is not None):
+    for keys, file in weight_files(base, hub, lambda key: new_key(key, namer, layout) is not None):
         try:
             with safe_open(file, framework="pt") as handle:
                 for key in keys or handle.keys():
-                    new = _new_key(key, namer, layout)
+                    new = new_key(key, namer, layout)
                     if new is not None:
                         state[new] = handle.get_tensor(key)
         except SafetensorError as error:
             raise RecordError(
-                f"{Path(file).name} of {base} cannot be read as safetensors: {error}. Download it again."
+                f"{file.name} of {base} cannot be read as safetensors: {error}. Download it again."
             ) from error
     return state
-
-
-def _files(base: str, hub: Mapping[str, Any], stays: Any) -> Iterator[tuple[list[str] | None, str]]:
-    """Weight files that hold a tensor which stays, with its keys in each where an index tells them."""
-    index = cached_file(base, _INDEX, _raise_exceptions_for_missing_entries=False, **hub)
-    if index is not None:
-        shards: dict[str, list[str]] = {}
-        for key, shard in _weight_map(base, Path(index)).items():
-            if stays(key):
-                shards.setdefault(shard, []).append(key)
-        for shard, keys in shards.items():
-            yield keys, str(cached_file(base, shard, **hub))
-        return
-    weights = cached_file(base, _WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
-    if weights is None:
-        raise UnsupportedModelError(
-            f"{base} has neither {_WEIGHTS} nor {_INDEX}. load_pruned reads tensors by key, which pickled weights do "
-            "not allow. Load the model with from_pretrained, save it again, and use that folder as the base; or call "
-            "remove_blocks on it."
-        )
-    yield None, weights
-
-
-def _weight_map(base: str, index: Path) -> dict[str, str]:
-    """Which shard holds each key. The index is downloaded: its names are checked before any of them is opened."""
-    try:
-        shards: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
-        names = set(shards.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RecordError(
-            f"The index of {base} ({_INDEX}) is malformed: {type(error).__name__}: {error}. Download the checkpoint "
-            "again."
-        ) from error
-    for name in names:
-        if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise RecordError(f"The index of {base} names a shard outside the checkpoint: {name!r}. It is not read.")
-    return shards
-
-
-def _new_key(key: str, namer: Any, layout: Layout) -> str | None:
-    """The key under which a tensor of the base goes into the smaller checkpoint; None if its block does not stay."""
-    old = namer(key)
-    new = layout.renamed(old)
-    if new is None or new == old:
-        return None if new is None else key
-    # the checkpoint may name it otherwise than the model does, but the block's number stands in both names
-    index, place = next(pair for pair in zip(old.split("."), new.split("."), strict=True) if pair[0] != pair[1])
-    parts = key.split(".")
-    for number, part in enumerate(parts):
-        candidate = ".".join((*parts[:number], place, *parts[number + 1 :]))
-        if part == index and namer(candidate) == new:
-            return candidate
-    raise RecordError(
-        f"Cannot tell which number in the checkpoint key {key!r} is the block's. Load the model and call remove_blocks."
-    )
