@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .distillation.config import DistillConfig as DistillConfig
     from .healing.heal import heal_model as heal_model
     from .pruning.config import MPruneConfig as MPruneConfig
+    from .pruning.on_disk import prune_checkpoint as prune_checkpoint
     from .pruning.plan import PruningPlan as PruningPlan
     from .pruning.surgery import apply_plan as apply_plan
     from .pruning.surgery import remove_blocks as remove_blocks
@@ -48,6 +49,7 @@ _NAMES = {
     "distillation.config": ["DistillConfig"],
     "healing.heal": ["heal_model"],
     "pruning.config": ["MPruneConfig"],
+    "pruning.on_disk": ["prune_checkpoint"],
     "pruning.plan": ["PruningPlan"],
     "pruning.surgery": ["apply_plan", "remove_blocks"],
     "publish": ["create_model_card"],

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
@@ -23,7 +24,7 @@ from ..errors import RecordError, UnsupportedModelError
 from .record import PrunedConfig, current_record, renumbered
 from .stored import new_key, weight_files
 
-__all__ = ["load_pruned", "save_pruned"]
+__all__ = ["load_pruned", "save_pruned", "saved_class"]
 
 _HUB_SETTINGS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
@@ -105,6 +106,17 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder: where to write; made if need be.
     """
     describe(model).host.save(folder)
+
+
+def saved_class(config: Any, name: str | None = None) -> Any:
+    """The class of transformers by its name, by default of the one that saved the checkpoint; the bare model's where
+    there is none of that name. None where one was asked for by name and there is none.
+    """
+    asked = name or next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
+    cls = getattr(transformers, asked, None) if isinstance(asked, str) else None
+    if isinstance(cls, type) and (issubclass(cls, PreTrainedModel) or hasattr(cls, "from_config")):
+        return cls
+    return transformers.AutoModel if name is None else None
 
 
 def _record(source: Any, hub: Mapping[str, Any]) -> PrunedConfig:

@@ -24,6 +24,7 @@ _COMMANDS = {  # each is carried out by the module of this name
     "inspect": "show stacks, pinned blocks, parameters and the pruning record of a model",
     "search": "search for the best blocks to remove, for each number of them",
     "prune": "remove redundant blocks of a model and save the smaller checkpoint",
+    "remove": "write a checkpoint without some of its blocks, from file to file",
     "sparsify": "zero the weights of a model that matter least and save the checkpoint",
     "card": "make the model card of a checkpoint from its record and reports",
     "push": "publish a checkpoint on the Hub, with its card",

@@ -1,11 +1,10 @@
-"""What the commands share: lines on stderr, an output folder that appears whole or not at all, plain warnings."""
+"""What the commands share: lines on stderr, checks of an output folder, plain warnings."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.checks import Entry, MalformedError, read_json
-from ..core.interrupts import work_begins
 from ..core.plain_text import plain_lines
 from ..errors import ConfigError, DeepArcWarning
 
-__all__ = ["PLAN_FILE", "SPARSITY_FILE", "output_folder", "plain_warnings", "public_names", "say", "whole_folder"]
+__all__ = ["PLAN_FILE", "SPARSITY_FILE", "output_folder", "plain_warnings", "public_names", "say"]
 
 _LONGEST_LINE = 4000
 PLAN_FILE = "pruning_plan.json"
@@ -68,28 +66,6 @@ def output_folder(args: argparse.Namespace) -> Path:
         reason = "not to be written to" if parent.is_dir() else "a file"
         raise ConfigError(f"{args.out} cannot be made: {parent} is {reason}. Give another folder with -o.")
     return out
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when all went well, and is gone otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work_begins()
-    new, old = (out.parent / f".{out.name}.{os.getpid()}.{end}" for end in ("new", "old"))
-    new.mkdir()
-    try:
-        yield new
-        try:
-            if out.exists():
-                out.rename(old)
-            new.rename(out)
-        except BaseException:
-            if old.exists() and not out.exists():
-                old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

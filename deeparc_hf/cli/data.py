@@ -28,7 +28,7 @@ from ..sparsity.config import WandaConfig
 from .common import say
 from .sources import LoadingError, ModelSource, find_source, load_model, loading, silence, skeleton
 
-__all__ = ["Columns", "Job", "load_rows", "make_batches"]
+__all__ = ["Columns", "Job", "load_rows", "make_batches", "processor_of"]
 
 _FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _TEXT_NAMES = (
@@ -69,7 +69,7 @@ class Job:
         check(frame)
         device = _device(args.device)
         if args.data is None:
-            return cls(args, source, device, None, _processor_of(source, frame))
+            return cls(args, source, device, None, processor_of(source, frame))
         columns = Columns(args.text_column, args.text_pair_column, args.target_column, args.image_column)
         rows = load_rows(args.data, args.split, args.subset)
         settings = {"batch_size": args.batch_size, "max_length": args.max_length}
@@ -345,7 +345,7 @@ def _image_collate(source: ModelSource, root: nn.Module, column: str) -> tuple[A
     return processor, collate
 
 
-def _processor_of(source: ModelSource, model: nn.Module) -> Any:
+def processor_of(source: ModelSource, model: nn.Module) -> Any:
     """The tokenizer or image processor to save with the checkpoint where no data has needed it, if there is one."""
     if source.library == "timm":
         return None

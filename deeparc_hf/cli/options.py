@@ -199,6 +199,47 @@ def _budget_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-value", type=float, metavar="X", help="the smallest model with no larger value")
 
 
+def _disk_options(group: Any) -> None:
+    """How a checkpoint is rewritten that is not loaded."""
+    group.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="leave out the forward pass that shows that the smaller model computes what it should",
+    )
+    group.add_argument(
+        "--max-shard-size",
+        type=_positive,
+        metavar="BYTES",
+        help="size of a weights file at most, where the model is not loaded; default: as large as they are",
+    )
+
+
+def _remove(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a checkpoint without some of its blocks. The model is not loaded: its tensors are copied from file to "
+        "file, so that it may be larger than the memory. Of a checkpoint on the Hub only those files are downloaded "
+        "that hold what stays."
+    )
+    _common_options(parser)
+    parser.add_argument(
+        "--blocks",
+        action="append",
+        required=True,
+        metavar="STACK=NUMBERS",
+        help="blocks that go, as in model.layers=20-27 or bert.encoder.layer=3,7; may be repeated",
+    )
+    parser.add_argument(
+        "--freeze",
+        default="none",
+        metavar="{none,partial}",
+        help="partial: the record says that blocks away from the gaps need no retraining (default none)",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument("-o", "--out", metavar="OUT", required=True, help="folder for the checkpoint")
+    _disk_options(group)
+
+
 def _prune(parser: argparse.ArgumentParser) -> None:
     # settings stand beside the mathematics, which take seconds to import
     from ..pruning.config import MPruneConfig
@@ -206,10 +247,14 @@ def _prune(parser: argparse.ArgumentParser) -> None:
 
     parser.description = (
         "Compare the blocks of a model on data, remove redundant ones, and save a checkpoint that stock libraries "
-        "load. Use training data, never the data that you evaluate on."
+        "load. Use training data, never the data that you evaluate on. A plan that is made already and repairs nothing "
+        "needs no data, and is carried out from file to file."
     )
     _common_options(parser)
-    _data_options(parser, required=True)
+    _data_options(parser, required=False, note="; not needed with a plan that repairs nothing")
+    parser.add_argument(
+        "--plan", metavar="FILE", help="carry out this plan (pruning_plan.json of an earlier run, or plan.to_json)"
+    )
     _setting_options(parser.add_argument_group("pruning"), MPruneConfig, {"similarity": metrics.names()})
     _budget_options(parser)
     output = _output_options(
@@ -218,6 +263,7 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--dry-run", action="store_true", help="write no checkpoint; with -o the plan, the report and the heatmap only"
     )
+    _disk_options(output)
 
 
 def _sparsify(parser: argparse.ArgumentParser) -> None:
@@ -282,6 +328,7 @@ OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": _inspect,
     "search": _search,
     "prune": _prune,
+    "remove": _remove,
     "sparsify": _sparsify,
     "card": _card,
     "push": _push,

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..architectures import describe
 from ..checkpoint.record import check_record
+from ..core.files import whole_folder
 from ..errors import ConfigError, MissingDependencyError
 from ..healing.sites import Healing
 from ..observe.calibration import Calibration
@@ -24,10 +26,12 @@ from ..reports.plan_report import Measurement, write_report
 from ..search.frontier import Frontier
 from ..search.prune import analyze, apply_healed, take_example
 from ..search.search import check_search
-from .common import PLAN_FILE, output_folder, public_names, say, whole_folder
+from .common import PLAN_FILE, output_folder, public_names, say
 from .data import Job
 from .inspect import count_parameters
 from .options import given_settings
+from .remove import parameters_text, written_smaller
+from .sources import find_source, skeleton
 
 __all__ = ["run"]
 
@@ -51,8 +55,24 @@ def _num_blocks(given: Sequence[str]) -> int | dict[str, int]:
     return counts
 
 
-def _chosen(args: argparse.Namespace, given: dict[str, Any]) -> PruningPlan | None:
-    """The plan for a budget, from the frontier of a search; None where none is given."""
+def _given_plan(args: argparse.Namespace, given: dict[str, Any]) -> PruningPlan | None:
+    """The plan to carry out: one from a file, or for a budget from the frontier of a search; None where it is still to
+    be made.
+    """
+    if args.plan is None:
+        return _from_frontier(args, given)
+    odd = [name for name in ("frontier", *_BUDGETS) if getattr(args, name) is not None] + list(given)
+    if odd:
+        raise ConfigError(f"With --plan the plan has settled {_options(odd)}. Leave it out.")
+    path = Path(args.plan).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"There is no file {args.plan}. deeparc prune writes one ({PLAN_FILE}), and plan.to_json(FILE) too."
+        )
+    return PruningPlan.from_json(path)
+
+
+def _from_frontier(args: argparse.Namespace, given: dict[str, Any]) -> PruningPlan | None:
     budgets: dict[str, Any] = {name: getattr(args, name) for name in _BUDGETS if getattr(args, name) is not None}
     if args.frontier is None:
         if budgets:
@@ -87,11 +107,13 @@ def run(args: argparse.Namespace) -> int:
     given = given_settings(args)
     if "num_blocks" in given:
         given["num_blocks"] = _num_blocks(given["num_blocks"])
-    chosen = _chosen(args, given)
+    chosen = _given_plan(args, given)
     config = MPruneConfig(**given) if chosen is None else chosen.config
     if args.out is None and not args.dry_run:
         raise ConfigError("Give the folder for the pruned checkpoint with -o OUT, or --dry-run to see the plan only.")
     out = None if args.out is None else output_folder(args)
+    if args.data is None:
+        return _without_data(args, chosen, out)
 
     def check(frame: nn.Module) -> None:
         check_record(frame, 1)
@@ -115,46 +137,90 @@ def run(args: argparse.Namespace) -> int:
     healings: Sequence[Healing] = ()
     if plan.removed and not args.dry_run:
         take_example(model, calibration)
-        _, healings = apply_healed(model, plan, calibration)
+        _, healings = apply_healed(model, plan, calibration, verify=args.verify)
         after = count_parameters(model)
     files: list[str] = []
     if out is not None:
         with whole_folder(out) as folder:
             if not args.dry_run:
                 job.save(model, folder)
-            _write_findings(folder, job, plan, (before, after), healings)
+            _write_findings(folder, args, plan, (before, after), healings, job.device)
             files = sorted(path.name for path in folder.iterdir())
+    _tell(args, plan, (before, after), healings, files)
+    return 0
+
+
+def _without_data(args: argparse.Namespace, plan: PruningPlan | None, out: Path | None) -> int:
+    """Carry out a plan that needs no data, from file to file."""
+    if plan is None:
+        raise ConfigError("Give the calibration data with --data, or a plan that is made already with --plan.")
+    if not args.json:
+        print(plan)
+    if not plan.removed:
+        raise ConfigError("The plan removes no block, so there is nothing to write. Use the checkpoint as it is.")
+    if plan.config.heal is not None and not args.dry_run:
+        raise ConfigError(
+            f"The plan repairs the kept blocks (heal={plan.config.heal!r}), for which data are needed: give --data."
+        )
+    frame = skeleton(find_source(args.model), args.auto_class)
+    require_fitting(describe(frame), plan)
+    before = count_parameters(frame)
+    after = before - sum(stack.compared.parameters[i] for stack in plan.stacks.values() for i in stack.removed)
+    write = None if args.dry_run else written_smaller(args, plan)
+    files: list[str] = []
+    if out is not None:
+        with whole_folder(out) as folder:
+            if write is not None:
+                after = write(folder).iterations[-1]["parameters"]["after"]
+            _write_findings(folder, args, plan, (before, after))
+            files = sorted(path.name for path in folder.iterdir())
+    _tell(args, plan, (before, after), (), files)
+    return 0
+
+
+def _tell(
+    args: argparse.Namespace,
+    plan: PruningPlan,
+    parameters: tuple[int, int],
+    healings: Sequence[Healing],
+    files: Sequence[str],
+) -> None:
+    counts = {"before": parameters[0], "after": parameters[1]}
     if args.json:
         result = {
             **{name: getattr(args, name) for name in ("model", "data", "dry_run", "out")},
-            "files": files,
-            "parameters": {"before": before, "after": after},
+            "files": list(files),
+            "parameters": counts,
             "plan": plan.to_dict(),
             "healing": [healing.to_dict() for healing in healings],
         }
         print(json.dumps(result, indent=1))
-        return 0
+        return
     for healing in healings:
         print(f"Healing: {healing}")
-    print(f"parameters: {before:,} -> {after:,} ({100 * (after - before) / before:+.1f} %)")
+    print(parameters_text(counts))
     print(f"written to {args.out}: {', '.join(files)}" if files else "dry run: nothing was written")
-    return 0
 
 
 def _write_findings(
-    folder: Path, job: Job, plan: PruningPlan, parameters: tuple[int, int], healings: Sequence[Healing]
+    folder: Path,
+    args: argparse.Namespace,
+    plan: PruningPlan,
+    parameters: tuple[int, int],
+    healings: Sequence[Healing] = (),
+    device: torch.device | None = None,
 ) -> None:
     """The plan, the report, and the heatmap where matplotlib is installed."""
     thresholds = {stack.threshold for stack in plan.stacks.values()}
     threshold = thresholds.pop() if len(thresholds) == 1 else None
     settings = {"frozen": plan.num_frozen, "threshold": threshold, "k": plan.config.k}
-    label = "pruned, if carried out" if job.args.dry_run else "pruned"
+    label = "pruned, if carried out" if args.dry_run else "pruned"
     rows = [
         Measurement("original", blocks=plan.num_blocks, parameters=parameters[0]),
         Measurement(label, blocks=plan.num_kept, parameters=parameters[1], **settings),
     ]
     plan.to_json(folder / PLAN_FILE)
-    write_report(folder, plan, rows, public_names(job.args), healings=healings, device=job.device)
+    write_report(folder, plan, rows, public_names(args), healings=healings, device=device)
     try:
         save_heatmap(plan, folder / HEATMAP_FILE)
     except MissingDependencyError as error:

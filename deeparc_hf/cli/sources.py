@@ -19,6 +19,7 @@ from torch import nn
 from transformers.utils import cached_file
 
 from ..architectures import describe
+from ..checkpoint.loading import saved_class
 from ..core.hub_help import no_answer
 from ..core.plain_text import did_you_mean, plain
 from ..errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
@@ -197,13 +198,10 @@ def _hub_config(model: str, revision: str | None) -> tuple[Path, Path | None]:
 def _config_and_class(source: ModelSource, auto_class: str | None) -> tuple[Any, Any]:
     """The config, and the class that was asked for, else the one that saved the checkpoint, else the bare model."""
     config = source.load(transformers.AutoConfig)
-    name = auto_class or next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    usable = isinstance(cls, type) and (issubclass(cls, transformers.PreTrainedModel) or hasattr(cls, "from_config"))
-    if usable:
+    cls = saved_class(config, auto_class)
+    if cls is not None:
         return config, cls
-    if auto_class is None:
-        return config, transformers.AutoModel
+    assert auto_class is not None
     hint = did_you_mean(auto_class, [known for known in dir(transformers) if known.startswith("AutoModel")])
     raise ConfigError(f"--auto-class: {auto_class!r} is not a model class of transformers.{hint}")
 

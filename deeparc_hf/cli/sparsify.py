@@ -11,13 +11,14 @@ from torch import nn
 from ..architectures import describe
 from ..checkpoint.record import check_record
 from ..core.environment import hardware, package_versions
+from ..core.files import whole_folder
 from ..core.markdown import made_with
 from ..errors import ConfigError
 from ..sparsity.config import WandaConfig
 from ..sparsity.methods import methods
 from ..sparsity.report import SparsityReport
 from ..sparsity.sparsify import matrices_for, sparsify_model
-from .common import SPARSITY_FILE, output_folder, public_names, say, whole_folder
+from .common import SPARSITY_FILE, output_folder, public_names, say
 from .data import Job
 from .options import given_settings
 

@@ -102,17 +102,24 @@ def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) 
         ) from error
 
 
-def require_weights(host: Host, error: type[DeepArcError] = CalibrationError, otherwise: str = "") -> None:
+def require_weights(
+    host: Host, error: type[DeepArcError] = CalibrationError, otherwise: str = "", offloaded: bool = False
+) -> None:
     """Refuse a model that has no weights in memory.
 
+    Args:
+        offloaded: whether weights may lie elsewhere (accelerate's offloading): they are there when their module runs.
+
     Raises:
-        DeepArcError: of the given kind, saying whether they lie on the disk (accelerate's offloading) or were never
-            loaded; then it ends with `otherwise`, what else can be done.
+        DeepArcError: of the given kind, saying whether they lie elsewhere or were never loaded; then it ends with
+            `otherwise`, what else can be done.
     """
     bare = next((name for name, p in host.root.named_parameters() if p.device.type == "meta"), None)
     if bare is None:
         return
     if any(hasattr(module, "_hf_hook") for module in host.root.modules()):
+        if offloaded:
+            return
         raise error(
             f"{bare} of {host.label} is kept outside of the model by accelerate: on the disk, or on the CPU beside an "
             "accelerator. Load the model without offloading: leave device_map out, or give one without 'disk' and "

@@ -123,7 +123,7 @@ def require_told(subject: Subject, builds: Builds, expectation: Expectation) -> 
             continue
         stale = copy.deepcopy(builds.shrunk)
         entry.write(stale, copy.deepcopy(old))
-        if not _tells(subject.host, builds.after, stale, expectation):
+        if not _tells(expectation.host, builds.after, stale, expectation):
             raise SurgeryError(
                 f"{entry} in the settings of {subject.name} tells by number which blocks are of another "
                 "kind. Whether the pruned model has it right shows only on inputs where that matters, and on the "

@@ -117,7 +117,8 @@ def expect(subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = 
             f"{type(host.root).__name__} merges images into its text, and which of its blocks do so may be told by "
             "their place; that shows only on a batch with images. Give one: example=batch. Nothing was changed."
         )
-    require_weights(host, SurgeryError, otherwise=" Or say verify=False: then its settings alone are checked.")
+    otherwise = " Or say verify=False: then its settings alone are checked."
+    require_weights(host, SurgeryError, otherwise, offloaded=True)
     inputs = host.example_inputs() if batch is None else cut(forward_kwargs(host, batch), 2)
     if inputs is None:
         raise SurgeryError(

@@ -11,9 +11,9 @@ import pytest
 from deeparc_hf import PruningPlan
 from deeparc_hf.checkpoint import loading as loading_module
 from deeparc_hf.cli import main
-from deeparc_hf.cli.common import whole_folder
 from deeparc_hf.cli.data import Columns, load_rows, make_batches
 from deeparc_hf.cli.sources import find_source, skeleton
+from deeparc_hf.core.files import whole_folder
 from deeparc_hf.errors import CalibrationWarning
 
 from . import cli_tools

@@ -1,0 +1,307 @@
+"""Surgery on a checkpoint's files: a smaller checkpoint is written without the model ever being in memory.
+
+What decides whether blocks may go is decided as for a live model, on a skeleton. Of the files only the bytes of the
+tensors that stay are copied.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import cached_file
+from transformers.utils import logging as hf_logging
+
+from ..architectures import Layout, describe
+from ..architectures.hosts import quiet
+from ..architectures.skeleton import state_shapes
+from ..checkpoint.loading import saved_class
+from ..checkpoint.record import PrunedConfig, current_record
+from ..checkpoint.stored import INDEX, WEIGHTS, StoredTensor, new_key, stored_tensors, weight_files, write_tensors
+from ..checkpoint.weights_mark import dtype_of_files, mark_of_files
+from ..core.files import whole_folder
+from ..errors import ConfigError, PlanError, RecordError
+from .plan import PruningPlan
+from .rebuild import require_told, skeletons
+from .surgery import apply_plan, remove_blocks
+from .verify import expect
+
+__all__ = ["DiskSurgery", "prune_checkpoint"]
+
+
+def prune_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    what: PruningPlan | Mapping[str, Sequence[int]],
+    *,
+    freeze: str = "none",
+    auto_class: Any = None,
+    example: Any = None,
+    verify: bool = True,
+    max_shard_size: int | None = None,
+    **hub: Any,
+) -> PrunedConfig:
+    """Write a checkpoint without some of its blocks, as `remove_blocks` and `save_pretrained` would, but without having
+    the model in memory: tensors are copied from file to file. `out` is there whole afterwards, or not at all.
+
+    Tensors keep their names but for the numbers of the blocks. Of a sharded checkpoint on the Hub only those shards are
+    downloaded that hold a tensor which stays. Weights, config and generation config are written: save the tokenizer or
+    processor beside them.
+
+    Args:
+        checkpoint: a folder or Hub id, of transformers, with safetensors weights.
+        out: the folder to write; it must not hold anything yet.
+        what: a plan, or by stack name the indices of the blocks that go.
+        freeze: as in `remove_blocks`, for the record; a plan has its own.
+        auto_class: the class of transformers that the model is; default: the one that saved the checkpoint.
+        example: a batch to verify the result on, as in `remove_blocks`.
+        verify: whether a forward pass must show that the new checkpoint computes what the old one computes with these
+            blocks skipped. For that the blocks are read from the disk one at a time (accelerate's offloading). What
+            cannot be verified is refused.
+        max_shard_size: bytes of a weights file at most; default: as many as the largest has that is read.
+        hub: as for `from_pretrained`: revision, token, cache_dir, subfolder, local_files_only, ...
+
+    Returns:
+        The record, which the config of the new checkpoint carries.
+
+    Raises:
+        ConfigError: if `out` holds something, or the plan is one that repairs, for which data are needed.
+        PlanError: if the plan does not fit the model, or removes nothing.
+        RecordError: if the checkpoint is malformed, or lacks tensors.
+        SurgeryError: as `remove_blocks`.
+        UnsupportedModelError: if there are no safetensors weights, or the model is of a kind that cannot be pruned.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target.name} exists and is not an empty folder. Give another place for the checkpoint.")
+    surgery = DiskSurgery.of(checkpoint, what, freeze=freeze, auto_class=auto_class, **hub)
+    with whole_folder(target) as folder:
+        return surgery.write(folder, example=example, verify=verify, max_shard_size=max_shard_size)
+
+
+@dataclass(frozen=True, eq=False)
+class DiskSurgery:
+    """A removal from a checkpoint's files that is settled, and still to be written.
+
+    Attributes:
+        frame: the smaller model on the meta device, with its settings and its record.
+        removed: by stack, the blocks that go.
+    """
+
+    frame: Any
+    removed: Mapping[str, Sequence[int]]
+    _base: str
+    _hub: Mapping[str, Any]
+    _namer: Callable[[str], str]
+    _layout: Layout
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        what: PruningPlan | Mapping[str, Sequence[int]],
+        *,
+        freeze: str = "none",
+        auto_class: Any = None,
+        **hub: Any,
+    ) -> DiskSurgery:
+        """Settle it; arguments and errors as those of `prune_checkpoint`. No weights are read."""
+        base = str(checkpoint)
+        if isinstance(what, PruningPlan) and what.removed and what.config.heal is not None:
+            raise ConfigError(
+                f"The plan repairs the kept blocks (heal={what.config.heal!r}), which takes data and a model in "
+                "memory: prune_model(model, dataloader, plan)."
+            )
+        if isinstance(what, PruningPlan) and not what.removed:
+            raise PlanError("The plan removes no block, so there is nothing to write. Use the checkpoint as it is.")
+        frame = _frame(base, auto_class, hub)
+        whole = describe(frame)
+        namer, lengths = whole.host.key_namer(), whole.lengths
+        if isinstance(what, PruningPlan):
+            removed: Mapping[str, Sequence[int]] = what.removed
+            apply_plan(frame, what, verify=False)
+        else:
+            remove_blocks(frame, what, freeze, verify=False)
+            removed = {name: sorted(blocks) for name, blocks in what.items() if len(blocks)}
+        return cls(frame, removed, base, hub, namer, Layout.without(lengths, removed))
+
+    def write(
+        self, folder: Path, *, example: Any = None, verify: bool = True, max_shard_size: int | None = None
+    ) -> PrunedConfig:
+        """Write the checkpoint into a folder that is there; arguments and errors as those of `prune_checkpoint`."""
+        found = _Found.of(self._base, self._hub, self._namer, self._layout)
+        found.require_blocks(self._base, self.frame, self._namer, self._layout)
+        _write_weights(folder, found, max_shard_size)
+        smaller = describe(self.frame)
+        # a mark of files is one of the live model where tensors are stored as the model has them
+        mark = mark_of_files(folder) if found.fits(self.frame, self._namer) else None
+        record = current_record(smaller).with_mark(mark)
+        smaller.host.set_record(record.to_dict())
+        _write_settings(folder, self.frame)
+        if verify:
+            self._verify(folder, example)
+        return record
+
+    def _verify(self, folder: Path, example: Any) -> None:
+        """A forward pass of both checkpoints, whose blocks stay on the disk.
+
+        Raises:
+            SurgeryError: if they do not agree, or that cannot be found out.
+        """
+        cls = type(self.frame)
+        with TemporaryDirectory(dir=folder) as scratch:  # for tensors that are stored otherwise than they are used
+            frame = _frame(self._base, cls, self._hub)
+            whole = describe(_offloaded(cls, frame, self._base, scratch, self._hub))
+            builds = skeletons(whole, self._layout)
+            expectation = expect(whole, self.removed, example)
+            expectation.host = describe(_offloaded(cls, self.frame, str(folder), f"{scratch}/smaller", {})).host
+            expectation.check()
+            require_told(whole, builds, expectation)
+
+
+def _frame(base: str, auto_class: Any, hub: Mapping[str, Any]) -> Any:
+    """The model of a checkpoint on the meta device, with its settings."""
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)
+    cls = saved_class(config) if auto_class is None else auto_class
+    with quiet(), torch.device("meta"):
+        frame = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        frame.tie_weights()
+    frame.config.name_or_path = base
+    if frame.can_generate() and cached_file(
+        base, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub
+    ):
+        frame.generation_config = GenerationConfig.from_pretrained(base, **hub)
+    return frame
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The tensors that stay, under their new keys, and the size of the largest file that they lie in."""
+
+    tensors: Sequence[tuple[str, StoredTensor]]
+    largest: int
+
+    @classmethod
+    def of(cls, base: str, hub: Mapping[str, Any], namer: Callable[[str], str], layout: Layout) -> _Found:
+        tensors: dict[str, StoredTensor] = {}
+        largest = 0
+        for keys, file in weight_files(base, hub, lambda key: new_key(key, namer, layout) is not None):
+            largest = max(largest, file.stat().st_size)
+            listed = None if keys is None else set(keys)
+            for tensor in stored_tensors(file):
+                new = new_key(tensor.key, namer, layout) if listed is None or tensor.key in listed else None
+                if new is None:
+                    continue
+                if new in tensors:
+                    raise RecordError(f"{base} has two tensors for {new} (as the smaller model counts).")
+                tensors[new] = tensor
+                if listed:
+                    listed.discard(tensor.key)
+            if listed:
+                raise RecordError(
+                    f"{file.name} of {base} lacks {min(listed)}, which the index says is in it. Download it again."
+                )
+        return cls(list(tensors.items()), largest)
+
+    def require_blocks(self, base: str, frame: nn.Module, namer: Callable[[str], str], layout: Layout) -> None:
+        """Refuse a checkpoint that lacks tensors of a block that stays: a loader would make them up.
+
+        Args:
+            frame: the smaller model.
+        """
+        stored = {namer(key) for key, _ in self.tensors}
+        inside = tuple(f"{name}." for name in layout.kept)
+        lacking = sorted(key for key in frame.state_dict() if key.startswith(inside) and key not in stored)
+        if lacking:
+            raise RecordError(
+                f"{base} has no weights for {lacking[0]} (as the smaller model counts), which stays. Download it again."
+            )
+
+    def fits(self, frame: nn.Module, namer: Callable[[str], str]) -> bool:
+        """Whether each tensor is one of the smaller model's, and none is put together from several (experts)."""
+        shapes = state_shapes(frame)
+        return all(shapes.get(namer(key)) == tuple(tensor.entry["shape"]) for key, tensor in self.tensors)
+
+
+def _write_weights(folder: Path, found: _Found, max_shard_size: int | None) -> None:
+    """The weights in one file, or in several with an index."""
+    shards: list[list[tuple[str, StoredTensor]]] = [[]]
+    most, filled = max_shard_size or found.largest, 0
+    for key, tensor in found.tensors:
+        if shards[-1] and filled + tensor.size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append((key, tensor))
+        filled += tensor.size
+    if len(shards) == 1:
+        write_tensors(folder / WEIGHTS, shards[0])
+        return
+    places = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{WEIGHTS.removesuffix('.safetensors')}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, shard)
+        places.update({key: name for key, _ in shard})
+    total = sum(tensor.size for _, tensor in found.tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _write_settings(folder: Path, frame: Any) -> None:
+    """Config and generation config, as `save_pretrained` writes them."""
+    config = frame.config
+    config.architectures = [type(frame).__name__]
+    dtype = config.dtype or dtype_of_files(folder)
+    # a loader gives all parts the type of the whole
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    config.save_pretrained(folder)
+    if frame.can_generate():
+        frame.generation_config.save_pretrained(folder)
+
+
+def _offloaded(cls: Any, frame: Any, base: str, scratch: str, hub: Mapping[str, Any]) -> nn.Module:
+    """A model whose blocks are read from the disk whenever they run (accelerate's offloading)."""
+    places = dict(_places(frame, tuple(describe(frame).stacks)))
+    with quiet(hf_logging.ERROR), _unheard("accelerate.big_modeling"), warnings.catch_warnings():
+        # single parameters beside the stacks are no modules
+        warnings.filterwarnings("ignore", message="The following device_map keys")
+        model = cls.from_pretrained(base, config=frame.config, device_map=places, offload_folder=scratch, **hub)
+    return model.eval()
+
+
+@contextmanager
+def _unheard(name: str) -> Iterator[None]:
+    """Within, a library's logger says nothing: it would tell of the offloading, which is meant."""
+    logger = logging.getLogger(name)
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+def _places(module: nn.Module, stacks: Sequence[str], path: str = "") -> Iterator[tuple[str, str]]:
+    """Where the parts of a model are to be kept: its blocks on the disk, all others in memory."""
+    if path in stacks:
+        yield from ((f"{path}.{index}", "disk") for index, _ in module.named_children())
+        return
+    if path and not any(name.startswith(f"{path}.") for name in stacks):
+        yield path, "cpu"
+        return
+    prefix = f"{path}." if path else ""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    yield from ((f"{prefix}{name}", "cpu") for name, _ in own)
+    for name, child in module.named_children():
+        yield from _places(child, stacks, f"{prefix}{name}")
