@@ -4,7 +4,7 @@ they were last tried (`Additions` of the package).
 For each number of blocks that are tried, of each number of removed blocks: which the search takes, how far the smaller
 and repaired model is from the whole one, and the forward passes over all samples up to there.
 
-    python -m benchmarks.search_shortlist --model DIR --train train.csv --heldout test.csv --tried 5 --down-to 6 \
+    python -m benchmarks.search_shortlist --model DIR --train train.csv --heldout test.csv --tried 12 5 --remove 6 \
         --output FOLDER --name NAME
 
 Data as in `healing_grid`; the held-out samples are not looked at.
@@ -18,6 +18,7 @@ import torch
 
 from deeparc_hf import find_stacks
 from deeparc_hf.architectures import describe
+from deeparc_hf.core.environment import hardware, package_versions
 from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.forward import evaluating
 from deeparc_hf.search.objectives import objectives
@@ -51,23 +52,26 @@ def greedy(subject: Subject, samples: int, tried: int, most: int) -> Iterator[St
 
 
 def names_of(removed: Removed) -> str:
+    """Blocks by number; where there are several stacks, behind what tells these apart."""
+    stacks = sorted({stack for stack, _ in removed})
+    parts = {stack: [part for part in stack.split(".") if part.isdigit()] or [stack] for stack in stacks}
     return ", ".join(
-        str(index) if len({stack for stack, _ in removed}) == 1 else f"{stack}.{index}"
-        for stack, index in sorted(removed)
+        f"{'.'.join(parts[stack])}.{index}" if stacks[1:] else str(index) for stack, index in sorted(removed)
     )
 
 
-def report(name: str, counts: Sequence[int], runs: Sequence[Sequence[Step]]) -> str:
+def report(args: argparse.Namespace, runs: Sequence[Sequence[Step]], samples: int) -> str:
     lines = [
-        f"# {name}: a greedy search that tries fewer blocks at each step",
+        f"# {args.name}: a greedy search that tries fewer blocks at each step",
         "",
         "| removed | tried at most | which | divergence | passes |",
         "| ---: | ---: | --- | ---: | ---: |",
     ]
     for number, steps in enumerate(zip(*runs, strict=True), start=1):
-        for count, (node, passes) in zip(counts, steps, strict=True):
+        for count, (node, passes) in zip(args.tried, steps, strict=True):
             lines.append(f"| {number} | {count} | {names_of(node.removed)} | {node.score.value:.4f} | {passes:.1f} |")
-    return "\n".join(lines) + "\n"
+    facts = {"samples": samples, "seed": args.seed, **hardware(), **package_versions()}
+    return "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in facts.items())]) + "\n"
 
 
 def main() -> None:
@@ -83,7 +87,7 @@ def main() -> None:
     runs = [list(greedy(subject, args.samples, tried, args.remove)) for tried in args.tried]
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / f"shortlist_{args.name.lower().replace(' ', '_')}.md"
-    file.write_text(report(args.name, args.tried, runs))
+    file.write_text(report(args, runs, args.samples))
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def _prune(parser: argparse.ArgumentParser) -> None:
     _common_options(parser)
     _data_options(parser, required=False, note="; not needed with a plan that repairs nothing")
     parser.add_argument(
-        "--plan", metavar="FILE", help="carry out this plan (pruning_plan.json of an earlier run, or plan.to_json)"
+        "--plan", metavar="FILE", help="carry out this plan, a file that an earlier run wrote (with --dry-run, say)"
     )
     _setting_options(parser.add_argument_group("pruning"), MPruneConfig, {"similarity": metrics.names()})
     _budget_options(parser)
