@@ -12,6 +12,7 @@ Data as in `healing_grid`; the held-out samples are not looked at.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -277,7 +277,9 @@ def _offloaded(cls: Any, frame: Any, base: str, scratch: str, hub: Mapping[str, 
     with quiet(hf_logging.ERROR), _unheard("accelerate.big_modeling"), warnings.catch_warnings():
         # single parameters beside the stacks are no modules
         warnings.filterwarnings("ignore", message="The following device_map keys")
-        model = cls.from_pretrained(base, config=frame.config, device_map=places, offload_folder=scratch, **hub)
+        model: nn.Module = cls.from_pretrained(
+            base, config=frame.config, device_map=places, offload_folder=scratch, **hub
+        )
     return model.eval()
 
 
