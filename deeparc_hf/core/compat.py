@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.hooks import AlignDevicesHook
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of any number of dimensions
@@ -16,6 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 __all__ = [
     "BatchNorm",
     "accelerate_has_state",
+    "align_hook",
     "attention_of",
     "buffers_of",
     "builder_of",
@@ -49,6 +51,16 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 def unsaved_buffers(module: nn.Module) -> set[str]:
     """Names of a module's own buffers that its checkpoints leave out. Why: no public name tells them."""
     return module._non_persistent_buffers_set
+
+
+def align_hook(module: nn.Module) -> AlignDevicesHook:
+    """The hook by which accelerate brings a module's weights to where it runs, of one that has such a hook.
+
+    Why: accelerate's own helpers load weights for a moment only; none changes them. To be removed when one does.
+    """
+    hook = module._hf_hook
+    assert isinstance(hook, AlignDevicesHook)
+    return hook
 
 
 def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:

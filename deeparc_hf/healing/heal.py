@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import Host, Stack, Subject, describe
 from ..checkpoint.record import PrunedConfig, current_layout
 from ..checkpoint.weights_mark import mark_of_model
+from ..core.offload import holding
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, SurgeryError
 from ..observe.batches import batch_size, cut
@@ -69,7 +70,8 @@ def fit_sites(
             if (order[name], index) < (order[watch.site.stack], watch.site.kept)
         ]
         healed = list(zip(watched, healings, strict=False))
-        with calibration.bar(f"Healing site {number} of {len(watched)}", progress) as advance:
+        bar = calibration.bar(f"Healing site {number} of {len(watched)}", progress)
+        with bar as advance, holding(watch.kept, watch.last):
             look = partial(_look, watched, watch, before, healed, calibration, advance)
             healings.append(watch.finish(calibration.together(look)))
     return healings
@@ -77,16 +79,26 @@ def fit_sites(
 
 def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) -> None:
     """Change the map of the kept block, in place; nothing where the site is left alone."""
+    if healing.reason is None and healing.ending is not None and healing.change is not None:
+        with holding(*_parts(healing, block), transaction=transaction):
+            _apply(healing, healing.ending, healing.change, block, transaction)
+
+
+def _parts(healing: Healing, block: nn.Module) -> list[nn.Module]:
+    """The modules of a kept block that its healing changes."""
     ending = healing.ending
-    if healing.reason is not None or ending is None or healing.change is None:
-        return
+    paths = () if ending is None else (ending.map, ending.batch_norm, ending.final)
+    return [block.get_submodule(path) for path in paths if path is not None]
+
+
+def _apply(healing: Healing, ending: Ending, change: Tensor, block: nn.Module, transaction: Transaction) -> None:
     paths = (ending.map, ending.batch_norm, ending.final)
     parts: list[Any] = [None if path is None else block.get_submodule(path) for path in paths]
     for tensor in (tensor for part in parts if part is not None for tensor in part.state_dict().values()):
         transaction.on_failure(partial(tensor.copy_, tensor.clone()))
     module, norm, final = parts
     with torch.no_grad():
-        change = healing.change.T if isinstance(module, Conv1D) else healing.change.reshape(module.weight.shape)
+        change = change.T if isinstance(module, Conv1D) else change.reshape(module.weight.shape)
         module.weight.add_(change.to(module.weight))
         intercept = healing.intercept
         if norm is not None and healing.statistics is not None:
@@ -137,7 +149,8 @@ def _look(
                 blocks = list(dict.fromkeys(block for each in watched for block in (each.kept, each.last)))
                 endings = find_endings(host, blocks, cut(inputs, 2))
                 for each in watched:
-                    each.settle([endings[each.kept], endings[each.last]])
+                    with holding(each.kept, each.last):
+                        each.settle([endings[each.kept], endings[each.last]])
             if watch.reason is None:
                 watch.take(inputs, seen, _pass(watch, before, healed, inputs))
             seen += batch_size(inputs)
@@ -173,6 +186,8 @@ def _pass(
     if not before:
         return found
     with ExitStack() as inside:
+        for earlier, healing in healed:
+            inside.enter_context(holding(*_parts(healing, earlier.kept)))
         undo = Transaction()
         inside.callback(undo.roll_back)
         for earlier, healing in healed:
@@ -233,11 +248,10 @@ def heal_model(
         )
     for name, indices in step.kept.items():
         for block, index in zip(smaller.stacks[name].blocks, indices, strict=True):
-            ours, theirs = block.state_dict(), whole.stacks[name].blocks[index].state_dict()
-            odd = [key for key in ours if key not in theirs or not torch.equal(ours[key].to(theirs[key]), theirs[key])]
-            if odd:
+            odd = _odd(block, whole.stacks[name].blocks[index])
+            if odd is not None:
                 raise SurgeryError(
-                    f"{odd[0]} of block {index} of {name} is not the same in both models: the pruned one was trained "
+                    f"{odd} of block {index} of {name} is not the same in both models: the pruned one was trained "
                     "after the removal, and its sites are fitted on the original's activations. Heal right after the "
                     "removal (heal='lstsq' of prune_model)."
                 )
@@ -248,6 +262,13 @@ def heal_model(
             apply_healing(healing, blocks[step.kept[healing.site.stack].index(healing.site.kept)], undo)
         note_healing(smaller.host, healings)
     return healings
+
+
+def _odd(block: nn.Module, other: nn.Module) -> str | None:
+    """The first tensor of a block that is not the same in another; None where all are."""
+    with holding(block, other):
+        ours, theirs = block.state_dict(), other.state_dict()
+        return next((k for k in ours if k not in theirs or not torch.equal(ours[k].to(theirs[k]), theirs[k])), None)
 
 
 def note_healing(host: Host, healings: Sequence[Healing]) -> PrunedConfig:

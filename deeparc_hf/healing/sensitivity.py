@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host
+from ..core.offload import fetching_in_backward
 from ..observe.forward import forward
 from ..observe.hooks import hidden_states, hooked, with_hidden_states
 from ..observe.outputs import heads_of
@@ -68,7 +69,7 @@ def _differentiated(
         return with_hidden_states(output, found[module].clone())  # what comes behind may work on it in place
 
     handles = (block.register_forward_hook(record) for block in blocks)
-    with torch.inference_mode(False), torch.no_grad(), hooked(handles):
+    with torch.inference_mode(False), torch.no_grad(), hooked(handles), fetching_in_backward(host.root):
         heads = heads_of(host, forward(host, inputs, without_cache=True), inputs)
         alone = len(heads) == 1
         mixed = torch.stack([_mixed(head, seed + number, alone) for number, head in enumerate(heads)]).sum()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host
+from ..core.offload import is_offloaded
 from ..errors import CalibrationError, DeepArcError
 from .batches import without_labels
 
@@ -117,7 +118,7 @@ def require_weights(
     bare = next((name for name, p in host.root.named_parameters() if p.device.type == "meta"), None)
     if bare is None:
         return
-    if any(hasattr(module, "_hf_hook") for module in host.root.modules()):
+    if is_offloaded(host.root):
         if offloaded:
             return
         raise error(

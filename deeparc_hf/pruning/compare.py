@@ -39,7 +39,7 @@ def compare_blocks(
     """`analyze` for one of several processes, or for a later pruning of one training, with `ComparedStack.labels`."""
     subject = describe(model)
     host, stacks = subject.host, subject.stacks
-    require_weights(host)
+    require_weights(host, offloaded=True)
     check_record(subject, 0)
     blank = _uncompared(stacks, inexpressible(subject), labels)
     check_possible(blank, config)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host, Stack
+from ..core.offload import holding
 from ..observe.forward import forward
 from ..observe.hooks import hidden_states, hooked
 
@@ -93,14 +94,16 @@ def block_by_block(
             calls.append([noted[0].on(None), *noted[1:]])
 
     def advance(index: int) -> None:
-        for number, noted in enumerate(calls):
-            hidden[number] = hidden_states(noted[index].on(hidden[number]).run(stack.blocks[index]))
-            noted[index] = _Call((), {})  # not needed any more
+        with holding(stack.blocks[index]):
+            for number, noted in enumerate(calls):
+                hidden[number] = hidden_states(noted[index].on(hidden[number]).run(stack.blocks[index]))
+                noted[index] = _Call((), {})  # not needed any more
 
     def passes(index: int) -> Passes:
-        for inputs, noted, state in zip(batches(), calls, hidden, strict=True):
-            # a block may work on its input in place
-            yield inputs, partial(noted[index].on(state.clone()).run, stack.blocks[index])
+        with holding(stack.blocks[index]):
+            for inputs, noted, state in zip(batches(), calls, hidden, strict=True):
+                # a block may work on its input in place
+                yield inputs, partial(noted[index].on(state.clone()).run, stack.blocks[index])
 
     together(begin)
     for index in range(last + 1):

@@ -5,7 +5,7 @@ in the record.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..architectures import Subject, describe
 from ..architectures.hosts import is_adapted
 from ..checkpoint.record import PrunedConfig, current_record
 from ..core.environment import package_versions
+from ..core.offload import holding
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, ConfigError, RecordError, UnsupportedModelError
 from ..observe.calibration import Calibration
@@ -69,22 +70,28 @@ def sparsify_model(
             "with merge_keeping_zeros."
         )
     calibration = None if dataloader is None else Calibration(dataloader, config.calibration_samples)
-    return sparsify(model, calibration, config, progress=progress)[0]
+    return sparsify(model, calibration, config, progress=progress)
 
 
 def sparsify(
-    model: nn.Module | Subject, calibration: Calibration | None, config: WandaConfig, *, progress: bool = True
-) -> tuple[SparsityReport, dict[str, Tensor]]:
+    model: nn.Module | Subject,
+    calibration: Calibration | None,
+    config: WandaConfig,
+    *,
+    progress: bool = True,
+    note: Callable[[str, Tensor], None] = lambda name, mask: None,
+) -> SparsityReport:
     """`sparsify_model` for one of several processes, whose zeros are the same in all.
 
-    Returns:
-        The report, and the masks by matrix: True where the weight is to be zero, by this or an earlier sparsification.
+    Args:
+        note: is given each matrix's name and mask: True where the weight is to be zero, by this or an earlier
+            sparsification.
     """
     subject = describe(model)
     host = subject.host
     record = current_record(subject)  # a record that does not fit is refused before any work is done
     matrices = matrices_for(subject, config)
-    require_weights(host, UnsupportedModelError)
+    require_weights(host, UnsupportedModelError, offloaded=True)
     earlier = (record.sparsity or {}).get("matrices", {})
     if not methods.get(config.method).needs_inputs:
         calibration = None
@@ -93,30 +100,34 @@ def sparsify(
             f"The method {config.method!r} needs calibration data. Give a dataloader, or method='magnitude'."
         )
     own = {matrix.name: matrix for matrix in matrices}
-    asked: dict[str, int] = {}
-    masks: dict[str, Tensor] = {}
+    found: dict[str, MatrixSparsity] = {}
+    entry: dict[str, dict[str, int]] = {}
     with Transaction() as transaction:
         with evaluating(host.root):
             for seen, norms in measured_inputs(subject, matrices, calibration, config.sequential, progress):
                 samples = seen
                 for name, norm in norms.items():
-                    weight, mask = own[name].weight.detach(), _chosen(own[name], config, norm)
-                    asked[name], masks[name] = int(mask.sum()), mask
-                    if name in earlier:
-                        masks[name] = mask | recorded_mask(own[name], earlier[name]["zeros"])
-                    transaction.on_failure(partial(weight.masked_scatter_, mask, weight[mask]))
-                    zero_chosen(weight, mask)
-        found = {
-            name: MatrixSparsity(asked[name], _zeros(matrix), matrix.weight.numel(), matrix.stack.name, matrix.role)
-            for name, matrix in own.items()
-        }
-        entry = {name: {"zeros": int(mask.sum()), "size": mask.numel()} for name, mask in masks.items()}
+                    matrix = own[name]
+                    with holding(matrix.module, transaction=transaction) as elsewhere:
+                        weight, mask = matrix.weight.detach(), _chosen(matrix, config, norm)
+                        asked = int(mask.sum())
+                        if not elsewhere:
+                            transaction.on_failure(partial(weight.masked_scatter_, mask, weight[mask]))
+                        whole = mask
+                        if name in earlier:
+                            whole = mask | recorded_mask(matrix, earlier[name]["zeros"])
+                        zero_chosen(weight, mask)
+                        zeros, size = _zeros(matrix), weight.numel()
+                    found[name] = MatrixSparsity(asked, zeros, size, matrix.stack.name, matrix.role)
+                    entry[name] = {"zeros": int(whole.sum()), "size": size}
+                    note(name, whole)
+        found, entry = {name: found[name] for name in own}, {name: entry[name] for name in own}
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
         host.own_configs(transaction)
         host.set_record(
             dataclasses.replace(record, sparsity=sparsity, versions=record.versions or package_versions()).to_dict()
         )
-    return SparsityReport(config, found, samples), masks
+    return SparsityReport(config, found, samples)
 
 
 def matrices_for(subject: Subject, config: WandaConfig) -> list[Matrix]:

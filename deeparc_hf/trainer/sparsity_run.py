@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from torch import Tensor
+
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.environment import package_versions
 from ..core.files import finite, write_whole
@@ -317,7 +319,9 @@ class SparsityRun(Member):
         p, session, calibration = self.progress, self.session, self._calibration
         with nullcontext() if calibration is None else calibration.reading():
             bars = shows_bars(session.args)
-            self.report, masks = sparsify(session.subject, calibration, self.config, progress=bars)
+            masks: dict[str, Tensor] = {}
+            note = masks.__setitem__
+            self.report = sparsify(session.subject, calibration, self.config, progress=bars, note=note)
         if self.config.keep_zeros:
             self._keeping = True
             for name, mask in masks.items():

@@ -1,0 +1,141 @@
+"""Weights that accelerate keeps outside of a model (`device_map`): on the disk, or on the CPU beside an accelerator. A
+module has them while it runs.
+
+To look at weights, or to change them, they are held: until the end they are in memory, whatever runs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+from accelerate.utils.modeling import has_offloaded_params, named_module_tensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..errors import UnsupportedModelError
+from .compat import align_hook
+from .transaction import Transaction
+
+__all__ = ["fetching_in_backward", "holding", "is_offloaded"]
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether weights of a model are kept elsewhere."""
+    return any(has_offloaded_params(module) for module in model.modules())
+
+
+@contextmanager
+def holding(*modules: nn.Module, transaction: Transaction | None = None) -> Iterator[bool]:
+    """Within, the weights of these modules are in memory; what holds already goes on to. Gives whether any were kept
+    elsewhere.
+
+    Args:
+        transaction: weights that change within are written back where they are kept; it notes how to take that back.
+            Without one, changes must be undone before the end.
+
+    Raises:
+        UnsupportedModelError: if they are to be written back and cannot.
+    """
+    with ExitStack() as stack:
+        owners = [owner for module in modules for owner in module.modules() if has_offloaded_params(owner)]
+        for owner in dict.fromkeys(owners):
+            stack.enter_context(_held(owner, align_hook(owner)))
+        yield bool(owners)
+        if transaction is not None:
+            for owner in dict.fromkeys(owners):
+                _write_back(owner, align_hook(owner), transaction)
+
+
+@contextmanager
+def _held(owner: nn.Module, hook: AlignDevicesHook) -> Iterator[None]:
+    hook.pre_forward(owner)
+    hook.offload = False  # neither loads nor drops them
+    try:
+        yield
+    finally:
+        hook.offload = True
+        hook.post_forward(owner, None)
+
+
+@contextmanager
+def fetching_in_backward(model: nn.Module) -> Iterator[None]:
+    """Within, a forward pass that is recorded for a way back keeps no weights that are kept elsewhere: the way back
+    gets them again, one module's at a time.
+    """
+    running: list[nn.Module] = []
+
+    def pack(tensor: Tensor) -> Any:
+        for owner in reversed(running):
+            hook = align_hook(owner)
+            for name, parameter in owner.named_parameters() if hook.offload else ():
+                past = tensor.data_ptr() - parameter.data_ptr() if parameter.device.type != "meta" else -1
+                if 0 <= past < parameter.nbytes and tensor.dtype == parameter.dtype:
+                    return owner, name, tensor.shape, tensor.stride(), past // tensor.itemsize
+        return tensor
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        owner, name, shape, stride, offset = packed
+        hook = align_hook(owner)
+        weight: Tensor = hook.weights_map[name].to(hook.execution_device)
+        return weight.as_strided(shape, stride, weight.storage_offset() + offset)
+
+    owners = [module for module in model.modules() if has_offloaded_params(module)]
+    if not owners:
+        yield
+        return
+    with ExitStack() as stack:
+        for owner in owners:
+            before = owner.register_forward_pre_hook(lambda module, args: running.append(module))
+            after = owner.register_forward_hook(lambda module, args, output: running.pop() and None)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        stack.enter_context(saved_tensors_hooks(pack, unpack))
+        yield
+
+
+def _write_back(owner: nn.Module, hook: AlignDevicesHook, transaction: Transaction) -> None:
+    tensors = named_module_tensors(
+        owner, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
+    )
+    for name, tensor in tensors:
+        kept = hook.weights_map[name]
+        new = tensor.detach().cpu()
+        if not torch.equal(new, kept.cpu()):
+            _replace(hook.weights_map, name, new, transaction)
+
+
+def _replace(place: Any, name: str, new: Tensor, transaction: Transaction) -> None:
+    """Keep another tensor under a name."""
+    while isinstance(place, PrefixedDataset):
+        place, name = place.dataset, f"{place.prefix}{name}"
+    in_memory = place.state_dict if isinstance(place, OffloadedWeightsLoader) else place
+    if isinstance(in_memory, dict) and name in in_memory:
+        transaction.on_failure(partial(in_memory.__setitem__, name, in_memory[name]))
+        in_memory[name] = new.clone()
+        return
+    if not isinstance(place, OffloadedWeightsLoader) or place.save_folder is None:
+        raise UnsupportedModelError(
+            f"{name} is kept on the disk, and there is no folder for its new values. Load the model with "
+            "offload_folder=FOLDER. Nothing was changed."
+        )
+    # a file of its own: the one before may belong to a checkpoint, and is what is gone back to
+    with tempfile.NamedTemporaryFile(dir=place.save_folder, suffix=".safetensors", delete=False) as stream:
+        file = Path(stream.name)
+    save_file({name: new.contiguous()}, file)
+    transaction.on_failure(partial(place.index.__setitem__, name, place.index[name]))
+    place.index[name] = {
+        "safetensors_file": str(file),
+        "weight_name": name,
+        "dtype": str(new.dtype).removeprefix("torch."),
+    }
