@@ -172,15 +172,22 @@ def test_keeps_to_blocks_that_may_go_together(name):
     assert all(len(pair & removed) <= 1 for pair in pairs for removed in sets)
 
 
-@pytest.mark.parametrize(
-    ("depth", "most"), [(6, 5), (8, 3), *(pytest.param(*long, marks=pytest.mark.slow) for long in [(11, 4), (42, 4)])]
-)
+@pytest.mark.parametrize(("depth", "most"), [(6, 5), (8, 3), pytest.param(11, 4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("repaired", [True, False])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_estimate_of_its_passes_is_of_the_right_size(name, repaired, depth, most):
-    model = bert(depth=depth)
+    assert_estimated(name, repaired, bert(depth=depth), most, ZOO["bert"].batches(count=COUNT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("repaired", [True, False])
+def test_the_estimate_knows_that_of_many_blocks_few_are_tried_again(repaired):
+    assert_estimated("greedy", repaired, bert(depth=42), 6, ZOO["bert"].batches(count=8, size=32))
+
+
+def assert_estimated(name, repaired, model, most, batches):
     with evaluating(model):
-        bench, blocks = bench_of(model, ZOO["bert"].batches(count=COUNT), heals=repaired), free_blocks(model)
+        bench, blocks = bench_of(model, batches, heals=repaired), free_blocks(model)
         before = bench.passes
         searched(name, bench, beside(blocks), most)
         counted = bench.passes - before
