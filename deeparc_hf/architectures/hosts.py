@@ -27,6 +27,7 @@ from transformers.utils import find_labels
 from transformers.utils import logging as hf_logging
 
 from ..core.compat import attention_of, checkpoint_key_namer, set_attention
+from ..core.offload import device_of
 from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
 from .inputs import example_inputs, merges_inputs
@@ -424,14 +425,14 @@ class TimmHost(Host):
         return next(({"x": inputs[key]} for key in ("x", "pixel_values", "image", "images") if key in inputs), {})
 
     def example_inputs(self) -> dict[str, Tensor]:
-        parameter = next(self.root.parameters())
+        device, dtype = device_of(self.root), next(self.root.parameters()).dtype
         given, cfg = self.settings(), self._pretrained_cfg()
         channels, size = given.get("in_chans", 3), given.get("img_size")
         if size is None:  # most CNNs take images of any size
             size = cfg["input_size"][1:] if cfg.get("fixed_input_size") and "input_size" in cfg else 64
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         pixels = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
-        return {"x": pixels.to(parameter.device, parameter.dtype)}
+        return {"x": pixels.to(device, dtype)}
 
 
 def _cached_commit(name: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:

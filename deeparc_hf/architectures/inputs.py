@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..core.offload import device_of
+
 __all__ = ["example_inputs", "merges_inputs", "most_positions", "pixels"]
 
 # positions that a model has: its inputs may not be longer
@@ -53,8 +55,9 @@ def example_inputs(root: PreTrainedModel) -> dict[str, Tensor] | None:
     needed = {name for name, p in taken.items() if p.default is p.empty and p.kind in single}
     if needed - inputs.keys():
         return None
+    device = device_of(root)
     return {
-        name: value.to(root.device, root.dtype) if value.is_floating_point() else value.to(root.device)
+        name: value.to(device, root.dtype) if value.is_floating_point() else value.to(device)
         for name, value in inputs.items()
         if name in taken or open_ended
     }

@@ -7,7 +7,7 @@ To look at weights, or to change them, they are held: until the end they are in 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,40 @@ from ..errors import UnsupportedModelError
 from .compat import align_hook
 from .transaction import Transaction
 
-__all__ = ["fetching_in_backward", "holding", "is_offloaded"]
+__all__ = ["blocks_on_disk", "device_of", "fetching_in_backward", "holding", "is_offloaded"]
 
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether weights of a model are kept elsewhere."""
     return any(has_offloaded_params(module) for module in model.modules())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: where its first weights are, or are brought to when they are kept elsewhere."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    owner = next(filter(has_offloaded_params, model.modules()), None)
+    return device if owner is None else torch.empty(0, device=align_hook(owner).execution_device).device
+
+
+def blocks_on_disk(model: nn.Module, stacks: Sequence[str]) -> dict[str, str]:
+    """A `device_map` of a model: the blocks of its stacks on the disk, all else on the CPU."""
+    return dict(_places(model, tuple(stacks)))
+
+
+def _places(module: nn.Module, stacks: tuple[str, ...], path: str = "") -> Iterator[tuple[str, str]]:
+    if path in stacks:
+        yield from ((f"{path}.{name}", "disk") for name, _ in module.named_children())
+        return
+    if path and not any(name.startswith(f"{path}.") for name in stacks):
+        yield path, "cpu"
+        return
+    prefix = f"{path}." if path else ""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    yield from ((f"{prefix}{name}", "cpu") for name, _ in own)
+    for name, child in module.named_children():
+        yield from _places(child, stacks, f"{prefix}{name}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import Host
+from ..core.offload import device_of
 from ..errors import CalibrationError
 
 __all__ = ["batch_size", "columns", "cut", "forward_kwargs", "is_cuttable", "padding_masks", "without_labels"]
@@ -52,8 +53,8 @@ def forward_kwargs(host: Host, batch: Any) -> dict[str, Any]:
             raise CalibrationError(f"A calibration batch has no {what}; found {_describe(batch)}. {advice}")
     else:
         inputs = _positional(host, batch)
-    parameter = next(host.root.parameters())
-    return {key: _place(value, parameter) for key, value in inputs.items()}
+    device, dtype = device_of(host.root), next(host.root.parameters()).dtype
+    return {key: _place(value, device, dtype) for key, value in inputs.items()}
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int:
@@ -155,16 +156,15 @@ def _positional(host: Host, batch: Any) -> dict[str, Tensor]:
     return inputs
 
 
-def _place(value: Any, parameter: Tensor) -> Any:
+def _place(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
-        return [_place(item, parameter) for item in value]
+        return [_place(item, device, dtype) for item in value]
     if isinstance(value, Mapping):
-        return {key: _place(item, parameter) for key, item in value.items()}
+        return {key: _place(item, device, dtype) for key, item in value.items()}
     if not isinstance(value, Tensor):
         return value
     # images meet a half-precision model in its own precision, as autocast would have it
-    dtype = parameter.dtype if value.is_floating_point() and parameter.is_floating_point() else None
-    return value.to(device=parameter.device, dtype=dtype)
+    return value.to(device, dtype if value.is_floating_point() and dtype.is_floating_point else None)
 
 
 def _describe(batch: Any) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from ..architectures import Host, Stack, Subject
 from ..core.compat import BatchNorm, forward_pre_hooks
 from ..core.local_hooks import LocalHook
+from ..core.offload import is_offloaded
 from ..core.transaction import Transaction
 from ..observe.forward import evaluating
 from ..observe.hooks import hooked
@@ -122,7 +123,8 @@ def _execution_order(host: Host) -> dict[int, int]:
         order.setdefault(id(module), len(order))
 
     registered = {id(module): place for place, module in enumerate(host.root.modules())}
-    inputs = None if any(p.device.type == "meta" for p in host.root.parameters()) else host.example_inputs()
+    bare = any(p.device.type == "meta" for p in host.root.parameters()) and not is_offloaded(host.root)
+    inputs = None if bare else host.example_inputs()
     if inputs is None:
         return registered
     try:

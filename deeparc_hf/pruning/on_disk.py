@@ -31,6 +31,7 @@ from ..checkpoint.record import PrunedConfig, current_record
 from ..checkpoint.stored import INDEX, WEIGHTS, StoredTensor, new_key, stored_tensors, weight_files, write_tensors
 from ..checkpoint.weights_mark import dtype_of_files, mark_of_files
 from ..core.files import whole_folder
+from ..core.offload import blocks_on_disk
 from ..errors import ConfigError, PlanError, RecordError
 from .plan import PruningPlan
 from .rebuild import require_told, skeletons
@@ -273,7 +274,7 @@ def _write_settings(folder: Path, frame: Any) -> None:
 
 def _offloaded(cls: Any, frame: Any, base: str, scratch: str, hub: Mapping[str, Any]) -> nn.Module:
     """A model whose blocks are read from the disk whenever they run (accelerate's offloading)."""
-    places = dict(_places(frame, tuple(describe(frame).stacks)))
+    places = blocks_on_disk(frame, tuple(describe(frame).stacks))
     with quiet(hf_logging.ERROR), _unheard("accelerate.big_modeling"), warnings.catch_warnings():
         # single parameters beside the stacks are no modules
         warnings.filterwarnings("ignore", message="The following device_map keys")
@@ -292,18 +293,3 @@ def _unheard(name: str) -> Iterator[None]:
         yield
     finally:
         logger.disabled = disabled
-
-
-def _places(module: nn.Module, stacks: Sequence[str], path: str = "") -> Iterator[tuple[str, str]]:
-    """Where the parts of a model are to be kept: its blocks on the disk, all others in memory."""
-    if path in stacks:
-        yield from ((f"{path}.{index}", "disk") for index, _ in module.named_children())
-        return
-    if path and not any(name.startswith(f"{path}.") for name in stacks):
-        yield path, "cpu"
-        return
-    prefix = f"{path}." if path else ""
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    yield from ((f"{prefix}{name}", "cpu") for name, _ in own)
-    for name, child in module.named_children():
-        yield from _places(child, stacks, f"{prefix}{name}")

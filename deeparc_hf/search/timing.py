@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from ..architectures import Host
 from ..architectures.hosts import quiet
+from ..core.offload import device_of
 from ..core.statistics import median_interval
 from ..observe.batches import batch_size
 from ..observe.forward import evaluating, forward
@@ -162,7 +163,7 @@ def _stop(clock: _Clock, module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _device(host: Host) -> torch.device:
-    return next(host.root.parameters()).device
+    return device_of(host.root)
 
 
 def _timed(host: Host, work: Callable[[], Any]) -> float:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ..architectures import Subject
 from ..core.caller import warn_caller
+from ..core.offload import device_of
 from ..core.progress_bars import bar
 from ..errors import CalibrationError, CalibrationWarning
 from ..observe.axes import Axes
@@ -85,7 +86,7 @@ def _block_by_block(
     subject: Subject, matrices: Sequence[Matrix], calibration: Calibration, progress: bool, unmasked: set[str]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     host = subject.host
-    device = next(host.root.parameters()).device
+    device = device_of(host.root)
     held: list[dict[str, Any]] = []
 
     def collect() -> int:

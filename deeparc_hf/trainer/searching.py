@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..architectures import Host
 from ..core.distributed import gather
+from ..core.offload import device_of
 from ..observe.training_calibration import TrainingCalibration
 from ..pruning.choice import Choice
 from ..pruning.config import MPruneConfig
@@ -26,7 +27,7 @@ _BY_HEART, _LARGE = 10, 0.1
 def batches_of_all(host: Host, calibration: TrainingCalibration) -> list[dict[str, Any]]:
     """The calibration batches of all processes, in each of them."""
     parts = gather(lambda: [_placed(inputs, "cpu") for inputs in calibration.inputs(host)])
-    device = next(host.root.parameters()).device
+    device = device_of(host.root)
     return [_placed(inputs, device) for part in parts for inputs in part]
 
 

@@ -11,9 +11,9 @@ import torch
 import transformers as tf
 from torch import nn
 
-from deeparc_hf import PrunedConfig, analyze, find_stacks, prune_model, remove_blocks, sparsify_model
+from deeparc_hf import PrunedConfig, find_stacks, prune_model, remove_blocks
 from deeparc_hf.architectures import find_host
-from deeparc_hf.errors import CalibrationError, SurgeryError, UnsupportedModelError
+from deeparc_hf.errors import SurgeryError
 from deeparc_hf.observe.forward import evaluating
 from deeparc_hf.pruning.verify import Expectation
 from tests.odd_models import ODD
@@ -224,29 +224,6 @@ def test_a_model_without_weights_is_not_verified(part):
     with pytest.raises(SurgeryError, match=rf"{part}.* has no weights \(meta device\).* Or say verify=False"):
         remove_blocks(model, {"bert.encoder.layer": [1]})
     assert isinstance(remove_blocks(model, {"bert.encoder.layer": [1]}, verify=False), PrunedConfig)
-
-
-def test_weights_that_accelerate_keeps_on_the_disk_are_said_to_be_there(tmp_path):
-    ZOO["llama"].model().save_pretrained(tmp_path / "saved")
-    inner = {f"model.layers.{i}": "disk" if i == 2 else "cpu" for i in range(4)}
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", **inner}
-    model = tf.LlamaForCausalLM.from_pretrained(
-        tmp_path / "saved", device_map=places, offload_folder=str(tmp_path / "other")
-    )
-    batches = ZOO["llama"].batches()
-    with torch.no_grad():
-        model(**batches[0])  # it runs
-    message = (
-        r"model\.layers\.2\..* is kept outside of the model by accelerate: on the disk, .* Load the model "
-        r"without offloading"
-    )
-    for work, error in (
-        (lambda: analyze(model, batches, num_blocks=3), CalibrationError),
-        (lambda: remove_blocks(model, {"model.layers": [1]}), SurgeryError),
-        (lambda: sparsify_model(model, batches), UnsupportedModelError),
-    ):
-        with pytest.raises(error, match=message):
-            work()
 
 
 def test_prune_model_can_do_without_verification():
