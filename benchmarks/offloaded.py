@@ -3,8 +3,8 @@ pruning with repairs and sequential Wanda take, and are the results equal?
 
     python -m benchmarks.offloaded --gigabytes 4 --folder FOLDER
 
-A Llama with random weights (1,024 wide, float32) is written to the folder, and left there. Each way runs in a process of
-its own; peak memory is that of the whole process with its libraries, pages of files included.
+A Llama with random weights (1,024 wide, float32) is written to the folder, and left there. Each way runs in a process
+of its own; peak memory is that of the whole process with its libraries, pages of files included.
 """
 
 from __future__ import annotations

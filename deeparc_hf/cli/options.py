@@ -209,9 +209,8 @@ def _disk_options(group: Any) -> None:
     )
     group.add_argument(
         "--max-shard-size",
-        type=_positive,
-        metavar="BYTES",
-        help="size of a weights file at most, where the model is not loaded; default: as large as they are",
+        metavar="SIZE",
+        help="of a weights file, as in 5GB, where the model is not loaded; default: as large as they are",
     )
 
 

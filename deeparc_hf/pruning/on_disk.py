@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import convert_file_size_to_int
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import cached_file
@@ -32,7 +33,8 @@ from ..checkpoint.stored import INDEX, WEIGHTS, StoredTensor, new_key, stored_te
 from ..checkpoint.weights_mark import dtype_of_files, mark_of_files
 from ..core.files import whole_folder
 from ..core.offload import blocks_on_disk
-from ..errors import ConfigError, PlanError, RecordError
+from ..core.plain_text import quoted
+from ..errors import ConfigError, PlanError, RecordError, UnsupportedModelError
 from .plan import PruningPlan
 from .rebuild import require_told, skeletons
 from .surgery import apply_plan, remove_blocks
@@ -50,7 +52,7 @@ def prune_checkpoint(
     auto_class: Any = None,
     example: Any = None,
     verify: bool = True,
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     **hub: Any,
 ) -> PrunedConfig:
     """Write a checkpoint without some of its blocks, as `remove_blocks` and `save_pretrained` would, but without having
@@ -70,7 +72,7 @@ def prune_checkpoint(
         verify: whether a forward pass must show that the new checkpoint computes what the old one computes with these
             blocks skipped. For that the blocks are read from the disk one at a time (accelerate's offloading). What
             cannot be verified is refused.
-        max_shard_size: bytes of a weights file at most; default: as many as the largest has that is read.
+        max_shard_size: of a weights file: bytes, or "5GB"; default: as large as the largest that is read.
         hub: as for `from_pretrained`: revision, token, cache_dir, subfolder, local_files_only, ...
 
     Returns:
@@ -138,12 +140,13 @@ class DiskSurgery:
         return cls(frame, removed, base, hub, namer, Layout.without(lengths, removed))
 
     def write(
-        self, folder: Path, *, example: Any = None, verify: bool = True, max_shard_size: int | None = None
+        self, folder: Path, *, example: Any = None, verify: bool = True, max_shard_size: int | str | None = None
     ) -> PrunedConfig:
         """Write the checkpoint into a folder that is there; arguments and errors as those of `prune_checkpoint`."""
+        most = _bytes(max_shard_size)
         found = _Found.of(self._base, self._hub, self._namer, self._layout)
         found.require_blocks(self._base, self.frame, self._namer, self._layout)
-        _write_weights(folder, found, max_shard_size)
+        _write_weights(folder, found, most)
         smaller = describe(self.frame)
         # a mark of files is one of the live model where tensors are stored as the model has them
         mark = mark_of_files(folder) if found.fits(self.frame, self._namer) else None
@@ -173,7 +176,16 @@ class DiskSurgery:
 
 def _frame(base: str, auto_class: Any, hub: Mapping[str, Any]) -> Any:
     """The model of a checkpoint on the meta device, with its settings."""
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)
+    if hub.get("trust_remote_code"):
+        raise UnsupportedModelError(
+            "No code from the Hub is run here (trust_remote_code). Load the model yourself and call remove_blocks."
+        )
+    config = AutoConfig.from_pretrained(base, **{**hub, "trust_remote_code": False})
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"The weights of {base} are quantized, and how they lie in its files is not known here. Prune the model "
+            "that was quantized, and quantize the result."
+        )
     cls = saved_class(config) if auto_class is None else auto_class
     with quiet(), torch.device("meta"):
         frame = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
@@ -233,6 +245,19 @@ class _Found:
         """Whether each tensor is one of the smaller model's, and none is put together from several (experts)."""
         shapes = state_shapes(frame)
         return all(shapes.get(namer(key)) == tuple(tensor.entry["shape"]) for key, tensor in self.tensors)
+
+
+def _bytes(size: int | str | None) -> int | None:
+    """A size as `save_pretrained` takes it."""
+    if size is None:
+        return None
+    try:
+        found = convert_file_size_to_int(size) if type(size) in (int, str) else 0
+    except ValueError:
+        found = 0
+    if found < 1:
+        raise ConfigError(f'max_shard_size is a number of bytes, or a text as "5GB", found {quoted(size)}.')
+    return found
 
 
 def _write_weights(folder: Path, found: _Found, max_shard_size: int | None) -> None:

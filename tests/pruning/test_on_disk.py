@@ -181,14 +181,16 @@ def test_of_removed_blocks_nothing_is_read(name, tmp_path):
     assert_same(tmp_path / "out", expected)
 
 
-@pytest.mark.parametrize(("given", "most", "files"), [(None, None, 1), ("20KB", None, None), ("20KB", 10**9, 1)])
+@pytest.mark.parametrize(
+    ("given", "most", "files"), [(None, None, 1), ("20KB", None, None), ("20KB", 10**9, 1), ("20KB", "1GB", 1)]
+)
 def test_files_are_as_large_as_they_were_or_as_asked(given, most, files, tmp_path):
     source = saved(ZOO["llama"].model(), tmp_path / "whole", given)
     prune_checkpoint(source, tmp_path / "out", {"model.layers": [1, 2]}, max_shard_size=most)
     sizes, before = ([f.stat().st_size for f in folder.glob("*.safetensors")] for folder in (tmp_path / "out", source))
     assert len(sizes) == files if files else 1 < len(sizes) < len(before)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (len(sizes) > 1)
-    assert max(sizes) <= (most or max(before)) + 4096  # and the header
+    assert max(sizes) <= (10**9 if most else max(before)) + 4096  # and the header
     loaded, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert loaded.config.num_hidden_layers == 2
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -314,6 +316,21 @@ def test_an_index_that_leads_out_of_the_folder_is_not_followed(bert, tmp_path):
     content["weight_map"][key] = "../x.safetensors"
     index.write_text(json.dumps(content), "utf-8")
     refused(RecordError, "outside the checkpoint", bert, tmp_path / "out", {"bert.encoder.layer": [2]})
+
+
+@pytest.mark.parametrize("size", [0, -1, "big", 1.5, True])
+def test_a_size_that_is_none(size, bert, tmp_path):
+    what = {"bert.encoder.layer": [1]}
+    refused(ConfigError, "max_shard_size is a number of bytes", bert, tmp_path / "out", what, max_shard_size=size)
+
+
+def test_quantized_weights_and_code_from_the_hub_are_refused(bert, tmp_path):
+    out, what = tmp_path / "out", {"bert.encoder.layer": [1]}
+    refused(UnsupportedModelError, "No code from the Hub", bert, out, what, trust_remote_code=True)
+    config = json.loads((bert / "config.json").read_text("utf-8"))
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (bert / "config.json").write_text(json.dumps(config), "utf-8")
+    refused(UnsupportedModelError, "are quantized", bert, out, what)
 
 
 # ---- interrupted ----
