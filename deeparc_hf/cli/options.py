@@ -218,7 +218,7 @@ def _remove(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write a checkpoint without some of its blocks. The model is not loaded: its tensors are copied from file to "
         "file, so that it may be larger than the memory. Of a checkpoint on the Hub only those files are downloaded "
-        "that hold what stays."
+        "that hold what stays, with --no-verify."
     )
     _common_options(parser)
     parser.add_argument(

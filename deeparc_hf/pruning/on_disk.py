@@ -59,8 +59,8 @@ def prune_checkpoint(
     the model in memory: tensors are copied from file to file. `out` is there whole afterwards, or not at all.
 
     Tensors keep their names but for the numbers of the blocks. Of a sharded checkpoint on the Hub only those shards are
-    downloaded that hold a tensor which stays. Weights, config and generation config are written: save the tokenizer or
-    processor beside them.
+    downloaded that hold a tensor which stays, unless the result is verified. Weights, config and generation config are
+    written: save the tokenizer or processor beside them.
 
     Args:
         checkpoint: a folder or Hub id, of transformers, with safetensors weights.
@@ -70,7 +70,7 @@ def prune_checkpoint(
         auto_class: the class of transformers that the model is; default: the one that saved the checkpoint.
         example: a batch to verify the result on, as in `remove_blocks`.
         verify: whether a forward pass must show that the new checkpoint computes what the old one computes with these
-            blocks skipped. For that the blocks are read from the disk one at a time (accelerate's offloading). What
+            blocks skipped. For that all blocks are read from the disk, one at a time (accelerate's offloading). What
             cannot be verified is refused.
         max_shard_size: of a weights file: bytes, or "5GB"; default: as large as the largest that is read.
         hub: as for `from_pretrained`: revision, token, cache_dir, subfolder, local_files_only, ...

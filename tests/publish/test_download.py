@@ -72,6 +72,25 @@ def test_only_the_shards_that_hold_what_stays_are_downloaded(hub, checkpoints, t
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_surgery_on_files_of_the_hub(verify, hub, checkpoints, tmp_path):
+    """Without the verification, which reads all blocks, only what holds a tensor that stays is downloaded."""
+    index = json.loads((checkpoints["org/base"] / "model.safetensors.index.json").read_text())["weight_map"]
+    gone = ("model.layers.1.", "model.layers.2.")
+    wanted = {shard for key, shard in index.items() if verify or not key.startswith(gone)}
+    before, out = len(hub.downloads()), tmp_path / "out"
+    command = ["remove", "org/base", "--blocks", "model.layers=1-2", "-o", str(out)]
+    result = run(hub, tmp_path / "home", "-m", "deeparc_hf", *command, *([] if verify else ["--no-verify", "--json"]))
+    assert result.returncode == 0, result.stderr
+    downloads = {name.rpartition("/")[2] for name in hub.downloads()[before:] if name.endswith(".safetensors")}
+    assert downloads == wanted
+    expected = tf.AutoModelForCausalLM.from_pretrained(checkpoints["org/pruned"]).state_dict()
+    found = tf.AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    record = PrunedConfig.from_pretrained(out)
+    assert (record.base_model, record.base_revision) == ("org/base", hub.head("org/base"))
+
+
 def test_inspect_reads_the_config_only(hub, checkpoints, tmp_path):
     before = len(hub.downloads())
     result = run(hub, tmp_path / "home", "-m", "deeparc_hf", "inspect", "org/pruned", "--json")
