@@ -5,6 +5,7 @@ smaller checkpoint, and writing files from parts of others without reading tenso
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,9 +135,11 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
 
 
 def write_tensors(file: Path, tensors: Sequence[tuple[str, StoredTensor]]) -> None:
-    """Write a safetensors file with tensors of others under new keys, byte for byte, in their order; little of it is in
-    memory at any time.
+    """Write a safetensors file with tensors of others under new keys, byte for byte; little of it is in memory at any
+    time.
     """
+    # as the format's own writer does it: the largest numbers first, so that each lies at a multiple of its size
+    tensors = sorted(tensors, key=lambda pair: -(pair[1].size // max(math.prod(pair[1].entry["shape"]), 1)))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
     end = 0
     for key, tensor in tensors:

@@ -18,6 +18,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 
 from deeparc_hf import PrunedConfig, analyze, apply_plan, prune_checkpoint, remove_blocks, search_blocks, sparsify_model
+from deeparc_hf.checkpoint.stored import stored_tensors, write_tensors
 from deeparc_hf.errors import ConfigError, PlanError, RecordError, SurgeryError, UnsupportedModelError
 from tests.checkpoint.test_loading import REMOVALS, block_keys, header, spoil, vit_names
 from tests.reloading import assert_stock_loads, middle_blocks, outputs_of
@@ -202,6 +203,25 @@ def test_what_is_beside_a_file_that_is_indexed_does_not_come_along(tmp_path):
     save_file({**load_file(shard), "stray": torch.ones(3)}, shard, metadata={"format": "pt"})
     prune_checkpoint(source, tmp_path / "out", {"bert.encoder.layer": [1]})
     assert "stray" not in tensors(tmp_path / "out")
+
+
+def test_numbers_of_several_sizes_in_one_file_lie_at_multiples_of_theirs(tmp_path):
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({"small": torch.arange(3, dtype=torch.int8), "half": torch.ones(5, dtype=torch.bfloat16)}, first)
+    save_file(
+        {"large": torch.randn(2, 3), "double": torch.randn(1, dtype=torch.float64), "none": torch.ones(0)}, second
+    )
+    parts = [(f"new.{tensor.key}", tensor) for file in (first, second) for tensor in stored_tensors(file)]
+    write_tensors(tmp_path / "c.safetensors", parts)
+    found, expected = load_file(tmp_path / "c.safetensors"), {**load_file(first), **load_file(second)}
+    assert found.keys() == {f"new.{key}" for key in expected}
+    assert all(torch.equal(value, found[f"new.{key}"]) for key, value in expected.items())
+    sizes = {"I8": 1, "BF16": 2, "F32": 4, "F64": 8}
+    assert all(
+        e["data_offsets"][0] % sizes[e["dtype"]] == 0
+        for e in header(tmp_path / "c.safetensors").values()
+        if "dtype" in e
+    )
 
 
 # ---- refused, and nothing written ----
