@@ -22,11 +22,9 @@ from ..core.compat import builder_of
 from ..core.transaction import Transaction
 from ..errors import RecordError, UnsupportedModelError
 from .record import PrunedConfig, current_record, renumbered
-from .stored import new_key, weight_files
+from .stored import HUB_SETTINGS, new_key, weight_files
 
 __all__ = ["load_pruned", "save_pruned", "saved_class"]
-
-_HUB_SETTINGS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 
 
 def load_pruned(
@@ -54,14 +52,14 @@ def load_pruned(
         raise UnsupportedModelError(
             "load_pruned runs no code from the Hub (trust_remote_code). Load the model yourself and call remove_blocks."
         )
-    hub = {key: kwargs[key] for key in _HUB_SETTINGS if key in kwargs}
+    hub = {key: kwargs[key] for key in HUB_SETTINGS if key in kwargs}
     record = _record(pruned_config, {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")})
     config = kwargs.pop("config", None)
     # "auto" means the dtype of the checkpoint, which its config and its tensors tell; a config cannot hold the word
     kwargs = {key: value for key, value in kwargs.items() if not (key in ("dtype", "torch_dtype") and value == "auto")}
     if config is None:
         config, kwargs = AutoConfig.from_pretrained(base_repo_or_path, return_unused_kwargs=True, **kwargs)
-    kwargs = {key: value for key, value in kwargs.items() if key not in _HUB_SETTINGS}
+    kwargs = {key: value for key, value in kwargs.items() if key not in HUB_SETTINGS}
     with torch.device("meta"):
         full = builder_of(auto_class)(config)
     subject = describe(full)

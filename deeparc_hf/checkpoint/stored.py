@@ -18,9 +18,19 @@ from transformers.utils import cached_file
 from ..architectures import Layout
 from ..errors import RecordError, UnsupportedModelError
 
-__all__ = ["INDEX", "WEIGHTS", "StoredTensor", "new_key", "stored_tensors", "weight_files", "write_tensors"]
+__all__ = [
+    "HUB_SETTINGS",
+    "INDEX",
+    "WEIGHTS",
+    "StoredTensor",
+    "new_key",
+    "stored_tensors",
+    "weight_files",
+    "write_tensors",
+]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_SETTINGS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 _SHARD = re.compile(r"[\w.\-]+\.safetensors")
 _COPIED_AT_ONCE = 2**22  # bytes
 
@@ -35,22 +45,23 @@ def weight_files(
         RecordError: if the index is malformed.
         UnsupportedModelError: if there are no safetensors weights.
     """
-    index = cached_file(base, INDEX, _raise_exceptions_for_missing_entries=False, **hub)
-    if index is not None:
-        shards: dict[str, list[str]] = {}
-        for key, shard in _weight_map(base, Path(index)).items():
-            if stays(key):
-                shards.setdefault(shard, []).append(key)
-        for shard, keys in shards.items():
-            yield keys, Path(str(cached_file(base, shard, **hub)))
-        return
+    # in the order in which transformers looks for them: an index may be left from an earlier save
     weights = cached_file(base, WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub)
-    if weights is None:
+    if weights is not None:
+        yield None, Path(weights)
+        return
+    index = cached_file(base, INDEX, _raise_exceptions_for_missing_entries=False, **hub)
+    if index is None:
         raise UnsupportedModelError(
             f"{base} has neither {WEIGHTS} nor {INDEX}. Tensors are read by key, which pickled weights do not allow. "
             "Load the model with from_pretrained, save it again, and use that folder; or call remove_blocks on it."
         )
-    yield None, Path(weights)
+    shards: dict[str, list[str]] = {}
+    for key, shard in _weight_map(base, Path(index)).items():
+        if stays(key):
+            shards.setdefault(shard, []).append(key)
+    for shard, keys in shards.items():
+        yield keys, Path(str(cached_file(base, shard, **hub)))
 
 
 def _weight_map(base: str, index: Path) -> dict[str, str]:

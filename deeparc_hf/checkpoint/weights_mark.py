@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-__all__ = ["SIZES", "dtype_of_files", "mark_of_files", "mark_of_model"]
+__all__ = ["FLOATS", "SIZES", "dtype_of_files", "mark_of_files", "mark_of_model"]
 
 SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
-_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _VALUES = 16  # of each tensor
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -52,7 +52,7 @@ def dtype_of_files(folder: Path) -> str | None:
         for file in _files(folder) or ():
             with safe_open(file, "pt") as stored:
                 for key in stored.keys():  # noqa: SIM118  (not a mapping)
-                    kind = _STORED.get(stored.get_slice(key).get_dtype())
+                    kind = FLOATS.get(stored.get_slice(key).get_dtype())
                     if kind is not None:
                         return kind
     except (SafetensorError, OSError):

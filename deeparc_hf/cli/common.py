@@ -41,6 +41,8 @@ def public_names(args: argparse.Namespace) -> dict[str, str]:
 def output_folder(args: argparse.Namespace) -> Path:
     """Check where the output is to go before any work is done."""
     out = Path(args.out).expanduser().resolve()
+    if out == Path(args.model).expanduser().resolve():
+        raise ConfigError(f"{args.out} is the model itself. Give another folder with -o.")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{args.out} is a file. Give another folder with -o.")
     if out.is_dir() and any(out.iterdir()):

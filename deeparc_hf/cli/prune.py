@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         after = count_parameters(model)
     files: list[str] = []
     if out is not None:
-        with whole_folder(out) as folder:
+        with whole_folder(out, args.overwrite) as folder:
             if not args.dry_run:
                 job.save(model, folder)
             _write_findings(folder, args, plan, (before, after), healings, job.device)
@@ -169,7 +169,7 @@ def _without_data(args: argparse.Namespace, plan: PruningPlan | None, out: Path 
     write = None if args.dry_run else written_smaller(args, plan)
     files: list[str] = []
     if out is not None:
-        with whole_folder(out) as folder:
+        with whole_folder(out, args.overwrite) as folder:
             if write is not None:
                 after = write(folder).iterations[-1]["parameters"]["after"]
             _write_findings(folder, args, plan, (before, after))

@@ -14,7 +14,7 @@ from ..checkpoint.loading import save_pruned
 from ..checkpoint.record import PrunedConfig, check_record
 from ..core.files import whole_folder
 from ..errors import ConfigError
-from ..pruning.on_disk import DiskSurgery
+from ..pruning.on_disk import DiskSurgery, in_bytes
 from ..pruning.plan import PruningPlan
 from ..pruning.surgery import apply_plan, remove_blocks
 from .common import say
@@ -23,7 +23,7 @@ from .sources import find_source, load_model, loading, skeleton
 
 __all__ = ["Written", "run", "written_smaller"]
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 _MOST = 4096  # blocks of a stack
 Written = Callable[[Path], PrunedConfig]
 
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{args.out} exists and is not an empty folder. Give another folder with -o.")
+    in_bytes(args.max_shard_size)
     write = written_smaller(args, blocks, freeze=args.freeze)
     with whole_folder(out) as folder:
         record = write(folder)
@@ -84,6 +85,8 @@ def written_smaller(
     check_record(frame)
     processor = processor_of(source, frame)
     if source.library == "timm":
+        if args.max_shard_size is not None:
+            raise ConfigError("A model of timm is saved in one file. Leave --max-shard-size out.")
         return lambda folder: _in_memory(load_model(source, args.auto_class), what, freeze, args.verify, folder)
     with loading(source.given):
         surgery = DiskSurgery.of(source.reference, what, freeze=freeze, auto_class=type(frame), **source.loading)

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     report = sparsify_model(model, job.batches, config)
     if not args.json:
         print(report)
-    with whole_folder(out) as folder:
+    with whole_folder(out, args.overwrite) as folder:
         job.save(model, folder)
         _write_report(folder, report, job)
         files = sorted(path.name for path in folder.iterdir())

@@ -26,6 +26,7 @@ __all__ = [
     "convolution_of",
     "forward_pre_hooks",
     "load_pre_hooks",
+    "may_be_missing",
     "parameters_of",
     "running_method",
     "set_attention",
@@ -46,6 +47,11 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """A module's own buffers, to read and to replace. Why: as for `parameters_of`."""
     return module._buffers
+
+
+def may_be_missing(model: PreTrainedModel) -> list[str]:
+    """Patterns of the keys that a checkpoint of a model may lack. Why: no public name tells them."""
+    return [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
 
 
 def unsaved_buffers(module: nn.Module) -> set[str]:

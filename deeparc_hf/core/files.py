@@ -7,17 +7,21 @@ import math
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+from ..errors import ConfigError
 from .interrupts import work_begins
 
 __all__ = ["finite", "whole_folder", "write_whole"]
 
-_HOST = re.sub(r"\W", "-", socket.gethostname())  # of several with the same disk
+try:
+    import fcntl
+except ImportError:  # Windows, where what is left stays
+    fcntl = None  # type: ignore[assignment]
 
 
 def finite(value: Any) -> Any:
@@ -37,28 +41,48 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     """A folder beside `out` that takes its place when all went well, and is gone otherwise. What a process that was
     killed has left of one goes too.
+
+    Args:
+        replace: whether a folder that holds something may be replaced.
+
+    Raises:
+        ConfigError: if there is one that may not, now or at the end.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     work_begins()
     _clear(out)
-    new, old = (out.parent / f".{out.name}.{_HOST}.{os.getpid()}.{end}" for end in ("new", "old"))
+    if not replace:
+        _require_free(out)
+    new = out.parent / f".{out.name}.{uuid4().hex}.new"
+    old = new.with_suffix(".old")
     new.mkdir()
-    try:
-        yield new
+    with ExitStack() as locks:
+        locks.enter_context(_in_use(new))
         try:
+            yield new
+            if not replace:
+                _require_free(out)
+            try:
+                if replace and out.exists():
+                    locks.enter_context(_in_use(out))
+                    out.rename(old)
+                new.rename(out)
+            except BaseException:
+                if old.exists() and not out.exists():
+                    old.rename(out)
+                raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
             if out.exists():
-                out.rename(old)
-            new.rename(out)
-        except BaseException:
-            if old.exists() and not out.exists():
-                old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out.name} exists and is not an empty folder. Give another place for the output.")
 
 
 def _clear(out: Path) -> None:
@@ -66,23 +90,28 @@ def _clear(out: Path) -> None:
     before comes back.
     """
     for left in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
-        found = re.fullmatch(rf"\.{re.escape(out.name)}\.{_HOST}\.(\d+)\.(new|old)", left.name)
-        if found is None or _runs(int(found[1])):
+        if not re.fullmatch(rf"\.{re.escape(out.name)}\.\w+\.(new|old)", left.name) or not left.is_dir():
             continue
-        if found[2] == "old" and not out.exists():
-            left.rename(out)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
+        with _in_use(left) as ours:
+            if ours and left.suffix == ".old" and not out.exists():
+                left.rename(out)
+            elif ours:
+                shutil.rmtree(left, ignore_errors=True)
 
 
-def _runs(process: int) -> bool:
-    """Whether there is another process of this number."""
-    if process == os.getpid():  # numbers come again, in containers soon
-        return False
+@contextmanager
+def _in_use(folder: Path) -> Iterator[bool]:
+    """Within, a folder is marked as in use; the mark goes with the process. Gives whether nobody else had it."""
+    if fcntl is None:
+        yield False
+        return
+    number = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of somebody else
-        pass
-    return True
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(number)

@@ -6,6 +6,7 @@ To look at weights, or to change them, they are held: until the end they are in 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,12 +26,30 @@ from ..errors import UnsupportedModelError
 from .compat import align_hook
 from .transaction import Transaction
 
-__all__ = ["blocks_on_disk", "device_of", "fetching_in_backward", "holding", "is_offloaded"]
+__all__ = ["UNKNOWN", "blocks_on_disk", "device_of", "fetching_in_backward", "first_missing", "holding", "is_offloaded"]
+
+
+UNKNOWN = (
+    "is kept outside of the model by accelerate in a way that is not known here (preload_module_classes, or several "
+    "hooks on one module). Load the model with from_pretrained(..., device_map=..., offload_folder=...)."
+)
 
 
 def is_offloaded(model: nn.Module) -> bool:
     """Whether weights of a model are kept elsewhere."""
     return any(has_offloaded_params(module) for module in model.modules())
+
+
+def first_missing(model: nn.Module) -> str | None:
+    """The first parameter that is not in memory, and that no hook of its own module brings when it runs; None if there
+    is none.
+    """
+    for path, module in model.named_modules():
+        if not has_offloaded_params(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    return f"{path}.{name}" if path else name
+    return None
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -71,12 +90,15 @@ def holding(*modules: nn.Module, transaction: Transaction | None = None) -> Iter
             Without one, changes must be undone before the end.
 
     Raises:
-        UnsupportedModelError: if they are to be written back and cannot.
+        UnsupportedModelError: if they are kept in a way that is not known, or are to be written back and cannot.
     """
     with ExitStack() as stack:
         owners = [owner for module in modules for owner in module.modules() if has_offloaded_params(owner)]
         for owner in dict.fromkeys(owners):
             stack.enter_context(_held(owner, align_hook(owner)))
+        bare = next((name for module in modules for name, p in module.named_parameters() if p.is_meta), None)
+        if bare is not None:
+            raise UnsupportedModelError(f"{bare} {UNKNOWN}")
         yield bool(owners)
         if transaction is not None:
             for owner in dict.fromkeys(owners):
@@ -88,6 +110,11 @@ def _held(owner: nn.Module, hook: AlignDevicesHook) -> Iterator[None]:
     hook.pre_forward(owner)
     hook.offload = False  # neither loads nor drops them
     try:
+        for name, tensor in _tensors(owner, hook):
+            # on one device they may be the very ones that are kept, which only writing back is to change
+            in_memory, whole_name = _in_memory(hook.weights_map, name)
+            if in_memory is not None and tensor.data_ptr() == in_memory[whole_name].data_ptr():
+                tensor.data = tensor.data.clone()
         yield
     finally:
         hook.offload = True
@@ -132,35 +159,59 @@ def fetching_in_backward(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _write_back(owner: nn.Module, hook: AlignDevicesHook, transaction: Transaction) -> None:
-    tensors = named_module_tensors(
+def _tensors(owner: nn.Module, hook: AlignDevicesHook) -> list[tuple[str, Tensor]]:
+    """What a hook brings and takes away."""
+    found = named_module_tensors(
         owner, include_buffers=hook.offload_buffers, recurse=hook.place_submodules, remove_non_persistent=True
     )
-    for name, tensor in tensors:
+    return list(found)
+
+
+def _write_back(owner: nn.Module, hook: AlignDevicesHook, transaction: Transaction) -> None:
+    for name, tensor in _tensors(owner, hook):
         kept = hook.weights_map[name]
         new = tensor.detach().cpu()
         if not torch.equal(new, kept.cpu()):
             _replace(hook.weights_map, name, new, transaction)
 
 
-def _replace(place: Any, name: str, new: Tensor, transaction: Transaction) -> None:
-    """Keep another tensor under a name."""
+def _in_memory(place: Any, name: str) -> tuple[dict[str, Tensor] | None, str]:
+    """The dict in which a tensor is kept, None if it is not in memory; and its name there."""
+    place, name = _unwrapped(place, name)
+    kept = place.state_dict if isinstance(place, OffloadedWeightsLoader) else place
+    return (kept if isinstance(kept, dict) and name in kept else None), name
+
+
+def _unwrapped(place: Any, name: str) -> tuple[Any, str]:
     while isinstance(place, PrefixedDataset):
         place, name = place.dataset, f"{place.prefix}{name}"
-    in_memory = place.state_dict if isinstance(place, OffloadedWeightsLoader) else place
-    if isinstance(in_memory, dict) and name in in_memory:
+    return place, name
+
+
+def _replace(place: Any, name: str, new: Tensor, transaction: Transaction) -> None:
+    """Keep another tensor under a name."""
+    in_memory, whole_name = _in_memory(place, name)
+    if in_memory is not None:
+        name = whole_name
         transaction.on_failure(partial(in_memory.__setitem__, name, in_memory[name]))
         in_memory[name] = new.clone()
         return
+    place, name = _unwrapped(place, name)
     if not isinstance(place, OffloadedWeightsLoader) or place.save_folder is None:
         raise UnsupportedModelError(
             f"{name} is kept on the disk, and there is no folder for its new values. Load the model with "
             "offload_folder=FOLDER. Nothing was changed."
         )
     # a file of its own: the one before may belong to a checkpoint, and is what is gone back to
-    with tempfile.NamedTemporaryFile(dir=place.save_folder, suffix=".safetensors", delete=False) as stream:
-        file = Path(stream.name)
-    save_file({name: new.contiguous()}, file)
+    number, path = tempfile.mkstemp(".safetensors", "changed-", place.save_folder)
+    os.close(number)
+    file = Path(path)
+    transaction.on_failure(partial(file.unlink, missing_ok=True))
+    try:
+        save_file({name: new.contiguous()}, file)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
     transaction.on_failure(partial(place.index.__setitem__, name, place.index[name]))
     place.index[name] = {
         "safetensors_file": str(file),

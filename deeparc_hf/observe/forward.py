@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host
-from ..core.offload import is_offloaded
+from ..core.offload import UNKNOWN, first_missing, is_offloaded
 from ..errors import CalibrationError, DeepArcError
 from .batches import without_labels
 
@@ -119,8 +119,11 @@ def require_weights(
     if bare is None:
         return
     if is_offloaded(host.root):
-        if offloaded:
+        missing = first_missing(host.root)
+        if offloaded and missing is None:
             return
+        if offloaded:
+            raise error(f"{missing} of {host.label} {UNKNOWN}")
         raise error(
             f"{bare} of {host.label} is kept outside of the model by accelerate: on the disk, or on the CPU beside an "
             "accelerator. Load the model without offloading: leave device_map out, or give one without 'disk' and "

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from accelerate.utils.modeling import convert_file_size_to_int
 from torch import nn
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -29,8 +30,18 @@ from ..architectures.hosts import quiet
 from ..architectures.skeleton import state_shapes
 from ..checkpoint.loading import saved_class
 from ..checkpoint.record import PrunedConfig, current_record
-from ..checkpoint.stored import INDEX, WEIGHTS, StoredTensor, new_key, stored_tensors, weight_files, write_tensors
-from ..checkpoint.weights_mark import dtype_of_files, mark_of_files
+from ..checkpoint.stored import (
+    HUB_SETTINGS,
+    INDEX,
+    WEIGHTS,
+    StoredTensor,
+    new_key,
+    stored_tensors,
+    weight_files,
+    write_tensors,
+)
+from ..checkpoint.weights_mark import FLOATS, dtype_of_files, mark_of_files
+from ..core.compat import may_be_missing
 from ..core.files import whole_folder
 from ..core.offload import blocks_on_disk
 from ..core.plain_text import quoted
@@ -40,7 +51,7 @@ from .rebuild import require_told, skeletons
 from .surgery import apply_plan, remove_blocks
 from .verify import expect
 
-__all__ = ["DiskSurgery", "prune_checkpoint"]
+__all__ = ["DiskSurgery", "in_bytes", "prune_checkpoint"]
 
 
 def prune_checkpoint(
@@ -85,12 +96,10 @@ def prune_checkpoint(
         SurgeryError: as `remove_blocks`.
         UnsupportedModelError: if there are no safetensors weights, or the model is of a kind that cannot be pruned.
     """
-    target = Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target.name} exists and is not an empty folder. Give another place for the checkpoint.")
+    most = in_bytes(max_shard_size)
     surgery = DiskSurgery.of(checkpoint, what, freeze=freeze, auto_class=auto_class, **hub)
-    with whole_folder(target) as folder:
-        return surgery.write(folder, example=example, verify=verify, max_shard_size=max_shard_size)
+    with whole_folder(Path(out).expanduser().resolve()) as folder:
+        return surgery.write(folder, example=example, verify=verify, max_shard_size=most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +137,14 @@ class DiskSurgery:
             )
         if isinstance(what, PruningPlan) and not what.removed:
             raise PlanError("The plan removes no block, so there is nothing to write. Use the checkpoint as it is.")
+        odd = sorted(hub.keys() - {*HUB_SETTINGS, "trust_remote_code"})
+        if odd:
+            raise ConfigError(
+                f"prune_checkpoint takes no {odd[0]!r}. Beside its own arguments it takes where the files are: "
+                f"{', '.join(HUB_SETTINGS)}."
+            )
+        if isinstance(what, Mapping):  # they are gone through twice
+            what = {name: list(blocks) if isinstance(blocks, Iterable) else blocks for name, blocks in what.items()}
         frame = _frame(base, auto_class, hub)
         whole = describe(frame)
         namer, lengths = whole.host.key_namer(), whole.lengths
@@ -143,11 +160,12 @@ class DiskSurgery:
         self, folder: Path, *, example: Any = None, verify: bool = True, max_shard_size: int | str | None = None
     ) -> PrunedConfig:
         """Write the checkpoint into a folder that is there; arguments and errors as those of `prune_checkpoint`."""
-        most = _bytes(max_shard_size)
+        most = in_bytes(max_shard_size)
         found = _Found.of(self._base, self._hub, self._namer, self._layout)
-        found.require_blocks(self._base, self.frame, self._namer, self._layout)
+        found.require_whole(self._base, self.frame, self._namer)
         _write_weights(folder, found, most)
         smaller = describe(self.frame)
+        _settle_dtype(self.frame.config, folder)
         # a mark of files is one of the live model where tensors are stored as the model has them
         mark = mark_of_files(folder) if found.fits(self.frame, self._namer) else None
         record = current_record(smaller).with_mark(mark)
@@ -186,9 +204,14 @@ def _frame(base: str, auto_class: Any, hub: Mapping[str, Any]) -> Any:
             f"The weights of {base} are quantized, and how they lie in its files is not known here. Prune the model "
             "that was quantized, and quantize the result."
         )
-    cls = saved_class(config) if auto_class is None else auto_class
+    cls: Any = auto_class
+    if auto_class is None or isinstance(auto_class, str):
+        cls = saved_class(config, auto_class)
+    usable = isinstance(cls, type) and (issubclass(cls, PreTrainedModel) or hasattr(cls, "from_config"))
+    if not usable:
+        raise ConfigError(f"auto_class must be a model class of transformers, or its name, found {quoted(auto_class)}.")
     with quiet(), torch.device("meta"):
-        frame = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        frame: Any = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
         frame.tie_weights()
     frame.config.name_or_path = base
     if frame.can_generate() and cached_file(
@@ -227,27 +250,47 @@ class _Found:
                 )
         return cls(list(tensors.items()), largest)
 
-    def require_blocks(self, base: str, frame: nn.Module, namer: Callable[[str], str], layout: Layout) -> None:
-        """Refuse a checkpoint that lacks tensors of a block that stays: a loader would make them up.
+    def require_whole(self, base: str, frame: Any, namer: Callable[[str], str]) -> None:
+        """Refuse a checkpoint that lacks weights of the smaller model, which a loader would make up, or that has them
+        in another shape.
 
         Args:
             frame: the smaller model.
         """
         stored = {namer(key) for key, _ in self.tensors}
-        inside = tuple(f"{name}." for name in layout.kept)
-        lacking = sorted(key for key in frame.state_dict() if key.startswith(inside) and key not in stored)
-        if lacking:
-            raise RecordError(
-                f"{base} has no weights for {lacking[0]} (as the smaller model counts), which stays. Download it again."
-            )
-
-    def fits(self, frame: nn.Module, namer: Callable[[str], str]) -> bool:
-        """Whether each tensor is one of the smaller model's, and none is put together from several (experts)."""
+        # what is tied is stored under one of its names
+        present = {id(p) for name, p in frame.named_parameters(remove_duplicate=False) if name in stored}
+        spared = [re.compile(pattern) for pattern in may_be_missing(frame)]
+        for name, parameter in frame.named_parameters():
+            if id(parameter) not in present and not any(pattern.search(name) for pattern in spared):
+                raise RecordError(
+                    f"{base} has no weights for {name} (as the smaller model counts) of {type(frame).__name__}, and a "
+                    "loader would make them up. Download it again, or give the class that saved it: auto_class=..."
+                )
         shapes = state_shapes(frame)
-        return all(shapes.get(namer(key)) == tuple(tensor.entry["shape"]) for key, tensor in self.tensors)
+        for key, tensor in self.tensors:
+            shape = tuple(tensor.entry["shape"])
+            if shapes.get(key, shape) != shape:
+                raise RecordError(
+                    f"{key} of {base} has shape {shape}, and the config describes one of {shapes[key]}. Download it "
+                    "again."
+                )
+
+    def fits(self, frame: Any, namer: Callable[[str], str]) -> bool:
+        """Whether the tensors are those that the smaller model has in memory: none is converted, put together from
+        several (experts), or tied to another.
+        """
+        shapes, dtype = state_shapes(frame), str(frame.config.dtype).removeprefix("torch.")
+        state = frame.state_dict(keep_vars=True)
+        names = [namer(key) for key, _ in self.tensors]
+        places = {id(state[name]) for name in names if name in state}
+        return len(places) == len(names) and all(
+            shapes.get(name) == tuple(tensor.entry["shape"]) and FLOATS.get(tensor.entry["dtype"], dtype) == dtype
+            for name, (_, tensor) in zip(names, self.tensors, strict=True)
+        )
 
 
-def _bytes(size: int | str | None) -> int | None:
+def in_bytes(size: int | str | None) -> int | None:
     """A size as `save_pretrained` takes it."""
     if size is None:
         return None
@@ -283,16 +326,18 @@ def _write_weights(folder: Path, found: _Found, max_shard_size: int | None) -> N
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _write_settings(folder: Path, frame: Any) -> None:
-    """Config and generation config, as `save_pretrained` writes them."""
-    config = frame.config
-    config.architectures = [type(frame).__name__]
+def _settle_dtype(config: Any, folder: Path) -> None:
+    """Give all parts of a config the type of the whole, as a loader does."""
     dtype = config.dtype or dtype_of_files(folder)
-    # a loader gives all parts the type of the whole
     for part in (config, *(getattr(config, name) for name in config.sub_configs)):
         if part is not None:
             part.dtype = dtype
-    config.save_pretrained(folder)
+
+
+def _write_settings(folder: Path, frame: Any) -> None:
+    """Config and generation config, as `save_pretrained` writes them."""
+    frame.config.architectures = [type(frame).__name__]
+    frame.config.save_pretrained(folder)
     if frame.can_generate():
         frame.generation_config.save_pretrained(folder)
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ..architectures import Subject
 from ..core.caller import warn_caller
-from ..core.offload import device_of
+from ..core.offload import device_of, holding
 from ..core.progress_bars import bar
 from ..errors import CalibrationError, CalibrationWarning
 from ..observe.axes import Axes
@@ -108,7 +108,10 @@ def _block_by_block(
             for index, passes in enumerate(visits):
                 if index in wanted:
                     observed = _Inputs(wanted[index], axes, unmasked)
-                    yield samples, _norms(wanted[index], calibration.together(partial(observed.sums, passes())))
+                    # not beyond the yield: an error elsewhere would leave the weights held
+                    with holding(subject.stacks[name].blocks[index]):
+                        sums = calibration.together(partial(observed.sums, passes()))
+                    yield samples, _norms(wanted[index], sums)
                     shown.update()
 
 

@@ -100,10 +100,9 @@ def block_by_block(
                 noted[index] = _Call((), {})  # not needed any more
 
     def passes(index: int) -> Passes:
-        with holding(stack.blocks[index]):
-            for inputs, noted, state in zip(batches(), calls, hidden, strict=True):
-                # a block may work on its input in place
-                yield inputs, partial(noted[index].on(state.clone()).run, stack.blocks[index])
+        for inputs, noted, state in zip(batches(), calls, hidden, strict=True):
+            # a block may work on its input in place
+            yield inputs, partial(noted[index].on(state.clone()).run, stack.blocks[index])
 
     together(begin)
     for index in range(last + 1):

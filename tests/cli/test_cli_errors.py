@@ -231,7 +231,7 @@ def test_failed_run_keeps_the_old_output(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").touch()
-    with pytest.raises(KeyboardInterrupt), whole_folder(out) as folder:
+    with pytest.raises(KeyboardInterrupt), whole_folder(out, replace=True) as folder:
         (folder / "new").touch()
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

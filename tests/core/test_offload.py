@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping
 from functools import partial
@@ -12,13 +11,14 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import cpu_offload, disk_offload
+from accelerate.utils.modeling import has_offloaded_params
 from torch import nn
 
 from deeparc_hf import analyze, find_stacks, heal_model, prune_model, remove_blocks, search_blocks, sparsify_model
 from deeparc_hf.architectures import describe
 from deeparc_hf.core.offload import blocks_on_disk, fetching_in_backward, holding, is_offloaded
 from deeparc_hf.core.transaction import Transaction
-from deeparc_hf.errors import CalibrationError, UnsupportedModelError
+from deeparc_hf.errors import CalibrationError, SurgeryError, UnsupportedModelError
 from deeparc_hf.healing.sensitivity import output_sensitivities
 from deeparc_hf.observe.forward import evaluating
 from tests.reloading import middle_blocks
@@ -139,25 +139,66 @@ def test_one_after_another(llama, tmp_path):
     assert_same(*models, tmp_path)
 
 
-def test_an_error_leaves_the_model_as_it_was(llama, tmp_path, monkeypatch):
-    model, batches = elsewhere("llama", llama), ZOO["llama"].batches(count=2)
-    broken = copy.deepcopy(batches[:1])
-    weight = model.model.layers[3].mlp.down_proj
+def on_the_cpu(llama, folder):
+    model = here("llama", llama)
+    return cpu_offload(model, execution_device="cpu")
+
+
+def on_the_disk(llama, folder):
+    return elsewhere("llama", llama, folder / "files")
+
+
+@pytest.mark.parametrize("make", [on_the_cpu, on_the_disk])
+@pytest.mark.parametrize("error", [RuntimeError("planted"), KeyboardInterrupt("planted")])
+def test_an_error_leaves_the_model_as_it_was(error, make, llama, tmp_path):
+    model, batches = make(llama, tmp_path), ZOO["llama"].batches(count=2)
+    before = state_of(model)
+    with torch.no_grad():
+        logits = model(**batches[0]).logits
 
     def fail(module, args):
-        raise RuntimeError("planted")
+        raise error
 
-    expected = here("llama", llama)
-    with torch.no_grad():
-        logits = model(**broken[0]).logits
-    handle = weight.register_forward_pre_hook(fail)
-    with pytest.raises((CalibrationError, RuntimeError), match="planted"):
-        sparsify_model(model, batches, progress=False)  # the last block's passes fail; others are zeroed by then
+    # passes of a later block fail when others are zeroed; the error is kept, as an interactive session keeps it
+    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(fail)
+    with pytest.raises((CalibrationError, RuntimeError, KeyboardInterrupt), match="planted") as kept:
+        sparsify_model(model, batches, progress=False)
     handle.remove()
+    assert state_of(model) == before
     with torch.no_grad():
-        assert torch.equal(model(**broken[0]).logits, logits)
+        assert torch.equal(model(**batches[0]).logits, logits)
     assert "pruning_config" not in model.config.to_dict()
-    assert_same(expected, model, tmp_path)
+    assert not list(tmp_path.rglob("changed-*"))
+    # and is done by the next try
+    other = here("llama", llama)
+    for each in (model, other):
+        sparsify_model(each, batches, progress=False)
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0]).logits, other(**batches[0]).logits)
+    assert kept.value is not None
+
+
+def state_of(model):
+    """Where weights are, and the hooks of modules."""
+    return (
+        [(name, p.is_meta, p.requires_grad) for name, p in model.named_parameters()],
+        [(name, has_offloaded_params(module)) for name, module in model.named_modules()],
+        [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()],
+    )
+
+
+def test_weights_that_another_module_brings_are_refused(llama, tmp_path):
+    """accelerate's preload_module_classes: a whole block's come with the block, and none of its maps has a hook."""
+    model = here("llama", llama)
+    model = disk_offload(model, str(tmp_path / "files"), "cpu", preload_module_classes=["LlamaDecoderLayer"])
+    batches = ZOO["llama"].batches(count=4)
+    for work, error in (
+        (lambda: prune_model(model, batches, num_blocks=3, heal="lstsq", progress=False), CalibrationError),
+        (lambda: sparsify_model(model, batches, progress=False), UnsupportedModelError),
+        (lambda: remove_blocks(model, {"model.layers": [1]}), SurgeryError),
+    ):
+        with pytest.raises(error, match=r"in a way that is not known here.*device_map"):
+            work()
 
 
 def test_a_search_needs_the_weights_in_memory(llama):
