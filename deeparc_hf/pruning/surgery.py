@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..architectures import Layout, Stack, Subject, describe
 from ..architectures.generation import follow_generation
 from ..checkpoint.record import PrunedConfig, current_layout, current_record
 from ..checkpoint.weights_mark import mark_of_model
+from ..core.offload import is_offloaded
 from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
 from .freezing import freeze_blocks
@@ -222,7 +224,12 @@ def _operate(
     host, stacks = subject.host, subject.stacks
     step = Layout.without(subject.lengths, removed)
     builds = skeletons(subject, step)
-    entry = {**(entry or {}), "parameters": _parameters(host.root, step)}
+    counted = host.root
+    if is_offloaded(host.root):  # which does not tell what is tied
+        counted = builds.before
+        if isinstance(counted, PreTrainedModel):
+            counted.tie_weights()
+    entry = {**(entry or {}), "parameters": _parameters(counted, step)}
     record = known or current_record(subject).compose(step, entry)
     expectation = expect(subject, removed, example) if verify and known is None else None
     modules = {name: stack.blocks for name, stack in stacks.items()}

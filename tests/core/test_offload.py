@@ -22,7 +22,7 @@ from deeparc_hf.errors import CalibrationError, SurgeryError, UnsupportedModelEr
 from deeparc_hf.healing.sensitivity import output_sensitivities
 from deeparc_hf.observe.forward import evaluating
 from tests.reloading import middle_blocks
-from tests.zoo import ZOO
+from tests.zoo import CAUSAL, ZOO
 
 FIRST = ("bert", "gpt2", "llama", "resnet", "t5", "vit")
 OTHERS = sorted(kind for kind in ZOO if ZOO[kind].auto and kind not in FIRST)
@@ -119,6 +119,17 @@ def test_blocks_that_are_named_are_removed(llama, tmp_path):
     for model in models:
         remove_blocks(model, middle_blocks(here("llama", llama)))
     assert_same(*models, tmp_path)
+
+
+def test_what_is_tied_counts_once(tmp_path):
+    config = tf.LlamaConfig(**{**CAUSAL, "tie_word_embeddings": True})
+    saved = tmp_path / "saved"
+    tf.LlamaForCausalLM(config).save_pretrained(saved)
+    counts = []
+    for model in (here("llama", saved), elsewhere("llama", saved), cpu_offload(here("llama", saved), "cpu")):
+        record = remove_blocks(model, {"model.layers": [1]})
+        counts.append(record.iterations[-1]["parameters"])
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_two_models_on_the_disk_are_healed(llama, tmp_path):
