@@ -21,7 +21,7 @@ from .common import say
 from .data import processor_of
 from .sources import find_source, load_model, loading, skeleton
 
-__all__ = ["Written", "run", "written_smaller"]
+__all__ = ["Written", "given_blocks", "parameters_text", "run", "written_smaller"]
 
 _RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
 _MOST = 4096  # blocks of a stack

@@ -16,6 +16,8 @@ from transformers.integrations.integration_utils import default_logdir, get_repo
 from ..architectures import Subject, describe
 from ..checkpoint.record import PrunedConfig, current_record
 from ..core.caller import warn_caller
+from ..core.offload import is_offloaded
+from ..errors import UnsupportedModelError
 from .evaluations import Evaluations
 
 __all__ = ["Event", "Member", "Session"]
@@ -71,6 +73,12 @@ class Session:
     def __init__(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, event: Mapping[str, Any]
     ) -> None:
+        if is_offloaded(event["model"]):
+            raise UnsupportedModelError(
+                f"{type(event['model']).__name__} has weights that accelerate keeps elsewhere (device_map: on the disk "
+                "or the CPU), which a training does not change. Load the model without offloading: leave device_map "
+                "out, or give one without 'disk' and 'cpu'."
+            )
         self.args = args
         self.state = state
         self.control = control  # as in the event at hand

@@ -13,8 +13,10 @@ import pytest
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from deeparc_hf import remove_blocks
+from deeparc_hf.errors import UnsupportedModelError
 from deeparc_hf.trainer.callback import SessionCallback
 from deeparc_hf.trainer.session import Event, Member, Session
+from tests.core.test_offload import elsewhere
 from tests.trainers import arguments, pruning, text_data, train
 from tests.zoo import ZOO
 
@@ -32,6 +34,15 @@ class Listener(Member):
 
     def hear(self, event):
         self.heard.append(event)
+
+
+@pytest.mark.parametrize("callback", [pruning, zeroing])
+def test_weights_that_a_training_would_not_change_are_refused(callback, tmp_path):
+    """A stock Trainer runs with what accelerate keeps on the disk, and changes none of it."""
+    ZOO["bert"].model().save_pretrained(tmp_path / "saved")
+    model = elsewhere("bert", tmp_path / "saved")
+    with pytest.raises(UnsupportedModelError, match=r"which a training does not change.*without offloading"):
+        train(model, tmp_path / "run", callback())
 
 
 def made(folder, model=None):
