@@ -46,6 +46,7 @@ setup(
         "huggingface_hub>=1.3",
         "jinja2>=3.1",
         "numpy>=2.0",
+        "pyyaml>=6.0.2",
         "safetensors>=0.4.3",
         "torch>=2.6",
         "tqdm>=4.66.3",

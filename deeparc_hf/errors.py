@@ -57,6 +57,10 @@ class UnsupportedModelError(DeepArcError, TypeError):
     """The model is of a kind that deeparc_hf cannot prune correctly."""
 
 
+class LaunchError(DeepArcError, RuntimeError):
+    """A script that was launched has failed."""
+
+
 class MissingDependencyError(DeepArcError, ImportError):
     """An optional package is needed for what was asked."""
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers.utils import cached_file
 
 from ..architectures import Layout
 from ..errors import RecordError, UnsupportedModelError
+from .weights_mark import FLOATS
 
 __all__ = [
     "HUB_SETTINGS",
@@ -24,6 +27,7 @@ __all__ = [
     "WEIGHTS",
     "StoredTensor",
     "new_key",
+    "overwrite",
     "stored_tensors",
     "weight_files",
     "write_tensors",
@@ -164,6 +168,19 @@ def write_tensors(file: Path, tensors: Sequence[tuple[str, StoredTensor]]) -> No
             with source.open("rb") as stream:
                 for part in parts:
                     _copy(stream, part, target)
+
+
+def overwrite(stored: StoredTensor, value: Tensor) -> None:
+    """Write other values of a tensor in its place, in the type in which it is stored."""
+    kind = getattr(torch, FLOATS[stored.entry["dtype"]])
+    data = value.detach().cpu().to(kind).contiguous().view(torch.uint8).numpy().tobytes()
+    if len(data) != stored.size:
+        raise RecordError(
+            f"{stored.key} has {stored.size} bytes in {stored.file.name}, and {len(data)} were to replace them."
+        )
+    with stored.file.open("r+b") as target:
+        target.seek(stored.begin)
+        target.write(data)
 
 
 def _by_file(tensors: Iterable[StoredTensor]) -> Iterator[tuple[Path, list[StoredTensor]]]:

@@ -28,7 +28,12 @@ def mark_of_model(model: nn.Module) -> str | None:
     for tensor in model.state_dict(keep_vars=True).values():
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.is_meta or type(tensor.data) is not Tensor or tensor.layout != torch.strided:
+        if (
+            hasattr(tensor, "ds_id")
+            or tensor.is_meta
+            or type(tensor.data) is not Tensor
+            or tensor.layout != torch.strided
+        ):
             return None
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if place not in seen:  # tied tensors are one in a file

@@ -26,6 +26,7 @@ _COMMANDS = {  # each is carried out by the module of this name
     "prune": "remove redundant blocks of a model and save the smaller checkpoint",
     "remove": "write a checkpoint without some of its blocks, from file to file",
     "sparsify": "zero the weights of a model that matter least and save the checkpoint",
+    "run": "train, prune, train on in a chain of launches, where parameters are sharded",
     "card": "make the model card of a checkpoint from its record and reports",
     "push": "publish a checkpoint on the Hub, with its card",
     "env": "show versions and hardware",

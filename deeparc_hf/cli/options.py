@@ -323,12 +323,23 @@ def _env(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
 
 
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a YAML file: model, output, script, arguments of the script with {model} and {output} in them, and "
+        "launch, options of accelerate launch",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
 OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "inspect": _inspect,
     "search": _search,
     "prune": _prune,
     "remove": _remove,
     "sparsify": _sparsify,
+    "run": _run,
     "card": _card,
     "push": _push,
     "env": _env,

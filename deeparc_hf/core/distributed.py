@@ -26,11 +26,15 @@ def process_index() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def gather(work: Callable[[], Any]) -> list[Any]:
+def gather(work: Callable[[], Any], *, together: bool = False) -> list[Any]:
     """Run `work` in every process; each gets the results of all, in the order of the processes.
 
     If it fails in any process, it fails in all, elsewhere with an error of the same kind if that is one of ours, else
     with a SurgeryError: none is left waiting for the others.
+
+    Args:
+        together: the processes need each other within the work. One that fails cannot tell the others, which wait for
+            it there: it raises at once, and whoever launched them ends the others.
     """
     if process_count() == 1:
         return [work()]
@@ -39,6 +43,8 @@ def gather(work: Callable[[], Any]) -> list[Any]:
     try:
         result = work()
     except Exception as caught:
+        if together:
+            raise
         error = caught
     report = None if error is None else (type(error) if isinstance(error, DeepArcError) else SurgeryError, f"{error}")
     outcomes: list[Any] = [None] * process_count()

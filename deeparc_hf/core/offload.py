@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import UnsupportedModelError
 from .compat import align_hook
+from .shards import whole_weights
 from .transaction import Transaction
 
 __all__ = ["UNKNOWN", "blocks_on_disk", "device_of", "fetching_in_backward", "first_missing", "holding", "is_offloaded"]
@@ -82,8 +83,8 @@ def _places(module: nn.Module, stacks: tuple[str, ...], path: str = "") -> Itera
 
 @contextmanager
 def holding(*modules: nn.Module, transaction: Transaction | None = None) -> Iterator[bool]:
-    """Within, the weights of these modules are in memory; what holds already goes on to. Gives whether any were kept
-    elsewhere.
+    """Within, the weights of these modules are in memory, whole; what holds already goes on to. Gives whether any were
+    kept elsewhere.
 
     Args:
         transaction: weights that change within are written back where they are kept; it notes how to take that back.
@@ -93,6 +94,7 @@ def holding(*modules: nn.Module, transaction: Transaction | None = None) -> Iter
         UnsupportedModelError: if they are kept in a way that is not known, or are to be written back and cannot.
     """
     with ExitStack() as stack:
+        stack.enter_context(whole_weights(modules))
         owners = [owner for module in modules for owner in module.modules() if has_offloaded_params(owner)]
         for owner in dict.fromkeys(owners):
             stack.enter_context(_held(owner, align_hook(owner)))

@@ -23,6 +23,8 @@ from ..observe.hooks import hidden_states, hooked
 
 __all__ = ["Ending", "at_home", "find_ending", "rows"]
 
+_ROUNDING = 1e-4
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -107,7 +109,10 @@ def _scale(effect: Tensor, change: Tensor, module: nn.Module) -> Tensor | None:
     effect, change = at_home(rows(effect, module)).double(), at_home(rows(change, module)).double()
     scale = (effect * change).sum(dim=0) / change.square().sum(dim=0)
     error = (effect - change * scale).norm() / effect.norm().clamp(min=1e-30)
-    return scale if float(error) < most else None
+    if not float(error) < most:  # NaN too
+        return None
+    # most blocks add the map's output as it is; what rounding makes of that hangs on the batch
+    return torch.where((scale - 1.0).abs() < _ROUNDING, 1.0, scale)
 
 
 def _observed(block: nn.Module, run: Callable[[], Any], change: tuple[str, Tensor] | None) -> tuple[Tensor, list[_Run]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import Host, Stack, Subject, describe
 from ..checkpoint.record import PrunedConfig, current_layout
 from ..checkpoint.weights_mark import mark_of_model
+from ..core.distributed import gather
 from ..core.offload import holding
+from ..core.shards import moves_together
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, SurgeryError
 from ..observe.batches import batch_size, cut
-from ..observe.calibration import Calibration
+from ..observe.calibration import Calibration, Idle
 from ..observe.forward import evaluating, forward
 from ..observe.hooks import hooked, skipped
 from ..observe.rows import with_axes
@@ -36,7 +39,7 @@ from .fit import SiteFit
 from .sensitivity import output_sensitivities
 from .sites import Healing, sites_of
 
-__all__ = ["apply_healing", "find_endings", "fit_sites", "heal_model", "note_healing"]
+__all__ = ["apply_healing", "find_endings", "fit_sites", "heal_model", "healed_tensors", "note_healing"]
 
 
 def fit_sites(
@@ -84,17 +87,42 @@ def apply_healing(healing: Healing, block: nn.Module, transaction: Transaction) 
             _apply(healing, healing.ending, healing.change, block, transaction)
 
 
+def healed_tensors(healing: Healing, block: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the kept block, by name, that its healing changes, as they become. The block stays as it is."""
+    with holding(*_parts(healing, block)):
+        own = {
+            f"{path}.{name}": tensor.detach()
+            for path in _paths(healing)
+            for part in [block.get_submodule(path)]
+            for name, tensor in chain(part.named_parameters(), part.named_buffers())
+        }
+        before = {name: tensor.clone() for name, tensor in own.items()}
+        undo = Transaction()
+        try:
+            apply_healing(healing, block, undo)
+            return {name: tensor.clone() for name, tensor in own.items() if not torch.equal(tensor, before[name])}
+        finally:
+            undo.roll_back()
+
+
+def _paths(healing: Healing) -> list[str]:
+    """Of the modules of a kept block that its healing changes."""
+    ending = healing.ending
+    if healing.reason is not None or ending is None:
+        return []
+    return [path for path in (ending.map, ending.batch_norm, ending.final) if path is not None]
+
+
 def _parts(healing: Healing, block: nn.Module) -> list[nn.Module]:
     """The modules of a kept block that its healing changes."""
-    ending = healing.ending
-    paths = () if ending is None else (ending.map, ending.batch_norm, ending.final)
-    return [block.get_submodule(path) for path in paths if path is not None]
+    return [block.get_submodule(path) for path in _paths(healing)]
 
 
 def _apply(healing: Healing, ending: Ending, change: Tensor, block: nn.Module, transaction: Transaction) -> None:
     paths = (ending.map, ending.batch_norm, ending.final)
     parts: list[Any] = [None if path is None else block.get_submodule(path) for path in paths]
-    for tensor in (tensor for part in parts if part is not None for tensor in part.state_dict().values()):
+    # not state_dict(), which puts weights back into shards
+    for tensor in (t.detach() for part in parts if part is not None for t in chain(part.parameters(), part.buffers())):
         transaction.on_failure(partial(tensor.copy_, tensor.clone()))
     module, norm, final = parts
     with torch.no_grad():
@@ -140,19 +168,25 @@ def _look(
     calibration: Calibration,
     advance: Callable[[int], None],
 ) -> Any:
-    host, seen = watch.host, 0
+    host, seen, is_first = watch.host, calibration.first_number, watch is watched[0]
     with evaluating(host.root):
         batches, axes = with_axes(host, [watch.stack], calibration.inputs(host))
         watch.orient(axes.get(watch.stack.name))
         for inputs in batches:
-            if seen == 0 and watch is watched[0]:
+            if is_first:
+                is_first = False
                 blocks = list(dict.fromkeys(block for each in watched for block in (each.kept, each.last)))
                 endings = find_endings(host, blocks, cut(inputs, 2))
                 for each in watched:
                     with holding(each.kept, each.last):
                         each.settle([endings[each.kept], endings[each.last]])
+            if moves_together(host.root):  # where one leaves the site alone, the others would wait for it
+                watch.reason = next(filter(None, gather(lambda: watch.reason)), None)
+            found = None if watch.reason is not None else _pass(watch, before, healed, inputs)
+            if isinstance(inputs, Idle):
+                continue
             if watch.reason is None:
-                watch.take(inputs, seen, _pass(watch, before, healed, inputs))
+                watch.take(inputs, seen, found)
             seen += batch_size(inputs)
             advance(batch_size(inputs))
     return watch.part()
@@ -167,11 +201,13 @@ def _pass(
         How sensitive the outputs are to what the last removed block puts out; None where it cannot be told.
     """
 
+    apart = not moves_together(watch.host.root)  # else a pass that ends early would leave the others waiting
+
     # hooks run in the order in which they are made: what is noted is noted before a pass ends
     def handles(*which: str, end: nn.Module | None = None) -> Iterator[Any]:
         for each in which:
             yield from watch.hooks(each)
-        if end is not None:
+        if end is not None and apart:
             yield end.register_forward_hook(enough)
 
     together = ("last", *(() if before else ("kept",)))
@@ -187,7 +223,7 @@ def _pass(
         return found
     with ExitStack() as inside:
         for earlier, healing in healed:
-            inside.enter_context(holding(*_parts(healing, earlier.kept)))
+            inside.enter_context(holding(*(_parts(healing, earlier.kept) if apart else [earlier.kept])))
         undo = Transaction()
         inside.callback(undo.roll_back)
         for earlier, healing in healed:

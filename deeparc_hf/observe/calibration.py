@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -12,13 +13,21 @@ from torch import Tensor
 
 from ..architectures import Host
 from ..core.caller import warn_caller
+from ..core.distributed import gather
 from ..core.progress_bars import bar, samples_in
+from ..core.shards import moves_together
 from ..errors import CalibrationError, CalibrationWarning
 from .batches import batch_size, columns, cut, forward_kwargs, is_cuttable, padding_masks
 
-__all__ = ["Calibration", "chosen_rows"]
+__all__ = ["Calibration", "Idle", "chosen_rows"]
 
 T = TypeVar("T")
+
+
+class Idle(dict[str, Any]):
+    """Inputs that a process runs only because others still have some, where all have to run together: nothing is noted
+    of them.
+    """
 
 
 class Calibration:
@@ -44,6 +53,11 @@ class Calibration:
         """The samples that there are; None where only going through them would tell."""
         return samples_in(self._batches)
 
+    @property
+    def first_number(self) -> int:
+        """The number that this process's first sample has among those of all processes."""
+        return 0
+
     def __iter__(self) -> Iterator[Any]:
         return self._noted(iter(self._batches))
 
@@ -68,8 +82,13 @@ class Calibration:
 
     def inputs(self, host: Host) -> Iterator[dict[str, Any]]:
         """What the model takes of each batch, labels included, on its device; the last one cut so that no more than
-        `samples` come, or left out if it cannot be cut, unless it is the first.
+        `samples` come, or left out if it cannot be cut, unless it is the first. Where processes have to run together,
+        those that have no more of them get `Idle` ones until all are through.
         """
+        own = self._own_inputs(host)
+        return _in_step(own) if moves_together(host.root) else own
+
+    def _own_inputs(self, host: Host) -> Iterator[dict[str, Any]]:
         seen = 0
         for batch in chain.from_iterable(columns(host, batch) for batch in self):
             inputs = forward_kwargs(host, batch)
@@ -98,6 +117,22 @@ def chosen_rows(rows: int, samples: int, seed: int, skip: int = 0) -> list[int]:
     """
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     return order[skip:][:samples].tolist()
+
+
+def _in_step(own: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    last: dict[str, Any] | None = None
+    while True:
+        inputs = next(own, None)
+        more = gather(partial(bool, inputs))
+        if not any(more):
+            return
+        if (last is None and inputs is None) or (last is None and not all(more)):
+            raise CalibrationError(
+                f"Process {more.index(False)} of {len(more)} has no calibration samples, and where parameters are "
+                "sharded all have to run together. Give more samples, or batches of fewer."
+            )
+        last = inputs or last
+        yield inputs if inputs is not None else Idle(last or {})
 
 
 def _warn_unmasked(host: Host, inputs: dict[str, Any]) -> None:

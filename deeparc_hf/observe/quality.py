@@ -14,7 +14,7 @@ from ..architectures import find_host
 from ..core.statistics import wilson_interval
 from ..errors import CalibrationError, DeepArcError
 from .batches import batch_size
-from .calibration import Calibration
+from .calibration import Calibration, Idle
 from .forward import evaluating
 
 __all__ = ["measure_quality"]
@@ -72,6 +72,8 @@ def _answers(
     set_seed(0)  # a collator that masks tokens at random masks the same each time
     for inputs in calibration.inputs(host):
         output = model(**inputs, **({"use_cache": False} if host.takes_cache else {}))
+        if isinstance(inputs, Idle):
+            continue
         loss = output.get("loss") if isinstance(output, Mapping) else None
         if loss is None:
             raise CalibrationError("The model puts out no loss.")

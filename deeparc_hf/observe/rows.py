@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..architectures import Host, Stack
 from ..similarity import SimilarityMetric
 from .axes import SIDE_BY_SIDE, Axes, Padding, find_axes
-from .calibration import Calibration
+from .calibration import Calibration, Idle
 from .collect import Observed, collect, note_first, require_finite
 from .forward import forward
 from .hooks import did_not_run, hidden_states, hooked
@@ -171,6 +171,8 @@ def observe(
                 for observer in observers:
                     observer.begin(inputs)
                 forward(host, inputs)
+                if isinstance(inputs, Idle):
+                    continue  # what the hooks have kept gives way to the next batch
                 for observer in observers:
                     observer.flush()
                 yield inputs

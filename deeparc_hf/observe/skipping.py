@@ -14,7 +14,7 @@ from torch import Tensor
 from ..architectures import Host, Stack
 from ..similarity import SkippingMetric
 from ..similarity.divergence import Head
-from .calibration import Calibration
+from .calibration import Calibration, Idle
 from .collect import Observed, collect, note_first, require_finite
 from .forward import forward
 from .hooks import skipped
@@ -40,15 +40,18 @@ class StackSkipper:
         Raises:
             CalibrationError: if an output is not finite, or a block did not run or cannot be skipped.
         """
-        self.count += max(len(head.values) for head in full)
-        for head in full:
-            note_first(self._first, head.name, head.values)
+        counts = not isinstance(inputs, Idle)
+        if counts:
+            self.count += max(len(head.values) for head in full)
+            for head in full:
+                note_first(self._first, head.name, head.values)
         for index in range(len(self.stack)):
             if index not in self.stack.pinned:
                 with skipped(self.stack, index):
                     found = heads_of(self._host, forward(self._host, inputs, without_cache=True), inputs)
-                _check_finite(self._host, found, f" without block {index} of {self.stack.name}")
-                self.metric.update(index, full, found)
+                if counts:
+                    _check_finite(self._host, found, f" without block {index} of {self.stack.name}")
+                    self.metric.update(index, full, found)
 
     def label(self, key: int | str) -> str:
         return f"{type(self._host.root).__name__} ({key})"
@@ -77,7 +80,8 @@ def skip_blocks(
             _check_finite(host, full)
             for skipper in skippers:
                 skipper.take(inputs, full)
-            yield inputs
+            if not isinstance(inputs, Idle):
+                yield inputs
 
     return collect(host, skippers, calibration, passes, "Skipping blocks", progress)
 

@@ -26,16 +26,18 @@ from transformers.utils import find_labels
 
 from ..core.distributed import gather, process_count, process_index
 from ..core.progress_bars import samples_in
+from ..core.shards import moves_together
 from ..errors import CalibrationError
 from .calibration import Calibration, chosen_rows
 from .forward import keeping_random_states, seed_random
 from .untouched import ReadOnceError, apart, untouched
 
-__all__ = ["Sampling", "TrainingCalibration", "calibration_of", "kept_columns"]
+__all__ = ["Sampling", "TrainingCalibration", "calibration_of", "kept_columns", "share_of"]
 
 # dimensions of what a model reads, in a batch; a row has one less
 _DIMENSIONS = {"input_ids": 2, "inputs_embeds": 3, "pixel_values": 4, "input_features": 3, "input_values": 2}
 _LABELS = ("labels", "label", "label_ids")
+_GROUP = 64  # samples: of 8 tokens each they fill a group of the default metric
 
 
 T = TypeVar("T")
@@ -112,7 +114,7 @@ class TrainingCalibration(Calibration):
 
     def together(self, look: Callable[[], T]) -> list[T]:
         """What looking at its share gives in each process."""
-        return gather(look)
+        return gather(look, together=self._model is not None and moves_together(self._model))
 
     @property
     def chooses(self) -> bool:
@@ -122,10 +124,14 @@ class TrainingCalibration(Calibration):
     @property
     def num_samples(self) -> int | None:
         """The samples that this process goes through, for progress bars; None where that is not known."""
-        count, index = process_count(), process_index()
         if self.chooses:
-            return len(range(index, min(max(0, len(self._data) - self._skip), self._config.calibration_samples), count))
-        return None if self._how is not None or count > 1 else samples_in(self._data)
+            return len(self._share())
+        return None if self._how is not None or process_count() > 1 else samples_in(self._data)
+
+    @property
+    def first_number(self) -> int:
+        """The number that this process's first sample has among those of all processes, as far as it is known."""
+        return self._share().start if self.chooses else 0
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()
@@ -186,12 +192,19 @@ class TrainingCalibration(Calibration):
     def _fetch(self) -> Iterator[Any]:
         count, index = process_count(), process_index()
         if self.chooses:
+            share = self._share()
+            self.samples = max(self.samples, len(share))
             chosen = chosen_rows(len(self._data), self._config.calibration_samples, self._config.seed, self._skip)
-            share = chosen[index::count]
-            return iter(self._loader(Subset(self._data, share)) if share else ())
+            own = chosen[share.start : share.stop]
+            return iter(self._loader(Subset(self._data, own)) if own else ())
         seed_random(None, self._config.seed)  # samplers draw on the CPU
         batches = self._data if self._how is None else self._loader(self._data)
         return islice(iter(batches), *((None,) if self._shared_out else (index, None, count)))
+
+    def _share(self) -> range:
+        """Which of the chosen samples are this process's."""
+        total = min(max(0, len(self._data) - self._skip), self._config.calibration_samples)
+        return share_of(total, process_count(), process_index())
 
     def _loader(self, data: Any) -> DataLoader:
         return DataLoader(data, collate_fn=self._collated, generator=torch.Generator(), **self._how)
@@ -259,6 +272,15 @@ def calibration_of(
     return TrainingCalibration(
         given, loader, size, config, again=again, model=model, columns=columns, processing_class=processing_class
     )
+
+
+def share_of(total: int, processes: int, index: int) -> range:
+    """Which of so many samples one of several processes looks at: neighbours, so that the groups in which metrics
+    compare rows are the same whatever the number of processes, where there are enough.
+    """
+    unit = _GROUP if total >= _GROUP * processes else 1
+    first, last = (total // unit * part // processes * unit for part in (index, index + 1))
+    return range(first, total if index + 1 == processes else last)
 
 
 def kept_columns(model: nn.Module, args: TrainingArguments, loader: Any) -> frozenset[str] | None:

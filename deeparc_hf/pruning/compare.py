@@ -12,6 +12,7 @@ from torch import nn
 from ..architectures import Host, Stack, Subject, describe
 from ..checkpoint.record import check_record, current_record
 from ..core.caller import warn_caller
+from ..core.shards import numel
 from ..errors import CalibrationError, CalibrationWarning, SurgeryError
 from ..observe.calibration import Calibration
 from ..observe.collect import Observed
@@ -60,7 +61,7 @@ def compare_blocks(
                 similarity=_similarity(stack.name, rows[:, first : first + len(stack)]),
                 before=tuple(map(tuple, rows[:, :first].tolist())) if first else (),
                 pinned=pinned,
-                parameters=tuple(sum(p.numel() for p in block.parameters()) for block in stack.blocks),
+                parameters=tuple(sum(map(numel, block.parameters())) for block in stack.blocks),
                 frozen=frozen.get(stack.name, ()),
             )
             first += len(stack)

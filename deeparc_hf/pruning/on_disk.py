@@ -6,6 +6,7 @@ tensors that stay are copied.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ from ..checkpoint.stored import (
     WEIGHTS,
     StoredTensor,
     new_key,
+    overwrite,
     stored_tensors,
     weight_files,
     write_tensors,
@@ -45,7 +47,9 @@ from ..core.compat import may_be_missing
 from ..core.files import whole_folder
 from ..core.offload import blocks_on_disk
 from ..core.plain_text import quoted
-from ..errors import ConfigError, PlanError, RecordError, UnsupportedModelError
+from ..errors import ConfigError, PlanError, RecordError, SurgeryError, UnsupportedModelError
+from ..healing.heal import healed_tensors
+from ..healing.sites import Healing
 from .plan import PruningPlan
 from .rebuild import require_told, skeletons
 from .surgery import apply_plan, remove_blocks
@@ -109,10 +113,12 @@ class DiskSurgery:
     Attributes:
         frame: the smaller model on the meta device, with its settings and its record.
         removed: by stack, the blocks that go.
+        healings: repairs of the blocks before those, which were fitted beforehand.
     """
 
     frame: Any
     removed: Mapping[str, Sequence[int]]
+    healings: Sequence[Healing]
     _base: str
     _hub: Mapping[str, Any]
     _namer: Callable[[str], str]
@@ -126,11 +132,16 @@ class DiskSurgery:
         *,
         freeze: str = "none",
         auto_class: Any = None,
+        healings: Sequence[Healing] | None = None,
         **hub: Any,
     ) -> DiskSurgery:
-        """Settle it; arguments and errors as those of `prune_checkpoint`. No weights are read."""
+        """Settle it; arguments and errors as those of `prune_checkpoint`. No weights are read.
+
+        Args:
+            healings: the repairs that a plan asks for, fitted beforehand (`fit_sites`).
+        """
         base = str(checkpoint)
-        if isinstance(what, PruningPlan) and what.removed and what.config.heal is not None:
+        if healings is None and isinstance(what, PruningPlan) and what.removed and what.config.heal is not None:
             raise ConfigError(
                 f"The plan repairs the kept blocks (heal={what.config.heal!r}), which takes data and a model in "
                 "memory: prune_model(model, dataloader, plan)."
@@ -154,7 +165,7 @@ class DiskSurgery:
         else:
             remove_blocks(frame, what, freeze, verify=False)
             removed = {name: sorted(blocks) for name, blocks in what.items() if len(blocks)}
-        return cls(frame, removed, base, hub, namer, Layout.without(lengths, removed))
+        return cls(frame, removed, healings or (), base, hub, namer, Layout.without(lengths, removed))
 
     def write(
         self, folder: Path, *, example: Any = None, verify: bool = True, max_shard_size: int | str | None = None
@@ -164,16 +175,52 @@ class DiskSurgery:
         found = _Found.of(self._base, self._hub, self._namer, self._layout)
         found.require_whole(self._base, self.frame, self._namer)
         _write_weights(folder, found, most)
-        smaller = describe(self.frame)
         _settle_dtype(self.frame.config, folder)
         # a mark of files is one of the live model where tensors are stored as the model has them
         mark = mark_of_files(folder) if found.fits(self.frame, self._namer) else None
-        record = current_record(smaller).with_mark(mark)
-        smaller.host.set_record(record.to_dict())
-        _write_settings(folder, self.frame)
+        record = self._note(folder, mark)
         if verify:
             self._verify(folder, example)
+        if self.healings:
+            self._heal(folder)
+            record = self._note(folder, None if mark is None else mark_of_files(folder))
         return record
+
+    def _note(self, folder: Path, mark: str | None) -> PrunedConfig:
+        """Write the settings, with a record that has the mark of the weights."""
+        smaller = describe(self.frame)
+        host, record = smaller.host, current_record(smaller)
+        if self.healings and record.iterations:
+            *earlier, last = record.iterations
+            noted = {**last, "healing": [healing.to_dict() for healing in self.healings]}
+            record = dataclasses.replace(record, iterations=(*earlier, noted))
+        record = record.with_mark(mark)
+        host.set_record(record.to_dict())
+        _write_settings(folder, self.frame)
+        return record
+
+    def _heal(self, folder: Path) -> None:
+        """Change the maps of the kept blocks in the files, in place.
+
+        Raises:
+            SurgeryError: if one of them is not stored as the model has it.
+        """
+        places = self._layout.kept
+        stored = {self._namer(t.key): t for file in sorted(folder.glob("*.safetensors")) for t in stored_tensors(file)}
+        with TemporaryDirectory(dir=folder) as scratch:
+            smaller = describe(_offloaded(type(self.frame), self.frame, str(folder), scratch, {}))
+            for healing in self.healings:
+                stack = smaller.stacks[healing.site.stack]
+                place = places[healing.site.stack].index(healing.site.kept)
+                for name, value in healed_tensors(healing, stack.blocks[place]).items():
+                    path = f"{healing.site.stack}.{place}.{name}"
+                    found = stored.get(path)
+                    if found is None or tuple(found.entry["shape"]) != tuple(value.shape):
+                        raise SurgeryError(
+                            f"{path} is not stored as the model has it, so its repair cannot be written. Leave heal "
+                            "out."
+                        )
+                    overwrite(found, value)
 
     def _verify(self, folder: Path, example: Any) -> None:
         """A forward pass of both checkpoints, whose blocks stay on the disk.

@@ -13,6 +13,7 @@ from ..architectures import Subject, describe
 from ..core.environment import hardware, package_versions
 from ..core.files import finite, write_whole
 from ..core.markdown import made_with, table
+from ..core.shards import numel
 from ..healing.sites import healing_text
 from ..pruning.config import MPruneConfig
 from .attempts import STAGES, Attempt
@@ -32,7 +33,7 @@ _STAGES_TEXT = (
 def structure_of(model: nn.Module, subject: Subject | None = None) -> dict[str, Any]:
     """Number of blocks of each stack, and of parameters of all of a model, which may lie around what is described."""
     lengths = describe(model if subject is None else subject).lengths
-    return {"blocks": lengths, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    return {"blocks": lengths, "parameters": sum(map(numel, model.parameters()))}
 
 
 def run_table(attempts: Sequence[Attempt], metric: str | None = None) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
 from transformers import TrainingArguments
 
-from ..checkpoint.weights_mark import mark_of_model
 from ..core.environment import hardware
 from ..reports.attempts import Evaluation
 from ..reports.provenance import VALIDATION, origin_of, same_data, training_settings
@@ -43,21 +41,32 @@ class Evaluations:
         self._validation.add(same_data(dataset))
         self._data.setdefault("evaluation", origin_of(dataset))
 
-    def evaluation(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any, **known: Any) -> Evaluation:
-        """An evaluation: its figures, the data, and a mark of the weights that it is of."""
+    def evaluation(self, metrics: Mapping[str, Any], loader: Any, mark: str | None, **known: Any) -> Evaluation:
+        """An evaluation: its figures, the data, and a mark of the weights that it is of (None: not known)."""
         dataset = getattr(loader, "dataset", None)
         data = origin_of(dataset)
         if dataset is not None and same_data(dataset) in self._validation:
             data["use"] = VALIDATION
         figures = {key: float(v) for key, v in metrics.items() if isinstance(v, (int, float)) and key != "epoch"}
-        return Evaluation.of(figures, data=data, mark=mark_of_model(model), **known)
+        return Evaluation.of(figures, data=data, mark=mark, **known)
 
-    def conclude(self, model: nn.Module, metrics: Mapping[str, Any], loader: Any) -> Evaluation:
+    def conclude(self, metrics: Mapping[str, Any], loader: Any, mark: str | None) -> Evaluation:
         """Note an evaluation after the training, in the place of an earlier one with the same metrics and data."""
-        new = self.evaluation(model, metrics, loader)
+        new = self.evaluation(metrics, loader, mark)
         others = [e for e in self._final if e.figures.keys() != new.figures.keys() or e.data != new.data]
         self._final = [*others, new]
         return new
+
+    def take_over(self, data: Mapping[str, Any], validation: Iterable[str], epochs: float) -> None:
+        """Take over what earlier links of a training of so many epochs know of its evaluations."""
+        self._data = {**self._data, **data}
+        self._validation |= set(validation)
+        self._training["epochs"] = epochs
+
+    @property
+    def validation(self) -> list[str]:
+        """What tells the data sets that were evaluated on, in another process too."""
+        return sorted(known for known in self._validation if isinstance(known, str))
 
     @property
     def data(self) -> dict[str, Any]:

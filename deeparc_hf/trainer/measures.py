@@ -5,6 +5,7 @@ looks at.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.progress_bars import shows_bars
@@ -51,6 +52,18 @@ class Stages:
         self._found = {"before": last} if same else {}
         if not same:
             self.measure("before", step)
+
+    def after(self, known: Mapping[str, Any], stage: str, step: int) -> dict[str, Any]:
+        """What was measured before a pruning, with a measure of the model that it has made, on the same data."""
+        if known:
+            self._data, self._found = known["before"]["data"], dict(known)
+            self.measure(stage, step)
+        return self.take() if known else {}
+
+    def known_before(self) -> dict[str, Any]:
+        """What was measured before the pruning that was taken back last."""
+        stages = self._progress.attempts[-1].stages
+        return {"before": stages["before"]} if "before" in stages else {}
 
     def measure(self, stage: str, step: int) -> None:
         """Measure the model as it is now."""

@@ -19,6 +19,8 @@ from ..search.search import check_search
 from .callback import SessionCallback
 from .follow_checkpoint import guard, guard_successors, record_of, thaw_noted
 from .gate import check_measured
+from .link import Link
+from .linked_run import LinkedRun, prepare_link
 from .machine import Phase, Progress
 from .model_copies import refuse_copies, warn_of_copies
 from .pruning_run import PruningRun
@@ -91,6 +93,7 @@ class MPruneCallback(SessionCallback):
         self.plan: PruningPlan | None = None
         self.record: PrunedConfig | None = None
         self._sharded: Progress | None = None  # what was done before parameters were sharded
+        self._link: Link | None = None  # of a chain of trainings, which this process was launched for
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -116,8 +119,16 @@ class MPruneCallback(SessionCallback):
         if self._run is not None:  # an interrupted run of another Trainer may have left it
             self._run.operations.teaching.forget()
         self._run = self.session = None
+        self._link = Link.of_environment()
         model = kwargs.get("model")
-        if model is None:
+        if model is None:  # it will be made by model_init
+            if self._link is not None:
+                raise ConfigError(
+                    "A chain of trainings (deeparc run) says which model to load: give the Trainer a model."
+                )
+            return
+        if self._link is not None:
+            prepare_link(self._link, self.config, args, model)
             return
         check_record(model, self.config.iterations)  # what is not supported is refused before any work is done
         trainer = calling_trainer()
@@ -139,12 +150,13 @@ class MPruneCallback(SessionCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if is_sharded(args):
+        if is_sharded(args) and self._link is None:
             if self._sharded is None:
                 raise SurgeryError(
                     "The parameters of this run are sharded (FSDP or DeepSpeed) when training begins, and blocks "
-                    "cannot be taken out then. Give MPruneCallback(calibration=...), so that it prunes when the "
-                    "Trainer is made, or call prune_model(model, dataloader, config) before the Trainer is made and "
+                    "cannot be taken out then. Have `deeparc run` launch this script, which carries the prunings out "
+                    "between trainings; or give MPruneCallback(calibration=...), so that it prunes once, when the "
+                    "Trainer is made; or call prune_model(model, dataloader, config) before the Trainer is made and "
                     "leave the callback out."
                 )
             if state.global_step > 0 and self._saved_progress(state).record != self._sharded.record:
@@ -160,8 +172,8 @@ class MPruneCallback(SessionCallback):
         trainer = calling_trainer()
         self._others = ()
         if trainer is not None:
-            # the optimizer stays when this Trainer trains again
-            guard(kwargs["model"], args.output_dir, kwargs.get("optimizer"), trainer)
+            if self._link is None:  # the optimizer stays when this Trainer trains again
+                guard(kwargs["model"], args.output_dir, kwargs.get("optimizer"), trainer)
             self._others = [callback for callback in trainer.callback_handler.callbacks if callback is not self]
             refuse_copies(self._others)
             check_measured(self.config, args, trainer)
@@ -173,7 +185,10 @@ class MPruneCallback(SessionCallback):
         self._run = None  # until the new one has begun
         if before is not None:
             before.operations.teaching.stop()
-        run = PruningRun(self.config, calibration, session, progress)
+        if self._link is None:
+            run = PruningRun(self.config, calibration, session, progress)
+        else:
+            run = LinkedRun(self.config, calibration, session, progress, self._link, trainer)
         if state.global_step > 0:
             run.resume(self._saved(state)[0])
         else:
@@ -191,10 +206,16 @@ class MPruneCallback(SessionCallback):
             self._others = ()  # they have been told of
         super().on_epoch_begin(args, state, control, **kwargs)
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if isinstance(self._run, LinkedRun):
+            self._run.checkpoint_saved()
+
     def _progress(self, model: Any, state: TrainerState) -> Progress:
         """Where the run stands: at its beginning, as a checkpoint says, or as auto_find_batch_size begins it again."""
         if state.global_step > 0:
             return self._saved_progress(state)
+        if self._link is not None and self._link.standing.progress is not None:
+            return Progress.from_dict(self._link.standing.progress)
         run = self._run
         if run is not None and not run.ended and run.session.model is model and run.progress.in_retraining:
             then = None if run.progress.record is None else PrunedConfig.from_dict(run.progress.record)

@@ -33,7 +33,13 @@ from .session import Event, Session
 from .snapshots import drop_unused, free_name, read_plans, restore_weights, save_snapshot, set_groups
 from .teacher import Teaching, removed_since
 
-__all__ = ["Operations"]
+__all__ = ["Operations", "frozen_after"]
+
+
+def frozen_after(plan: PruningPlan) -> dict[str, list[int]]:
+    """The blocks that a plan freezes, by stack, as they are numbered once it is carried out."""
+    left = Layout.without({name: len(stack) for name, stack in plan.stacks.items()}, plan.removed)
+    return lists(left.places({name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}))
 
 
 class Operations:
@@ -215,8 +221,7 @@ class Operations:
         note_frozen(self._model, [parameter for parameter in trainable if not parameter.requires_grad])
         self.plan = plan
         p.record = record.to_dict()
-        left = Layout.without({name: len(stack) for name, stack in plan.stacks.items()}, plan.removed)
-        p.frozen = lists(left.places({name: stack.frozen for name, stack in plan.stacks.items() if stack.frozen}))
+        p.frozen = frozen_after(plan)
         self.teaching.follow()
         follow_in_wrapper(self._model)
         self._session.tell(Event.PRUNED)

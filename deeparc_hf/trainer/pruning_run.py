@@ -29,20 +29,20 @@ class PruningRun(Member):
         self, config: MPruneConfig, calibration: TrainingCalibration, session: Session, progress: Progress
     ) -> None:
         self._asked = config
-        steps = session.state.max_steps, session.steps_per_epoch
+        steps = session.max_steps, session.steps_per_epoch
         self.config = config = for_training(config, *steps, session.args.eval_on_start)
         self.session = session
         self.progress = progress
         self.metric, self.greater_is_better = metric_of(config, session.args)
         self.reporter = Reporter(config, session, progress, self.metric)
-        self.operations = Operations(config, calibration, session, progress, self.reporter)
+        self.operations = self._operations(calibration)
         self.machine = Machine(
             config,
             progress,
             self.operations,
             metric=self.metric,
             greater_is_better=self.greater_is_better,
-            max_steps=session.state.max_steps,
+            max_steps=session.max_steps,
             retraining=config.retrain_epochs * (session.steps_per_epoch or 0),
         )
         if config.gated:
@@ -50,6 +50,9 @@ class PruningRun(Member):
         # the weights as they are to stay, where nothing is left to do, but the Trainer makes one more step
         self._spare: dict[str, torch.Tensor] | None = None
         self._step_began = 0.0
+
+    def _operations(self, calibration: TrainingCalibration) -> Operations:
+        return Operations(self.config, calibration, self.session, self.progress, self.reporter)
 
     # ---- beginning ----
 
@@ -80,7 +83,7 @@ class PruningRun(Member):
         check_gate(self.config, session.args)
         if changed:
             self.reporter.warn_of_changes(changed)
-        over = p.stopped or session.step >= session.state.max_steps
+        over = p.stopped or session.step >= session.max_steps
         self.machine.resume(changed=bool(changed))
         is_last = self.machine.is_last and p.in_retraining
         self.operations.resume(self.reporter.read_plan(), over, rehearsed=not (p.is_over or is_last))
@@ -93,7 +96,7 @@ class PruningRun(Member):
     def _check_epochs(self) -> None:
         session = self.session
         by_steps = session.args.max_steps > 0
-        check_epochs(self.config, session.state.max_steps, session.steps_per_epoch, by_steps=by_steps)
+        check_epochs(self.config, session.max_steps, session.steps_per_epoch, by_steps=by_steps)
 
     @property
     def may_be_taken_back(self) -> bool:
@@ -138,7 +141,7 @@ class PruningRun(Member):
             return
         self.progress.attempts[-1].training_seconds += time.perf_counter() - self._step_began
         args, of_epoch = self.session.args, self.session.steps_per_epoch
-        by_epoch = args.eval_strategy == "epoch" and args.eval_delay <= self.session.epoch
+        by_epoch = args.eval_strategy == "epoch" and args.eval_delay <= (self.session.state.epoch or 0.0)
         follows = by_epoch and bool(of_epoch) and step % of_epoch == 0  # the Trainer's own, at the end of the epoch
         # Saved and then evaluated, a checkpoint would not know the verdict, and a resumed run would lack the evaluation
         if control.should_save and (self.machine.wants_evaluation(step) or follows):

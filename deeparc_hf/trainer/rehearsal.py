@@ -9,6 +9,7 @@ from torch import nn
 
 from ..architectures import Subject, describe
 from ..core.distributed import gather
+from ..core.shards import moves_together
 from ..errors import CalibrationError
 from ..observe.axes import find_axes
 from ..observe.batches import batch_size, forward_kwargs
@@ -47,7 +48,7 @@ def rehearse(model: nn.Module | Subject, calibration: TrainingCalibration, name:
                     f"No calibration batch could be made and run: {type(error).__name__}: {error}. {way_out}"
                 ) from error
 
-    if not sum(gather(work)):
+    if not sum(gather(work, together=moves_together(host.root))):
         raise CalibrationError(f"The calibration data gave no samples. {way_out}")
 
 

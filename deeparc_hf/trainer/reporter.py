@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.weights_mark import mark_of_model
 from ..errors import ConfigError, PlanError
 from ..healing.sites import Healing
 from ..pruning.config import MPruneConfig
@@ -66,7 +65,7 @@ class Reporter:
         """Note the figures of an evaluation, in the model's record too."""
         p, session = self._progress, self._session
         known = {"step": session.step, "epoch": session.epoch, "sparse": session.zeroed_at is not None}
-        evaluation = session.evaluations.evaluation(session.model, metrics, loader, **known)
+        evaluation = session.evaluations.evaluation(metrics, loader, session.mark(), **known)
         self._attempt.evaluations += (evaluation,)
         if p.in_retraining:
             self._record(evaluation)
@@ -79,7 +78,7 @@ class Reporter:
 
     def conclude_with(self, metrics: Mapping[str, Any], loader: Any) -> None:
         """Note an evaluation after the training's end: it is of the model that is left."""
-        evaluation = self._session.evaluations.conclude(self._session.model, metrics, loader)
+        evaluation = self._session.evaluations.conclude(metrics, loader, self._session.mark())
         if self._progress.accepted and evaluation.is_of_evaluation_data:
             self._record(evaluation)
         self.write()
@@ -122,7 +121,7 @@ class Reporter:
             return
         session.folder.mkdir(parents=True, exist_ok=True)
         metric = self._metric if self._config.gated or self._config.metric else None
-        weights = mark_of_model(session.model) if p.is_over else None
+        weights = session.mark() if p.is_over else None
         more = {**session.evaluations.to_dict(), "weights": weights, "end": self._end}
         write_run_report(session.folder, self._config, p.for_report(), metric, session.zeroed_at, more)
 
@@ -166,9 +165,9 @@ class Reporter:
         """Tell what is going to happen, and what is doubtful, so that a mistake is seen at once."""
         c, session = self._config, self._session
         if session.steps_per_epoch is None:
-            length = f"the training has {session.state.max_steps} steps"
+            length = f"the training has {session.max_steps} steps"
         else:
-            epochs = session.state.max_steps / session.steps_per_epoch
+            epochs = session.max_steps / session.steps_per_epoch
             length = f"{needed_epochs(c)} of the training's {epochs:g} epochs"
         parts = [f"{_count(c.start_epoch, 'epoch')} before the first pruning"] if c.start_epoch else []
         retraining = f"{_count(c.retrain_epochs, 'epoch')} of retraining{' each' if c.iterations > 1 else ''}"
@@ -247,7 +246,7 @@ class Reporter:
         p, session, state = self._progress, self._session, self._session.state
         ended_at = f"step {session.step}"
         if state.epoch is not None:
-            ended_at = f"epoch {state.epoch:g} of {state.num_train_epochs}"
+            ended_at = f"epoch {session.epoch:g} of {session.epochs:g}"
         self._end = outcome_of(p, session, self._config, self._metric)
         blocks, parameters = self._end["blocks"], self._end["parameters"]
         frozen = _count(sum(map(len, p.frozen.values())), "block")

@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import default_logdir, get_repo
 
 from ..architectures import Subject, describe
 from ..checkpoint.record import PrunedConfig, current_record
+from ..checkpoint.weights_mark import mark_of_model
 from ..core.caller import warn_caller
 from ..core.offload import is_offloaded
 from ..errors import UnsupportedModelError
@@ -90,6 +91,11 @@ class Session:
         with suppress(TypeError):
             self.steps_per_epoch = max(-(-len(self.loader) // args.gradient_accumulation_steps), 1)
         self.folder = Path(args.output_dir)
+        # where this training is a link of a longer one (`link`): what came before it, and how long the whole is
+        self.steps_before, self.epochs_before = 0, 0.0
+        self.whole_steps: int | None = None
+        self.whole_epochs: float | None = None
+        self.known_mark: str | None = None  # of weights that are in shards, and stay as they are
         self.members: list[Member] = []  # in the order of the Trainer's callbacks
         self.zeroed_at: int | None = None  # optimizer step at which weights were zeroed last
         self.evaluations = Evaluations(args, self.loader)
@@ -110,11 +116,21 @@ class Session:
 
     @property
     def step(self) -> int:
-        return self.state.global_step
+        return self.steps_before + self.state.global_step
 
     @property
     def epoch(self) -> float:
-        return self.state.epoch or 0.0
+        return self.epochs_before + (self.state.epoch or 0.0)
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.state.max_steps if self.whole_steps is None else self.whole_steps
+
+    @property
+    def epochs(self) -> float:
+        """Epochs of the whole training."""
+        return self.state.num_train_epochs if self.whole_epochs is None else self.whole_epochs
 
     @property
     def is_main(self) -> bool:
@@ -147,6 +163,10 @@ class Session:
     def subject(self) -> Subject:
         self._subject = describe(self._subject)
         return self._subject
+
+    def mark(self) -> str | None:
+        """The mark of the model's weights; None where it is not known."""
+        return mark_of_model(self.model) or self.known_mark
 
     def record(self) -> PrunedConfig:
         return current_record(self.subject)

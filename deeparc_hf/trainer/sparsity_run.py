@@ -11,7 +11,6 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from ..checkpoint.weights_mark import mark_of_model
 from ..core.environment import package_versions
 from ..core.files import finite, write_whole
 from ..core.markdown import made_with, table
@@ -213,13 +212,13 @@ class SparsityRun(Member):
         self.check(note=False)
         session = self.session
         known = {"step": session.step, "epoch": session.epoch, "sparse": self.progress.phase != WAITING}
-        evaluation = session.evaluations.evaluation(session.model, metrics, loader, **known)
+        evaluation = session.evaluations.evaluation(metrics, loader, session.mark(), **known)
         blocks = sum(session.subject.lengths.values())
         self.progress.evaluations.append({**evaluation.to_dict(), "blocks": blocks})
         self._write()
 
     def evaluated_after_end(self, metrics: Mapping[str, Any], loader: Any) -> None:
-        self.session.evaluations.conclude(self.session.model, metrics, loader)
+        self.session.evaluations.conclude(metrics, loader, self.session.mark())
         self._write()
 
     def end(self) -> None:
@@ -349,7 +348,7 @@ class SparsityRun(Member):
         config = self.config.to_dict() if p.report is None else p.report["config"]
         progress = {name: value for name, value in p.to_dict().items() if name != "sparsity"}
         data = {"config": config, **finite({**progress, **session.evaluations.to_dict()})}
-        data |= {"weights": mark_of_model(session.model) if self.ended else None, "versions": package_versions()}
+        data |= {"weights": session.mark() if self.ended else None, "versions": package_versions()}
         session.folder.mkdir(parents=True, exist_ok=True)
         write_whole(session.folder / f"{SPARSITY_REPORT}.json", json.dumps(data, indent=1) + "\n")
         write_whole(session.folder / f"{SPARSITY_REPORT}.md", _markdown(data))

@@ -19,6 +19,7 @@ from ..sparsity.methods import methods
 from ..sparsity.report import SparsityReport
 from ..sparsity.sparsify import matrices_for
 from .callback import SessionCallback
+from .link import Link
 from .session import Session
 from .sharded import is_sharded
 from .sparsity_run import SparsityProgress, SparsityRun
@@ -96,6 +97,11 @@ class WandaCallback(SessionCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._run = self.session = None  # an interrupted run of another Trainer may have left them
         model = kwargs.get("model")
+        if Link.of_environment() is not None:
+            raise ConfigError(
+                "Weights are zeroed after a chain of trainings, not in its links: leave WandaCallback out, and run "
+                "deeparc sparsify on the model that the chain ends with."
+            )
         if is_sharded(args):
             raise UnsupportedModelError(
                 "The parameters of this run will be sharded (FSDP, DeepSpeed), and no process would see whole rows of "

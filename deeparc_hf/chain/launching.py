@@ -1,0 +1,68 @@
+"""Launching a script by accelerate, one after another in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import LaunchError
+from ..trainer.link import LINK_VARIABLE
+
+__all__ = ["alone", "launch"]
+
+_PATIENCE = 30  # seconds for a script to end after Ctrl-C
+
+
+def launch(options: Sequence[str], script: str, arguments: Sequence[str], link: Path, lock: Any) -> None:
+    """Launch a script for a link, and wait for its end. It stops with this process; if that is killed, it holds the
+    lock as long as it lives.
+
+    Raises:
+        LaunchError: if it fails.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, script, *arguments]
+    held = {} if lock is None else {"pass_fds": (lock.fileno(),)}
+    environment = {**os.environ, LINK_VARIABLE: str(link)}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, **held)
+    try:
+        code = process.wait()
+    except BaseException:  # Ctrl-C has reached it too, from a terminal
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE if sys.stdin is not None and sys.stdin.isatty() else 0)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE)
+        process.kill()
+        process.wait()
+        raise
+    if code != 0:
+        raise LaunchError(
+            f"{script} ended with exit code {code}; what it printed says why. When that is mended, the same command "
+            "goes on from here."
+        )
+
+
+@contextlib.contextmanager
+def alone(file: Path, say: Callable[[str], None]) -> Iterator[Any]:
+    """Hold a lock, which what is launched inherits: waits for another chain there, and for a link that has outlived
+    the one that launched it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield None
+        return
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(
+                "Another chain is at work there, or a link that one launched before it was killed: waiting for its end."
+            )
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
