@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from ..core.registry import Registry
+from ..core.shards import shape_of
 from ..core.tables import html_table, spans
 from ..errors import SurgeryError
 from .hosts import Host
@@ -186,7 +187,7 @@ def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
     (T5's relative attention bias). Of two blocks that differ, the first is pinned. Where there are more and no two are
     alike, nothing is pinned by this rule.
     """
-    shapes = [{name: tuple(p.shape) for name, p in block.named_parameters()} for block in blocks]
+    shapes = [{name: shape_of(p) for name, p in block.named_parameters()} for block in blocks]
     common = max(shapes, key=shapes.count, default={})
     if len(shapes) == 2:
         common = shapes[1]

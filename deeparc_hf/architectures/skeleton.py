@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..core.compat import unsaved_buffers
+from ..core.shards import shape_of
 from .layout import Layout
 
 __all__ = ["Differences", "compare", "differing", "state_shapes"]
@@ -36,7 +37,7 @@ class Differences:
 
 def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter and persistent buffer."""
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    return {name: shape_of(value) for name, value in module.state_dict(keep_vars=True).items()}
 
 
 def compare(before: nn.Module, after: nn.Module, layout: Layout) -> Differences:
@@ -109,7 +110,7 @@ def _misshapen(name: str, module: nn.Module, counterpart: nn.Module) -> list[str
 
 def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return {name: tuple(tensor.shape) for name, tensor in tensors}
+    return {name: shape_of(tensor) for name, tensor in tensors}
 
 
 def _compare_attributes(

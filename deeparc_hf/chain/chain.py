@@ -17,7 +17,7 @@ from typing import Any
 from ..checkpoint.record import PrunedConfig
 from ..core.checks import MalformedError, read_json
 from ..core.files import whole_folder, write_whole
-from ..errors import ConfigError, RecordError
+from ..errors import ConfigError, LaunchError, RecordError
 from ..healing.stored import load_healings
 from ..pruning.on_disk import DiskSurgery, in_bytes
 from ..pruning.plan import PruningPlan
@@ -139,7 +139,14 @@ class Chain:
         self.say(f"Link {number} {_WHAT[link.kind]}{goes_on}.")
         settings = self.settings
         arguments = settings.filled(link.model, link.output, checkpoint)
-        launch(settings.launch, settings.script, arguments, link.folder / LINK_FILE, lock)
+        code = launch(settings.launch, settings.script, arguments, link.folder / LINK_FILE, lock)
+        # a link that has told is done, whatever its processes end with; behind the last one the script goes on
+        if code != 0 and (link.kind is Kind.END or not link.told.is_file()):
+            link.told.unlink(missing_ok=True)
+            raise LaunchError(
+                f"{settings.script} ended with exit code {code}; what it printed says why. When that is mended, the "
+                "same command goes on from here."
+            )
         if not link.told.is_file():
             raise ConfigError(
                 f"{settings.script} ended without an error, and its Trainer did not take part in the chain. Give it an "
@@ -209,7 +216,7 @@ class Chain:
                 shutil.copy2(link.output / name, self.model / name)
         if told.record is not None:
             PrunedConfig.from_dict(told.record).save_pretrained(self.model)
-            create_model_card(self.model)
+            create_model_card(self.model, model_name=self.out.name)
         for folder in self.out.glob("links/*"):
             for model in (folder / "model", folder / "start"):
                 shutil.rmtree(model, ignore_errors=True)

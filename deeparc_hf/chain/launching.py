@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import LaunchError
 from ..trainer.link import LINK_VARIABLE
 
 __all__ = ["alone", "launch"]
@@ -18,19 +17,16 @@ __all__ = ["alone", "launch"]
 _PATIENCE = 30  # seconds for a script to end after Ctrl-C
 
 
-def launch(options: Sequence[str], script: str, arguments: Sequence[str], link: Path, lock: Any) -> None:
-    """Launch a script for a link, and wait for its end. It stops with this process; if that is killed, it holds the
-    lock as long as it lives.
-
-    Raises:
-        LaunchError: if it fails.
+def launch(options: Sequence[str], script: str, arguments: Sequence[str], link: Path, lock: Any) -> int:
+    """Launch a script for a link, and wait for its end; its exit code. It stops with this process; if that is killed,
+    it holds the lock as long as it lives.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, script, *arguments]
     held = {} if lock is None else {"pass_fds": (lock.fileno(),)}
     environment = {**os.environ, LINK_VARIABLE: str(link)}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, **held)
     try:
-        code = process.wait()
+        return process.wait()
     except BaseException:  # Ctrl-C has reached it too, from a terminal
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE if sys.stdin is not None and sys.stdin.isatty() else 0)
@@ -40,11 +36,6 @@ def launch(options: Sequence[str], script: str, arguments: Sequence[str], link: 
         process.kill()
         process.wait()
         raise
-    if code != 0:
-        raise LaunchError(
-            f"{script} ended with exit code {code}; what it printed says why. When that is mended, the same command "
-            "goes on from here."
-        )
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ __all__ = [
     "running_method",
     "set_attention",
     "unsaved_buffers",
+    "users_in_deepspeed",
     "version_of",
 ]
 
@@ -79,6 +80,16 @@ def forward_pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
 def load_pre_hooks(module: nn.Module) -> list[Any]:
     """A module's hooks before weights are loaded into it. Why: as for `forward_pre_hooks`."""
     return [getattr(wrapped, "hook", wrapped) for wrapped in module._load_state_dict_pre_hooks.values()]
+
+
+def users_in_deepspeed(parameter: nn.Parameter) -> set[int]:
+    """The modules (by number) that use a parameter just now, for which ZeRO-3 keeps it whole in every process.
+
+    Why: its public context gathers parameters, but a module that runs within puts them back into shards. To be removed
+    when it does not.
+    """
+    users: set[int] = parameter.ds_active_sub_modules  # type: ignore[attr-defined]
+    return users
 
 
 def version_of(tensor: Tensor) -> int:

@@ -7,22 +7,31 @@ ever.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..errors import UnsupportedModelError
+from .compat import users_in_deepspeed
 
-__all__ = ["moves_together", "numel", "whole_weights"]
+__all__ = ["moves_together", "numel", "shape_of", "whole_weights"]
+
+
+_HOLDER = -1  # no module of DeepSpeed's has that number
 
 
 def numel(parameter: nn.Parameter) -> int:
     """The number of values of a parameter, in shards or whole."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter or buffer, in shards or whole."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def moves_together(model: nn.Module) -> bool:
@@ -47,7 +56,7 @@ def whole_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
     to. What is changed of them is lost afterwards. All processes have to come here together.
 
     Raises:
-        UnsupportedModelError: if they are in shards in another way than that of FSDP2 with each block by itself.
+        UnsupportedModelError: if FSDP2 has them in shards that belong to a larger part of the model.
     """
     modules = list(modules)
     owners = dict.fromkeys(m for module in modules for m in module.modules() if isinstance(m, FSDPModule))
@@ -64,9 +73,19 @@ def whole_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
                     f"{name} of a block is in shards that belong to a larger part of the model, so the block cannot be "
                     "looked at by itself. Have FSDP2 wrap each block: fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP."
                 )
-            if hasattr(parameter, "ds_id"):
-                raise UnsupportedModelError(
-                    "The weights are in shards (DeepSpeed ZeRO-3), which cannot be held while blocks run. Repair "
-                    "blocks (heal=...) under FSDP2 or ZeRO-2, or leave heal out."
-                )
+        parameters = [p for module in modules for p in module.parameters() if hasattr(p, "ds_id")]
+        if parameters:
+            stack.enter_context(_whole_of_deepspeed(parameters))
+        yield
+
+
+@contextmanager
+def _whole_of_deepspeed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    from deepspeed.runtime.zero import GatheredParameters
+
+    free = [parameter for parameter in parameters if not users_in_deepspeed(parameter)]
+    with GatheredParameters(free), ExitStack() as stack:
+        for parameter in free:  # a module that has run lets go of what nobody else uses
+            users_in_deepspeed(parameter).add(_HOLDER)
+            stack.callback(users_in_deepspeed(parameter).discard, _HOLDER)
         yield

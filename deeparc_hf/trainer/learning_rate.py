@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,8 +27,12 @@ class LearningRate:
         self._args = session.args
         self._max_steps = session.state.max_steps
         self._progress = progress
-        self._own = is_trainers_own(self._scheduler, self._args, self._max_steps)
         self._told: set[int] = set()  # lengths of schedules whose warm-up has been told of
+
+    @cached_property
+    def _own(self) -> bool:
+        """Whether the scheduler is the Trainer's own; found out before anything is changed about it."""
+        return is_trainers_own(self._scheduler, self._args, self._max_steps)
 
     def rewind(self, step: int, steps: int) -> None:
         """Give the steps that follow a learning rate that begins anew, unless they are the whole training."""
