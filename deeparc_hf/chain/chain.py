@@ -32,6 +32,7 @@ __all__ = ["Chain"]
 
 CHAIN_FILE, LINK_FILE = "chain.json", "link.json"
 _FORMAT_VERSION = 1
+_DONE = "done"
 _WHAT = {
     Kind.TRAIN: "trains",
     Kind.HEAL: "fits repairs",
@@ -130,9 +131,10 @@ class Chain:
 
     def _told(self, number: int, link: Link, lock: Any) -> Told:
         """What a link tells, which is launched unless it has told before."""
-        if link.told.is_file():
+        if link.told.is_file() and (link.kind is not Kind.END or (link.folder / _DONE).exists()):
             return Told.read(link.told)
         checkpoint = self._newest_checkpoint(link)
+        link.told.unlink(missing_ok=True)
         for left in (link.saved, link.repairs, *([] if checkpoint else [link.output])):
             shutil.rmtree(left, ignore_errors=True)
         goes_on = "" if checkpoint is None else f", on from {checkpoint.name}"
@@ -142,7 +144,6 @@ class Chain:
         code = launch(settings.launch, settings.script, arguments, link.folder / LINK_FILE, lock)
         # a link that has told is done, whatever its processes end with; behind the last one the script goes on
         if code != 0 and (link.kind is Kind.END or not link.told.is_file()):
-            link.told.unlink(missing_ok=True)
             raise LaunchError(
                 f"{settings.script} ended with exit code {code}; what it printed says why. When that is mended, the "
                 "same command goes on from here."
@@ -152,6 +153,8 @@ class Chain:
                 f"{settings.script} ended without an error, and its Trainer did not take part in the chain. Give it an "
                 "MPruneCallback, and have the script call train()."
             )
+        if link.kind is Kind.END:  # it has told before the rest of the script ran
+            (link.folder / _DONE).touch()
         return Told.read(link.told)
 
     def _newest_checkpoint(self, link: Link) -> Path | None:

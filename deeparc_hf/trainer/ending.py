@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,15 +84,17 @@ def end_lines(outcome: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def advice(outcome: Mapping[str, Any], folder: Path) -> list[str]:
-    """What there is to do next."""
+def advice(outcome: Mapping[str, Any], folder: Path, saved_in: Path | None = None) -> list[str]:
+    """What there is to do next; saved_in: the folder that the model already lies in, with its card."""
     place = "is in memory (trainer.model) and in no checkpoint: trainer.save_model(folder) saves it"
     if outcome["checkpoint"] is not None:
         place = f"is in memory (trainer.model) and in {folder / outcome['checkpoint']}"
+    if saved_in is not None:
+        place = f"is in {saved_in}"
     lines = [f"The model {place}."]
     if not outcome["judged"]:
         lines.append(
             "Nothing judged the pruning: with max_drop=0.01, say, it would have been taken back if it had cost more "
             "than that."
         )
-    return [*lines, NEXT]
+    return [*lines, NEXT if saved_in is None else f"Next: deeparc push {shlex.quote(str(saved_in))} you/name"]

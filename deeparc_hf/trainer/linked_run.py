@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import PreTrainedModel, TrainingArguments
+import transformers
+from transformers import PreTrainedModel
 
 from ..architectures.hosts import is_adapted
-from ..checkpoint.record import PrunedConfig
+from ..checkpoint.record import PrunedConfig, check_record
 from ..checkpoint.weights_mark import mark_of_files
 from ..core.distributed import agree, gather
 from ..core.progress_bars import doing, shows_bars
@@ -41,22 +42,28 @@ from .untrained import pruned_untrained
 __all__ = ["LinkedRun", "prepare_link"]
 
 
-def prepare_link(link: Link, config: MPruneConfig, args: TrainingArguments, model: Any) -> None:
+def prepare_link(link: Link, config: MPruneConfig, trainer: Any) -> str | None:
     """Have a Trainer that was just made train what its link is for: check what it was given, set its epochs, freeze
     what the pruning before it freezes. It shards the model later.
+
+    Returns:
+        Why it is doubtful to prune the model when the training begins; None where it is not.
 
     Raises:
         ConfigError: if the script's settings do not go with a chain.
         SurgeryError: if the model is not the one that the link is for.
         UnsupportedModelError: if models of its kind cannot be pruned from file to file.
     """
-    standing = link.standing
-    _refuse(config, args)
-    if not isinstance(model, PreTrainedModel) or is_adapted(model):
+    standing, args, model = link.standing, trainer.args, trainer.model
+    _refuse(config, trainer)
+    is_stock = getattr(transformers, type(model).__name__, None) is type(model)
+    if not isinstance(model, PreTrainedModel) or is_adapted(model) or not is_stock:
         raise UnsupportedModelError(
-            f"A chain of trainings prunes checkpoints of transformers from file to file; {type(model).__name__} is "
-            "none. Train in one process or in DistributedDataParallel, where MPruneCallback prunes the live model."
+            f"A chain of trainings prunes checkpoints of transformers' own classes from file to file; "
+            f"{type(model).__name__} is none. Train in one process or in DistributedDataParallel, where "
+            "MPruneCallback prunes the live model."
         )
+    check_record(model, config.iterations)
     loaded = str(model.config.name_or_path)
     if loaded != link.model and Path(loaded).resolve() != Path(link.model).resolve():
         raise SurgeryError(
@@ -72,13 +79,26 @@ def prepare_link(link: Link, config: MPruneConfig, args: TrainingArguments, mode
         standing.epochs = float(args.num_train_epochs)
     # the schedule as the run has it, which counts in steps
     args.num_train_epochs = _epochs(link, for_training(config, int(standing.epochs), 1, args.eval_on_start))
-    if link.pruned is not None and standing.progress is not None:
-        record = record_of(model)
-        if record is not None and any(standing.progress["frozen"].values()):
-            Structure(record, standing.progress["frozen"]).freeze(model)
+    if standing.progress is None:
+        return pruned_untrained(config, model)
+    args.eval_on_start = False  # the chain has begun
+    record = record_of(model)
+    if link.pruned is not None and record is not None and any(standing.progress["frozen"].values()):
+        Structure(record, standing.progress["frozen"]).freeze(model)
+    return None
 
 
-def _refuse(config: MPruneConfig, args: TrainingArguments) -> None:
+def _refuse(config: MPruneConfig, trainer: Any) -> None:
+    args, plugin = trainer.args, getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if getattr(plugin, "fsdp_version", 2) == 1:
+        raise ConfigError(
+            "The first version of FSDP keeps no blocks that could be looked at. Set fsdp_version: 2 in the "
+            "accelerate config."
+        )
+    if trainer.model_init is not None:
+        raise ConfigError(
+            "A chain of trainings (deeparc run) says which model to load: give the Trainer a model, not model_init."
+        )
     never = {
         "search": (config.search, "prune by similarity, or search in one process before: deeparc prune --search"),
         "distill": (config.distill, "no unpruned model is at hand in a link"),
@@ -243,6 +263,7 @@ class LinkedRun(PruningRun):
 
     Args:
         trainer: the Trainer that runs it.
+        doubt: what `prepare_link` gave.
     """
 
     operations: LinkedOperations
@@ -255,8 +276,10 @@ class LinkedRun(PruningRun):
         progress: Progress,
         link: Link,
         trainer: Any,
+        doubt: str | None = None,
     ) -> None:
         self.link = link
+        self._doubt = doubt
         self.standing = standing = link.standing
         self._trainer = trainer
         of_epoch = session.steps_per_epoch
@@ -295,7 +318,8 @@ class LinkedRun(PruningRun):
             healings = [] if pruned["repairs"] is None else load_healings(Path(pruned["repairs"]))
             self.operations.begin_pruned(PruningPlan.from_dict(pruned["plan"]), healings, pruned["stages"])
         elif self.link.kind is Kind.END:
-            plan = standing.plan
+            plan, self.progress.frozen = standing.plan, {}
+            self.session.saved_in = Path(self.link.model)
             self.operations.plan = None if plan is None else PruningPlan.from_dict(plan)
             reporter.write_plan(self.operations.plan)
         reporter.write()
@@ -311,7 +335,7 @@ class LinkedRun(PruningRun):
         self.operations.begin()
         self.reporter.open()
         self.reporter.write()
-        self.reporter.outline(pruned_untrained(config, session.model))
+        self.reporter.outline(self._doubt)
 
     def resume(self, began_with: Mapping[str, Any]) -> None:
         """Go on within a link, from a checkpoint of its own."""

@@ -94,6 +94,7 @@ class MPruneCallback(SessionCallback):
         self.record: PrunedConfig | None = None
         self._sharded: Progress | None = None  # what was done before parameters were sharded
         self._link: Link | None = None  # of a chain of trainings, which this process was launched for
+        self._doubt: str | None = None
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -121,14 +122,10 @@ class MPruneCallback(SessionCallback):
         self._run = self.session = None
         self._link = Link.of_environment()
         model = kwargs.get("model")
-        if model is None:  # it will be made by model_init
-            if self._link is not None:
-                raise ConfigError(
-                    "A chain of trainings (deeparc run) says which model to load: give the Trainer a model."
-                )
+        if model is None:
             return
         if self._link is not None:
-            prepare_link(self._link, self.config, args, model)
+            self._doubt = prepare_link(self._link, self.config, calling_trainer())
             return
         check_record(model, self.config.iterations)  # what is not supported is refused before any work is done
         trainer = calling_trainer()
@@ -188,7 +185,7 @@ class MPruneCallback(SessionCallback):
         if self._link is None:
             run = PruningRun(self.config, calibration, session, progress)
         else:
-            run = LinkedRun(self.config, calibration, session, progress, self._link, trainer)
+            run = LinkedRun(self.config, calibration, session, progress, self._link, trainer, self._doubt)
         if state.global_step > 0:
             run.resume(self._saved(state)[0])
         else:

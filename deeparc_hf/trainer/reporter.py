@@ -259,7 +259,7 @@ class Reporter:
         )
         session.say("\n".join(f"  {line}" for line in end_lines(self._end)))
         if p.accepted and not state.is_hyper_param_search:
-            session.say("\n".join(advice(self._end, session.folder)))
+            session.say("\n".join(advice(self._end, session.folder, session.saved_in)))
 
     # ---- the gate's metric ----
 
