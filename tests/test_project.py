@@ -221,11 +221,10 @@ def required(extra: str | None = None) -> set[str]:
             return names(lists[value.id])
         if isinstance(value, ast.List):
             return set().union(*map(names, value.elts))
-        return (
-            names(value.value)
-            if isinstance(value, ast.Starred)
-            else {re.split(r"[^\w-]", value.value)[0].replace("-", "_")}
-        )
+        if isinstance(value, ast.Starred):
+            return names(value.value)
+        name = re.split(r"[^\w-]", value.value)[0].replace("-", "_")
+        return {"yaml" if name == "pyyaml" else name}
 
     if extra is None:
         return names(settings["install_requires"])

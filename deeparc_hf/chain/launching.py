@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,18 +25,26 @@ def launch(options: Sequence[str], script: str, arguments: Sequence[str], link: 
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, script, *arguments]
     held = {} if lock is None else {"pass_fds": (lock.fileno(),)}
     environment = {**os.environ, LINK_VARIABLE: str(link)}
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, **held)
+    # a session of its own: what it starts in turn can be ended with it
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, **held)
     try:
         return process.wait()
-    except BaseException:  # Ctrl-C has reached it too, from a terminal
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_PATIENCE if sys.stdin is not None and sys.stdin.isatty() else 0)
-        process.terminate()
+    except BaseException:
+        _end(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_PATIENCE)
-        process.kill()
+        _end(process, getattr(signal, "SIGKILL", signal.SIGTERM))
         process.wait()
         raise
+
+
+def _end(process: subprocess.Popen[bytes], how: int) -> None:
+    """Send a signal to a process and to all of its session."""
+    with contextlib.suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, how)
+        else:  # Windows
+            process.terminate()
 
 
 @contextlib.contextmanager

@@ -58,9 +58,13 @@ def gather(work: Callable[[], Any], *, together: bool = False) -> list[Any]:
     return [outcome[0] for outcome in outcomes]
 
 
-def agree(work: Callable[[], Any]) -> Any:
-    """The first process's result of `work`, in every process."""
-    return gather(work if process_index() == 0 else lambda: None)[0]
+def agree(work: Callable[[], Any], *, together: bool = False) -> Any:
+    """The first process's result of `work`, in every process.
+
+    Args:
+        together: the work takes all processes, which do it at once (`gather`).
+    """
+    return gather(work if together or process_index() == 0 else lambda: None, together=together)[0]
 
 
 def follow_in_wrapper(model: nn.Module) -> None:

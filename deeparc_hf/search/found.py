@@ -16,6 +16,7 @@ from ..architectures import Subject, describe
 from ..core.caller import warn_caller
 from ..core.distributed import agree
 from ..core.plain_text import quoted
+from ..core.shards import moves_together, numel
 from ..errors import CalibrationWarning, ConfigError
 from ..observe.forward import evaluating
 from .frontier import Point
@@ -85,7 +86,9 @@ class Found:
         self.found: dict[int, tuple[Node, Point]] = {}
         self.times: BlockTimes | None = None
         self._subject, self._bench, self._evaluate, self._ends = subject, bench, evaluate, ends
-        self._work, self._agree = work_of(subject.host, timed), agree if shared else _alone
+        self._work, self._agree = work_of(subject.host, timed), _alone
+        if shared:
+            self._agree = partial(agree, together=moves_together(subject.root))
         self._makes, self._compares = evaluate is not None or "models" in measures, "models" in measures
         if "blocks" in measures:
             self.times = self._agree(partial(time_blocks, subject.host, bench.modules, self._work))
@@ -141,11 +144,11 @@ class Found:
     def _point(self, node: Node, model: nn.Module | None) -> Point:
         """`model`: the smaller one, where it was made."""
         gone = {id(p) for block in node.removed for p in self._bench.modules[block].parameters()}
-        left = [p.numel() for p in self._subject.root.parameters() if id(p) not in gone]
+        left = [numel(p) for p in self._subject.root.parameters() if id(p) not in gone]
         return Point(
             {name: tuple(indices) for name, indices in by_stack(node.removed).items()},
             len(self._bench.order) - len(node.removed),
-            sum(left if model is None else (p.numel() for p in model.parameters())),
+            sum(left if model is None else map(numel, model.parameters())),
             node.score.value,
             node.score.interval,
             None if self._evaluate is None or model is None else _finite(self._evaluate(model)),

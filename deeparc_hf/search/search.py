@@ -20,6 +20,7 @@ from ..core.checks import is_number, unboxed
 from ..core.distributed import agree
 from ..core.plain_text import quoted
 from ..core.progress_bars import bar, duration
+from ..core.shards import moves_together
 from ..errors import CalibrationWarning, ConfigError, PlanError, RegistryError
 from ..observe.batches import cut
 from ..observe.calibration import Calibration
@@ -314,7 +315,7 @@ def check_speedup(subject: Subject, calibration: Calibration, config: MPruneConf
         modules = {(name, i): block for name, stack in subject.stacks.items() for i, block in enumerate(stack.blocks)}
         return time_blocks(subject.host, modules, work_of(subject.host, cut(inputs, _TIMED)))
 
-    times = agree(time_them)
+    times = agree(time_them, together=moves_together(subject.root))
     fastest = config.speedup if times is None else times.speedup(free.slowest(times.shares))
     if fastest < config.speedup:
         raise PlanError(

@@ -14,7 +14,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from ..architectures import Host, Subject
 from ..core.distributed import gather, process_count, process_index
+from ..core.offload import holding
+from ..core.shards import moves_together
 from ..core.transaction import Transaction
 from ..errors import CalibrationError
 from ..healing.block_ends import Ending
@@ -124,7 +126,9 @@ class Workbench:
         self._objective, self._heals, self._tell = objective, heals, tell
         self._measure = measure if isinstance(objective, ModelObjective) else None
         self._journal = journal or Journal(None, {})
-        self._share = (process_index(), process_count()) if shared else (0, 1)
+        # where each process holds a part of the weights, all try each candidate
+        apart = shared and not moves_together(self.host.root)
+        self._share = (process_index(), process_count()) if apart else (0, 1)
         first = cut(batches[0], 2)
         self._playback = Playback.of(self.host, self.stacks, first)
         self._outputs_each = _outputs_each(self.host, first)
@@ -347,36 +351,45 @@ class Workbench:
         repairs: Mapping[Block, CrossFit],
     ) -> CrossFit:
         """The repair at a site, with those before it; `states` reach up to it."""
-        kept, last = (site.stack, site.kept), (site.stack, site.removed[-1])
+        kept = site.stack, site.kept
         before = frozenset(block for block in removed if self._position[block] < self._position[kept])
         key = before, site
         if key not in self._fits:
             stack = self.stacks[site.stack]
             watch = SiteFit(self.host, stack, site, folds=FOLDS)
-            watch.settle([self._endings[stack.blocks[index]] for _, index in (kept, last)])
-            watch.orient(self._axes.get(site.stack))
-            seen = 0
             change({})  # what is missing is missing in blocks without repairs
-            for number, inputs in enumerate(self._batches):
-                if watch.reason is not None:
-                    break
-                if watch.needs_last_block:
-                    if not self._playback.can_begin_anywhere:  # the pass goes through the blocks that are repaired
-                        change({})
-                    self._run_one(number, last, frozenset(), self.root.states, partial(watch.hooks, "last"))
-                else:
-                    watch.show_last_output(self.root.states[last][number])
-                if not self._playback.can_begin_anywhere:
-                    change(self._applied(repairs, number))
-                self._run_one(number, kept, removed, states, partial(watch.hooks, "kept"))
-                sensitive = self._sensitivities[number].get(self.modules[last])
-                watch.take(inputs, seen, sensitive, fold=self._folds[number])
-                seen += batch_size(inputs)
-            self._fits[key] = watch.cross([watch.part()])
+            with holding(watch.kept, watch.last):
+                self._fits[key] = self._look(watch, removed, states, change, repairs)
             while len(self._fits) > 1 and sum(map(_bytes_of_fit, self._fits.values())) > _MEMORY_OF_FITS:
                 self._fits.popitem(last=False)
         self._fits.move_to_end(key)
         return self._fits[key]
+
+    def _look(
+        self, watch: SiteFit, removed: Removed, states: States, change: Change, repairs: Mapping[Block, CrossFit]
+    ) -> CrossFit:
+        """What all batches show of a site."""
+        site = watch.site
+        kept, last = (site.stack, site.kept), (site.stack, site.removed[-1])
+        watch.settle([self._endings[self.modules[block]] for block in (kept, last)])
+        watch.orient(self._axes.get(site.stack))
+        seen = 0
+        for number, inputs in enumerate(self._batches):
+            if watch.reason is not None:
+                break
+            if watch.needs_last_block:
+                if not self._playback.can_begin_anywhere:  # the pass goes through the blocks that are repaired
+                    change({})
+                self._run_one(number, last, frozenset(), self.root.states, partial(watch.hooks, "last"))
+            else:
+                watch.show_last_output(self.root.states[last][number])
+            if not self._playback.can_begin_anywhere:
+                change(self._applied(repairs, number))
+            self._run_one(number, kept, removed, states, partial(watch.hooks, "kept"))
+            sensitive = self._sensitivities[number].get(self.modules[last])
+            watch.take(inputs, seen, sensitive, fold=self._folds[number])
+            seen += batch_size(inputs)
+        return watch.cross([watch.part()])
 
     def _applied(self, repairs: Mapping[Block, CrossFit], number: int) -> dict[Block, Healing]:
         """What repairs do to the model that a batch runs through."""
@@ -520,6 +533,9 @@ class Workbench:
                 if block not in applied:
                     transaction = Transaction()
                     applied[block] = healing, transaction
+                    held = ExitStack()
+                    transaction.on_failure(held.close)  # last, when the weights are as before
+                    held.enter_context(holding(self.modules[block]))
                     apply_healing(healing, self.modules[block], transaction)
 
         try:

@@ -27,6 +27,7 @@ from ..pruning.compare import check_settings
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..reports.attempts import Evaluation
+from ..search.search import check_speedup
 from .follow_checkpoint import Structure, record_of
 from .gate import check_gate
 from .link import WHOLE, Kind, Link, Told, Wish
@@ -100,7 +101,6 @@ def _refuse(config: MPruneConfig, trainer: Any) -> None:
             "A chain of trainings (deeparc run) says which model to load: give the Trainer a model, not model_init."
         )
     never = {
-        "search": (config.search, "prune by similarity, or search in one process before: deeparc prune --search"),
         "distill": (config.distill, "no unpruned model is at hand in a link"),
         "freeze='record'": (config.freeze == "record", "take freeze='partial'"),
         "rewind_lr=False": (not config.rewind_lr, "each link has a learning rate of its own"),
@@ -150,6 +150,9 @@ class LinkedOperations(Operations):
         p, subject = self._progress, self._session.subject
         check_settings(subject, self._config.for_iteration(0))
         rehearse(subject, self._calibration, "MPruneCallback")
+        if self._config.target == "speedup":
+            with self._calibration.reading():
+                check_speedup(subject, self._calibration, self._config)
         record = record_of(subject)
         p.start = p.base = p.record = None if record is None else record.to_dict()
 

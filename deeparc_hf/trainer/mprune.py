@@ -49,8 +49,9 @@ class MPruneCallback(SessionCallback):
     model's config, and so into every checkpoint.
 
     Several processes (DistributedDataParallel) share the calibration and take one decision. Where parameters are
-    sharded (FSDP, DeepSpeed), one pruning is possible, when the Trainer is made: give `calibration`, and leave
-    start_epoch, iterations and max_drop alone.
+    sharded (FSDP2, DeepSpeed), `deeparc run` launches the script as a chain of trainings, and prunes in between.
+    Without it one pruning is possible, when the Trainer is made: give `calibration`, and leave start_epoch, iterations
+    and max_drop alone.
 
     Args:
         config: the settings.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import Trainer, TrainingArguments
 
 from deeparc_hf import MPruneCallback, WandaCallback
 from deeparc_hf.errors import ConfigError, RecordError, SurgeryError, UnsupportedModelError
+from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.trainer.link import LINK_VARIABLE, Kind, Link, Standing, Told, Wish
+from deeparc_hf.trainer.linked_run import prepare_link
 from tests.trainers import text_data
 from tests.zoo import ZOO
 
@@ -38,7 +42,6 @@ def test_the_epochs_are_those_of_the_link(link):
 @pytest.mark.parametrize(
     ("settings", "arguments", "match"),
     [
-        ({"search": "greedy"}, {}, "search does not go with a chain"),
         ({"distill": {"alpha": 0.5}}, {}, "distill does not go"),
         ({"rewind_lr": False}, {}, "learning rate of its own"),
         ({}, {"max_steps": 5}, "num_train_epochs"),
@@ -56,6 +59,14 @@ def test_what_does_not_go_with_a_chain_is_refused(link, tmp_path, settings, argu
         arguments = {"output_dir": str(tmp_path / "elsewhere")}
     with pytest.raises(ConfigError, match=match):
         trainer(link, MPruneCallback(**{"num_blocks": 3, "start_epoch": 1, **settings}), **arguments)
+
+
+def test_the_first_version_of_fsdp_is_refused(link):
+    made = trainer(link)
+    made.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+    with pytest.raises(ConfigError, match="Set fsdp_version: 2"):
+        prepare_link(link, MPruneConfig(num_blocks=3), made)
+    del made.accelerator.state.fsdp_plugin
 
 
 def test_another_model_is_refused(link):
