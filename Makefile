@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.docs_installed
 RELEASE_INSTALLED := $(VENV)/.release_installed
+PEERS := build/peers
 FRESH := build/fresh
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
@@ -25,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 # threads that spin while they wait cost many times the work where other processes share the cores
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint docs dist clean
+.PHONY: help demo test test-slow lint bench docs dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -45,6 +46,9 @@ lint: $(INSTALLED)  ## style, formatting, import rules and types
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+bench: $(PEERS)/.installed  ## what it costs and saves, beside other packages; a table in benchmarks/results (half an hour, nothing beside it)
+	$(PEERS)/bin/python -m benchmarks.costs $(BENCH)
 
 docs: $(DOCS_INSTALLED)  ## build the documents into site/; a broken link is an error
 	$(BIN)/mkdocs build --strict
@@ -70,6 +74,17 @@ $(INSTALLED): setup.py pyproject.toml
 	@$(BIN)/python -c '$(NEW_ENOUGH)' || { echo "The virtual environment in $(VENV) has a Python older than 3.11. Delete the folder and run make again." >&2; exit 1; }
 	@echo "Installing deeparc_hf with its tools into $(VENV) (once; takes some minutes)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+# an environment of their own, which finds the project's packages behind it; one that cannot be had is left out
+$(PEERS)/.installed: $(INSTALLED) benchmarks/peers.txt
+	rm -rf $(PEERS)
+	$(BIN)/python -m venv $(PEERS)
+	$(BIN)/python -c "import pathlib, sysconfig; print(sysconfig.get_path('purelib')); print(pathlib.Path.cwd())" \
+		> $$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	grep -v '^#' benchmarks/peers.txt | while read -r peer; do \
+		$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$peer \
+		|| echo "$$peer could not be installed: it is left out"; done
 	@touch $@
 
 $(DOCS_INSTALLED): $(INSTALLED)

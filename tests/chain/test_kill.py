@@ -106,7 +106,14 @@ def test_a_link_that_has_outlived_its_chain_is_waited_for(tmp_path, whole):
 def test_ctrl_c_ends_it_in_one_line(tmp_path):
     file = write_chain(tmp_path, *MORE, callback=CALLBACK)
     process = subprocess.Popen(
-        command(file), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
+        command(file),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        # a shell that runs the tests in the background has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     reached = in_training(tmp_path, 1, step=1)
     while not reached():

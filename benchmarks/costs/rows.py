@@ -1,0 +1,81 @@
+"""One figure of the table, and calls that are timed in turn."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..measuring import interval
+
+__all__ = ["Row", "in_turn", "median_of", "peak_memory", "row_of"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure.
+
+    Attributes:
+        part: of the table.
+        what: was measured, on what.
+        value, low, high: a median with its 95 % bootstrap interval; low and high are None where it is one reading.
+        n: readings behind it.
+        target: a bound, as "<= 1.10"; None where there is none.
+        note: what else is to be known.
+    """
+
+    part: str
+    what: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int = 1
+    target: str | None = None
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the value keeps the bound; None where there is none."""
+        if self.target is None:
+            return None
+        sign, bound = self.target.split()
+        return self.value <= float(bound) if sign == "<=" else self.value >= float(bound)
+
+
+def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each call, shape (rounds,): all once to warm up, then in turn, so that a slow spell hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def row_of(part: str, what: str, values: np.ndarray, target: str | None = None, note: str = "") -> Row:
+    """A row of readings."""
+    low, high = interval(values)
+    return Row(part, what, median_of(values), low, high, len(values), target, note)
+
+
+def median_of(values: np.ndarray) -> float:
+    return float(np.median(values))
+
+
+def peak_memory(code: str) -> int:
+    """The most memory in bytes that a process of its own takes for some code, as the kernel tells."""
+    told = '\nimport re\nprint("PEAK", re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])\n'
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code + told], cwd=root, capture_output=True, text=True, check=True)
+    found = re.search(r"PEAK (\d+)", done.stdout)
+    assert found is not None
+    return 1024 * int(found[1])

@@ -1,0 +1,110 @@
+"""Half of the weights zeroed by Wanda (Sun et al. 2023, arXiv 2306.11695), in forward passes over the same samples;
+beside it torchao's and llm-compressor's Wanda, where they are installed.
+
+torchao measures the inputs in one pass through the dense model, as `sequential=False` does here; llm-compressor goes
+block by block, as is the default here. torchao hooks every linear map that it is given, so it gets those in the blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+import transformers as tf
+from torch import nn
+
+from deeparc_hf import sparsify_model
+
+from .rows import Row, in_turn, row_of
+
+__all__ = ["measure"]
+
+PART = "Wanda"
+
+
+def measure(rounds: int, quick: bool) -> Iterator[Row]:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6}
+    config = tf.LlamaConfig(**sizes, vocab_size=1000, pad_token_id=0, eos_token_id=None, bos_token_id=1)
+    model = tf.LlamaForCausalLM(config).eval()
+    ids = torch.randint(5, 1000, (32 if quick else 128, 64))
+    batches = [{"input_ids": part} for part in ids.split(16)]
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": partial(_forward, model, batches),
+        "block by block": partial(_ours, model, batches, True),
+        "in one pass": partial(_ours, model, batches, False),
+    }
+    if importlib.util.find_spec("torchao") is not None:
+        calls["torchao, in one pass"] = partial(_torchao, model, batches)
+    if importlib.util.find_spec("llmcompressor") is not None:
+        calls["llm-compressor, block by block"] = partial(_llm_compressor, model, ids)
+    for name in list(calls):
+        try:
+            calls[name]()
+        except Exception as error:
+            del calls[name]
+            yield Row(PART, f"{name}: could not run", float("nan"), note=f"{type(error).__name__}: {error}"[:160])
+    seconds = in_turn(calls, rounds)
+    told = f"{len(ids)} texts of 64 tokens, 12 blocks of 384, copying the model included"
+    for name in list(calls)[1:]:
+        yield row_of(PART, f"{name} / forward", seconds[name] / seconds["forward"], note=told)
+
+
+def _forward(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+
+
+def _ours(model: nn.Module, batches: list[dict[str, torch.Tensor]], sequential: bool) -> None:
+    sparsify_model(copy.deepcopy(model), batches, sparsity=0.5, sequential=sequential, progress=False)
+
+
+def _torchao(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
+    from torchao.sparsity import WandaSparsifier
+
+    dense = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sparsifier = WandaSparsifier(sparsity_level=0.5)
+        names = [name for name, module in dense.model.layers.named_modules() if isinstance(module, nn.Linear)]
+        sparsifier.prepare(dense, [{"tensor_fqn": f"model.layers.{name}.weight"} for name in names])
+        _forward(dense, batches)
+        sparsifier.step()
+        sparsifier.squash_mask()
+
+
+def _llm_compressor(model: nn.Module, ids: torch.Tensor) -> None:
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import WandaPruningModifier
+
+    data = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            oneshot(
+                model=copy.deepcopy(model),
+                dataset=data,
+                recipe=WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["lm_head"]),
+                num_calibration_samples=len(ids),
+                batch_size=16,
+                output_dir=scratch,
+            )
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,125 @@
+"""What the callback costs a training: idle, its share of a step; with a pruning in it, the whole training beside the
+sum of its parts, which are timed by hand: the epochs of both models, and the evaluations that the Trainer makes.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers as tf
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from deeparc_hf import MPruneCallback, remove_blocks
+
+from .rows import Row, row_of
+
+__all__ = ["measure"]
+
+PART = "training"
+STACK = "bert.encoder.layer"
+
+
+def measure(rounds: int, quick: bool) -> Iterator[Row]:
+    steps, evaluated, samples = (2, 16, 32) if quick else (20, 128, 256)
+    yield _idle(rounds, 2 * steps)
+    for name, settings in {
+        "by similarity": {},
+        "by similarity, with healing": {"heal": "lstsq"},
+    }.items():
+        sampled = {"calibration_samples": samples, **settings}
+        yield _whole(name, 1 if quick else max(3, rounds // 2), 16 * steps, evaluated, sampled)
+
+
+def _bert(blocks: int = 12) -> tf.BertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": blocks, "num_attention_heads": 4}
+    return tf.BertForSequenceClassification(tf.BertConfig(**sizes, vocab_size=8000, num_labels=4))
+
+
+def _texts(rows: int) -> datasets.Dataset:
+    ids = torch.randint(5, 8000, (rows, 64), generator=torch.Generator().manual_seed(0))
+    data = {"input_ids": ids.tolist(), "labels": (ids[:, 0] % 4).tolist()}
+    return datasets.Dataset.from_dict(data).with_format("torch")
+
+
+def _train(model: Any, rows: int, evaluated: int, *callbacks: TrainerCallback, **arguments: Any) -> float:
+    """Seconds of `train()`."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            per_device_train_batch_size=16,
+            per_device_eval_batch_size=16,
+            use_cpu=True,
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            report_to=[],
+            seed=0,
+            **arguments,
+        )
+        data = {"train_dataset": _texts(rows), "eval_dataset": _texts(evaluated)}
+        trainer = Trainer(model, args, **data, callbacks=list(callbacks))
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - start
+
+
+class _Timed(MPruneCallback):
+    """Counts the seconds that the callback takes in every step."""
+
+    spent = 0.0
+
+    def on_step_begin(self, *event: Any, **more: Any) -> None:
+        began = time.perf_counter()
+        super().on_step_begin(*event, **more)
+        self.spent += time.perf_counter() - began
+
+    def on_step_end(self, *event: Any, **more: Any) -> None:
+        began = time.perf_counter()
+        super().on_step_end(*event, **more)
+        self.spent += time.perf_counter() - began
+
+
+class _Steps(TrainerCallback):
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_step_begin(self, *event: Any, **more: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, *event: Any, **more: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+def _idle(rounds: int, steps: int) -> Row:
+    shares = []
+    for _ in range(rounds):
+        callback, clock = _Timed(threshold=1.0, start_epoch=1, retrain_epochs=1, calibration_samples=32), _Steps()
+        _train(_bert(6), 16 * steps, 16, callback, clock, num_train_epochs=2)
+        shares.append(callback.spent / clock.seconds)
+    told = f"{2 * steps} steps of 16 x 64 tokens, 6 blocks of 256"
+    return row_of(PART, "a callback that has nothing to do / a step", np.array(shares), "<= 0.01", told)
+
+
+def _whole(name: str, rounds: int, rows: int, evaluated: int, settings: dict[str, Any]) -> Row:
+    """2 epochs, 4 of 12 blocks gone, 2 epochs."""
+    ratios = []
+    for turn in range(rounds + 1):
+        callback = MPruneCallback(num_blocks=8, start_epoch=2, retrain_epochs=2, **settings)
+        whole = _train(_bert(), rows, evaluated, callback, num_train_epochs=4, eval_strategy="epoch")
+        parts = _train(_bert(), rows, evaluated, num_train_epochs=2, eval_strategy="epoch")
+        smaller = copy.deepcopy(_bert())
+        remove_blocks(smaller, {STACK: callback.plan.removed[STACK]})
+        parts += _train(smaller, rows, evaluated, num_train_epochs=2, eval_strategy="epoch")
+        if turn:
+            ratios.append(whole / parts)
+    told = f"4 epochs of {rows} texts of 64 tokens, 4 of 12 blocks of 256 removed, {settings}"
+    return row_of(PART, f"a training with a pruning {name} / its parts", np.array(ratios), "<= 1.05", told)
