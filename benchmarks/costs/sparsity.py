@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import datasets
+import tokenizers
 import torch
 import transformers as tf
 from torch import nn
@@ -88,7 +89,9 @@ def _llm_compressor(model: nn.Module, ids: torch.Tensor) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import WandaPruningModifier
 
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, "[UNK]"))  # it asks for one, and uses none
     data = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    dense = copy.deepcopy(model)
     logging.disable(logging.CRITICAL)
     try:
         with (
@@ -98,13 +101,15 @@ def _llm_compressor(model: nn.Module, ids: torch.Tensor) -> None:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")
+            dense.config.save_pretrained(scratch)
+            dense.config.name_or_path = scratch  # where it looks for more files
             oneshot(
-                model=copy.deepcopy(model),
+                model=dense,
                 dataset=data,
+                processor=tf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]"),
                 recipe=WandaPruningModifier(sparsity=0.5, targets=["Linear"], ignore=["lm_head"]),
                 num_calibration_samples=len(ids),
                 batch_size=16,
-                output_dir=scratch,
             )
     finally:
         logging.disable(logging.NOTSET)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.companions import copy_companions
 from ..checkpoint.record import PrunedConfig
 from ..core.checks import MalformedError, read_json
 from ..core.files import whole_folder, write_whole
@@ -123,7 +124,8 @@ class Chain:
 
     def _written(self, number: int, kind: Kind, model: str, standing: Standing, **more: Any) -> Link:
         folder = self._folder(number)
-        link = Link(kind, model, folder / "output", folder, standing, **more)
+        size = self.settings.max_shard_size
+        link = Link(kind, model, folder / "output", folder, standing, max_shard_size=size, **more)
         link.write(folder / LINK_FILE)
         return link
 
@@ -194,9 +196,7 @@ class Chain:
             if record.base_model is None and standing.base_model is not None:
                 base = {"base_model": standing.base_model, "base_revision": standing.base_revision}
                 dataclasses.replace(record, **base).save_pretrained(draft)
-            for file in sorted(Path(told.model).iterdir()):
-                if file.is_file() and not (draft / file.name).exists() and not _is_weights(file.name):
-                    shutil.copy2(file, draft / file.name)
+            copy_companions(told.model, draft)
 
     def _tidy(self, link: Link) -> None:
         """Remove what no link will need: models that were left behind, and checkpoints of links that are done."""
@@ -225,10 +225,6 @@ class Chain:
                 shutil.rmtree(model, ignore_errors=True)
         asked = dict(read_json(self.out / CHAIN_FILE)["asked"])
         self._note(asked, complete=True)
-
-
-def _is_weights(name: str) -> bool:
-    return name.startswith("model") and name.endswith((".safetensors", ".index.json"))
 
 
 def _linked(source: str, target: str) -> str:

@@ -104,7 +104,7 @@ class ChainSettings:
         filled: list[str] = []
         for argument in self.arguments:
             if _CHECKPOINT in argument and checkpoint is None:
-                if argument == _CHECKPOINT and filled and filled[-1].startswith("--"):
+                if argument == _CHECKPOINT and filled and filled[-1].startswith("-"):
                     filled.pop()
                 continue
             for place, value in ((_MODEL, model), (_OUTPUT, str(output)), (_CHECKPOINT, str(checkpoint))):

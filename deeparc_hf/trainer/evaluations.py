@@ -63,6 +63,11 @@ class Evaluations:
         self._validation |= set(validation)
         self._training["epochs"] = epochs
 
+    def know_as_validation(self, data: Any) -> None:
+        """Take note of data that earlier links have evaluated on: a data set, or several by name."""
+        for dataset in data.values() if isinstance(data, dict) else [data]:
+            self._validation.add(same_data(dataset))
+
     @property
     def validation(self) -> list[str]:
         """What tells the data sets that were evaluated on, in another process too."""

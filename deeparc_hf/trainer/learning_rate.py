@@ -138,11 +138,19 @@ def _fresh(scheduler: LambdaLR, args: TrainingArguments, steps: int, whole: int 
     return get_scheduler(
         args.lr_scheduler_type,
         # some schedules read the default rate of their optimizer
-        optimizer=torch.optim.SGD(groups, lr=scheduler.optimizer.defaults["lr"]),
+        optimizer=torch.optim.SGD(groups, lr=_default_rate(scheduler)),
         num_warmup_steps=warmup,
         num_training_steps=steps,
         scheduler_specific_kwargs=settings,
     )
+
+
+def _default_rate(scheduler: LambdaLR) -> float:
+    """The rate that an optimizer was made with; one of DeepSpeed does not tell."""
+    try:
+        return float(scheduler.optimizer.defaults["lr"])
+    except AttributeError:
+        return float(scheduler.base_lrs[0])
 
 
 def _alike(one: LambdaLR, other: LambdaLR) -> bool:

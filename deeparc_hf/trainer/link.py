@@ -50,7 +50,7 @@ class Standing(Saved):
         accepted: folder of the last accepted model.
         progress: of the one training that the chain is cut from (`machine.Progress`); None before its first link.
         settings: of the callback when the chain began.
-        epochs: of the whole training.
+        epochs: of the whole training; evaluates_on_start: whether its first link evaluates before any step.
         steps_done, epochs_done: of the links so far.
         comparison: the plan that the blocks of the last accepted model gave; plan: of the last accepted pruning.
         data: what the evaluations were of, by use; validation: what tells the data set that was evaluated on.
@@ -65,6 +65,7 @@ class Standing(Saved):
     progress: dict[str, Any] | None = None
     settings: dict[str, Any] | None = None
     epochs: float | None = None
+    evaluates_on_start: bool = False
     steps_done: int = 0
     epochs_done: float = 0.0
     comparison: dict[str, Any] | None = None
@@ -87,6 +88,7 @@ class Link:
         folder: where the link puts what it tells (`Told`), and the model.
         pruned: folder with the plan and the repairs that the model has just been through; None where it has not.
         after: the plan that is to be healed for (`Kind.HEAL`).
+        max_shard_size: of the files of the model that it saves.
     """
 
     kind: Kind
@@ -96,6 +98,7 @@ class Link:
     standing: Standing
     pruned: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
+    max_shard_size: int | str | None = None
 
     @classmethod
     def of_environment(cls) -> Link | None:
@@ -118,6 +121,7 @@ class Link:
                 "standing": self.standing.to_dict(),
                 "pruned": self.pruned,
                 "after": self.after,
+                "max_shard_size": self.max_shard_size,
             },
         )
 
@@ -127,7 +131,7 @@ class Link:
         try:
             places = {name: Path(data[name]) for name in ("output", "folder")}
             standing = Standing.from_dict(data["standing"])
-            rest = {name: data[name] for name in ("model", "pruned", "after")}
+            rest = {name: data[name] for name in ("model", "pruned", "after", "max_shard_size")}
             return cls(kind=Kind(data["kind"]), standing=standing, **places, **rest)
         except (KeyError, TypeError, ValueError) as error:
             raise _foreign(file) from error

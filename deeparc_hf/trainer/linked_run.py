@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
-from transformers import PreTrainedModel
+from accelerate.utils import DynamoBackend
+from transformers import PreTrainedModel, SchedulerType
 
+from ..architectures import find_host
 from ..architectures.hosts import is_adapted
+from ..checkpoint.companions import copy_companions
 from ..checkpoint.record import PrunedConfig, check_record
 from ..checkpoint.weights_mark import mark_of_files
 from ..core.distributed import agree, gather
@@ -30,13 +33,14 @@ from ..reports.attempts import Evaluation
 from ..search.search import check_speedup
 from .follow_checkpoint import Structure, record_of
 from .gate import check_gate
+from .learning_rate import is_trainers_own, rewind, warmup_steps
 from .link import WHOLE, Kind, Link, Told, Wish
 from .machine import Phase, Progress
 from .measures import EVALUATION
 from .operations import Operations, frozen_after
 from .pruning_run import PruningRun
 from .rehearsal import rehearse
-from .schedule import check_epochs, for_training, refuse_changes
+from .schedule import check_epochs, for_training
 from .session import Session
 from .untrained import pruned_untrained
 
@@ -76,13 +80,17 @@ def prepare_link(link: Link, config: MPruneConfig, trainer: Any) -> str | None:
             f"The script's output_dir is {args.output_dir!r}, and this link of the chain is to write to "
             f"{str(link.output)!r}. Give TrainingArguments what deeparc run puts in the place of {{output}}."
         )
-    if standing.epochs is None:
-        standing.epochs = float(args.num_train_epochs)
+    if standing.progress is None:
+        standing.epochs, standing.evaluates_on_start = float(args.num_train_epochs), args.eval_on_start
+        standing.base_model, standing.base_revision = find_host(model).loaded_from()
     # the schedule as the run has it, which counts in steps
-    args.num_train_epochs = _epochs(link, for_training(config, int(standing.epochs), 1, args.eval_on_start))
+    schedule = for_training(config, int(standing.epochs or 0), 1, standing.evaluates_on_start)
+    args.num_train_epochs = _epochs(link, schedule)
     if standing.progress is None:
         return pruned_untrained(config, model)
     args.eval_on_start = False  # the chain has begun
+    if link.kind is Kind.END:  # some schedules cannot be made for no steps
+        args.lr_scheduler_type, args.lr_scheduler_kwargs = SchedulerType.CONSTANT, {}
     record = record_of(model)
     if link.pruned is not None and record is not None and any(standing.progress["frozen"].values()):
         Structure(record, standing.progress["frozen"]).freeze(model)
@@ -96,6 +104,11 @@ def _refuse(config: MPruneConfig, trainer: Any) -> None:
             "The first version of FSDP keeps no blocks that could be looked at. Set fsdp_version: 2 in the "
             "accelerate config."
         )
+    if getattr(plugin, "activation_checkpointing", False):
+        raise ConfigError(
+            "fsdp_activation_checkpointing wraps the blocks, which are not found then. Leave it out of the accelerate "
+            "config, and set gradient_checkpointing=True in TrainingArguments."
+        )
     if trainer.model_init is not None:
         raise ConfigError(
             "A chain of trainings (deeparc run) says which model to load: give the Trainer a model, not model_init."
@@ -108,10 +121,17 @@ def _refuse(config: MPruneConfig, trainer: Any) -> None:
         "load_best_model_at_end": (args.load_best_model_at_end, "the gate judges the model as the link leaves it"),
         "push_to_hub": (args.push_to_hub, "push what the chain ends with: deeparc push"),
         "auto_find_batch_size": (args.auto_find_batch_size, "give a batch size that fits"),
+        "torch_compile": (args.torch_compile or _compiles(trainer), "compile the model that the chain ends with"),
     }
     for name, (given, instead) in never.items():
         if given:
             raise ConfigError(f"{name} does not go with a chain of trainings (deeparc run): {instead}. Leave it out.")
+
+
+def _compiles(trainer: Any) -> bool:
+    """Whether the accelerate config has the model compiled."""
+    plugin = getattr(trainer.accelerator.state, "dynamo_plugin", None)
+    return plugin is not None and plugin.backend != DynamoBackend.NO
 
 
 def _epochs(link: Link, config: MPruneConfig) -> float:
@@ -164,9 +184,16 @@ class LinkedOperations(Operations):
         self.plan = plan
         p.record = record.to_dict()
         if stages and stages["before"]["data"] == EVALUATION:
-            session.evaluations.loader = self._trainer.get_eval_dataloader()
+            self.find_evaluation_data()
         stage = "healed" if any(healing.reason is None for healing in healings) else "removed"
         self._reporter.pruned(plan, healings, self.stages.after(stages, stage, session.step))
+
+    def find_evaluation_data(self) -> None:
+        """Have the stages measured on what the Trainer evaluates on, though it has not done so yet in this process."""
+        data = self._trainer.eval_dataset
+        first = next(iter(data.values()), None) if isinstance(data, dict) else data
+        if first is not None:
+            self._session.evaluations.loader = self._trainer.get_eval_dataloader(first)
 
     def _compared(self) -> PruningPlan:
         if self.standing.comparison is None:
@@ -239,7 +266,8 @@ class LinkedOperations(Operations):
         attempt = p.attempts[-1]
         attempt.evaluations = tuple(_marked(e, mark) if e.step == session.step else e for e in attempt.evaluations)
         entries = [] if p.record is None else p.record["iterations"]
-        if entries and "metrics" in entries[-1] and attempt.evaluations and attempt.evaluations[-1].mark == mark:
+        own = len(entries) > len((p.start or {"iterations": []})["iterations"])  # else it tells of an earlier pruning
+        if own and "metrics" in entries[-1] and attempt.evaluations and attempt.evaluations[-1].mark == mark:
             entries[-1]["weights"] = mark
         self.standing.accepted, self.standing.mark, self._saved = str(folder), mark, True
         self.standing.model_class = type(session.model).__name__.removeprefix("FSDP")
@@ -253,9 +281,27 @@ class LinkedOperations(Operations):
                 "The weights could not be gathered from their shards. Under DeepSpeed ZeRO-3 set "
                 "zero3_save_16bit_model: true in the accelerate config."
             )
-        self._session.model.save_pretrained(folder, state_dict=dict(state))
-        if self._trainer.processing_class is not None:
-            self._trainer.processing_class.save_pretrained(folder)
+        model, kept = self._session.model, {}
+        names: dict[int, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            kept[name] = names.setdefault(id(parameter), name) == name  # what is tied is stored once
+        lacking = next((name for name, is_kept in kept.items() if is_kept and name not in state), None)
+        foreign = next((name for name in state if name not in kept and name not in model.state_dict()), None)
+        if lacking is not None or foreign is not None:
+            raise SurgeryError(
+                f"What was gathered of {type(model).__name__} does not belong to it: "
+                f"{f'{lacking} is missing' if lacking else f'{foreign} is none of its weights'}. Leave out what wraps "
+                "the model (compiling, say)."
+            )
+        stored = {name: tensor for name, tensor in state.items() if kept.get(name, True)}
+        size = {} if self.link.max_shard_size is None else {"max_shard_size": self.link.max_shard_size}
+        model.save_pretrained(folder, state_dict=stored, **size)
+        collator = getattr(self._trainer.data_collator, "tokenizer", None)
+        for companion in (self._trainer.processing_class, collator):
+            if hasattr(companion, "save_pretrained"):
+                companion.save_pretrained(folder)
+                break
+        copy_companions(self.link.model, folder)
 
     def end(self, keep: bool) -> None:
         """Nothing is left in this process."""
@@ -292,7 +338,10 @@ class LinkedRun(PruningRun):
         session.steps_before, session.epochs_before = standing.steps_done, standing.epochs_done
         session.whole_steps, session.whole_epochs = math.ceil(whole * of_epoch), whole
         session.known_mark = standing.mark if link.kind is Kind.END else None
+        session.evaluates_on_start = standing.evaluates_on_start
         session.evaluations.take_over(standing.data, standing.validation, whole)
+        if link.kind is Kind.END and "evaluation" in standing.data:
+            session.evaluations.know_as_validation(trainer.eval_dataset)
         self._is_first = standing.progress is None
         if self._is_first:
             standing.settings = config.to_dict()
@@ -309,13 +358,7 @@ class LinkedRun(PruningRun):
         if self._is_first:
             self._begin_chain()
             return
-        changed = refuse_changes(standing.settings or {}, self._asked, self.progress, self.session.steps_per_epoch)
-        if changed:
-            raise ConfigError(
-                f"The settings of MPruneCallback have changed since the chain began: "
-                f"{', '.join(f'{name} {change}' for name, change in changed.items())}. Go on with the same ones, or "
-                "begin anew in another output folder."
-            )
+        self._require_same(standing.settings or {})
         if self.link.kind is Kind.TRAIN and self.link.pruned is not None:
             pruned = self.link.pruned
             healings = [] if pruned["repairs"] is None else load_healings(Path(pruned["repairs"]))
@@ -325,25 +368,56 @@ class LinkedRun(PruningRun):
             self.session.saved_in = Path(self.link.model)
             self.operations.plan = None if plan is None else PruningPlan.from_dict(plan)
             reporter.write_plan(self.operations.plan)
+        self._shorten_warmup()
         reporter.write()
+
+    def _require_same(self, then: Mapping[str, Any]) -> None:
+        """Refuse settings other than those that the chain, or this link, began with."""
+        now, p, steps = self._asked.to_dict(), self.progress, self.session.steps_per_epoch
+        keys = [key for key in now if key in then and key != "keep_snapshots" and then[key] != now[key]]
+        changed = [f"{key} {then[key]} -> {now[key]}" for key in keys]
+        if p.steps_per_epoch != steps:
+            changed.append(f"optimizer steps of an epoch {p.steps_per_epoch} -> {steps}")
+        if changed:
+            raise ConfigError(
+                f"The script's settings have changed since the chain began: {', '.join(changed)}. Go on with the same "
+                "ones, or begin anew in another output folder."
+            )
+
+    def _shorten_warmup(self) -> None:
+        """A warm-up in steps is meant for the whole training: it is shortened as in a retraining of a single one."""
+        session, args = self.session, self.session.args
+        steps, whole = session.state.max_steps, session.max_steps
+        if self.link.kind is not Kind.TRAIN or session.state.global_step > 0:
+            return
+        asked, taken = int(args.get_warmup_steps(steps)), warmup_steps(args, steps, whole)
+        if asked == taken:
+            return
+        own = is_trainers_own(session.scheduler, args, steps)
+        if own and rewind(session.scheduler, args, steps, own=own, whole=whole):
+            session.say(
+                f"The learning rate's warm-up of {asked} steps is shortened to {taken} of the {steps} steps here."
+            )
 
     def _begin_chain(self) -> None:
         session, config, p = self.session, self.config, self.progress
         check_epochs(config, session.max_steps, session.steps_per_epoch, by_steps=False)
         check_gate(config, session.args)
         p.steps_per_epoch = session.steps_per_epoch
-        host = session.subject.host
-        self.standing.base_model, self.standing.base_revision = host.loaded_from()
         self.machine.begin(config.start_epoch * (session.steps_per_epoch or 0))
         self.operations.begin()
         self.reporter.open()
+        self._shorten_warmup()
         self.reporter.write()
         self.reporter.outline(self._doubt)
 
     def resume(self, began_with: Mapping[str, Any]) -> None:
         """Go on within a link, from a checkpoint of its own."""
+        self._require_same(began_with)
         if self.link.pruned is not None:
             self.operations.plan = PruningPlan.from_dict(self.link.pruned["plan"])
+        if any(evaluation.is_of_evaluation_data for evaluation in self.progress.attempts[-1].evaluations):
+            self.operations.find_evaluation_data()
         self.session.say(f"Resumed at step {self.session.step}.")
 
     # ---- events ----

@@ -30,7 +30,7 @@ class PruningRun(Member):
     ) -> None:
         self._asked = config
         steps = session.max_steps, session.steps_per_epoch
-        self.config = config = for_training(config, *steps, session.args.eval_on_start)
+        self.config = config = for_training(config, *steps, session.evaluates_on_start)
         self.session = session
         self.progress = progress
         self.metric, self.greater_is_better = metric_of(config, session.args)

@@ -95,6 +95,7 @@ class Session:
         self.steps_before, self.epochs_before = 0, 0.0
         self.whole_steps: int | None = None
         self.whole_epochs: float | None = None
+        self.evaluates_on_start: bool = args.eval_on_start
         self.saved_in: Path | None = None  # the folder that the model already lies in
         self.known_mark: str | None = None  # of weights that are in shards, and stay as they are
         self.members: list[Member] = []  # in the order of the Trainer's callbacks

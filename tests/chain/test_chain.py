@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from deeparc_hf import MPruneCallback, PrunedConfig
+from deeparc_hf import MPruneCallback, PrunedConfig, remove_blocks
 from deeparc_hf.chain.chain import Chain
 from deeparc_hf.chain.settings import ChainSettings
 from deeparc_hf.checkpoint.weights_mark import mark_of_files
@@ -17,7 +17,7 @@ from deeparc_hf.pruning.plan import PruningPlan
 from tests.stock import StockProcess
 from tests.trainers import text_data, train
 
-from .chains import STACK, report, run_chain, write_chain
+from .chains import ROOT, STACK, report, run_chain, write_chain
 
 # of one cluster k=1 leaves one block, which is taken back; k=2 leaves three
 GATED = {
@@ -142,6 +142,61 @@ def test_prunings_at_once_and_again(tmp_path):
     assert [list(attempt["blocks"].values()) for attempt in found["attempts"]] == [[6], [5], [3]]
     assert [attempt["epoch"] for attempt in found["attempts"]] == [0.0, 0.0, 1.0]
     assert "as drawn at random" not in done.stderr or "start_epoch" in done.stderr
+
+
+@pytest.mark.slow
+def test_what_belongs_to_a_model_and_its_training_goes_from_link_to_link(tmp_path):
+    """Tokenizers, earlier records, schedules in steps; where the last link makes no step."""
+    callback = {"num_blocks": 4, "start_epoch": 1, "retrain_epochs": 1, "calibration_samples": 64}
+    schedule = {"lr_scheduler_type": "polynomial", "warmup_steps": 12}
+    more = ["--epochs", 2, "--arguments", json.dumps(schedule)]
+    file = write_chain(tmp_path, *more, callback=callback, max_shard_size="20KB")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "begin")
+    remove_blocks(model, {STACK: [1]})
+    stored = model.config.pruning_config
+    stored["iterations"][-1] |= {"metrics": {"eval_loss": 9.0}, "weights": "0" * 32}
+    model.save_pretrained(tmp_path / "begin")
+    (tmp_path / "begin" / "vocab.txt").write_text("[PAD]\n[UNK]\nw\n")
+    done = run_chain(file)
+    assert "warm-up of 12 steps is shortened to 6 of 8" in done.stdout
+    place = tmp_path / "out" / "model"
+    assert (place / "vocab.txt").read_text() == "[PAD]\n[UNK]\nw\n"
+    assert len(list(place.glob("*.safetensors"))) > 1
+    first, last = PrunedConfig.from_pretrained(place).iterations
+    assert first["metrics"] == {"eval_loss": 9.0} and first["weights"] == "0" * 32
+    assert last["weights"] == mark_of_files(place)
+
+
+@pytest.mark.slow
+def test_a_record_of_an_earlier_pruning_is_left_alone(tmp_path):
+    callback = {"threshold": 1.0, "start_epoch": 1, "retrain_epochs": 1, "calibration_samples": 64}
+    file = write_chain(tmp_path, "--epochs", 2, callback=callback)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "begin")
+    remove_blocks(model, {STACK: [1]})
+    model.config.pruning_config["iterations"][-1] |= {"metrics": {"eval_loss": 9.0}, "weights": "0" * 32}
+    model.save_pretrained(tmp_path / "begin")
+    run_chain(file)
+    (entry,) = PrunedConfig.from_pretrained(tmp_path / "out" / "model").iterations
+    assert entry["metrics"] == {"eval_loss": 9.0} and entry["weights"] == "0" * 32
+
+
+@pytest.mark.slow
+def test_an_interrupted_link_goes_on_with_its_own_settings_only(tmp_path):
+    callback = {"num_blocks": 5, "start_epoch": 2, "retrain_epochs": 1, "calibration_samples": 64}
+    more = ["--epochs", 3, "--resume", "{checkpoint}"]
+    file = write_chain(tmp_path, *more, callback=callback, script=str(tmp_path / "script.py"))
+    script = (ROOT / "tests" / "chain" / "train.py").read_text()
+    fails = script.replace("time.sleep(self.pause)", "assert state.global_step < 10")
+    (tmp_path / "script.py").write_text(fails)
+    assert run_chain(file, check=False).returncode == 2  # in its second epoch, behind a checkpoint
+    changed = script.replace(
+        "MPruneCallback(**given.callback)", "MPruneCallback(**{**given.callback, 'num_blocks': 4})"
+    )
+    (tmp_path / "script.py").write_text(changed)
+    done = run_chain(file, check=False)
+    assert done.returncode == 2 and "num_blocks 5 -> 4. Go on with the same ones" in done.stderr
+    (tmp_path / "script.py").write_text(script)
+    assert "on from checkpoint-8" in run_chain(file).stderr
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ def test_places_are_filled_in():
     joined = made(arguments=["{model}", "--o={output}", "--resume={checkpoint}", 3])
     assert joined.filled("m", Path("out"), None) == ["m", "--o=out", "3"]
     assert joined.filled("m", Path("out"), checkpoint) == ["m", "--o=out", "--resume=out/checkpoint-8", "3"]
+    short = made(arguments="{model} {output} -r {checkpoint}")
+    assert short.filled("m", Path("out"), None) == ["m", "out"]
     assert made().goes_on_within and not made(arguments="{model} {output}").goes_on_within
 
 

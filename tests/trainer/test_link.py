@@ -46,6 +46,7 @@ def test_the_epochs_are_those_of_the_link(link):
         ({"rewind_lr": False}, {}, "learning rate of its own"),
         ({}, {"max_steps": 5}, "num_train_epochs"),
         ({}, {"auto_find_batch_size": True}, "a batch size that fits"),
+        ({}, {"torch_compile": True}, "compile the model that the chain ends with"),
         ({}, {"output_dir": "elsewhere"}, "in the place of {output}"),
         (
             {},
@@ -65,6 +66,9 @@ def test_the_first_version_of_fsdp_is_refused(link):
     made = trainer(link)
     made.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
     with pytest.raises(ConfigError, match="Set fsdp_version: 2"):
+        prepare_link(link, MPruneConfig(num_blocks=3), made)
+    made.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=2, activation_checkpointing=True)
+    with pytest.raises(ConfigError, match="gradient_checkpointing=True"):
         prepare_link(link, MPruneConfig(num_blocks=3), made)
     del made.accelerator.state.fsdp_plugin
 
