@@ -17,6 +17,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +46,29 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="measure one part in this process, and print JSON")
     given = parser.parse_args()
     if given.json:
-        print(json.dumps([dataclasses.asdict(row) for row in _part(given.parts[0], given.rounds, given.quick)]))
+        for row in _part(given.parts[0], given.rounds, given.quick):
+            print(json.dumps(dataclasses.asdict(row)), flush=True)
         return
     rows: list[Row] = []
+    failed = False
     for part in given.parts:
         print(f"{part} ...", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "benchmarks.costs", "--json", "--parts", part, "--rounds", str(given.rounds)]
         done = subprocess.run([*command, *(["--quick"] if given.quick else [])], capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"part"')]
+        rows += [Row(**json.loads(line)) for line in lines]
         if done.returncode != 0:
-            raise SystemExit(f"{part} failed:\n{done.stderr[-4000:]}")
-        rows += [Row(**entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+            failed = True
+            print(f"{part} failed:\n{done.stderr[-4000:]}", file=sys.stderr, flush=True)
     _write(given.output, rows, given.rounds)
     print(_table(rows))
+    sys.exit(failed)
 
 
-def _part(part: str, rounds: int, quick: bool) -> list[Row]:
+def _part(part: str, rounds: int, quick: bool) -> Iterator[Row]:
     torch.set_num_threads(THREADS)
-    return list(importlib.import_module(f"benchmarks.costs.{part}").measure(rounds, quick))
+    found: Iterator[Row] = importlib.import_module(f"benchmarks.costs.{part}").measure(rounds, quick)
+    return found
 
 
 def _peers() -> dict[str, str]:

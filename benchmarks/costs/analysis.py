@@ -8,6 +8,7 @@ block's input and output alone. They are given the same model, blocks and batche
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import warnings
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from deeparc_hf import analyze, find_stacks
 
-from .rows import Row, in_turn, median_of, peak_memory, row_of
+from .rows import Row, in_turn, median_of, peak_memory, row_of, that_run
 
 __all__ = ["measure"]
 
@@ -72,6 +73,8 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
 
 def _case(name: str, model: nn.Module, key: str, batches: list[Tensor], rounds: int) -> Iterator[Row]:
     calls = _calls(model, key, batches)
+    for row in that_run(PART, calls):
+        yield dataclasses.replace(row, what=f"{name}: {row.what}")
     seconds = in_turn(calls, rounds)
     bare = seconds["forward"]
     size = " x ".join(map(str, batches[0].shape))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..measuring import interval
 
-__all__ = ["Row", "in_turn", "median_of", "peak_memory", "row_of"]
+__all__ = ["Row", "in_turn", "median_of", "peak_memory", "row_of", "that_run"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,16 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np
             if turn:
                 seconds[name].append(time.perf_counter() - start)
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def that_run(part: str, calls: dict[str, Callable[[], Any]]) -> Iterator[Row]:
+    """Try each call once; those that fail are taken out of the dict, and told."""
+    for name in list(calls):
+        try:
+            calls[name]()
+        except Exception as error:
+            del calls[name]
+            yield Row(part, f"{name}: could not run", math.nan, note=f"{type(error).__name__}: {error}"[:160])
 
 
 def row_of(part: str, what: str, values: np.ndarray, target: str | None = None, note: str = "") -> Row:

@@ -26,7 +26,7 @@ from torch import nn
 
 from deeparc_hf import sparsify_model
 
-from .rows import Row, in_turn, row_of
+from .rows import Row, in_turn, row_of, that_run
 
 __all__ = ["measure"]
 
@@ -49,12 +49,7 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
         calls["torchao, in one pass"] = partial(_torchao, model, batches)
     if importlib.util.find_spec("llmcompressor") is not None:
         calls["llm-compressor, block by block"] = partial(_llm_compressor, model, ids)
-    for name in list(calls):
-        try:
-            calls[name]()
-        except Exception as error:
-            del calls[name]
-            yield Row(PART, f"{name}: could not run", float("nan"), note=f"{type(error).__name__}: {error}"[:160])
+    yield from that_run(PART, calls)
     seconds = in_turn(calls, rounds)
     told = f"{len(ids)} texts of 64 tokens, 12 blocks of 384, copying the model included"
     for name in list(calls)[1:]:
