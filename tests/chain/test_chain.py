@@ -158,7 +158,7 @@ def test_what_belongs_to_a_model_and_its_training_goes_from_link_to_link(tmp_pat
     model.save_pretrained(tmp_path / "begin")
     (tmp_path / "begin" / "vocab.txt").write_text("[PAD]\n[UNK]\nw\n")
     done = run_chain(file)
-    assert "warm-up of 12 steps is shortened to 6 of 8" in done.stdout
+    assert "warm-up of 12 steps is shortened to 4 of" in done.stdout
     place = tmp_path / "out" / "model"
     assert (place / "vocab.txt").read_text() == "[PAD]\n[UNK]\nw\n"
     assert len(list(place.glob("*.safetensors"))) > 1
