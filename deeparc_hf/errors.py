@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DeepArcError",
     "DeepArcWarning",
+    "LaunchError",
     "MissingDependencyError",
     "PlanError",
     "RecordError",

@@ -36,7 +36,8 @@ class SessionCallback(TrainerCallback, ExportableState):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are of the settings, not of a training."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("_run", "session", "_others")}
+        of_a_training = ("_run", "session", "_others", "_link", "_doubt")
+        return {name: value for name, value in self.__dict__.items() if name not in of_a_training}
 
     def _saved(self, state: TrainerState) -> tuple[dict[str, Any], Any]:
         """What the resumed checkpoint notes: settings, and where the work stood; empty where it notes nothing."""

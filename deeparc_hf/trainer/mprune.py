@@ -79,6 +79,8 @@ class MPruneCallback(SessionCallback):
     """
 
     _run: PruningRun | None
+    _link: Link | None = None  # of a chain of trainings, which this process was launched for
+    _doubt: str | None = None
 
     def __init__(
         self,
@@ -94,8 +96,6 @@ class MPruneCallback(SessionCallback):
         self.plan: PruningPlan | None = None
         self.record: PrunedConfig | None = None
         self._sharded: Progress | None = None  # what was done before parameters were sharded
-        self._link: Link | None = None  # of a chain of trainings, which this process was launched for
-        self._doubt: str | None = None
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
