@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.companions import copy_companions
 from ..checkpoint.record import PrunedConfig
 from ..core.checks import MalformedError, read_json
-from ..core.files import whole_folder, write_whole
+from ..core.files import alone, whole_folder, write_whole
 from ..errors import ConfigError, LaunchError, RecordError
 from ..healing.stored import load_healings
 from ..pruning.on_disk import DiskSurgery, in_bytes
@@ -26,7 +27,7 @@ from ..publish.card import create_model_card
 from ..reports.run_report import RUN_REPORT
 from ..trainer.link import WHOLE, Kind, Link, Standing, Told, Wish
 from ..trainer.reporter import PLAN_FILE
-from .launching import alone, launch
+from .launching import launch
 from .settings import ChainSettings
 
 __all__ = ["Chain"]
@@ -34,6 +35,7 @@ __all__ = ["Chain"]
 CHAIN_FILE, LINK_FILE = "chain.json", "link.json"
 _FORMAT_VERSION = 1
 _DONE = "done"
+_WAITS = "Another chain is at work there, or a link that has outlived one: waiting for its end."
 _WHAT = {
     Kind.TRAIN: "trains",
     Kind.HEAL: "fits repairs",
@@ -67,7 +69,8 @@ class Chain:
             LaunchError: if the script fails; started again, the chain goes on with that link.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        with alone(self.out / "chain.lock", self.say) as lock:
+        waits = partial(self.say, _WAITS)
+        with alone(self.out / "chain.lock", waits) as lock:
             if self._is_complete():
                 self.say(f"The chain in {self.settings.output} is complete.")
                 return self.model

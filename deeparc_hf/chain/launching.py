@@ -1,4 +1,4 @@
-"""Launching a script by accelerate, one after another in a folder."""
+"""Launching a script by accelerate."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..trainer.link import LINK_VARIABLE
 
-__all__ = ["alone", "launch"]
+__all__ = ["launch"]
 
 _PATIENCE = 30  # seconds for a script to end after Ctrl-C
 
@@ -45,24 +45,3 @@ def _end(process: subprocess.Popen[bytes], how: int) -> None:
             os.killpg(process.pid, how)
         else:  # Windows
             process.terminate()
-
-
-@contextlib.contextmanager
-def alone(file: Path, say: Callable[[str], None]) -> Iterator[Any]:
-    """Hold a lock, which what is launched inherits: waits for another chain there, and for a link that has outlived
-    the one that launched it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield None
-        return
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(
-                "Another chain is at work there, or a link that one launched before it was killed: waiting for its end."
-            )
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock

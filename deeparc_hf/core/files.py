@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from uuid import uuid4
 from ..errors import ConfigError
 from .interrupts import work_begins
 
-__all__ = ["finite", "whole_folder", "write_whole"]
+__all__ = ["alone", "finite", "whole_folder", "write_whole"]
 
 try:
     import fcntl
@@ -38,6 +38,25 @@ def write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, "utf-8")
     draft.replace(path)
+
+
+@contextmanager
+def alone(file: Path, waits: Callable[[], None]) -> Iterator[Any]:
+    """Hold a lock on a file, which is made, as an open file that processes may inherit; None where there are no locks.
+
+    Args:
+        waits: called where somebody else holds it, before it is waited for.
+    """
+    if fcntl is None:
+        yield None
+        return
+    with file.open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waits()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
 
 
 @contextmanager

@@ -26,11 +26,9 @@ from ..healing.heal import fit_sites
 from ..healing.sites import Healing
 from ..healing.stored import load_healings, save_healings
 from ..observe.training_calibration import TrainingCalibration
-from ..pruning.compare import check_settings
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..reports.attempts import Evaluation
-from ..search.search import check_speedup
 from .follow_checkpoint import Structure, record_of
 from .gate import check_gate
 from .learning_rate import is_trainers_own, rewind, warmup_steps
@@ -39,8 +37,7 @@ from .machine import Phase, Progress
 from .measures import EVALUATION
 from .operations import Operations, frozen_after
 from .pruning_run import PruningRun
-from .rehearsal import rehearse
-from .schedule import check_epochs, for_training
+from .schedule import changes_since, check_epochs, for_training, other_epochs
 from .session import Session
 from .untrained import pruned_untrained
 
@@ -165,16 +162,6 @@ class LinkedOperations(Operations):
         self._saved = False
         accepted = self.standing.plan
         self._accepted_plan = None if accepted is None else PruningPlan.from_dict(accepted)
-
-    def begin(self) -> None:
-        p, subject = self._progress, self._session.subject
-        check_settings(subject, self._config.for_iteration(0))
-        rehearse(subject, self._calibration, "MPruneCallback")
-        if self._config.target == "speedup":
-            with self._calibration.reading():
-                check_speedup(subject, self._calibration, self._config)
-        record = record_of(subject)
-        p.start = p.base = p.record = None if record is None else record.to_dict()
 
     def begin_pruned(self, plan: PruningPlan, healings: list[Healing], stages: dict[str, Any]) -> None:
         """Begin with a model that was just pruned."""
@@ -373,11 +360,8 @@ class LinkedRun(PruningRun):
 
     def _require_same(self, then: Mapping[str, Any]) -> None:
         """Refuse settings other than those that the chain, or this link, began with."""
-        now, p, steps = self._asked.to_dict(), self.progress, self.session.steps_per_epoch
-        keys = [key for key in now if key in then and key != "keep_snapshots" and then[key] != now[key]]
-        changed = [f"{key} {then[key]} -> {now[key]}" for key in keys]
-        if p.steps_per_epoch != steps:
-            changed.append(f"optimizer steps of an epoch {p.steps_per_epoch} -> {steps}")
+        changed = [f"{name} {change}" for name, change in changes_since(then, self._asked).items()]
+        changed += other_epochs(self.progress, self.session.steps_per_epoch)
         if changed:
             raise ConfigError(
                 f"The script's settings have changed since the chain began: {', '.join(changed)}. Go on with the same "

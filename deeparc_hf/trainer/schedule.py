@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..pruning.config import MPruneConfig
 from .machine import Progress
 
-__all__ = ["check_epochs", "for_training", "needed_epochs", "refuse_changes"]
+__all__ = ["changes_since", "check_epochs", "for_training", "needed_epochs", "other_epochs", "refuse_changes"]
 
 _FIXED = ("start_epoch", "k", "metric", "greater_is_better", "baseline")
 
@@ -64,6 +64,20 @@ def check_epochs(config: MPruneConfig, max_steps: int, steps_per_epoch: int | No
         )
 
 
+def changes_since(began_with: Mapping[str, Any], config: MPruneConfig) -> dict[str, str]:
+    """What is set otherwise than it was, by setting."""
+    now = config.to_dict()
+    keys = [key for key in now if key in began_with and key != "keep_snapshots"]
+    return {key: f"{began_with[key]} -> {now[key]}" for key in keys if began_with[key] != now[key]}
+
+
+def other_epochs(progress: Progress, steps_per_epoch: int | None) -> list[str]:
+    """How epochs are longer or shorter than they were; empty where they are not."""
+    if progress.steps_per_epoch == steps_per_epoch:
+        return []
+    return [f"optimizer steps of an epoch {progress.steps_per_epoch} -> {steps_per_epoch}"]
+
+
 def refuse_changes(
     began_with: Mapping[str, Any], config: MPruneConfig, progress: Progress, steps_per_epoch: int | None
 ) -> dict[str, str]:
@@ -72,14 +86,11 @@ def refuse_changes(
     Raises:
         ConfigError: if what was decided already would have been decided otherwise, or boundaries would fall elsewhere.
     """
+    changed = changes_since(began_with, config)
     now = config.to_dict()
-    keys = [key for key in now if key in began_with and key != "keep_snapshots"]
-    changed = {key: f"{began_with[key]} -> {now[key]}" for key in keys if began_with[key] != now[key]}
     fixed = [key for key in _FIXED if key in changed]
     fixed += [key for key in ("max_drop", "distill") if key in changed and None in (began_with[key], now[key])]
-    shown = [f"{key} {changed[key]}" for key in fixed]
-    if progress.steps_per_epoch != steps_per_epoch:
-        shown.append(f"optimizer steps of an epoch {progress.steps_per_epoch} -> {steps_per_epoch}")
+    shown = [f"{key} {changed[key]}" for key in fixed] + other_epochs(progress, steps_per_epoch)
     if shown:
         raise ConfigError(
             f"A run cannot be resumed with these changes: {', '.join(shown)}. Resume with what it began with, or load "

@@ -14,13 +14,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
 
 from deeparc_hf.core.checks import Entry, MalformedError, read_json
-from deeparc_hf.core.files import write_whole
+from deeparc_hf.core.files import alone, write_whole
 from deeparc_hf.core.markdown import table
 from deeparc_hf.core.plain_text import did_you_mean
 from deeparc_hf.errors import ConfigError
@@ -34,6 +35,9 @@ __all__ = ["Cell", "Figures", "Sweep", "SweepFile", "recipe_types", "slug"]
 SWEEP, CELL, ORIGINAL = "sweep.md", "cell.json", "original"
 PATIENCE = 20.0  # seconds that a stopped recipe gets to end by itself
 _COLUMNS = 3  # metrics that are columns; more are lines of a table of their own
+_WAITS = (
+    "Another sweep, or a recipe that one started before it was killed, is at work in this folder: waiting for its end."
+)
 TAIL = 12  # lines of a failed recipe's log that are shown
 _KEYS = {"recipe", "config", "grid", "metrics", "scale", "seed", "title"}
 # set for each cell by the sweep, or of no use where all cells share one original (held-out data follow the seed)
@@ -268,7 +272,7 @@ class Sweep:
     def run(self) -> int:
         """Run what is not done yet; 0, or 1 if a cell failed. The table is written after each cell."""
         self.output.mkdir(parents=True, exist_ok=True)
-        with _alone(self.output / "sweep.lock", self.say) as lock:
+        with alone(self.output / "sweep.lock", partial(self.say, _WAITS)) as lock:
             original, *others = self.file.cells
             run = self._do(original, None, None, lock)
             if run is None:
@@ -406,26 +410,6 @@ def _call(command: Sequence[str], log: Path, lock: Any) -> int:
             process.kill()
             process.wait()
             raise
-
-
-@contextlib.contextmanager
-def _alone(path: Path, say: Callable[[str], None]) -> Iterator[Any]:
-    """Hold a lock, which the recipes inherit: waits for another sweep there, and for a recipe that outlived its own."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield None
-        return
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(
-                "Another sweep, or a recipe that one started before it was killed, is at work in this folder: waiting "
-                "for its end."
-            )
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 # ---- the table ----

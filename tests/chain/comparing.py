@@ -21,6 +21,8 @@ from deeparc_hf.observe.quality import measure_quality
 from deeparc_hf.observe.training_calibration import TrainingCalibration
 from deeparc_hf.pruning.compare import compare_blocks
 from deeparc_hf.pruning.config import MPruneConfig
+from deeparc_hf.search.search import search_plan
+from deeparc_hf.trainer.searching import batches_of_all
 from tests.trainers import text_data
 from tests.zoo import ZOO
 
@@ -45,9 +47,13 @@ def look(samples, metric, sharded=False, lengths=None):
         plan = compare_blocks(describe(model), calibration, config, progress=False)
         healings = fit_sites(describe(model), {STACK: [1, 3]}, calibration, progress=False)
         quality = measure_quality(model, calibration)
+        wanted = MPruneConfig(search="greedy", num_blocks=2, heal="lstsq")
+        batches = batches_of_all(describe(model).host, calibration)
+        searched = search_plan(model, batches, wanted, shared=True, progress=False)
     stack = plan.stacks[STACK]
     return {
         "similarity": torch.tensor(stack.similarity),
+        "searched": [searched.removed[STACK], searched.choice.value],
         "removed": {name: list(blocks) for name, blocks in plan.removed.items()},
         "parameters": [sum(map(numel, block.parameters())) for block in model.bert.encoder.layer],
         "changes": [healing.change for healing in healings],
