@@ -154,11 +154,19 @@ def test_an_upload_that_breaks_off_is_one_line_of_help(hub, here, tmp_path):
 def test_pushes_in_a_training_say_where_it_stood_and_the_end_says_how_the_card_is_kept(hub, here, tmp_path):
     printed = here.run(
         """
+        import time
+        class AfterThePush(transformers.TrainerCallback):
+            # Uploads run in the background, from the folder that the next save writes to.
+            def on_epoch_begin(self, args, state, control, **more):
+                def pushed(commit):
+                    return f"epoch {round(state.epoch)}" in commit.title
+                while state.epoch and not any(map(pushed, HfApi().list_repo_commits("owner/pushes"))):
+                    time.sleep(0.05)
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             callback = MPruneCallback(num_blocks=3, retrain_epochs=1, calibration_samples=32)
-            trained(folder, [callback], num_train_epochs=2, push_to_hub=True, hub_model_id="owner/pushes",
-                    hub_strategy="every_save", hub_always_push=True)._finish_current_push()
+            trained(folder, [callback, AfterThePush()], num_train_epochs=2, push_to_hub=True,
+                    hub_model_id="owner/pushes", hub_strategy="every_save", hub_always_push=True)._finish_current_push()
         result = out.getvalue()
         """,
         folder=tmp_path,
