@@ -4,7 +4,8 @@ show what a reload would do differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..core.compat import unsaved_buffers
 from ..core.shards import shape_of
 from .layout import Layout
 
-__all__ = ["Differences", "compare", "differing", "state_shapes"]
+__all__ = ["Differences", "Memory", "Part", "compare", "differing", "parts", "state_shapes"]
 
 # Attributes that hold a block's own index: they follow the skeleton.
 _INDEX_NAMES = frozenset(
@@ -40,31 +41,77 @@ def state_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: shape_of(value) for name, value in module.state_dict(keep_vars=True).items()}
 
 
-def compare(before: nn.Module, after: nn.Module, layout: Layout) -> Differences:
+@dataclass(frozen=True)
+class Part:
+    """One module of a skeleton, as far as skeletons are compared.
+
+    Attributes:
+        kind: name of its class.
+        origin: module and name of its class. (By name: torch's parametrizations make a class of their own for each
+            module.)
+        neutral: whether it does nothing at inference: an identity, or stochastic depth.
+        shapes: of its own parameters and buffers.
+        attributes: those that are plain data.
+        spare: names of its buffers that are never saved. (They may be missing from a reload: nothing that is left asks
+            for them.)
+    """
+
+    kind: str
+    origin: str
+    neutral: bool
+    shapes: Mapping[str, tuple[int, ...]]
+    attributes: Mapping[str, Any]
+    spare: frozenset[str]
+
+
+def parts(root: nn.Module, stacks: Iterable[str] = ()) -> dict[str, Part]:
+    """The modules of a skeleton by path. One that all blocks share stands under each of them, and not where else it may
+    be known.
+    """
+    containers = {name: root.get_submodule(name) for name in stacks}
+    inside = {id(module) for container in containers.values() for module in container.modules()}
+    prefixes = tuple(f"{name}." for name in containers)
+    return {
+        path: _part(module)
+        for path, module in root.named_modules(remove_duplicate=False)
+        if path in containers or path.startswith(prefixes) or id(module) not in inside
+    }
+
+
+class Memory:
+    """What was read from the last few modules, which stay as they are: for many comparisons of the same ones."""
+
+    def __init__(self) -> None:
+        self.parts = functools.lru_cache(maxsize=4)(parts)
+        self.state_shapes = functools.lru_cache(maxsize=4)(state_shapes)
+
+
+def compare(before: nn.Module, after: nn.Module, layout: Layout, memory: Memory | None = None) -> Differences:
     """Compare the skeletons of the settings before and after a removal."""
     found = Differences()
-    names = {name: layout.renamed(name) for name in _modules(before, layout.kept)}
-    new_names = {new for new in names.values() if new is not None}
-    after_modules = _modules(after, layout.kept)
-    extra = sorted(name for name in after_modules if name not in new_names and not _neutral(after_modules[name]))
+    stacks = tuple(layout.kept)
+    read = parts if memory is None else memory.parts
+    own, new = read(before, stacks), read(after, stacks)
+    names = {name: layout.renamed(name) for name in own}
+    new_names = {name for name in names.values() if name is not None}
+    extra = sorted(name for name, part in new.items() if name not in new_names and not part.neutral)
     if extra:
         some = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
         found.problems.append(f"a reload would build modules that the pruned model does not have: {some}")
-    for old, new in names.items():
-        module = before.get_submodule(old)
-        if new is None or _neutral(module):
+    for old_name, new_name in names.items():
+        part = own[old_name]
+        if new_name is None or part.neutral:
             continue
-        counterpart = after_modules.get(new)
-        if counterpart is None or _neutral(counterpart):
-            found.problems.append(f"a reload would lack {new}, which is {old} of this model")
-        elif _class(counterpart) != _class(module):
+        counterpart = new.get(new_name)
+        if counterpart is None or counterpart.neutral:
+            found.problems.append(f"a reload would lack {new_name}, which is {old_name} of this model")
+        elif counterpart.origin != part.origin:
             found.problems.append(
-                f"{old} is a {type(module).__name__}, but a reload would build a {type(counterpart).__name__} in its "
-                "place"
+                f"{old_name} is a {part.kind}, but a reload would build a {counterpart.kind} in its place"
             )
-        else:
-            found.problems += _misshapen(old, module, counterpart)
-            _compare_attributes(old, module, counterpart, layout, found)
+        elif counterpart != part:
+            found.problems += _misshapen(old_name, part, counterpart)
+            _compare_attributes(old_name, part, counterpart, layout, found)
     return found
 
 
@@ -74,50 +121,47 @@ def differing(
     """Paths of the modules that only one of two skeletons has, or that differ in class, shapes or attributes (but for
     values that are `ignored`).
     """
-    first, second = _modules(one), _modules(other)
+    first, second = parts(one), parts(other)
     paths = set(first.keys() ^ second.keys())
     for path in first.keys() & second.keys():
-        own, new = _plain_attributes(first[path]), _plain_attributes(second[path])
+        part, counterpart = first[path], second[path]
+        if part == counterpart:
+            continue
+        own, new = part.attributes, counterpart.attributes
         values = [(own.get(key), new.get(key)) for key in own.keys() | new.keys()]
         changed = any(old != now and not ignored(old, now) for old, now in values)
-        if changed or _class(first[path]) != _class(second[path]) or _misshapen(path, first[path], second[path]):
+        if changed or part.origin != counterpart.origin or _misshapen(path, part, counterpart):
             paths.add(path)
     return paths
 
 
-def _modules(root: nn.Module, stacks: Iterable[str] = ()) -> dict[str, nn.Module]:
-    """Modules by path. One that all blocks share stands under each of them, and not where else it may be known."""
-    containers = {name: root.get_submodule(name) for name in stacks}
-    inside = {id(module) for container in containers.values() for module in container.modules()}
-    prefixes = tuple(f"{name}." for name in containers)
-    return {
-        path: module
-        for path, module in root.named_modules(remove_duplicate=False)
-        if path in containers or path.startswith(prefixes) or id(module) not in inside
-    }
+def _part(module: nn.Module) -> Part:
+    kind = type(module)
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return Part(
+        kind=kind.__name__,
+        origin=f"{kind.__module__}.{kind.__qualname__}",
+        neutral=isinstance(module, nn.Identity) or "DropPath" in kind.__name__,
+        shapes={name: shape_of(tensor) for name, tensor in tensors},
+        attributes={
+            k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and _is_plain(v)
+        },
+        spare=frozenset(unsaved_buffers(module)),
+    )
 
 
-def _misshapen(name: str, module: nn.Module, counterpart: nn.Module) -> list[str]:
-    own, new = _own_shapes(module), _own_shapes(counterpart)
-    # a buffer that is never saved may be missing from a reload: nothing that is left asks for it
-    spare = unsaved_buffers(module) - new.keys()
+def _misshapen(name: str, part: Part, counterpart: Part) -> list[str]:
+    own, new = part.shapes, counterpart.shapes
     return [
         f"{f'{name}.{key}' if name else key} has shape {own.get(key)}, but a reload would give it {new.get(key)}"
-        for key in sorted((own.keys() | new.keys()) - spare)
+        for key in sorted((own.keys() | new.keys()) - (part.spare - new.keys()))
         if own.get(key) != new.get(key)
     ]
 
 
-def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    return {name: shape_of(tensor) for name, tensor in tensors}
-
-
-def _compare_attributes(
-    name: str, module: nn.Module, counterpart: nn.Module, layout: Layout, found: Differences
-) -> None:
+def _compare_attributes(name: str, part: Part, counterpart: Part, layout: Layout, found: Differences) -> None:
     stack = next((stack for stack in layout.kept if name.startswith(f"{stack}.")), None)
-    own, new = _plain_attributes(module), _plain_attributes(counterpart)
+    own, new = part.attributes, counterpart.attributes
     for key in sorted(own.keys() | new.keys()):
         old_value, new_value = own.get(key), new.get(key)
         if old_value == new_value or key in _TRAINING_ONLY:
@@ -141,23 +185,9 @@ def _follows(old: Any, new: Any, length: int, kept: Sequence[int]) -> bool:
     return whole and list(new) == [old[i] for i in kept]
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training" and _plain(v)}
-
-
-def _plain(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(_plain(item) for item in value)
+        return all(map(_is_plain, value))
     if isinstance(value, dict):
-        return all(_plain(item) for item in value.values())
+        return all(map(_is_plain, value.values()))
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
-
-
-def _class(module: nn.Module) -> str:
-    # by name: torch's parametrizations make a class of their own for each module
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _neutral(module: nn.Module) -> bool:
-    """Whether the module does nothing at inference: an identity, or stochastic depth."""
-    return isinstance(module, nn.Identity) or "DropPath" in type(module).__name__

@@ -74,11 +74,28 @@ class Axes:
 
     def rows(self, hidden: Tensor) -> Tensor:
         """A block's output as (samples, positions, features). Without samples each position is one."""
-        hidden = hidden.movedim(self.features, -1)
+        hidden = self._in_order(hidden)
         if self.samples is None:
             return hidden.reshape(-1, 1, hidden.shape[-1])
-        hidden = hidden.movedim(self._place, 0)
         return hidden.reshape(len(hidden), -1, hidden.shape[-1])
+
+    def rows_at(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Some of the `rows`, (N, features), by their numbers over all samples. Images are not copied whole for it."""
+        hidden = self._in_order(hidden)
+        if hidden.is_contiguous():
+            return hidden.view(-1, hidden.shape[-1])[positions]
+        return hidden[torch.unravel_index(positions, hidden.shape[:-1])]
+
+    def extent(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Of a block's output of this shape: the number of samples, and of positions of each."""
+        everything = math.prod(shape) // shape[self.features]
+        count = everything if self.samples is None else shape[self.samples]
+        return count, everything // count
+
+    def _in_order(self, hidden: Tensor) -> Tensor:
+        """A view with the samples first, if there are any, and the features last."""
+        hidden = hidden.movedim(self.features, -1)
+        return hidden if self.samples is None else hidden.movedim(self._place, 0)
 
     def padding(self, inputs: Mapping[str, Any], shape: Sequence[int]) -> Padding:
         """Which positions of a batch count, for a block's output of this shape."""
@@ -90,8 +107,7 @@ class Axes:
             padded = text is not None and not bool(text.all())
             return Padding(None, (padded and self.unknown) or _images_are_padded(inputs))
         mask = mask.reshape(-1, mask.shape[-1])
-        count = shape[self.samples]
-        positions = math.prod(shape) // (count * shape[self.features])
+        count, positions = self.extent(shape)
         behind = positions - self.before - mask.shape[1]
         if len(mask) != count or behind < 0 or (self.mask is None and behind > 0):
             return Padding(None, not bool(mask.all()))
@@ -293,9 +309,7 @@ def _with_padding(
 ) -> Axes:
     """Axes that know which mask the positions of a stack follow, and where they stand."""
     masks = padding_masks(trial)
-    assert axes.samples is not None
-    count = shape[axes.samples]
-    positions = math.prod(shape) // (count * shape[axes.features])
+    count, positions = axes.extent(shape)
     # labels may be classes instead of tokens
     if stack.side == "decoder" and masks["decoder"] is not None and masks["decoder"].shape[1] == positions:
         return replace(axes, mask="decoder", asked=True)

@@ -115,38 +115,32 @@ class StackObserver:
             self._shape = tuple(hidden.shape)
             self._padding = axes.padding(self._inputs, self._shape)
             self._unmasked = self._unmasked or self._padding.unknown
-        states, mask = axes.rows(hidden), self._padding.mask
-        mask = None if mask is None else mask.to(states.device)
+        mask = self._padding.mask
+        mask = None if mask is None else mask.to(hidden.device)
         if self.rows == "mean":
+            states = axes.rows(hidden)
             if mask is None:
                 return states.float().mean(dim=1)
             weight = mask.to(torch.float32)
             total = torch.einsum("bt,btd->bd", weight, states.float())
             return (total / weight.sum(dim=1, keepdim=True).clamp(min=1))[mask.any(dim=1)]
-        if self.rows == "first":
-            if mask is None:
-                return states[:, 0].float()
-            first = mask.int().argmax(dim=1)
-            return states[torch.arange(len(states), device=states.device), first].float()[mask.any(dim=1)]
-        return states.reshape(-1, states.shape[2])[self._positions(mask, states)].float()
+        if not self._batch:
+            self._chosen = self._positions(*axes.extent(self._shape), mask).to(hidden.device)
+        return axes.rows_at(hidden, self._chosen).float()
 
-    def _positions(self, mask: Tensor | None, states: Tensor) -> Tensor:
-        """Flat indices of the positions to compare, evenly spaced within each sample; for all blocks of a batch."""
-        if self._batch:
-            return self._chosen
-        count, length = states.shape[:2]
-        limit = self.metric.tokens_per_sample or length
-        chosen: list[Tensor] = []
-        self._per_sample = []
+    def _positions(self, count: int, length: int, mask: Tensor | None) -> Tensor:
+        """Which positions of all samples one after the other to compare: each one's first, or some of each."""
+        found: list[Tensor] = []
         for sample in range(count):
             positions = torch.arange(length) if mask is None else mask[sample].nonzero().flatten().cpu()
+            limit = 1 if self.rows == "first" else self.metric.tokens_per_sample or length
             if len(positions) > limit:
-                # in float64, whatever torch's default is
-                positions = positions[torch.linspace(0, len(positions) - 1, limit, dtype=torch.float64).round().long()]
-            chosen.append(positions + sample * length)
-            self._per_sample.append(len(positions))
-        self._chosen = torch.cat(chosen).to(states.device)
-        return self._chosen
+                # evenly spaced; in float64, whatever torch's default is
+                chosen = torch.linspace(0, len(positions) - 1, limit, dtype=torch.float64).round().long()
+                positions = positions[chosen]
+            found.append(positions + sample * length)
+        self._per_sample = list(map(len, found))
+        return torch.cat(found)
 
 
 def observe(

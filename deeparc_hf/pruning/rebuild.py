@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..architectures import Host, Layout, Stack, Subject
-from ..architectures.skeleton import compare, state_shapes
+from ..architectures.skeleton import Memory, compare
 from ..core.caller import warn_caller
 from ..core.transaction import Transaction
 from ..errors import DeepArcError, DeepArcWarning, SurgeryError
@@ -39,8 +39,8 @@ class Builds:
     updates: list[tuple[str, str, Any]]
 
 
-def skeletons(subject: Subject, layout: Layout) -> Builds:
-    """Build the settings before and after the removal, and compare.
+def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None) -> Builds:
+    """Build the settings before and after the removal, and compare. With a memory, for several removals from one model.
 
     Raises:
         SurgeryError: if the settings do not describe the model, or cannot describe it without these blocks.
@@ -54,7 +54,8 @@ def skeletons(subject: Subject, layout: Layout) -> Builds:
             f"{name} cannot be rebuilt from its own settings, so a pruned one could not be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
-    live, stock = state_shapes(host.root), state_shapes(before)
+    memory = memory or Memory()
+    live, stock = memory.state_shapes(host.root), memory.state_shapes(before)
     for stack in subject.stacks:
         odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
         if odd:
@@ -69,7 +70,7 @@ def skeletons(subject: Subject, layout: Layout) -> Builds:
             f"The settings of {name} (type {host.kind!r}) cannot express the removal: {type(error).__name__}: {error}. "
             "Nothing was changed."
         ) from error
-    differences = compare(before, after, layout)
+    differences = compare(before, after, layout, memory)
     if differences.problems:
         raise SurgeryError(
             f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. "
@@ -89,12 +90,13 @@ def inexpressible(subject: Subject) -> dict[str, dict[int, str]]:
         By stack, the reasons by block.
     """
     found: dict[str, dict[int, str]] = {}
+    memory = Memory()
     for name, stack in subject.stacks.items():
         for index in range(len(stack)):
             if index in stack.pinned or len(stack) == 1:
                 continue
             try:
-                skeletons(subject, Layout.without(subject.lengths, {name: [index]}))
+                skeletons(subject, Layout.without(subject.lengths, {name: [index]}), memory)
             except DeepArcError as error:
                 problem = str(error).partition(" Nothing was changed.")[0].rpartition("cannot express the removal: ")[2]
                 found.setdefault(name, {})[index] = f"the model's settings cannot express its removal: {problem}"

@@ -25,6 +25,9 @@ __all__ = [
     "register",
 ]
 
+_STRIP = 128  # rows of a Gram matrix that are computed at once
+_AT_ONCE = 4  # blocks whose rows are held in float64 at once
+
 ROW_KINDS = ("tokens", "mean", "first", "flat")
 
 
@@ -108,27 +111,27 @@ class GroupMetric(SimilarityMetric):
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._parts: list[Tensor] = []  # each (L, n, D)
+        self._waiting = torch.empty(0)  # (L, 2 groups, D), of which the first `_count` rows of each block are filled
         self._count = 0
 
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
-        if not len(rows[0]):
-            return
-        self._parts.append(torch.stack(list(rows)))
-        self._count += len(rows[0])
-        if self._count < 2 * self.group_size:
-            return
-        joined = torch.cat(self._parts, dim=1)
-        # one group's worth always stays back for the remainder to join
-        full = self._count // self.group_size - 1
-        self._parts = [joined[:, full * self.group_size :]]
-        self._count -= full * self.group_size
-        for rows_of_group in torch.split(joined[:, : full * self.group_size], self.group_size, dim=1):
-            add_to(self._sums, self.sums_of(rows_of_group))
+        size, taken, given = self.group_size, 0, len(rows[0])
+        while taken < given:
+            if not self._waiting.numel():
+                self._waiting = rows[0].new_empty(len(rows), 2 * size, rows[0].shape[1])
+            more = min(given - taken, 2 * size - self._count)
+            for waiting, block in zip(self._waiting, rows, strict=True):
+                waiting[self._count : self._count + more] = block[taken : taken + more]
+            taken, self._count = taken + more, self._count + more
+            if self._count == 2 * size:
+                add_to(self._sums, self.sums_of(self._waiting[:, :size]))
+                # one group always stays back for the remainder to join
+                self._waiting[:, :size] = self._waiting[:, size:]
+                self._count = size
 
     def finish(self) -> dict[str, Tensor]:
         if self._count >= self.min_rows:
-            add_to(self._sums, self.sums_of(torch.cat(self._parts, dim=1)))
+            add_to(self._sums, self.sums_of(self._waiting[:, : self._count]))
         return self._sums
 
     @abstractmethod
@@ -174,20 +177,34 @@ def add_to(sums: dict[str, Tensor], more: Mapping[str, Tensor | float]) -> None:
 
 def centered_grams(group: Tensor) -> Tensor:
     """`centered_gram` of each block's rows: shape (L, n, D) -> (L, n, n)."""
-    return torch.stack([centered_gram(rows) for rows in group])
+    blocks, count, _ = group.shape
+    grams = torch.empty(blocks, count, count, dtype=torch.float64, device=_home(group))
+    for some, rows in zip(torch.split(grams, _AT_ONCE), torch.split(group, _AT_ONCE), strict=True):
+        some.copy_(centered_gram(rows))
+    return grams
 
 
 def centered_gram(rows: Tensor, columns: int = 2**16) -> Tensor:
-    """Gram matrix of one block's rows, their mean taken off first: shape (n, D) -> (n, n), float64.
+    """Gram matrix of one block's rows, their mean taken off first: shape (n, D) -> (n, n), float64; or of several
+    blocks, whose dimension comes first.
 
     So many columns at a time: rows of whole images (256 x 56 x 56 values) are never held in float64 all at once.
     """
-    device = "cpu" if rows.device.type == "mps" else rows.device  # mps has no float64
-    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for part in torch.split(rows, columns, dim=1):
+    device, count = _home(rows), rows.shape[-2]
+    gram = torch.zeros(*rows.shape[:-1], count, dtype=torch.float64, device=device)
+    strips = [slice(start, start + _STRIP) for start in range(0, count, _STRIP)]
+    for part in torch.split(rows, columns, dim=-1):
         part = part.to(device, torch.float64)
         # the first row comes off before the mean, so that a constant block is zero to the bit, not to rounding
-        part = part - part[0]
-        part = part - part.mean(dim=0)
-        gram.addmm_(part, part.T)
+        part = part - part[..., :1, :]
+        part -= part.mean(dim=-2, keepdim=True)
+        for strip in strips:  # what lies below the diagonal is the same once more
+            gram[..., strip, strip.start :] += part[..., strip, :] @ part[..., strip.start :, :].mT
+    for strip in strips:
+        gram[..., strip.stop :, strip] = gram[..., strip, strip.stop :].mT
     return gram
+
+
+def _home(rows: Tensor) -> str | torch.device:
+    """Where their Gram matrices are computed: mps has no float64."""
+    return "cpu" if rows.device.type == "mps" else rows.device

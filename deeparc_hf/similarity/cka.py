@@ -48,17 +48,15 @@ class DebiasedCKA(GroupMetric):
 
 
 def hsic_matrix(grams: Tensor) -> Tensor:
-    """Unbiased HSIC of every pair of blocks, from their Gram matrices of shape (L, n, n) with n >= 4 -> (L, L)."""
+    """Unbiased HSIC of every pair of blocks, from Gram matrices of centred rows, shape (L, n, n), n >= 4 -> (L, L)."""
     n = grams.shape[1]
-    grams = grams.clone()
-    grams.diagonal(dim1=1, dim2=2).zero_()
-    # U-centering (Szekely & Rizzo 2014): the inner product of U-centred grams over n (n - 3) is Song et al.'s estimator
-    sums = grams.sum(dim=2, keepdim=True)
-    total = sums.sum(dim=1, keepdim=True)
-    grams = grams - (sums + sums.transpose(1, 2)) / (n - 2) + total / ((n - 1) * (n - 2))
-    grams.diagonal(dim1=1, dim2=2).zero_()
-    flat = grams.flatten(start_dim=1)
-    return flat @ flat.T / (n * (n - 3))
+    flat, own = grams.flatten(start_dim=1), grams.diagonal(dim1=1, dim2=2)
+    # Song et al.'s estimator is of Gram matrices whose diagonal is zero. The rows of a centred one add up to zero, so
+    # without its diagonal they add up to minus that: there is no need to change the matrices.
+    total = own.sum(dim=1)
+    traces = flat @ flat.T - own @ own.T
+    hsic = traces + total[:, None] * total / ((n - 1) * (n - 2)) - 2 / (n - 2) * (own @ own.T)
+    return hsic / (n * (n - 3))
 
 
 def normalize(hsic: Tensor) -> Tensor:

@@ -126,6 +126,15 @@ def test_samples_may_be_the_second_dimension():
     assert axes_of(ODD["xlnet"], "transformer.layer").samples == 1
 
 
+@pytest.mark.parametrize("axes", [Axes(2, 0), Axes(1, 0), Axes(3, 0), Axes(2, 1), Axes(0, 2), Axes(1, None)], ids=repr)
+def test_some_rows_are_those_of_all_rows(axes):
+    hidden = torch.arange(4 * 5 * 6 * 3).reshape(4, 5, 6, 3).float()
+    rows = axes.rows(hidden)
+    assert axes.extent(hidden.shape) == rows.shape[:2]
+    some = torch.tensor([7, 2, 2, 11])
+    assert torch.equal(axes.rows_at(hidden, some), rows.flatten(0, 1)[some])
+
+
 def test_a_text_may_stand_beside_patches_which_count():
     axes = axes_of(ODD["layout_lm"])
     (batch,) = ODD["layout_lm"].batches(9)

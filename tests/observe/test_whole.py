@@ -12,7 +12,7 @@ import transformers as tf
 from deeparc_hf import analyze, find_stacks
 from deeparc_hf.errors import CalibrationError, CalibrationWarning, ConfigError
 from deeparc_hf.observe.hooks import hidden_states
-from deeparc_hf.similarity.base import centered_gram
+from deeparc_hf.similarity.base import centered_gram, centered_grams
 from tests.zoo import ZOO
 
 SIZE = 32
@@ -177,6 +177,15 @@ def test_columns_taken_in_parts_give_the_same():
     np.testing.assert_allclose(centered_gram(rows, columns=37), whole, rtol=1e-12, atol=1e-10)
     centered = rows.double() - rows.double().mean(0)
     np.testing.assert_allclose(whole, centered @ centered.T, rtol=1e-12, atol=1e-10)
+
+
+def test_many_rows_of_many_blocks_give_what_each_block_gives_alone():
+    rows = torch.randn(6, 300, 20, generator=torch.Generator().manual_seed(0))
+    grams = centered_grams(rows)
+    centered = (rows.double() - rows.double().mean(1, keepdim=True)).numpy()
+    for gram, block, own in zip(grams, rows, centered, strict=True):
+        np.testing.assert_allclose(gram, own @ own.T, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(gram, centered_gram(block), rtol=1e-12, atol=1e-12)
 
 
 def test_the_batch_size_stands_in_the_plan_and_its_texts():
