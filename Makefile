@@ -34,9 +34,8 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## fine-tune, prune, retrain and reload a real model; results go to demo_output
 	$(BIN)/python examples/bbc_news.py --output demo_output
 
-test: lint  ## lint, types, all tests that are not marked slow, and the benchmarks
-	$(BIN)/pytest -n 2 -m "not slow and not benchmark"
-	$(BIN)/pytest -m "benchmark and not slow" --capture=no
+test: lint  ## lint, types, and all tests that are not marked slow
+	$(BIN)/pytest -n 2 -m "not slow"
 
 test-slow: $(INSTALLED)  ## the tests that are marked slow
 	$(BIN)/pytest -m slow
@@ -47,7 +46,7 @@ lint: $(INSTALLED)  ## style, formatting, import rules and types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: $(PEERS)/.installed  ## what it costs and saves, beside other packages; a table in benchmarks/results (half an hour, nothing beside it)
+bench: $(PEERS)/.installed  ## what it costs and saves, beside other packages; a table in benchmarks/results (an hour, nothing beside it)
 	$(PEERS)/bin/python -m benchmarks.costs $(BENCH)
 
 docs: $(DOCS_INSTALLED)  ## build the documents into site/; a broken link is an error

@@ -1,4 +1,4 @@
-"""Settings of all tests and benchmarks: few threads, no Hub, no telemetry."""
+"""Settings of all tests: few threads, no Hub, no telemetry."""
 
 from __future__ import annotations
 

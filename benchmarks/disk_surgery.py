@@ -58,6 +58,16 @@ def write_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
     return blocks
 
 
+def copy_of(folder: Path) -> float:
+    """Seconds that a copy of the files takes."""
+    other = folder.with_name("copy")
+    start = time.perf_counter()
+    shutil.copytree(folder, other)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(other)
+    return seconds
+
+
 def surgery(folder: Path, out: Path, blocks: int, *options: str) -> tuple[float, int]:
     """Seconds and peak memory in bytes of a removal of each fourth block."""
     shutil.rmtree(out, ignore_errors=True)
@@ -77,10 +87,7 @@ def main() -> None:
     source, out = args.folder / "whole", args.folder / "smaller"
     blocks = write_checkpoint(source, args.gigabytes, args.shards)
     sizes = [file.stat().st_size for file in source.glob("*.safetensors")]
-    start = time.perf_counter()
-    shutil.copytree(source, args.folder / "copy")
-    copied = time.perf_counter() - start
-    shutil.rmtree(args.folder / "copy")
+    copied = copy_of(source)
     print(f"{blocks} blocks, {sum(sizes) / 1e9:.2f} GB in {len(sizes)} files, the largest of {max(sizes) / 1e9:.2f} GB")
     print(f"a copy: {copied:.0f} s")
     bound = 1.5 * max(sizes) + 300e6

@@ -25,6 +25,7 @@ from deeparc_hf import analyze, find_stacks, prune_model, sparsify_model
 from deeparc_hf.core.environment import hardware, package_versions
 from deeparc_hf.core.offload import blocks_on_disk
 
+WAYS = ("disk", "memory")
 _BATCHES, _SIZE, _LENGTH, _REMOVED = 4, 4, 24, 4
 
 
@@ -65,7 +66,7 @@ def measure(folder: Path, offloaded: bool, out: Path) -> None:
 
     def tell(what: str) -> None:
         nonlocal start
-        print(f"{what}: {time.perf_counter() - start:.0f} s, at most {peak() / 1e9:.2f} GB", flush=True)
+        print(f"{what}: {time.perf_counter() - start:.1f} s, at most {peak() / 1e9:.3f} GB", flush=True)
         start = time.perf_counter()
 
     blocks = model.config.num_hidden_layers
@@ -83,11 +84,25 @@ def measure(folder: Path, offloaded: bool, out: Path) -> None:
     (out / "known.json").write_text(json.dumps(known))
 
 
+def run(folder: Path, way: str) -> dict[str, tuple[float, float]]:
+    """Do all three in a process of its own: of each, seconds and the most bytes of memory until then."""
+    program = [sys.executable, "-m", "benchmarks.offloaded", "--folder", str(folder), "--way", way]
+    told = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True).stdout
+    lines = re.findall(r"^(.+): ([\d.]+) s, at most ([\d.]+) GB$", told, re.MULTILINE)
+    return {what: (float(seconds), 1e9 * float(most)) for what, seconds, most in lines}
+
+
+def alike(folder: Path) -> bool:
+    """Whether both ways gave the same plan, repairs, zeros and outputs."""
+    known = {(folder / way / "known.json").read_text() for way in WAYS}
+    return len(known) == 1 and torch.equal(*(torch.load(folder / way / "logits.pt", weights_only=True) for way in WAYS))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--way", choices=["memory", "disk"], help="only one of them, in this process")
+    parser.add_argument("--way", choices=WAYS, help="only one of them, in this process")
     args = parser.parse_args()
     whole = args.folder / "whole"
     if args.way is not None:
@@ -100,14 +115,10 @@ def main() -> None:
     if not whole.exists():
         write_checkpoint(whole, args.gigabytes)
     print(f"{sum(file.stat().st_size for file in whole.glob('*.safetensors')) / 1e9:.2f} GB of weights")
-    for way in ("disk", "memory"):
-        print(f"-- {way}", flush=True)
-        program = [sys.executable, "-m", "benchmarks.offloaded", "--folder", str(args.folder), "--way", way]
-        subprocess.run(program, check=True)
-    first, second = (args.folder / way for way in ("disk", "memory"))
-    logits = [torch.load(folder / "logits.pt", weights_only=True) for folder in (first, second)]
-    same = (first / "known.json").read_text() == (second / "known.json").read_text()
-    print(f"plans, repairs and zeros equal: {same}; outputs equal: {torch.equal(*logits)}")
+    for way in WAYS:
+        for what, (seconds, most) in run(args.folder, way).items():
+            print(f"{way}, {what}: {seconds:.0f} s, at most {most / 1e9:.2f} GB", flush=True)
+    print(f"plans, repairs, zeros and outputs equal: {alike(args.folder)}")
     print(json.dumps({**hardware(), **package_versions()}))
 
 

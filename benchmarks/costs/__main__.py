@@ -30,7 +30,7 @@ from deeparc_hf.core.markdown import table
 from ..measuring import THREADS
 from .rows import Row
 
-PARTS = ("analysis", "healing", "sparsity", "results", "training")
+PARTS = ("results", "training", "healing", "sparsity", "large", "analysis")
 PEERS = ("torch_cka", "pytorch-cka", "optipfair", "torchao", "llmcompressor")
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -60,7 +60,7 @@ def main() -> None:
         if done.returncode != 0:
             failed = True
             print(f"{part} failed:\n{done.stderr[-4000:]}", file=sys.stderr, flush=True)
-    _write(given.output, rows, given.rounds)
+        _write(given.output, rows, given.rounds)
     print(_table(rows))
     sys.exit(failed)
 

@@ -11,6 +11,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
+import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,8 +26,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from deeparc_hf import analyze, find_stacks
+from deeparc_hf.architectures import describe
+from deeparc_hf.observe.axes import find_axes
+from deeparc_hf.observe.rows import StackObserver
+from deeparc_hf.pruning.rebuild import inexpressible
 
-from .rows import Row, in_turn, median_of, peak_memory, row_of, that_run
+from .rows import Row, in_turn, median_of, peak_memory, profile, row_of, that_run
 
 __all__ = ["measure"]
 
@@ -47,10 +55,18 @@ def resnet() -> nn.Module:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...], int]] = {
-    "BERT, 12 blocks of 384": (bert, "input_ids", (32, 32), 8),
-    "BERT, 12 blocks of 768": (partial(bert, 768), "input_ids", (32, 32), 2),
-    "Llama, 30 blocks of 576": (llama, "input_ids", (32, 32), 2),
-    "ResNet-50": (resnet, "pixel_values", (32, 3, 224, 224), 1),
+    "BERT, 12 blocks of 384": (bert, "input_ids", (32, 32), 16),  # 512 samples, as many as the settings ask for
+    "BERT, 12 blocks of 768": (partial(bert, 768), "input_ids", (32, 32), 8),
+    "Llama, 30 blocks of 576": (llama, "input_ids", (32, 32), 8),
+    "ResNet-50": (resnet, "pixel_values", (32, 3, 224, 224), 4),
+}
+SMALL = "BERT, 12 blocks of 384"
+PARTS: dict[str, list[Callable[..., Any]]] = {
+    "what the model is": [describe],
+    "which blocks can go": [inexpressible],
+    "what its outputs mean": [find_axes],
+    "taking rows": [StackObserver.take],
+    "sums over them": [StackObserver.flush, StackObserver.observed],
 }
 
 
@@ -62,11 +78,13 @@ def batches_of(key: str, shape: tuple[int, ...], count: int) -> list[Tensor]:
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
     for name, (make, key, shape, count) in CASES.items():
-        if quick and name not in list(CASES)[:1]:
+        if quick and name != SMALL:
             continue
         torch.manual_seed(0)
-        yield from _case(name, make(), key, batches_of(key, shape, 1 if quick else count), rounds)
+        turns = rounds if name == SMALL else max(3, rounds // 2)
+        yield from _case(name, make(), key, batches_of(key, shape, 1 if quick else count), turns)
     if not quick:
+        yield _two_processes(rounds)
         yield from _memory()
         yield from _growth(max(3, rounds // 2))
 
@@ -78,7 +96,8 @@ def _case(name: str, model: nn.Module, key: str, batches: list[Tensor], rounds: 
     seconds = in_turn(calls, rounds)
     bare = seconds["forward"]
     size = " x ".join(map(str, batches[0].shape))
-    told = f"{len(batches)} batches of {size}, a forward pass takes {median_of(bare):.2f} s"
+    told = f"{len(batches)} batches of {size}, a forward pass takes {median_of(bare):.2f} s; "
+    told += profile(calls["analyze"], PARTS, median_of(bare))
     yield row_of(PART, f"{name}: analyze / forward", seconds["analyze"] / bare, "<= 1.10", told)
     for peer in list(calls)[2:]:
         yield row_of(PART, f"{name}: {peer} / forward", seconds[peer] / bare)
@@ -162,6 +181,14 @@ _calls(make(), key, batches_of(key, shape, count))[{call!r}]()
 """
 
 
+def _two_processes(rounds: int) -> Row:
+    command = [sys.executable, "-m", "benchmarks.two_processes", "--rounds", str(rounds)]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    low, high = told["95 % interval"]
+    what, note = "two processes / one, a thread each", f"{told['model']}, {told['samples']}"
+    return Row("analysis", what, told["two processes / one"], low, high, rounds, "<= 0.6", note)
+
+
 def _memory() -> Iterator[Row]:
     """Peak memory of whole processes, libraries included."""
     for name in CASES:
@@ -181,15 +208,20 @@ def _growth(rounds: int) -> Iterator[Row]:
     once = {"width": 384, "blocks": 12, "length": 32, "count": 4}
     for what in once:
         overheads: dict[str, list[Any]] = {}
+        passes = []
         for factor in (1, 2):
             sizes = {**once, what: once[what] * factor}
             torch.manual_seed(0)
             batches = batches_of("input_ids", (32, sizes["length"]), sizes["count"])
             calls = _calls(bert(sizes["width"], sizes["blocks"]), "input_ids", batches)
             seconds = in_turn(calls, rounds)
+            passes.append(median_of(seconds["forward"]))
             for call in list(calls)[1:]:
                 overheads.setdefault(call, []).append(seconds[call] - seconds["forward"])
         label = {"count": "samples"}.get(what, what)
         for call, (one, two) in overheads.items():
-            ratio = median_of(two) / max(median_of(one), 1e-6)
-            yield Row(PART, f"twice the {label}: overhead of {call}, times as large", ratio, n=rounds)
+            shares = [median_of(more) / bare for more, bare in zip((one, two), passes, strict=True)]
+            told = f"{shares[0]:.3f} of a forward pass, then {shares[1]:.3f}"
+            # what is lost in the noise has no ratio
+            ratio = median_of(two) / median_of(one) if min(shares) > 0.03 else math.nan
+            yield Row(PART, f"twice the {label}: overhead of {call}, times as large", ratio, n=rounds, note=told)

@@ -15,15 +15,23 @@ import torch
 import transformers as tf
 
 from deeparc_hf.architectures import describe
+from deeparc_hf.healing.fit import SiteFit
 from deeparc_hf.healing.heal import fit_sites
 from deeparc_hf.healing.ridge import RidgeSums, solve
 from deeparc_hf.observe.calibration import Calibration
+from deeparc_hf.observe.forward import forward
 
-from .rows import Row, in_turn, median_of, row_of
+from .rows import Row, in_turn, median_of, profile, row_of
 
 __all__ = ["measure"]
 
 PART = "healing"
+PARTS = {
+    "forward": [forward],
+    "back": [torch.autograd.grad],
+    "sums over positions": [SiteFit.take],
+    "solves": [SiteFit.finish],
+}
 
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
@@ -40,11 +48,13 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
 
     places = {"near the end (9, 10)": 9, "in the middle (5, 6)": 5, "near the start (1, 2)": 1}
     calls = {name: partial(fit, first) for name, first in places.items()}
+    rounds = max(3, rounds // 2)
     seconds = in_turn({"forward": partial(_forward, model, batches), **calls}, rounds)
     solving = _solving()
-    told = f"{len(ids)} texts of 64 tokens, 12 blocks of 384; the solves take {solving:.2f} s more, whatever the data"
-    for name in places:
+    size = f"{len(ids)} texts of 64 tokens, 12 blocks of 384; the solves take {solving:.2f} s more, whatever the data; "
+    for name, call in calls.items():
         ratio = (seconds[name] - solving) / seconds["forward"]
+        told = size + profile(call, PARTS, median_of(seconds["forward"]))
         yield row_of(PART, f"a site {name}: passes without the solves / forward", ratio, "<= 1.5", told)
     seconds = in_turn(
         {"forward": partial(_forward, model, batches), "ReplaceMe": partial(_replace_me, model, batches)}, rounds

@@ -3,6 +3,7 @@ beside it torchao's and llm-compressor's Wanda, where they are installed.
 
 torchao measures the inputs in one pass through the dense model, as `sequential=False` does here; llm-compressor goes
 block by block, as is the default here. torchao hooks every linear map that it is given, so it gets those in the blocks.
+Choosing the zeros beside a full sort of the scores, and keeping them zero beside a training step.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ import importlib.util
 import io
 import logging
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import datasets
+import numpy as np
 import tokenizers
 import torch
 import transformers as tf
-from torch import nn
+from torch import Tensor, nn
 
 from deeparc_hf import sparsify_model
+from deeparc_hf.sparsity.masks import Zeros, choose_lowest, choose_pattern, zero_chosen
+from deeparc_hf.sparsity.methods import methods
 
 from .rows import Row, in_turn, row_of, that_run
 
@@ -54,6 +59,8 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
     told = f"{len(ids)} texts of 64 tokens, 12 blocks of 384, copying the model included"
     for name in list(calls)[1:]:
         yield row_of(PART, f"{name} / forward", seconds[name] / seconds["forward"], note=told)
+    yield from _choosing(rounds, 1 if quick else 12)
+    yield _keeping(rounds)
 
 
 def _forward(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> None:
@@ -108,3 +115,65 @@ def _llm_compressor(model: nn.Module, ids: torch.Tensor) -> None:
             )
     finally:
         logging.disable(logging.NOTSET)
+
+
+SETTINGS: dict[str, tuple[Callable[[Tensor], Tensor], int | None, float]] = {
+    "10 %": (partial(choose_lowest, sparsity=0.1), None, 0.1),
+    "50 %": (partial(choose_lowest, sparsity=0.5), None, 0.5),
+    "2:4": (partial(choose_pattern, keep=2, group=4), 4, 0.5),
+    "4:8": (partial(choose_pattern, keep=4, group=8), 8, 0.5),
+}
+
+
+def _choosing(rounds: int, blocks: int) -> Iterator[Row]:
+    """The zeros of BERT-base's linear maps chosen and made, all scores given. The ways take turns at every matrix."""
+    torch.manual_seed(0)
+    shapes = [*[(768, 768)] * 4, (3072, 768), (768, 3072)] * blocks
+    matrices = [(torch.randn(shape) * 0.02, torch.rand(shape[1], dtype=torch.float64) + 0.1) for shape in shapes]
+    for name, (choose, group, share) in SETTINGS.items():
+        ways = {"ours": partial(_chosen, choose=choose), "sorted": partial(_sorted, group=group, share=share)}
+        seconds = {way: np.zeros(rounds + 1) for way in ways}
+        for turn in range(rounds + 1):
+            for weight, norms in matrices:
+                for way, zero in ways.items():
+                    copied = weight.clone()
+                    start = time.perf_counter()
+                    zero(copied, norms)
+                    seconds[way][turn] += time.perf_counter() - start
+        ratio = (seconds["ours"] / seconds["sorted"])[1:]
+        yield row_of(PART, f"choosing {name} / a full sort", ratio, "<= 0.5", f"the linear maps of {blocks} x 768")
+
+
+def _chosen(weight: Tensor, norms: Tensor, choose: Callable[[Tensor], Tensor]) -> None:
+    zero_chosen(weight, choose(methods.get("wanda")().score(weight, norms)))
+
+
+def _sorted(weight: Tensor, norms: Tensor, group: int | None, share: float) -> None:
+    score = weight.abs() * norms.float()
+    score = score.view(-1, group or score.shape[1])
+    order = torch.sort(score, dim=-1, stable=True).indices[:, : int(score.shape[1] * share)]
+    weight[torch.zeros_like(score, dtype=torch.bool).scatter_(1, order, True).view(weight.shape)] = 0
+
+
+def _keeping(rounds: int) -> Row:
+    torch.manual_seed(0)
+    config = tf.BertConfig(num_hidden_layers=4, vocab_size=1000)
+    model = tf.BertForSequenceClassification(config).train()
+    batch = {"input_ids": torch.randint(0, 1000, (8, 128)), "labels": torch.zeros(8, dtype=torch.long)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    sparsify_model(model, method="magnitude", progress=False)
+    zeros = Zeros()
+    for name in model.config.pruning_config["sparsity"]["matrices"]:
+        weight = model.get_submodule(name).weight
+        zeros.add(weight, weight.detach() == 0)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = in_turn({"step": step, "zeros": zeros.apply}, rounds)
+    told = "4 blocks of 768, 8 x 128 tokens, AdamW"
+    return row_of(
+        PART, "keeping half of the weights zero / a step", seconds["zeros"] / seconds["step"], "<= 0.03", told
+    )

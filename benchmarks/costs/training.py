@@ -1,5 +1,6 @@
 """What the callback costs a training: idle, its share of a step; with a pruning in it, the whole training beside the
-sum of its parts, which are timed by hand: the epochs of both models, and the evaluations that the Trainer makes.
+sum of its parts, which are timed by hand: the epochs of both models, and the evaluations that the Trainer makes. What
+partial freezing saves, beside what the frozen share allows.
 """
 
 from __future__ import annotations
@@ -7,18 +8,21 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import transformers as tf
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from deeparc_hf import MPruneCallback, remove_blocks
+from deeparc_hf import MPruneCallback, find_stacks, remove_blocks
+from deeparc_hf.architectures import describe
+from deeparc_hf.pruning.freezing import freeze_blocks
 
-from .rows import Row, row_of
+from .rows import Row, in_turn, row_of
 
 __all__ = ["measure"]
 
@@ -35,6 +39,7 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
     }.items():
         sampled = {"calibration_samples": samples, **settings}
         yield _whole(name, 1 if quick else max(3, rounds // 2), 16 * steps, evaluated, sampled)
+    yield _freezing(max(rounds, 5), 6 if quick else 12)
 
 
 def _bert(blocks: int = 12) -> tf.BertForSequenceClassification:
@@ -123,3 +128,72 @@ def _whole(name: str, rounds: int, rows: int, evaluated: int, settings: dict[str
             ratios.append(whole / parts)
     told = f"4 epochs of {rows} texts of 64 tokens, 4 of 12 blocks of 256 removed, {settings}"
     return row_of(PART, f"a training with a pruning {name} / its parts", np.array(ratios), "<= 1.05", told)
+
+
+def _freezing(rounds: int, blocks: int) -> Row:
+    """A sixth of the blocks goes; of those that stay all are frozen up to the last two before the end, and the last.
+
+    What that allows: of a step that trains all, the way back below the lowest trained block goes, and so do the weight
+    gradients and optimizer steps of what is frozen. What these cost is measured in the same rounds on the same model.
+    """
+    gone = list(range(blocks - 4, blocks - 4 + blocks // 6))
+    full, partly = _bert(blocks), _bert(blocks)
+    remove_blocks(full, {STACK: gone})
+    frozen = remove_blocks(partly, {STACK: gone}, freeze="partial").frozen[STACK]
+    left = len(find_stacks(full)[STACK])
+    lowest = min(set(range(left)) - set(frozen))
+    ways: dict[str, Callable[[], Any]] = {"full": _step(full), "partly": _step(partly)}
+    ways |= {"no embeddings": _step(_frozen_by_hand(full, False)), "head": _step(_frozen_by_hand(full, True))}
+    there, back = _way_through(full, False), _way_through(full, True)
+    seconds = in_turn({**ways, "there": there, "there and back": back}, rounds)
+    inputs = (seconds["there and back"] - seconds["there"]) / left  # gradients of one block's inputs
+    weights = (seconds["no embeddings"] - seconds["head"] - (left - 1) * inputs) / left
+    allowed = seconds["head"] + (left - 1 - lowest) * inputs + (left - len(frozen)) * weights
+    saved, bound = seconds["partly"] / seconds["full"], allowed / seconds["full"]
+    told = (
+        f"{left} blocks of 256, frozen {list(frozen)}; {np.median(saved):.3f} of a step, {np.median(bound):.3f} allowed"
+    )
+    return row_of(PART, "a step with partial freezing / what the frozen share allows", saved / bound, "<= 1.10", told)
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    return dict(_texts(16)[:16])
+
+
+def _step(model: nn.Module) -> Callable[[], None]:
+    batch = _batch()
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _frozen_by_hand(model: tf.BertForSequenceClassification, blocks_too: bool) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.bert.embeddings.requires_grad_(False)
+    if blocks_too:
+        model.bert.encoder.requires_grad_(False)
+    return model
+
+
+def _way_through(full: nn.Module, back: bool) -> Callable[[], None]:
+    """All blocks, frozen, forward, and back to what the first is given."""
+    subject = describe(copy.deepcopy(full))
+    freeze_blocks(subject, {STACK: list(range(len(subject.stacks[STACK])))})
+    model = subject.host.root.train()
+    embedded = model.bert.embeddings(_batch()["input_ids"]).detach()
+
+    def run() -> None:
+        hidden = embedded.clone().requires_grad_()
+        for block in model.bert.encoder.layer:
+            output = block(hidden)
+            hidden = output[0] if isinstance(output, tuple) else output
+        if back:
+            hidden.sum().backward()
+
+    return run

@@ -70,9 +70,10 @@ class StackObserver:
     def hooks(self) -> Iterator[RemovableHandle]:
         """Set a forward hook on each block."""
         for index, block in enumerate(self.stack.blocks):
-            yield block.register_forward_hook(partial(self._take, index))
+            yield block.register_forward_hook(partial(self.take, index))
 
-    def _take(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def take(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        """The hook: keep the rows of what a block puts out."""
         if self._axes is not None:
             self._batch[index] = self._select(self._axes, hidden_states(output).detach())
 

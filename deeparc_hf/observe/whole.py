@@ -64,7 +64,7 @@ class WholeObserver:
         """Set a forward hook on each block."""
         for stack in self.stacks:
             for index, block in enumerate(stack.blocks):
-                yield block.register_forward_hook(partial(self._take, stack, index))
+                yield block.register_forward_hook(partial(self.take, stack, index))
 
     def flush(self) -> None:
         """Hand the batch's Gram matrices to the metric.
@@ -95,7 +95,8 @@ class WholeObserver:
         sums = {key: value.detach().cpu() for key, value in self.metric.finish().items()}
         return Observed(sums, self.count, {}, obstacle=self.obstacle, batch=self._largest)
 
-    def _take(self, stack: Stack, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def take(self, stack: Stack, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        """The hook: keep the Gram matrix of what a block puts out."""
         if stack.name not in self._axes:
             return
         hidden = hidden_states(output).detach()
