@@ -2,6 +2,7 @@ r"""Measure what the package costs and saves; a table and JSON go to benchmarks/
 
     make bench                                    installs the peers beside the project, and runs all
     python -m benchmarks.costs --parts analysis --rounds 5
+    python -m benchmarks.costs --parts gpu        in bfloat16, to costs_gpu.md and .json
 
 Each part is a process of its own, and every figure is a ratio within one process. Nothing else should run meanwhile.
 """
@@ -31,13 +32,14 @@ from ..measuring import THREADS
 from .rows import Row
 
 PARTS = ("results", "training", "healing", "sparsity", "large", "analysis")
+ON_REQUEST = ("gpu",)
 PEERS = ("torch_cka", "pytorch-cka", "optipfair", "torchao", "llmcompressor")
 RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=(*PARTS, *ON_REQUEST))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--quick", action="store_true", help="little of it, to see that it works; the figures mean nothing"
@@ -60,7 +62,7 @@ def main() -> None:
         if done.returncode != 0:
             failed = True
             print(f"{part} failed:\n{done.stderr[-4000:]}", file=sys.stderr, flush=True)
-        _write(given.output, rows, given.rounds)
+        _write(given.output / ("costs_gpu" if given.parts == ["gpu"] else "costs"), rows, given.rounds)
     print(_table(rows))
     sys.exit(failed)
 
@@ -91,19 +93,19 @@ def _table(rows: list[Row]) -> str:
     return table(["part", "what", "value (95 % interval)", "n", "target", "met", "on what"], lines, left=(0, 1, 6))
 
 
-def _write(folder: Path, rows: list[Row], rounds: int) -> None:
+def _write(path: Path, rows: list[Row], rounds: int) -> None:
     told: dict[str, Any] = {**hardware(), "threads": THREADS, **package_versions(), **_peers()}
     entries = [{**dataclasses.asdict(row), "met": row.met} for row in rows]
     data = {"rounds": rounds, "date": time.strftime("%Y-%m-%d"), "made with": told, "rows": entries}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "costs.json", json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path.with_suffix(".json"), json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
     made = "\n".join(f"- {name}: {value}" for name, value in told.items())
     text = (
         f"# What it costs and saves\n\nMade by `make bench`. Ratios within one process, medians of {rounds} rounds in "
         "turn after one that warms up, with bootstrap intervals; single readings where there is no interval.\n\n"
         f"{_table(rows)}\n\n## Made with\n\n{made}\n"
     )
-    write_whole(folder / "costs.md", text)
+    write_whole(path.with_suffix(".md"), text)
 
 
 if __name__ == "__main__":

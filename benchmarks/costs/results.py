@@ -21,7 +21,7 @@ from deeparc_hf.search.timing import compare_times, time_blocks, work_of
 
 from .rows import Row, in_turn, row_of
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_saving"]
 
 PART = "result"
 
@@ -66,12 +66,13 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
             continue
         torch.manual_seed(0)
         model, inputs, removed = make()
-        yield from _kind(name, model.eval(), inputs, removed, max(rounds, 3 if quick else 15))
+        yield from measure_saving(name, model.eval(), inputs, removed, max(rounds, 3 if quick else 15))
 
 
-def _kind(
+def measure_saving(
     name: str, model: nn.Module, inputs: dict[str, Any], removed: dict[str, list[int]], turns: int
 ) -> Iterator[Row]:
+    """How fast a model becomes without some blocks, as a share of the ideal."""
     whole = describe(model)
     modules = {(stack, i): block for stack, s in whole.stacks.items() for i, block in enumerate(s.blocks)}
     work = work_of(whole.host, inputs)
@@ -124,8 +125,9 @@ def _training(
     whose blocks differ, it is that of the evaluation.
     """
     steps = {"whole": _step(copy.deepcopy(model), inputs), "smaller": _step(copy.deepcopy(smaller), inputs)}
-    ((stack, count),) = [(name, len(s)) for name, s in describe(model).stacks.items()][:1]
-    alike = len(removed) == 1
+    stacks = describe(model).stacks
+    stack, count = next((name, len(stack)) for name, stack in stacks.items())
+    alike = len(stacks) == 1
     if alike:
         least = copy.deepcopy(model)
         remove_blocks(least, {stack: list(range(1, count))})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..measuring import interval
 
@@ -57,11 +58,18 @@ def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, np
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = _now()
             call()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(_now() - start)
     return {name: np.array(values) for name, values in seconds.items()}
+
+
+def _now() -> float:
+    """The time, once a GPU has done what it was asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def that_run(part: str, calls: dict[str, Callable[[], Any]]) -> Iterator[Row]:

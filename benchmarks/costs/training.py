@@ -20,19 +20,23 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from deeparc_hf import MPruneCallback, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe
+from deeparc_hf.healing.heal import fit_sites
+from deeparc_hf.observe.quality import measure_quality
+from deeparc_hf.pruning.compare import compare_blocks
 from deeparc_hf.pruning.freezing import freeze_blocks
 
-from .rows import Row, in_turn, row_of
+from .rows import Row, in_turn, profile, row_of
 
 __all__ = ["measure"]
 
 PART = "training"
 STACK = "bert.encoder.layer"
+PARTS = {"comparing": [compare_blocks], "losses told of each step": [measure_quality], "repairs": [fit_sites]}
 
 
 def measure(rounds: int, quick: bool) -> Iterator[Row]:
-    steps, evaluated, samples = (2, 16, 32) if quick else (20, 128, 256)
-    yield _idle(rounds, 2 * steps)
+    steps, evaluated, samples = (2, 16, 32) if quick else (60, 128, 256)
+    yield _idle(rounds, 2 * min(steps, 20))
     for name, settings in {
         "by similarity": {},
         "by similarity, with healing": {"heal": "lstsq"},
@@ -42,9 +46,10 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
     yield _freezing(max(rounds, 5), 6 if quick else 12)
 
 
-def _bert(blocks: int = 12) -> tf.BertForSequenceClassification:
+def _bert(blocks: int = 12, width: int = 256) -> tf.BertForSequenceClassification:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": blocks, "num_attention_heads": 4}
+    heads = {"num_hidden_layers": blocks, "num_attention_heads": width // 64}
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, **heads}
     return tf.BertForSequenceClassification(tf.BertConfig(**sizes, vocab_size=8000, num_labels=4))
 
 
@@ -117,16 +122,22 @@ def _idle(rounds: int, steps: int) -> Row:
 def _whole(name: str, rounds: int, rows: int, evaluated: int, settings: dict[str, Any]) -> Row:
     """2 epochs, 4 of 12 blocks gone, 2 epochs."""
     ratios = []
-    for turn in range(rounds + 1):
+    every: dict[str, Any] = {"eval_strategy": "epoch"}
+
+    def train() -> tuple[MPruneCallback, float]:
         callback = MPruneCallback(num_blocks=8, start_epoch=2, retrain_epochs=2, **settings)
-        whole = _train(_bert(), rows, evaluated, callback, num_train_epochs=4, eval_strategy="epoch")
-        parts = _train(_bert(), rows, evaluated, num_train_epochs=2, eval_strategy="epoch")
-        smaller = copy.deepcopy(_bert())
+        return callback, _train(_bert(width=128), rows, evaluated, callback, num_train_epochs=4, **every)
+
+    for turn in range(rounds + 1):
+        callback, whole = train()
+        parts = _train(_bert(width=128), rows, evaluated, num_train_epochs=2, **every)
+        smaller = _bert(width=128)
         remove_blocks(smaller, {STACK: callback.plan.removed[STACK]})
-        parts += _train(smaller, rows, evaluated, num_train_epochs=2, eval_strategy="epoch")
+        parts += _train(smaller, rows, evaluated, num_train_epochs=2, **every)
         if turn:
             ratios.append(whole / parts)
-    told = f"4 epochs of {rows} texts of 64 tokens, 4 of 12 blocks of 256 removed, {settings}"
+    told = f"4 epochs of {rows} texts of 64 tokens, 4 of 12 blocks of 128 removed, {settings}; "
+    told += profile(train, PARTS, parts)
     return row_of(PART, f"a training with a pruning {name} / its parts", np.array(ratios), "<= 1.05", told)
 
 
