@@ -62,8 +62,8 @@ def main() -> None:
         if done.returncode != 0:
             failed = True
             print(f"{part} failed:\n{done.stderr[-4000:]}", file=sys.stderr, flush=True)
-        _write(given.output / ("costs_gpu" if given.parts == ["gpu"] else "costs"), rows, given.rounds)
-    print(_table(rows))
+        print(_table(rows[-len(lines) :] if lines else []), flush=True)
+    _write(given.output / ("costs_gpu" if given.parts == ["gpu"] else "costs"), rows, given.rounds)
     sys.exit(failed)
 
 
@@ -101,8 +101,10 @@ def _write(path: Path, rows: list[Row], rounds: int) -> None:
     write_whole(path.with_suffix(".json"), json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
     made = "\n".join(f"- {name}: {value}" for name, value in told.items())
     text = (
-        f"# What it costs and saves\n\nMade by `make bench`. Ratios within one process, medians of {rounds} rounds in "
-        "turn after one that warms up, with bootstrap intervals; single readings where there is no interval.\n\n"
+        f"# What it costs and saves\n\nMade by `python -m benchmarks.costs --rounds {rounds}` (`make bench`). Ratios "
+        "within one process, medians of n rounds in turn after one that warms up, with bootstrap intervals; single "
+        "readings where there is no interval. Profiles are of one more run, in units of what the ratio is to; being "
+        "watched, plain Python is slower in them than it is.\n\n"
         f"{_table(rows)}\n\n## Made with\n\n{made}\n"
     )
     write_whole(path.with_suffix(".md"), text)

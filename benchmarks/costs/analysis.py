@@ -111,8 +111,10 @@ def _calls(model: nn.Module, key: str, batches: list[Tensor]) -> dict[str, Calla
     if key == "input_ids":
         inputs = [{**each, "attention_mask": torch.ones_like(each[key])} for each in inputs]
     layers = [f"{name}.{index}" for name, stack in find_stacks(model).items() for index in range(len(stack))]
-    data = TensorDataset(torch.cat(batches))
-    loader = DataLoader(data, batch_size=len(batches[0]))
+
+    def loader() -> DataLoader:
+        return DataLoader(TensorDataset(torch.cat(batches)), batch_size=len(batches[0]))
+
     calls: dict[str, Callable[[], Any]] = {
         "forward": partial(_forward, model, inputs),
         "analyze": partial(analyze, model, inputs, keep_ratio=0.5, progress=False),
@@ -132,19 +134,19 @@ def _forward(model: nn.Module, inputs: list[dict[str, Tensor]]) -> None:
             model(**batch)
 
 
-def _torch_cka(model: nn.Module, loader: DataLoader, layers: list[str]) -> None:
+def _torch_cka(model: nn.Module, loader: Callable[[], DataLoader], layers: list[str]) -> None:
     from torch_cka import CKA
 
     with _silent(), torch.no_grad():
-        CKA(model, model, model1_layers=layers, model2_layers=layers, device="cpu").compare(loader)
+        CKA(model, model, model1_layers=layers, model2_layers=layers, device="cpu").compare(loader())
     _forget_hooks(model)
 
 
-def _pytorch_cka(model: nn.Module, loader: DataLoader, layers: list[str]) -> None:
+def _pytorch_cka(model: nn.Module, loader: Callable[[], DataLoader], layers: list[str]) -> None:
     from cka import compute_cka
 
     with _silent():
-        compute_cka(model, model, loader, layers=layers, device="cpu", progress=False)
+        compute_cka(model, model, loader(), layers=layers, device="cpu", progress=False)
 
 
 def _optipfair(model: nn.Module, inputs: list[dict[str, Tensor]]) -> None:

@@ -76,6 +76,8 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
         ids = key == "input_ids"
         made = [torch.randint(5, 1000, shape) if ids else torch.randn(shape).bfloat16() for _ in range(count)]
         batches = [{key: batch.to(device)} for batch in made]
+        if ids:
+            batches = [{**batch, "attention_mask": torch.ones_like(batch[key])} for batch in batches]
         for row in _case(model, batches, removed, rounds):
             yield dataclasses.replace(row, what=f"{name}: {row.what}")
         for row in measure_saving(name, model, batches[0], removed, max(rounds, 7)):

@@ -126,7 +126,7 @@ SETTINGS: dict[str, tuple[Callable[[Tensor], Tensor], int | None, float]] = {
 
 
 def _choosing(rounds: int, blocks: int) -> Iterator[Row]:
-    """The zeros of BERT-base's linear maps chosen and made, all scores given. The ways take turns at every matrix."""
+    """The zeros of BERT-base's linear maps scored, chosen and made. The ways take turns at every matrix."""
     torch.manual_seed(0)
     shapes = [*[(768, 768)] * 4, (3072, 768), (768, 3072)] * blocks
     matrices = [(torch.randn(shape) * 0.02, torch.rand(shape[1], dtype=torch.float64) + 0.1) for shape in shapes]

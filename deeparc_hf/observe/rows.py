@@ -116,25 +116,25 @@ class StackObserver:
             self._shape = tuple(hidden.shape)
             self._padding = axes.padding(self._inputs, self._shape)
             self._unmasked = self._unmasked or self._padding.unknown
-        mask = self._padding.mask
-        mask = None if mask is None else mask.to(hidden.device)
-        if self.rows == "mean":
-            states = axes.rows(hidden)
-            if mask is None:
-                return states.float().mean(dim=1)
-            weight = mask.to(torch.float32)
-            total = torch.einsum("bt,btd->bd", weight, states.float())
-            return (total / weight.sum(dim=1, keepdim=True).clamp(min=1))[mask.any(dim=1)]
-        if not self._batch:
-            self._chosen = self._positions(*axes.extent(self._shape), mask).to(hidden.device)
-        return axes.rows_at(hidden, self._chosen).float()
+            if self.rows != "mean":
+                self._chosen = self._positions(*axes.extent(self._shape), self._padding.mask)
+        if self.rows != "mean":
+            return axes.rows_at(hidden, self._chosen.to(hidden.device)).float()
+        states, mask = axes.rows(hidden), self._padding.mask
+        if mask is None:
+            return states.float().mean(dim=1)
+        mask = mask.to(states.device)
+        weight = mask.to(torch.float32)
+        total = torch.einsum("bt,btd->bd", weight, states.float())
+        return (total / weight.sum(dim=1, keepdim=True).clamp(min=1))[mask.any(dim=1)]
 
     def _positions(self, count: int, length: int, mask: Tensor | None) -> Tensor:
         """Which positions of all samples one after the other to compare: each one's first, or some of each."""
         found: list[Tensor] = []
+        mask = None if mask is None else mask.cpu()
+        limit = 1 if self.rows == "first" else self.metric.tokens_per_sample or length
         for sample in range(count):
-            positions = torch.arange(length) if mask is None else mask[sample].nonzero().flatten().cpu()
-            limit = 1 if self.rows == "first" else self.metric.tokens_per_sample or length
+            positions = torch.arange(length) if mask is None else mask[sample].nonzero().flatten()
             if len(positions) > limit:
                 # evenly spaced; in float64, whatever torch's default is
                 chosen = torch.linspace(0, len(positions) - 1, limit, dtype=torch.float64).round().long()

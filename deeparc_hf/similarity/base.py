@@ -111,15 +111,19 @@ class GroupMetric(SimilarityMetric):
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._waiting = torch.empty(0)  # (L, 2 groups, D), of which the first `_count` rows of each block are filled
+        self._waiting = torch.empty(
+            0
+        )  # (L, up to 2 groups, D), of which the first `_count` rows of each block are filled
         self._count = 0
 
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:
         size, taken, given = self.group_size, 0, len(rows[0])
+        form = (rows[0].shape, rows[0].dtype)
+        if any((block.shape, block.dtype) != form for block in rows):
+            raise ValueError(f"Rows must have one shape and dtype, found {[(*b.shape, b.dtype) for b in rows]}.")
         while taken < given:
-            if not self._waiting.numel():
-                self._waiting = rows[0].new_empty(len(rows), 2 * size, rows[0].shape[1])
             more = min(given - taken, 2 * size - self._count)
+            self._make_room(rows, self._count + more)
             for waiting, block in zip(self._waiting, rows, strict=True):
                 waiting[self._count : self._count + more] = block[taken : taken + more]
             taken, self._count = taken + more, self._count + more
@@ -128,6 +132,15 @@ class GroupMetric(SimilarityMetric):
                 # one group always stays back for the remainder to join
                 self._waiting[:, :size] = self._waiting[:, size:]
                 self._count = size
+
+    def _make_room(self, rows: Sequence[Tensor], needed: int) -> None:
+        have = self._waiting.shape[1] if self._count else 0
+        if have >= needed:
+            return
+        grown = rows[0].new_empty(len(rows), min(max(needed, 2 * have), 2 * self.group_size), rows[0].shape[1])
+        if self._count:
+            grown[:, : self._count] = self._waiting[:, : self._count]
+        self._waiting = grown
 
     def finish(self) -> dict[str, Tensor]:
         if self._count >= self.min_rows:
