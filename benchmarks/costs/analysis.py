@@ -60,6 +60,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...], int]] = {
     "Llama, 30 blocks of 576": (llama, "input_ids", (32, 32), 8),
     "ResNet-50": (resnet, "pixel_values", (32, 3, 224, 224), 4),
 }
+_LABELS = {"count": "samples"}
 SMALL = "BERT, 12 blocks of 384"
 PARTS: dict[str, list[Callable[..., Any]]] = {
     "what the model is": [describe],
@@ -87,6 +88,7 @@ def measure(rounds: int, quick: bool) -> Iterator[Row]:
         yield _two_processes(rounds)
         yield from _memory()
         yield from _growth(max(3, rounds // 2))
+        yield from _growth_of_memory()
 
 
 def _case(name: str, model: nn.Module, key: str, batches: list[Tensor], rounds: int) -> Iterator[Row]:
@@ -205,14 +207,37 @@ def _memory() -> Iterator[Row]:
             yield Row(PART, f"{name}: peak memory of {call} / forward", ratio, target=target, note=told)
 
 
+ONCE = {"width": 384, "blocks": 12, "length": 32, "count": 4}
+_GROWN = """
+import torch
+torch.set_num_threads(2)
+torch.manual_seed(0)
+from benchmarks.costs.analysis import batches_of, bert, _calls
+batches = batches_of("input_ids", (32, {length}), {count})
+_calls(bert({width}, {blocks}), "input_ids", batches)[{call!r}]()
+"""
+
+
+def _growth_of_memory() -> Iterator[Row]:
+    """What the ways take beside the forward pass at once and at twice as much, in megabytes."""
+    for what in (None, *ONCE):
+        sizes = ONCE if what is None else {**ONCE, what: 2 * ONCE[what]}
+        bare = peak_memory(_GROWN.format(**sizes, call="forward"))
+        label = "once" if what is None else f"twice the {_LABELS.get(what, what)}"
+        for call in ("analyze", "pytorch-cka", "torch_cka"):
+            with contextlib.suppress(subprocess.CalledProcessError):  # not installed
+                peak = peak_memory(_GROWN.format(**sizes, call=call))
+                told = f"{(peak - bare) / 1e6:,.0f} MB more than the {bare / 1e6:,.0f} of the forward pass"
+                yield Row(PART, f"{label}: peak memory of {call} / forward", peak / bare, note=told)
+
+
 def _growth(rounds: int) -> Iterator[Row]:
     """How the overhead grows: that of twice as much over that of once, of each way."""
-    once = {"width": 384, "blocks": 12, "length": 32, "count": 4}
-    for what in once:
+    for what in ONCE:
         overheads: dict[str, list[Any]] = {}
         passes = []
         for factor in (1, 2):
-            sizes = {**once, what: once[what] * factor}
+            sizes = {**ONCE, what: ONCE[what] * factor}
             torch.manual_seed(0)
             batches = batches_of("input_ids", (32, sizes["length"]), sizes["count"])
             calls = _calls(bert(sizes["width"], sizes["blocks"]), "input_ids", batches)
@@ -220,7 +245,7 @@ def _growth(rounds: int) -> Iterator[Row]:
             passes.append(median_of(seconds["forward"]))
             for call in list(calls)[1:]:
                 overheads.setdefault(call, []).append(seconds[call] - seconds["forward"])
-        label = {"count": "samples"}.get(what, what)
+        label = _LABELS.get(what, what)
         for call, (one, two) in overheads.items():
             shares = [median_of(more) / bare for more, bare in zip((one, two), passes, strict=True)]
             told = f"{shares[0]:.3f} of a forward pass, then {shares[1]:.3f}"

@@ -111,9 +111,8 @@ class GroupMetric(SimilarityMetric):
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._waiting = torch.empty(
-            0
-        )  # (L, up to 2 groups, D), of which the first `_count` rows of each block are filled
+        # (L, up to two groups, D), of which the first `_count` rows of each block are filled
+        self._waiting = torch.empty(0)
         self._count = 0
 
     def update(self, rows: Sequence[Tensor], samples: Tensor) -> None:

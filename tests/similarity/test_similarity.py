@@ -227,6 +227,14 @@ def test_empty_portions_do_not_matter(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("odd", [(49, 6), (1, 6), (50, 1)])
+def test_blocks_with_rows_of_other_shapes_are_refused(name, odd):
+    rows = [*related_rows(50), torch.zeros(odd, dtype=torch.float64)]
+    with pytest.raises((IndexError, RuntimeError, ValueError), match=r"shape|size"):
+        metrics.get(name)().update(rows, torch.arange(50))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_fewer_rows_than_needed_give_no_sums(name):
     least = metrics.get(name).min_rows
     assert metrics.get(name)().finish() == {}
