@@ -43,7 +43,7 @@ def test_a_block_that_waits_gets_the_time():
     times = time_blocks(host, modules, Work(inputs))
     shares = {index: share for (_, index), share in times.shares.items()}
     assert shares[1] > 0.7 and max(shares[0], shares[2], shares[3]) < 0.2
-    assert sum(shares.values()) < 1 and 0.05 < times.seconds < 0.2
+    assert sum(shares.values()) < 1 and times.seconds > 0.05
     assert times.work == "a forward pass for 8 samples" and times.turns == 7
     handle.remove()
 
