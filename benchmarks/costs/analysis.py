@@ -190,7 +190,7 @@ def _two_processes(rounds: int) -> Row:
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     low, high = told["95 % interval"]
     what, note = "two processes / one, a thread each", f"{told['model']}, {told['samples']}"
-    return Row("analysis", what, told["two processes / one"], low, high, rounds, "<= 0.6", note)
+    return Row(PART, what, told["two processes / one"], low, high, rounds, "<= 0.6", note)
 
 
 def _memory() -> Iterator[Row]:

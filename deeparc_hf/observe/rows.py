@@ -90,6 +90,10 @@ class StackObserver:
             raise did_not_run(self.stack, missing[0])
         rows = [self._batch[i] for i in range(len(self.stack))]
         self._batch = {}
+        sizes = sorted({tuple(block_rows.shape) for block_rows in rows})
+        if len(sizes) > 1:
+            self.obstacle = f"they put out {' and '.join(f'{n} rows of {d} values' for n, d in sizes)} for one batch"
+            return
         for index, block_rows in enumerate(rows):
             dtype = next(self.stack.blocks[index].parameters()).dtype
             require_finite(block_rows, self.label(index), dtype, f"its weights are {dtype}")
@@ -119,7 +123,8 @@ class StackObserver:
             if self.rows != "mean":
                 self._chosen = self._positions(*axes.extent(self._shape), self._padding.mask)
         if self.rows != "mean":
-            return axes.rows_at(hidden, self._chosen.to(hidden.device)).float()
+            self._chosen = self._chosen.to(hidden.device)
+            return axes.rows_at(hidden, self._chosen).float()
         states, mask = axes.rows(hidden), self._padding.mask
         if mask is None:
             return states.float().mean(dim=1)

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from deeparc_hf import analyze, find_stacks
 from deeparc_hf.architectures import describe
 from deeparc_hf.errors import CalibrationError, CalibrationWarning
+from deeparc_hf.observe.axes import Axes
 from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.rows import StackObserver, observe
 from deeparc_hf.similarity import SimilarityMetric, metrics
@@ -432,3 +433,21 @@ def test_an_interruption_while_progress_is_told_leaves_no_hooks():
         observe(subject.host, observers, Stopped(ZOO["bert"].batches(), 48), progress=False)
     assert caught.tb is not None
     assert not any(module._forward_hooks for module in subject.host.root.modules())
+
+
+def test_blocks_of_different_widths_are_not_compared_and_that_is_told():
+    (stack,) = describe(ZOO["bert"].model()).stacks.values()
+    observer = StackObserver(stack, metrics.get("cka")(), "tokens")
+    observer.settle({stack.name: Axes(2, 0)})
+    observer.begin({})
+    for index, width in enumerate((32, 32, 32, 64)):
+        observer.take(index, stack.blocks[index], (), torch.randn(8, 5, width))
+    observer.flush()
+    assert observer.observed().obstacle == "they put out 40 rows of 32 values and 40 rows of 64 values for one batch"
+
+
+def test_a_model_whose_last_block_puts_out_other_widths_is_refused_with_a_way_out():
+    model = tf.BertModel(tf.BertConfig(**TEXT), add_pooling_layer=False).eval()
+    model.encoder.layer[3].register_forward_hook(lambda module, args, output: torch.cat([output, output], dim=-1))
+    with pytest.raises(CalibrationError, match=r"40 rows of 32 values and 40 rows of 64 values.*similarity='effect'"):
+        analyze(model, [{"input_ids": torch.randint(5, VOCAB, (8, 5))}] * 8, progress=False)
