@@ -18,6 +18,7 @@ from .hosts import Host
 
 __all__ = [
     "BlockEntry",
+    "Container",
     "CountKey",
     "Family",
     "Stack",
@@ -29,6 +30,9 @@ __all__ = [
 ]
 
 
+Container = nn.ModuleList | nn.Sequential
+
+
 @dataclass(frozen=True)
 class CountKey:
     """Where the settings of a model say how many blocks a stack has.
@@ -37,11 +41,14 @@ class CountKey:
         path: keys of the nested settings that lead there, outermost first; () for the settings themselves.
         key: the entry, for example "num_hidden_layers" or "depths".
         index: the position within the entry where it is a list with one count per stack, else None.
+        by_length: whether it is a list with a value per block, whose length counts them. Such a list follows a removal
+            as an entry that names blocks does (`BlockEntry`), and is not written to.
     """
 
     path: tuple[str, ...]
     key: str
     index: int | None = None
+    by_length: bool = False
 
     def __str__(self) -> str:
         where = ".".join((*self.path, self.key))
@@ -50,6 +57,8 @@ class CountKey:
     def write(self, settings: dict[str, Any], number: int) -> None:
         """Write a number of blocks where the settings count them."""
         holder = nested(settings, self.path)
+        if self.by_length:
+            return
         if self.index is None:
             holder[self.key] = number
         else:
@@ -66,14 +75,15 @@ class BlockEntry:
         path: keys that lead to it, its own last.
         form: "values": a list with one value per block. "indices": a list of block indices. "keys": a dict with block
             indices for keys. "runs": patterns with the number of their repetitions, such as GPT-Neo's [[["global",
-            "local"], 12]].
+            "local"], 12]]. "first": a number of blocks at the start that are of another kind (DeepSeek's
+            first_k_dense_replace). "last": one at the end.
         proof: "build": stock builds show that it is read block by block, and it follows a removal. "run": only a
             forward pass can show it; it follows, and the pass has to tell the difference. "none": it may name blocks,
             nothing shows it, and it stays.
     """
 
     path: tuple[str, ...]
-    form: Literal["values", "indices", "keys", "runs"]
+    form: Literal["values", "indices", "keys", "runs", "first", "last"]
     proof: Literal["build", "run", "none"] = "none"
 
     def read(self, settings: dict[str, Any]) -> Any:
@@ -93,7 +103,7 @@ class Stack:
 
     Attributes:
         name: module path of the container of the blocks, seen from the model that was searched.
-        container: the `nn.ModuleList` or `nn.Sequential` that holds the blocks.
+        container: the list that holds the blocks.
         pinned: blocks that must stay, with the reason for each.
         side: "encoder" or "decoder" in an encoder-decoder model, else None; decides which padding mask counts.
         count: where the settings count this stack's blocks.
@@ -102,7 +112,7 @@ class Stack:
     """
 
     name: str
-    container: nn.ModuleList | nn.Sequential
+    container: Container
     pinned: Mapping[int, str] = field(default_factory=dict)
     side: str | None = None
     count: CountKey | None = None

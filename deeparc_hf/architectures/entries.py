@@ -22,6 +22,7 @@ _VALUES_NAME = re.compile(r"layer|block|types")
 _INDICES_NAME = re.compile(r"layer|block|ind(ex|ic)|idx")
 # counts, and lists of tokens, labels and stages, whatever their length
 _OTHER_NAME = re.compile(r"^(num|n)_|token|label|^(stage_names|out_features|architectures)$|suppress")
+_ENDS_NAME = re.compile(r"layer|block|dense|first|last|shared|hash")
 
 
 def entries_of(settings: dict[str, Any], count: CountKey, length: int) -> list[BlockEntry]:
@@ -30,16 +31,21 @@ def entries_of(settings: dict[str, Any], count: CountKey, length: int) -> list[B
     They stand where the stack is counted, or in the settings of which those are a part; other parts have stacks of
     their own.
     """
-    own = (*count.path, count.key)
+    own = () if count.by_length else (*count.path, count.key)
     skipped = {(*count.path, "out_indices")} if names_stages(nested(settings, count.path), length) else set()
     levels = [count.path[:depth] for depth in range(len(count.path) + 1)]
     found = [entry for path in levels for entry in _walk(nested(settings, path), length, path)]
+    found += list(_ends(nested(settings, count.path), length, count))
     return [entry for entry in found if entry.path != own and entry.path not in skipped]
 
 
 def usual(entries: Sequence[BlockEntry], count: CountKey) -> list[BlockEntry]:
     """Those that tell by their name and place that they follow the stack."""
-    return [entry for entry in entries if entry.path[:-1] == count.path and named(entry)]
+    return [
+        entry
+        for entry in entries
+        if entry.path[:-1] == count.path and entry.form not in ("first", "last") and named(entry)
+    ]
 
 
 def follow(settings: dict[str, Any], entry: BlockEntry, length: int, kept: Sequence[int]) -> None:
@@ -48,6 +54,11 @@ def follow(settings: dict[str, Any], entry: BlockEntry, length: int, kept: Seque
     A block that is kept twice stands for one more like it; indices stay the same then.
     """
     value = entry.read(settings)
+    if entry.form in ("first", "last"):
+        if type(value) is int:
+            special = range(value) if entry.form == "first" else range(length - value, length)
+            entry.write(settings, sum(i in special for i in kept))
+        return
     if not _form(value, length, entry.form):
         return
     new = {old: place for place, old in enumerate(kept)}
@@ -59,7 +70,7 @@ def follow(settings: dict[str, Any], entry: BlockEntry, length: int, kept: Seque
     elif len(kept) > length:
         return  # a block more, alike to the last
     elif entry.form == "indices":
-        entry.write(settings, [new[i] for i in value if i in new])
+        entry.write(settings, [new.get(i, i) for i in value if i in new or i >= length])
     else:
         entry.write(settings, {type(k)(new[int(k)]): v for k, v in value.items() if int(k) in new})
 
@@ -96,13 +107,18 @@ def trials(settings: dict[str, Any], entry: BlockEntry, length: int) -> Iterator
     if entry.form == "values":
         yield from _changed_values(list(value))
     elif entry.form == "indices":
-        free = [i for i in range(length) if i not in value]
+        inside, outside = [i for i in value if i < length], [i for i in value if i >= length]
+        free = [i for i in range(length) if i not in inside]
         for index in free[-1:]:
-            yield sorted([*value[:-1], index]), {value[-1], index}
-        yield list(value[:-1]), {value[-1]}
+            yield sorted([*inside[:-1], index]) + outside, {inside[-1], index}
+        yield inside[:-1] + outside, {inside[-1]}
     elif entry.form == "keys":
         last = list(value)[-1]
         yield {k: v for k, v in value.items() if k != last}, {int(last)}
+    elif entry.form == "first":
+        yield value - 1, {value - 1}
+    elif entry.form == "last":
+        yield value - 1, {length - value}
 
 
 def _changed_values(values: list[Any]) -> Iterator[tuple[list[Any], set[int]]]:
@@ -133,6 +149,13 @@ def _walk(settings: Mapping[str, Any], length: int, path: tuple[str, ...]) -> It
             yield from _walk(value, length, (*path, key))
 
 
+def _ends(settings: Mapping[str, Any], length: int, count: CountKey) -> Iterator[BlockEntry]:
+    """Numbers that may say how many blocks at an end of the stack are of another kind."""
+    for key, value in settings.items():
+        if key != count.key and type(value) is int and 0 < value <= length and _ENDS_NAME.search(key):
+            yield from (BlockEntry((*count.path, key), form) for form in ("first", "last"))
+
+
 def _form(value: Any, length: int, form: str) -> bool:
     if form == "keys":
         whole = isinstance(value, Mapping) and value and all(str(k).isdigit() and int(k) < length for k in value)
@@ -142,7 +165,9 @@ def _form(value: Any, length: int, form: str) -> bool:
     if form == "values":
         return len(value) == length
     if form == "indices":
-        return all(type(v) is int and 0 <= v < length for v in value) and list(value) == sorted(set(value))
+        # some may lie behind the last block: a list that was made for more of them
+        whole = all(type(v) is int and v >= 0 for v in value) and list(value) == sorted(set(value))
+        return whole and value[0] < length and (value[-1] < length or value[-1] < 4 * length)
     return len(_repeated(value) or ()) == length
 
 

@@ -214,7 +214,9 @@ class TransformersHost(Host):
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
         with quiet(), torch.device("meta"):
-            config = type(self.root.config).from_dict(settings)
+            kind = type(self.root.config)
+            # as a checkpoint keeps it, which leaves out what is the default and has no keys but strings
+            config = kind.from_dict(json.loads(kind.from_dict(settings).to_json_string()))
             copy_attention(self.root.config, config)
             return type(self.root)(config)
 

@@ -100,10 +100,13 @@ def compare(before: nn.Module, after: nn.Module, layout: Layout, memory: Memory 
         found.problems.append(f"a reload would build modules that the pruned model does not have: {some}")
     for old_name, new_name in names.items():
         part = own[old_name]
-        if new_name is None or part.neutral:
+        if new_name is None:
             continue
         counterpart = new.get(new_name)
-        if counterpart is None or counterpart.neutral:
+        if part.neutral:
+            if counterpart is not None and not counterpart.neutral:
+                found.problems.append(f"{old_name} does nothing, but a reload would build a {counterpart.kind} there")
+        elif counterpart is None or counterpart.neutral:
             found.problems.append(f"a reload would lack {new_name}, which is {old_name} of this model")
         elif counterpart.origin != part.origin:
             found.problems.append(

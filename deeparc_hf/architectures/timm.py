@@ -10,11 +10,9 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .base import Family, Stack, chained, register, signature_pins
+from .base import Container, Family, Stack, chained, register, signature_pins
 from .hosts import Host, TransformersHost
 from .resnet import stage_pins
-
-Container = nn.ModuleList | nn.Sequential
 
 
 class TimmFamily(Family):

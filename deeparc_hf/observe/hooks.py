@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Stack
@@ -67,41 +67,75 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[None]:
-    """Within, a block gives out the hidden states that it is given; what else it puts out (T5's position bias) stays.
+def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[Callable[[], bool]]:
+    """Within, a block gives out what it is given: the hidden states, and what else it puts out in the form of another
+    tensor that it is given (the second of two streams). The rest (T5's position bias, attentions) stays.
+
+    It is skipped in its `forward`, so that all hooks, also those by which transformers collects hidden states, see it
+    as skipped.
+
+    Yields:
+        Whether the block has run, to ask.
 
     Raises:
         CalibrationError: in the forward pass, if the block changes the shape of its input; at the end, if it did not
             run and must.
     """
     block = stack.blocks[index]
-    given: list[Tensor] = []
+    original, own = block.forward, vars(block).get("forward")
     ran = False
 
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = given_hidden_states(args, kwargs)
-        given[:] = [hidden.clone()] if isinstance(hidden, Tensor) else []  # the block may work on it in place
-
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal ran
         ran = True
-        hidden = hidden_states(output)
-        if not given or not isinstance(hidden, Tensor) or hidden.shape != given[0].shape:
+        first = given_hidden_states(args, kwargs)
+        others = [tensor for tensor in _tensors((args, kwargs)) if tensor is not first]
+        given = [tensor.clone() for tensor in (first, *others) if isinstance(tensor, Tensor)]  # it may work in place
+        output = original(*args, **kwargs)
+        hidden = next(_tensors(output), None)
+        if not isinstance(first, Tensor) or hidden is None or hidden.shape != first.shape:
             raise CalibrationError(
-                f"Block {index} of {stack.name} cannot be skipped: it is given {_form(*given)} and puts out "
-                f"{_form(hidden)}. It is no residual block, so it cannot be left out."
+                f"Block {index} of {stack.name} cannot be skipped: it is given {_form(first)} and puts out "
+                f"{_form(hidden_states(output))}. It is no residual block, so it cannot be left out."
             )
-        return with_hidden_states(output, given.pop())
+        return _passed_through(output, given)
 
-    def handles() -> Iterator[RemovableHandle]:
-        # before other hooks: those by which transformers collects hidden states must see the block as skipped
-        yield block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-        yield block.register_forward_hook(after, prepend=True)
-
-    with hooked(handles()):
-        yield
+    try:
+        with uninterrupted():
+            block.forward = forward  # type: ignore[method-assign]
+        yield lambda: ran
+    finally:
+        with uninterrupted():
+            if own is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = own  # type: ignore[method-assign]
     if must_run and not ran:
         raise did_not_run(stack, index)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of floating numbers in arguments or an output, in their order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+        return
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    for part in parts:
+        yield from _tensors(part)
+
+
+def _passed_through(output: Any, given: list[Tensor]) -> Any:
+    """An output in which each tensor is the next of those given (which are used up) that has its form."""
+    if isinstance(output, Tensor):
+        form = (output.shape, output.dtype)
+        place = next((i for i, tensor in enumerate(given) if (tensor.shape, tensor.dtype) == form), None)
+        return output if place is None else given.pop(place)
+    if isinstance(output, Mapping):
+        return type(output)(**{key: _passed_through(value, given) for key, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        return type(output)(_passed_through(value, given) for value in output)
+    return output
 
 
 def did_not_run(stack: Stack, index: int) -> CalibrationError:

@@ -25,6 +25,7 @@ _MAY = {
     "values": "has as many values as there are blocks",
     "indices": "lists numbers of blocks",
     "keys": "has numbers of blocks for keys",
+    "runs": "repeats a pattern of blocks",
 }
 
 

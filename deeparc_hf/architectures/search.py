@@ -1,0 +1,273 @@
+"""The search for what counts a stack: an entry is lowered, and a build shows which blocks are gone.
+
+A list of blocks is a stack if lowering one entry by one makes a stock build of the model lose exactly one of its blocks
+and change nothing else, where the entries that name its blocks lose one with it (`entries`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .base import BlockEntry, Container, CountKey, nested
+from .entries import asked_for, entries_of, follow, named, names_stages, trials, usual
+from .hosts import Host
+from .layout import Layout
+from .skeleton import differing, state_shapes
+
+__all__ = ["Search", "containers", "shrink_stages"]
+
+_COUNT_NAME = re.compile(r"layer|depth|block")
+_NO_COUNT = re.compile(r"token|label|^out_(indices|features)$")
+_REMEMBERED = 256  # shapes of builds
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def containers(root: nn.Module) -> Iterator[tuple[str, Container]]:
+    """Lists of modules that may be blocks, with their paths; what stands in others comes after them."""
+    for name, module in root.named_modules():
+        if name and isinstance(module, nn.ModuleList | nn.Sequential) and _may_be_blocks(list(module.children())):
+            yield name, module
+
+
+def _may_be_blocks(members: list[nn.Module]) -> bool:
+    """Whether modules may be the blocks of one stack: each made of parts and no list itself, most of one class."""
+    if not members or any(type(member) in (nn.ModuleList, nn.Sequential, nn.ModuleDict) for member in members):
+        return False
+    if not all(any(True for _ in member.children()) for member in members):
+        return False
+    classes = [type(member) for member in members]
+    alike = max(classes.count(cls) for cls in set(classes)) * 2 >= len(members)
+    return alike or all(issubclass(cls, GradientCheckpointingLayer) for cls in classes)
+
+
+class Search:
+    """Looks for the entry that counts a stack, and for those that name its blocks, in the settings of one model.
+
+    Args:
+        host: the model.
+        settings: those to start from. A build of them must be what the model is.
+        skeleton: that build.
+    """
+
+    def __init__(self, host: Host, settings: dict[str, Any], skeleton: nn.Module) -> None:
+        self.host, self.settings, self.skeleton = host, settings, skeleton
+        self._shapes = state_shapes(skeleton)
+        self._built: dict[str, Shapes | None] = {}
+
+    def count(
+        self, name: str, length: int, keys: Sequence[CountKey] | None = None
+    ) -> tuple[CountKey | None, tuple[BlockEntry, ...], str]:
+        """The entry that counts a stack's blocks and nothing else, and the entries that name its blocks.
+
+        Args:
+            name: path of the list of blocks.
+            length: how many there are.
+            keys: entries that may count them; default: all whose value is this number, the likely ones first.
+
+        Returns:
+            The entry (None if there is none), the entries that name blocks, and where one nearly counts them, why not.
+        """
+        attempt = _Attempt(self, name, length)
+        for count in _count_candidates(self.settings, length) if keys is None else keys:
+            entries = entries_of(self.settings, count, length)
+            for following in _choices(entries, count):
+                verdict = attempt.judge(count, following)
+                if verdict == "other":
+                    break  # a list more or less would not make it count these blocks
+                proven = attempt.proven(count, entries, following) if verdict == "counts" else None
+                if proven is not None:
+                    return count, tuple(proven), ""
+        return None, (), attempt.near
+
+    def shapes(self, settings: dict[str, Any]) -> Shapes | None:
+        """Shapes of a build of other settings; None if there is none."""
+        key = json.dumps(settings, sort_keys=True, default=repr)
+        if key not in self._built:
+            try:
+                found = state_shapes(self.host.build(settings))
+            except Exception:
+                found = None  # a setting that cannot be changed so is not the one that counts
+            if len(self._built) >= _REMEMBERED:
+                self._built.pop(next(iter(self._built)))
+            self._built[key] = found
+        return self._built[key]
+
+
+class _Attempt:
+    """The search for one list of blocks."""
+
+    def __init__(self, search: Search, name: str, length: int) -> None:
+        self.search, self.name, self.length = search, name, length
+        self.settings, self.skeleton = search.settings, search.skeleton
+        self.near = ""  # why an entry that changes the number of the blocks does not count them
+
+    def judge(self, count: CountKey, following: Sequence[BlockEntry]) -> Literal["counts", "other", "unclear"]:
+        """Whether the count changes this stack alone, where these entries follow; "other": it does not change it."""
+        name, length, shapes = self.name, self.length, self.search._shapes
+        # the last block, or the first, may be of another kind (Gemma 4's last layer attends to everything): then one
+        # between them shows it
+        removals = [tuple(i for i in range(length) if i != gone) for gone in (length - 1, 0, 1)[:length]]
+        for kept in [(0, 0)] if length == 1 else removals:  # of one block: one more
+            built = self.search.shapes(self._without(count, following, kept))
+            if built is None:
+                continue
+            expected, found = (shapes, built) if length > 1 else (built, shapes)
+            layout = Layout({name: max(length, 2)}, {name: kept if length > 1 else (0,)})
+            renamed = layout.renamed_keys(expected)
+            if renamed == found and len(found) < len(expected):
+                return "counts"
+            blocks = {key[len(name) + 1 :].partition(".")[0] for key in built if key.startswith(f"{name}.")}
+            if len(blocks) != len(kept):
+                return "other"
+            odd = sorted(key for key in renamed.keys() | found.keys() if renamed.get(key) != found.get(key))
+            self.near = self.near or f"{count} counts them, but {odd[0] if odd else 'nothing'} changes with it"
+        return "unclear"
+
+    def _without(self, count: CountKey, following: Sequence[BlockEntry], kept: Sequence[int]) -> dict[str, Any]:
+        """The settings with these blocks only."""
+        trial = copy.deepcopy(self.settings)
+        for entry in following:
+            follow(trial, entry, self.length, kept)
+        shrink_stages(nested(trial, count.path), self.length, kept)
+        count.write(trial, len(kept))
+        return trial
+
+    def proven(
+        self, count: CountKey, entries: Sequence[BlockEntry], following: Sequence[BlockEntry]
+    ) -> list[BlockEntry] | None:
+        """The entries that name blocks of the stack, with proof; None if one that must follow is not read by block."""
+        known = usual(entries, count)
+        proven = []
+        for entry in entries:
+            if entry.path == (*count.path, count.key):
+                proven.append(replace(entry, proof="build"))  # its length is the number of blocks
+                continue
+            if entry in known and entry in following and entry.form not in ("indices", "first", "last"):
+                proven.append(replace(entry, proof="build"))
+                continue
+            proof = self._proof(count, entry)
+            rest = [other for other in following if other is not entry]
+            if entry in following and proof in (None, "none"):
+                if self.judge(count, rest) != "counts":
+                    # no shorter model without it, but neighbours read it too: a chain of sizes, no residual blocks
+                    return None
+            elif proof is not None:
+                unfit = proof == "build" and self.judge(count, [*rest, entry]) != "counts"
+                proven.append(replace(entry, proof="none" if unfit else proof))
+        return proven
+
+    def _proof(self, count: CountKey, entry: BlockEntry) -> Literal["build", "run", "none"] | None:
+        """What shows that the entry names blocks of this stack; None if it does not."""
+        tried = (self._readers(entry, *trial) for trial in trials(self.settings, entry, self.length))
+        readers = next((found for found in tried if found != "unknown"), "unknown")
+        if entry.form in ("first", "last"):
+            return "build" if readers == "own" else None
+        known = bool(usual([entry], count))
+        if readers == "own" or (readers == "others" and known):
+            # where blocks next to it read it too (a cache that is shared), the comparison of skeletons judges the
+            # removal
+            return "build"
+        if readers in ("others", "outside"):
+            return None
+        asked = readers == "repeated" or asked_for(self.skeleton, entry.path[-1])
+        if entry.form == "values":
+            # all alike, it does not matter which of them go
+            values = entry.read(self.settings)
+            told = asked and entry.path[:-1] == count.path and any(v != values[0] for v in values)
+            return "none" if told else None
+        if known:
+            return "run" if asked else "build"
+        return "none" if asked and named(entry) else None
+
+    def _readers(
+        self, entry: BlockEntry, value: Any, blocks: set[int]
+    ) -> Literal["own", "others", "outside", "repeated", "nobody", "unknown"]:
+        """Where a stock build differs when the entry has another value.
+
+        "own": in these blocks alone. "others": in other blocks too. "outside": outside of the stack. "repeated": only
+        in attributes that hold the whole entry, which a forward pass may ask. "nobody": nowhere. "unknown": there is no
+        such build.
+        """
+        trial = copy.deepcopy(self.settings)
+        old = entry.read(trial)
+        entry.write(trial, value)
+        try:
+            built = self.search.host.build(trial)
+        except Exception:
+            return "unknown"
+        found = differing(self.skeleton, built, lambda a, b: _same(a, old) and _same(b, value))
+        start = f"{self.name}."
+        inside = [path.removeprefix(start).partition(".")[0] for path in found if path.startswith(start)]
+        if inside:
+            return "own" if all(index.isdigit() and int(index) in blocks for index in inside) else "others"
+        if found:
+            return "outside"
+        return "repeated" if differing(self.skeleton, built) else "nobody"
+
+
+def _choices(entries: Sequence[BlockEntry], count: CountKey) -> Iterator[list[BlockEntry]]:
+    """Which entries to have follow: the usual ones; all lists of values too; the usual ones and one more, or less."""
+    own = [entry for entry in entries if entry.path == (*count.path, count.key)]
+    known = [entry for entry in usual(entries, count) if entry not in own]
+    others = [entry for entry in entries if entry.form == "values" and entry not in known and entry not in own]
+    yield own + known
+    if len(others) > 1:
+        yield own + known + others
+    for other in others:
+        yield [*own, *known, other]
+    for entry in known:
+        yield own + [other for other in known if other is not entry]
+
+
+def _count_candidates(settings: dict[str, Any], length: int) -> list[CountKey]:
+    """Entries that may count so many blocks: those whose name says so, then lists of that length, then all others."""
+    found = list(_numbers(settings, length, ()))
+    likely = [key for key in found if _COUNT_NAME.search(key.key)]
+    lists = list(_lists(settings, length, ())) if length > 1 else []
+    return likely + lists + ([key for key in found if key not in likely] if length > 2 else [])
+
+
+def _numbers(settings: Mapping[str, Any], length: int, path: tuple[str, ...]) -> Iterator[CountKey]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, length, (*path, key))
+        elif isinstance(key, str) and not _NO_COUNT.search(key):
+            if type(value) is int and value == length:
+                yield CountKey(path, key)
+            elif isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+                yield from (CountKey(path, key, index) for index, item in enumerate(value) if item == length)
+
+
+def _lists(settings: Mapping[str, Any], length: int, path: tuple[str, ...]) -> Iterator[CountKey]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _lists(value, length, (*path, key))
+        elif _COUNT_NAME.search(key) and isinstance(value, (list, tuple)) and len(value) == length:
+            yield from [CountKey(path, key, by_length=True)] if all(isinstance(item, str) for item in value) else []
+
+
+def shrink_stages(holder: dict[str, Any], length: int, kept: Sequence[int]) -> None:
+    """Drop removed layers' stages: vision backbones name the stem and every layer one, and give out some of them."""
+    if not names_stages(holder, length):
+        return
+    out = holder.get("out_indices")
+    holder.pop("stage_names")
+    holder.pop("out_features", None)
+    if out is not None:
+        # stage i is the output of block i - 1: the nearest kept block before it takes over
+        holder["out_indices"] = sorted({sum(k < stage % (length + 1) for k in kept) for stage in out})
+
+
+def _same(attribute: Any, value: Any) -> bool:
+    """Whether an attribute holds a whole list or dict, be it as a tuple."""
+    one, other = (list(held) if isinstance(held, tuple) else held for held in (attribute, value))
+    return isinstance(one, (list, dict)) and one == other
