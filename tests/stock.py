@@ -76,7 +76,15 @@ class StockProcess:
         self._process.stdout.close()
         self._folder.cleanup()
 
-    def load(self, folder: str | Path, loader: str, inputs: Mapping[str, Any], *, generate: bool = False) -> Loaded:
+    def load(
+        self,
+        folder: str | Path,
+        loader: str,
+        inputs: Mapping[str, Any],
+        *,
+        generate: bool = False,
+        everything: bool = False,
+    ) -> Loaded:
         """Load a checkpoint in the worker and run it.
 
         Args:
@@ -84,6 +92,7 @@ class StockProcess:
             loader: name of a class of transformers that has from_pretrained, or "timm".
             inputs: keyword arguments of the model's forward, tensors.
             generate: also generate `NEW_TOKENS` tokens, greedily, with and without the cache.
+            everything: give all tensors of the output (`flattened`), not only the first.
 
         Raises:
             StockError: if the library fails.
@@ -91,7 +100,7 @@ class StockProcess:
         from safetensors.torch import load_file, save_file
 
         sent, back = Path(self._folder.name, "inputs.safetensors"), Path(self._folder.name, "outputs.safetensors")
-        save_file({key: value.contiguous() for key, value in inputs.items()}, sent)
+        save_file({key: value.clone().contiguous() for key, value in inputs.items()}, sent)
         back.unlink(missing_ok=True)
         request = {
             "folder": str(folder),
@@ -99,6 +108,7 @@ class StockProcess:
             "inputs": str(sent),
             "outputs": str(back),
             "generate": generate,
+            "everything": everything,
         }
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -160,6 +170,19 @@ def forwarded(model: Any, inputs: Mapping[str, Any]) -> Any:
     return output
 
 
+def flattened(output: Any, path: str = "") -> dict[str, Any]:
+    """All tensors of floating numbers in an output, by their path in it. Used on both sides."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        return {path: output} if output.is_floating_point() else {}
+    if isinstance(output, Mapping):
+        parts = list(output.items())
+    else:
+        parts = list(enumerate(output)) if isinstance(output, (tuple, list)) else []
+    return {k: v for key, value in parts for k, v in flattened(value, f"{path}.{key}" if path else str(key)).items()}
+
+
 def _fetched(repo_id: str) -> str:
     from huggingface_hub import hf_hub_download
 
@@ -190,10 +213,11 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
         model, info = loader.from_pretrained(folder, output_loading_info=True)
     model = aligned(model).eval()
     with torch.no_grad():
-        outputs = {"output": forwarded(model, inputs)}
+        torch.manual_seed(0)  # some models draw numbers
+        outputs = flattened(model(**inputs)) if request["everything"] else {"output": forwarded(model, inputs)}
         if request["generate"]:
             outputs |= generated(model, inputs)
-    save_file({key: value.contiguous() for key, value in outputs.items()}, request["outputs"])
+    save_file({key: value.clone().contiguous() for key, value in outputs.items()}, request["outputs"])  # none shared
     keys = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
     return {**keys, "model_class": type(model).__name__}
 

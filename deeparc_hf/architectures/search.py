@@ -251,7 +251,7 @@ def _lists(settings: Mapping[str, Any], length: int, path: tuple[str, ...]) -> I
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from _lists(value, length, (*path, key))
-        elif _COUNT_NAME.search(key) and isinstance(value, (list, tuple)) and len(value) == length:
+        elif _COUNT_NAME.search(str(key)) and isinstance(value, (list, tuple)) and len(value) == length:
             yield from [CountKey(path, key, by_length=True)] if all(isinstance(item, str) for item in value) else []
 
 
