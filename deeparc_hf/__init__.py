@@ -6,13 +6,16 @@
     trainer = Trainer(model=model, args=args, train_dataset=train, callbacks=[MPruneCallback(threshold=0.98)])
     trainer.train()
 
-Names are imported when they are first used, so that `import deeparc_hf` costs next to nothing.
+Names are imported when they are first used, so that `import deeparc_hf` costs next to nothing. It makes the model type
+"deeparc_pruned" known to transformers (`pruned_type`).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from .pruned_type import make_known
 
 if TYPE_CHECKING:
     from .architectures import Stack as Stack
@@ -64,6 +67,8 @@ _NAMES = {
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 __all__ = sorted(["__version__", *_HOMES])
+
+make_known()
 
 
 def __getattr__(name: str) -> Any:

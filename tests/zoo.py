@@ -111,7 +111,7 @@ def as_trained(model: nn.Module) -> nn.Module:
     norms = [
         module.weight
         for module in model.modules()
-        if "norm" in type(module).__name__.lower() and hasattr(module, "weight")
+        if "norm" in type(module).__name__.lower() and getattr(module, "weight", None) is not None
     ]
     biases = [
         parameter for name, parameter in model.named_parameters() if name.endswith("bias") and parameter.ndim == 1

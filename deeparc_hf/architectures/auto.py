@@ -1,23 +1,32 @@
-"""Most of transformers: stacks are lists of blocks, and the setting that counts them is found by trying (`search`)."""
+"""Most of transformers: stacks are lists of blocks, and the setting that counts them is found by trying (`search`).
+
+Blocks that no setting counts are a stack too, if they are plainly such: they can be dropped (model type
+"deeparc_pruned").
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError
-from .base import Family, Stack, chained, nested, register, signature_pins
+from .base import Container, Family, Stack, chained, nested, register, signature_pins
 from .entries import follow
 from .hosts import Host, TransformersHost
 from .search import Search, containers, shrink_stages
 
+_BLOCK_NAME = re.compile(r"(Layer|Block)$")
+
 
 @register("auto")
 class Auto(Family):
-    summary = "any transformers model whose layers sit in a ModuleList and are counted by a config entry"
+    summary = "any transformers model whose layers sit in lists, counted by a config entry or not"
     priority = 0
 
     def matches(self, host: Host) -> bool:
@@ -33,21 +42,16 @@ class Auto(Family):
                 f"loaded either: {type(error).__name__}: {error}. Give the class an __init__(config) that needs "
                 "nothing else."
             ) from error
-        search, stacks, near = Search(host, settings, skeleton), list[Stack](), list[str]()
-        for name, container in containers(host.root):
-            if any(name.startswith(f"{stack.name}.") for stack in stacks):
-                continue  # part of a block
-            count, entries, reason = search.count(name, len(container))
-            if count is None:
-                near.append(f"{name} ({len(container)} x {type(container[0]).__name__}){reason and f': {reason}'}")
-                continue
-            pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(container))
-            stacks.append(Stack(name, container, pinned, _side(host.root, name), count, entries=entries))
-        if not stacks:
+        lists = list(containers(host.root))
+        found, near = _counted(host, Search(host, settings, skeleton), lists)
+        if host.can_drop:
+            found |= {name: Stack(name, blocks, signature_pins(list(blocks))) for name, blocks in _others(lists, found)}
+        if not found:
             what = "no list of residual layers"
             if near:
                 what = f"{'; '.join(near[:3])}, but no entry of its config counts these blocks alone"
             raise UnsupportedModelError(_nothing_found(host, what))
+        stacks = [replace(found[name], side=_side(host.root, name)) for name, _ in lists if name in found]
         return [stack for _, stages in itertools.groupby(stacks, _counter) for stack in chained(list(stages))]
 
     def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
@@ -60,6 +64,44 @@ class Auto(Family):
                     follow(settings, entry, len(stack), indices)
             shrink_stages(nested(settings, stack.count.path if stack.count else ()), len(stack), indices)
         super().shrink(settings, stacks, kept)
+
+
+def _counted(host: Host, search: Search, lists: Sequence[tuple[str, Container]]) -> tuple[dict[str, Stack], list[str]]:
+    """The stacks that an entry of the config counts, and of the other lists what was found."""
+    found: dict[str, Stack] = {}
+    near = []
+    for name, blocks in lists:
+        if _inside(name, found):
+            continue  # part of a block
+        count, entries, reason = search.count(name, len(blocks))
+        if count is None:
+            near.append(f"{name} ({len(blocks)} x {type(blocks[0]).__name__}){reason and f': {reason}'}")
+            continue
+        pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(blocks))
+        found[name] = Stack(name, blocks, pinned, count=count, entries=entries)
+    return found, near
+
+
+def _others(lists: Sequence[tuple[str, Container]], counted: Mapping[str, Stack]) -> Iterator[tuple[str, Container]]:
+    """Lists of blocks that no entry counts, which stand beside those that are counted."""
+    found: list[str] = []
+    for name, blocks in lists:
+        holds = any(stack.startswith(f"{name}.") for stack in counted)
+        if not holds and not _inside(name, [*counted, *found]) and _are_plainly_blocks(list(blocks)):
+            found.append(name)
+            yield name, blocks
+
+
+def _inside(name: str, stacks: Iterable[str]) -> bool:
+    return any(name == stack or name.startswith(f"{stack}.") for stack in stacks)
+
+
+def _are_plainly_blocks(members: list[nn.Module]) -> bool:
+    """Whether modules that no setting counts are blocks all the same, and at least two of them alike."""
+    modern = all(isinstance(member, GradientCheckpointingLayer) for member in members)
+    named = {type(member) for member in members} == {type(members[0])} and _BLOCK_NAME.search(type(members[0]).__name__)
+    free = len(members) - len(signature_pins(members))
+    return len(members) > 1 and free > 1 and bool(modern or named)
 
 
 def _counter(stack: Stack) -> tuple[Any, ...]:

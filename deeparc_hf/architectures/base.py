@@ -13,7 +13,7 @@ from torch import nn
 from ..core.registry import Registry
 from ..core.shards import shape_of
 from ..core.tables import html_table, spans
-from ..errors import SurgeryError
+from ..errors import SurgeryError, UnsupportedModelError
 from .hosts import Host
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Stack",
     "chained",
     "families",
+    "family_of",
     "nested",
     "register",
     "signature_pins",
@@ -106,7 +107,8 @@ class Stack:
         container: the list that holds the blocks.
         pinned: blocks that must stay, with the reason for each.
         side: "encoder" or "decoder" in an encoder-decoder model, else None; decides which padding mask counts.
-        count: where the settings count this stack's blocks.
+        count: where the settings count this stack's blocks; None if nowhere, so that they can only be dropped (the
+            model type "deeparc_pruned").
         next_stack: name of the stack that takes this one's output directly (the next stage of a CNN), else None.
         entries: what else in the settings names its blocks.
     """
@@ -169,9 +171,10 @@ class Family(ABC):
     def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
         """Edit a copy of the model's settings in place so that they describe the kept blocks only."""
         for stack in stacks:
-            if stack.count is None:
-                raise SurgeryError(f"The family {self.name!r} does not say which setting counts {stack.name}.")
-            stack.count.write(settings, len(kept[stack.name]))
+            if stack.count is not None:
+                stack.count.write(settings, len(kept[stack.name]))
+            elif len(kept[stack.name]) < len(stack):
+                raise SurgeryError(f"no setting counts the blocks of {stack.name}")
 
 
 def nested(settings: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
@@ -215,6 +218,21 @@ def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
         elif changed:
             pins[index] = f"changes shape: its {_first(changed)} differs from that of the other blocks"
     return pins
+
+
+def family_of(host: Host) -> Family:
+    """The family that describes a model.
+
+    Raises:
+        UnsupportedModelError: if there is none.
+    """
+    for family in sorted((cls() for cls in families), key=lambda f: (-f.priority, f.name)):
+        if family.matches(host):
+            return family
+    raise UnsupportedModelError(
+        f"No family of deeparc_hf describes {host.label}, of {host.library}. Known families: "
+        f"{', '.join(families.names())}. To support it, add a family: one file, see 'add a family' in CONTRIBUTING.md."
+    )
 
 
 def _first(names: list[str]) -> str:

@@ -30,7 +30,10 @@ from ..core.compat import attention_of, checkpoint_key_namer, set_attention
 from ..core.offload import device_of
 from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
+from ..pruned_type.config import LAYOUT_KEY, base_settings
+from ..pruned_type.models import can_be_loaded, drop_blocks, layout_of, set_layout
 from .inputs import example_inputs, merges_inputs
+from .layout import Layout
 
 __all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted", "quiet"]
 
@@ -103,6 +106,26 @@ class Host(ABC):
     def _switches(self) -> Any:
         """What a build depends on beside the settings."""
         return None
+
+    @property
+    def layout(self) -> dict[str, dict[str, Any]]:
+        """Which blocks of the model that the settings describe are left, where settings alone cannot say it (the model
+        type "deeparc_pruned"); {} if they can.
+        """
+        return {}
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether a checkpoint can lack blocks that its settings cannot leave out: as "deeparc_pruned"."""
+        return False
+
+    def dropping(self, settings: dict[str, Any], step: Layout) -> dict[str, Any]:
+        """The settings of the model after a removal that they cannot describe themselves. Only where `can_drop`."""
+        raise NotImplementedError(f"{self.library} has no model type for that.")
+
+    def whole(self) -> Host:
+        """The skeleton of the model with all its blocks."""
+        return self
 
     @abstractmethod
     def record(self) -> Any:
@@ -213,12 +236,37 @@ class TransformersHost(Host):
         return settings
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
+        layout = settings.pop(LAYOUT_KEY, None)
         with quiet(), torch.device("meta"):
-            kind = type(self.root.config)
+            kind = base_settings(type(self.root.config))
             # as a checkpoint keeps it, which leaves out what is the default and has no keys but strings
-            config = kind.from_dict(json.loads(kind.from_dict(settings).to_json_string()))
+            config = kind.from_dict(json.loads(json.dumps(kind.from_dict(settings).to_diff_dict())))
             copy_attention(self.root.config, config)
-            return type(self.root)(config)
+            skeleton = type(self.root)(config)
+        if layout:
+            set_layout(skeleton.config, drop_blocks(skeleton, layout))
+        return skeleton
+
+    @property
+    def layout(self) -> dict[str, dict[str, Any]]:
+        return layout_of(self.root.config)
+
+    @property
+    def can_drop(self) -> bool:
+        return can_be_loaded(self.root)
+
+    def dropping(self, settings: dict[str, Any], step: Layout) -> dict[str, Any]:
+        layout = copy.deepcopy(settings.get(LAYOUT_KEY) or {})
+        for name in step.removed:
+            length = step.lengths[name]
+            entry = layout.get(name, {"length": length, "kept": list(range(length))})
+            layout[name] = {**entry, "kept": [entry["kept"][index] for index in step.kept[name]]}
+        return {**settings, LAYOUT_KEY: layout}
+
+    def whole(self) -> Host:
+        settings = self.settings()
+        settings.pop(LAYOUT_KEY, None)
+        return TransformersHost(self.build(settings))
 
     def _switches(self) -> Any:
         return _attention_of(self.root.config)
@@ -244,6 +292,8 @@ class TransformersHost(Host):
                 patched.add(id(config))
                 old, new = (getattr(skeleton.get_submodule(path), attribute) for skeleton in (before, after))
                 _patch(config, old, new)
+                if layout_of(new):
+                    set_layout(config, layout_of(new))
 
     def _configs(self) -> Iterator[tuple[str, nn.Module, str, PreTrainedConfig]]:
         """The configs that modules hold: path and module, attribute, config."""

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import UnsupportedModelError
-from .base import Family, Stack, families
+from .base import Family, Stack, family_of
 from .hosts import Host, find_host
 from .layout import Layout
 
@@ -83,11 +82,6 @@ def describe(model: nn.Module | Subject) -> Subject:
     if isinstance(model, Subject):
         return model if model.is_current() else describe(model.root)
     host = find_host(model)
-    for family in sorted((cls() for cls in families), key=lambda f: (-f.priority, f.name)):
-        if family.matches(host):
-            stacks = {stack.name: stack for stack in family.stacks(host)}
-            return Subject(host, family, stacks, {n: tuple(map(weakref.ref, s.blocks)) for n, s in stacks.items()})
-    raise UnsupportedModelError(
-        f"No family of deeparc_hf describes {host.label}, of {host.library}. Known families: "
-        f"{', '.join(families.names())}. To support it, add a family: one file, see 'add a family' in CONTRIBUTING.md."
-    )
+    family = family_of(host)
+    stacks = {stack.name: stack for stack in family.stacks(host)}
+    return Subject(host, family, stacks, {n: tuple(map(weakref.ref, s.blocks)) for n, s in stacks.items()})

@@ -13,12 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of any number 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto import modeling_auto
 
 __all__ = [
     "BatchNorm",
     "accelerate_has_state",
     "align_hook",
     "attention_of",
+    "auto_classes",
     "buffers_of",
     "builder_of",
     "calling_trainer",
@@ -48,6 +50,15 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """A module's own buffers, to read and to replace. Why: as for `parameters_of`."""
     return module._buffers
+
+
+def auto_classes() -> list[tuple[type[Any], Any]]:
+    """transformers' Auto classes, each with its classes of models by config. Why: no public name tells which mapping an
+    Auto class has.
+    """
+    found = [value for value in vars(modeling_auto).values() if isinstance(value, type)]
+    pairs = [(cls, getattr(cls, "_model_mapping", None)) for cls in found if hasattr(cls, "register")]
+    return [(cls, mapping) for cls, mapping in pairs if mapping is not None]
 
 
 def may_be_missing(model: PreTrainedModel) -> list[str]:

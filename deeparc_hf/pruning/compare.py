@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..architectures import Host, Stack, Subject, describe
+from ..architectures import Host, Layout, Stack, Subject, describe
 from ..checkpoint.record import check_record, current_record
 from ..core.caller import warn_caller
 from ..core.shards import numel
@@ -24,7 +24,7 @@ from ..similarity import SimilarityMetric, SkippingMetric, metrics
 from .clusters import chains
 from .config import MPruneConfig
 from .plan import ComparedStack, PruningPlan, check_possible, make_plan
-from .rebuild import inexpressible
+from .rebuild import inexpressible, skeletons, tell_package
 
 __all__ = ["check_settings", "compare_blocks", "uncompared_plan"]
 
@@ -42,7 +42,7 @@ def compare_blocks(
     host, stacks = subject.host, subject.stacks
     require_weights(host, offloaded=True)
     check_record(subject, 0)
-    blank = _uncompared(stacks, inexpressible(subject), labels)
+    blank = _uncompared(stacks, inexpressible(subject, stock_only=config.stock_only), labels)
     check_possible(blank, config)
     samples, found = _observed(host, stacks, config, calibration, progress)
     frozen = current_record(subject).frozen
@@ -67,6 +67,7 @@ def compare_blocks(
             first += len(stack)
     plan = make_plan(compared, config, samples, max(observed.batch for _, observed in found))
     _tell_obstacles(plan, obstacles)
+    _tell_package(subject, plan)
     return plan
 
 
@@ -106,7 +107,7 @@ def check_settings(model: nn.Module | Subject, config: MPruneConfig) -> None:
         SurgeryError: if the model's settings can express no removal at all.
     """
     subject = describe(model)
-    refused = inexpressible(subject)
+    refused = inexpressible(subject, stock_only=config.stock_only)
     blank = _uncompared(subject.stacks, refused, None)
     check_possible(blank, config)
     if refused and all(len(stack.pinned) == len(stack) or len(stack) == 1 for stack in blank.values()):
@@ -119,7 +120,7 @@ def uncompared_plan(
     subject: Subject, config: MPruneConfig, labels: Mapping[str, tuple[int, ...]] | None = None
 ) -> PruningPlan:
     """A plan of settings that remove nothing: which blocks are pinned and protected, without comparing any."""
-    return make_plan(_uncompared(subject.stacks, inexpressible(subject), labels), config)
+    return make_plan(_uncompared(subject.stacks, inexpressible(subject, stock_only=config.stock_only), labels), config)
 
 
 def _uncompared(
@@ -148,6 +149,15 @@ def _tell_obstacles(plan: PruningPlan, obstacles: Mapping[str, str]) -> None:
                 "stay.",
                 CalibrationWarning,
             )
+
+
+def _tell_package(subject: Subject, plan: PruningPlan) -> None:
+    """Warn of a plan whose result will need the package to be loaded."""
+    if plan.removed and not plan.config.stock_only and subject.host.can_drop:
+        try:
+            tell_package(subject, skeletons(subject, Layout.without(subject.lengths, plan.removed), stock_only=False))
+        except SurgeryError:
+            return  # which whoever carries it out will hear
 
 
 def _similarity(stack: str, matrix: torch.Tensor) -> tuple[tuple[float, ...], ...]:

@@ -98,6 +98,11 @@ class MPruneConfig(Settings):
         "What runs before the lowest trained block (embeddings, a CNN's stem) is frozen with the blocks that freeze "
         "names, so that the backward pass ends there. False: these blocks alone.",
     )
+    stock_only: bool = setting(
+        False,
+        "Remove only blocks that the settings of transformers and timm can leave out. Otherwise, where they cannot "
+        "leave out most blocks of a stack, the result may need deeparc_hf to be loaded, and a warning says so.",
+    )
     similarity: str = setting(
         "cka",
         "Similarity metric, by its registered name. 'effect' skips each block and compares what the model puts out.",

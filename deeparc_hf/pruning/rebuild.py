@@ -19,7 +19,7 @@ from ..core.transaction import Transaction
 from ..errors import DeepArcError, DeepArcWarning, SurgeryError
 from .verify import Expectation
 
-__all__ = ["Builds", "inexpressible", "require_told", "skeletons", "tell_unproven"]
+__all__ = ["Builds", "inexpressible", "require_told", "skeletons", "tell_package", "tell_unproven"]
 
 _MAY = {
     "values": "has as many values as there are blocks",
@@ -31,23 +31,50 @@ _MAY = {
 
 @dataclass(frozen=True)
 class Builds:
-    """The settings before and after a removal, stock builds of both, and attributes in which the second differs."""
+    """The settings before and after a removal, builds of both, and attributes in which the second differs.
+
+    `by_package`: stock libraries build no such model from any settings; deeparc_hf does, by dropping blocks of a whole
+    one (`pruned_type`).
+    """
 
     settings: dict[str, Any]
     shrunk: dict[str, Any]
     before: nn.Module
     after: nn.Module
     updates: list[tuple[str, str, Any]]
+    by_package: bool = False
 
 
-def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None) -> Builds:
+def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None, *, stock_only: bool = True) -> Builds:
     """Build the settings before and after the removal, and compare. With a memory, for several removals from one model.
+
+    Args:
+        stock_only: refuse what only the package can build.
 
     Raises:
         SurgeryError: if the settings do not describe the model, or cannot describe it without these blocks.
     """
     host, name = subject.host, subject.name
-    settings, shrunk = subject.shrunk_settings(layout)
+    memory = memory or Memory()
+    settings = host.settings()
+    before = _built_before(subject, settings, memory)
+    builds, problem = _by_settings(subject, settings, before, layout, memory)
+    if builds is not None:
+        return builds
+    if not stock_only and host.can_drop:
+        shrunk = host.dropping(settings, layout)
+        return Builds(settings, shrunk, before, host.build(shrunk), [], by_package=True)
+    way = "Remove other blocks, or protect these."
+    if host.can_drop:
+        way += " With stock_only=False it can be removed, and the result needs deeparc_hf to be loaded."
+    raise SurgeryError(
+        f"The settings of {name} (type {host.kind!r}) cannot express the removal: {problem}. Nothing was changed. {way}"
+    )
+
+
+def _built_before(subject: Subject, settings: dict[str, Any], memory: Memory) -> nn.Module:
+    """A build of the model's settings, which must be what the model is."""
+    host, name = subject.host, subject.name
     try:
         before = host.build(settings)
     except Exception as error:
@@ -55,7 +82,6 @@ def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None) ->
             f"{name} cannot be rebuilt from its own settings, so a pruned one could not be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
-    memory = memory or Memory()
     live, stock = memory.state_shapes(host.root), memory.state_shapes(before)
     for stack in subject.stacks:
         odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
@@ -64,43 +90,54 @@ def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None) ->
                 f"{name} is not what its settings describe: {odd[0]} has shape {live.get(odd[0])}, a stock build would "
                 f"give it {stock.get(odd[0])}. A checkpoint of it could not be loaded. {host.rebuild_hint}"
             )
+    return before
+
+
+def _by_settings(
+    subject: Subject, settings: dict[str, Any], before: nn.Module, layout: Layout, memory: Memory
+) -> tuple[Builds | None, str]:
+    """The builds where settings express the removal; else None, and why they cannot."""
     try:
-        after = host.build(shrunk)
+        _, shrunk = subject.shrunk_settings(layout)
+    except SurgeryError as error:
+        return None, str(error)
+    try:
+        after = subject.host.build(shrunk)
     except Exception as error:
-        raise SurgeryError(
-            f"The settings of {name} (type {host.kind!r}) cannot express the removal: {type(error).__name__}: {error}. "
-            "Nothing was changed."
-        ) from error
+        return None, f"{type(error).__name__}: {error}"
     differences = compare(before, after, layout, memory)
     if differences.problems:
-        raise SurgeryError(
-            f"The settings of {name} (type {host.kind!r}) cannot express the removal: {differences.problems[0]}. "
-            "Nothing was changed. Remove other blocks, or protect these."
-        )
-    return Builds(settings, shrunk, before, after, differences.updates)
+        return None, differences.problems[0]
+    return Builds(settings, shrunk, before, after, differences.updates), ""
 
 
-def inexpressible(subject: Subject) -> dict[str, dict[int, str]]:
-    """Blocks that cannot be removed, each with the reason: a stock loader would build something else than the model
+def inexpressible(subject: Subject, *, stock_only: bool = True) -> dict[str, dict[int, str]]:
+    """Blocks that are not to be removed, each with the reason: a stock loader would build something else than the model
     without the block.
 
     Each unpinned block is rehearsed on its own, on skeletons: one after a removal serves for all blocks that lead to
     the same settings, so that a model of equal blocks takes two. The model may be on the meta device.
 
+    Args:
+        stock_only: without, a stack is left out most of whose blocks are such, if the package can build the model
+            without them. Stock comes first: of a stack with some such blocks the others can go.
+
     Returns:
         By stack, the reasons by block.
     """
     found: dict[str, dict[int, str]] = {}
-    memory = Memory()
+    memory, droppable = Memory(), not stock_only and subject.host.can_drop
     for name, stack in subject.stacks.items():
-        for index in range(len(stack)):
-            if index in stack.pinned or len(stack) == 1:
-                continue
+        free = [index for index in range(len(stack)) if index not in stack.pinned and len(stack) > 1]
+        reasons: dict[int, str] = {}
+        for index in free:
             try:
                 skeletons(subject, Layout.without(subject.lengths, {name: [index]}), memory)
             except DeepArcError as error:
                 problem = str(error).partition(" Nothing was changed.")[0].rpartition("cannot express the removal: ")[2]
-                found.setdefault(name, {})[index] = f"the model's settings cannot express its removal: {problem}"
+                reasons[index] = f"the model's settings cannot express its removal: {problem}"
+        if reasons and not (droppable and 2 * len(reasons) > len(free)):
+            found[name] = reasons
     return found
 
 
@@ -114,6 +151,16 @@ def tell_unproven(stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[in
                     "for it. Nothing shows that it does, so it stays as it is. Compare the outputs before and after, "
                     "and edit the entry if need be."
                 )
+
+
+def tell_package(subject: Subject, builds: Builds) -> None:
+    """Warn that a pruned model needs the package to be loaded, if it is the first removal that makes it so."""
+    if builds.by_package and not subject.host.layout:
+        warn_caller(
+            f"{subject.name} without these blocks can only be loaded where deeparc_hf is installed, after `import "
+            "deeparc_hf`, with an Auto class of transformers: no settings of its library describe it. With "
+            "stock_only=True only blocks are removed that stock libraries can do without.",
+        )
 
 
 def require_told(subject: Subject, builds: Builds, expectation: Expectation) -> None:

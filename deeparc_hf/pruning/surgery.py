@@ -20,7 +20,7 @@ from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
 from .freezing import freeze_blocks
 from .plan import PruningPlan, freezing_set
-from .rebuild import require_told, skeletons, tell_unproven
+from .rebuild import require_told, skeletons, tell_package, tell_unproven
 from .verify import expect
 
 __all__ = ["apply_plan", "follow_record", "forget_parameters", "refuse_wrapped", "remove_blocks", "require_fitting"]
@@ -34,6 +34,7 @@ def remove_blocks(
     optimizer: torch.optim.Optimizer | None = None,
     example: Any = None,
     verify: bool = True,
+    stock_only: bool = False,
 ) -> PrunedConfig:
     """Remove blocks from a live model, in place, all or nothing.
 
@@ -48,6 +49,8 @@ def remove_blocks(
         verify: whether a forward pass must show that the pruned model computes what the original computes with these
             blocks skipped. What cannot be verified is refused, a model on the meta device too. Without, the settings
             alone are checked.
+        stock_only: refuse a removal after which stock libraries could not load the model. Otherwise, where no settings
+            can express it, the model becomes one of the type "deeparc_pruned", and a warning says so.
 
     Returns:
         The record, which the model carries in its config from now on.
@@ -67,7 +70,9 @@ def remove_blocks(
         frozen = freezing_set(removed, subject.lengths, {n: s.next_stack for n, s in subject.stacks.items()})
     entry = {"settings": {"freeze": freeze}, "removed": removed, "frozen": frozen}
     refuse_wrapped(model)
-    return _operate(subject, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify)
+    return _operate(
+        subject, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify, stock_only=stock_only
+    )
 
 
 def apply_plan(
@@ -121,7 +126,15 @@ def apply_plan(
         **({} if plan.choice is None else {"search": plan.choice.judged}),
     }
     return _operate(
-        subject, removed, frozen, entry, optimizer=optimizer, example=example, verify=verify, transaction=transaction
+        subject,
+        removed,
+        frozen,
+        entry,
+        optimizer=optimizer,
+        example=example,
+        verify=verify,
+        stock_only=plan.config.stock_only,
+        transaction=transaction,
     )
 
 
@@ -215,6 +228,7 @@ def _operate(
     optimizer: torch.optim.Optimizer | None,
     example: Any = None,
     verify: bool = True,
+    stock_only: bool = False,
     transaction: Transaction | None = None,
     known: PrunedConfig | None = None,
 ) -> PrunedConfig:
@@ -223,7 +237,7 @@ def _operate(
     """
     host, stacks = subject.host, subject.stacks
     step = Layout.without(subject.lengths, removed)
-    builds = skeletons(subject, step)
+    builds = skeletons(subject, step, stock_only=stock_only)
     counted = host.root
     if is_offloaded(host.root):  # which does not tell what is tied
         counted = builds.before
@@ -231,7 +245,9 @@ def _operate(
             counted.tie_weights()
     entry = {**(entry or {}), "parameters": _parameters(counted, step)}
     record = known or current_record(subject).compose(step, entry)
-    expectation = expect(subject, removed, example) if verify and known is None else None
+    expectation = None
+    if verify and known is None:
+        expectation = expect(subject, removed, example, by_package=builds.by_package)
     modules = {name: stack.blocks for name, stack in stacks.items()}
     with transaction or Transaction() as transaction:
         host.own_configs(transaction)
@@ -244,8 +260,11 @@ def _operate(
             transaction.keep_children(stacks[name].container, [modules[name][i] for i in step.kept[name]])
         if expectation is not None:
             expectation.check()
-            require_told(subject, builds, expectation)
-        if known is None:
+            if not builds.by_package:
+                require_told(subject, builds, expectation)
+        if known is None and builds.by_package:
+            tell_package(subject, builds)
+        elif known is None:
             tell_unproven(stacks, removed)
         changed = []
         if any(frozen.values()):

@@ -43,9 +43,11 @@ class Expectation:
     inputs: dict[str, Any]
     output: Any
     gone: set[int]  # how many blocks go, of any stack: outputs with one entry a block are shorter by so many
+    by_package: bool = False
 
     def __post_init__(self) -> None:
         self.generated = generation_error(self.host, self.inputs) is None
+        self.caches_well = self.by_package and self.generated and _same_with_cache(self.host, self.inputs)
 
     def check(self) -> None:
         """Run the pruned model on the same inputs.
@@ -68,6 +70,12 @@ class Expectation:
                 f"{failure}), in stock transformers too: T5 and its like need at least as many encoder blocks as "
                 "decoder blocks for that. Keep more encoder blocks, remove decoder blocks too, or generate with "
                 "use_cache=False."
+            )
+        if self.caches_well and failure is None and not _same_with_cache(self.host, self.inputs):
+            raise SurgeryError(
+                f"{type(self.host.root).__name__} without these blocks would generate something else with its cache "
+                "than without: it counts what is cached by one of them (by the first, mostly). Keep the first block. "
+                "The model is as it was before."
             )
         compared = 0
         for expected, found in _pairs(self.output, output, self.gone):
@@ -104,8 +112,13 @@ class Expectation:
             )
 
 
-def expect(subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = None) -> Expectation:
+def expect(
+    subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = None, *, by_package: bool = False
+) -> Expectation:
     """Run the original with blocks skipped, on a sample of `batch` or on small made-up inputs.
+
+    Args:
+        by_package: blocks are dropped from a whole model, so that those which stay keep the number of their cache.
 
     Raises:
         SurgeryError: if it cannot be run, a block is no residual block, or the inputs do not reach a block that goes,
@@ -149,7 +162,7 @@ def expect(subject: Subject, removed: Mapping[str, Sequence[int]], batch: Any = 
             ) from error
     ran |= {path for path, skipped_one in skips.items() if skipped_one()}
     _require_reached(subject, removed, inputs, ran)
-    return Expectation(host, inputs, output, {len(indices) for indices in removed.values()})
+    return Expectation(host, inputs, output, {len(indices) for indices in removed.values()}, by_package)
 
 
 def _require_reached(
@@ -168,18 +181,37 @@ def _require_reached(
 
 def generation_error(host: Host, inputs: Mapping[str, Any]) -> Exception | None:
     """What goes wrong when two tokens are generated with a cache; None if nothing does, or none are generated."""
-    root = host.root
     if not host.generates:
         return None
-    given = {key: inputs[key][:1] for key in (host.main_input, "attention_mask") if key in inputs}
     try:
-        # advice on generation settings is beside the point here
-        with evaluating(root), quiet(hf_logging.ERROR), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            root.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False, num_beams=1, use_cache=True)
+        _generated(host, inputs, 2, use_cache=True)
     except Exception as error:
         return error
     return None
+
+
+def _generated(host: Host, inputs: Mapping[str, Any], length: int, *, use_cache: bool) -> Any:
+    given = {key: inputs[key][:1] for key in (host.main_input, "attention_mask") if key in inputs}
+    # advice on generation settings is beside the point here
+    with evaluating(host.root), quiet(hf_logging.ERROR), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return host.root.generate(
+            **given,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=False,
+            num_beams=1,
+            use_cache=use_cache,
+        )
+
+
+def _same_with_cache(host: Host, inputs: Mapping[str, Any]) -> bool:
+    """Whether a model continues a text in the same way with its cache and without."""
+    try:
+        with_cache, without = (_generated(host, inputs, 6, use_cache=cached) for cached in (True, False))
+    except Exception:
+        return False
+    return isinstance(with_cache, Tensor) and torch.equal(with_cache, without)
 
 
 def _pairs(expected: Any, found: Any, gone: set[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,284 @@
+"""What becomes of one type: each of its stacks loses blocks, and what is left is held against two others.
+
+One is the original with these blocks' forwards replaced by identities (no code of the package). The other is a load of
+the saved model in a process without the package.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deeparc_hf import find_stacks, remove_blocks
+from deeparc_hf.architectures import Stack
+from deeparc_hf.errors import DeepArcError
+
+from ..stock import StockError, StockProcess, aligned, flattened, generated
+from . import tiny
+from .inputs import NoInputsError, inputs_for, run
+
+__all__ = ["Row", "removals", "try_type"]
+
+# "proven": computes what it should, here and in a stock process. "refused": with a reason. The rest is a fault.
+GOOD, BAD = ("proven",), ("wrong", "crash", "unproven", "reload")
+# outputs that have one entry per block, so that they differ in number
+_PER_BLOCK = re.compile(r"(^|\.)(\w*hidden_states|\w*attentions|mems|state|past_key_values|router_\w*|loss)(\.|$)")
+
+
+@dataclass
+class Row:
+    """What was found of one type.
+
+    Attributes:
+        kind: the model type.
+        model: the class that was built, or "" if none could be.
+        state: "tried", or why nothing was: "not built", "no inputs", "stock differs", "refused", "crash".
+        reason: of that state.
+        stacks: by name, the number of blocks, how many are pinned, and by removal what became of it and why.
+    """
+
+    kind: str
+    model: str = ""
+    state: str = "tried"
+    reason: str = ""
+    stacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value not in ("", {})}
+
+    def results(self) -> list[str]:
+        return [result for stack in self.stacks.values() for result, _ in stack["removals"].values()]
+
+    @property
+    def verdict(self) -> str:
+        """ "whole", "in part", "refused", or the fault."""
+        results = self.results()
+        for fault in BAD:
+            if fault in results or self.state == fault:
+                return fault
+        if self.state != "tried":
+            return self.state
+        if not results:
+            return "nothing to remove"
+        if all(result == "proven" for result in results):
+            return "whole"
+        return "in part" if "proven" in results else "refused"
+
+
+def removals(stack: Stack) -> dict[str, list[int]]:
+    """Which blocks are taken out: a middle one, the last, every second; never a pinned one."""
+    free = [i for i in range(len(stack)) if i not in stack.pinned]
+    if len(stack) < 2 or not free:
+        return {}
+    later = [i for i in free if i] or free
+    found = {"middle": [later[(len(later) - 1) // 2]], "last": [free[-1]]}
+    second = [i for i in range(1, len(stack), 2) if i in free]
+    if len(second) > 1:
+        found["every second"] = second
+    seen: list[list[int]] = []
+    for name, blocks in list(found.items()):
+        if blocks in seen or len(blocks) == len(stack):
+            del found[name]
+        seen.append(blocks)
+    return found
+
+
+def try_type(kind: str, stock: StockProcess) -> Row:
+    """Try everything on one type."""
+    row = Row(kind)
+    try:
+        model = tiny.build(kind)
+    except tiny.NotBuiltError as error:
+        row.state, row.reason = "not built", _short(error)
+        return row
+    row.model = type(model).__name__
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stacks = find_stacks(copy.deepcopy(model))
+    except DeepArcError as error:
+        row.state, row.reason = "refused", _short(error)
+        return row
+    except Exception as error:
+        row.state, row.reason = "crash", f"{type(error).__name__}: {_short(error)}"
+        return row
+    try:
+        inputs = inputs_for(model, lambda given: _idle(model, stacks, given))
+        row.state, row.reason = _stock_state(model, inputs, stock)
+    except NoInputsError as error:
+        row.state, row.reason = "no inputs", _short(error)
+    if row.state != "tried":
+        return row
+    for name, stack in stacks.items():
+        found = {removal: _try(model, name, blocks, inputs, stock) for removal, blocks in removals(stack).items()}
+        row.stacks[name] = {"blocks": len(stack), "pinned": len(stack.pinned), "removals": found}
+    return row
+
+
+def _stock_state(model: nn.Module, inputs: Mapping[str, Any], stock: StockProcess) -> tuple[str, str]:
+    """Whether the model without any removal is the same after a load."""
+    first, again = flattened(run(aligned(model), inputs)), flattened(run(aligned(model), inputs))
+    if not all(torch.equal(first[key], again[key]) for key in first):
+        return "stock differs", "two passes of the unpruned model differ"
+    if not first or not all(value.isfinite().any() for value in first.values()):
+        return "stock differs", "the unpruned model puts out no finite number"
+    try:
+        problem = _reloaded(model, inputs, stock)
+    except StockError as error:
+        return "stock differs", _short(str(error).strip().splitlines()[-1])
+    return ("stock differs", problem) if problem else ("tried", "")
+
+
+def _try(
+    model: nn.Module, name: str, blocks: Sequence[int], inputs: Mapping[str, Any], stock: StockProcess
+) -> tuple[str, str]:
+    pruned = copy.deepcopy(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            remove_blocks(pruned, {name: blocks}, example=dict(inputs))
+    except DeepArcError as error:
+        return "refused", _short(error)
+    except Exception as error:
+        return "crash", f"{type(error).__name__}: {_short(error)}"
+    with bypassed(copy.deepcopy(model), name, blocks) as (skipping, ran):
+        expected = flattened(run(skipping, inputs))
+    if not ran:
+        return "unproven", "the inputs do not reach the blocks"
+    try:
+        found = flattened(run(pruned, inputs))
+    except Exception as error:
+        return "wrong", f"cannot run: {type(error).__name__}: {_short(error)}"
+    problem = _different(expected, found)
+    if problem:
+        return "wrong", problem
+    try:
+        problem = _reloaded(pruned, inputs, stock)
+    except StockError as error:
+        problem = _short(str(error).strip().splitlines()[-1])
+    return ("reload", problem) if problem else ("proven", "")
+
+
+@contextmanager
+def bypassed(model: nn.Module, name: str, blocks: Sequence[int]) -> Iterator[tuple[nn.Module, set[int]]]:
+    """Within, blocks hand on what they are given: each tensor that they put out is replaced by the one of its form that
+    they were given.
+    """
+    ran: set[int] = set()
+    for index in blocks:
+        block = model.get_submodule(f"{name}.{index}")
+        original = block.forward
+
+        def forward(*args: Any, _index: int = index, _original: Any = original, **kwargs: Any) -> Any:
+            ran.add(_index)
+            given = [value.clone() for value in _tensors((args, kwargs))]
+            return _replaced(_original(*args, **kwargs), given)
+
+        block.forward = forward  # type: ignore[method-assign]
+    yield model, ran
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _replaced(output: Any, given: list[Tensor]) -> Any:
+    """An output with the tensors that were given, each once, in place of those of their form."""
+    if isinstance(output, Tensor):
+        for place, value in enumerate(given):
+            if value.shape == output.shape and value.dtype == output.dtype:
+                return given.pop(place)
+        return output
+    if isinstance(output, Mapping):
+        return type(output)(**{key: _replaced(value, given) for key, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        return type(output)(_replaced(value, given) for value in output)
+    return output
+
+
+def _different(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """How a pruned model differs from the original with identities; empty if it does not."""
+    compared = 0
+    for key, value in expected.items():
+        before, _, number = key.rpartition(".")
+        shorter = number.isdigit() and any(other.rpartition(".")[0] == before for other in found) and key not in found
+        if _PER_BLOCK.search(key) or shorter:  # a list with something of each block
+            continue
+        if key not in found or found[key].shape != value.shape:
+            return f"{key} is missing or has another shape"
+        compared += 1
+        one, other = value.double(), found[key].double()
+        same = (one == other) | (one.isnan() & other.isnan())
+        far = (one - other)[~same].abs()
+        scale = one[one.isfinite() & (one.abs() < 1e30)].abs().max().item() + 1e-6 if one.isfinite().any() else 1.0
+        if far.numel() and not far.max().item() <= 1e-4 * scale:
+            return f"{key} differs by {far.max().item():.2g}, of {scale:.2g}"
+    return "" if compared else "there is nothing to compare"
+
+
+def _reloaded(model: nn.Module, inputs: Mapping[str, Any], stock: StockProcess) -> str:
+    """How a model differs from what a stock process loads of it; empty if it does not."""
+    own = aligned(model)
+    text = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+    generates = own.can_generate() and "input_ids" in text and own.main_input_name == "input_ids"
+    expected = flattened(run(own, inputs))
+    if generates:
+        try:
+            expected |= generated(own, text)
+        except Exception:
+            generates = False
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for file in Path(folder).rglob("*"):
+            if file.suffix in (".bin", ".pt", ".pkl"):
+                return f"{file.name} was saved"
+        loaded = stock.load(folder, type(model).__name__, text, generate=generates, everything=True)
+    if not loaded.clean:
+        odd = [*loaded.missing, *loaded.unexpected, *loaded.mismatched]
+        return f"{len(odd)} keys do not fit: {odd[0]}"
+    if loaded.outputs.keys() != expected.keys():
+        return "the loaded model puts out other things"
+    for key, value in expected.items():
+        if not torch.equal(loaded.outputs[key].nan_to_num(), value.nan_to_num()):
+            return f"{key} differs after a load"
+    return ""
+
+
+def _idle(model: nn.Module, stacks: Mapping[str, Stack], inputs: Mapping[str, Any]) -> list[str]:
+    """The stacks no block of which runs on these inputs."""
+    ran: set[str] = set()
+    watched = copy.deepcopy(model)
+    for name, stack in stacks.items():
+        for index in range(len(stack)):
+            block = watched.get_submodule(f"{name}.{index}")
+
+            # no hook: some models call the forward itself
+            def forward(*args: Any, _name: str = name, _original: Any = block.forward, **kwargs: Any) -> Any:
+                ran.add(_name)
+                return _original(*args, **kwargs)
+
+            block.forward = forward  # type: ignore[method-assign]
+    run(watched, inputs)
+    return [name for name in stacks if name not in ran]
+
+
+def _short(error: object) -> str:
+    return " ".join(str(error).split())[:300]
