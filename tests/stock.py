@@ -53,10 +53,15 @@ class StockProcess:
 
     Args:
         environment: of the worker, where it is to reach a Hub; default: this process's, without any Hub.
+        package: have the worker import deeparc_hf first, and nothing of it by name. It is no stock process then, but
+            that of somebody who has the package.
     """
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None, *, package: bool = False) -> None:
         self._given = {**os.environ, "HF_HUB_OFFLINE": "1"} if environment is None else dict(environment)
+        self._package = package
+        if package:
+            self._given["STOCK_PACKAGE"] = str(Path(__file__).parents[1])
 
     def __enter__(self) -> StockProcess:
         import torch
@@ -125,7 +130,8 @@ class StockProcess:
         line = self._process.stdout.readline()
         assert line, f"the stock process ended with code {self._process.wait(timeout=60)}"
         answer = json.loads(line)
-        assert answer["refuses"] and not answer["imported"], f"the stock process knows {BLOCKED}: {answer}"
+        known = answer["imported"] if self._package else answer["refuses"] and not answer["imported"]
+        assert known, f"the stock process knows {BLOCKED}, or lacks it: {answer}"
         return answer
 
 
@@ -225,7 +231,11 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 def _work() -> None:
     # answers go out by the real stdout; what the libraries print goes to stderr
     answers, sys.stdout = sys.stdout, sys.stderr
-    sys.meta_path.insert(0, _Refuser())  # type: ignore[arg-type]
+    if "STOCK_PACKAGE" in os.environ:
+        sys.path.insert(0, os.environ["STOCK_PACKAGE"])
+        __import__(BLOCKED)
+    else:
+        sys.meta_path.insert(0, _Refuser())  # type: ignore[arg-type]
     import torch
 
     torch.set_num_threads(int(os.environ["STOCK_THREADS"]))

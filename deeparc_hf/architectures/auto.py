@@ -7,21 +7,17 @@ Blocks that no setting counts are a stack too, if they are plainly such: they ca
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError
 from .base import Container, Family, Stack, chained, nested, register, signature_pins
 from .entries import follow
 from .hosts import Host, TransformersHost
-from .search import Search, containers, shrink_stages
-
-_BLOCK_NAME = re.compile(r"(Layer|Block)$")
+from .search import Search, containers, inside, shrink_stages, uncounted
 
 
 @register("auto")
@@ -45,7 +41,7 @@ class Auto(Family):
         lists = list(containers(host.root))
         found, near = _counted(host, Search(host, settings, skeleton), lists)
         if host.can_drop:
-            found |= {name: Stack(name, blocks, signature_pins(list(blocks))) for name, blocks in _others(lists, found)}
+            found |= {stack.name: stack for stack in uncounted(lists, found)}
         if not found:
             what = "no list of residual layers"
             if near:
@@ -71,7 +67,7 @@ def _counted(host: Host, search: Search, lists: Sequence[tuple[str, Container]])
     found: dict[str, Stack] = {}
     near = []
     for name, blocks in lists:
-        if _inside(name, found):
+        if inside(name, found):
             continue  # part of a block
         count, entries, reason = search.count(name, len(blocks))
         if count is None:
@@ -80,28 +76,6 @@ def _counted(host: Host, search: Search, lists: Sequence[tuple[str, Container]])
         pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(blocks))
         found[name] = Stack(name, blocks, pinned, count=count, entries=entries)
     return found, near
-
-
-def _others(lists: Sequence[tuple[str, Container]], counted: Mapping[str, Stack]) -> Iterator[tuple[str, Container]]:
-    """Lists of blocks that no entry counts, which stand beside those that are counted."""
-    found: list[str] = []
-    for name, blocks in lists:
-        holds = any(stack.startswith(f"{name}.") for stack in counted)
-        if not holds and not _inside(name, [*counted, *found]) and _are_plainly_blocks(list(blocks)):
-            found.append(name)
-            yield name, blocks
-
-
-def _inside(name: str, stacks: Iterable[str]) -> bool:
-    return any(name == stack or name.startswith(f"{stack}.") for stack in stacks)
-
-
-def _are_plainly_blocks(members: list[nn.Module]) -> bool:
-    """Whether modules that no setting counts are blocks all the same, and at least two of them alike."""
-    modern = all(isinstance(member, GradientCheckpointingLayer) for member in members)
-    named = {type(member) for member in members} == {type(members[0])} and _BLOCK_NAME.search(type(members[0]).__name__)
-    free = len(members) - len(signature_pins(members))
-    return len(members) > 1 and free > 1 and bool(modern or named)
 
 
 def _counter(stack: Stack) -> tuple[Any, ...]:

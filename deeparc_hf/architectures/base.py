@@ -44,12 +44,16 @@ class CountKey:
         index: the position within the entry where it is a list with one count per stack, else None.
         by_length: whether it is a list with a value per block, whose length counts them. Such a list follows a removal
             as an entry that names blocks does (`BlockEntry`), and is not written to.
+        whole: what the entry is where the settings leave it out, as those of timm do.
+        fixed: how many blocks there are beside those that it counts (one that leads into a stage).
     """
 
     path: tuple[str, ...]
     key: str
     index: int | None = None
     by_length: bool = False
+    whole: int | tuple[int, ...] | None = None
+    fixed: int = 0
 
     def __str__(self) -> str:
         where = ".".join((*self.path, self.key))
@@ -57,15 +61,23 @@ class CountKey:
 
     def write(self, settings: dict[str, Any], number: int) -> None:
         """Write a number of blocks where the settings count them."""
-        holder = nested(settings, self.path)
         if self.by_length:
             return
+        if self.whole is not None:
+            self.write_whole(settings)
+        holder = nested(settings, self.path)
         if self.index is None:
-            holder[self.key] = number
+            holder[self.key] = number - self.fixed
         else:
             counts = list(holder[self.key])
-            counts[self.index] = number
+            counts[self.index] = number - self.fixed
             holder[self.key] = counts
+
+    def write_whole(self, settings: dict[str, Any]) -> None:
+        """Write out what the settings leave out."""
+        for part in self.path:
+            settings[part] = settings = dict(settings.get(part) or {})
+        settings.setdefault(self.key, list(self.whole) if isinstance(self.whole, tuple) else self.whole)
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,7 @@ class TransformersHost(Host):
             skeleton = type(self.root)(config)
         if layout:
             set_layout(skeleton.config, drop_blocks(skeleton, layout))
+            skeleton.tie_weights()  # as a loader does; it fails where weights are tied to those of a block that is gone
         return skeleton
 
     @property

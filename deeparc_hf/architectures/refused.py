@@ -49,31 +49,3 @@ class MobileNetV1(Refused):
     kinds = ("mobilenet_v1",)
     found = "a chain of convolutions"
     reason = "none of them has a shortcut past it, so that without one the others are given something else altogether"
-
-
-@register("timm_swin")
-class TimmSwin(Refused):
-    summary = "refused: bare timm Swin, whose windows shift in every second block"
-    kinds = ("swin_", "swinv2_", "swin")
-    found = "stages of window-attention blocks"
-    reason = (
-        "every second block shifts its windows, and no argument of timm says which: a reload would shift the windows "
-        "of the blocks behind a removed one the wrong way"
-    )
-
-    def matches(self, host: Host) -> bool:
-        return host.library == "timm" and super().matches(host)
-
-
-@register("timm_efficientnet")
-class TimmEfficientNet(Refused):
-    summary = "refused: bare timm models whose repeats follow from fixed block strings"
-    kinds = ("efficientnet", "tf_efficientnet", "mobilenetv")
-    found = "stages of inverted-residual blocks"
-    reason = (
-        "the number of blocks follows from a fixed table and a depth multiplier, which cannot express the loss "
-        "of a single block"
-    )
-
-    def matches(self, host: Host) -> bool:
-        return host.library == "timm" and super().matches(host)

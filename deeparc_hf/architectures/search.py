@@ -9,23 +9,25 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .base import BlockEntry, Container, CountKey, nested
+from ..core.shards import shape_of
+from .base import BlockEntry, Container, CountKey, Stack, nested, signature_pins
 from .entries import asked_for, entries_of, follow, named, names_stages, trials, usual
 from .hosts import Host
 from .layout import Layout
 from .skeleton import differing, state_shapes
 
-__all__ = ["Search", "containers", "shrink_stages"]
+__all__ = ["Search", "containers", "inside", "shrink_stages", "uncounted"]
 
 _COUNT_NAME = re.compile(r"layer|depth|block")
-_NO_COUNT = re.compile(r"token|label|^out_(indices|features)$")
+_BLOCK_NAME = re.compile(r"(Layer|Block)$")
+_NO_COUNT = re.compile(r"token|label|stage|^out_(indices|features)$")
 _REMEMBERED = 256  # shapes of builds
 
 Shapes = dict[str, tuple[int, ...]]
@@ -39,14 +41,53 @@ def containers(root: nn.Module) -> Iterator[tuple[str, Container]]:
 
 
 def _may_be_blocks(members: list[nn.Module]) -> bool:
-    """Whether modules may be the blocks of one stack: each made of parts and no list itself, most of one class."""
-    if not members or any(type(member) in (nn.ModuleList, nn.Sequential, nn.ModuleDict) for member in members):
-        return False
-    if not all(any(True for _ in member.children()) for member in members):
+    """Whether modules may be the blocks of one stack: each made of parts and no list itself (or all of them lists that
+    are alike), most of one class.
+    """
+    if not members or not all(any(True for _ in member.children()) for member in members):
         return False
     classes = [type(member) for member in members]
+    if any(cls in (nn.ModuleList, nn.Sequential, nn.ModuleDict) for cls in classes):
+        shapes = [[(name, shape_of(p)) for name, p in member.named_parameters()] for member in members]
+        return len(members) > 2 and all(shape == shapes[0] for shape in shapes)  # stages differ, ConvMixer's blocks not
     alike = max(classes.count(cls) for cls in set(classes)) * 2 >= len(members)
     return alike or all(issubclass(cls, GradientCheckpointingLayer) for cls in classes)
+
+
+def uncounted(
+    lists: Sequence[tuple[str, Container]], counted: Mapping[str, Stack], names: re.Pattern[str] = _BLOCK_NAME
+) -> Iterator[Stack]:
+    """Lists of blocks that no entry counts, which stand beside those that are counted.
+
+    Args:
+        names: what the class of the blocks is called.
+    """
+    found: list[str] = []
+    for name, blocks in lists:
+        holds = any(stack.startswith(f"{name}.") for stack in counted)
+        if not holds and not inside(name, [*counted, *found]) and _are_plainly_blocks(list(blocks), names):
+            found.append(name)
+            yield Stack(name, blocks, _pins(list(blocks)))
+
+
+def _pins(members: list[nn.Module]) -> dict[int, str]:
+    """Blocks that no entry counts which must stay: those that change the shape of what they are given."""
+    if all(hasattr(member, "has_skip") for member in members):  # timm's inverted residual blocks
+        why = "has no shortcut past it: it may change the shape of its input"
+        return {index: why for index, member in enumerate(members) if not member.has_skip}
+    return signature_pins(members)
+
+
+def inside(name: str, stacks: Iterable[str]) -> bool:
+    return any(name == stack or name.startswith(f"{stack}.") for stack in stacks)
+
+
+def _are_plainly_blocks(members: list[nn.Module], names: re.Pattern[str]) -> bool:
+    """Whether modules that no setting counts are blocks all the same, and at least two of them alike."""
+    modern = all(isinstance(member, GradientCheckpointingLayer) for member in members)
+    named = {type(member) for member in members} == {type(members[0])} and names.search(type(members[0]).__name__)
+    free = len(members) - len(_pins(members))
+    return len(members) > 1 and free > 1 and bool(modern or named)
 
 
 class Search:

@@ -1,110 +1,135 @@
-"""timm models whose own arguments say how many blocks they have, bare or inside transformers' TimmWrapper."""
+"""timm models, bare or inside transformers' TimmWrapper: what counts the blocks is found by trying (`search`).
+
+An argument of the model's class is given the numbers of blocks that there are: of one list of blocks, or of lists whose
+paths differ in a number (the stages). If `timm.create_model` builds the same model then, it may count them.
+"""
 
 from __future__ import annotations
 
-import importlib
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import copy
+import dataclasses
+import inspect
+import itertools
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .base import Container, Family, Stack, chained, register, signature_pins
+from .base import Container, CountKey, Family, Stack, chained, register, signature_pins
 from .hosts import Host, TransformersHost
 from .resnet import stage_pins
+from .search import Search, containers, inside, uncounted
+from .skeleton import state_shapes
+
+_COUNT_NAME = re.compile(r"layer|depth|block|stage")
+_BLOCK_NAME = re.compile("")  # timm's blocks may be called anything
 
 
-class TimmFamily(Family):
-    """Base of the timm families.
-
-    Attributes:
-        module, cls: where timm defines the model's class.
-        argument: the argument of `timm.create_model` that counts the blocks.
-        per_stage: whether it is a list with one count a stage.
-        pins: the blocks of one stack that must stay.
-    """
-
-    module: ClassVar[str]
-    cls: ClassVar[str]
-    argument: ClassVar[str]
-    per_stage: ClassVar[bool] = False
-    pins = staticmethod(signature_pins)
+@register("timm")
+class Timm(Family):
+    summary = "any timm model whose blocks an argument of timm.create_model counts; one stack a stage"
+    priority = 5
 
     def matches(self, host: Host) -> bool:
-        model = _timm_model(host)
-        if model is None:
-            return False
-        return isinstance(model, getattr(importlib.import_module(self.module), self.cls))
+        return _timm_model(host) is not None
 
     def stacks(self, host: Host) -> list[Stack]:
-        prefix = "timm_model." if isinstance(host, TransformersHost) else ""
-        containers = self.containers(_timm_model(host))
-        settings, counts = host.settings(), [len(container) for _, container in containers]
-        self._write(settings, counts)
-        try:  # some of timm's entry points fix the number of blocks
-            host.build(settings)
-        except TypeError as error:
+        model = _timm_model(host)
+        assert model is not None
+        wrapped = isinstance(host, TransformersHost)
+        prefix, path = ("timm_model.", ("model_args",)) if wrapped else ("", ())
+        shapes = state_shapes(host.build(host.settings()))
+        found: dict[str, Stack] = {}
+        for group in _groups(model, prefix):
+            if any(inside(name, found) for name, _ in group):
+                continue  # parts of blocks
+            for key in _keys(model, group, path):
+                stacks = {stack.name: stack for stack in _counted(host, shapes, group, key)}
+                found |= stacks
+                if stacks:
+                    break
+        if host.can_drop:
+            lists = [(prefix + name, blocks) for name, blocks in containers(model)]
+            found |= {stack.name: stack for stack in uncounted(lists, found, _BLOCK_NAME)}
+        if not found:
             raise UnsupportedModelError(
-                f"{host.label} cannot be pruned by layers: found {sum(counts)} blocks, but timm's own entry point does "
-                f"not let {self.argument!r} be given ({error}), so a pruned checkpoint could not be rebuilt by stock "
-                "timm. A newer timm may allow it: pip install -U timm."
-            ) from error
-        stacks = [Stack(prefix + name, blocks, type(self).pins(list(blocks))) for name, blocks in containers]
-        return chained(stacks)
-
-    @abstractmethod
-    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
-        """Module path and container of every stack, in forward order."""
-
-    def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
-        self._write(settings, [len(kept[stack.name]) for stack in stacks])
-
-    def _write(self, settings: dict[str, Any], counts: list[int]) -> None:
-        arguments = settings
-        if "architecture" in settings:  # the config of TimmWrapper
-            arguments = settings["model_args"] = dict(settings.get("model_args") or {})
-        arguments[self.argument] = counts if self.per_stage else counts[0]
+                f"{host.label} cannot be pruned by layers: no argument that timm's own entry point takes counts any "
+                "of its lists of blocks, so a pruned checkpoint could not be rebuilt by stock timm. A newer timm may "
+                "allow it: pip install -U timm."
+            )
+        return chained([found[name] for name, _ in host.root.named_modules() if name in found])
 
 
 def _timm_model(host: Host) -> nn.Module | None:
     if host.library == "timm":
         return host.root
-    return host.root.timm_model if host.kind == "timm_wrapper" else None
+    model = host.root.timm_model if host.kind == "timm_wrapper" else None
+    return model if isinstance(model, nn.Module) else None
 
 
-@register("timm_resnet")
-class TimmResNet(TimmFamily):
-    summary = "timm resnet*, resnext*, wide_resnet*, seresnet* and their like; one stack a stage"
-    module, cls, argument, per_stage = "timm.models.resnet", "ResNet", "layers", True
-    pins = staticmethod(stage_pins)
-
-    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
-        return [(f"layer{i}", getattr(model, f"layer{i}")) for i in range(1, 5)]
+Group = list[tuple[str, Container]]
 
 
-@register("timm_vit")
-class TimmViT(TimmFamily):
-    summary = "timm vit*, deit*"
-    module, cls, argument = "timm.models.vision_transformer", "VisionTransformer", "depth"
-
-    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
-        return [("blocks", model.blocks)]
-
-
-@register("timm_convnext")
-class TimmConvNeXt(TimmFamily):
-    summary = "timm convnext*; one stack a stage"
-    module, cls, argument, per_stage = "timm.models.convnext", "ConvNeXt", "depths", True
-
-    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
-        return [(f"stages.{i}.blocks", stage.blocks) for i, stage in enumerate(model.stages)]
+def _groups(model: nn.Module, prefix: str) -> Iterator[Group]:
+    """Lists of blocks that one argument may count: those whose paths differ in a number alone, and each by itself."""
+    kinds = dict.fromkeys(_kind(name) for name, _ in containers(model))
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, Container)]
+    for kind in kinds:
+        group = [(prefix + name, module) for name, module in lists if _kind(name) == kind and len(module)]
+        yield group
+        if len(group) > 1:
+            yield from ([member] for member in group)
 
 
-@register("timm_mixer")
-class TimmMixer(TimmFamily):
-    summary = "timm mixer*, resmlp*, gmlp*, where timm lets the number of blocks be given (1.0.31 does not)"
-    module, cls, argument = "timm.models.mlp_mixer", "MlpMixer", "num_blocks"
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
 
-    def containers(self, model: nn.Module) -> list[tuple[str, Container]]:
-        return [("blocks", model.blocks)]
+
+def _keys(model: nn.Module, group: Group, path: tuple[str, ...]) -> Iterator[CountKey]:
+    """Arguments that may count the blocks of some lists."""
+    for fixed, name in itertools.product((0, 1), _arguments(type(model))):
+        lengths = tuple(len(container) - fixed for _, container in group)
+        yield CountKey(path, name, whole=lengths, fixed=fixed)
+        if len(lengths) == 1:
+            yield CountKey(path, name, whole=lengths[0], fixed=fixed)
+
+
+def _arguments(cls: type[nn.Module]) -> Iterator[str]:
+    """Arguments of a model's class, and of the settings that it takes as one of them, that may count blocks."""
+    names: list[str] = []
+    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
+        for parameter in inspect.signature(vars(base)["__init__"]).parameters.values():
+            names.append(parameter.name)
+            settings = _annotation(base, parameter)
+            if dataclasses.is_dataclass(settings):
+                names += [field.name for field in dataclasses.fields(settings)]
+    yield from (name for name in dict.fromkeys(names) if _COUNT_NAME.search(name))
+
+
+def _annotation(cls: type[nn.Module], parameter: inspect.Parameter) -> Any:
+    try:
+        return typing.get_type_hints(cls.__init__).get(parameter.name)
+    except Exception:  # names that exist for type checkers alone
+        return None
+
+
+def _counted(host: Host, shapes: Mapping[str, Any], group: Group, key: CountKey) -> Iterator[Stack]:
+    """The lists of a group whose blocks an argument counts."""
+    settings = copy.deepcopy(host.settings())
+    key.write_whole(settings)
+    try:
+        skeleton = host.build(settings)
+    except Exception:
+        return  # the entry point takes no such argument, or gives its own
+    if state_shapes(skeleton) != shapes:
+        return
+    search = Search(host, settings, skeleton)
+    for index, (name, container) in enumerate(group):
+        own = dataclasses.replace(key, index=index if isinstance(key.whole, tuple) else None)
+        count, entries, _ = search.count(name, len(container), [own])
+        if count is not None:
+            pins = stage_pins if count.index is not None else signature_pins
+            yield Stack(name, container, pins(list(container)), count=count, entries=entries)

@@ -58,7 +58,8 @@ def auto_classes() -> list[tuple[type[Any], Any]]:
     """
     found = [value for value in vars(modeling_auto).values() if isinstance(value, type)]
     pairs = [(cls, getattr(cls, "_model_mapping", None)) for cls in found if hasattr(cls, "register")]
-    return [(cls, mapping) for cls, mapping in pairs if mapping is not None]
+    # AutoBackbone loads nothing from a folder
+    return [(cls, mapping) for cls, mapping in pairs if mapping is not None and cls.__name__ != "AutoBackbone"]
 
 
 def may_be_missing(model: PreTrainedModel) -> list[str]:

@@ -63,7 +63,10 @@ def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None, *,
         return builds
     if not stock_only and host.can_drop:
         shrunk = host.dropping(settings, layout)
-        return Builds(settings, shrunk, before, host.build(shrunk), [], by_package=True)
+        try:
+            return Builds(settings, shrunk, before, host.build(shrunk), [], by_package=True)
+        except Exception as error:
+            problem += f"; nor can the blocks be dropped as it is built: {type(error).__name__}: {error}"
     way = "Remove other blocks, or protect these."
     if host.can_drop:
         way += " With stock_only=False it can be removed, and the result needs deeparc_hf to be loaded."

@@ -35,6 +35,9 @@ _WAYS = (
 )
 
 
+Gone = set[tuple[int, int]]  # of each stack that loses blocks: how many there are, and how many go
+
+
 @dataclass(eq=False)
 class Expectation:
     """What the original puts out with blocks skipped, to hold the pruned model against."""
@@ -42,7 +45,7 @@ class Expectation:
     host: Host
     inputs: dict[str, Any]
     output: Any
-    gone: set[int]  # how many blocks go, of any stack: outputs with one entry a block are shorter by so many
+    gone: Gone
     by_package: bool = False
 
     def __post_init__(self) -> None:
@@ -162,7 +165,8 @@ def expect(
             ) from error
     ran |= {path for path, skipped_one in skips.items() if skipped_one()}
     _require_reached(subject, removed, inputs, ran)
-    return Expectation(host, inputs, output, {len(indices) for indices in removed.values()}, by_package)
+    gone = {(len(stacks[name]), len(indices)) for name, indices in removed.items()}
+    return Expectation(host, inputs, output, gone, by_package)
 
 
 def _require_reached(
@@ -214,7 +218,7 @@ def _same_with_cache(host: Host, inputs: Mapping[str, Any]) -> bool:
     return isinstance(with_cache, Tensor) and torch.equal(with_cache, without)
 
 
-def _pairs(expected: Any, found: Any, gone: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(expected: Any, found: Any, gone: Gone) -> Iterator[tuple[Tensor, Tensor]]:
     """The floating tensors of two outputs, side by side; caches, and what has one entry a block, are passed over.
 
     Raises:
@@ -232,9 +236,14 @@ def _pairs(expected: Any, found: Any, gone: set[int]) -> Iterator[tuple[Tensor, 
             if not _PER_BLOCK.search(key):
                 yield from _pairs(value, found.get(key), gone)
     elif isinstance(expected, (tuple, list)):
-        if not isinstance(found, (tuple, list)) or len(expected) - len(found) not in {0, *gone}:
+        same = isinstance(found, (tuple, list)) and len(expected) == len(found)
+        # one entry a block, and perhaps one for what runs before the first
+        shorter = isinstance(found, (tuple, list)) and any(
+            len(expected) - length in (0, 1) and len(expected) - len(found) == number for length, number in gone
+        )
+        if not same and not shorter:
             raise SurgeryError(
                 "The pruned model puts out something else than the original. The model is as it was before."
             )
-        for one, other in zip(expected, found, strict=True) if len(expected) == len(found) else ():
+        for one, other in zip(expected, found, strict=True) if same else ():
             yield from _pairs(one, other, gone)

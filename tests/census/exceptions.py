@@ -16,7 +16,7 @@ def _layers(*kinds: str, layers: int = 6) -> dict[str, Any]:
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-FORECAST = {"prediction_length": 8, "context_length": 16}
+FORECAST = {"prediction_length": 8, "context_length": 16, "num_time_features": 2}
 EFFICIENTNET = {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320}
 # the tokens of a picture are named by the digits of their number in the codebook, as letters
 PICTURE_WORDS = {"<image>": 319, **{f"IMGIMG{letter}Z": 300 + i for i, letter in enumerate("ABCDEFGHIJ")}}
@@ -70,11 +70,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 6, "attn_layer_indices": [1, 2, 5]},
     "bit": {"num_groups": 8},
     "blenderbot": {"encoder_layers": 4},
+    "blip-2": {"image_token_index": 310},
     "blt": {"encoder_hash_byte_group_vocab": 500, "use_cache": False},  # its config does not suit a cache
     "chameleon": {"vocabulary_map": PICTURE_WORDS, "image_token_id": 319},
     "chameleon_vqgan": {"base_channels": 32, "latent_channels": 32, "embed_dim": 32, "num_embeddings": 10},
+    "clap": {"audio_config": {"hidden_size": 512}},
+    "clvp": {"text_config": {"num_attention_heads": 2}, "speech_config": {"num_attention_heads": 2, "vocab_size": 320}},
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {**ROPE, "mrope_section": [2, 3, 3]}}},
+    "cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [2, 2, 3]},
     "dac": {"encoder_hidden_size": 8},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
@@ -82,6 +86,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2_sam_vision_model": {"output_channels": 32, "downsample_channels": [64, 64]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "depth_pro": {"intermediate_hook_ids": [3, 1]},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "donut-swin": SWIN,
     "dory": {
@@ -128,7 +133,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "esm": {"pad_token_id": 1, "mask_token_id": 32},
     "fast_vlm": {"vision_config": {"architecture": "fastvit_t8", "hidden_size": 768}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
-    "gemma3n": {"vision_soft_tokens_per_image": 4},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "gemma3n": {"vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 16},
     "gemma3n_text": {"intermediate_size": 96, "num_kv_shared_layers": 2},
     "gemma3n_vision": {"architecture": "test_resnet", "model_args": BLOCKS, "hidden_size": 96},
     "gemma4_assistant": {
@@ -139,10 +145,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "vocab_size_per_layer_input": 0,
         }
     },
+    "glm_image": {"vq_config": {"latent_channels": 64, "num_embeddings": 256}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 8},
     "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
-    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[0, 0], [2, 1]]},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[0, 0], [2, 1]],
+        "image_grid_pinpoints": [[64, 128], [128, 64]],
+    },
     "granitemoehybrid": _layers("linear_attention", "full_attention"),
     "hgnet_v2": {
         "hidden_sizes": [32, 64, 64, 64],
@@ -155,10 +166,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hiera": {"embed_dim": 16},
     "informer": FORECAST,
     "inkling_vision": {"patch_size": 8},
+    "instructblip": {"image_token_index": 310},
+    "instructblipvideo": {"video_token_index": 310},
     "jamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1},
     "janus_vqgan": {"base_channels": 32, "latent_channels": 32, "num_embeddings": 64},
     "lfm2_moe": _layers("conv", "full_attention"),
+    "lighton_ocr": {"vision_config": {"head_dim": 16}},
     "lilt": {"hidden_size": 96},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 256,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "vision_output_dim": 64,
+        }
+    },
+    "llava_next": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
+    "llava_next_video": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
     "longcat_flash": {"qk_head_dim": 32, "zero_expert_num": 2},
     "lw_detr": {"projector_scale_factors": [1.0]},
     "mamba2": {"num_heads": 8, "n_groups": 1},
@@ -172,18 +196,43 @@ SETTINGS: dict[str, dict[str, Any]] = {
             kind: {**ROPE, "partial_rotary_factor": 0.5} for kind in ("full_attention", "sliding_attention")
         },
     },
+    "minicpm_ocr": {"image_token_id": 310},
+    "minicpmv4_6": {"image_token_id": 310},
+    "minicpmv4_7": {"image_token_id": 310},
+    "mistral3": {"vision_config": {"head_dim": 16}},
+    "mllama": {"vision_config": {"intermediate_layers_indices": [1, 3], "vision_output_dim": 192}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "moonshine_streaming": {"num_key_value_heads": 4},
-    "neucodec": {"encoder_hidden_size": 8},
+    "muse_glimmer": {"out_hidden_size": 256},
+    "muse_spark": {"out_hidden_size": 256},
+    "nemo_speechlm": {
+        "audio_token_id": 310,
+        "text_config": {"layers_block_type": in_turn("linear_attention", "moe", "full_attention")},
+    },
+    "nemotron_h": {"n_groups": 1},
+    "nemotron_h_omni": {"image_token_id": 310, "audio_token_id": 311},
+    "neucodec": {"encoder_hidden_size": 8, "quantization_dim": 128},
+    "omdet-turbo": {"encoder_in_channels": [32, 48, 192], "apply_layernorm_after_vision_backbone": False},
     "paddleocr_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
     "pe_video_encoder": {"vision_config": TIMM_VIT},
     "perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 4},
     "perception_lm": {"vision_config": {**TIMM_VIT, "model_args": {"img_size": 64, "embed_dim": 64}}},
+    "phi4_multimodal": {
+        "vision_config": {"image_token_id": 310},
+        "audio_config": {
+            "audio_token_id": 311,
+            "depthwise_separable_out_channel": 64,
+            "ext_pw_out_channel": 64,
+            "nemo_conv_channels": 64,
+        },
+    },
     "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
     "pocket_tts_audio_tokenizer": MIMI,
     "pocket_tts_audio_tokenizer_decoder": MIMI,
     "pocket_tts_audio_tokenizer_encoder": MIMI,
+    "pp_doclayout_v2": {"encoder_in_channels": [64, 64, 64], "class_thresholds": [0.5, 0.5], "class_order": [0, 1]},
+    "pp_doclayout_v3": {"encoder_in_channels": [64, 64, 64], "x4_feat_dim": 32},
     "pp_ocrv5_server_det": NECK,
     "pp_ocrv6_medium_det": {**NECK, "backbone_config": LCNET},
     "pp_ocrv6_small_det": {"backbone_config": LCNET, "layer_list_out_channels": [32, 48, 64, 96]},
@@ -197,6 +246,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "sam": {"vision_config": {"output_channels": 64, "num_pos_feats": 32}},
     "sam2_hiera_det_model": {
         "hidden_size": 16,
         "image_size": [64, 64],
@@ -209,20 +259,34 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "backbone_channel_list": [128, 64, 32, 16],
         "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
     },
+    "sam3_tracker": {"vision_config": {"backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]}},
+    "sam_hq": {"vision_config": {"output_channels": 64, "num_pos_feats": 32}, "mask_decoder_config": {"vit_dim": 64}},
     "sapiens2": {"head_config": {"upsample_out_channels": [32, 32], "conv_out_channels": [32]}},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 300, "no_token_index": 301},
     "step3p5": {"sliding_window": 8},
+    "superglue": {
+        "hidden_size": 64,
+        "keypoint_encoder_sizes": [32, 64],
+        "gnn_layers_types": ["self", "cross"] * 3,
+        "keypoint_detector_config": {"descriptor_decoder_dim": 64},
+    },
     "swin": SWIN,
     "swinv2": SWIN,
-    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}, "mm_tokens_per_image": 4},
     "time_series_transformer": FORECAST,
     "timm_backbone": {"backbone": "test_resnet"},
     "tvp": {"visual_prompt_size": 8},
+    "unlimited_ocr": {"vision_config": {"sam_config": {"output_channels": 32, "downsample_channels": [64, 64]}}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "vipllava": {"vision_feature_layers": [-1, -2, -3, -4, 2]},
+    "voxtral": {"audio_token_id": 310, "audio_config": {"intermediate_size": 256}},
     "wavtokenizer_encoder": {"num_filters": 8},
-    "xcodec2": {"encoder_hidden_size": 8},
+    "xcodec": {"codebook_dim": 320},
+    "xcodec2": {"encoder_hidden_size": 8, "quantization_dim": 128},
     "xlstm": {"qk_dim_factor": 1.0},
     "zamba": {
         "attention_hidden_size": 128,

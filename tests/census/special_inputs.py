@@ -321,9 +321,62 @@ def _tiled(model: nn.Module) -> Inputs:
     }
 
 
+def _forecast(model: nn.Module) -> Inputs:
+    """A series with the past that its lags reach back to, and the future that a decoder is given."""
+    config = model.config
+    past, future = config.context_length + max(config.lags_sequence), config.prediction_length
+    return {
+        "past_values": _noise(1, past).abs(),
+        "past_time_features": _noise(1, past, config.num_time_features),
+        "past_observed_mask": torch.ones(1, past),
+        "future_values": _noise(1, future).abs(),
+        "future_time_features": _noise(1, future, config.num_time_features),
+    }
+
+
+def _codebooks(model: nn.Module) -> Inputs:
+    """At each place a word, and a code of each book."""
+    ids = torch.stack([_words(12).roll(book, 1) for book in range(model.config.num_codebooks + 1)], dim=2)
+    return {"input_ids": ids, "attention_mask": torch.ones(1, ids.shape[1], dtype=torch.long)}
+
+
+def _two_ways(model: nn.Module) -> Inputs:
+    """The same sound as samples and as features, with one frame of features for each code."""
+    config, codes = model.config, 20
+    size = config.semantic_model_config.feature_projection_input_dim
+    return {"input_values": _noise(1, 1, 320 * codes), "input_features": _noise(1, codes, size)}
+
+
+def _samples(model: nn.Module) -> Inputs:
+    return {"hidden_states": _noise(1, 1, 6400)}
+
+
+def _latents(model: nn.Module) -> Inputs:
+    return {"hidden_states": _noise(1, model.config.hidden_size, 2)}
+
+
+def _line(model: nn.Module) -> Inputs:
+    return {"pixel_values": _noise(1, 3, 96, 320)}  # a line of text: wider than high
+
+
+def _gemma3n(model: nn.Module) -> Inputs:
+    config, frames = model.config, 64
+    ids = _text(config.image_token_id, config.vision_soft_tokens_per_image)["input_ids"]
+    heard = torch.full((1, config.audio_soft_tokens_per_image), config.audio_token_id)
+    ids = torch.cat([ids, heard, _words(3)], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": _noise(1, 3, 64, 64),
+        "input_features": _noise(1, frames, config.audio_config.input_feat_size),
+        "input_features_mask": torch.ones(1, frames, dtype=torch.bool),
+    }
+
+
 # by model type, a function of the model
 INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "aria": _aria,
+    "autoformer": _forecast,
     "blip-2": _blip,
     "blip_2_qformer": _qformer,
     "clap": _clap,
@@ -331,6 +384,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "deepseek_vl_hybrid": _high_resolution,
     "evolla": _protein,
     "flava": _flava,
+    "gemma3n": _gemma3n,
     "gemma3n_audio": _gemma3n_audio,
     "glm_image": _drawn,
     "granite_speech": _granite_speech,
@@ -338,6 +392,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "granite_speech5_encoder": _stacked_sound,
     "granite_speech_plus": _granite_speech,
     "idefics": _idefics,
+    "informer": _forecast,
     "inkling2": _inkling,
     "inkling2_loop": _inkling,
     "inkling2_vision": _inkling,
@@ -346,16 +401,19 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "jev": _jev,
     "kosmos-2": _kosmos,
     "kosmos-2.5": _kosmos_flat,
+    "kyutai_speech_to_text": _codebooks,
     "llava_next": _tiles,
     "llava_next_video": _tiles,
     "llava_onevision": _tiles,
     "lxmert": _lxmert,
     "mllama": _tiled,
     "muse_glimmer_assistant": _assistant,
+    "neucodec": _two_ways,
     "omdet-turbo": _omdet,
     "oneformer": _oneformer,
     "phi4_multimodal": _phi,
     "pi0": _robot,
+    "pp_ocrv5_mobile_rec": _line,
     "qwen2_5_omni_thinker": _thinker,
     "qwen3_omni_moe_thinker": _thinker,
     "sam3": _boxes,
@@ -363,7 +421,11 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "seggpt": _seggpt,
     "speech-encoder-decoder": _speech,
     "splinter": _splinter,
+    "time_series_transformer": _forecast,
     "tvp": _film,
+    "vibevoice_acoustic_tokenizer_decoder": _latents,
+    "vibevoice_acoustic_tokenizer_encoder": _samples,
     "voxtral_realtime": _realtime,
+    "xcodec2": _two_ways,
     "xmod": _xmod,
 }

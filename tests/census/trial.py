@@ -21,16 +21,19 @@ from torch import Tensor, nn
 
 from deeparc_hf import find_stacks, remove_blocks
 from deeparc_hf.architectures import Stack
+from deeparc_hf.core.compat import auto_classes
 from deeparc_hf.errors import DeepArcError
+from deeparc_hf.pruned_type.config import PrunedSettings
 
 from ..stock import StockError, StockProcess, aligned, flattened, generated
 from . import tiny
 from .inputs import NoInputsError, inputs_for, run
 
-__all__ = ["Row", "removals", "try_type"]
+__all__ = ["Loaders", "Row", "removals", "try_type"]
 
-# "proven": computes what it should, here and in a stock process. "refused": with a reason. The rest is a fault.
-GOOD, BAD = ("proven",), ("wrong", "crash", "unproven", "reload")
+# "stock", "package": computes what it should, here and in a process of its own, without the package or with it.
+# "refused": with a reason. The rest is a fault.
+GOOD, BAD = ("stock", "package"), ("wrong", "crash", "unproven", "reload")
 # outputs that have one entry per block, so that they differ in number
 _PER_BLOCK = re.compile(r"(^|\.)(\w*hidden_states|\w*attentions|mems|state|past_key_values|router_\w*|loss)(\.|$)")
 
@@ -70,9 +73,14 @@ class Row:
             return self.state
         if not results:
             return "nothing to remove"
-        if all(result == "proven" for result in results):
-            return "whole"
-        return "in part" if "proven" in results else "refused"
+        good = sum(result in GOOD for result in results)
+        return "whole" if good == len(results) else "in part" if good else "refused"
+
+    @property
+    def by_stock(self) -> str:
+        """What stock libraries can load of it: "whole", "in part" or "nothing"."""
+        good = sum(result == "stock" for result in self.results())
+        return "nothing" if not good else "whole" if good == len(self.results()) else "in part"
 
 
 def removals(stack: Stack) -> dict[str, list[int]]:
@@ -93,7 +101,15 @@ def removals(stack: Stack) -> dict[str, list[int]]:
     return found
 
 
-def try_type(kind: str, stock: StockProcess) -> Row:
+@dataclass
+class Loaders:
+    """Processes that load what was saved: one without the package, one with it."""
+
+    stock: StockProcess
+    package: StockProcess
+
+
+def try_type(kind: str, loaders: Loaders) -> Row:
     """Try everything on one type."""
     row = Row(kind)
     try:
@@ -114,18 +130,18 @@ def try_type(kind: str, stock: StockProcess) -> Row:
         return row
     try:
         inputs = inputs_for(model, lambda given: _idle(model, stacks, given))
-        row.state, row.reason = _stock_state(model, inputs, stock)
+        row.state, row.reason = _stock_state(model, inputs, loaders)
     except NoInputsError as error:
         row.state, row.reason = "no inputs", _short(error)
     if row.state != "tried":
         return row
     for name, stack in stacks.items():
-        found = {removal: _try(model, name, blocks, inputs, stock) for removal, blocks in removals(stack).items()}
+        found = {removal: _try(model, name, blocks, inputs, loaders) for removal, blocks in removals(stack).items()}
         row.stacks[name] = {"blocks": len(stack), "pinned": len(stack.pinned), "removals": found}
     return row
 
 
-def _stock_state(model: nn.Module, inputs: Mapping[str, Any], stock: StockProcess) -> tuple[str, str]:
+def _stock_state(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) -> tuple[str, str]:
     """Whether the model without any removal is the same after a load."""
     first, again = flattened(run(aligned(model), inputs)), flattened(run(aligned(model), inputs))
     if not all(torch.equal(first[key], again[key]) for key in first):
@@ -133,14 +149,14 @@ def _stock_state(model: nn.Module, inputs: Mapping[str, Any], stock: StockProces
     if not first or not all(value.isfinite().any() for value in first.values()):
         return "stock differs", "the unpruned model puts out no finite number"
     try:
-        problem = _reloaded(model, inputs, stock)
+        problem = _reloaded(model, inputs, loaders)
     except StockError as error:
         return "stock differs", _short(str(error).strip().splitlines()[-1])
     return ("stock differs", problem) if problem else ("tried", "")
 
 
 def _try(
-    model: nn.Module, name: str, blocks: Sequence[int], inputs: Mapping[str, Any], stock: StockProcess
+    model: nn.Module, name: str, blocks: Sequence[int], inputs: Mapping[str, Any], loaders: Loaders
 ) -> tuple[str, str]:
     pruned = copy.deepcopy(model)
     try:
@@ -163,10 +179,10 @@ def _try(
     if problem:
         return "wrong", problem
     try:
-        problem = _reloaded(pruned, inputs, stock)
+        problem = _reloaded(pruned, inputs, loaders)
     except StockError as error:
         problem = _short(str(error).strip().splitlines()[-1])
-    return ("reload", problem) if problem else ("proven", "")
+    return ("reload", problem) if problem else ("package" if by_package(pruned) else "stock", "")
 
 
 @contextmanager
@@ -234,8 +250,23 @@ def _different(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
     return "" if compared else "there is nothing to compare"
 
 
-def _reloaded(model: nn.Module, inputs: Mapping[str, Any], stock: StockProcess) -> str:
-    """How a model differs from what a stock process loads of it; empty if it does not."""
+def by_package(model: nn.Module) -> bool:
+    """Whether a pruned model can only be loaded with the package."""
+    return isinstance(model.config, PrunedSettings)
+
+
+def _loader(model: nn.Module) -> str:
+    """The class that is asked to load it: its own, or an Auto class where it needs the package."""
+    if not by_package(model):
+        return type(model).__name__
+    found = ((auto.__name__, mapping.get(type(model.config), ())) for auto, mapping in auto_classes())
+    return next(
+        name for name, classes in found if type(model) in (classes if isinstance(classes, tuple) else (classes,))
+    )
+
+
+def _reloaded(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) -> str:
+    """How a model differs from what another process loads of it; empty if it does not."""
     own = aligned(model)
     text = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
     generates = own.can_generate() and "input_ids" in text and own.main_input_name == "input_ids"
@@ -250,7 +281,8 @@ def _reloaded(model: nn.Module, inputs: Mapping[str, Any], stock: StockProcess) 
         for file in Path(folder).rglob("*"):
             if file.suffix in (".bin", ".pt", ".pkl"):
                 return f"{file.name} was saved"
-        loaded = stock.load(folder, type(model).__name__, text, generate=generates, everything=True)
+        process = loaders.package if by_package(model) else loaders.stock
+        loaded = process.load(folder, _loader(model), text, generate=generates, everything=True)
     if not loaded.clean:
         odd = [*loaded.missing, *loaded.unexpected, *loaded.mismatched]
         return f"{len(odd)} keys do not fit: {odd[0]}"
