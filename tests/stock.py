@@ -181,7 +181,7 @@ def flattened(output: Any, path: str = "") -> dict[str, Any]:
     import torch
 
     if isinstance(output, torch.Tensor):
-        return {path: output} if output.is_floating_point() else {}
+        return {path or "output": output} if output.is_floating_point() else {}
     if isinstance(output, Mapping):
         parts = list(output.items())
     else:

@@ -58,7 +58,8 @@ class Auto(Family):
             for entry in stack.entries:
                 if entry.proof != "none":
                     follow(settings, entry, len(stack), indices)
-            shrink_stages(nested(settings, stack.count.path if stack.count else ()), len(stack), indices)
+            if stack.count is not None and stack.count.index is None:
+                shrink_stages(nested(settings, stack.count.path), len(stack), indices)
         super().shrink(settings, stacks, kept)
 
 
@@ -70,12 +71,20 @@ def _counted(host: Host, search: Search, lists: Sequence[tuple[str, Container]])
         if inside(name, found):
             continue  # part of a block
         count, entries, reason = search.count(name, len(blocks))
+        if count is not None and _are_stages(search, name, lists):
+            count, reason = None, "they hold lists of blocks themselves"
         if count is None:
             near.append(f"{name} ({len(blocks)} x {type(blocks[0]).__name__}){reason and f': {reason}'}")
             continue
         pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(blocks))
         found[name] = Stack(name, blocks, pinned, count=count, entries=entries)
     return found, near
+
+
+def _are_stages(search: Search, name: str, lists: Sequence[tuple[str, Container]]) -> bool:
+    """Whether members of a list hold lists of blocks that are counted by themselves."""
+    inner = [(path, blocks) for path, blocks in lists if path.startswith((f"{name}.0.", f"{name}.1."))]
+    return any(search.count(path, len(blocks))[0] is not None for path, blocks in inner)
 
 
 def _counter(stack: Stack) -> tuple[Any, ...]:

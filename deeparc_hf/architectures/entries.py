@@ -32,7 +32,8 @@ def entries_of(settings: dict[str, Any], count: CountKey, length: int) -> list[B
     their own.
     """
     own = () if count.by_length else (*count.path, count.key)
-    skipped = {(*count.path, "out_indices")} if names_stages(nested(settings, count.path), length) else set()
+    stages = count.index is not None or names_stages(nested(settings, count.path), length)
+    skipped = {(*count.path, "out_indices")} if stages else set()
     levels = [count.path[:depth] for depth in range(len(count.path) + 1)]
     found = [entry for path in levels for entry in _walk(nested(settings, path), length, path)]
     found += list(_ends(nested(settings, count.path), length, count))

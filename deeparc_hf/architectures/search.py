@@ -178,7 +178,8 @@ class _Attempt:
         trial = copy.deepcopy(self.settings)
         for entry in following:
             follow(trial, entry, self.length, kept)
-        shrink_stages(nested(trial, count.path), self.length, kept)
+        if count.index is None:
+            shrink_stages(nested(trial, count.path), self.length, kept)
         count.write(trial, len(kept))
         return trial
 

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .base import Container, CountKey, Family, Stack, chained, register, signature_pins
+from .base import Container, CountKey, Family, Stack, chained, nested, register, signature_pins
 from .hosts import Host, TransformersHost
 from .resnet import stage_pins
 from .search import Search, containers, inside, uncounted
@@ -120,6 +120,9 @@ def _counted(host: Host, shapes: Mapping[str, Any], group: Group, key: CountKey)
     """The lists of a group whose blocks an argument counts."""
     settings = copy.deepcopy(host.settings())
     key.write_whole(settings)
+    given = nested(settings, key.path)[key.key]
+    if (tuple(given) if isinstance(given, (list, tuple)) else given) != key.whole:
+        return  # it was given, and is something else
     try:
         skeleton = host.build(settings)
     except Exception:

@@ -17,6 +17,7 @@ from ..architectures.skeleton import Memory, compare
 from ..core.caller import warn_caller
 from ..core.transaction import Transaction
 from ..errors import DeepArcError, DeepArcWarning, SurgeryError
+from ..pruned_type.config import LAYOUT_KEY
 from .verify import Expectation
 
 __all__ = ["Builds", "inexpressible", "require_told", "skeletons", "tell_package", "tell_unproven"]
@@ -158,7 +159,7 @@ def tell_unproven(stacks: Mapping[str, Stack], removed: Mapping[str, Sequence[in
 
 def tell_package(subject: Subject, builds: Builds) -> None:
     """Warn that a pruned model needs the package to be loaded, if it is the first removal that makes it so."""
-    if builds.by_package and not subject.host.layout:
+    if builds.by_package and not builds.settings.get(LAYOUT_KEY):
         warn_caller(
             f"{subject.name} without these blocks can only be loaded where deeparc_hf is installed, after `import "
             "deeparc_hf`, with an Auto class of transformers: no settings of its library describe it. With "

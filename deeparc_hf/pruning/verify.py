@@ -77,8 +77,8 @@ class Expectation:
         if self.caches_well and failure is None and not _same_with_cache(self.host, self.inputs):
             raise SurgeryError(
                 f"{type(self.host.root).__name__} without these blocks would generate something else with its cache "
-                "than without: it counts what is cached by one of them (by the first, mostly). Keep the first block. "
-                "The model is as it was before."
+                "than without: it counts what is cached by one of them. Remove other blocks. The model is as it was "
+                "before."
             )
         compared = 0
         for expected, found in _pairs(self.output, output, self.gone):

@@ -51,8 +51,11 @@ LCNET = {
     ],
     "out_indices": [1, 2, 3, 4],
 }
-SWIN = {"embed_dim": 16, "num_heads": [1, 2, 4, 4]}
+# the last of its stages sees 2 x 2 places; a larger window does not fit there
+SWIN = {"embed_dim": 16, "num_heads": [1, 2, 4, 4], "window_size": 2}
 MIMI = {"upsample_groups": 64, "num_filters": 8}
+# twice as many layers as are put out, so that some can go
+SPREAD_OUT = {"backbone_config": {"num_hidden_layers": 8, "out_indices": [2, 4, 6, 8]}}
 
 # entries that a type's config needs, on top of the rule's; those of a part's type hold wherever it is a part
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -74,6 +77,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 500, "use_cache": False},  # its config does not suit a cache
     "chameleon": {"vocabulary_map": PICTURE_WORDS, "image_token_id": 319},
     "chameleon_vqgan": {"base_channels": 32, "latent_channels": 32, "embed_dim": 32, "num_embeddings": 10},
+    "chmv2": SPREAD_OUT,
     "clap": {"audio_config": {"hidden_size": 512}},
     "clvp": {"text_config": {"num_attention_heads": 2}, "speech_config": {"num_attention_heads": 2, "vocab_size": 320}},
     "codegen": {"rotary_dim": 8},
@@ -86,6 +90,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2_sam_vision_model": {"output_channels": 32, "downsample_channels": [64, 64]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
+    "depth_anything": SPREAD_OUT,
     "depth_pro": {"intermediate_hook_ids": [3, 1]},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "donut-swin": SWIN,
@@ -108,7 +113,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "adapter_in_dim": 64,
         "adapter_out_dim": 64,
     },
-    "dpt": {"backbone_out_indices": [0, 1, 2, 3]},
+    "dpt": {"num_hidden_layers": 8, "backbone_out_indices": [1, 3, 5, 7]},
     "edgetam_vision_model": {
         "backbone_config": {
             "architecture": "test_resnet",
@@ -129,12 +134,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "emu3_vqgan": {"base_channels": 32, "embed_dim": 32, "codebook_size": 10},
     "encodec": {"num_filters": 8},
+    "eomt": {"num_hidden_layers": 6, "num_blocks": 2},
+    "eomt_dinov3": {"num_hidden_layers": 6, "num_blocks": 2},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
     "esm": {"pad_token_id": 1, "mask_token_id": 32},
     "fast_vlm": {"vision_config": {"architecture": "fastvit_t8", "hidden_size": 768}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma3": {"mm_tokens_per_image": 4},
-    "gemma3n": {"vision_soft_tokens_per_image": 4, "audio_soft_tokens_per_image": 16},
+    "gemma3n": {
+        "vision_soft_tokens_per_image": 4,
+        "audio_soft_tokens_per_image": 16,
+        "image_token_id": 260,
+        "audio_token_id": 290,
+        "vision_config": {"vocab_offset": 256, "vocab_size": 32},
+        "audio_config": {"vocab_offset": 288, "vocab_size": 32},
+    },
     "gemma3n_text": {"intermediate_size": 96, "num_kv_shared_layers": 2},
     "gemma3n_vision": {"architecture": "test_resnet", "model_args": BLOCKS, "hidden_size": 96},
     "gemma4_assistant": {
@@ -184,7 +198,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "llava_next": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
     "llava_next_video": {"image_grid_pinpoints": [[64, 128], [128, 64]]},
     "longcat_flash": {"qk_head_dim": 32, "zero_expert_num": 2},
-    "lw_detr": {"projector_scale_factors": [1.0]},
+    "lw_detr": {"projector_scale_factors": [1.0], **SPREAD_OUT},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "maskformer-swin": SWIN,
     "mimi": MIMI,
@@ -206,14 +220,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moonshine_streaming": {"num_key_value_heads": 4},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},
-    "nemo_speechlm": {
-        "audio_token_id": 310,
-        "text_config": {"layers_block_type": in_turn("linear_attention", "moe", "full_attention")},
+    "nemo_speechlm": {"audio_token_id": 310},
+    "nemotron_h": {
+        "n_groups": 1,
+        "layers_block_type": in_turn("linear_attention", "moe", "full_attention", "mlp", layers=8),
     },
-    "nemotron_h": {"n_groups": 1},
     "nemotron_h_omni": {"image_token_id": 310, "audio_token_id": 311},
     "neucodec": {"encoder_hidden_size": 8, "quantization_dim": 128},
-    "omdet-turbo": {"encoder_in_channels": [32, 48, 192], "apply_layernorm_after_vision_backbone": False},
+    # the projection of its task is made only for another width, but asked for in any case
+    "omdet-turbo": {
+        "text_config": {"hidden_size": 48},
+        "class_embed_dim": 48,
+        "text_projection_in_dim": 48,
+        "text_projection_out_dim": 48,
+        "apply_layernorm_after_vision_backbone": False,
+        "encoder_in_channels": [32, 48, 192],
+        "vision_features_channels": [64, 64, 64],
+    },
     "paddleocr_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
     "pe_video_encoder": {"vision_config": TIMM_VIT},
     "perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 4},
@@ -236,6 +259,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "pp_ocrv5_server_det": NECK,
     "pp_ocrv6_medium_det": {**NECK, "backbone_config": LCNET},
     "pp_ocrv6_small_det": {"backbone_config": LCNET, "layer_list_out_channels": [32, 48, 64, 96]},
+    "prompt_depth_anything": SPREAD_OUT,
     "qwen3_omni_moe": {"talker_config": {"spatial_merge_size": 2}, "code2wav_config": {"decoder_dim": 128}},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 32},
     "qwen4_exp_text": {
@@ -246,6 +270,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
+    "rf_detr": SPREAD_OUT,
     "sam": {"vision_config": {"output_channels": 64, "num_pos_feats": 32}},
     "sam2_hiera_det_model": {
         "hidden_size": 16,
@@ -272,17 +297,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "swin": SWIN,
     "swinv2": SWIN,
-    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}, "mm_tokens_per_image": 4},
     "time_series_transformer": FORECAST,
     "timm_backbone": {"backbone": "test_resnet"},
+    "tipsv2_dpt": SPREAD_OUT,
     "tvp": {"visual_prompt_size": 8},
     "unlimited_ocr": {"vision_config": {"sam_config": {"output_channels": 32, "downsample_channels": [64, 64]}}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
     "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "videomt": {"num_hidden_layers": 6, "num_blocks": 2},
     "vipllava": {"vision_feature_layers": [-1, -2, -3, -4, 2]},
+    "vitpose": {"backbone_config": {"num_hidden_layers": 6, "out_indices": [4]}},
     "voxtral": {"audio_token_id": 310, "audio_config": {"intermediate_size": 256}},
     "wavtokenizer_encoder": {"num_filters": 8},
     "xcodec": {"codebook_dim": 320},
@@ -295,7 +322,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "layers_block_type": [*["linear_attention", "linear_attention", "hybrid"] * 2, "linear_attention", "hybrid"],
     },
     "zamba2": {"num_hidden_layers": 6, "layers_block_type": in_turn("linear_attention", "hybrid")},
-    "zoedepth": {"bottleneck_features": 64},
+    "zoedepth": {"bottleneck_features": 64, **SPREAD_OUT},
 }
 # the class to build, where it is not that of the first task
 CLASSES: dict[str, str] = {}

@@ -6,6 +6,7 @@ runs.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -49,8 +50,9 @@ def inputs_for(model: PreTrainedModel, reach: Callable[[dict[str, Any]], list[st
         NoInputsError: if there are none.
     """
     problem, found, fewest = "nothing was tried", None, 0
+    used = copy.deepcopy(model)  # some keep what they have computed, and would not compute it again
     for candidate in _candidates(model):
-        inputs, trouble = _running(model, candidate)
+        inputs, trouble = _running(used, candidate)
         if inputs is None:
             problem = trouble
             continue
@@ -129,15 +131,23 @@ def _find(config: PreTrainedConfig, *names: str) -> Any:
     return None
 
 
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """What reads or writes the text: the decoder where there is an encoder of another type beside it."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # several would do
+        return config.get_text_config(decoder=True)
+
+
 def length_of(config: PreTrainedConfig) -> int:
     """Of a text: shorter than usual where a text model has few positions."""
-    positions = _find(config.get_text_config(), "max_position_embeddings", "max_text_len")
+    positions = _find(_text_config(config), "max_position_embeddings", "max_text_len")
     return min(LENGTH, positions) if type(positions) is int and positions > 4 else LENGTH
 
 
 def ids(config: PreTrainedConfig, length: int | None = None) -> Tensor:
     length = length_of(config) if length is None else length
-    vocabulary = _find(config.get_text_config(), "vocab_size") or 100
+    vocabulary = _find(_text_config(config), "vocab_size") or 100
     special = {value for key, value in _tokens(config)}
     plain = [i for i in range(5, min(vocabulary, 250)) if i not in special] or [0]
     return torch.tensor([[plain[(7 * i) % len(plain)] for i in range(length)]])
@@ -348,7 +358,7 @@ def _with_placeholders(config: PreTrainedConfig, inputs: dict[str, Any], problem
     token = _placeholder(config, kind)
     needed = int(counts["needed"])
     if token is None or int((inputs["input_ids"] == token).sum()) == needed or needed > 4096:
-        width = _find(config.get_text_config(), "hidden_size") or 0
+        width = _find(_text_config(config), "hidden_size") or 0
         if not (token is not None and width and needed % width == 0):
             return None
         needed //= width  # it counts numbers, not vectors

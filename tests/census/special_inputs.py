@@ -373,6 +373,31 @@ def _gemma3n(model: nn.Module) -> Inputs:
     }
 
 
+def _music(model: nn.Module) -> Inputs:
+    """What to play, and the codes of each book; for the type that follows a melody, the pitches of one."""
+    config = model.config
+    inputs = {**_text(None, 0), "decoder_input_ids": _words(8).repeat(config.decoder.num_codebooks, 1)}
+    pitches = getattr(config, "num_chroma", None)
+    return inputs if pitches is None else {**inputs, "input_features": _noise(1, 16, pitches)}
+
+
+def _note(model: nn.Module) -> Inputs:
+    """Text with an image and sound, as patches of a grid and as frames with the number of their samples."""
+    config, side = model.config, 8
+    vision, audio = config.vision_config, config.audio_config
+    samples = 4 * audio.samples_per_token
+    ids = _text(config.image_token_id, side**2 // vision.spatial_merge_size**2)["input_ids"]
+    ids = torch.cat([ids, torch.full((1, 4), config.audio_token_id), _words(3)], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": _noise(side**2, vision.num_channels * vision.patch_size**2),
+        "image_grid_thw": torch.tensor([[1, side, side]]),
+        "input_features": _noise(1, audio.feature_size, samples // audio.hop_length),
+        "chunk_sample_lengths": torch.tensor([samples]),
+    }
+
+
 # by model type, a function of the model
 INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "aria": _aria,
@@ -382,6 +407,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "clap": _clap,
     "decision_transformer": _decision,
     "deepseek_vl_hybrid": _high_resolution,
+    "dots3_note": _note,
     "evolla": _protein,
     "flava": _flava,
     "gemma3n": _gemma3n,
@@ -408,6 +434,8 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "lxmert": _lxmert,
     "mllama": _tiled,
     "muse_glimmer_assistant": _assistant,
+    "musicgen": _music,
+    "musicgen_melody": _music,
     "neucodec": _two_ways,
     "omdet-turbo": _omdet,
     "oneformer": _oneformer,

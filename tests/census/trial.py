@@ -10,7 +10,7 @@ import copy
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from deeparc_hf import find_stacks, remove_blocks
+from deeparc_hf import find_stacks, remove_blocks, save_pruned
 from deeparc_hf.architectures import Stack
 from deeparc_hf.core.compat import auto_classes
 from deeparc_hf.errors import DeepArcError
@@ -29,7 +30,7 @@ from ..stock import StockError, StockProcess, aligned, flattened, generated
 from . import tiny
 from .inputs import NoInputsError, inputs_for, run
 
-__all__ = ["Loaders", "Row", "removals", "try_type"]
+__all__ = ["Loaders", "Row", "removals", "try_model", "try_type"]
 
 # "stock", "package": computes what it should, here and in a process of its own, without the package or with it.
 # "refused": with a reason. The rest is a fault.
@@ -108,15 +109,31 @@ class Loaders:
     stock: StockProcess
     package: StockProcess
 
+    @classmethod
+    def started(cls) -> Loaders:
+        """Start both; they end with this process."""
+        return cls(StockProcess().__enter__(), StockProcess(package=True).__enter__())
 
-def try_type(kind: str, loaders: Loaders) -> Row:
-    """Try everything on one type."""
+
+def try_type(kind: str, loaders: Loaders, only: Sequence[str] | None = None) -> Row:
+    """Try all removals on one type, or only some (of `removals`)."""
     row = Row(kind)
     try:
         model = tiny.build(kind)
     except tiny.NotBuiltError as error:
         row.state, row.reason = "not built", _short(error)
         return row
+    return try_model(row, model, lambda reach: inputs_for(model, reach), loaders, only)
+
+
+def try_model(
+    row: Row,
+    model: nn.Module,
+    inputs_reaching: Callable[[Callable[[Mapping[str, Any]], list[str]]], dict[str, Any]],
+    loaders: Loaders,
+    only: Sequence[str] | None = None,
+) -> Row:
+    """Try removals on a model, on inputs that reach its stacks where there are such."""
     row.model = type(model).__name__
     try:
         with warnings.catch_warnings():
@@ -129,14 +146,15 @@ def try_type(kind: str, loaders: Loaders) -> Row:
         row.state, row.reason = "crash", f"{type(error).__name__}: {_short(error)}"
         return row
     try:
-        inputs = inputs_for(model, lambda given: _idle(model, stacks, given))
+        inputs = inputs_reaching(lambda given: _idle(model, stacks, given))
         row.state, row.reason = _stock_state(model, inputs, loaders)
     except NoInputsError as error:
         row.state, row.reason = "no inputs", _short(error)
     if row.state != "tried":
         return row
     for name, stack in stacks.items():
-        found = {removal: _try(model, name, blocks, inputs, loaders) for removal, blocks in removals(stack).items()}
+        asked = {what: blocks for what, blocks in removals(stack).items() if only is None or what in only}
+        found = {what: _try(model, name, blocks, inputs, loaders) for what, blocks in asked.items()}
         row.stacks[name] = {"blocks": len(stack), "pinned": len(stack.pinned), "removals": found}
     return row
 
@@ -252,11 +270,13 @@ def _different(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
 
 def by_package(model: nn.Module) -> bool:
     """Whether a pruned model can only be loaded with the package."""
-    return isinstance(model.config, PrunedSettings)
+    return isinstance(getattr(model, "config", None), PrunedSettings)
 
 
 def _loader(model: nn.Module) -> str:
-    """The class that is asked to load it: its own, or an Auto class where it needs the package."""
+    """What is asked to load it: its own class, an Auto class where it needs the package, or timm."""
+    if not isinstance(model, PreTrainedModel):
+        return "timm"
     if not by_package(model):
         return type(model).__name__
     found = ((auto.__name__, mapping.get(type(model.config), ())) for auto, mapping in auto_classes())
@@ -269,7 +289,8 @@ def _reloaded(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) -> 
     """How a model differs from what another process loads of it; empty if it does not."""
     own = aligned(model)
     text = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
-    generates = own.can_generate() and "input_ids" in text and own.main_input_name == "input_ids"
+    bare = not isinstance(own, PreTrainedModel)
+    generates = not bare and own.can_generate() and "input_ids" in text and own.main_input_name == "input_ids"
     expected = flattened(run(own, inputs))
     if generates:
         try:
@@ -277,7 +298,7 @@ def _reloaded(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) -> 
         except Exception:
             generates = False
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        save_pruned(model, folder)
         for file in Path(folder).rglob("*"):
             if file.suffix in (".bin", ".pt", ".pkl"):
                 return f"{file.name} was saved"

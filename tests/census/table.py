@@ -1,0 +1,115 @@
+"""The result of the census, as it is kept: `census.json` beside this file, and the page that is made from it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deeparc_hf.core.markdown import md
+
+from .trial import BAD, Row
+
+__all__ = ["PAGE", "counts", "page", "read", "row_of", "versions", "write"]
+
+KEPT = Path(__file__).with_name("census.json")
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+_LONGEST_REASON = 160
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("transformers", "torch")}
+
+
+def row_of(row: Row) -> dict[str, Any]:
+    """A row as it is kept: what became of each removal, and for each stack the first reason why one was refused."""
+    kept: dict[str, Any] = {"model": row.model, "state": row.state}
+    if row.reason:
+        kept["reason"] = row.reason[:_LONGEST_REASON]
+    for name, stack in row.stacks.items():
+        entry = {key: stack[key] for key in ("blocks", "pinned")}
+        entry["removals"] = {removal: result for removal, (result, _) in stack["removals"].items()}
+        why = next((why for result, why in stack["removals"].values() if result == "refused"), "")
+        kept.setdefault("stacks", {})[name] = {**entry, **({"why": why[:_LONGEST_REASON]} if why else {})}
+    return kept
+
+
+def read() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(KEPT.read_text("utf-8"))
+    return found
+
+
+def write(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    rows = {kind: rows[kind] for kind in sorted(rows)}
+    KEPT.write_text(json.dumps({"versions": versions(), "types": rows}, indent=1) + "\n", "utf-8")
+    PAGE.write_text(page(read()), "utf-8")
+
+
+def results(row: Mapping[str, Any]) -> list[str]:
+    return [result for stack in row.get("stacks", {}).values() for result in stack["removals"].values()]
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """ "stock", "package": all that was tried can be loaded so. "stock in part", "package in part": some of it. Else
+    "refused", "nothing to remove", the state, or a fault.
+    """
+    found = results(row)
+    fault = next((fault for fault in BAD if fault in found), None)
+    if fault is not None or row["state"] != "tried":
+        return fault or str(row["state"])
+    if not found:
+        return "nothing to remove"
+    stock, good = found.count("stock"), found.count("stock") + found.count("package")
+    if not good:
+        return "refused"
+    return ("stock" if stock == good else "package") + ("" if good == len(found) else " in part")
+
+
+def counts(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    return Counter(map(verdict, rows))
+
+
+_ORDER = ("stock", "stock in part", "package", "package in part", "refused", "nothing to remove")
+_MEANING = {
+    "stock": "all removals that were tried load with stock transformers",
+    "stock in part": "some do, the others are refused",
+    "package": "all load, some of them only where deeparc_hf is installed (see [architectures](architectures.md))",
+    "package in part": "some do, the others are refused",
+    "refused": "no removal is possible; the table says why",
+    "nothing to remove": "the model has no stack with a block to spare",
+    "no inputs": "not tried: no inputs could be made for a tiny model of it",
+    "not built": "not tried: no tiny model of it could be built",
+    "stock differs": "not tried: the whole model does not come back equal from a stock load, or no number comes out",
+}
+
+
+def page(kept: Mapping[str, Any]) -> str:
+    """The page "Which models"."""
+    rows, made = kept["types"], kept["versions"]
+    found = counts(rows.values())
+    lines = [
+        "# Which models",
+        "",
+        f"All {len(rows)} model types of transformers {made['transformers']} that have a model, each built tiny with",
+        "random weights from its own config. Of each stack of blocks a middle block, the last one and every second one",
+        "are removed; the result must compute what the original computes with these blocks replaced by identities, be",
+        "saved, and come back from a load in another process with equal outputs, to the bit (generated text with a",
+        "cache too).",
+        "`python -m tests.census` makes this page; a test fails where a row changes.",
+        "",
+        "| what | types | meaning |",
+        "| --- | ---: | --- |",
+    ]
+    order = [*_ORDER, *sorted(found.keys() - set(_ORDER))]
+    lines += [f"| {what} | {found[what]} | {_MEANING.get(what, 'a fault')} |" for what in order if found[what]]
+    lines += ["", "| type | class | what | stacks (blocks) | why not all |", "| --- | --- | --- | --- | --- |"]
+    for kind, row in rows.items():
+        stacks = row.get("stacks", {})
+        names = "; ".join(f"{name} ({stack['blocks']})" for name, stack in list(stacks.items())[:4])
+        names += f"; {len(stacks) - 4} more" if len(stacks) > 4 else ""
+        why = row.get("reason") or next((stack["why"] for stack in stacks.values() if "why" in stack), "")
+        lines.append(f"| `{kind}` | {row['model']} | {verdict(row)} | {md(names)} | {md(why)} |")
+    return "\n".join(lines) + "\n"
