@@ -17,7 +17,7 @@ from ..errors import UnsupportedModelError
 from .base import Container, Family, Stack, chained, nested, register, signature_pins
 from .entries import follow
 from .hosts import Host, TransformersHost
-from .search import Search, containers, inside, shrink_stages, uncounted
+from .search import CHAIN, Search, containers, inside, shrink_stages, uncounted
 
 
 @register("auto")
@@ -39,13 +39,15 @@ class Auto(Family):
                 "nothing else."
             ) from error
         lists = list(containers(host.root))
-        found, near = _counted(host, Search(host, settings, skeleton), lists)
+        found, reasons = _counted(Search(host, settings, skeleton), lists)
+        others = [(name, blocks) for name, blocks in lists if reasons.get(name) != CHAIN]
         if host.can_drop:
-            found |= {stack.name: stack for stack in uncounted(lists, found)}
+            found |= {stack.name: stack for stack in uncounted(others, found)}
         if not found:
             what = "no list of residual layers"
-            if near:
-                what = f"{'; '.join(near[:3])}, but no entry of its config counts these blocks alone"
+            if reasons:
+                near = [_shown(name, blocks, reasons.get(name, "")) for name, blocks in lists[:3]]
+                what = f"{'; '.join(near)}, but no entry of its config counts these blocks alone"
             raise UnsupportedModelError(_nothing_found(host, what))
         stacks = [replace(found[name], side=_side(host.root, name)) for name, _ in lists if name in found]
         return [stack for _, stages in itertools.groupby(stacks, _counter) for stack in chained(list(stages))]
@@ -63,10 +65,12 @@ class Auto(Family):
         super().shrink(settings, stacks, kept)
 
 
-def _counted(host: Host, search: Search, lists: Sequence[tuple[str, Container]]) -> tuple[dict[str, Stack], list[str]]:
-    """The stacks that an entry of the config counts, and of the other lists what was found."""
+def _counted(
+    host: Host, search: Search, lists: Sequence[tuple[str, Container]]
+) -> tuple[dict[str, Stack], dict[str, str]]:
+    """The stacks that an entry of the config counts, and of each other list why none counts it, if that is known."""
     found: dict[str, Stack] = {}
-    near = []
+    reasons: dict[str, str] = {}
     for name, blocks in lists:
         if inside(name, found):
             continue  # part of a block
@@ -74,11 +78,11 @@ def _counted(host: Host, search: Search, lists: Sequence[tuple[str, Container]])
         if count is not None and _are_stages(search, name, lists):
             count, reason = None, "they hold lists of blocks themselves"
         if count is None:
-            near.append(f"{name} ({len(blocks)} x {type(blocks[0]).__name__}){reason and f': {reason}'}")
+            reasons[name] = reason
             continue
         pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(blocks))
         found[name] = Stack(name, blocks, pinned, count=count, entries=entries)
-    return found, near
+    return found, reasons
 
 
 def _are_stages(search: Search, name: str, lists: Sequence[tuple[str, Container]]) -> bool:

@@ -23,9 +23,10 @@ from .hosts import Host
 from .layout import Layout
 from .skeleton import differing, state_shapes
 
-__all__ = ["Search", "containers", "inside", "shrink_stages", "uncounted"]
+__all__ = ["CHAIN", "Search", "containers", "inside", "shrink_stages", "uncounted"]
 
 _COUNT_NAME = re.compile(r"layer|depth|block")
+CHAIN = "they are a chain in which each size leads to the next, so none can be left out"
 _BLOCK_NAME = re.compile(r"(Layer|Block)$")
 _NO_COUNT = re.compile(r"token|label|stage|^out_(indices|features)$")
 _REMEMBERED = 256  # shapes of builds
@@ -36,7 +37,10 @@ Shapes = dict[str, tuple[int, ...]]
 def containers(root: nn.Module) -> Iterator[tuple[str, Container]]:
     """Lists of modules that may be blocks, with their paths; what stands in others comes after them."""
     for name, module in root.named_modules():
-        if name and isinstance(module, nn.ModuleList | nn.Sequential) and _may_be_blocks(list(module.children())):
+        if not name or not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        members = list(module.children())
+        if len(members) == len(module) and _may_be_blocks(members):  # one may be None
             yield name, module
 
 
@@ -127,6 +131,8 @@ class Search:
                 proven = attempt.proven(count, entries, following) if verdict == "counts" else None
                 if proven is not None:
                     return count, tuple(proven), ""
+                if verdict == "counts":
+                    return None, (), CHAIN
         return None, (), attempt.near
 
     def shapes(self, settings: dict[str, Any]) -> Shapes | None:

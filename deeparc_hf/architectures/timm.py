@@ -55,11 +55,7 @@ class Timm(Family):
             lists = [(prefix + name, blocks) for name, blocks in containers(model)]
             found |= {stack.name: stack for stack in uncounted(lists, found, _BLOCK_NAME)}
         if not found:
-            raise UnsupportedModelError(
-                f"{host.label} cannot be pruned by layers: no argument that timm's own entry point takes counts any "
-                "of its lists of blocks, so a pruned checkpoint could not be rebuilt by stock timm. A newer timm may "
-                "allow it: pip install -U timm."
-            )
+            raise UnsupportedModelError(_nothing_found(host, model))
         return chained([found[name] for name, _ in host.root.named_modules() if name in found])
 
 
@@ -68,6 +64,24 @@ def _timm_model(host: Host) -> nn.Module | None:
         return host.root
     model = host.root.timm_model if host.kind == "timm_wrapper" else None
     return model if isinstance(model, nn.Module) else None
+
+
+def _nothing_found(host: Host, model: nn.Module) -> str:
+    lists = [(name, blocks) for name, blocks in containers(model) if len(blocks) > 1]
+    named = "; ".join(f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in lists[:3])
+    if not named:
+        return f"{host.label} cannot be pruned by layers: found no list of blocks in it."
+    text = (
+        f"{host.label} cannot be pruned by layers: found {named}, but timm's own entry point takes no argument that "
+        "counts these blocks, so a pruned checkpoint could not be rebuilt by stock timm. A newer timm may allow it: "
+        "pip install -U timm."
+    )
+    if host.library == "timm" and any(True for _ in uncounted(lists, {}, _BLOCK_NAME)):
+        text += (
+            " Or load it with transformers, AutoModelForImageClassification.from_pretrained('timm/...'): there blocks "
+            "can be dropped, and the result needs deeparc_hf to be loaded."
+        )
+    return text
 
 
 Group = list[tuple[str, Container]]

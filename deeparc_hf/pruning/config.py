@@ -100,8 +100,8 @@ class MPruneConfig(Settings):
     )
     stock_only: bool = setting(
         False,
-        "Remove only blocks that the settings of transformers and timm can leave out. Otherwise, where they cannot "
-        "leave out most blocks of a stack, the result may need deeparc_hf to be loaded, and a warning says so.",
+        "Remove only blocks that settings of the model's library can leave out. Otherwise, where they cannot leave out "
+        "most blocks of a stack, the result may need this package to be loaded, and a warning says so.",
     )
     similarity: str = setting(
         "cka",

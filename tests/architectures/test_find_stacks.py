@@ -15,6 +15,7 @@ from deeparc_hf import Stack, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe, families
 from deeparc_hf.architectures.base import signature_pins
 from deeparc_hf.architectures.refused import Refused
+from deeparc_hf.pruned_type.models import drop_blocks, set_layout
 from tests.zoo import CAUSAL, IMAGE, T5, TEXT, VIT_STACK, ZOO, Specimen
 
 STAGE = "first block of the stage: changes shape"
@@ -51,9 +52,21 @@ FULL_SIZE: dict[str, tuple[list[int], list[int]]] = {
 # refused families have no stacks; a model of each, for the test that every family is met
 REFUSED = {
     "albert": lambda: tf.AlbertModel(tf.AlbertConfig(**TEXT, embedding_size=16)),
-    "efficientnet": lambda: timm.create_model("efficientnet_b0"),
-    "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224"),
-    "timm_mixer": lambda: timm.create_model("mixer_s32_224"),
+    "mobilenet_v1": lambda: tf.MobileNetV1Model(tf.MobileNetV1Config()),
+}
+
+
+def dropped() -> nn.Module:
+    model = tf.EfficientNetModel(tf.EfficientNetConfig())
+    set_layout(model.config, drop_blocks(model, {"encoder.blocks": {"length": 55, "kept": [*range(50), 54]}}))
+    return model
+
+
+# of these no checkpoint is a stock one
+DROPPED = {
+    "efficientnet": lambda: tf.EfficientNetModel(tf.EfficientNetConfig()),
+    "mobilenet_v2": lambda: tf.MobileNetV2Model(tf.MobileNetV2Config()),
+    "deeparc_pruned": dropped,
 }
 HEADLESS: dict[str, tuple[type, Any, list[str]]] = {
     "bert": (tf.BertModel, tf.BertConfig(**TEXT), ["encoder.layer"]),
@@ -268,6 +281,8 @@ def test_every_registered_family_has_a_summary_and_a_model_in_these_tests():
         if name in REFUSED:
             with pytest.raises(TypeError, match="cannot be pruned by layers"):
                 find_stacks(meta(REFUSED[name]))
+        elif name in DROPPED:
+            assert describe(meta(DROPPED[name])).family.name == name
         else:
             assert name in met, f"no model of the family {name!r} in tests/zoo.py"
             assert not issubclass(family, Refused)
