@@ -42,7 +42,8 @@ class Auto(Family):
         found, reasons = _counted(Search(host, settings, skeleton), lists)
         others = [(name, blocks) for name, blocks in lists if reasons.get(name) != CHAIN]
         if host.can_drop:
-            found |= {stack.name: stack for stack in uncounted(others, found)}
+            plain = uncounted(others, found)
+            found |= {stack.name: replace(stack, uncounted=reasons.get(stack.name, "")) for stack in plain}
         if not found:
             what = "no list of residual layers"
             if reasons:
@@ -65,9 +66,11 @@ class Auto(Family):
         super().shrink(settings, stacks, kept)
 
 
-def _counted(
-    host: Host, search: Search, lists: Sequence[tuple[str, Container]]
-) -> tuple[dict[str, Stack], dict[str, str]]:
+def _shown(name: str, blocks: Container, reason: str) -> str:
+    return f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" + (f": {reason}" if reason else "")
+
+
+def _counted(search: Search, lists: Sequence[tuple[str, Container]]) -> tuple[dict[str, Stack], dict[str, str]]:
     """The stacks that an entry of the config counts, and of each other list why none counts it, if that is known."""
     found: dict[str, Stack] = {}
     reasons: dict[str, str] = {}

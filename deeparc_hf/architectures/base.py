@@ -123,6 +123,7 @@ class Stack:
             model type "deeparc_pruned").
         next_stack: name of the stack that takes this one's output directly (the next stage of a CNN), else None.
         entries: what else in the settings names its blocks.
+        uncounted: where nothing counts it, why not, if that is known.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Stack:
     count: CountKey | None = None
     next_stack: str | None = None
     entries: tuple[BlockEntry, ...] = ()
+    uncounted: str = ""
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -186,7 +188,8 @@ class Family(ABC):
             if stack.count is not None:
                 stack.count.write(settings, len(kept[stack.name]))
             elif len(kept[stack.name]) < len(stack):
-                raise SurgeryError(f"no setting counts the blocks of {stack.name}")
+                why = f" ({stack.uncounted})" if stack.uncounted else ""
+                raise SurgeryError(f"no setting counts the blocks of {stack.name} alone{why}")
 
 
 def nested(settings: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
