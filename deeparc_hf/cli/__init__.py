@@ -29,6 +29,7 @@ _COMMANDS = {  # each is carried out by the module of this name
     "run": "train, prune, train on in a chain of launches, where parameters are sharded",
     "card": "make the model card of a checkpoint from its record and reports",
     "push": "publish a checkpoint on the Hub, with its card",
+    "families": "show which kinds of models are known",
     "env": "show versions and hardware",
 }
 

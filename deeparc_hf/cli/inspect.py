@@ -13,6 +13,8 @@ from torch import nn
 from ..architectures import describe
 from ..checkpoint.record import PrunedConfig
 from ..core.plain_text import plain, plain_lines
+from ..core.tables import spans
+from ..pruning.rebuild import inexpressible
 from .sources import find_source, skeleton
 
 __all__ = ["count_parameters", "description_of", "description_text", "run"]
@@ -31,6 +33,7 @@ def description_of(model: nn.Module) -> dict[str, Any]:
     """A description of a model, on the meta device too, in plain JSON types."""
     subject = describe(model)
     host = subject.host
+    refused = inexpressible(subject)
     return {
         "class": type(host.root).__name__,
         "type": host.kind,
@@ -39,13 +42,27 @@ def description_of(model: nn.Module) -> dict[str, Any]:
         "stacks": {
             name: {
                 "blocks": len(stack),
+                "counted_by": None if stack.count is None else str(stack.count),
                 "pinned": {str(index): reason for index, reason in stack.pinned.items()},
+                "beyond_settings": {str(index): reason for index, reason in refused.get(name, {}).items()},
                 "parameters": [count_parameters(block) for block in stack.blocks],
             }
             for name, stack in subject.stacks.items()
         },
+        "droppable": host.can_drop,
         "record": None if host.record() is None else PrunedConfig.from_model(subject).to_dict(),
     }
+
+
+def _beyond_settings(stack: Mapping[str, Any], droppable: bool) -> list[str]:
+    """Of which blocks no setting can tell that they are gone."""
+    reasons = stack["beyond_settings"]
+    if not reasons:
+        return []
+    free = stack["blocks"] - len(stack["pinned"])
+    which = "any block" if len(reasons) == free else f"block {spans(sorted(map(int, reasons)))}"
+    way = "; where deeparc_hf is installed, such a checkpoint can be loaded all the same" if droppable else ""
+    return [f"  no setting leaves out {which} alone{way} ({plain(next(iter(reasons.values())))})"]
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -83,6 +100,7 @@ def _lines(description: Mapping[str, Any]) -> list[str]:
             lines.append(f"  {alike}")
             first = last + 1
         lines += [f"  block {index} is pinned: {plain(reason)}" for index, reason in stack["pinned"].items()]
+        lines += _beyond_settings(stack, description["droppable"])
     lines += [f"outside the stacks: {_short(max(0, total - inside))}", ""]
     record = description["record"]
     if record is None:

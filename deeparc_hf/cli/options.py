@@ -317,6 +317,12 @@ def _push(parser: argparse.ArgumentParser) -> None:
     _card_options(parser)
 
 
+def _families(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Show which kinds of models are known, and which are refused, each with a line on it."
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
+
 def _env(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show versions and hardware, for a report of a fault."
     parser.add_argument("--json", action="store_true", help="print JSON on stdout, and nothing else there")
@@ -342,5 +348,6 @@ OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "run": _run,
     "card": _card,
     "push": _push,
+    "families": _families,
     "env": _env,
 }
