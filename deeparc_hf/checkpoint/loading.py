@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,8 @@ from ..architectures.skeleton import compare
 from ..core.compat import builder_of
 from ..core.transaction import Transaction
 from ..errors import RecordError, UnsupportedModelError
+from ..pruned_type.config import LAYOUT_KEY, DeepArcPrunedConfig, base_settings
+from ..pruned_type.models import auto_class_for, class_with_dropped_blocks, set_layout
 from .record import PrunedConfig, current_record, renumbered
 from .stored import HUB_SETTINGS, new_key, weight_files
 
@@ -67,11 +69,13 @@ def load_pruned(
     layout = _layout(record, subject)
     # what the base's own record says of zeroed weights comes with its weights, whatever the other record lists
     record = dataclasses.replace(record, sparsity=renumbered(current_record(subject).sparsity, layout))
-    _, settings = subject.shrunk_settings(layout)
-    _require_expressible(subject, settings, layout)
+    settings = _settings(subject, layout)
     base, commit = subject.host.loaded_from(hub.get("cache_dir"))
-    pruned = type(config).from_dict(settings)
-    copy_attention(config, pruned)  # the one setting that is not part of a config's dict
+    left = settings.pop(LAYOUT_KEY, None)
+    pruned = base_settings(type(full.config)).from_dict(settings)
+    copy_attention(full.config, pruned)  # the one setting that is not part of a config's dict
+    if left:
+        set_layout(pruned, left)
     setattr(
         pruned,
         RECORD_KEY,
@@ -80,7 +84,9 @@ def load_pruned(
     folder_or_id = str(base_repo_or_path)
     state = _read(subject, folder_or_id, layout, hub)
     wants_info = kwargs.pop("output_loading_info", False)
-    model, info = type(full).from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
+    cls: Any = class_with_dropped_blocks(cast(Hashable, type(full))) if left else type(full)
+    model, info = cls.from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
+    model.__class__ = type(full)
     _require_blocks(info["missing_keys"], folder_or_id, layout)
     model.config.name_or_path = folder_or_id
     if model.can_generate():
@@ -113,6 +119,8 @@ def saved_class(config: Any, name: str | None = None) -> Any:
     asked = name or next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
     cls = getattr(transformers, asked, None) if isinstance(asked, str) else None
     if isinstance(cls, type) and (issubclass(cls, PreTrainedModel) or hasattr(cls, "from_config")):
+        if isinstance(config, DeepArcPrunedConfig) and issubclass(cls, PreTrainedModel):
+            return auto_class_for(cls, config.base)  # its own class would build the whole model
         return cls
     return transformers.AutoModel if name is None else None
 
@@ -148,8 +156,8 @@ def _layout(record: PrunedConfig, subject: Subject) -> Layout:
     return Layout.without(subject.lengths, record.removed)
 
 
-def _require_expressible(subject: Subject, settings: dict[str, Any], layout: Layout) -> None:
-    """Refuse a recipe that surgery on the live model would refuse."""
+def _settings(subject: Subject, layout: Layout) -> dict[str, Any]:
+    """The settings of the smaller model. A recipe is refused that surgery on the live model would refuse."""
     host = subject.host
     if host.merges_inputs:
         raise UnsupportedModelError(
@@ -158,11 +166,15 @@ def _require_expressible(subject: Subject, settings: dict[str, Any], layout: Lay
             "checkpoint that was pruned so."
         )
     try:
+        _, settings = subject.shrunk_settings(layout)
         problems = compare(subject.root, host.build(settings), layout).problems
     except Exception as error:
         problems = [f"{type(error).__name__}: {error}"]
-    if problems:
-        raise RecordError(f"The settings of {host.label} cannot express what the pruning record keeps: {problems[0]}.")
+    if not problems:
+        return settings
+    if host.can_drop:
+        return host.dropping(host.settings(), layout)
+    raise RecordError(f"The settings of {host.label} cannot express what the pruning record keeps: {problems[0]}.")
 
 
 def _require_blocks(missing: Iterable[str], base: str, layout: Layout) -> None:

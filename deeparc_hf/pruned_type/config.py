@@ -21,6 +21,7 @@ from ..errors import RecordError
 from . import MODEL_TYPE
 
 __all__ = [
+    "BASE_KEY",
     "LAYOUT_KEY",
     "DeepArcPrunedConfig",
     "PrunedSettings",
@@ -32,8 +33,8 @@ __all__ = [
 
 LAYOUT_KEY, BASE_KEY, TYPE_KEY = "deeparc_layout", "base_config", "base_model_type"
 _OWN = ("pruning_config", "architectures", "transformers_version")  # what stands outside of the base's settings
-# Every class of transformers reads the dtype and refuses one that torch does not have, with these words in the message.
-# A class that is not an Auto class would build a whole model of its defaults otherwise, and say little.
+# A class that is not an Auto class would build a whole model of its defaults, and say little. But every class refuses
+# an implementation of attention that it does not know, with its name in the message.
 _NEEDED = "needs_deeparc_hf__import_deeparc_hf_and_load_this_checkpoint_with_an_Auto_class"
 
 
@@ -46,7 +47,14 @@ class PrunedSettings:
         layout = base.pop(LAYOUT_KEY)
         own = {key: base.pop(key) for key in _OWN if key in base}
         kind = base.pop("model_type")
-        return {"model_type": MODEL_TYPE, "dtype": _NEEDED, **own, TYPE_KEY: kind, BASE_KEY: base, LAYOUT_KEY: layout}
+        return {
+            "model_type": MODEL_TYPE,
+            "attn_implementation": _NEEDED,
+            **own,
+            TYPE_KEY: kind,
+            BASE_KEY: base,
+            LAYOUT_KEY: layout,
+        }
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _revived, (base_settings(type(self)), copy.copy(vars(self)))

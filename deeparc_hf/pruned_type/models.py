@@ -21,7 +21,15 @@ from .config import (
     pruned_settings,
 )
 
-__all__ = ["can_be_loaded", "class_with_dropped_blocks", "drop_blocks", "layout_of", "register", "set_layout"]
+__all__ = [
+    "auto_class_for",
+    "can_be_loaded",
+    "class_with_dropped_blocks",
+    "drop_blocks",
+    "layout_of",
+    "register",
+    "set_layout",
+]
 
 
 def layout_of(config: Any) -> dict[str, dict[str, Any]]:
@@ -37,12 +45,17 @@ def set_layout(config: PreTrainedConfig, layout: Mapping[str, Mapping[str, Any]]
 
 def can_be_loaded(model: PreTrainedModel) -> bool:
     """Whether an Auto class of transformers knows the model's class, so that it can also load it with less blocks."""
-    kind = base_settings(type(model.config))
-    for _, mapping in auto_classes():
+    return auto_class_for(type(model), model.config) is not None
+
+
+def auto_class_for(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+    """The Auto class that builds a class of models from a config; None if there is none."""
+    kind = base_settings(type(config))
+    for auto, mapping in auto_classes():
         found = mapping.get(kind, ())
-        if type(model) in (found if isinstance(found, (list, tuple)) else (found,)):
-            return True
-    return False
+        if cls in (found if isinstance(found, (list, tuple)) else (found,)):
+            return auto
+    return None
 
 
 def drop_blocks(model: nn.Module, layout: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

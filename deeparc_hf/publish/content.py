@@ -31,6 +31,7 @@ class CardContent:
         headless: whether a timm model has no classifier.
         processor: "tokenizer" or "image processor", where one lies beside the model.
         dtype: of the weights, as torch names it.
+        needs_package: whether only deeparc_hf can load it (the model type "deeparc_pruned").
         parameters: number of parameters, before the first pruning and now.
         attempts: the model before, and each pruning that was tried; from the record where there is no report.
         run: metric, baseline, accepted, iterations, max_drop, reason and phase of the run that the model is of.
@@ -54,6 +55,7 @@ class CardContent:
     headless: bool = False
     processor: str | None = None
     dtype: str | None = None
+    needs_package: bool = False
     parameters: tuple[int | None, int | None] = (None, None)
     attempts: tuple[Attempt, ...] = ()
     run: Mapping[str, Any] = field(default_factory=dict)

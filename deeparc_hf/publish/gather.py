@@ -19,6 +19,8 @@ from ..checkpoint.weights_mark import SIZES, dtype_of_files, mark_of_files, mark
 from ..core.checks import Entry, MalformedError, read_json
 from ..core.plain_text import plain
 from ..errors import DeepArcError, RecordError
+from ..pruned_type import MODEL_TYPE
+from ..pruned_type.config import BASE_KEY
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..reports.attempts import Attempt, Evaluation, dataset_in
@@ -53,15 +55,19 @@ def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
     kinds = (kind for kind, files in _PROCESSORS.items() if any((folder / name).is_file() for name in files))
     timm = "model_type" not in config and "architecture" in config and "pretrained_cfg" in config
     named = config.get("architectures")
+    needs_package = config.get("model_type") == MODEL_TYPE
+    whole = config.get(BASE_KEY) if needs_package else config
+    settings: Mapping[str, Any] = whole if isinstance(whole, Mapping) else {}
     content = _of_record(
         PrunedConfig.from_dict(config[RECORD_KEY]) if config.get(RECORD_KEY) is not None else PrunedConfig({}),
         mark_of_files(folder),
         library="timm" if timm else "transformers",
         architecture=config.get("architecture") if timm else named[0] if isinstance(named, list) and named else None,
-        labels=config.get("id2label"),
+        labels=settings.get("id2label"),
         headless=timm and config.get("num_classes") == 0,
         processor=next(kinds, None),
-        dtype=_dtype(config.get("dtype") or config.get("torch_dtype")) or dtype_of_files(folder),
+        dtype=_dtype(settings.get("dtype") or settings.get("torch_dtype")) or dtype_of_files(folder),
+        needs_package=needs_package,
     )
     return with_reports(content, folder, beside=True)
 
@@ -82,6 +88,7 @@ def content_of_model(model: nn.Module, processing_class: Any = None) -> CardCont
         headless=library == "timm" and identity["num_classes"] == 0,
         processor=None if processing_class is None else kind,
         dtype=_dtype(weights),
+        needs_package=bool(subject.host.layout),
     )
     before, now = content.parameters[0], sum(parameter.numel() for parameter in root.parameters())
     return dataclasses.replace(content, parameters=(before or (None if content.removed else now), now))

@@ -33,6 +33,7 @@ _TABLES = (
     ("image-text-to-text", "AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT"),
 )
 NOT_ON_THE_HUB = ("multiple-choice", "text2text-generation")
+_PACKAGE = "import deeparc_hf  # which drops the blocks as the model is built: without it the load fails"
 _PIPELINES = {  # with a pipeline in transformers 5, and what to give it
     "fill-mask": 'print(model(f"This sentence has a {model.tokenizer.mask_token}."))',
     "image-classification": 'print(model("image.jpg"))',
@@ -63,7 +64,15 @@ def _classes() -> dict[str, tuple[str, str]]:
 
 
 def usage(content: CardContent, repo_id: str, revision: str | None = None) -> str:
-    """Code that loads the checkpoint by stock libraries and runs it."""
+    """Code that loads the checkpoint by stock libraries (after an import of the package, where it needs that) and runs
+    it.
+    """
+    if content.needs_package:
+        return f"{_PACKAGE}\n{_usage(dataclasses.replace(content, processor=None), repo_id, revision)}"
+    return _usage(content, repo_id, revision)
+
+
+def _usage(content: CardContent, repo_id: str, revision: str | None) -> str:
     task, auto_class = task_of(content)
     at = f"hf-hub:{repo_id}@{revision}" if revision else f"hf-hub:{repo_id}"
     name = json.dumps(repo_id) + (f", revision={json.dumps(revision)}" if revision else "")

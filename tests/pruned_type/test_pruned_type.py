@@ -12,7 +12,8 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from deeparc_hf import PrunedConfig, find_stacks, remove_blocks
+from deeparc_hf import PrunedConfig, find_stacks, load_pruned, remove_blocks
+from deeparc_hf.cli import main
 from deeparc_hf.errors import DeepArcWarning, RecordError, SurgeryError
 from deeparc_hf.pruned_type.config import LAYOUT_KEY, PrunedSettings
 from tests.stock import StockError, StockProcess, flattened
@@ -43,7 +44,8 @@ def swin() -> nn.Module:
 
 def efficientnet() -> nn.Module:
     torch.manual_seed(0)
-    config = tf.EfficientNetConfig(image_size=32, width_coefficient=0.25, depth_coefficient=1.0, hidden_dim=320)
+    sizes = {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320}
+    config = tf.EfficientNetConfig(image_size=32, num_labels=3, **sizes)
     return spread(tf.EfficientNetForImageClassification(config)).eval()
 
 
@@ -138,6 +140,23 @@ def test_it_is_pruned_again_saved_and_copied(swin_folder, tmp_path):
     assert PrunedConfig.from_model(again).kept[BLOCKS] == (0, 2, 5)
     with torch.no_grad():
         assert torch.equal(again(pixels()).logits, model(pixels()).logits)
+
+
+def test_a_base_is_loaded_with_the_blocks_of_its_record_alone(swin_folder, tmp_path):
+    swin().save_pretrained(tmp_path)
+    model = load_pruned(tf.AutoModelForImageClassification, tmp_path, swin_folder).eval()
+    whole = tf.AutoModelForImageClassification.from_pretrained(swin_folder).eval()
+    assert type(model) is tf.SwinForImageClassification and isinstance(model.config, PrunedSettings)
+    assert torch.equal(model(pixels()).logits, whole(pixels()).logits)
+    # one that is pruned already is a base too
+    again = load_pruned(tf.AutoModelForImageClassification, swin_folder, PrunedConfig({}))
+    assert again.config.deeparc_layout == whole.config.deeparc_layout
+
+
+def test_the_command_line_knows_it(swin_folder, capsys):
+    assert main(["inspect", str(swin_folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"{BLOCKS}: 4 blocks" in out and f"{BLOCKS}: 4 of 6 blocks are left: 0 2 3 5" in out
 
 
 def test_adapters_go_on_top_of_it(swin_folder):
