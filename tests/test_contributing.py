@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForImageClassification, RegNetConfig, RegNetForImageClassification
 
 from deeparc_hf import analyze, apply_plan, find_stacks, remove_blocks, search_blocks
-from deeparc_hf.architectures import families
-from deeparc_hf.errors import SurgeryError, UnsupportedModelError
+from deeparc_hf.architectures import describe, families
+from deeparc_hf.errors import SurgeryError
 from deeparc_hf.search.objectives import objectives
 from deeparc_hf.search.strategies import strategies
 from deeparc_hf.similarity import metrics
@@ -97,9 +97,14 @@ def test_the_layers_are_those_that_are_enforced():
     assert lines == [layer for layer in named if layer != "__main__"]
 
 
-def test_the_family_of_the_example_is_not_supported_without_it():
-    with pytest.raises(UnsupportedModelError, match="add a family"):
-        find_stacks(tiny_regnet())
+def test_the_family_of_the_example_is_described_by_auto_without_it(example):
+    assert describe(tiny_regnet()).family.name == "auto"
+    without = find_stacks(tiny_regnet())
+    example("architectures", families)
+    assert describe(tiny_regnet()).family.name == "regnet"
+    assert {name: dict(stack.pinned) for name, stack in find_stacks(tiny_regnet()).items()} == {
+        name: dict(stack.pinned) for name, stack in without.items()
+    }
 
 
 def test_the_example_family_finds_stacks_and_pins(example):

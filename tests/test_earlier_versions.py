@@ -35,7 +35,14 @@ ENDS = {
 
 
 # settings that came later, and what they were before there was a choice
-LATER = {"across_stacks": False, "freeze_inputs": True, "objective": "divergence", "search": None, "speedup": None}
+LATER = {
+    "across_stacks": False,
+    "freeze_inputs": True,
+    "objective": "divergence",
+    "search": None,
+    "speedup": None,
+    "stock_only": False,
+}
 
 
 def read(file):

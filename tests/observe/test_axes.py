@@ -221,11 +221,9 @@ def test_a_batch_that_cannot_be_cut_is_taken_whole_or_left_out():
 
 
 def test_blocks_that_change_the_shape_are_not_compared():
-    config = tf.PvtV2Config(
-        image_size=64, hidden_sizes=[16] * 4, num_attention_heads=[1, 1, 2, 2], depths=[2, 2, 2, 2], mlp_ratios=[2] * 4
-    )
-    model = tf.PvtV2ForImageClassification(config).eval()
-    with pytest.raises(CalibrationError, match=r"cannot be compared: its blocks (change the shape|put out)"):
+    sizes = {"width_coefficient": 0.25, "depth_coefficient": 1.0, "hidden_dim": 320}
+    model = tf.EfficientNetForImageClassification(tf.EfficientNetConfig(image_size=64, **sizes)).eval()
+    with pytest.raises(CalibrationError, match=r"cannot be compared: (its blocks change the shape|they put out)"):
         analyze(model, [{"pixel_values": torch.randn(8, 3, 64, 64)} for _ in range(4)], keep_ratio=0.5)
 
 

@@ -17,7 +17,7 @@ from deeparc_hf import sparsify_model
 from deeparc_hf.errors import CalibrationError
 from deeparc_hf.sparsity import sequential as block_by_block
 from tests import sparsity_reference as reference
-from tests.zoo import CAUSAL, VOCAB, spread
+from tests.zoo import CAUSAL, TEXT, VOCAB, spread
 
 from .test_sparsify import batches, made
 
@@ -130,18 +130,10 @@ def test_positions_that_one_layer_selects_for_the_others_follow_its_zeros():
 
 
 def test_blocks_that_put_out_no_tensor_of_hidden_states_are_run_within_the_model():
-    sizes = {
-        "depths": [1, 1],
-        "hidden_sizes": [16, 32],
-        "patch_sizes": [7, 3],
-        "strides": [4, 2],
-        "num_attention_heads": [1, 2],
-    }
-    config = tf.PvtV2Config(
-        **sizes, num_encoder_blocks=2, sr_ratios=[2, 1], mlp_ratios=[2, 2], image_size=32, num_labels=5
-    )
+    # LiLT's put out pairs of them, of text and layout
+    config = tf.LiltConfig(**{**TEXT, "hidden_size": 48, "num_hidden_layers": 2}, channel_shrink_ratio=2)
     torch.manual_seed(0)
-    expect_the_papers(spread(tf.PvtV2ForImageClassification(config)).eval(), batches("vit"))
+    expect_the_papers(spread(tf.LiltForSequenceClassification(config)).eval(), batches("bert"))
 
 
 @pytest.mark.parametrize(

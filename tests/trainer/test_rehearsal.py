@@ -215,7 +215,7 @@ def test_a_block_that_the_settings_need_is_pinned_with_the_reason(tmp_path):
     refused = inexpressible(describe(model))
     assert refused.keys() == {"model.layers"} and refused["model.layers"].keys() == {0}
     with pytest.raises(SurgeryError, match="attn_norm"):
-        remove_blocks(model, {"model.layers": [0]})
+        remove_blocks(model, {"model.layers": [0]}, stock_only=True)
     for part in (model.model.layers[1].attn.Wo, model.model.layers[1].mlp.Wo):
         part.weight.data.zero_()  # does nothing: of the first two blocks, alike, keep="last" would take the first
     plan = analyze(model, BATCHES, num_blocks=3, keep="last", progress=False)
@@ -230,7 +230,7 @@ def test_a_model_of_which_no_block_can_go_is_refused_before_any_step(tmp_path, s
     steps = Steps()
     data = text_data().map(lambda row: {"labels": row["input_ids"]})
     with pytest.raises((PlanError, SurgeryError), match="settings cannot express its removal"):
-        train(alternating(), tmp_path, pruning(**settings, start_epoch=1), steps, data=data)
+        train(alternating(), tmp_path, pruning(**settings, start_epoch=1, stock_only=True), steps, data=data)
     assert steps.count == 0
 
 
