@@ -29,7 +29,7 @@ _COUNT_NAME = re.compile(r"layer|depth|block")
 CHAIN = "they are a chain in which each size leads to the next, so none can be left out"
 _BLOCK_NAME = re.compile(r"(Layer|Block)$")
 _NO_COUNT = re.compile(r"token|label|stage|^out_(indices|features)$")
-_REMEMBERED = 256  # shapes of builds
+_REMEMBERED = 64  # shapes of builds
 
 Shapes = dict[str, tuple[int, ...]]
 

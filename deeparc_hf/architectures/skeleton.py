@@ -189,7 +189,7 @@ def _follows(old: Any, new: Any, length: int, kept: Sequence[int]) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))

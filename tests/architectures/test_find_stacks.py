@@ -312,3 +312,43 @@ def test_a_block_unlike_most_others_is_pinned(blocks, expected):
     pins = signature_pins([Block(**shapes) for shapes in blocks])
     assert list(pins) == list(expected)
     assert all(pins[index].startswith(reason) for index, reason in expected.items())
+
+
+# blocks in stages, in sequences, and side by side with other lists, with what counts them
+LISTS: dict[str, tuple[Any, list[str]]] = {
+    "regnet": (
+        lambda: tf.RegNetForImageClassification(
+            tf.RegNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[2, 3, 3, 2], groups_width=8)
+        ),
+        [f"regnet.encoder.stages.{i}.layers: depths[{i}]" for i in range(4)],
+    ),
+    "pvt_v2": (
+        lambda: tf.PvtV2ForImageClassification(
+            tf.PvtV2Config(hidden_sizes=[16] * 4, num_attention_heads=[1, 1, 2, 2], depths=[2] * 4, mlp_ratios=[2] * 4)
+        ),
+        [f"pvt_v2.encoder.layers.{i}.blocks: depths[{i}]" for i in range(4)],
+    ),
+    "swin": (
+        lambda: tf.SwinForImageClassification(
+            tf.SwinConfig(image_size=32, embed_dim=16, depths=[2, 6], num_heads=[2, 4], window_size=2)
+        ),
+        [f"swin.encoder.layers.{i}.blocks: depths[{i}]" for i in range(2)],
+    ),
+    "squeezebert": (
+        lambda: tf.SqueezeBertForSequenceClassification(
+            tf.SqueezeBertConfig(**{**TEXT, "hidden_size": 32, "embedding_size": 32}, q_groups=2, k_groups=2)
+        ),
+        ["transformer.encoder.layers: num_hidden_layers"],
+    ),
+    "timm_beit": (lambda: timm.create_model("beit_base_patch16_224", depth=3), ["blocks: depth"]),
+    "timm_davit": (
+        lambda: timm.create_model("davit_tiny", depths=(1, 1, 3, 1)),
+        [f"stages.{i}.blocks: depths[{i}]" for i in range(4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_blocks_in_stages_and_sequences_are_found_by_what_counts_them(name):
+    make, expected = LISTS[name]
+    assert [f"{stack.name}: {stack.count}" for stack in find_stacks(meta(make)).values()] == expected

@@ -161,3 +161,25 @@ def test_a_model_that_knows_no_fast_attention_is_found():
     config = tf.TrOCRConfig(d_model=32, decoder_layers=4, decoder_attention_heads=4, decoder_ffn_dim=48, vocab_size=120)
     with torch.device("meta"):
         assert [len(stack) for stack in find_stacks(tf.TrOCRForCausalLM(config)).values()] == [4]
+
+
+class Ends(nn.Module):
+    """Notes its first and last block in a set; only the last block has a norm behind it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.ends = {0, number - 1}
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2), nn.Identity()) for _ in range(number))
+        self.layers[-1][1] = nn.LayerNorm(2)
+
+
+def test_what_a_set_notes_of_blocks_follows():
+    found = compare(Ends(4), Ends(3), Layout.without({"layers": 4}, {"layers": [1]}))
+    assert not found.problems
+    assert found.updates == [("", "ends", {0, 2})]
+
+
+def test_a_module_that_a_reload_would_build_where_a_block_has_none_is_a_problem():
+    """FunASR's last block has a norm that the one before it has not."""
+    found = compare(Ends(4), Ends(3), Layout.without({"layers": 4}, {"layers": [3]}))
+    assert found.problems == ["layers.2.1 does nothing, but a reload would build a LayerNorm there"]
