@@ -69,7 +69,8 @@ def load_pruned(
     layout = _layout(record, subject)
     # what the base's own record says of zeroed weights comes with its weights, whatever the other record lists
     record = dataclasses.replace(record, sparsity=renumbered(current_record(subject).sparsity, layout))
-    settings = _settings(subject, layout)
+    dropped = any(iteration.get("dropped") is True for iteration in record.iterations)
+    settings = _settings(subject, layout, dropped)
     base, commit = subject.host.loaded_from(hub.get("cache_dir"))
     left = settings.pop(LAYOUT_KEY, None)
     pruned = base_settings(type(full.config)).from_dict(settings)
@@ -156,8 +157,10 @@ def _layout(record: PrunedConfig, subject: Subject) -> Layout:
     return Layout.without(subject.lengths, record.removed)
 
 
-def _settings(subject: Subject, layout: Layout) -> dict[str, Any]:
-    """The settings of the smaller model. A recipe is refused that surgery on the live model would refuse."""
+def _settings(subject: Subject, layout: Layout, dropped: bool) -> dict[str, Any]:
+    """The settings of the smaller model. A recipe is refused that surgery on the live model would refuse. Blocks are
+    dropped only where the record says that surgery did so, which a forward pass has shown to be right.
+    """
     host = subject.host
     if host.merges_inputs:
         raise UnsupportedModelError(
@@ -172,7 +175,7 @@ def _settings(subject: Subject, layout: Layout) -> dict[str, Any]:
         problems = [f"{type(error).__name__}: {error}"]
     if not problems:
         return settings
-    if host.can_drop:
+    if host.can_drop and (dropped or not layout.removed):
         return host.dropping(host.settings(), layout)
     raise RecordError(f"The settings of {host.label} cannot express what the pruning record keeps: {problems[0]}.")
 

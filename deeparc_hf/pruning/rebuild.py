@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..architectures import Host, Layout, Stack, Subject
+from ..architectures.entries import asked_for
 from ..architectures.skeleton import Memory, compare
 from ..core.caller import warn_caller
 from ..core.transaction import Transaction
@@ -62,18 +63,43 @@ def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None, *,
     builds, problem = _by_settings(subject, settings, before, layout, memory)
     if builds is not None:
         return builds
-    if not stock_only and host.can_drop:
-        shrunk = host.dropping(settings, layout)
+    by_place = _kinds_by_place(subject, layout, before)
+    if not stock_only and host.can_drop and by_place:
+        problem += f"; nor can the blocks be dropped: {by_place}"
+    elif not stock_only and host.can_drop:
         try:
+            shrunk = host.dropping(settings, layout)
             return Builds(settings, shrunk, before, host.build(shrunk), [], by_package=True)
         except Exception as error:
             problem += f"; nor can the blocks be dropped as it is built: {type(error).__name__}: {error}"
     way = "Remove other blocks, or protect these."
-    if host.can_drop:
-        way += " With stock_only=False it can be removed, and the result needs deeparc_hf to be loaded."
+    if stock_only and host.can_drop and not by_place:
+        way += " Or use remove_blocks with stock_only=False: the result then needs deeparc_hf to be loaded."
     raise SurgeryError(
         f"The settings of {name} (type {host.kind!r}) cannot express the removal: {problem}. Nothing was changed. {way}"
     )
+
+
+def _kinds_by_place(subject: Subject, layout: Layout, before: nn.Module) -> str:
+    """Why dropped blocks would have others taken for what they are not; empty if they would not.
+
+    A whole model's config tells kinds of blocks by their numbers. Where the model's code asks for them as it runs (for
+    the mask of a sliding window, which shows on long texts only), it would ask for the wrong ones.
+    """
+    if not subject.host.can_drop:
+        return ""
+    left = subject.host.dropping(subject.host.settings(), layout)[LAYOUT_KEY]
+    for name in layout.removed:
+        path, kept = name.split("."), left[name]["kept"]
+        holders = [subject.root.get_submodule(".".join(path[:count])) for count in range(len(path))]
+        config = next((holder.config for holder in reversed(holders) if hasattr(holder, "config")), None)
+        for key, value in vars(config).items() if config is not None else ():
+            kinds = isinstance(value, (list, tuple)) and all(isinstance(kind, str) for kind in value)
+            if not kinds or len(value) != left[name]["length"]:
+                continue
+            if [value[index] for index in kept] != list(value[: len(kept)]) and asked_for(before, key):
+                return f"the config's {key} tells the kinds of {name} by their numbers, and is asked as it runs"
+    return ""
 
 
 def _built_before(subject: Subject, settings: dict[str, Any], memory: Memory) -> nn.Module:

@@ -244,6 +244,8 @@ def _operate(
         if isinstance(counted, PreTrainedModel):
             counted.tie_weights()
     entry = {**(entry or {}), "parameters": _parameters(counted, step)}
+    if builds.by_package:
+        entry["dropped"] = True
     record = known or current_record(subject).compose(step, entry)
     expectation = None
     if verify and known is None:

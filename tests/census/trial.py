@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from deeparc_hf import find_stacks, remove_blocks, save_pruned
 from deeparc_hf.architectures import Stack
-from deeparc_hf.core.compat import auto_classes
 from deeparc_hf.errors import DeepArcError
 from deeparc_hf.pruned_type.config import PrunedSettings
+from deeparc_hf.pruned_type.models import auto_class_for
 
 from ..stock import StockError, StockProcess, aligned, flattened, generated
 from . import tiny
@@ -279,10 +279,8 @@ def _loader(model: nn.Module) -> str:
         return "timm"
     if not by_package(model):
         return type(model).__name__
-    found = ((auto.__name__, mapping.get(type(model.config), ())) for auto, mapping in auto_classes())
-    return next(
-        name for name, classes in found if type(model) in (classes if isinstance(classes, tuple) else (classes,))
-    )
+    found: str = auto_class_for(type(model), model.config).__name__
+    return found
 
 
 def _reloaded(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) -> str:

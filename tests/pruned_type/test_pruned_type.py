@@ -12,7 +12,7 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from deeparc_hf import PrunedConfig, find_stacks, load_pruned, remove_blocks
+from deeparc_hf import PrunedConfig, analyze, find_stacks, load_pruned, remove_blocks
 from deeparc_hf.cli import main
 from deeparc_hf.errors import DeepArcWarning, RecordError, SurgeryError
 from deeparc_hf.pruned_type.config import LAYOUT_KEY, PrunedSettings
@@ -178,6 +178,28 @@ def test_what_stock_can_load_is_left_to_stock():
     model = swin()
     remove_blocks(model, {BLOCKS: [2, 3]})  # a pair: the others shift as before
     assert not isinstance(model.config, PrunedSettings) and model.config.depths == [2, 4]
+
+
+def test_a_plan_tells_that_its_result_needs_the_package():
+    batches = [{"pixel_values": pixels()} for _ in range(8)]
+    with pytest.warns(DeepArcWarning, match="only be loaded where deeparc_hf is installed"):
+        plan = analyze(swin(), batches, num_blocks={BLOCKS: 5}, protect=[f"{BLOCKS}.[01345]"], progress=False)
+    assert list(plan.removed[BLOCKS]) == [2]
+
+
+@pytest.mark.skipif(not hasattr(tf, "MiniMaxConfig"), reason="this transformers has no MiniMax")
+def test_kinds_that_are_asked_by_number_as_the_model_runs_are_no_case_for_dropping():
+    """The masks of MiniMax go by the config's layer_types: without block 1 others would get the wrong one."""
+    kinds = ["full_attention", "linear_attention"] * 2 + ["full_attention"]
+    config = tf.MiniMaxConfig(
+        vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, layer_types=kinds, block_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = spread(tf.MiniMaxForCausalLM(config)).eval()
+    with pytest.raises(SurgeryError, match=r"layer_types tells the kinds of model\.layers by their numbers"):
+        remove_blocks(model, {"model.layers": [1]})
+    assert len(model.model.layers) == 5 and not isinstance(model.config, PrunedSettings)
 
 
 @needs_minicpm
