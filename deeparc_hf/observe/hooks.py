@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     if isinstance(output, Tensor):
         return hidden
     if isinstance(output, (tuple, list)):
-        return type(output)((hidden, *output[1:]))
+        return _filled(output, (hidden, *output[1:]))
     return type(output)(**{key: hidden if i == 0 else value for i, (key, value) in enumerate(output.items())})
 
 
@@ -134,8 +134,13 @@ def _passed_through(output: Any, given: list[Tensor]) -> Any:
     if isinstance(output, Mapping):
         return type(output)(**{key: _passed_through(value, given) for key, value in output.items()})
     if isinstance(output, (tuple, list)):
-        return type(output)(_passed_through(value, given) for value in output)
+        return _filled(output, [_passed_through(value, given) for value in output])
     return output
+
+
+def _filled(output: tuple[Any, ...] | list[Any], values: Sequence[Any]) -> Any:
+    """A tuple, a named tuple (Reformer's blocks put out one) or a list like another, with other values."""
+    return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
 
 
 def did_not_run(stack: Stack, index: int) -> CalibrationError:
