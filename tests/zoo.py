@@ -101,8 +101,8 @@ def spread(model: nn.Module) -> nn.Module:
                 parameter.normal_(0.0, 1.5 / parameter[0].numel() ** 0.5)
             elif "gamma" in name or "lambda" in name or "layer_scale" in name:
                 parameter.fill_(1.0)  # layer scale starts near zero
-            elif name.endswith("weight") and not parameter.any():
-                parameter.fill_(1.0)  # timm starts the last norm of a residual branch at zero
+            elif name.endswith(("weight", "_scale")) and not parameter.any():
+                parameter.fill_(1.0)  # timm starts the last norm of a residual branch at zero, Gemma 3n a scale
     return model
 
 

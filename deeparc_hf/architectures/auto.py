@@ -77,21 +77,21 @@ def _counted(search: Search, lists: Sequence[tuple[str, Container]]) -> tuple[di
     for name, blocks in lists:
         if inside(name, found):
             continue  # part of a block
-        count, entries, reason = search.count(name, len(blocks))
+        count, entries, per_block, reason = search.count(name, len(blocks))
         if count is not None and _are_stages(search, name, lists):
             count, reason = None, "they hold lists of blocks themselves"
         if count is None:
             reasons[name] = reason
             continue
         pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(blocks))
-        found[name] = Stack(name, blocks, pinned, count=count, entries=entries)
+        found[name] = Stack(name, blocks, pinned, count=count, entries=entries, per_block=per_block)
     return found, reasons
 
 
 def _are_stages(search: Search, name: str, lists: Sequence[tuple[str, Container]]) -> bool:
     """Whether members of a list hold lists of blocks that are counted by themselves."""
     inner = [(path, blocks) for path, blocks in lists if path.startswith((f"{name}.0.", f"{name}.1."))]
-    return any(search.count(path, len(blocks))[0] is not None for path, blocks in inner)
+    return any(search.count(path, len(blocks)).count is not None for path, blocks in inner)
 
 
 def _counter(stack: Stack) -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ from ..core.shards import shape_of
 from ..core.tables import html_table, spans
 from ..errors import SurgeryError, UnsupportedModelError
 from .hosts import Host
+from .per_block import PerBlockTensor
 
 __all__ = [
     "BlockEntry",
@@ -124,6 +125,7 @@ class Stack:
         next_stack: name of the stack that takes this one's output directly (the next stage of a CNN), else None.
         entries: what else in the settings names its blocks.
         uncounted: where nothing counts it, why not, if that is known.
+        per_block: tensors outside of the blocks that have a part for each of them.
     """
 
     name: str
@@ -134,6 +136,7 @@ class Stack:
     next_stack: str | None = None
     entries: tuple[BlockEntry, ...] = ()
     uncounted: str = ""
+    per_block: tuple[PerBlockTensor, ...] = ()
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,6 +21,7 @@ from .base import BlockEntry, Container, CountKey, Stack, nested, signature_pins
 from .entries import asked_for, entries_of, follow, named, names_stages, trials, usual
 from .hosts import Host
 from .layout import Layout
+from .per_block import PerBlockTensor, find_per_block
 from .skeleton import differing, state_shapes
 
 __all__ = ["CHAIN", "Search", "containers", "inside", "shrink_stages", "uncounted"]
@@ -94,6 +95,22 @@ def _are_plainly_blocks(members: list[nn.Module], names: re.Pattern[str]) -> boo
     return len(members) > 1 and free > 1 and bool(modern or named)
 
 
+class Counted(NamedTuple):
+    """What counts a stack.
+
+    Attributes:
+        count: the entry; None if there is none.
+        entries: those that name its blocks.
+        per_block: tensors outside of it that have a part for each block.
+        reason: where an entry nearly counts it, why not.
+    """
+
+    count: CountKey | None = None
+    entries: tuple[BlockEntry, ...] = ()
+    per_block: tuple[PerBlockTensor, ...] = ()
+    reason: str = ""
+
+
 class Search:
     """Looks for the entry that counts a stack, and for those that name its blocks, in the settings of one model.
 
@@ -108,18 +125,13 @@ class Search:
         self._shapes = state_shapes(skeleton)
         self._built: dict[str, Shapes | None] = {}
 
-    def count(
-        self, name: str, length: int, keys: Sequence[CountKey] | None = None
-    ) -> tuple[CountKey | None, tuple[BlockEntry, ...], str]:
+    def count(self, name: str, length: int, keys: Sequence[CountKey] | None = None) -> Counted:
         """The entry that counts a stack's blocks and nothing else, and the entries that name its blocks.
 
         Args:
             name: path of the list of blocks.
             length: how many there are.
             keys: entries that may count them; default: all whose value is this number, the likely ones first.
-
-        Returns:
-            The entry (None if there is none), the entries that name blocks, and where one nearly counts them, why not.
         """
         attempt = _Attempt(self, name, length)
         for count in _count_candidates(self.settings, length) if keys is None else keys:
@@ -130,10 +142,10 @@ class Search:
                     break  # a list more or less would not make it count these blocks
                 proven = attempt.proven(count, entries, following) if verdict == "counts" else None
                 if proven is not None:
-                    return count, tuple(proven), ""
+                    return Counted(count, tuple(proven), attempt.per_block)
                 if verdict == "counts":
-                    return None, (), CHAIN
-        return None, (), attempt.near
+                    return Counted(reason=CHAIN)
+        return Counted(reason=attempt.near)
 
     def shapes(self, settings: dict[str, Any]) -> Shapes | None:
         """Shapes of a build of other settings; None if there is none."""
@@ -156,6 +168,7 @@ class _Attempt:
         self.search, self.name, self.length = search, name, length
         self.settings, self.skeleton = search.settings, search.skeleton
         self.near = ""  # why an entry that changes the number of the blocks does not count them
+        self.per_block: tuple[PerBlockTensor, ...] = ()
 
     def judge(self, count: CountKey, following: Sequence[BlockEntry]) -> Literal["counts", "other", "unclear"]:
         """Whether the count changes this stack alone, where these entries follow; "other": it does not change it."""
@@ -170,6 +183,8 @@ class _Attempt:
             expected, found = (shapes, built) if length > 1 else (built, shapes)
             layout = Layout({name: max(length, 2)}, {name: kept if length > 1 else (0,)})
             renamed = layout.renamed_keys(expected)
+            self.per_block = self._shortened(renamed, found, len(kept))
+            renamed |= {tensor.path: found[tensor.path] for tensor in self.per_block}
             if renamed == found and len(found) < len(expected):
                 return "counts"
             blocks = {key[len(name) + 1 :].partition(".")[0] for key in built if key.startswith(f"{name}.")}
@@ -178,6 +193,13 @@ class _Attempt:
             odd = sorted(key for key in renamed.keys() | found.keys() if renamed.get(key) != found.get(key))
             self.near = self.near or f"{count} counts them, but {odd[0] if odd else 'nothing'} changes with it"
         return "unclear"
+
+    def _shortened(self, whole: Shapes, found: Shapes, left: int) -> tuple[PerBlockTensor, ...]:
+        """Tensors outside of the stack that have a part for each of its blocks."""
+        if self.length == 1:
+            return ()
+        outside = {path: shape for path, shape in whole.items() if not path.startswith(f"{self.name}.")}
+        return tuple(find_per_block(outside, found, self.length, left))
 
     def _without(self, count: CountKey, following: Sequence[BlockEntry], kept: Sequence[int]) -> dict[str, Any]:
         """The settings with these blocks only."""

@@ -5,8 +5,9 @@ show what a reload would do differently.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from ..core.compat import unsaved_buffers
 from ..core.shards import shape_of
 from .layout import Layout
+from .per_block import PerBlockTensor, left_by_path
 
 __all__ = ["Differences", "Memory", "Part", "compare", "differing", "parts", "state_shapes"]
 
@@ -86,13 +88,24 @@ class Memory:
         self.state_shapes = functools.lru_cache(maxsize=4)(state_shapes)
 
 
-def compare(before: nn.Module, after: nn.Module, layout: Layout, memory: Memory | None = None) -> Differences:
-    """Compare the skeletons of the settings before and after a removal."""
+def compare(
+    before: nn.Module,
+    after: nn.Module,
+    layout: Layout,
+    memory: Memory | None = None,
+    per_block: Mapping[str, Sequence[PerBlockTensor]] = types.MappingProxyType({}),
+) -> Differences:
+    """Compare the skeletons of the settings before and after a removal.
+
+    Args:
+        per_block: by stack, the tensors that have a part for each block, and are shorter after it.
+    """
     found = Differences()
     stacks = tuple(layout.kept)
     read = parts if memory is None else memory.parts
     own, new = read(before, stacks), read(after, stacks)
     names = {name: layout.renamed(name) for name in own}
+    shortened = left_by_path(per_block, layout)
     new_names = {name for name in names.values() if name is not None}
     extra = sorted(name for name, part in new.items() if name not in new_names and not part.neutral)
     if extra:
@@ -113,9 +126,19 @@ def compare(before: nn.Module, after: nn.Module, layout: Layout, memory: Memory 
                 f"{old_name} is a {part.kind}, but a reload would build a {counterpart.kind} in its place"
             )
         elif counterpart != part:
-            found.problems += _misshapen(old_name, part, counterpart)
+            found.problems += _misshapen(old_name, _shortened(old_name, part, shortened), counterpart)
             _compare_attributes(old_name, part, counterpart, layout, found)
     return found
+
+
+def _shortened(name: str, part: Part, shortened: Mapping[str, tuple[PerBlockTensor, int, tuple[int, ...]]]) -> Part:
+    """A part with the shapes that its tensors have after the removal."""
+    shapes = dict(part.shapes)
+    for key, shape in part.shapes.items():
+        tensor, length, kept = shortened.get(f"{name}.{key}" if name else key, (None, 0, ()))
+        if tensor is not None:
+            shapes[key] = tensor.shape_left(shape, length, len(kept))
+    return replace(part, shapes=shapes)
 
 
 def differing(

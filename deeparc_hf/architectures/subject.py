@@ -13,6 +13,7 @@ from torch import nn
 from .base import Family, Stack, family_of
 from .hosts import Host, find_host
 from .layout import Layout
+from .per_block import PerBlockTensor
 
 __all__ = ["Subject", "describe"]
 
@@ -48,6 +49,11 @@ class Subject:
     def lengths(self) -> dict[str, int]:
         """By stack name, the number of blocks when the model was described."""
         return {name: len(blocks) for name, blocks in self._blocks.items()}
+
+    @property
+    def per_block(self) -> dict[str, tuple[PerBlockTensor, ...]]:
+        """By stack name, the tensors outside of it that have a part for each of its blocks."""
+        return {name: stack.per_block for name, stack in self.stacks.items()}
 
     def is_current(self) -> bool:
         """Whether the model still has the blocks that were described. It costs next to nothing to ask."""

@@ -146,7 +146,8 @@ def _counted(host: Host, shapes: Mapping[str, Any], group: Group, key: CountKey)
     search = Search(host, settings, skeleton)
     for index, (name, container) in enumerate(group):
         own = dataclasses.replace(key, index=index if isinstance(key.whole, tuple) else None)
-        count, entries, _ = search.count(name, len(container), [own])
-        if count is not None:
-            pins = stage_pins if count.index is not None else signature_pins
-            yield Stack(name, container, pins(list(container)), count=count, entries=entries)
+        found = search.count(name, len(container), [own])
+        if found.count is not None:
+            pins = stage_pins if found.count.index is not None else signature_pins
+            pinned = pins(list(container))
+            yield Stack(name, container, pinned, count=found.count, entries=found.entries, per_block=found.per_block)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 from ..architectures import Layout, Subject, describe
 from ..architectures.generation import follow_generation
 from ..architectures.hosts import RECORD_KEY, copy_attention
+from ..architectures.per_block import PerBlockTensor, left_by_path
 from ..architectures.skeleton import compare
 from ..core.compat import builder_of
 from ..core.transaction import Transaction
@@ -83,7 +84,7 @@ def load_pruned(
         {**record.to_dict(), "base_model": record.base_model or base, "base_revision": record.base_revision or commit},
     )
     folder_or_id = str(base_repo_or_path)
-    state = _read(subject, folder_or_id, layout, hub)
+    state = _read(subject, folder_or_id, layout, hub, {} if left else subject.per_block)
     wants_info = kwargs.pop("output_loading_info", False)
     cls: Any = class_with_dropped_blocks(cast(Hashable, type(full))) if left else type(full)
     model, info = cls.from_pretrained(None, config=pruned, state_dict=state, output_loading_info=True, **kwargs)
@@ -170,7 +171,7 @@ def _settings(subject: Subject, layout: Layout, dropped: bool) -> dict[str, Any]
         )
     try:
         _, settings = subject.shrunk_settings(layout)
-        problems = compare(subject.root, host.build(settings), layout).problems
+        problems = compare(subject.root, host.build(settings), layout, per_block=subject.per_block).problems
     except Exception as error:
         problems = [f"{type(error).__name__}: {error}"]
     if not problems:
@@ -190,17 +191,26 @@ def _require_blocks(missing: Iterable[str], base: str, layout: Layout) -> None:
         )
 
 
-def _read(subject: Subject, base: str, layout: Layout, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read(
+    subject: Subject,
+    base: str,
+    layout: Layout,
+    hub: Mapping[str, Any],
+    per_block: Mapping[str, Sequence[PerBlockTensor]],
+) -> dict[str, Tensor]:
     """The tensors that stay, under the keys of the smaller checkpoint."""
     namer = subject.host.key_namer()
     state: dict[str, Tensor] = {}
+    shortened = left_by_path(per_block, layout)
     for keys, file in weight_files(base, hub, lambda key: new_key(key, namer, layout) is not None):
         try:
             with safe_open(file, framework="pt") as handle:
                 for key in keys or handle.keys():
                     new = new_key(key, namer, layout)
                     if new is not None:
-                        state[new] = handle.get_tensor(key)
+                        stored = handle.get_tensor(key)
+                        tensor, length, kept = shortened.get(namer(key), (None, 0, ()))
+                        state[new] = stored if tensor is None else tensor.left(stored, length, kept)
         except SafetensorError as error:
             raise RecordError(
                 f"{file.name} of {base} cannot be read as safetensors: {error}. Download it again."

@@ -46,6 +46,7 @@ def description_of(model: nn.Module) -> dict[str, Any]:
                 "pinned": {str(index): reason for index, reason in stack.pinned.items()},
                 "beyond_settings": {str(index): reason for index, reason in refused.get(name, {}).items()},
                 "parameters": [count_parameters(block) for block in stack.blocks],
+                "per_block": [tensor.path for tensor in stack.per_block],
             }
             for name, stack in subject.stacks.items()
         },
@@ -101,6 +102,7 @@ def _lines(description: Mapping[str, Any]) -> list[str]:
             first = last + 1
         lines += [f"  block {index} is pinned: {plain(reason)}" for index, reason in stack["pinned"].items()]
         lines += _beyond_settings(stack, description["droppable"])
+        lines += [f"  a block takes its part of {plain(path)} with it" for path in stack["per_block"]]
     lines += [f"outside the stacks: {_short(max(0, total - inside))}", ""]
     record = description["record"]
     if record is None:

@@ -165,6 +165,12 @@ class DiskSurgery:
         else:
             remove_blocks(frame, what, freeze, verify=False)
             removed = {name: sorted(blocks) for name, blocks in what.items() if len(blocks)}
+        for name in removed:
+            for tensor in whole.stacks[name].per_block:
+                raise UnsupportedModelError(
+                    f"{tensor.path} of {base} has a part for each block of {name}, and tensors are copied from file to "
+                    "file as they are. Load the model and call remove_blocks or prune_model on it."
+                )
         return cls(frame, removed, healings or (), base, hub, namer, Layout.without(lengths, removed))
 
     def write(

@@ -135,7 +135,7 @@ def _by_settings(
         after = subject.host.build(shrunk)
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    differences = compare(before, after, layout, memory)
+    differences = compare(before, after, layout, memory, subject.per_block)
     if differences.problems:
         return None, differences.problems[0]
     return Builds(settings, shrunk, before, after, differences.updates), ""

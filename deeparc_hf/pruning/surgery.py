@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures import Layout, Stack, Subject, describe
@@ -21,6 +21,7 @@ from ..errors import ConfigError, PlanError, SurgeryError
 from .freezing import freeze_blocks
 from .plan import PruningPlan, freezing_set
 from .rebuild import require_told, skeletons, tell_package, tell_unproven
+from .shorten import Shortening
 from .verify import expect
 
 __all__ = ["apply_plan", "follow_record", "forget_parameters", "refuse_wrapped", "remove_blocks", "require_fitting"]
@@ -194,11 +195,12 @@ def _freezes_inputs(record: PrunedConfig) -> bool:
 def forget_parameters(
     optimizer: torch.optim.Optimizer,
     removed: Iterable[nn.Parameter],
-    frozen: Iterable[nn.Parameter] = (),
+    stateless: Iterable[Tensor] = (),
     transaction: Transaction | None = None,
 ) -> None:
     """Make a live optimizer forget parameters: removed ones leave their group (the groups stay, for a scheduler's
-    rates), frozen ones lose only their state, so that group sizes agree when training is resumed.
+    rates), those that are frozen or become shorter lose only their state, so that group sizes agree when training is
+    resumed.
     """
     groups = [list(group["params"]) for group in optimizer.param_groups]
     state = dict(optimizer.state)
@@ -214,7 +216,7 @@ def forget_parameters(
     gone = {id(p) for p in removed}
     for group in optimizer.param_groups:
         group["params"][:] = [p for p in group["params"] if id(p) not in gone]
-    forgotten = gone | {id(p) for p in frozen}
+    forgotten = gone | {id(p) for p in stateless}
     for parameter in [p for p in optimizer.state if id(p) in forgotten]:
         del optimizer.state[parameter]
 
@@ -243,7 +245,8 @@ def _operate(
         counted = builds.before
         if isinstance(counted, PreTrainedModel):
             counted.tie_weights()
-    entry = {**(entry or {}), "parameters": _parameters(counted, step)}
+    shortening = Shortening(subject, step, by_package=builds.by_package)
+    entry = {**(entry or {}), "parameters": _parameters(counted, step, shortening.fewer())}
     if builds.by_package:
         entry["dropped"] = True
     record = known or current_record(subject).compose(step, entry)
@@ -260,10 +263,12 @@ def _operate(
             transaction.set(host.root.get_submodule(path), attribute, value)
         for name in removed:
             transaction.keep_children(stacks[name].container, [modules[name][i] for i in step.kept[name]])
+        shortening.carry_out(transaction)
         if expectation is not None:
             expectation.check()
             if not builds.by_package:
                 require_told(subject, builds, expectation)
+                shortening.require_told(expectation)
         if known is None and builds.by_package:
             tell_package(subject, builds)
         elif known is None:
@@ -274,7 +279,9 @@ def _operate(
         if optimizer is not None:
             lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
             still_used = {id(p) for p in host.root.parameters()}
-            forget_parameters(optimizer, [p for p in lost if id(p) not in still_used], changed, transaction)
+            forget_parameters(
+                optimizer, [p for p in lost if id(p) not in still_used], [*changed, *shortening.tensors], transaction
+            )
         if known is None:
             record = record.with_mark(mark_of_model(host.root))
             host.set_record(record.to_dict())
@@ -283,10 +290,14 @@ def _operate(
     return record
 
 
-def _parameters(root: nn.Module, step: Layout) -> dict[str, int]:
-    """Number of parameters before and after a removal; what the blocks that go share with others stays."""
+def _parameters(root: nn.Module, step: Layout, fewer: Mapping[int, int]) -> dict[str, int]:
+    """Number of parameters before and after a removal; what the blocks that go share with others stays.
+
+    Args:
+        fewer: how many numbers a tensor outside of them loses, by its `id`.
+    """
     paths = step.renamed_keys(dict(root.named_parameters(remove_duplicate=False)))
-    left = {id(parameter): parameter.numel() for parameter in paths.values()}
+    left = {id(parameter): parameter.numel() - fewer.get(id(parameter), 0) for parameter in paths.values()}
     return {"before": sum(p.numel() for p in root.parameters()), "after": sum(left.values())}
 
 

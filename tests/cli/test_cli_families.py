@@ -10,6 +10,7 @@ import transformers as tf
 
 from deeparc_hf.architectures import families
 from deeparc_hf.cli import main
+from tests.zoo import TEXT
 
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 6], "num_heads": [2, 4], "window_size": 2}
 
@@ -38,3 +39,12 @@ def test_inspect_tells_which_blocks_no_setting_leaves_out(swin, capsys):
     assert all("shift_size" in reason for reason in stack["beyond_settings"].values())
     assert main(["inspect", str(swin)]) == 0
     assert "no setting leaves out block 0-4 alone; where deeparc_hf is installed" in capsys.readouterr().out
+
+
+def test_inspect_tells_which_tensors_a_block_takes_its_part_of(tmp_path, capsys):
+    tf.EsmForSequenceClassification(tf.EsmConfig(**TEXT, pad_token_id=0, mask_token_id=1)).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    (stack,) = json.loads(capsys.readouterr().out)["stacks"].values()
+    assert stack["per_block"] == ["esm.contact_head.regression.weight"]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "a block takes its part of esm.contact_head.regression.weight with it" in capsys.readouterr().out
