@@ -25,14 +25,19 @@ def versions() -> dict[str, str]:
 
 
 def row_of(row: Row) -> dict[str, Any]:
-    """A row as it is kept: what became of each removal, and for each stack the first reason why one was refused."""
+    """A row as it is kept: what became of each removal, and of what is done with a pruned model, and for each stack the
+    first reason why something was refused.
+    """
     kept: dict[str, Any] = {"model": row.model, "state": row.state}
     if row.reason:
         kept["reason"] = row.reason[:_LONGEST_REASON]
     for name, stack in row.stacks.items():
         entry = {key: stack[key] for key in ("blocks", "pinned")}
         entry["removals"] = {removal: result for removal, (result, _) in stack["removals"].items()}
-        why = next((why for result, why in stack["removals"].values() if result == "refused"), "")
+        tried = [*stack["removals"].values(), *stack.get("uses", {}).values()]
+        why = next((why for result, why in tried if result == "refused"), "")
+        if "uses" in stack:
+            entry["uses"] = {use: result for use, (result, _) in stack["uses"].items()}
         kept.setdefault("stacks", {})[name] = {**entry, **({"why": why[:_LONGEST_REASON]} if why else {})}
     return kept
 
@@ -57,7 +62,8 @@ def verdict(row: Mapping[str, Any]) -> str:
     "refused", "nothing to remove", the state, or a fault.
     """
     found = results(row)
-    fault = next((fault for fault in BAD if fault in found), None)
+    done = [result for stack in row.get("stacks", {}).values() for result in stack.get("uses", {}).values()]
+    fault = next((fault for fault in BAD if fault in found or fault in done), None)
     if fault is not None or row["state"] != "tried":
         return fault or str(row["state"])
     if not found:
@@ -86,6 +92,34 @@ _MEANING = {
 }
 
 
+_USES = {
+    "training": "a forward and a backward pass, with activation checkpointing: the gradients are those without",
+    "healing": "`heal_model`, and a load as above",
+    "sparsifying": "`sparsify_model` (Wanda, half of the weights), and a load as above",
+}
+_RESULTS = {
+    "yes": "runs",
+    "refused": "is refused, with the reason",
+    "not offered": "runs; the type has no activation checkpointing",
+    "nor unpruned": "nor does the unpruned model",
+}
+
+
+def _uses(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A table of what is done with pruned models."""
+    stacks = [stack["uses"] for row in rows for stack in row.get("stacks", {}).values() if "uses" in stack]
+    lines = [
+        f"With the first pruned model of each of {len(stacks)} stacks:",
+        "",
+        f"| what | {' | '.join(_RESULTS.values())} |",
+        f"| --- | {' | '.join('---:' for _ in _RESULTS)} |",
+    ]
+    for use, meaning in _USES.items():
+        found = Counter(stack[use] for stack in stacks)
+        lines.append(f"| {meaning} | {' | '.join(str(found[result]) for result in _RESULTS)} |")
+    return lines
+
+
 def page(kept: Mapping[str, Any]) -> str:
     """The page "Which models"."""
     rows, made = kept["types"], kept["versions"]
@@ -105,6 +139,7 @@ def page(kept: Mapping[str, Any]) -> str:
     ]
     order = [*_ORDER, *sorted(found.keys() - set(_ORDER))]
     lines += [f"| {what} | {found[what]} | {_MEANING.get(what, 'a fault')} |" for what in order if found[what]]
+    lines += ["", *_uses(rows.values())]
     lines += ["", "| type | class | what | stacks (blocks) | why not all |", "| --- | --- | --- | --- | --- |"]
     for kind, row in rows.items():
         stacks = row.get("stacks", {})

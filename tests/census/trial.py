@@ -29,6 +29,7 @@ from deeparc_hf.pruned_type.models import auto_class_for
 from ..stock import StockError, StockProcess, aligned, flattened, generated
 from . import tiny
 from .inputs import NoInputsError, inputs_for, run
+from .uses import uses
 
 __all__ = ["Loaders", "Row", "removals", "try_model", "try_type"]
 
@@ -48,7 +49,8 @@ class Row:
         model: the class that was built, or "" if none could be.
         state: "tried", or why nothing was: "not built", "no inputs", "stock differs", "refused", "crash".
         reason: of that state.
-        stacks: by name, the number of blocks, how many are pinned, and by removal what became of it and why.
+        stacks: by name, the number of blocks, how many are pinned, by removal what became of it and why, and what can
+            be done with the first that is good.
     """
 
     kind: str
@@ -63,12 +65,15 @@ class Row:
     def results(self) -> list[str]:
         return [result for stack in self.stacks.values() for result, _ in stack["removals"].values()]
 
+    def uses(self) -> list[str]:
+        return [result for stack in self.stacks.values() for result, _ in stack.get("uses", {}).values()]
+
     @property
     def verdict(self) -> str:
         """ "whole", "in part", "refused", or the fault."""
         results = self.results()
         for fault in BAD:
-            if fault in results or self.state == fault:
+            if fault in results or fault in self.uses() or self.state == fault:
                 return fault
         if self.state != "tried":
             return self.state
@@ -116,7 +121,7 @@ class Loaders:
 
 
 def try_type(kind: str, loaders: Loaders, only: Sequence[str] | None = None) -> Row:
-    """Try all removals on one type, or only some (of `removals`)."""
+    """Try all removals on one type, and what is done with its pruned models; or only some (of `removals`)."""
     row = Row(kind)
     try:
         model = tiny.build(kind)
@@ -154,8 +159,12 @@ def try_model(
         return row
     for name, stack in stacks.items():
         asked = {what: blocks for what, blocks in removals(stack).items() if only is None or what in only}
-        found = {what: _try(model, name, blocks, inputs, loaders) for what, blocks in asked.items()}
-        row.stacks[name] = {"blocks": len(stack), "pinned": len(stack.pinned), "removals": found}
+        row.stacks[name] = entry = {"blocks": len(stack), "pinned": len(stack.pinned), "removals": {}}
+        for what, blocks in asked.items():
+            pruned, result = _try(model, name, blocks, inputs, loaders)
+            entry["removals"][what] = result
+            if only is None and result[0] in GOOD and "uses" not in entry:
+                entry["uses"] = uses(pruned, model, inputs, lambda changed: _reload_problem(changed, inputs, loaders))
     return row
 
 
@@ -166,17 +175,26 @@ def _stock_state(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) 
         return "stock differs", "two passes of the unpruned model differ"
     if not first or not all(value.isfinite().any() for value in first.values()):
         return "stock differs", "the unpruned model puts out no finite number"
-    try:
-        problem = _reloaded(model, inputs, loaders)
-    except StockError as error:
-        return "stock differs", _short(str(error).strip().splitlines()[-1])
+    problem = _reload_problem(model, inputs, loaders)
     return ("stock differs", problem) if problem else ("tried", "")
 
 
 def _try(
     model: nn.Module, name: str, blocks: Sequence[int], inputs: Mapping[str, Any], loaders: Loaders
-) -> tuple[str, str]:
+) -> tuple[nn.Module, tuple[str, str]]:
+    """The pruned model, and what became of it."""
     pruned = copy.deepcopy(model)
+    return pruned, _outcome(pruned, model, name, blocks, inputs, loaders)
+
+
+def _outcome(
+    pruned: nn.Module,
+    model: nn.Module,
+    name: str,
+    blocks: Sequence[int],
+    inputs: Mapping[str, Any],
+    loaders: Loaders,
+) -> tuple[str, str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -196,11 +214,16 @@ def _try(
     problem = _different(expected, found)
     if problem:
         return "wrong", problem
-    try:
-        problem = _reloaded(pruned, inputs, loaders)
-    except StockError as error:
-        problem = _short(str(error).strip().splitlines()[-1])
+    problem = _reload_problem(pruned, inputs, loaders)
     return ("reload", problem) if problem else ("package" if by_package(pruned) else "stock", "")
+
+
+def _reload_problem(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) -> str:
+    """How a model differs from what another process loads of it, if it does, or why that process cannot."""
+    try:
+        return _reloaded(model, inputs, loaders)
+    except StockError as error:
+        return _short(str(error).strip().splitlines()[-1])
 
 
 @contextmanager
@@ -216,7 +239,8 @@ def bypassed(model: nn.Module, name: str, blocks: Sequence[int]) -> Iterator[tup
         def forward(*args: Any, _index: int = index, _original: Any = original, **kwargs: Any) -> Any:
             ran.add(_index)
             given = [value.clone() for value in _tensors((args, kwargs))]
-            return _replaced(_original(*args, **kwargs), given)
+            named = {key: value.clone() for key, value in kwargs.items() if isinstance(value, Tensor)}
+            return _replaced(_original(*args, **kwargs), given, named)
 
         block.forward = forward  # type: ignore[method-assign]
     yield model, ran
@@ -234,17 +258,22 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _replaced(output: Any, given: list[Tensor]) -> Any:
-    """An output with the tensors that were given, each once, in place of those of their form."""
+def _replaced(output: Any, given: list[Tensor], named: Mapping[str, Tensor]) -> Any:
+    """An output with the tensors that were given, each once, in place of those of their form; where it has names, of
+    the same name (Reformer puts out its two streams in the other order).
+    """
     if isinstance(output, Tensor):
         for place, value in enumerate(given):
             if value.shape == output.shape and value.dtype == output.dtype:
                 return given.pop(place)
         return output
     if isinstance(output, Mapping):
-        return type(output)(**{key: _replaced(value, given) for key, value in output.items()})
+        return type(output)(**{key: _replaced(value, given, named) for key, value in output.items()})
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        pairs = zip(output._fields, output, strict=True)
+        return type(output)(*(named[key] if key in named else _replaced(value, given, {}) for key, value in pairs))
     if isinstance(output, (tuple, list)):
-        return type(output)(_replaced(value, given) for value in output)
+        return type(output)(_replaced(value, given, named) for value in output)
     return output
 
 
