@@ -168,6 +168,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[0, 0], [2, 1]],
         "image_grid_pinpoints": [[64, 128], [128, 64]],
     },
+    # halfway its encoder hears itself: with an odd depth it does so at the same place after one layer less
+    "granite_speech5_encoder": {"num_hidden_layers": 5},
     "granitemoehybrid": _layers("linear_attention", "full_attention"),
     "hgnet_v2": {
         "hidden_sizes": [32, 64, 64, 64],
@@ -201,7 +203,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lw_detr": {"projector_scale_factors": [1.0], **SPREAD_OUT},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "maskformer-swin": SWIN,
-    "mimi": MIMI,
+    "mimi": {**MIMI, "vector_quantization_hidden_dimension": 64},
     "mimi_decoder": MIMI,
     "mimi_encoder": MIMI,
     "mimo_v2_flash": {
@@ -215,7 +217,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minicpmv4_7": {"image_token_id": 310},
     "mistral3": {"vision_config": {"head_dim": 16}},
     "mllama": {"vision_config": {"intermediate_layers_indices": [1, 3], "vision_output_dim": 192}},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}, "vision_config": {"image_size": [56, 56]}},
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "muse_glimmer": {"out_hidden_size": 256},
@@ -304,6 +306,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tipsv2_dpt": SPREAD_OUT,
     "tvp": {"visual_prompt_size": 8},
     "unlimited_ocr": {"vision_config": {"sam_config": {"output_channels": 32, "downsample_channels": [64, 64]}}},
+    "uvdoc": {"backbone_config": {"out_indices": [1, 2, 3, 4, 5, 6]}},
     "vibevoice_acoustic_tokenizer": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 2},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},

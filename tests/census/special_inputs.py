@@ -398,8 +398,62 @@ def _note(model: nn.Module) -> Inputs:
     }
 
 
+def _video_llava(model: nn.Module) -> Inputs:
+    """An image and a video, each seen by a tower of its own."""
+    config, vision, frames = model.config, model.config.vision_config, 2
+    patches = (vision.image_size // vision.patch_size) ** 2
+    shown = torch.full((1, frames * (patches + 1)), config.video_token_id)  # with the class token of each frame
+    ids = torch.cat([_text(config.image_token_id, patches)["input_ids"], shown, _words(3)], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": _image(vision, 1),
+        "pixel_values_videos": _image(vision, 1, frames),
+    }
+
+
+def _pooled(model: nn.Module) -> Inputs:
+    """The patches of one crop, four of which are pooled to a token."""
+    config, vision = model.config, model.config.vision_config
+    side = vision.image_size[0] // vision.patch_size
+    places = torch.arange(side**2).reshape(side // 2, 2, side // 2, 2).transpose(1, 2).reshape(-1, 4)
+    text = _text(config.image_token_id, len(places))
+    return {
+        **text,
+        "pixel_values": _noise(1, side**2, vision.num_channels * vision.patch_size**2),
+        "image_token_pooling": places,
+        "image_grids": torch.tensor([[side // 2, side // 2, 0, 0]]),
+        "mm_token_type_ids": (text["input_ids"] == config.image_token_id).long(),
+    }
+
+
+def _inkling_mm(model: nn.Module) -> Inputs:
+    """Patches, each as large as a token of the text, with their times in front and their channels behind."""
+    vision = model.config.vision_config
+    patches = _noise(4, vision.temporal_patch_size, vision.patch_size, vision.patch_size, vision.num_channels)
+    return {**_text(model.config.image_token_id, len(patches)), "pixel_values": patches}
+
+
+def _apertus(model: nn.Module) -> Inputs:
+    """An image and sound, which become words of the text."""
+    config, side, codes = model.config, 64, 4
+    samples = codes * config.audio_config.hop_length
+    pictured = (side // config.vision_config.spatial_scale_factor) ** 2
+    ids = _text(config.image_token_id, pictured)["input_ids"]
+    ids = torch.cat([ids, torch.full((1, codes), config.audio_token_id), _words(3)], dim=1)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": _noise(1, 3, side, side),
+        "image_sizes": torch.tensor([[side, side]]),
+        "input_values": _noise(1, 1, samples),
+        "padding_mask": torch.ones(1, samples, dtype=torch.long),
+    }
+
+
 # by model type, a function of the model
 INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
+    "apertus1p5": _apertus,
     "aria": _aria,
     "autoformer": _forecast,
     "blip-2": _blip,
@@ -422,6 +476,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "inkling2": _inkling,
     "inkling2_loop": _inkling,
     "inkling2_vision": _inkling,
+    "inkling_mm_model": _inkling_mm,
     "instructblip": _blip,
     "instructblipvideo": _blip_video,
     "jev": _jev,
@@ -433,6 +488,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "llava_onevision": _tiles,
     "lxmert": _lxmert,
     "mllama": _tiled,
+    "molmo2": _pooled,
     "muse_glimmer_assistant": _assistant,
     "musicgen": _music,
     "musicgen_melody": _music,
@@ -453,6 +509,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "tvp": _film,
     "vibevoice_acoustic_tokenizer_decoder": _latents,
     "vibevoice_acoustic_tokenizer_encoder": _samples,
+    "video_llava": _video_llava,
     "voxtral_realtime": _realtime,
     "xcodec2": _two_ways,
     "xmod": _xmod,
