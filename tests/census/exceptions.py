@@ -217,7 +217,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "minicpmv4_7": {"image_token_id": 310},
     "mistral3": {"vision_config": {"head_dim": 16}},
     "mllama": {"vision_config": {"intermediate_layers_indices": [1, 3], "vision_output_dim": 192}},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1]}, "vision_config": {"image_size": [56, 56]}},
+    "molmo2": {
+        "image_patch_id": 310,
+        "adapter_config": {"vision_feature_layer": [3, 1]},
+        "vision_config": {"image_size": [56, 56]},
+    },
     "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "muse_glimmer": {"out_hidden_size": 256},
@@ -329,4 +333,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zoedepth": {"bottleneck_features": 64, **SPREAD_OUT},
 }
 # the class to build, where it is not that of the first task
-CLASSES: dict[str, str] = {}
+# the whole of these only generates, or cannot run: a part does, which takes its own config
+CLASSES: dict[str, str] = {
+    "bark": "BarkSemanticModel",
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}

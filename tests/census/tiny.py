@@ -193,16 +193,25 @@ def build(kind: str, seed: int = 0) -> nn.Module:
     problems = []
     for left_out in _choices():
         try:
-            config = tiny_config(kind, left_out)
             with torch.device("meta"):
-                size = sum(p.numel() for p in cls(config).parameters())
+                size = sum(p.numel() for p in cls(_taken(kind, left_out)).parameters())
             if size > 30_000_000:
                 raise NotBuiltError(f"{size:,} parameters")
             torch.manual_seed(seed)
-            return as_trained(spread(cls(tiny_config(kind, left_out)))).eval()
+            return as_trained(spread(cls(_taken(kind, left_out)))).eval()
         except Exception as error:
             problems.append(f"{type(error).__name__}: {error}")
     raise NotBuiltError(problems[0])
+
+
+def _taken(kind: str, left_out: tuple[str, ...]) -> PreTrainedConfig:
+    """What the class that is built takes: the config of its type, or the part that an exception builds of it."""
+    config = tiny_config(kind, left_out)
+    if kind not in CLASSES:
+        return config
+    wanted = _config_class(getattr(tf, CLASSES[kind]))
+    part: PreTrainedConfig = next(value for value in (config, *vars(config).values()) if type(value) is wanted)
+    return part
 
 
 def tiny_config(kind: str, left_out: tuple[str, ...] = ()) -> PreTrainedConfig:
