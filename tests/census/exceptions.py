@@ -336,6 +336,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # the whole of these only generates, or cannot run: a part does, which takes its own config
 CLASSES: dict[str, str] = {
     "bark": "BarkSemanticModel",
+    "llama4": "Llama4ForCausalLM",
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "sam3_video": "Sam3Model",
 }

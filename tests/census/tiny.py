@@ -198,7 +198,10 @@ def build(kind: str, seed: int = 0) -> nn.Module:
             if size > 30_000_000:
                 raise NotBuiltError(f"{size:,} parameters")
             torch.manual_seed(seed)
-            return as_trained(spread(cls(_taken(kind, left_out)))).eval()
+            model = as_trained(spread(cls(_taken(kind, left_out)))).eval()
+            if getattr(model, "generation_config", None) is not None:
+                model.generation_config.return_dict_in_generate = False  # tokens alone can be held against others
+            return model
         except Exception as error:
             problems.append(f"{type(error).__name__}: {error}")
     raise NotBuiltError(problems[0])
