@@ -92,6 +92,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "depth_anything": SPREAD_OUT,
     "depth_pro": {"intermediate_hook_ids": [3, 1]},
+    "diffusion_gemma": {"canvas_length": 16},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "donut-swin": SWIN,
     "dory": {

@@ -451,6 +451,20 @@ def _apertus(model: nn.Module) -> Inputs:
     }
 
 
+def _canvas(model: nn.Module) -> Inputs:
+    """Text with an image as patches with their places, nine of which are pooled to a token."""
+    config, side = model.config, 6
+    vision = config.vision_config
+    text = _text(config.image_token_id, side**2 // vision.pooling_kernel_size**2)
+    return {
+        **text,
+        "mm_token_type_ids": (text["input_ids"] == config.image_token_id).long(),
+        "pixel_values": _noise(1, side**2, 3 * vision.patch_size**2),
+        "image_position_ids": torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1).unsqueeze(0),
+        "decoder_input_ids": _words(config.canvas_length),
+    }
+
+
 # by model type, a function of the model
 INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "apertus1p5": _apertus,
@@ -461,6 +475,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "clap": _clap,
     "decision_transformer": _decision,
     "deepseek_vl_hybrid": _high_resolution,
+    "diffusion_gemma": _canvas,
     "dots3_note": _note,
     "evolla": _protein,
     "flava": _flava,
