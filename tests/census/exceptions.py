@@ -244,6 +244,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "encoder_in_channels": [32, 48, 192],
         "vision_features_channels": [64, 64, 64],
     },
+    # what fits the one width to the other is no module of the model, and not saved with it
+    "oneformer": {"conv_dim": 64, "mask_dim": 64},
     "paddleocr_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
     "pe_video_encoder": {"vision_config": TIMM_VIT},
     "perceiver": {"d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 4},

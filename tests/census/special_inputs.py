@@ -465,6 +465,17 @@ def _canvas(model: nn.Module) -> Inputs:
     }
 
 
+def _voice(model: nn.Module) -> Inputs:
+    """Text with sound, as samples."""
+    config, heard = model.config, 4
+    samples = heard * config.audio_config.hop_length
+    return {
+        **_text(config.audio_token_id, heard),
+        "input_values": _noise(1, 1, samples),
+        "padding_mask": torch.ones(1, samples, dtype=torch.bool),
+    }
+
+
 # by model type, a function of the model
 INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "apertus1p5": _apertus,
@@ -522,6 +533,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "splinter": _splinter,
     "time_series_transformer": _forecast,
     "tvp": _film,
+    "vibevoice": _voice,
     "vibevoice_acoustic_tokenizer_decoder": _latents,
     "vibevoice_acoustic_tokenizer_encoder": _samples,
     "video_llava": _video_llava,
