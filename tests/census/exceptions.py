@@ -133,7 +133,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
             **{f"<|visual token {i:06}|>": 300 + i for i in range(10)},
         }
     },
-    "emu3_vqgan": {"base_channels": 32, "embed_dim": 32, "codebook_size": 10},
+    "emu3_vqgan": {"base_channels": 32, "hidden_size": 128, "embed_dim": 32, "codebook_size": 10},
     "encodec": {"num_filters": 8},
     "eomt": {"num_hidden_layers": 6, "num_blocks": 2},
     "eomt_dinov3": {"num_hidden_layers": 6, "num_blocks": 2},
@@ -188,6 +188,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "jamba": {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 1},
     "janus_vqgan": {"base_channels": 32, "latent_channels": 32, "num_embeddings": 64},
     "lfm2_moe": _layers("conv", "full_attention"),
+    "lightglue": {"depth_confidence": 1.0},  # random layers are sure of all at once, and the rest would not run
     "lighton_ocr": {"vision_config": {"head_dim": 16}},
     "lilt": {"hidden_size": 96},
     "llama4": {

@@ -476,6 +476,17 @@ def _voice(model: nn.Module) -> Inputs:
     }
 
 
+def _spoken(model: nn.Module) -> Inputs:
+    """Text with sound, as samples, and where it ends."""
+    config, heard = model.config, 6
+    samples = heard * config.codec_config.frame_size
+    return {
+        **_text(config.audio_token_id, heard),
+        "input_values": _noise(1, 1, samples),
+        "input_values_cutoffs": torch.tensor([[samples]]),
+    }
+
+
 # by model type, a function of the model
 INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "apertus1p5": _apertus,
@@ -484,6 +495,7 @@ INPUTS: dict[str, Callable[[nn.Module], Inputs]] = {
     "blip-2": _blip,
     "blip_2_qformer": _qformer,
     "clap": _clap,
+    "csm": _spoken,
     "decision_transformer": _decision,
     "deepseek_vl_hybrid": _high_resolution,
     "diffusion_gemma": _canvas,
