@@ -336,8 +336,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 6, "layers_block_type": in_turn("linear_attention", "hybrid")},
     "zoedepth": {"bottleneck_features": 64, **SPREAD_OUT},
 }
-# the class to build, where it is not that of the first task: of a type the whole of which only generates, takes more than
-# tensors or cannot run in this release, one that takes a part of its config
+# the class to build, where it is not that of the first task: where the whole only generates, takes more than tensors or
+# cannot run in this release, one that takes a part of the config
 CLASSES: dict[str, str] = {
     "bark": "BarkSemanticModel",
     "llama4": "Llama4ForCausalLM",

@@ -193,8 +193,9 @@ def build(kind: str, seed: int = 0) -> nn.Module:
     problems = []
     for left_out in _choices():
         try:
+            config = _taken(kind, left_out)
             with torch.device("meta"):
-                size = sum(p.numel() for p in cls(_taken(kind, left_out)).parameters())
+                size = sum(p.numel() for p in cls(config).parameters())
             if size > 30_000_000:
                 raise NotBuiltError(f"{size:,} parameters")
             torch.manual_seed(seed)
