@@ -16,7 +16,7 @@ from torch import nn
 
 from .base import BlockEntry, CountKey, nested
 
-__all__ = ["asked_for", "entries_of", "follow", "named", "names_stages", "trials", "usual"]
+__all__ = ["asked_for", "entries_of", "follow", "named", "names_others", "names_stages", "trials", "usual"]
 
 _VALUES_NAME = re.compile(r"layer|block|types")
 _INDICES_NAME = re.compile(r"layer|block|ind(ex|ic)|idx")
@@ -187,6 +187,11 @@ def named(entry: BlockEntry) -> bool:
     if entry.form in ("keys", "runs"):
         return True
     return bool((_INDICES_NAME if entry.form == "indices" else _VALUES_NAME).search(entry.path[-1]))
+
+
+def names_others(key: str) -> bool:
+    """Whether an entry tells by its name that it is of something else than blocks, whatever its length."""
+    return bool(_OTHER_NAME.search(key.lstrip("_")))
 
 
 def names_stages(holder: Mapping[str, Any], length: int) -> bool:

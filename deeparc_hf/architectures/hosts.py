@@ -32,7 +32,7 @@ from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
 from ..pruned_type.config import LAYOUT_KEY, base_settings
 from ..pruned_type.models import can_be_loaded, drop_blocks, layout_of, set_layout
-from .inputs import example_inputs, merges_inputs
+from .inputs import example_inputs, main_input, merges_inputs
 from .layout import Layout
 
 __all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted", "quiet"]
@@ -209,7 +209,7 @@ class TransformersHost(Host):
     def __init__(self, root: PreTrainedModel) -> None:
         super().__init__(root)
         self.kind = getattr(root.config, "model_type", "") or type(root).__name__
-        self.base_prefix, self.main_input = root.base_model_prefix, root.main_input_name
+        self.base_prefix, self.main_input = root.base_model_prefix, main_input(root)
         self.is_encoder_decoder = bool(root.config.is_encoder_decoder)
         self.generates = root.can_generate()
         self.tuples_begin_with_logits = root.base_model is not root

@@ -29,11 +29,17 @@ def merges_inputs(config: PreTrainedConfig) -> bool:
     return hasattr(config, "vision_config") and any(hasattr(config, f"image_token_{end}") for end in ("id", "index"))
 
 
+def main_input(root: PreTrainedModel) -> str:
+    """The name of what a model reads first of all (OneFormer has a list of such)."""
+    name = root.main_input_name
+    return name if isinstance(name, str) else next(iter(name), "input_ids")
+
+
 def example_inputs(root: PreTrainedModel) -> dict[str, Tensor] | None:
     """Small valid inputs on the model's device; None where they cannot be known."""
     taken = inspect.signature(root.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in taken.values())
-    main = root.main_input_name
+    main: str | None = main_input(root)
     if main not in taken:
         # a vision tower that is a model of its own may still have the name of the base class
         towers = (name for name in ("pixel_values", "input_features") if name in taken)

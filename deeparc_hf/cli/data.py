@@ -182,8 +182,9 @@ def make_batches(
     if len(rows) == 0:
         raise CalibrationError("The calibration data has no rows. Give another file or split.")
     chosen = chosen_rows(len(rows), samples, seed)
-    root = find_host(model).root
-    main = "pixel_values" if source.library == "timm" else root.main_input_name
+    host = find_host(model)
+    root = host.root
+    main = "pixel_values" if source.library == "timm" else host.main_input
     if main == "pixel_values":
         _warn_unused(root, "images", text=columns.text, text_pair=columns.text_pair, target=columns.target)
         column, rows = _image_column(rows, columns.image)
@@ -350,7 +351,7 @@ def processor_of(source: ModelSource, model: nn.Module) -> Any:
     if source.library == "timm":
         return None
     loaders = {"input_ids": transformers.AutoTokenizer, "pixel_values": transformers.AutoImageProcessor}
-    loader = loaders.get(find_host(model).root.main_input_name, transformers.AutoProcessor)
+    loader = loaders.get(find_host(model).main_input, transformers.AutoProcessor)
     try:
         with loading(f"the tokenizer or processor of {source.given}"):
             settings = {"_raise_exceptions_for_missing_entries": False, **source.loading}

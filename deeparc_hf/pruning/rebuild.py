@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..architectures import Host, Layout, Stack, Subject
-from ..architectures.entries import asked_for
+from ..architectures.entries import asked_for, names_others
 from ..architectures.skeleton import Memory, compare
 from ..core.caller import warn_caller
 from ..core.transaction import Transaction
@@ -95,7 +95,7 @@ def _kinds_by_place(subject: Subject, layout: Layout, before: nn.Module) -> str:
         config = next((holder.config for holder in reversed(holders) if hasattr(holder, "config")), None)
         for key, value in vars(config).items() if config is not None else ():
             kinds = isinstance(value, (list, tuple)) and all(isinstance(kind, str) for kind in value)
-            if not kinds or len(value) != left[name]["length"]:
+            if not kinds or names_others(key) or len(value) != left[name]["length"]:
                 continue
             if [value[index] for index in kept] != list(value[: len(kept)]) and asked_for(before, key):
                 return f"the config's {key} tells the kinds of {name} by their numbers, and is asked as it runs"

@@ -21,7 +21,7 @@ from deeparc_hf.checkpoint.record import current_record
 from deeparc_hf.core.transaction import Transaction
 from deeparc_hf.errors import DeepArcWarning, SurgeryError
 from deeparc_hf.pruning.surgery import follow_record
-from tests.zoo import CAUSAL, SEQ2SEQ, TEXT, spread
+from tests.zoo import CAUSAL, IMAGE, SEQ2SEQ, TEXT, spread
 
 needs_gemma4 = pytest.mark.skipif(
     not hasattr(tf, "Gemma4TextConfig"), reason="this transformers has no settings by layer index"
@@ -42,18 +42,6 @@ REFORMER = {
     "axial_pos_shape": [8, 8],
 }
 GEMMA4 = {**SIX_CAUSAL, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0, "sliding_window": 4}
-GEMMA3N = {
-    **SIX_CAUSAL,
-    "head_dim": 8,
-    "vocab_size_per_layer_input": 120,
-    "hidden_size_per_layer_input": 8,
-    "num_kv_shared_layers": 2,
-    "sliding_window": 4,
-    "laurel_rank": 4,
-    "altup_num_inputs": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * 3,
-    "activation_sparsity_pattern": [0.0] * 6,
-}
 QWEN_TEXT = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -288,12 +276,18 @@ def test_lists_of_sizes_of_a_chain_make_no_stack_of_its_layers():
 
 
 def test_a_refusal_names_what_else_changes_with_the_count():
+    """YOLOS adds position embeddings between its layers: one set less than there are layers, of which none belongs to
+    any.
+    """
+    config = tf.YolosConfig(
+        **{**IMAGE, "image_size": [32, 32]}, num_detection_tokens=4, use_mid_position_embeddings=True
+    )
     with torch.device("meta"):
-        model = tf.Gemma3nForCausalLM(tf.Gemma3nTextConfig(**GEMMA3N))
+        model = tf.YolosForObjectDetection(config)
     (stack,) = find_stacks(model).values()
     assert stack.count is None
     with pytest.raises(
-        SurgeryError, match=r"num_hidden_layers counts them, but model\.embed_tokens_per_layer\.weight changes"
+        SurgeryError, match=r"num_hidden_layers counts them, but vit\.encoder\.interpolation\.mid_position"
     ):
         remove_blocks(model, {stack.name: [2]}, verify=False, stock_only=True)
 

@@ -68,6 +68,7 @@ DROPPED = {
     "mobilenet_v2": lambda: tf.MobileNetV2Model(tf.MobileNetV2Config()),
     "deeparc_pruned": dropped,
 }
+OTHERS = {"esm": lambda: tf.EsmModel(tf.EsmConfig(**TEXT, pad_token_id=0))}
 HEADLESS: dict[str, tuple[type, Any, list[str]]] = {
     "bert": (tf.BertModel, tf.BertConfig(**TEXT), ["encoder.layer"]),
     "llama": (tf.LlamaModel, tf.LlamaConfig(**CAUSAL), ["layers"]),
@@ -283,6 +284,8 @@ def test_every_registered_family_has_a_summary_and_a_model_in_these_tests():
                 find_stacks(meta(REFUSED[name]))
         elif name in DROPPED:
             assert describe(meta(DROPPED[name])).family.name == name
+        elif name in OTHERS:
+            assert describe(meta(OTHERS[name])).family.name == name
         else:
             assert name in met, f"no model of the family {name!r} in tests/zoo.py"
             assert not issubclass(family, Refused)

@@ -13,6 +13,7 @@ from torch import nn
 
 from deeparc_hf import remove_blocks
 from deeparc_hf.architectures import describe, find_host
+from deeparc_hf.architectures.inputs import main_input
 from tests.zoo import IMAGE, SEQ2SEQ, TEXT, ZOO
 
 PLAIN = {key: value for key, value in TEXT.items() if key != "vocab_size"}
@@ -142,3 +143,9 @@ def test_models_without_a_vocabulary_or_mels_are_pruned(name, freeze):
     stack = next(iter(describe(model).stacks))
     remove_blocks(model, {stack: [2]}, freeze)
     assert len(model.get_submodule(stack)) == 3
+
+
+def test_the_first_of_several_main_inputs_counts():
+    assert isinstance(tf.OneFormerForUniversalSegmentation.main_input_name, list)
+    assert main_input(tf.OneFormerForUniversalSegmentation) == "pixel_values"
+    assert main_input(tf.BertModel) == "input_ids"
