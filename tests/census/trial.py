@@ -138,7 +138,11 @@ def try_model(
     loaders: Loaders,
     only: Sequence[str] | None = None,
 ) -> Row:
-    """Try removals on a model, on inputs that reach its stacks where there are such."""
+    """Try removals on a model, on inputs that reach its stacks where there are such.
+
+    Args:
+        only: some of the removals, quickly: what the whole model does is looked at only where one of them fails.
+    """
     row.model = type(model).__name__
     try:
         with warnings.catch_warnings():
@@ -152,7 +156,8 @@ def try_model(
         return row
     try:
         inputs = inputs_reaching(lambda given: _idle(model, stacks, given))
-        row.state, row.reason = _stock_state(model, inputs, loaders)
+        if only is None:
+            row.state, row.reason = _stock_state(model, inputs, loaders)
     except NoInputsError as error:
         row.state, row.reason = "no inputs", _short(error)
     if row.state != "tried":
@@ -165,6 +170,9 @@ def try_model(
             entry["removals"][what] = result
             if only is None and result[0] in GOOD and "uses" not in entry:
                 entry["uses"] = uses(pruned, model, inputs, lambda changed: _reload_problem(changed, inputs, loaders))
+    if only is not None and row.verdict in BAD:
+        row.state, row.reason = _stock_state(model, inputs, loaders)
+        row.stacks = row.stacks if row.state == "tried" else {}
     return row
 
 
