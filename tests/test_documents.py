@@ -175,7 +175,9 @@ def test_what_is_shown_first_runs_after_the_first_command():
         needs = [imported(example) for example in examples(text)]
         assert {"datasets", "transformers"} <= needs[0] and set().union(*needs) <= required()
     others = [imported(example) - required() for text in PAGES.values() for example in examples(text)]
-    assert [more for more in others if more] == [{"timm"}] and "timm" in required("timm") & required("all")
+    # whoever has adapters has PEFT, which is no extra
+    assert 'pip install "peft>=0.18"' in PAGES["adapters"]
+    assert [more for more in others if more] == [{"peft"}, {"timm"}] and "timm" in required("timm") & required("all")
     assert {"datasets", "evaluate"} <= required()
 
 
@@ -296,7 +298,13 @@ def by_hand(names: dict[str, Any]) -> None:
     assert names["plan"].num_kept == 8 and len(names["model"].layer3) == 4
 
 
+def adapted(names: dict[str, Any]) -> None:
+    assert len(names["again"].get_base_model().bert.encoder.layer) == 9
+    assert deeparc_hf.PrunedConfig.from_pretrained("runs/adapted").kept["bert.encoder.layer"]
+
+
 CHECKS = {
+    "adapters": adapted,
     "distillation": distilled,
     "healing": healed,
     "search": searched,

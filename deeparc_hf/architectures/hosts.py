@@ -32,10 +32,11 @@ from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
 from ..pruned_type.config import LAYOUT_KEY, base_settings
 from ..pruned_type.models import can_be_loaded, drop_blocks, layout_of, set_layout
+from .adapters import is_adapted, refuse_adapters, without_adapters
 from .inputs import example_inputs, main_input, merges_inputs
 from .layout import Layout
 
-__all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "is_adapted", "quiet"]
+__all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "quiet"]
 
 RECORD_KEY = "pruning_config"
 _REMEMBERED = 8  # skeletons of a host
@@ -80,6 +81,19 @@ class Host(ABC):
         """The model's class and type, for messages."""
         return f"{type(self.root).__name__} (type {self.kind!r})"
 
+    @property
+    def bare(self) -> nn.Module:
+        """The model as it is now without adapters, to be read and saved: the root itself, where it has none."""
+        return without_adapters(self.root)
+
+    def without_adapters(self) -> Host:
+        """The model beneath its adapters; this host, where it has none."""
+        if not is_adapted(self.root):
+            return self
+        host = copy.copy(self)
+        host.root = self.bare
+        return host
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """A deep copy of the settings as plain data, free to edit."""
@@ -96,7 +110,7 @@ class Host(ABC):
         if skeleton is None:
             skeleton = self._build(copy.deepcopy(settings))
         others = [entry for entry in self._built if entry[1] is not skeleton]
-        self._built = [(made_from, skeleton), *others[: _REMEMBERED - 1]]
+        self._built[:] = [(made_from, skeleton), *others[: _REMEMBERED - 1]]  # in place: views of the model share it
         return skeleton
 
     @abstractmethod
@@ -280,7 +294,7 @@ class TransformersHost(Host):
 
     def own_configs(self, transaction: Transaction) -> None:
         copies: dict[int, Any] = {}
-        for _, module, attribute, config in self._configs():
+        for _, module, attribute, config in self._configs(self.root):
             transaction.set(module, attribute, copy.deepcopy(config, copies))
 
     def follow_builds(
@@ -288,7 +302,7 @@ class TransformersHost(Host):
     ) -> None:
         # T5 and others hold several configs; each follows its own counterpart
         inside, patched = tuple(f"{name}." for name in stacks), set()
-        for path, _, attribute, config in self._configs():
+        for path, _, attribute, config in self._configs(self.bare):
             if not path.startswith(inside) and id(config) not in patched:
                 patched.add(id(config))
                 old, new = (getattr(skeleton.get_submodule(path), attribute) for skeleton in (before, after))
@@ -296,9 +310,9 @@ class TransformersHost(Host):
                 if layout_of(new):
                     set_layout(config, layout_of(new))
 
-    def _configs(self) -> Iterator[tuple[str, nn.Module, str, PreTrainedConfig]]:
+    def _configs(self, root: nn.Module) -> Iterator[tuple[str, nn.Module, str, PreTrainedConfig]]:
         """The configs that modules hold: path and module, attribute, config."""
-        for path, module in self.root.named_modules():
+        for path, module in root.named_modules():
             for attribute, config in list(vars(module).items()):
                 if isinstance(config, PreTrainedConfig):
                     yield path, module, attribute, config
@@ -315,7 +329,8 @@ class TransformersHost(Host):
         return name, getattr(self.root.config, "_commit_hash", None) or _cached_commit(name, cache_dir)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        self.root.save_pretrained(folder)
+        bare: Any = self.bare
+        bare.save_pretrained(folder)
 
     def identity(self) -> dict[str, Any]:
         return self.root.config.to_dict()
@@ -460,7 +475,7 @@ class TimmHost(Host):
         from timm.models import save_for_hf
 
         extra = {} if self.record() is None else {RECORD_KEY: self.record()}
-        save_for_hf(self.root, str(folder), model_config=extra, model_args=self.settings(), safe_serialization=True)
+        save_for_hf(self.bare, str(folder), model_config=extra, model_args=self.settings(), safe_serialization=True)
         # the layout has a place of its own for the number of classes, and transformers' TimmWrapper cannot hear of it
         # twice
         path = Path(folder, "config.json")
@@ -514,7 +529,8 @@ def find_host(model: nn.Module) -> Host:
     """Find the model of a known library in the model that was given, through wrappers (DDP, torch.compile).
 
     Raises:
-        UnsupportedModelError: if there is none or more than one, or it is adapted (PEFT) or quantized.
+        UnsupportedModelError: if there is none or more than one, it is quantized, or it has adapters (PEFT) that could
+            not follow a removal.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -522,12 +538,6 @@ def find_host(model: nn.Module) -> Host:
             "AutoModelForSequenceClassification.from_pretrained(...)."
         )
     model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-    if is_adapted(model):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} carries PEFT adapters, and removing blocks would leave adapters behind that do "
-            "not fit. Call model.merge_and_unload() and prune the merged model (its weights are still frozen: "
-            ".requires_grad_(True) to train them), or prune first and add the adapters afterwards."
-        )
     found: dict[str, Host] = {}
     for name, module in model.named_modules():
         if any(outer == "" or name.startswith(f"{outer}.") for outer in found):
@@ -538,6 +548,7 @@ def find_host(model: nn.Module) -> Host:
             found[name] = TimmHost(module)
     if len(found) == 1:
         (host,) = found.values()
+        refuse_adapters(model, host.root)
         _refuse_quantized(host.root)
         return host
     if found:
@@ -548,13 +559,6 @@ def find_host(model: nn.Module) -> Host:
     raise UnsupportedModelError(
         f"{type(model).__name__} is neither a transformers model nor a timm model, and holds none. deeparc_hf prunes "
         "models whose own library can rebuild them smaller; see 'add a family' in CONTRIBUTING.md."
-    )
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether a model carries PEFT adapters."""
-    return type(model).__module__.startswith("peft.") or any(
-        type(m).__module__.startswith("peft.tuners.") for m in model.modules()
     )
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedModelError
+from .adapters import beneath, places_of
 from .base import Family, Stack, family_of
 from .hosts import Host, find_host
 from .layout import Layout
@@ -88,6 +90,19 @@ def describe(model: nn.Module | Subject) -> Subject:
     if isinstance(model, Subject):
         return model if model.is_current() else describe(model.root)
     host = find_host(model)
-    family = family_of(host)
-    stacks = {stack.name: stack for stack in family.stacks(host)}
+    seen = host.without_adapters()
+    family = family_of(seen)
+    stacks = {stack.name: stack if seen is host else _live(stack, host) for stack in family.stacks(seen)}
     return Subject(host, family, stacks, {n: tuple(map(weakref.ref, s.blocks)) for n, s in stacks.items()})
+
+
+def _live(stack: Stack, host: Host) -> Stack:
+    """A stack that was found beneath adapters, as it stands in the model."""
+    places = places_of(host.root, stack.name)
+    if len(places) > 1 or any(beneath(block) is not None for block in places[0].children()):
+        raise UnsupportedModelError(
+            f"PEFT keeps copies of whole blocks of {stack.name} in {type(host.root).__name__} (modules_to_save), which "
+            "cannot follow a removal. Call model.merge_and_unload() and prune the merged model, or prune first and add "
+            "the adapters afterwards."
+        )
+    return replace(stack, container=places[0])  # type: ignore[arg-type]

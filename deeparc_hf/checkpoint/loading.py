@@ -24,6 +24,7 @@ from ..core.transaction import Transaction
 from ..errors import RecordError, UnsupportedModelError
 from ..pruned_type.config import LAYOUT_KEY, DeepArcPrunedConfig, base_settings
 from ..pruned_type.models import auto_class_for, class_with_dropped_blocks, set_layout
+from .adapters import refuse_merged, save_adapters
 from .record import PrunedConfig, current_record, renumbered
 from .stored import HUB_SETTINGS, new_key, weight_files
 
@@ -107,11 +108,21 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     `timm.create_model("local-dir:FOLDER", pretrained=True)` or, once uploaded,
     `timm.create_model("hf-hub:ORG/NAME", pretrained=True)`.
 
+    A model with adapters (PEFT) is saved as two things: the model beneath them in `folder`, and the adapters in
+    `folder/adapter`, for `PeftModel.from_pretrained(AutoModel...from_pretrained(folder), f"{folder}/adapter")`.
+
     Args:
         model: a model that `find_stacks` knows, pruned or not.
         folder: where to write; made if need be.
+
+    Raises:
+        UnsupportedModelError: if the model is of a kind that cannot be pruned, or its adapters are merged and still
+            there (`merge_adapter`).
     """
-    describe(model).host.save(folder)
+    host = describe(model).host
+    refuse_merged(host.root)
+    host.save(folder)
+    save_adapters(host.root, folder)
 
 
 def saved_class(config: Any, name: str | None = None) -> Any:

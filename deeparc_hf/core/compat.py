@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from accelerate.hooks import AlignDevicesHook
@@ -26,6 +26,7 @@ __all__ = [
     "calling_trainer",
     "checkpoint_key_namer",
     "convolution_of",
+    "copy_with_children",
     "forward_pre_hooks",
     "load_pre_hooks",
     "may_be_missing",
@@ -50,6 +51,23 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """A module's own buffers, to read and to replace. Why: as for `parameters_of`."""
     return module._buffers
+
+
+def copy_with_children(
+    module: nn.Module, of: Callable[[nn.Module], nn.Module], without: Iterable[str] = ()
+) -> nn.Module:
+    """A copy of a module that shares its tensors and has other children: `of` each of its own.
+
+    Why: no public copy shares tensors, and what is registered as a child can only be set on a module that runs no
+    checks (a parametrized one refuses to be copied). To be removed when PEFT can show the model beneath its adapters.
+
+    Args:
+        without: attributes of the module that the copy does not have.
+    """
+    twin: nn.Module = object.__new__(type(module))
+    vars(twin).update((name, value) for name, value in vars(module).items() if name not in without)
+    vars(twin)["_modules"] = {name: child if child is None else of(child) for name, child in module._modules.items()}
+    return twin
 
 
 def auto_classes() -> list[tuple[type[Any], Any]]:

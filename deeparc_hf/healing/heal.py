@@ -37,7 +37,7 @@ from ..sparsity.sequential import enough, forward_until
 from .block_ends import Ending, find_ending
 from .fit import SiteFit
 from .sensitivity import output_sensitivities
-from .sites import Healing, sites_of
+from .sites import Healing, refuse_healing, sites_of
 
 __all__ = ["apply_healing", "find_endings", "fit_sites", "heal_model", "healed_tensors", "note_healing"]
 
@@ -56,6 +56,7 @@ def fit_sites(
         calibration: the data, which is gone through once for each site.
     """
     host, stacks = subject.host, subject.stacks
+    refuse_healing(host)
     in_order = {name: removed[name] for name in stacks if name in removed}
     order = {name: number for number, name in enumerate(stacks)}
     watched = [SiteFit(host, stacks[site.stack], site) for site in sites_of(in_order)]
@@ -267,6 +268,7 @@ def heal_model(
         SurgeryError: if nothing was removed, or the kept blocks' weights are not those of the original.
     """
     whole, smaller = describe(original), describe(model)
+    refuse_healing(smaller.host)
     record = PrunedConfig.from_model(smaller)
     try:
         step = record.layout.since(current_layout(whole))

@@ -8,10 +8,27 @@ from typing import Any
 
 from torch import Tensor
 
+from ..architectures import Host
+from ..architectures.adapters import is_adapted
 from ..core.tables import html_table, runs, spans
+from ..errors import UnsupportedModelError
 from .block_ends import Ending
 
-__all__ = ["Healing", "Site", "healing_text", "sites_of"]
+__all__ = ["Healing", "Site", "healing_text", "refuse_healing", "sites_of"]
+
+
+def refuse_healing(host: Host) -> None:
+    """Refuse to heal a model that cannot keep what healing changes.
+
+    Raises:
+        UnsupportedModelError: if it has adapters, beneath which the weights are to stay.
+    """
+    if is_adapted(host.root):
+        raise UnsupportedModelError(
+            f"Healing would change the weights beneath the PEFT adapters of {type(host.root).__name__}, which no "
+            "checkpoint of the adapters holds. Leave it out (heal=None), or merge the adapters first: "
+            "model.merge_and_unload()."
+        )
 
 
 @dataclass(frozen=True)

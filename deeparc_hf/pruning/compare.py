@@ -14,6 +14,7 @@ from ..checkpoint.record import check_record, current_record
 from ..core.caller import warn_caller
 from ..core.shards import numel
 from ..errors import CalibrationError, CalibrationWarning, SurgeryError
+from ..healing.sites import refuse_healing
 from ..observe.calibration import Calibration
 from ..observe.collect import Observed
 from ..observe.forward import require_weights
@@ -105,8 +106,11 @@ def check_settings(model: nn.Module | Subject, config: MPruneConfig) -> None:
     Raises:
         PlanError: as `make_plan`, whatever the similarities.
         SurgeryError: if the model's settings can express no removal at all.
+        UnsupportedModelError: if the model is to be healed and cannot be.
     """
     subject = describe(model)
+    if config.heal is not None:
+        refuse_healing(subject.host)
     refused = inexpressible(subject, stock_only=config.stock_only)
     blank = _uncompared(subject.stacks, refused, None)
     check_possible(blank, config)

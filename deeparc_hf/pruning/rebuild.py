@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..architectures import Host, Layout, Stack, Subject
+from ..architectures.adapters import places_of
 from ..architectures.entries import asked_for, names_others
 from ..architectures.skeleton import Memory, compare
 from ..core.caller import warn_caller
@@ -112,7 +113,7 @@ def _built_before(subject: Subject, settings: dict[str, Any], memory: Memory) ->
             f"{name} cannot be rebuilt from its own settings, so a pruned one could not be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
-    live, stock = memory.state_shapes(host.root), memory.state_shapes(before)
+    live, stock = memory.state_shapes(host.bare), memory.state_shapes(before)
     for stack in subject.stacks:
         odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
         if odd:
@@ -223,7 +224,8 @@ def _tells(host: Host, after: nn.Module, settings: dict[str, Any], expectation: 
         host.own_configs(attempt)
         host.follow_builds(after, other, (), attempt)
         for path, attribute, value in compare(after, other, Layout({}, {})).updates:
-            attempt.set(host.root.get_submodule(path), attribute, value)
+            for module in places_of(host.root, path):
+                attempt.set(module, attribute, value)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeepArcWarning)
             expectation.check()

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architectures import Layout, Stack, Subject, describe
+from ..architectures.adapters import places_of
 from ..architectures.generation import follow_generation
 from ..checkpoint.record import PrunedConfig, current_layout, current_record
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.offload import is_offloaded
 from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
+from .adapters import follow_in_configs
 from .freezing import freeze_blocks
 from .plan import PruningPlan, freezing_set
 from .rebuild import require_told, skeletons, tell_package, tell_unproven
@@ -240,7 +242,7 @@ def _operate(
     host, stacks = subject.host, subject.stacks
     step = Layout.without(subject.lengths, removed)
     builds = skeletons(subject, step, stock_only=stock_only)
-    counted = host.root
+    counted = host.bare
     if is_offloaded(host.root):  # which does not tell what is tied
         counted = builds.before
         if isinstance(counted, PreTrainedModel):
@@ -260,10 +262,12 @@ def _operate(
         host.set_record(record.to_dict())
         follow_generation(host.root, stacks, step, transaction)
         for path, attribute, value in builds.updates:
-            transaction.set(host.root.get_submodule(path), attribute, value)
+            for module in places_of(host.root, path):
+                transaction.set(module, attribute, value)
         for name in removed:
             transaction.keep_children(stacks[name].container, [modules[name][i] for i in step.kept[name]])
         shortening.carry_out(transaction)
+        follow_in_configs(host.root, step, builds.after, transaction)
         if expectation is not None:
             expectation.check()
             if not builds.by_package:
@@ -283,7 +287,7 @@ def _operate(
                 optimizer, [p for p in lost if id(p) not in still_used], [*changed, *shortening.tensors], transaction
             )
         if known is None:
-            record = record.with_mark(mark_of_model(host.root))
+            record = record.with_mark(mark_of_model(host.bare))
             host.set_record(record.to_dict())
         # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
         torch.compiler.reset()

@@ -13,12 +13,13 @@ from typing import Any
 from torch import nn
 
 from ..architectures import describe
+from ..architectures.adapters import is_adapted
 from ..architectures.hosts import RECORD_KEY
 from ..checkpoint.record import PrunedConfig, current_record
 from ..checkpoint.weights_mark import SIZES, dtype_of_files, mark_of_files, mark_of_model
 from ..core.checks import Entry, MalformedError, read_json
 from ..core.plain_text import plain
-from ..errors import DeepArcError, RecordError
+from ..errors import DeepArcError, RecordError, UnsupportedModelError
 from ..pruned_type import MODEL_TYPE
 from ..pruned_type.config import BASE_KEY
 from ..pruning.config import MPruneConfig
@@ -28,7 +29,7 @@ from ..reports.run_report import RUN_REPORT
 from ..sparsity.report import SparsityReport
 from .content import RUN_FILE, CardContent
 
-__all__ = ["EVALUATIONS_FILE", "PLAN_FILE", "content_of_folder", "content_of_model", "with_reports"]
+__all__ = ["EVALUATIONS_FILE", "PLAN_FILE", "content_of_folder", "content_of_model", "require_whole", "with_reports"]
 
 PLAN_FILE = "pruning_plan.json"
 SPARSITY_FILE = "sparsity_report.json"
@@ -72,10 +73,25 @@ def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
     return with_reports(content, folder, beside=True)
 
 
+def require_whole(model: nn.Module) -> None:
+    """Refuse a model with adapters, of which a repository and its card would be half.
+
+    Raises:
+        UnsupportedModelError: if it has any.
+    """
+    if is_adapted(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries PEFT adapters, and what is published here, with its card, is one whole "
+            "model. Merge them (model.merge_and_unload()) and publish the result; or write both by save_pruned, and "
+            "upload that folder yourself."
+        )
+
+
 def content_of_model(model: nn.Module, processing_class: Any = None) -> CardContent:
     """The content for a live model, without reports."""
     subject = describe(model)
     root = subject.root
+    require_whole(root)
     library, identity = subject.host.library, subject.host.identity()
     kind = "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
     weights = next((str(p.dtype).removeprefix("torch.") for p in root.parameters() if p.is_floating_point()), None)

@@ -22,6 +22,7 @@ from ..core.hub_help import hub_help
 from ..errors import ConfigError
 from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, Source, make_card
 from .files import REPORTS, checkpoint_files, outdated
+from .gather import require_whole
 from .merging import bare_metadata, kept_message, may_replace, merged
 from .vocabulary import Given
 
@@ -138,6 +139,7 @@ def _saved(source: Source, stage: Path, processing_class: Any) -> Path:
     """The folder with the checkpoint's files; a live model is saved into the stage."""
     if source.folder is not None:
         return source.folder
+    require_whole(source.model)
     trainer = source.trainer
     if trainer is not None:
         # in all processes; with the private argument, where a subclass has it, it does not push by itself

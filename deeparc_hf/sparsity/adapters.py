@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ..architectures.hosts import RECORD_KEY, find_host, is_adapted
+from ..architectures.adapters import is_adapted
+from ..architectures.hosts import RECORD_KEY, find_host
 from ..checkpoint.record import PrunedConfig
 from ..errors import SparsityError, UnsupportedModelError
 from .masks import zero_chosen

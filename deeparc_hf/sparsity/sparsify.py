@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Subject, describe
-from ..architectures.hosts import is_adapted
+from ..architectures.adapters import is_adapted
 from ..checkpoint.record import PrunedConfig, current_record
 from ..core.environment import package_versions
 from ..core.offload import holding

@@ -21,6 +21,11 @@ NEXT = (
     "stock draft in its place)."
 )
 
+_BOTH = (
+    "deeparc_hf.save_pruned(trainer.model, folder) saves the pruned model beneath them too, and "
+    "trainer.model.merge_and_unload() makes one model of both."
+)
+
 
 def outcome_of(progress: Progress, session: Session, config: MPruneConfig, metric: str) -> dict[str, Any]:
     """The figures of a run's end, in plain JSON types: each before the first pruning and after the last one that was
@@ -84,17 +89,25 @@ def end_lines(outcome: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def advice(outcome: Mapping[str, Any], folder: Path, saved_in: Path | None = None) -> list[str]:
-    """What there is to do next; saved_in: the folder that the model already lies in, with its card."""
+def advice(
+    outcome: Mapping[str, Any], folder: Path, saved_in: Path | None = None, *, adapted: bool = False
+) -> list[str]:
+    """What there is to do next; saved_in: the folder that the model already lies in, with its card; adapted: the model
+    has adapters, and checkpoints hold these alone.
+    """
     place = "is in memory (trainer.model) and in no checkpoint: trainer.save_model(folder) saves it"
     if outcome["checkpoint"] is not None:
         place = f"is in memory (trainer.model) and in {folder / outcome['checkpoint']}"
     if saved_in is not None:
         place = f"is in {saved_in}"
+    elif adapted:
+        place = "is in memory (trainer.model), and checkpoints hold its adapters alone: " + _BOTH
     lines = [f"The model {place}."]
     if not outcome["judged"]:
         lines.append(
             "Nothing judged the pruning: with max_drop=0.01, say, it would have been taken back if it had cost more "
             "than that."
         )
+    if adapted:
+        return lines
     return [*lines, NEXT if saved_in is None else f"Next: deeparc push {shlex.quote(str(saved_in))} you/name"]

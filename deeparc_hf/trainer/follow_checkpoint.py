@@ -26,6 +26,7 @@ from ..errors import RecordError, SurgeryError
 from ..pruning.freezing import let_statistics_go, thaw
 from ..pruning.surgery import follow_record, forget_parameters
 from ..publish.files import checkpoints_in
+from .follow_adapters import Held, holds_adapters_alone, joined, places_of_adapters
 
 __all__ = [
     "Structure",
@@ -77,6 +78,7 @@ class Follower:
         self.output: str | Path | None = None  # the Trainer's output folder
         self.optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # one that follows too
         self.provisional: Transaction | None = None  # takes back what was done since `settle`
+        self.adapters: Held | None = None  # what was loaded since then, where it was adapters alone
 
     @classmethod
     def of(cls, root: nn.Module, trainer: Any) -> Follower:
@@ -102,20 +104,28 @@ class Follower:
         """Give a model the blocks that a state dict has, which is about to be loaded into it."""
         subject = describe(module)
         stacks = subject.stacks
-        _name_as_the_model_does(subject.host, state_dict, prefix)
+        alone = holds_adapters_alone(module, state_dict)
+        if not alone:
+            _name_as_the_model_does(subject.host, state_dict, prefix)
         held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
-        if _is_shard(module, state_dict, prefix, held):
+        self.adapters = joined(self.adapters, held) if alone else None
+        if alone:
+            changed = [name for name, blocks in held.items() if blocks]
+        elif _is_shard(module, state_dict, prefix, held):
             return
-        for name, blocks in held.items():
-            _refuse_incomplete(stacks[name], blocks)
-        changed = [name for name, blocks in held.items() if blocks and len(blocks) != len(stacks[name])]
-        if not changed:
-            return
-        now, likely, removed = current_layout(subject), _records_in(self.output), {}
+        else:
+            for name, blocks in held.items():
+                _refuse_incomplete(stacks[name], blocks)
+            changed = [name for name, blocks in held.items() if blocks and len(blocks) != len(stacks[name])]
+        now, likely, removed = current_layout(subject), _records_in(self.output) if changed else (), {}
         for name in changed:
             hints = [r.kept[name] for r in likely if name in r.kept and set(r.kept[name]) <= set(now.kept[name])]
-            places = _places_for(stacks[name], held[name], [now.places({name: hint})[name] for hint in hints])
+            fitting = places_of_adapters if alone else _places_for
+            places = fitting(stacks[name], held[name], [now.places({name: hint})[name] for hint in hints])
             removed[name] = [place for place in range(len(stacks[name])) if place not in places]
+        removed = {name: places for name, places in removed.items() if places}
+        if not removed:
+            return
         target = (record_of(subject) or PrunedConfig({})).compose(Layout.without(subject.lengths, removed), {})
         self.provisional = undo = self.provisional or Transaction()
         before = list(module.parameters())
@@ -218,8 +228,9 @@ def settle(
     """
     subject = describe(model)
     loaded = {name: stack.blocks for name, stack in subject.stacks.items()}
-    provisional = None
+    provisional, adapters = None, None
     for follower in _followers(subject.root):
+        adapters, follower.adapters = adapters or follower.adapters, None
         if follower.provisional is not None:
             provisional, follower.provisional = follower.provisional, None
             provisional.roll_back()
@@ -236,6 +247,8 @@ def settle(
         )
     lengths = {} if current.record is None else current.record.layout.counts
     found = {name: len(blocks) for name, blocks in loaded.items() if name in lengths}
+    if adapters is not None:  # they do not tell how many blocks there are behind the last one that has any
+        found = {name: count for name, count in lengths.items() if all(at < count for at in adapters[name])}
     if found != lengths or current.record is None:
         raise SurgeryError(
             f"By its record the checkpoint has {lengths or 'all'} blocks, but what was loaded has {found or 'fewer'}. "
@@ -249,7 +262,9 @@ def settle(
             subject.host.set_record(record.to_dict())  # it may differ in zeroed weights alone
     for name, stack in subject.stacks.items():
         if name in lengths:
-            _take_over(loaded[name], stack.blocks)
+            places = range(lengths[name]) if adapters is None else sorted(adapters[name])
+            sources, targets = ([blocks[place] for place in places] for blocks in (loaded[name], stack.blocks))
+            _take_over(sources, targets, None if adapters is None else [adapters[name][place] for place in places])
     return undo, current.freeze(subject)
 
 
@@ -259,20 +274,36 @@ def record_of(model: nn.Module | Subject) -> PrunedConfig | None:
     return None if subject.host.record() is None else PrunedConfig.from_model(subject)
 
 
-def _take_over(sources: Sequence[nn.Module], targets: Sequence[nn.Module]) -> None:
+def _take_over(
+    sources: Sequence[nn.Module], targets: Sequence[nn.Module], adapters: Sequence[Mapping[str, Tensor]] | None = None
+) -> None:
     """Move tensors from blocks to others of the same shapes. An optimizer may hold them, so they stay the same objects.
 
     Blocks that are not among the targets get copies: they may come back, and must not share anything then.
+
+    Args:
+        adapters: what of each source was loaded, where that was adapters alone: the rest is the block's own.
     """
-    moved = [{slot: held[slot[1]] for slot, held in _slots(source).items()} for source in sources]
-    for source in sources:
+    own = [_slots(source) for source in sources]
+    if adapters is not None:
+        own = [
+            {(path, name): held for (path, name), held in slots.items() if f"{path}.{name}" in tensors}
+            for slots, tensors in zip(own, adapters, strict=True)
+        ]
+    moved = [{slot: held[slot[1]] for slot, held in slots.items()} for slots in own]
+    for source, kept in zip(sources, own, strict=True):
         if not any(source is target for target in targets):
-            for (_, name), held in _slots(source).items():
+            for (_, name), held in kept.items():
                 held[name] = copy.deepcopy(held[name])
     trained = [{slot: held[slot[1]].requires_grad for slot, held in _slots(target).items()} for target in targets]
     for target, tensors, flags in zip(targets, moved, trained, strict=True):
         slots = _slots(target)
         for slot, tensor in tensors.items():
+            if slot not in slots:
+                raise SurgeryError(
+                    f"The checkpoint that is loaded holds a {'.'.join(slot)} of a block that has none in this model. "
+                    "Build the model, and its adapters, as it was built when the run began."
+                )
             slots[slot][slot[1]] = tensor
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(flags[slot])

@@ -15,7 +15,7 @@ from accelerate.utils import DynamoBackend
 from transformers import PreTrainedModel, SchedulerType
 
 from ..architectures import find_host
-from ..architectures.hosts import is_adapted
+from ..architectures.adapters import is_adapted
 from ..checkpoint.companions import copy_companions
 from ..checkpoint.record import PrunedConfig, check_record
 from ..checkpoint.weights_mark import mark_of_files

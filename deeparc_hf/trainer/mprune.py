@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -17,6 +18,7 @@ from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..search.search import check_search
 from .callback import SessionCallback
+from .follow_adapters import note_structure
 from .follow_checkpoint import guard, guard_successors, record_of, thaw_noted
 from .gate import check_measured
 from .link import Link
@@ -207,6 +209,8 @@ class MPruneCallback(SessionCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if isinstance(self._run, LinkedRun):
             self._run.checkpoint_saved()
+        elif self.session is not None and args.should_save:
+            note_structure(self.session.subject, Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
     def _progress(self, model: Any, state: TrainerState) -> Progress:
         """Where the run stands: at its beginning, as a checkpoint says, or as auto_find_batch_size begins it again."""

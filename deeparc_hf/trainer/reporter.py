@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..architectures.adapters import is_adapted
 from ..errors import ConfigError, PlanError
 from ..healing.sites import Healing
 from ..pruning.config import MPruneConfig
@@ -259,7 +260,9 @@ class Reporter:
         )
         session.say("\n".join(f"  {line}" for line in end_lines(self._end)))
         if p.accepted and not state.is_hyper_param_search:
-            session.say("\n".join(advice(self._end, session.folder, session.saved_in)))
+            session.say(
+                "\n".join(advice(self._end, session.folder, session.saved_in, adapted=is_adapted(session.model)))
+            )
 
     # ---- the gate's metric ----
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from torch import nn
 
-from ..architectures.hosts import is_adapted
+from ..architectures.adapters import is_adapted
 from ..core.compat import version_of
 from ..pruning.config import MPruneConfig
 

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..architectures import describe
-from ..architectures.hosts import is_adapted
+from ..architectures.adapters import is_adapted
 from ..checkpoint.record import check_record
 from ..errors import ConfigError, UnsupportedModelError
 from ..observe.training_calibration import calibration_of

@@ -225,9 +225,9 @@ def test_sentence_transformer_trainer(tmp_path, given):
     )
 
 
-def test_a_model_with_adapters_is_refused_with_advice_when_the_trainer_is_made(tmp_path):
+def test_a_model_with_adapters_of_another_kind_is_refused_with_advice_when_the_trainer_is_made(tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(ZOO["bert"].model(), peft.LoraConfig(r=2, target_modules=["query", "value"]))
+    model = peft.get_peft_model(ZOO["bert"].model(), peft.LoHaConfig(r=2, target_modules=["query", "value"]))
     with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
         Trainer(model, arguments(tmp_path), train_dataset=text_data(), callbacks=[pruning(**TWICE)])
     # the advice is good, but PEFT leaves what it has merged frozen

@@ -1,0 +1,153 @@
+"""Models with PEFT adapters in a Trainer: pruned beneath, taken back, resumed from checkpoints of adapters alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from deeparc_hf import DistillConfig, PrunedConfig, load_pruned
+from deeparc_hf.errors import SurgeryError, UnsupportedModelError
+from tests.trainers import ROWS, pruning, train
+from tests.zoo import ZOO
+
+peft = pytest.importorskip("peft")
+STEPS = ROWS // 8  # of an epoch
+TWICE = {"iterations": 2, "num_blocks": [3, 2], "start_epoch": 1}
+GATED = {"num_blocks": 2, "start_epoch": 1, "max_drop": 0.1, "metric": "accuracy", "keep_snapshots": True}
+RUNS = {
+    "two prunings": (TWICE, None, 3),
+    "two prunings, frozen": ({**TWICE, "freeze": "partial"}, None, 3),
+    "accepted": (GATED, {4: 0.9, 2: 0.85}, 3),
+    "taken back": (GATED, {4: 0.9, 3: 0.1, 2: 0.1}, 4),
+}
+
+
+def adapted(**settings):
+    torch.manual_seed(3)
+    lora = {"r": 2, "lora_alpha": 8, "target_modules": ["query", "value"], "task_type": "SEQ_CLS", **settings}
+    return peft.get_peft_model(ZOO["bert"].model(), peft.LoraConfig(**lora))
+
+
+def layers(model):
+    return model.base_model.model.bert.encoder.layer
+
+
+def run(name, folder, resume=None, lora=None, **arguments):
+    settings, accuracy, epochs = RUNS[name]
+    model = adapted(**(lora or {}))
+    if accuracy is not None:
+        measure = {"compute_metrics": lambda prediction: {"accuracy": accuracy[len(layers(model))]}}
+        arguments = {"eval_strategy": "epoch", **measure, **arguments}
+    callback = pruning(**settings)
+    often = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-2, "num_train_epochs": epochs}
+    train(model, folder, callback, resume=resume, **{**often, **arguments})
+    return model, callback
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The runs that are never interrupted, made once each."""
+    made = {}
+
+    def get(name, **lora):
+        key = (name, str(lora))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            made[key] = (folder, *run(name, folder, lora=lora))
+        return made[key]
+
+    return get
+
+
+def test_the_blocks_beneath_go_and_the_adapters_train_on(whole):
+    _, model, callback = whole("two prunings")
+    assert len(layers(model)) == model.config.num_hidden_layers == 2
+    assert callback.record.kept["bert.encoder.layer"] == PrunedConfig.from_model(model).kept["bert.encoder.layer"]
+    kept = callback.record.kept["bert.encoder.layer"]
+    start = adapted()
+    for place, index in enumerate(kept):
+        query, before = (m[i].attention.self.query for m, i in ((layers(model), place), (layers(start), index)))
+        assert torch.equal(query.base_layer.weight, before.base_layer.weight)  # frozen before, frozen since
+        assert not torch.equal(query.lora_B["default"].weight, before.lora_B["default"].weight)
+        assert not query.base_layer.weight.requires_grad and query.lora_B["default"].weight.requires_grad
+
+
+def test_a_pruning_that_is_taken_back_leaves_the_model_with_its_adapters(whole, tmp_path):
+    folder, model, callback = whole("taken back")
+    assert len(layers(model)) == model.config.num_hidden_layers == 4 and callback.record is None
+    # the weights from before the pruning, which the checkpoint of that step holds
+    untouched = adapted()
+    untouched.load_adapter(folder / f"checkpoint-{STEPS}", "default", is_trainable=True)
+    assert equal(state(model), state(untouched))
+
+
+@pytest.mark.parametrize(
+    ("name", "at"), [(name, at) for name in RUNS for at in (4, 8, 12, 16, 20) if (name, at) != ("accepted", 20)]
+)
+def test_a_run_resumed_from_adapters_alone_ends_as_the_whole_one(whole, tmp_path, name, at):
+    folder, model, callback = whole(name)
+    checkpoint = folder / f"checkpoint-{at}"
+    assert not (checkpoint / "model.safetensors").exists()
+    resumed, again = run(name, folder, resume=str(checkpoint), save_strategy="no")
+    assert equal(state(resumed), state(model))
+    assert (again.record and again.record.kept) == (callback.record and callback.record.kept)
+
+
+@pytest.mark.parametrize("at", [12, 20])
+def test_a_run_with_adapters_in_some_blocks_is_resumed(whole, at):
+    lora = {"layers_to_transform": [1, 3]}
+    folder, model, _ = whole("two prunings", **lora)
+    resumed, _ = run("two prunings", folder, resume=str(folder / f"checkpoint-{at}"), lora=lora, save_strategy="no")
+    assert equal(state(resumed), state(model))
+    assert resumed.peft_config["default"].layers_to_transform == model.peft_config["default"].layers_to_transform
+
+
+def test_the_checkpoint_of_adapters_tells_which_blocks_it_is_of(whole, tmp_path):
+    ZOO["bert"].model().save_pretrained(tmp_path)
+    folder, model, _ = whole("two prunings")
+    checkpoint = folder / f"checkpoint-{3 * STEPS}"
+    base = load_pruned(AutoModelForSequenceClassification, tmp_path, checkpoint)
+    again = peft.PeftModel.from_pretrained(base, checkpoint)
+    batch = {"input_ids": torch.arange(5, 15)[None]}
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(whole, tmp_path):
+    folder, _, _ = whole("two prunings")
+    with pytest.raises(SurgeryError, match=r"adapters in the checkpoint.*with an adapter of the same settings"):
+        run("two prunings", tmp_path, str(folder / f"checkpoint-{2 * STEPS + 4}"), {"layers_to_transform": [0]})
+
+
+def test_healing_beneath_adapters_is_refused_before_any_step(tmp_path):
+    model = adapted()
+    before = state(model)
+    with pytest.raises(UnsupportedModelError, match=r"weights beneath the PEFT adapters.*heal=None.*merge_and_unload"):
+        train(model, tmp_path, pruning(num_blocks=3, heal="lstsq"))
+    assert equal(state(model), before) and len(layers(model)) == 4
+
+
+def test_a_teacher_teaches_adapters(tmp_path):
+    model = adapted()
+    callback = pruning(num_blocks=3, start_epoch=1, distill=DistillConfig())
+    train(model, tmp_path, callback, learning_rate=1e-2)
+    assert len(layers(model)) == 3
+    assert json.loads((tmp_path / "pruning_report.json").read_text())
+
+
+def test_the_end_of_a_training_tells_that_checkpoints_hold_adapters_alone(tmp_path, capsys):
+    train(adapted(), tmp_path, pruning(num_blocks=3, start_epoch=1), save_strategy="epoch")
+    told = capsys.readouterr().out
+    assert "checkpoints hold its adapters alone: deeparc_hf.save_pruned(trainer.model, folder)" in told
+    assert "push_to_hub" not in told
