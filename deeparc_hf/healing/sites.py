@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..architectures import Host
 from ..architectures.adapters import is_adapted
+from ..architectures.packed import is_quantized
 from ..core.tables import html_table, runs, spans
 from ..errors import UnsupportedModelError
 from .block_ends import Ending
@@ -21,8 +22,13 @@ def refuse_healing(host: Host) -> None:
     """Refuse to heal a model that cannot keep what healing changes.
 
     Raises:
-        UnsupportedModelError: if it has adapters, beneath which the weights are to stay.
+        UnsupportedModelError: if it has adapters, beneath which the weights are to stay, or packed weights.
     """
+    if is_quantized(host.root):
+        raise UnsupportedModelError(
+            f"{type(host.root).__name__} is quantized, and healing cannot change packed weights. Leave it out "
+            "(heal=None), or prune and heal the model before it is quantized."
+        )
     if is_adapted(host.root):
         raise UnsupportedModelError(
             f"Healing would change the weights beneath the PEFT adapters of {type(host.root).__name__}, which no "

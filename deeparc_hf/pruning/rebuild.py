@@ -113,7 +113,7 @@ def _built_before(subject: Subject, settings: dict[str, Any], memory: Memory) ->
             f"{name} cannot be rebuilt from its own settings, so a pruned one could not be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
-    live, stock = memory.state_shapes(host.bare), memory.state_shapes(before)
+    live, stock = memory.state_shapes(host.plain), memory.state_shapes(before)
     for stack in subject.stacks:
         odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
         if odd:

@@ -21,6 +21,7 @@ from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
 from .adapters import follow_in_configs
 from .freezing import freeze_blocks
+from .packed import follow_in_quantization
 from .plan import PruningPlan, freezing_set
 from .rebuild import require_told, skeletons, tell_package, tell_unproven
 from .shorten import Shortening
@@ -242,7 +243,7 @@ def _operate(
     host, stacks = subject.host, subject.stacks
     step = Layout.without(subject.lengths, removed)
     builds = skeletons(subject, step, stock_only=stock_only)
-    counted = host.bare
+    counted = host.plain
     if is_offloaded(host.root):  # which does not tell what is tied
         counted = builds.before
         if isinstance(counted, PreTrainedModel):
@@ -268,6 +269,7 @@ def _operate(
             transaction.keep_children(stacks[name].container, [modules[name][i] for i in step.kept[name]])
         shortening.carry_out(transaction)
         follow_in_configs(host.root, step, builds.after, transaction)
+        follow_in_quantization(host.root, step, builds.before, builds.after, transaction)
         if expectation is not None:
             expectation.check()
             if not builds.by_package:

@@ -106,7 +106,7 @@ def content_of_model(model: nn.Module, processing_class: Any = None) -> CardCont
         dtype=_dtype(weights),
         needs_package=bool(subject.host.layout),
     )
-    before, now = content.parameters[0], sum(parameter.numel() for parameter in root.parameters())
+    before, now = content.parameters[0], sum(parameter.numel() for parameter in subject.host.plain.parameters())
     return dataclasses.replace(content, parameters=(before or (None if content.removed else now), now))
 
 

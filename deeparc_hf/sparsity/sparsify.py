@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..architectures import Subject, describe
 from ..architectures.adapters import is_adapted
+from ..architectures.packed import is_quantized
 from ..checkpoint.record import PrunedConfig, current_record
 from ..core.environment import package_versions
 from ..core.offload import holding
@@ -132,6 +133,11 @@ def sparsify(
 
 def matrices_for(subject: Subject, config: WandaConfig) -> list[Matrix]:
     """The matrices that the settings mean; a pattern must fit all of them."""
+    if is_quantized(subject.root):
+        raise UnsupportedModelError(
+            f"{subject.name} is quantized: weights that are packed by quantization cannot be zeroed one by one. "
+            "Sparsify the model first and quantize it afterwards."
+        )
     matrices = find_matrices(subject, config.targets)
     _, size = config.group or (1, 1)
     for matrix in matrices:

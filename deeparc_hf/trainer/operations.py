@@ -30,7 +30,7 @@ from .rehearsal import rehearse
 from .reporter import Reporter, lists
 from .searching import batches_of_all, first_step, learned_by_heart, lesser_plan, remaining_speedup
 from .session import Event, Session
-from .snapshots import drop_unused, free_name, read_plans, restore_weights, save_snapshot, set_groups
+from .snapshots import drop_unused, free_name, read_plans, require_saving, restore_weights, save_snapshot, set_groups
 from .teacher import Teaching, removed_since
 
 __all__ = ["Operations", "frozen_after"]
@@ -74,6 +74,8 @@ class Operations:
     def begin(self) -> None:
         """Note how the model is when the run begins, and freeze what its record says, if that was asked for."""
         p, record = self._progress, record_of(self._session.subject)
+        if self._config.gated or self._config.distill is not None:
+            require_saving(self._model)
         thaw_noted(self._model)  # what an earlier training of this model froze
         check_settings(self._session.subject, self._config.for_iteration(0))
         rehearse(self._session.subject, self._calibration, "MPruneCallback")

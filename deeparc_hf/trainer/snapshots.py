@@ -15,13 +15,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import nn
 
-from ..errors import SurgeryError
+from ..architectures.packed import is_quantized, quantization_method
+from ..errors import SurgeryError, UnsupportedModelError
 from ..publish.files import checkpoints_in
 
-__all__ = ["FOLDER", "drop_unused", "free_name", "read_plans", "restore_weights", "save_snapshot", "set_groups"]
+__all__ = [
+    "FOLDER",
+    "drop_unused",
+    "free_name",
+    "read_plans",
+    "require_saving",
+    "restore_weights",
+    "save_snapshot",
+    "set_groups",
+]
 
 FOLDER = "_pruning_snapshots"  # in the Trainer's output folder; its pushes to the Hub leave out what begins with "_"
 _WEIGHTS, _NOTES = "weights.safetensors", "snapshot.json"
+
+
+def require_saving(model: nn.Module) -> None:
+    """Refuse a model whose weights cannot be written into a snapshot.
+
+    Raises:
+        UnsupportedModelError: naming what packs them.
+    """
+    method = quantization_method(model)
+    if is_quantized(model) and method != "bitsandbytes":
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is quantized ({method}), and packed weights of that kind cannot be kept in a "
+            "snapshot, from which a pruning is taken back and a teacher made. Leave max_drop and distill out, or "
+            "quantize the model with bitsandbytes."
+        )
 
 
 def save_snapshot(

@@ -1,9 +1,10 @@
-"""Models that are more than their weights: with adapters (PEFT), tied, offloaded, on the meta device. Each is pruned as
-any other, or refused with the way out.
+"""Models that are more than their weights: with adapters (PEFT), quantized, tied, offloaded, on the meta device. Each
+is pruned as any other, or refused with the way out.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -25,7 +26,9 @@ from deeparc_hf import (
     remove_blocks,
     save_pruned,
     search_blocks,
+    sparsify_model,
 )
+from deeparc_hf.architectures import Layout
 from deeparc_hf.errors import SurgeryError, UnsupportedModelError
 from tests.pruning.test_surgery import assert_unchanged, snapshot
 from tests.zoo import CAUSAL, TEXT, ZOO
@@ -316,6 +319,122 @@ def test_adapters_that_are_merged_for_the_time_being_are_not_saved_twice(tmp_pat
     with pytest.raises(UnsupportedModelError, match=r"saved twice.*unmerge_adapter\(\)"):
         save_pruned(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+# ---- quantized ----
+
+SKIPPED = ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.self_attn", "model.layers.3"]
+LEFT = ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.2"]
+WIDE = {**CAUSAL, "hidden_size": 64, "intermediate_size": 128}  # bitsandbytes packs 64 values at a time
+
+
+def by_torchao(**settings):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    return tf.TorchAoConfig(torchao.Int8WeightOnlyConfig(), **settings)
+
+
+def by_names(names):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    how = {"_default": torchao.Int8WeightOnlyConfig(), **dict.fromkeys(names)}
+    return tf.TorchAoConfig(torchao.FqnToConfig(how))
+
+
+def by_bitsandbytes(**settings):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return tf.BitsAndBytesConfig(**settings)
+
+
+# how a model is quantized, and the entry of the config that lists modules
+QUANTIZED = {
+    "torchao": (by_torchao, None),
+    "torchao, modules left out": (lambda: by_torchao(modules_to_not_convert=list(SKIPPED)), "modules_to_not_convert"),
+    "torchao, by name": (lambda: by_names(["model.layers.2.mlp.up_proj", "model.layers.1.mlp.up_proj"]), None),
+    "8 bits": (lambda: by_bitsandbytes(load_in_8bit=True), None),
+    "8 bits, modules left out": (
+        lambda: by_bitsandbytes(load_in_8bit=True, llm_int8_skip_modules=list(SKIPPED)),
+        "llm_int8_skip_modules",
+    ),
+    "4 bits": (lambda: by_bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"), None),
+    "4 bits, statistics too": (lambda: by_bitsandbytes(load_in_4bit=True, bnb_4bit_use_double_quant=True), None),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint to be quantized."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide")
+    tf.LlamaForCausalLM(tf.LlamaConfig(**WIDE)).save_pretrained(folder)
+    return folder
+
+
+def quantized(wide, name):
+    return tf.LlamaForCausalLM.from_pretrained(wide, quantization_config=QUANTIZED[name][0]())
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_packed_blocks_go_whole(name, wide, tmp_path):
+    entry, batch = QUANTIZED[name][1], ZOO["llama"].batches(1)[0]
+    model, whole = quantized(wide, name), quantized(wide, name)
+    assert find_stacks(model)[STACK].pinned == {}
+    counts = remove_blocks(model, {STACK: [1]}).iterations[-1]["parameters"]
+    block = tf.LlamaForCausalLM.from_pretrained(wide).model.layers[1]
+    assert counts["before"] - counts["after"] == sum(p.numel() for p in block.parameters())
+    if entry is not None:
+        assert getattr(model.config.quantization_config, entry) == LEFT
+        assert getattr(model.hf_quantizer.quantization_config, entry) == LEFT
+    save_pruned(model, tmp_path / "pruned")
+    # bitsandbytes packs weights anew, in fewer digits, when they run on some CPUs: both models have run
+    answer(whole, batch)
+    whole.save_pretrained(tmp_path / "whole")
+    found, tensors = (load_file(tmp_path / kind / "model.safetensors") for kind in ("pruned", "whole"))
+    expected = Layout.without({STACK: 4}, {STACK: [1]}).renamed_keys(tensors)
+    assert found.keys() == expected.keys() and all(torch.equal(value, expected[key]) for key, value in found.items())
+    again, reference = (tf.LlamaForCausalLM.from_pretrained(tmp_path / kind) for kind in ("pruned", "whole"))
+    reference.model.layers[1].register_forward_hook(do_nothing, with_kwargs=True)
+    assert torch.equal(answer(again, batch), answer(reference, batch))
+    remove_blocks(again, {STACK: [0]})
+    assert PrunedConfig.from_model(again).kept[STACK] == (2, 3)
+
+
+UNCLEAR = {
+    "a pattern of modules left out": lambda: by_torchao(modules_to_not_convert=["lm_head", r"model.layers.[23].mlp"]),
+    "the end of a name": lambda: by_bitsandbytes(load_in_8bit=True, llm_int8_skip_modules=["layers.2.mlp.up_proj"]),
+    "a pattern of packed modules": lambda: by_names([r"re:model\.layers\.[23]\..*up_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_a_quantization_config_that_cannot_be_renumbered_is_refused(name, wide):
+    model = tf.LlamaForCausalLM.from_pretrained(wide, quantization_config=UNCLEAR[name]())
+    config, quantization = model.config, copy.deepcopy(model.config.quantization_config.to_dict())
+    with pytest.raises(SurgeryError, match=r"quantization config of LlamaForCausalLM names modules by patterns.*whole"):
+        remove_blocks(model, {STACK: [1]})
+    assert len(model.model.layers) == 4 and model.config is config
+    assert model.config.quantization_config.to_dict() == quantization
+    assert model.hf_quantizer.quantization_config is model.config.quantization_config
+
+
+@pytest.mark.parametrize("name", ["torchao", "8 bits"])
+def test_quantized_models_are_compared_and_pruned_but_not_changed_otherwise(name, wide):
+    model, batches = quantized(wide, name), ZOO["llama"].batches(4)
+    with pytest.raises(UnsupportedModelError, match=r"is quantized, and healing cannot change.*heal=None"):
+        search_blocks(model, batches, num_blocks=3, progress=False)
+    with pytest.raises(UnsupportedModelError, match=r"is quantized: weights that are packed.*quantize it afterwards"):
+        sparsify_model(model, batches, progress=False)
+    prune_model(model, batches, num_blocks=3, progress=False)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("name", ["torchao", "8 bits", "4 bits"])
+def test_blocks_go_from_beneath_adapters_on_packed_weights(name, wide, tmp_path):
+    batch = ZOO["llama"].batches(1)[0]
+    model = peft.get_peft_model(quantized(wide, name), lora(target_modules=["q_proj", "v_proj"])).eval()
+    remove_blocks(model, {STACK: [1]})
+    save_pruned(model, tmp_path)
+    base = tf.LlamaForCausalLM.from_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.equal(answer(again, batch), answer(model, batch))
 
 
 # ---- tied weights ----

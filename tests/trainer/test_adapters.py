@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
+import transformers as tf
 from transformers import AutoModelForSequenceClassification
 
 from deeparc_hf import DistillConfig, PrunedConfig, load_pruned
 from deeparc_hf.errors import SurgeryError, UnsupportedModelError
 from tests.trainers import ROWS, pruning, train
-from tests.zoo import ZOO
+from tests.zoo import CAUSAL, ZOO
 
 peft = pytest.importorskip("peft")
 STEPS = ROWS // 8  # of an epoch
@@ -151,3 +152,39 @@ def test_the_end_of_a_training_tells_that_checkpoints_hold_adapters_alone(tmp_pa
     told = capsys.readouterr().out
     assert "checkpoints hold its adapters alone: deeparc_hf.save_pruned(trainer.model, folder)" in told
     assert "push_to_hub" not in told
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_drop": 0.1, "metric": "accuracy"}], ids=["stays", "taken back"])
+def test_adapters_are_trained_and_pruned_on_packed_weights(settings, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**{**CAUSAL, "hidden_size": 64, "intermediate_size": 128})
+    tf.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "whole")
+    quantization = tf.BitsAndBytesConfig(load_in_8bit=True)
+    base = tf.LlamaForSequenceClassification.from_pretrained(tmp_path / "whole", quantization_config=quantization)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    model = peft.get_peft_model(peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False), lora)
+    stack = base.model.layers
+    before = {key: value.clone() for key, value in stack.state_dict().items() if "lora" not in key}
+    measure = {"compute_metrics": lambda prediction: {"accuracy": 0.9 if len(stack) == 4 else 0.1}}
+    gate = {"eval_strategy": "epoch", **measure} if settings else {}
+    callback = pruning(num_blocks=3, start_epoch=1, **settings)
+    train(model, tmp_path / "run", callback, num_train_epochs=3, learning_rate=1e-2, **gate)
+    assert len(stack) == base.config.num_hidden_layers == (4 if settings else 3)
+    kept = range(4) if settings else callback.record.kept["model.layers"]
+    after = stack.state_dict()
+    for place, index in enumerate(kept):
+        own = {key.partition(".")[2]: value for key, value in before.items() if key.startswith(f"{index}.")}
+        assert own and all(torch.equal(after[f"{place}.{key}"], value) for key, value in own.items())
+
+
+def test_packed_weights_that_no_snapshot_can_hold_are_refused_when_training_begins(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    tf.LlamaForSequenceClassification(tf.LlamaConfig(**CAUSAL)).save_pretrained(tmp_path / "whole")
+    quantization = tf.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    base = tf.LlamaForSequenceClassification.from_pretrained(tmp_path / "whole", quantization_config=quantization)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    callback = pruning(num_blocks=3, start_epoch=1, max_drop=0.1, metric="loss")
+    with pytest.raises(UnsupportedModelError, match=r"quantized \(torchao\).*snapshot.*Leave max_drop and distill out"):
+        train(model, tmp_path / "run", callback, num_train_epochs=3, eval_strategy="epoch")
+    assert len(base.model.layers) == 4
