@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..core.compat import copy_with_children
+from ..core.offload import is_offloaded
 from ..errors import UnsupportedModelError
 
 __all__ = [
@@ -114,6 +115,12 @@ def refuse_adapters(model: nn.Module, root: nn.Module) -> None:
     """
     if not is_adapted(model):
         return
+    if is_offloaded(root):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} carries PEFT adapters on weights that accelerate keeps elsewhere (device_map), "
+            "and these cannot follow a removal of blocks together. Load the model without offloading, or prune first "
+            "and add the adapters afterwards."
+        )
     configs = adapters_of(root) or adapters_of(model)
     if not configs:
         raise UnsupportedModelError(

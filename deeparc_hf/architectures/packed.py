@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..core.compat import copy_with_children
+from ..core.offload import is_offloaded
 from ..errors import UnsupportedModelError
 
 __all__ = ["is_quantized", "quantization_method", "quantization_of", "refuse_quantized", "without_packing"]
@@ -47,6 +48,11 @@ def refuse_quantized(root: nn.Module) -> None:
     """
     if not is_quantized(root):
         return
+    if is_offloaded(root):
+        raise UnsupportedModelError(
+            f"{type(root).__name__} is quantized, and accelerate keeps weights of it elsewhere (device_map): such "
+            "blocks cannot be removed. Load it without offloading, or prune the model before it is quantized."
+        )
     method = quantization_method(root)
     if method in _TRIED and getattr(root, "hf_quantizer", None) is not None:
         return

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..architectures.adapters import is_adapted
 from ..core.caller import warn_caller
 from ..core.plain_text import plain
 from ..errors import DeepArcWarning
@@ -96,6 +97,8 @@ class SessionCallback(TrainerCallback, ExportableState):
         model, folder = kwargs.get("model"), Path(args.output_dir)
         if self._run is None or args.process_index != 0 or model is None:
             return
+        if is_adapted(model):
+            return  # what is pushed is adapters alone, whose card is PEFT's
         # the last save of a training comes before its callbacks hear of its end
         over = control.should_training_stop or 0 < state.max_steps <= state.global_step
         try:
@@ -124,7 +127,8 @@ class SessionCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self._tell("end", control)
         session, run = self.session, self._run
-        if session is not None and run is not None and run is session.members[0] and args.push_to_hub:
+        adapted = session is not None and is_adapted(session.model)
+        if session is not None and run is not None and run is session.members[0] and args.push_to_hub and not adapted:
             session.say(_KEEP_CARD)  # once for all callbacks
 
 

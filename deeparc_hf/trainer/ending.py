@@ -23,7 +23,7 @@ NEXT = (
 
 _BOTH = (
     "deeparc_hf.save_pruned(trainer.model, folder) saves the pruned model beneath them too, and "
-    "trainer.model.merge_and_unload() makes one model of both."
+    "trainer.model.merge_and_unload() makes one model of both"
 )
 
 

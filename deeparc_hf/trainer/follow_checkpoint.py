@@ -245,15 +245,7 @@ def settle(
             "The model was pruned otherwise than the one in the checkpoint that is resumed: their records differ. "
             f"Build the model as it was built when the run began. Or: {_ADVICE}"
         )
-    lengths = {} if current.record is None else current.record.layout.counts
-    found = {name: len(blocks) for name, blocks in loaded.items() if name in lengths}
-    if adapters is not None:  # they do not tell how many blocks there are behind the last one that has any
-        found = {name: count for name, count in lengths.items() if all(at < count for at in adapters[name])}
-    if found != lengths or current.record is None:
-        raise SurgeryError(
-            f"By its record the checkpoint has {lengths or 'all'} blocks, but what was loaded has {found or 'fewer'}. "
-            f"{_ADVICE}"
-        )
+    lengths = _required_counts(current.record, loaded, adapters)
     undo = Transaction()
     for record, transaction in ((accepted.record, None), (current.record, undo)):
         if record is not None:
@@ -266,6 +258,24 @@ def settle(
             sources, targets = ([blocks[place] for place in places] for blocks in (loaded[name], stack.blocks))
             _take_over(sources, targets, None if adapters is None else [adapters[name][place] for place in places])
     return undo, current.freeze(subject)
+
+
+def _required_counts(
+    record: PrunedConfig | None, loaded: Mapping[str, Sequence[nn.Module]], adapters: Held | None
+) -> dict[str, int]:
+    """By stack, the number of blocks that a checkpoint's record says; what was loaded must have as many (else a
+    SurgeryError).
+    """
+    lengths = {} if record is None else record.layout.counts
+    found = {name: len(blocks) for name, blocks in loaded.items() if name in lengths}
+    if adapters is not None:  # they do not tell how many blocks there are behind the last one that has any
+        found = {name: count for name, count in lengths.items() if all(at < count for at in adapters[name])}
+    if found != lengths or record is None:
+        raise SurgeryError(
+            f"By its record the checkpoint has {lengths or 'all'} blocks, but what was loaded has {found or 'fewer'}. "
+            f"{_ADVICE}"
+        )
+    return lengths
 
 
 def record_of(model: nn.Module | Subject) -> PrunedConfig | None:

@@ -29,7 +29,7 @@ from deeparc_hf import (
     sparsify_model,
 )
 from deeparc_hf.architectures import Layout
-from deeparc_hf.errors import SurgeryError, UnsupportedModelError
+from deeparc_hf.errors import DeepArcWarning, SurgeryError, UnsupportedModelError
 from tests.pruning.test_surgery import assert_unchanged, snapshot
 from tests.zoo import CAUSAL, TEXT, ZOO
 
@@ -176,8 +176,17 @@ def test_each_of_several_adapters_stays_and_is_saved(tmp_path):
         assert torch.equal(answer(again.eval(), batch), answer(model, batch))
 
 
-def test_adapters_without_a_wrapper_are_the_same(tmp_path):
-    model = peft.inject_adapter_in_model(lora(target_modules=["q_proj"]), ZOO["llama"].model()).eval()
+@pytest.mark.parametrize("how", ["inject_adapter_in_model", "add_adapter"])
+def test_adapters_without_a_wrapper_are_the_same(how, tmp_path):
+    model = ZOO["llama"].model()
+    if how == "add_adapter":
+        try:
+            model.add_adapter(lora(target_modules=["q_proj"]))
+        except ValueError as error:  # transformers asks for a later PEFT
+            pytest.skip(str(error))
+    else:
+        peft.inject_adapter_in_model(lora(target_modules=["q_proj"]), model)
+    model.eval()
     batch = ZOO["llama"].batches(1)[0]
     remove_blocks(model, {STACK: [1]})
     save_pruned(model, tmp_path)
@@ -283,6 +292,21 @@ def test_adapters_that_would_not_follow_are_refused_with_the_way_out(name):
     model = peft.get_peft_model(ZOO["llama"].model(), make())
     with pytest.raises(UnsupportedModelError, match=rf"{words}.*cannot follow.*merge_and_unload.*prune first and add"):
         remove_blocks(model, {STACK: [1]})
+
+
+def test_blocks_that_no_setting_leaves_out_are_dropped_from_beneath_adapters(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 120, "bos_token_id": 1, "eos_token_id": 2}
+    config = tf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True, attn_implementation="eager")
+    model, batch = tf.GPT2LMHeadModel(config), ZOO["gpt2"].batches(1)[0]
+    model = peft.get_peft_model(model, lora(target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+    with pytest.warns(DeepArcWarning, match="can only be loaded where deeparc_hf is installed"):
+        remove_blocks(model, {"transformer.h": [1]})
+    save_pruned(model, tmp_path)
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert len(base.transformer.h) == 3
+    assert torch.equal(answer(again, batch), answer(model, batch))
 
 
 def test_the_only_adapters_of_a_model_do_not_go_with_their_blocks():
@@ -490,6 +514,16 @@ def test_blocks_go_from_a_model_that_is_partly_on_the_disk(tmp_path):
     save_pruned(model, tmp_path / "pruned")
     again, batch = tf.LlamaForCausalLM.from_pretrained(tmp_path / "pruned"), ZOO["llama"].batches(1)[0]
     assert torch.equal(answer(again, batch), answer(whole, batch))
+
+
+def test_adapters_on_weights_that_lie_elsewhere_are_refused(tmp_path):
+    ZOO["llama"].model().save_pretrained(tmp_path / "whole")
+    places = {"model": "disk", "lm_head": "cpu"}
+    folder = str(tmp_path / "offload")
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "whole", device_map=places, offload_folder=folder)
+    model = peft.get_peft_model(model, lora(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match=r"adapters on weights that accelerate keeps.*without offloading"):
+        remove_blocks(model, {STACK: [1]})
 
 
 def test_a_model_on_the_meta_device_is_described_and_pruned_by_its_settings_alone():

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from deeparc_hf import DistillConfig, PrunedConfig, load_pruned
@@ -188,3 +189,13 @@ def test_packed_weights_that_no_snapshot_can_hold_are_refused_when_training_begi
     with pytest.raises(UnsupportedModelError, match=r"quantized \(torchao\).*snapshot.*Leave max_drop and distill out"):
         train(model, tmp_path / "run", callback, num_train_epochs=3, eval_strategy="epoch")
     assert len(base.model.layers) == 4
+
+
+def test_the_best_adapters_come_back_at_the_end(tmp_path):
+    model = adapted()
+    arguments = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    trainer = train(model, tmp_path, pruning(num_blocks=3), num_train_epochs=3, learning_rate=1e-2, **arguments)
+    best = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
+    assert len(layers(model)) == 3
+    live = peft.get_peft_model_state_dict(model)
+    assert live.keys() == best.keys() and all(torch.equal(value, best[key]) for key, value in live.items())
