@@ -10,7 +10,7 @@ import transformers as tf
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from deeparc_hf import DistillConfig, PrunedConfig, load_pruned
+from deeparc_hf import DistillConfig, PrunedConfig, load_pruned, push_to_hub
 from deeparc_hf.errors import SurgeryError, UnsupportedModelError
 from tests.trainers import ROWS, pruning, train
 from tests.zoo import CAUSAL, ZOO
@@ -199,3 +199,28 @@ def test_the_best_adapters_come_back_at_the_end(tmp_path):
     assert len(layers(model)) == 3
     live = peft.get_peft_model_state_dict(model)
     assert live.keys() == best.keys() and all(torch.equal(value, best[key]) for key, value in live.items())
+
+
+def test_the_first_callback_of_the_readme_is_refused_for_its_healing_and_searches_without(tmp_path):
+    goal = {"metric": "accuracy", "max_drop": 0.1, "calibration_samples": 32}
+    model = adapted()
+    measure = {
+        "eval_strategy": "epoch",
+        "compute_metrics": lambda prediction: {"accuracy": {4: 0.9, 3: 0.85}.get(len(layers(model)), 0.1)},
+        "learning_rate": 1e-2,
+        "num_train_epochs": 6,
+    }
+    with pytest.raises(UnsupportedModelError, match=r"weights beneath the PEFT adapters.*heal=None"):
+        train(model, tmp_path, pruning(**goal), **measure)
+    train(model, tmp_path, pruning(**goal, search="greedy", heal=None), **measure)
+    assert len(layers(model)) == model.config.num_hidden_layers == 3
+
+
+def test_a_push_of_adapters_keeps_their_own_card(tmp_path):
+    model, callback = adapted(), pruning(num_blocks=3)
+    trainer = train(model, tmp_path, callback, num_train_epochs=1)
+    (tmp_path / "README.md").unlink(missing_ok=True)
+    callback.on_push_begin(trainer.args, trainer.state, trainer.control, model=model)
+    assert not (tmp_path / "README.md").exists()
+    with pytest.raises(UnsupportedModelError, match=r"carries PEFT adapters.*merge_and_unload"):
+        push_to_hub(trainer, "somebody/something")
