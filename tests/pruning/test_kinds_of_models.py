@@ -249,6 +249,16 @@ def test_configs_of_adapters_tell_the_blocks_by_their_new_numbers(name, tmp_path
     assert torch.equal(answer(again.eval(), batch), answer(model, batch))
 
 
+def test_copies_of_a_part_that_are_trained_in_its_place_follow_too():
+    model = adapted(target_modules=["v_proj"], modules_to_save=["layers.3.self_attn"], use_dora=False)
+    remove_blocks(model, {STACK: [1]})
+    attention = model.get_base_model().model.layers[2].self_attn
+    assert attention.original_module.layer_idx == attention.modules_to_save["default"].layer_idx == 2
+    ids = ZOO["llama"].batches(1)[0]["input_ids"][:1]
+    cached, plain = (model.generate(input_ids=ids, max_new_tokens=5, use_cache=cache) for cache in (True, False))
+    assert torch.equal(cached, plain)
+
+
 def test_a_removal_that_fails_takes_nothing_from_the_adapters():
     model = adapted(target_modules=r".*layers\.[23].*q_proj", use_dora=False)
     root, config = model.get_base_model(), model.peft_config["default"]

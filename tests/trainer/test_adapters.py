@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ GATED = {"num_blocks": 2, "start_epoch": 1, "max_drop": 0.1, "metric": "accuracy
 RUNS = {
     "two prunings": (TWICE, None, 3),
     "two prunings, frozen": ({**TWICE, "freeze": "partial"}, None, 3),
+    "two prunings in the middle": ({**TWICE, "protect": ("*.0", "*.3")}, None, 3),
     "accepted": (GATED, {4: 0.9, 2: 0.85}, 3),
     "taken back": (GATED, {4: 0.9, 3: 0.1, 2: 0.1}, 4),
 }
@@ -113,6 +115,17 @@ def test_a_run_with_adapters_in_some_blocks_is_resumed(whole, at):
     resumed, _ = run("two prunings", folder, resume=str(folder / f"checkpoint-{at}"), lora=lora, save_strategy="no")
     assert equal(state(resumed), state(model))
     assert resumed.peft_config["default"].layers_to_transform == model.peft_config["default"].layers_to_transform
+
+
+@pytest.mark.parametrize("at", [12, 20])
+def test_without_a_hint_which_blocks_are_meant_the_record_of_the_run_tells_it(whole, tmp_path, at):
+    folder, model, callback = whole("two prunings in the middle")
+    assert callback.record.kept["bert.encoder.layer"] == (0, 3)
+    checkpoint = tmp_path / f"checkpoint-{at}"
+    shutil.copytree(folder / checkpoint.name, checkpoint)
+    (checkpoint / "config.json").unlink()  # the model follows by numbers alone at first, and takes other blocks
+    resumed, _ = run("two prunings in the middle", tmp_path, resume=str(checkpoint), save_strategy="no")
+    assert equal(state(resumed), state(model))
 
 
 def test_the_checkpoint_of_adapters_tells_which_blocks_it_is_of(whole, tmp_path):
