@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..architectures import Layout, Subject, describe
+from ..architectures import Layout, Subject, describe, find_host
 from ..architectures.generation import follow_generation
 from ..architectures.hosts import RECORD_KEY, copy_attention
 from ..architectures.per_block import PerBlockTensor, left_by_path
@@ -112,14 +112,14 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     `folder/adapter`, for `PeftModel.from_pretrained(AutoModel...from_pretrained(folder), f"{folder}/adapter")`.
 
     Args:
-        model: a model that `find_stacks` knows, pruned or not.
+        model: a model of transformers or timm, pruned or not.
         folder: where to write; made if need be.
 
     Raises:
-        UnsupportedModelError: if the model is of a kind that cannot be pruned, or its adapters are merged and still
-            there (`merge_adapter`).
+        UnsupportedModelError: if it is neither a transformers model nor a timm model, or its adapters are merged and
+            still there (`merge_adapter`).
     """
-    host = describe(model).host
+    host = find_host(model)  # which stacks it has need not be searched for
     refuse_merged(host.root)
     host.save(folder)
     save_adapters(host.root, folder)

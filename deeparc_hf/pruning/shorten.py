@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..architectures import Layout, Subject
+from ..architectures.packed import is_quantized
 from ..architectures.per_block import PerBlockTensor, left_by_path
 from ..core.offload import is_offloaded
 from ..core.transaction import Transaction
 from ..errors import DeepArcWarning, SurgeryError
+from .rebuild import Builds
 from .verify import Expectation
 
 __all__ = ["Shortening"]
@@ -25,18 +27,23 @@ class Shortening:
     whole one (`pruned_type`), which keeps those tensors.
 
     Raises:
-        SurgeryError: if their weights are not all here.
+        SurgeryError: if their weights are not all here, or packed.
     """
 
-    def __init__(self, subject: Subject, step: Layout, *, by_package: bool) -> None:
+    def __init__(self, subject: Subject, step: Layout, builds: Builds) -> None:
         self._label = subject.name
         self._left: Mapping[str, tuple[PerBlockTensor, int, Sequence[int]]] = (
-            {} if by_package else left_by_path(subject.per_block, step)
+            {} if builds.by_package else left_by_path(subject.per_block, step)
         )
-        root = subject.root
+        root = subject.host.bare
         found = dict(chain(root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False)))
         self._tensors = {path: found[path] for path in self._left}
         sharded = any(isinstance(tensor, DTensor) for tensor in self._tensors.values())
+        if self._tensors and is_quantized(subject.root):
+            raise SurgeryError(
+                f"{next(iter(self._left))} of {self._label} has a part for each block, and the model is quantized. "
+                "Prune it before it is quantized. Nothing was changed."
+            )
         if self._tensors and (sharded or is_offloaded(root)):
             raise SurgeryError(
                 f"{next(iter(self._left))} of {self._label} has a part for each block, and not all of its weights are "

@@ -23,7 +23,7 @@ from .adapters import follow_in_configs
 from .freezing import freeze_blocks
 from .packed import follow_in_quantization
 from .plan import PruningPlan, freezing_set
-from .rebuild import require_told, skeletons, tell_package, tell_unproven
+from .rebuild import Builds, require_told, skeletons, tell_package, tell_unproven
 from .shorten import Shortening
 from .verify import expect
 
@@ -248,7 +248,7 @@ def _operate(
         counted = builds.before
         if isinstance(counted, PreTrainedModel):
             counted.tie_weights()
-    shortening = Shortening(subject, step, by_package=builds.by_package)
+    shortening = Shortening(subject, step, builds)
     entry = {**(entry or {}), "parameters": _parameters(counted, step, shortening.fewer())}
     if builds.by_package:
         entry["dropped"] = True
@@ -256,20 +256,9 @@ def _operate(
     expectation = None
     if verify and known is None:
         expectation = expect(subject, removed, example, by_package=builds.by_package)
-    modules = {name: stack.blocks for name, stack in stacks.items()}
+    blocks = [stacks[name].blocks[index] for name, indices in removed.items() for index in indices]
     with transaction or Transaction() as transaction:
-        host.own_configs(transaction)
-        host.follow_builds(builds.before, builds.after, stacks, transaction)
-        host.set_record(record.to_dict())
-        follow_generation(host.root, stacks, step, transaction)
-        for path, attribute, value in builds.updates:
-            for module in places_of(host.root, path):
-                transaction.set(module, attribute, value)
-        for name in removed:
-            transaction.keep_children(stacks[name].container, [modules[name][i] for i in step.kept[name]])
-        shortening.carry_out(transaction)
-        follow_in_configs(host.root, step, builds.after, transaction)
-        follow_in_quantization(host.root, step, builds.before, builds.after, transaction)
+        _take_out(subject, step, builds, shortening, record, transaction)
         if expectation is not None:
             expectation.check()
             if not builds.by_package:
@@ -283,17 +272,40 @@ def _operate(
         if any(frozen.values()):
             changed = freeze_blocks(subject, step.places(frozen), transaction, inputs=_freezes_inputs(record))
         if optimizer is not None:
-            lost = [p for name, indices in removed.items() for i in indices for p in modules[name][i].parameters()]
             still_used = {id(p) for p in host.root.parameters()}
-            forget_parameters(
-                optimizer, [p for p in lost if id(p) not in still_used], [*changed, *shortening.tensors], transaction
-            )
+            lost = [p for block in blocks for p in block.parameters() if id(p) not in still_used]
+            forget_parameters(optimizer, lost, [*changed, *shortening.tensors], transaction)
         if known is None:
             record = record.with_mark(mark_of_model(host.bare))
             host.set_record(record.to_dict())
         # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
         torch.compiler.reset()
     return record
+
+
+def _take_out(
+    subject: Subject,
+    step: Layout,
+    builds: Builds,
+    shortening: Shortening,
+    record: PrunedConfig,
+    transaction: Transaction,
+) -> None:
+    """Take the blocks out of the live model, and have its configs, its record, and what stands beside follow."""
+    host, stacks = subject.host, subject.stacks
+    left = {name: [stacks[name].blocks[index] for index in step.kept[name]] for name in step.removed}
+    host.own_configs(transaction)
+    host.follow_builds(builds.before, builds.after, stacks, transaction)
+    host.set_record(record.to_dict())
+    follow_generation(host.root, stacks, step, transaction)
+    for path, attribute, value in builds.updates:
+        for module in places_of(host.root, path):
+            transaction.set(module, attribute, value)
+    for name, kept in left.items():
+        transaction.keep_children(stacks[name].container, kept)
+    shortening.carry_out(transaction)
+    follow_in_configs(host.root, step, builds.after, transaction)
+    follow_in_quantization(host.root, step, builds.before, builds.after, transaction)
 
 
 def _parameters(root: nn.Module, step: Layout, fewer: Mapping[int, int]) -> dict[str, int]:
