@@ -108,4 +108,6 @@ def test_a_missing_repository_is_the_hubs_own_error(hub, tmp_path):
     assert result.returncode == 1
     assert "RepositoryNotFoundError" in result.stderr
     assert told.returncode == 2
-    assert told.stderr.count("\n") == 1 and told.stderr.startswith("error: Cannot load org/nothing")
+    # transformers imports torchao where it is installed, of which torch has something to say
+    said = [line for line in told.stderr.splitlines() if "torch/utils/_pytree.py" not in line]
+    assert len(said) == 1 and said[0].startswith("error: Cannot load org/nothing")

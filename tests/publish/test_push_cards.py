@@ -155,6 +155,7 @@ def test_pushes_in_a_training_say_where_it_stood_and_the_end_says_how_the_card_i
     printed = here.run(
         """
         import time
+        from deeparc_hf import MPruneCallback
         class AfterThePush(transformers.TrainerCallback):
             # Uploads run in the background, from the folder that the next save writes to.
             def on_epoch_begin(self, args, state, control, **more):
