@@ -47,6 +47,7 @@ class CountKey:
             as an entry that names blocks does (`BlockEntry`), and is not written to.
         whole: what the entry is where the settings leave it out, as those of timm do.
         fixed: how many blocks there are beside those that it counts (one that leads into a stage).
+        stages: whether it is a list with one count per stage, of stages that stand in one list of blocks (Hiera's).
     """
 
     path: tuple[str, ...]
@@ -55,19 +56,26 @@ class CountKey:
     by_length: bool = False
     whole: int | tuple[int, ...] | None = None
     fixed: int = 0
+    stages: bool = False
 
     def __str__(self) -> str:
         where = ".".join((*self.path, self.key))
         return where if self.index is None else f"{where}[{self.index}]"
 
-    def write(self, settings: dict[str, Any], number: int) -> None:
-        """Write a number of blocks where the settings count them."""
+    def write(self, settings: dict[str, Any], kept: Sequence[int]) -> None:
+        """Write how many blocks are kept where the settings count them."""
         if self.by_length:
             return
         if self.whole is not None:
             self.write_whole(settings)
-        holder = nested(settings, self.path)
-        if self.index is None:
+        holder, number = nested(settings, self.path), len(kept)
+        if self.stages:
+            ends = list(itertools.accumulate(holder[self.key]))
+            holder[self.key] = [
+                sum(end - count <= index < end for index in kept)
+                for count, end in zip(holder[self.key], ends, strict=True)
+            ]
+        elif self.index is None:
             holder[self.key] = number - self.fixed
         else:
             counts = list(holder[self.key])
@@ -189,7 +197,7 @@ class Family(ABC):
         """Edit a copy of the model's settings in place so that they describe the kept blocks only."""
         for stack in stacks:
             if stack.count is not None:
-                stack.count.write(settings, len(kept[stack.name]))
+                stack.count.write(settings, kept[stack.name])
             elif len(kept[stack.name]) < len(stack):
                 why = f" ({stack.uncounted})" if stack.uncounted else ""
                 raise SurgeryError(f"no setting counts the blocks of {stack.name} alone{why}")

@@ -35,13 +35,22 @@ _REMEMBERED = 64  # shapes of builds
 Shapes = dict[str, tuple[int, ...]]
 
 
-def containers(root: nn.Module) -> Iterator[tuple[str, Container]]:
-    """Lists of modules that may be blocks, with their paths; what stands in others comes after them."""
+def containers(root: nn.Module, *, mixed: bool = False) -> Iterator[tuple[str, Container]]:
+    """Lists of modules that may be blocks, with their paths; what stands in others comes after them.
+
+    Args:
+        mixed: whether others may stand among them (a convolution that leads into a stage), less than there are blocks.
+    """
     for name, module in root.named_modules():
         if not name or not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         members = list(module.children())
-        if len(members) == len(module) and _may_be_blocks(members):  # one may be None
+        if len(members) != len(module):
+            continue  # one is None
+        made_of_parts = [member for member in members if any(True for _ in member.children())]
+        if len(made_of_parts) == len(members) or (mixed and 2 * len(made_of_parts) > len(members)):
+            members = made_of_parts
+        if _may_be_blocks(members):
             yield name, module
 
 
@@ -208,7 +217,7 @@ class _Attempt:
             follow(trial, entry, self.length, kept)
         if count.index is None:
             shrink_stages(nested(trial, count.path), self.length, kept)
-        count.write(trial, len(kept))
+        count.write(trial, kept)
         return trial
 
     def proven(

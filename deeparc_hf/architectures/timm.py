@@ -1,31 +1,32 @@
 """timm models, bare or inside transformers' TimmWrapper: what counts the blocks is found by trying (`search`).
 
-An argument of the model's class is given the numbers of blocks that there are: of one list of blocks, or of lists whose
-paths differ in a number (the stages). If `timm.create_model` builds the same model then, it may count them.
+The arguments of the model's class are read from a build (`timm_arguments`), for most of them are the entry point's own.
+One that holds a number, or a list of numbers, may count the blocks of a list, if `timm.create_model` builds the same
+model where it is given.
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import inspect
-import itertools
 import re
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from ..core.shards import shape_of
 from ..errors import UnsupportedModelError
-from .base import Container, CountKey, Family, Stack, chained, nested, register, signature_pins
+from .base import Container, CountKey, Family, Stack, chained, register, signature_pins
 from .hosts import Host, TransformersHost
 from .resnet import stage_pins
 from .search import Search, containers, inside, uncounted
 from .skeleton import state_shapes
+from .timm_arguments import arguments_of, refusal
 
 _COUNT_NAME = re.compile(r"layer|depth|block|stage")
 _BLOCK_NAME = re.compile("")  # timm's blocks may be called anything
+_MOST_BESIDE = 2  # blocks of a list that no argument counts: one that leads into a stage, or out of it
 
 
 @register("timm")
@@ -39,23 +40,18 @@ class Timm(Family):
     def stacks(self, host: Host) -> list[Stack]:
         model = _timm_model(host)
         assert model is not None
-        wrapped = isinstance(host, TransformersHost)
-        prefix, path = ("timm_model.", ("model_args",)) if wrapped else ("", ())
-        shapes = state_shapes(host.build(host.settings()))
+        prefix = "timm_model." if isinstance(host, TransformersHost) else ""
+        lists = [(prefix + name, blocks) for name, blocks in containers(model, mixed=True)]
+        arguments = _Arguments(host, model)
         found: dict[str, Stack] = {}
-        for group in _groups(model, prefix):
-            if any(inside(name, found) for name, _ in group):
-                continue  # parts of blocks
-            for key in _keys(model, group, path):
-                stacks = {stack.name: stack for stack in _counted(host, shapes, group, key)}
-                found |= stacks
-                if stacks:
-                    break
+        for name, blocks in lists:
+            stack = None if inside(name, found) else arguments.counted(name, blocks)
+            if stack is not None:
+                found[name] = stack
         if host.can_drop:
-            lists = [(prefix + name, blocks) for name, blocks in containers(model)]
-            found |= {stack.name: stack for stack in uncounted(lists, found, _BLOCK_NAME)}
+            found |= {stack.name: replace(stack, uncounted=arguments.why) for stack in _plain(lists, found)}
         if not found:
-            raise UnsupportedModelError(_nothing_found(host, model))
+            raise UnsupportedModelError(_nothing_found(host, lists, arguments.why))
         return chained([found[name] for name, _ in host.root.named_modules() if name in found])
 
 
@@ -66,88 +62,93 @@ def _timm_model(host: Host) -> nn.Module | None:
     return model if isinstance(model, nn.Module) else None
 
 
-def _nothing_found(host: Host, model: nn.Module) -> str:
-    lists = [(name, blocks) for name, blocks in containers(model) if len(blocks) > 1]
-    named = "; ".join(f"{name} ({len(blocks)} x {type(blocks[0]).__name__})" for name, blocks in lists[:3])
-    if not named:
-        return f"{host.label} cannot be pruned by layers: found no list of blocks in it."
+def _plain(lists: Sequence[tuple[str, Container]], counted: Mapping[str, Stack]) -> Iterator[Stack]:
+    """Lists of blocks that no argument counts: some are alike, so that they are no chain of sizes, nor stages."""
+    return uncounted([(name, blocks) for name, blocks in lists if _some_alike(blocks)], counted, _BLOCK_NAME)
+
+
+def _some_alike(blocks: Container) -> bool:
+    shapes = [[(name, shape_of(p)) for name, p in block.named_parameters()] for block in blocks]
+    return any(shapes.count(shape) > 1 for shape in shapes)
+
+
+def _nothing_found(host: Host, lists: Sequence[tuple[str, Container]], why: str) -> str:
+    plain = list(_plain(lists, {}))
+    if not plain:
+        return f"{host.label} cannot be pruned by layers: found no list in it of blocks that are alike."
+    named = "; ".join(f"{stack.name} ({len(stack)} x {type(stack.blocks[0]).__name__})" for stack in plain[:3])
     text = (
         f"{host.label} cannot be pruned by layers: found {named}, but timm's own entry point takes no argument that "
-        "counts these blocks, so a pruned checkpoint could not be rebuilt by stock timm. A newer timm may allow it: "
-        "pip install -U timm."
+        f"counts these blocks, so a pruned checkpoint could not be rebuilt by stock timm{f' ({why})' if why else ''}."
     )
-    if host.library == "timm" and any(True for _ in uncounted(lists, {}, _BLOCK_NAME)):
+    if host.library == "timm":
         text += (
-            " Or load it with transformers, AutoModelForImageClassification.from_pretrained('timm/...'): there blocks "
+            " Load it with transformers, AutoModelForImageClassification.from_pretrained('timm/...'): there blocks "
             "can be dropped, and the result needs deeparc_hf to be loaded."
         )
     return text
 
 
-Group = list[tuple[str, Container]]
+class _Arguments:
+    """The arguments that may count blocks of one model.
 
+    Attributes:
+        why: the first reason why one of them cannot be given, if there is any.
+    """
 
-def _groups(model: nn.Module, prefix: str) -> Iterator[Group]:
-    """Lists of blocks that one argument may count: those whose paths differ in a number alone, and each by itself."""
-    kinds = dict.fromkeys(_kind(name) for name, _ in containers(model))
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, Container)]
-    for kind in kinds:
-        group = [(prefix + name, module) for name, module in lists if _kind(name) == kind and len(module)]
-        yield group
-        if len(group) > 1:
-            yield from ([member] for member in group)
+    def __init__(self, host: Host, model: nn.Module) -> None:
+        self.host, self.settings, self.why = host, host.settings(), ""
+        wrapped = isinstance(host, TransformersHost)
+        self.architecture = str(host.root.config.architecture) if wrapped else host.kind
+        self.path = ("model_args",) if wrapped else ()
+        given = (self.settings.get("model_args") or {}) if wrapped else self.settings
+        values = arguments_of(model, self.architecture, given)
+        self.values = {name: value for name, value in values.items() if _COUNT_NAME.search(name) and _counts(value)}
+        self._shapes = state_shapes(host.build(self.settings))
+        self._searches: dict[str, Search | None] = {}
 
-
-def _kind(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
-
-
-def _keys(model: nn.Module, group: Group, path: tuple[str, ...]) -> Iterator[CountKey]:
-    """Arguments that may count the blocks of some lists."""
-    for fixed, name in itertools.product((0, 1), _arguments(type(model))):
-        lengths = tuple(len(container) - fixed for _, container in group)
-        yield CountKey(path, name, whole=lengths, fixed=fixed)
-        if len(lengths) == 1:
-            yield CountKey(path, name, whole=lengths[0], fixed=fixed)
-
-
-def _arguments(cls: type[nn.Module]) -> Iterator[str]:
-    """Arguments of a model's class, and of the settings that it takes as one of them, that may count blocks."""
-    names: list[str] = []
-    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
-        for parameter in inspect.signature(vars(base)["__init__"]).parameters.values():
-            names.append(parameter.name)
-            settings = _annotation(base, parameter)
-            if dataclasses.is_dataclass(settings):
-                names += [field.name for field in dataclasses.fields(settings)]
-    yield from (name for name in dict.fromkeys(names) if _COUNT_NAME.search(name))
-
-
-def _annotation(cls: type[nn.Module], parameter: inspect.Parameter) -> Any:
-    try:
-        return typing.get_type_hints(cls.__init__).get(parameter.name)
-    except Exception:  # names that exist for type checkers alone
+    def counted(self, name: str, blocks: Container) -> Stack | None:
+        """The stack that a list of blocks is, if an argument counts them."""
+        for argument, key in self._keys(len(blocks)):
+            search = self._search(argument)
+            if search is None:
+                continue
+            count, entries, _ = search.count(name, len(blocks), [key])
+            if count is not None:
+                pins = stage_pins if count.index is not None else signature_pins
+                return Stack(name, blocks, pins(list(blocks)), count=count, entries=entries)
         return None
 
+    def _keys(self, length: int) -> Iterator[tuple[str, CountKey]]:
+        for name, value in self.values.items():
+            if isinstance(value, int):
+                if 0 <= length - value <= _MOST_BESIDE:
+                    yield name, CountKey(self.path, name, whole=value, fixed=length - value)
+                continue
+            whole = tuple(value)
+            for index, number in enumerate(whole):
+                if 0 <= length - number <= _MOST_BESIDE:
+                    yield name, CountKey(self.path, name, index, whole=whole, fixed=length - number)
+            if sum(whole) == length and len(whole) > 1:
+                yield name, CountKey(self.path, name, whole=whole, stages=True)
 
-def _counted(host: Host, shapes: Mapping[str, Any], group: Group, key: CountKey) -> Iterator[Stack]:
-    """The lists of a group whose blocks an argument counts."""
-    settings = copy.deepcopy(host.settings())
-    key.write_whole(settings)
-    given = nested(settings, key.path)[key.key]
-    if (tuple(given) if isinstance(given, (list, tuple)) else given) != key.whole:
-        return  # it was given, and is something else
-    try:
-        skeleton = host.build(settings)
-    except Exception:
-        return  # the entry point takes no such argument, or gives its own
-    if state_shapes(skeleton) != shapes:
-        return
-    search = Search(host, settings, skeleton)
-    for index, (name, container) in enumerate(group):
-        own = dataclasses.replace(key, index=index if isinstance(key.whole, tuple) else None)
-        found = search.count(name, len(container), [own])
-        if found.count is not None:
-            pins = stage_pins if found.count.index is not None else signature_pins
-            pinned = pins(list(container))
-            yield Stack(name, container, pinned, count=found.count, entries=found.entries, per_block=found.per_block)
+    def _search(self, name: str) -> Search | None:
+        """The search where an argument is given; None if it cannot be given, or makes another model."""
+        if name not in self._searches:
+            settings, value = copy.deepcopy(self.settings), self.values[name]
+            CountKey(self.path, name, whole=value if isinstance(value, int) else tuple(value)).write_whole(settings)
+            self._searches[name] = None
+            try:
+                skeleton = self.host.build(settings)
+            except Exception as error:
+                self.why = self.why or refusal(self.architecture, name, error)
+            else:
+                if state_shapes(skeleton) == self._shapes:
+                    self._searches[name] = Search(self.host, settings, skeleton)
+        return self._searches[name]
+
+
+def _counts(value: Any) -> bool:
+    """Whether an argument may count blocks."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return bool(values) and all(type(number) is int for number in values)
