@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -42,25 +43,34 @@ class CountKey:
     Attributes:
         path: keys of the nested settings that lead there, outermost first; () for the settings themselves.
         key: the entry, for example "num_hidden_layers" or "depths".
-        index: the position within the entry where it is a list with one count per stack, else None.
+        index: the position within the entry where it is a list with one count per stack, else None; several of them
+            where lists or dicts stand in it.
         by_length: whether it is a list with a value per block, whose length counts them. Such a list follows a removal
             as an entry that names blocks does (`BlockEntry`), and is not written to.
         whole: what the entry is where the settings leave it out, as those of timm do.
         fixed: how many blocks there are beside those that it counts (one that leads into a stage).
         stages: whether it is a list with one count per stage, of stages that stand in one list of blocks (Hiera's).
+        values: whether there is a list with a value per block instead of a number.
     """
 
     path: tuple[str, ...]
     key: str
-    index: int | None = None
+    index: int | tuple[int | str, ...] | None = None
     by_length: bool = False
-    whole: int | tuple[int, ...] | None = None
+    whole: Any = None
     fixed: int = 0
     stages: bool = False
+    values: bool = False
 
     def __str__(self) -> str:
         where = ".".join((*self.path, self.key))
-        return where if self.index is None else f"{where}[{self.index}]"
+        return where + "".join(f"[{part}]" for part in self._places)
+
+    @property
+    def _places(self) -> tuple[int | str, ...]:
+        if self.index is None:
+            return ()
+        return (self.index,) if isinstance(self.index, int) else self.index
 
     def write(self, settings: dict[str, Any], kept: Sequence[int]) -> None:
         """Write how many blocks are kept where the settings count them."""
@@ -68,25 +78,29 @@ class CountKey:
             return
         if self.whole is not None:
             self.write_whole(settings)
-        holder, number = nested(settings, self.path), len(kept)
+        holder: Any = nested(settings, self.path)
+        # a copy, for settings may hand out what they hold
+        holder[self.key] = copy.deepcopy(holder[self.key])
+        *way, last = (self.key, *self._places)
+        for place in way:
+            holder[place] = list(holder[place]) if isinstance(holder[place], tuple) else holder[place]
+            holder = holder[place]
+        holder[last] = self._kept(holder[last], kept)
+
+    def _kept(self, value: Any, kept: Sequence[int]) -> Any:
+        """What stands for the kept blocks in place of what stands for all of them."""
+        if self.values:
+            return [value[index] for index in kept]
         if self.stages:
-            ends = list(itertools.accumulate(holder[self.key]))
-            holder[self.key] = [
-                sum(end - count <= index < end for index in kept)
-                for count, end in zip(holder[self.key], ends, strict=True)
-            ]
-        elif self.index is None:
-            holder[self.key] = number - self.fixed
-        else:
-            counts = list(holder[self.key])
-            counts[self.index] = number - self.fixed
-            holder[self.key] = counts
+            ends = itertools.accumulate(value)
+            return [sum(end - count <= i < end for i in kept) for count, end in zip(value, ends, strict=True)]
+        return len(kept) - self.fixed
 
     def write_whole(self, settings: dict[str, Any]) -> None:
         """Write out what the settings leave out."""
         for part in self.path:
             settings[part] = settings = dict(settings.get(part) or {})
-        settings.setdefault(self.key, list(self.whole) if isinstance(self.whole, tuple) else self.whole)
+        settings.setdefault(self.key, copy.deepcopy(self.whole))
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def inside(name: str, stacks: Iterable[str]) -> bool:
 
 def _are_plainly_blocks(members: list[nn.Module], names: re.Pattern[str]) -> bool:
     """Whether modules that no setting counts are blocks all the same, and at least two of them alike."""
-    modern = all(isinstance(member, GradientCheckpointingLayer) for member in members)
+    modern = all(isinstance(member, GradientCheckpointingLayer) or hasattr(member, "has_skip") for member in members)
     named = {type(member) for member in members} == {type(members[0])} and names.search(type(members[0]).__name__)
     free = len(members) - len(_pins(members))
     return len(members) > 1 and free > 1 and bool(modern or named)

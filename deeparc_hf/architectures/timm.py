@@ -8,9 +8,10 @@ model where it is given.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -41,7 +42,7 @@ class Timm(Family):
         model = _timm_model(host)
         assert model is not None
         prefix = "timm_model." if isinstance(host, TransformersHost) else ""
-        lists = [(prefix + name, blocks) for name, blocks in containers(model, mixed=True)]
+        lists = [(prefix + name, blocks) for name, blocks in _lists(model)]
         arguments = _Arguments(host, model)
         found: dict[str, Stack] = {}
         for name, blocks in lists:
@@ -49,7 +50,7 @@ class Timm(Family):
             if stack is not None:
                 found[name] = stack
         if host.can_drop:
-            found |= {stack.name: replace(stack, uncounted=arguments.why) for stack in _plain(lists, found)}
+            found |= {stack.name: dataclasses.replace(stack, uncounted=arguments.why) for stack in _plain(lists, found)}
         if not found:
             raise UnsupportedModelError(_nothing_found(host, lists, arguments.why))
         return chained([found[name] for name, _ in host.root.named_modules() if name in found])
@@ -60,6 +61,14 @@ def _timm_model(host: Host) -> nn.Module | None:
         return host.root
     model = host.root.timm_model if host.kind == "timm_wrapper" else None
     return model if isinstance(model, nn.Module) else None
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, Container]]:
+    """Lists that may be stacks: of what may be blocks, and those whose paths differ in a number alone (other stages)."""
+    kinds = {re.sub(r"\d+", "*", name) for name, _ in containers(model, mixed=True)}
+    for name, module in model.named_modules():
+        if isinstance(module, Container) and re.sub(r"\d+", "*", name) in kinds and len(list(module.children())):
+            yield name, module
 
 
 def _plain(lists: Sequence[tuple[str, Container]], counted: Mapping[str, Stack]) -> Iterator[Stack]:
@@ -103,7 +112,13 @@ class _Arguments:
         self.path = ("model_args",) if wrapped else ()
         given = (self.settings.get("model_args") or {}) if wrapped else self.settings
         values = arguments_of(model, self.architecture, given)
-        self.values = {name: value for name, value in values.items() if _COUNT_NAME.search(name) and _counts(value)}
+        self.values: dict[str, Any] = {}
+        for name in filter(_COUNT_NAME.search, values):
+            plain = _plain_data(values[name])
+            if any(True for _ in _leaves(plain)):
+                self.values[name] = plain
+            elif plain is None and _holds_values(values[name]):
+                self.why = self.why or f"{name} is no JSON, so that no config.json can hold it"
         self._shapes = state_shapes(host.build(self.settings))
         self._searches: dict[str, Search | None] = {}
 
@@ -121,22 +136,22 @@ class _Arguments:
 
     def _keys(self, length: int) -> Iterator[tuple[str, CountKey]]:
         for name, value in self.values.items():
-            if isinstance(value, int):
-                if 0 <= length - value <= _MOST_BESIDE:
-                    yield name, CountKey(self.path, name, whole=value, fixed=length - value)
-                continue
-            whole = tuple(value)
-            for index, number in enumerate(whole):
-                if 0 <= length - number <= _MOST_BESIDE:
-                    yield name, CountKey(self.path, name, index, whole=whole, fixed=length - number)
-            if sum(whole) == length and len(whole) > 1:
-                yield name, CountKey(self.path, name, whole=whole, stages=True)
+            for places, leaf in _leaves(value):
+                index = None if not places else places[0] if len(places) == 1 else places
+                key = CountKey(self.path, name, index, whole=value)
+                if isinstance(leaf, list):
+                    if len(leaf) == length:
+                        yield name, dataclasses.replace(key, values=True)
+                elif 0 <= length - leaf <= _MOST_BESIDE:
+                    yield name, dataclasses.replace(key, fixed=length - leaf)
+            if _are_numbers(value) and sum(value) == length > len(value):
+                yield name, CountKey(self.path, name, whole=value, stages=True)
 
     def _search(self, name: str) -> Search | None:
         """The search where an argument is given; None if it cannot be given, or makes another model."""
         if name not in self._searches:
-            settings, value = copy.deepcopy(self.settings), self.values[name]
-            CountKey(self.path, name, whole=value if isinstance(value, int) else tuple(value)).write_whole(settings)
+            settings = copy.deepcopy(self.settings)
+            CountKey(self.path, name, whole=self.values[name]).write_whole(settings)
             self._searches[name] = None
             try:
                 skeleton = self.host.build(settings)
@@ -148,7 +163,32 @@ class _Arguments:
         return self._searches[name]
 
 
-def _counts(value: Any) -> bool:
-    """Whether an argument may count blocks."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return bool(values) and all(type(number) is int for number in values)
+def _plain_data(value: Any) -> Any:
+    """A value as JSON keeps it, for that is what a checkpoint does; None if it cannot."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return None
+
+
+def _holds_values(value: Any) -> bool:
+    return isinstance(value, (list, tuple, dict)) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
+
+
+def _leaves(value: Any, places: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], Any]]:
+    """What may count blocks in an argument, with the way to it: numbers, and lists of something else than numbers."""
+    if type(value) is int:
+        yield places, value
+    elif isinstance(value, list):
+        if value and not any(type(inner) in (int, float, bool) for inner in value):
+            yield places, value
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, (*places, index))
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            if _COUNT_NAME.search(name):
+                yield from _leaves(inner, (*places, name))
