@@ -116,17 +116,26 @@ class BlockEntry:
         proof: "build": stock builds show that it is read block by block, and it follows a removal. "run": only a
             forward pass can show it; it follows, and the pass has to tell the difference. "none": it may name blocks,
             nothing shows it, and it stays.
+        whole: what it is where the settings leave it out, as those of timm do.
     """
 
     path: tuple[str, ...]
     form: Literal["values", "indices", "keys", "runs", "first", "last"]
     proof: Literal["build", "run", "none"] = "none"
+    whole: Any = None
 
     def read(self, settings: dict[str, Any]) -> Any:
         """Its value; None where it is missing."""
+        if self.whole is not None:
+            self._write_whole(settings)
         return nested(settings, self.path[:-1]).get(self.path[-1])
 
+    def _write_whole(self, settings: dict[str, Any]) -> None:
+        CountKey(self.path[:-1], self.path[-1], whole=self.whole).write_whole(settings)
+
     def write(self, settings: dict[str, Any], value: Any) -> None:
+        if self.whole is not None:
+            self._write_whole(settings)
         nested(settings, self.path[:-1])[self.path[-1]] = value
 
     def __str__(self) -> str:

@@ -39,7 +39,8 @@ def containers(root: nn.Module, *, mixed: bool = False) -> Iterator[tuple[str, C
     """Lists of modules that may be blocks, with their paths; what stands in others comes after them.
 
     Args:
-        mixed: whether others may stand among them (a convolution that leads into a stage), less than there are blocks.
+        mixed: whether others may stand among them (a convolution that leads into a stage), and one list of lists is
+            enough.
     """
     for name, module in root.named_modules():
         if not name or not isinstance(module, nn.ModuleList | nn.Sequential):
@@ -48,22 +49,24 @@ def containers(root: nn.Module, *, mixed: bool = False) -> Iterator[tuple[str, C
         if len(members) != len(module):
             continue  # one is None
         made_of_parts = [member for member in members if any(True for _ in member.children())]
-        if len(made_of_parts) == len(members) or (mixed and 2 * len(made_of_parts) > len(members)):
+        if mixed:
             members = made_of_parts
-        if _may_be_blocks(members):
+        if _may_be_blocks(members, least=1 if mixed else 3):
             yield name, module
 
 
-def _may_be_blocks(members: list[nn.Module]) -> bool:
+def _may_be_blocks(members: list[nn.Module], least: int) -> bool:
     """Whether modules may be the blocks of one stack: each made of parts and no list itself (or all of them lists that
-    are alike), most of one class.
+    are alike, and not less than `least`), most of one class.
     """
     if not members or not all(any(True for _ in member.children()) for member in members):
         return False
     classes = [type(member) for member in members]
     if any(cls in (nn.ModuleList, nn.Sequential, nn.ModuleDict) for cls in classes):
         shapes = [[(name, shape_of(p)) for name, p in member.named_parameters()] for member in members]
-        return len(members) > 2 and all(shape == shapes[0] for shape in shapes)  # stages differ, ConvMixer's blocks not
+        return len(members) >= least and all(
+            shape == shapes[0] for shape in shapes
+        )  # stages differ, ConvMixer's blocks not
     alike = max(classes.count(cls) for cls in set(classes)) * 2 >= len(members)
     return alike or all(issubclass(cls, GradientCheckpointingLayer) for cls in classes)
 

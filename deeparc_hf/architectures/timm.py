@@ -18,7 +18,8 @@ from torch import nn
 
 from ..core.shards import shape_of
 from ..errors import UnsupportedModelError
-from .base import Container, CountKey, Family, Stack, chained, register, signature_pins
+from .base import BlockEntry, Container, CountKey, Family, Stack, chained, register, signature_pins
+from .entries import follow
 from .hosts import Host, TransformersHost
 from .resnet import stage_pins
 from .search import Search, containers, inside, uncounted
@@ -47,13 +48,20 @@ class Timm(Family):
         found: dict[str, Stack] = {}
         for name, blocks in lists:
             stack = None if inside(name, found) else arguments.counted(name, blocks)
-            if stack is not None:
+            if stack is not None and not _are_stages(arguments, name, lists):
                 found[name] = stack
         if host.can_drop:
             found |= {stack.name: dataclasses.replace(stack, uncounted=arguments.why) for stack in _plain(lists, found)}
         if not found:
             raise UnsupportedModelError(_nothing_found(host, lists, arguments.why))
         return chained([found[name] for name, _ in host.root.named_modules() if name in found])
+
+    def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
+        for stack in stacks:
+            if len(kept[stack.name]) < len(stack):
+                for entry in (entry for entry in stack.entries if entry.proof != "none"):
+                    follow(settings, entry, len(stack), kept[stack.name])
+        super().shrink(settings, stacks, kept)
 
 
 def _timm_model(host: Host) -> nn.Module | None:
@@ -64,11 +72,17 @@ def _timm_model(host: Host) -> nn.Module | None:
 
 
 def _lists(model: nn.Module) -> Iterator[tuple[str, Container]]:
-    """Lists that may be stacks: of what may be blocks, and those whose paths differ in a number alone (other stages)."""
+    """Lists that may be stacks: of what may be blocks, and other stages, whose paths differ in a number alone."""
     kinds = {re.sub(r"\d+", "*", name) for name, _ in containers(model, mixed=True)}
     for name, module in model.named_modules():
         if isinstance(module, Container) and re.sub(r"\d+", "*", name) in kinds and len(list(module.children())):
             yield name, module
+
+
+def _are_stages(arguments: _Arguments, name: str, lists: Sequence[tuple[str, Container]]) -> bool:
+    """Whether members of a list hold lists of blocks that are counted by themselves."""
+    inner = [(path, blocks) for path, blocks in lists if path.startswith((f"{name}.0.", f"{name}.1."))]
+    return any(arguments.counted(path, blocks) is not None for path, blocks in inner)
 
 
 def _plain(lists: Sequence[tuple[str, Container]], counted: Mapping[str, Stack]) -> Iterator[Stack]:
@@ -121,6 +135,7 @@ class _Arguments:
                 self.why = self.why or f"{name} is no JSON, so that no config.json can hold it"
         self._shapes = state_shapes(host.build(self.settings))
         self._searches: dict[str, Search | None] = {}
+        self._given: dict[str, Search | None] = {}  # by the names of what is given
 
     def counted(self, name: str, blocks: Container) -> Stack | None:
         """The stack that a list of blocks is, if an argument counts them."""
@@ -131,7 +146,11 @@ class _Arguments:
             count, entries, _ = search.count(name, len(blocks), [key])
             if count is not None:
                 pins = stage_pins if count.index is not None else signature_pins
-                return Stack(name, blocks, pins(list(blocks)), count=count, entries=entries)
+                entries = tuple(self._with_value(entry) for entry in entries)
+                # where entries tell kinds of blocks, those of any kind may go
+                told = count.index is None and not count.stages and any(entry.proof == "build" for entry in entries)
+                pinned = {} if told else pins(list(blocks))
+                return Stack(name, blocks, pinned, count=count, entries=entries)
         return None
 
     def _keys(self, length: int) -> Iterator[tuple[str, CountKey]]:
@@ -147,20 +166,40 @@ class _Arguments:
             if _are_numbers(value) and sum(value) == length > len(value):
                 yield name, CountKey(self.path, name, whole=value, stages=True)
 
+    def _with_value(self, entry: BlockEntry) -> BlockEntry:
+        return dataclasses.replace(entry, whole=self.values[entry.path[len(self.path)]])
+
     def _search(self, name: str) -> Search | None:
-        """The search where an argument is given; None if it cannot be given, or makes another model."""
+        """The search where an argument is given, and others that may name blocks; None if it cannot be given, or makes
+        another model.
+        """
         if name not in self._searches:
+            alone = self._with([name])
+            others = [other for other in self._flat() if other == name or self._with([other]) is not None]
+            together = self._with(sorted({name, *others})) if alone is not None and others else None
+            self._searches[name] = together or alone
+        return self._searches[name]
+
+    def _flat(self) -> list[str]:
+        """Arguments that may name blocks by their number."""
+        return [name for name, value in self.values.items() if isinstance(value, int) or _are_numbers(value)]
+
+    def _with(self, names: Sequence[str]) -> Search | None:
+        """The search where arguments are given; None if a build with them is another model, or there is none."""
+        known = ",".join(names)
+        if known not in self._given:
             settings = copy.deepcopy(self.settings)
-            CountKey(self.path, name, whole=self.values[name]).write_whole(settings)
-            self._searches[name] = None
+            for name in names:
+                CountKey(self.path, name, whole=self.values[name]).write_whole(settings)
+            self._given[known] = None
             try:
                 skeleton = self.host.build(settings)
             except Exception as error:
-                self.why = self.why or refusal(self.architecture, name, error)
+                self.why = self.why or refusal(self.architecture, names[0], error)
             else:
                 if state_shapes(skeleton) == self._shapes:
-                    self._searches[name] = Search(self.host, settings, skeleton)
-        return self._searches[name]
+                    self._given[known] = Search(self.host, settings, skeleton)
+        return self._given[known]
 
 
 def _plain_data(value: Any) -> Any:
