@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_labels
 from transformers.utils import logging as hf_logging
@@ -259,7 +260,7 @@ class TransformersHost(Host):
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
         layout = settings.pop(LAYOUT_KEY, None)
-        with quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"), Valueless():
             kind = base_settings(type(self.root.config))
             # as a checkpoint keeps it, which leaves out what is the default and has no keys but strings
             config = kind.from_dict(json.loads(json.dumps(kind.from_dict(settings).to_diff_dict())))
@@ -413,6 +414,21 @@ def quiet(least: int = hf_logging.WARNING) -> Iterator[None]:
         hf_logging.set_verbosity(level)
 
 
+class Valueless(TorchFunctionMode):
+    """Within, tensors on the meta device, which have no values, are not filled with any: most of the time of a build."""
+
+    _FILLS = frozenset(
+        getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "clamp_", "erfinv_", "mul_", "add_", "zero_")
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in self._FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 class TimmHost(Host):
     """A model that `timm.create_model` made, described by its architecture name and model_args."""
 
@@ -451,7 +467,7 @@ class TimmHost(Host):
     def _build(self, settings: dict[str, Any]) -> nn.Module:
         import timm
 
-        with torch.device("meta"):
+        with torch.device("meta"), Valueless():
             return timm.create_model(self.kind, pretrained=False, **settings)
 
     def record(self) -> Any:

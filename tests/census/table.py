@@ -11,6 +11,7 @@ from typing import Any
 
 from deeparc_hf.core.markdown import md
 
+from . import timm_table
 from .trial import BAD, Row
 
 __all__ = ["PAGE", "counts", "page", "read", "row_of", "versions", "write"]
@@ -147,4 +148,4 @@ def page(kept: Mapping[str, Any]) -> str:
         names += f"; {len(stacks) - 4} more" if len(stacks) > 4 else ""
         why = row.get("reason") or next((stack["why"] for stack in stacks.values() if "why" in stack), "")
         lines.append(f"| `{kind}` | {row['model']} | {verdict(row)} | {md(names)} | {md(why)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + timm_table.section(verdict)
