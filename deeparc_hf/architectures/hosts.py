@@ -415,7 +415,7 @@ def quiet(least: int = hf_logging.WARNING) -> Iterator[None]:
 
 
 class Valueless(TorchFunctionMode):
-    """Within, tensors on the meta device, which have no values, are not filled with any: most of the time of a build."""
+    """Within, tensors on the meta device are not filled with values, which they cannot hold: most of a build's time."""
 
     _FILLS = frozenset(
         getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "clamp_", "erfinv_", "mul_", "add_", "zero_")

@@ -102,11 +102,12 @@ def _nothing_found(host: Host, lists: Sequence[tuple[str, Container]], why: str)
     named = "; ".join(f"{stack.name} ({len(stack)} x {type(stack.blocks[0]).__name__})" for stack in plain[:3])
     text = (
         f"{host.label} cannot be pruned by layers: found {named}, but timm's own entry point takes no argument that "
-        f"counts these blocks, so a pruned checkpoint could not be rebuilt by stock timm{f' ({why})' if why else ''}."
+        f"counts these blocks, so a pruned checkpoint could not be rebuilt by stock timm{f' ({why})' if why else ''}. "
+        "A newer timm may allow it: pip install -U timm."
     )
     if host.library == "timm":
         text += (
-            " Load it with transformers, AutoModelForImageClassification.from_pretrained('timm/...'): there blocks "
+            " Or load it with transformers, AutoModelForImageClassification.from_pretrained('timm/...'): there blocks "
             "can be dropped, and the result needs deeparc_hf to be loaded."
         )
     return text

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers as tf
+from timm.models import get_model_args
 from torch import Tensor, nn
 
 from deeparc_hf import Stack, find_stacks, remove_blocks
@@ -348,7 +349,40 @@ LISTS: dict[str, tuple[Any, list[str]]] = {
         lambda: timm.create_model("davit_tiny", depths=(1, 1, 3, 1)),
         [f"stages.{i}.blocks: depths[{i}]" for i in range(4)],
     ),
+    # stages that stand in one list of blocks
+    "timm_hiera": (lambda: timm.create_model("hiera_tiny_224"), ["blocks: stages"]),
+    # a part is built before the model, so that the build stops in it
+    "timm_hybrid": (lambda: timm.create_model("vit_tiny_r_s16_p8_224"), ["blocks: depth"]),
+    # its config is optional, and single arguments overrule it
+    "timm_naflexvit": (lambda: timm.create_model("naflexvit_base_patch16_gap"), ["blocks: depth"]),
+    # the first of the numbers counts no list of blocks, and in some stages one block more stands before those counted
+    "timm_efficientvit": (
+        lambda: timm.create_model("efficientvit_b0"),
+        [f"stages.{i}.blocks: depths[{i + 1}]" for i in range(4)],
+    ),
+    # numbers in lists in a list
+    "timm_crossvit": (
+        lambda: timm.create_model("crossvit_tiny_240"),
+        [f"blocks.{i}.blocks.{j}: depth[{i}][{j}]" for i in range(3) for j in range(2)],
+    ),
+    # a list with a value a block
+    "timm_xception": (lambda: timm.create_model("xception41p"), ["blocks: block_cfg"]),
 }
+
+
+def test_numbers_of_blocks_of_another_kind_follow_a_removal_in_timm_models():
+    """ConViT's first blocks attend by place, and so many are told by an argument that stands in no settings."""
+    model = timm.create_model("convit_tiny", num_classes=5).eval()
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for end in (model.blocks[0].attn.proj, model.blocks[0].mlp.fc2):
+            end.weight.zero_()
+            end.bias.zero_()
+        expected = model(images)
+        remove_blocks(model, {"blocks": [0]})
+        assert (len(model.blocks), model.local_up_to_layer) == (11, 9)
+        assert get_model_args(model)["local_up_to_layer"] == 9
+        torch.testing.assert_close(model(images), expected)
 
 
 @pytest.mark.parametrize("name", LISTS)

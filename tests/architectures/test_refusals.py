@@ -100,7 +100,7 @@ UNSUPPORTED = {
     "timm_efficientnet": (
         lambda: timm.create_model("tf_efficientnet_lite0"),
         "EfficientNet (type 'tf_efficientnet_lite0')",
-        "found blocks.1 (2 x InvertedResidual)",
+        "found blocks.3 (3 x InvertedResidual)",
         "takes no argument that counts these blocks",
         "AutoModelForImageClassification",
     ),
@@ -110,13 +110,14 @@ UNSUPPORTED = {
         "MlpMixer (type 'mixer_s32_224')",
         "found blocks (8 x MixerBlock)",
         "takes no argument that counts these blocks",
+        "the entry point of mixer_s32_224 gives num_blocks itself",
         "pip install -U timm",
     ),
     "timm_vgg": (
         lambda: timm.create_model("vgg11"),
         "VGG (type 'vgg11')",
         "cannot be pruned by layers",
-        "found no list of blocks",
+        "found no list in it of blocks that are alike",
     ),
     "torchvision": (
         torchvision.models.resnet18,

@@ -1,4 +1,4 @@
-"""The result of the census of timm's families, as it is kept: `timm.json` beside this file, and its part of the page."""
+"""The result of the census of timm's families as it is kept, `timm.json` beside this file, and its part of the page."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def section(verdict: Verdict) -> str:
         "that one argument counts, a middle block, the last one and every second one are removed; in transformers'",
         "`TimmWrapper`, of the longest, a middle block and every second one. They are judged as the types above.",
         "",
-        f"Of {len(stacked)} families with a stack of blocks, {len(good)} can be pruned and loaded, {len(by_stock)} of them",
-        "by stock timm alone. Of the others, no argument of timm's entry points counts the blocks: the table says why.",
+        f"Of {len(stacked)} families with a stack of blocks, {len(good)} can be pruned and loaded, {len(by_stock)} of",
+        "them by stock timm alone. Of the others no argument that timm's entry points take counts the blocks.",
         "",
         "| what | families | meaning |",
         "| --- | ---: | --- |",
