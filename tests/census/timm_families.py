@@ -18,6 +18,7 @@ from deeparc_hf.architectures import Stack, describe, find_host
 from deeparc_hf.errors import DeepArcError
 
 from ..zoo import as_trained, spread
+from .inputs import NoInputsError
 from .table import row_of
 from .trial import Loaders, Row, removals, try_model
 
@@ -28,7 +29,7 @@ _BUILT, _LOOKED_AT = 24, 6
 _MOST = 4  # blocks of a stack
 
 
-# the wrapped model is the same one in another config: where timm counts the blocks, one removal of each stack shows it
+# the wrapped model is the same one in another config: two removals of each stack show it
 WRAPPED = ["middle", "every second"]
 
 
@@ -115,24 +116,25 @@ def _try(name: str, loaders: Loaders, wrapped: bool, only: Sequence[str] | None)
         with tempfile.TemporaryDirectory() as folder:
             find_host(model).save(folder)
     except RuntimeError as error:
-        row.state, row.reason = (
-            "stock differs",
-            f"the whole model cannot be saved: {' '.join(str(error).split())[:300]}",
-        )
+        row.state, row.reason = "stock differs", "the whole model cannot be saved: " + " ".join(str(error).split())
         return row
     return try_model(row, model, lambda reach: _images(model), loaders, only)
 
 
 def _images(model: nn.Module) -> dict[str, Any]:
-    """Images as the package makes them up, or as large as the architecture's weights were trained on."""
+    """Images as the package makes them up, or the smallest that the model takes."""
     given = dict(find_host(model).example_inputs() or {})
-    try:
-        with torch.no_grad():
-            copy.deepcopy(model)(**given)
-    except Exception:
-        size = model.get_submodule("timm_model" if "pixel_values" in given else "").pretrained_cfg["input_size"]
+    sizes = [images.shape[1:] for images in given.values()]
+    sizes += [(3, size, size) for size in (112, 128, 224, 256)]
+    for size in sizes:
         given = {key: torch.randn(1, *size, generator=torch.Generator().manual_seed(0)) for key in given}
-    return given
+        try:
+            with torch.no_grad():
+                copy.deepcopy(model)(**given)
+        except Exception:
+            continue
+        return given
+    raise NoInputsError("it takes images of none of the sizes that were tried")
 
 
 def try_family(family: str, loaders: Loaders) -> dict[str, Any]:
