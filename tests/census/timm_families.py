@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import tempfile
@@ -128,12 +129,9 @@ def _images(model: nn.Module) -> dict[str, Any]:
     sizes += [(3, size, size) for size in (112, 128, 224, 256)]
     for size in sizes:
         given = {key: torch.randn(1, *size, generator=torch.Generator().manual_seed(0)) for key in given}
-        try:
-            with torch.no_grad():
-                copy.deepcopy(model)(**given)
-        except Exception:
-            continue
-        return given
+        with contextlib.suppress(Exception), torch.no_grad():
+            copy.deepcopy(model)(**given)
+            return given
     raise NoInputsError("it takes images of none of the sizes that were tried")
 
 
