@@ -24,7 +24,7 @@ from .hosts import Host, TransformersHost
 from .resnet import stage_pins
 from .search import Search, containers, inside, uncounted
 from .skeleton import state_shapes
-from .timm_arguments import arguments_of, refusal
+from .timm_arguments import arguments_of, refusal, stays
 
 _COUNT_NAME = re.compile(r"layer|depth|block|stage")
 _BLOCK_NAME = re.compile("")  # timm's blocks may be called anything
@@ -198,7 +198,8 @@ class _Arguments:
             except Exception as error:
                 self.why = self.why or refusal(self.architecture, names[0], error)
             else:
-                if state_shapes(skeleton) == self._shapes:
+                given = settings["model_args"] if self.path else settings
+                if state_shapes(skeleton) == self._shapes and stays(self.architecture, given):
                     self._given[known] = Search(self.host, settings, skeleton)
         return self._given[known]
 

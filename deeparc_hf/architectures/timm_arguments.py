@@ -6,6 +6,7 @@ of the model's class, whose arguments the traceback shows. What is found is only
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import traceback
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["arguments_of", "refusal"]
+__all__ = ["arguments_of", "refusal", "stays"]
 
 # The first ends at a layer, which may be one of a part that is built before the model; the second ends at the head.
 _IMPOSSIBLE: tuple[dict[str, Any], ...] = ({"device": "none such"}, {"num_classes": "none such"})
@@ -62,6 +63,16 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     elif isinstance(value, dict):
         yield from ((name, inner) for name, inner in value.items() if isinstance(name, str))
+
+
+def stays(architecture: str, given: Mapping[str, Any]) -> bool:
+    """Whether a build leaves its arguments as they are; timm records what it leaves (of MobileNetV5's, too little)."""
+    import timm
+
+    used = copy.deepcopy(dict(given))
+    with torch.device("meta"):
+        timm.create_model(architecture, pretrained=False, **used)
+    return used == dict(given)
 
 
 def refusal(architecture: str, name: str, error: Exception) -> str:
