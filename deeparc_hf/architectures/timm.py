@@ -144,14 +144,15 @@ class _Arguments:
             search = self._search(argument)
             if search is None:
                 continue
-            count, entries, _ = search.count(name, len(blocks), [key])
+            found = search.count(name, len(blocks), [key])
+            count = found.count
             if count is not None:
                 pins = stage_pins if count.index is not None else signature_pins
-                entries = tuple(self._with_value(entry) for entry in entries)
+                entries = tuple(self._with_value(entry) for entry in found.entries)
                 # where entries tell kinds of blocks, those of any kind may go
                 told = count.index is None and not count.stages and any(entry.proof == "build" for entry in entries)
                 pinned = {} if told else pins(list(blocks))
-                return Stack(name, blocks, pinned, count=count, entries=entries)
+                return Stack(name, blocks, pinned, count=count, entries=entries, per_block=found.per_block)
         return None
 
     def _keys(self, length: int) -> Iterator[tuple[str, CountKey]]:

@@ -23,7 +23,7 @@ from .inputs import NoInputsError
 from .table import row_of
 from .trial import Loaders, Row, removals, try_model
 
-__places_of_ = ["chosen", "families", "try_bare", "try_family", "try_wrapped"]
+__all__ = ["chosen", "families", "try_bare", "try_family", "try_wrapped"]
 
 _SMALL = re.compile(r"test|nano|atto|pico|tiny|small|_s\d|_b0|_xx?s|_t\d?$|18|26|_0[0-9]")
 _BUILT, _LOOKED_AT = 24, 6
