@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .skeleton import state_shapes
+
 __all__ = ["arguments_of", "refusal", "stays"]
 
 # The first ends at a layer, which may be one of a part that is built before the model; the second ends at the head.
@@ -66,13 +68,21 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def stays(architecture: str, given: Mapping[str, Any]) -> bool:
-    """Whether a build leaves its arguments as they are; timm records what it leaves (of MobileNetV5's, too little)."""
+    """Whether a build leaves enough of its arguments for another one: timm records what it leaves (of MobileNetV5's, too
+    little).
+    """
     import timm
 
     used = copy.deepcopy(dict(given))
     with torch.device("meta"):
-        timm.create_model(architecture, pretrained=False, **used)
-    return used == dict(given)
+        first = timm.create_model(architecture, pretrained=False, **used)
+        if used == dict(given):
+            return True
+        try:
+            second = timm.create_model(architecture, pretrained=False, **used)
+        except Exception:
+            return False
+    return state_shapes(first) == state_shapes(second)
 
 
 def refusal(architecture: str, name: str, error: Exception) -> str:
