@@ -68,9 +68,7 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def stays(architecture: str, given: Mapping[str, Any]) -> bool:
-    """Whether a build leaves enough of its arguments for another one: timm records what it leaves (of MobileNetV5's, too
-    little).
-    """
+    """Whether a build leaves enough of its arguments for another one: what it leaves is what timm records."""
     import timm
 
     used = copy.deepcopy(dict(given))
