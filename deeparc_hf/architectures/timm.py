@@ -79,6 +79,15 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, Container]]:
             yield name, module
 
 
+def _pins(blocks: Sequence[nn.Module], *, in_stages: bool) -> dict[int, str]:
+    """Blocks that must stay: those of a kind of which there is one. Kinds that come in turn (Twins' two attentions) may
+    go where a build without them has the rest as it was, which is asked later.
+    """
+    pins = (stage_pins if in_stages else signature_pins)(blocks)
+    shapes = [{name: shape_of(p) for name, p in block.named_parameters()} for block in blocks]
+    return {index: why for index, why in pins.items() if shapes.count(shapes[index]) == 1}
+
+
 def _are_stages(arguments: _Arguments, name: str, lists: Sequence[tuple[str, Container]]) -> bool:
     """Whether members of a list hold lists of blocks that are counted by themselves."""
     inner = [(path, blocks) for path, blocks in lists if path.startswith((f"{name}.0.", f"{name}.1."))]
@@ -147,12 +156,13 @@ class _Arguments:
             found = search.count(name, len(blocks), [key])
             count = found.count
             if count is not None:
-                pins = stage_pins if count.index is not None else signature_pins
+                pins = _pins(list(blocks), in_stages=count.index is not None)
                 entries = tuple(self._with_value(entry) for entry in found.entries)
                 # where entries tell kinds of blocks, those of any kind may go
                 told = count.index is None and not count.stages and any(entry.proof == "build" for entry in entries)
-                pinned = {} if told else pins(list(blocks))
-                return Stack(name, blocks, pinned, count=count, entries=entries, per_block=found.per_block)
+                return Stack(
+                    name, blocks, {} if told else pins, count=count, entries=entries, per_block=found.per_block
+                )
         return None
 
     def _keys(self, length: int) -> Iterator[tuple[str, CountKey]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..core.offload import UNKNOWN, first_missing, is_offloaded
 from ..errors import CalibrationError, DeepArcError
 from .batches import without_labels
 
-__all__ = ["evaluating", "forward", "keeping_random_states", "require_weights", "seed_random"]
+__all__ = ["evaluating", "forward", "keeping_random_states", "require_weights", "seed_random", "without_caches"]
 
 _REGISTERED = ("_modules", "_buffers")
 
@@ -78,17 +78,18 @@ def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) 
     Raises:
         CalibrationError: if it cannot.
     """
-    more = {"use_cache": False} if without_cache and host.takes_cache else {}
     bare = without_labels(host, inputs)
     try:
-        try:
-            return host.root(**{**bare, **more})
-        except (AttributeError, TypeError, ValueError):
-            if bare.keys() == inputs.keys():
-                raise
-            output = host.root(**{**inputs, **more})  # a forward that always makes a loss
-            host.needs_labels = True
-            return output
+        with ExitStack() as within:
+            more = within.enter_context(without_caches(host)) if without_cache else {}
+            try:
+                return host.root(**{**bare, **more})
+            except (AttributeError, TypeError, ValueError):
+                if bare.keys() == inputs.keys():
+                    raise
+                output = host.root(**{**inputs, **more})  # a forward that always makes a loss
+                host.needs_labels = True
+                return output
     except (CalibrationError, torch.OutOfMemoryError):  # the Trainer may try a smaller batch
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -101,6 +102,24 @@ def forward(host: Host, inputs: Mapping[str, Any], without_cache: bool = False) 
             f"{type(host.root).__name__} cannot run on a calibration batch ({shapes}): {told}. Give batches as your "
             "training loop gives them to the model."
         ) from error
+
+
+@contextmanager
+def without_caches(host: Host) -> Iterator[dict[str, Any]]:
+    """Within, the model makes no cache of keys and values: one that a block is given grows each time that it is run.
+
+    Yields:
+        What its forward has to be given too. Parts of it go by their configs (the text decoder of BLIP).
+    """
+    configs = {id(config): config for module in host.root.modules() if (config := getattr(module, "config", None))}
+    making = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    try:
+        for config in making:
+            config.use_cache = False
+        yield {"use_cache": False} if host.takes_cache else {}
+    finally:
+        for config in making:
+            config.use_cache = True
 
 
 def require_weights(

@@ -22,7 +22,7 @@ from ..architectures import Host, Stack
 from ..core.transaction import Transaction
 from ..errors import CalibrationError
 from ..observe.batches import batch_size
-from ..observe.forward import forward
+from ..observe.forward import forward, without_caches
 from ..observe.hooks import did_not_run, given_hidden_states, hidden_states, hooked, skipped, with_hidden_states
 from ..observe.outputs import heads_of
 from ..similarity.divergence import Head
@@ -136,7 +136,8 @@ class Playback:
             try:
                 if not labels:
                     return forward(self.host, inputs, without_cache=True)
-                return self.host.root(**inputs, **({"use_cache": False} if self.host.takes_cache else {}))
+                with without_caches(self.host) as more:
+                    return self.host.root(**inputs, **more)
             except EnoughError:
                 return None
             finally:

@@ -137,13 +137,11 @@ def try_model(
     inputs_reaching: Callable[[Callable[[Mapping[str, Any]], list[str]]], dict[str, Any]],
     loaders: Loaders,
     only: Sequence[str] | None = None,
-    some: Callable[[Mapping[str, Stack]], Sequence[str]] = list,
 ) -> Row:
     """Try removals on a model, on inputs that reach its stacks where there are such.
 
     Args:
         only: some of the removals, quickly: what the whole model does is looked at only where one of them fails.
-        some: which of the stacks are tried.
     """
     row.model = type(model).__name__
     try:
@@ -166,7 +164,6 @@ def try_model(
         return row
     for name, stack in stacks.items():
         asked = {what: blocks for what, blocks in removals(stack).items() if only is None or what in only}
-        asked = asked if name in some(stacks) else {}
         row.stacks[name] = entry = {"blocks": len(stack), "pinned": len(stack.pinned), "removals": {}}
         for what, blocks in asked.items():
             pruned, result = _try(model, name, blocks, inputs, loaders)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 
 from deeparc_hf import MPruneCallback, find_stacks, heal_model, prune_model, remove_blocks
 from deeparc_hf.architectures import describe
@@ -18,7 +20,7 @@ from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.forward import evaluating
 from tests.trainer.test_resume import equal, scripted
 from tests.trainers import train
-from tests.zoo import ZOO
+from tests.zoo import IMAGE, TEXT, VOCAB, ZOO, as_trained, spread
 
 
 def removable(model):
@@ -383,3 +385,34 @@ def test_models_of_numbers_with_few_digits_are_healed_as_others(kind, dtype):
         assert healing.reason is None, str(healing)
         left[number] = healing.held_out
     assert left[dtype] == pytest.approx(left[torch.float32], rel=0.05, abs=0.02)
+
+
+def test_a_part_that_makes_a_cache_by_its_config_is_healed():
+    """BLIP's forward takes no use_cache, its text decoder makes one all the same: blocks are run again by themselves,
+    and what was cached would be attended to twice.
+    """
+    config = tf.BlipConfig(
+        text_config={**TEXT, "encoder_hidden_size": 32, "projection_dim": 32, "max_position_embeddings": 32},
+        vision_config={**IMAGE, "projection_dim": 32},
+    )
+    torch.manual_seed(0)
+    model = as_trained(spread(tf.BlipForConditionalGeneration(config))).eval()
+    assert config.text_config.use_cache and "use_cache" not in inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "pixel_values": torch.randn(4, 3, 32, 32, generator=generator),
+            "input_ids": torch.randint(5, VOCAB, (4, 8), generator=generator),
+        }
+        for _ in range(6)
+    ]
+    stack = "text_decoder.bert.encoder.layer"
+    pruned = copy.deepcopy(model)
+    remove_blocks(pruned, {stack: [2]}, example=batches[0])
+    unhealed = copy.deepcopy(pruned)
+    (healing,) = heal_model(pruned, model, batches, progress=False)
+    assert healing.reason is None and healing.ending is not None
+    with torch.no_grad():
+        whole, before, after = (each(**batches[0]).logits for each in (model, unhealed, pruned))
+    assert (after - whole).square().mean() < (before - whole).square().mean()
+    assert model.text_decoder.config.use_cache and pruned.text_decoder.config.use_cache
