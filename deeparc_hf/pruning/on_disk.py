@@ -26,7 +26,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from ..architectures import Layout, describe
+from ..architectures import Layout, Subject, describe
 from ..architectures.hosts import quiet
 from ..architectures.skeleton import state_shapes
 from ..checkpoint.loading import saved_class
@@ -55,7 +55,7 @@ from .rebuild import require_told, skeletons
 from .surgery import apply_plan, remove_blocks
 from .verify import expect
 
-__all__ = ["DiskSurgery", "in_bytes", "prune_checkpoint"]
+__all__ = ["DiskSurgery", "in_bytes", "prune_checkpoint", "require_copyable"]
 
 
 def prune_checkpoint(
@@ -165,12 +165,7 @@ class DiskSurgery:
         else:
             remove_blocks(frame, what, freeze, verify=False)
             removed = {name: sorted(blocks) for name, blocks in what.items() if len(blocks)}
-        for name in removed:
-            for tensor in whole.stacks[name].per_block:
-                raise UnsupportedModelError(
-                    f"{tensor.path} of {base} has a part for each block of {name}, and tensors are copied from file to "
-                    "file as they are. Load the model and call remove_blocks or prune_model on it."
-                )
+        require_copyable(whole, removed)
         return cls(frame, removed, healings or (), base, hub, namer, Layout.without(lengths, removed))
 
     def write(
@@ -243,6 +238,20 @@ class DiskSurgery:
             expectation.host = describe(_offloaded(cls, self.frame, str(folder), f"{scratch}/smaller", {})).host
             expectation.check()
             require_told(whole, builds, expectation)
+
+
+def require_copyable(subject: Subject, stacks: Iterable[str]) -> None:
+    """Refuse stacks whose removals change tensors outside of the blocks: from file to file they are copied as they are.
+
+    Raises:
+        UnsupportedModelError: naming the first of them.
+    """
+    found = ((name, tensor.path) for name in stacks for tensor in subject.stacks[name].per_block)
+    for name, path in found:
+        raise UnsupportedModelError(
+            f"{path} of {subject.name} has a part for each block of {name}, and tensors are copied from file to file "
+            "as they are. Load the model and call remove_blocks or prune_model on it."
+        )
 
 
 def _frame(base: str, auto_class: Any, hub: Mapping[str, Any]) -> Any:

@@ -14,8 +14,9 @@ import transformers
 from accelerate.utils import DynamoBackend
 from transformers import PreTrainedModel, SchedulerType
 
-from ..architectures import find_host
+from ..architectures import describe
 from ..architectures.adapters import is_adapted
+from ..architectures.packed import is_quantized
 from ..checkpoint.companions import copy_companions
 from ..checkpoint.record import PrunedConfig, check_record
 from ..checkpoint.weights_mark import mark_of_files
@@ -27,6 +28,7 @@ from ..healing.sites import Healing
 from ..healing.stored import load_healings, save_healings
 from ..observe.training_calibration import TrainingCalibration
 from ..pruning.config import MPruneConfig
+from ..pruning.on_disk import require_copyable
 from ..pruning.plan import PruningPlan
 from ..reports.attempts import Evaluation
 from .follow_checkpoint import Structure, record_of
@@ -59,13 +61,15 @@ def prepare_link(link: Link, config: MPruneConfig, trainer: Any) -> str | None:
     standing, args, model = link.standing, trainer.args, trainer.model
     _refuse(config, trainer)
     is_stock = getattr(transformers, type(model).__name__, None) is type(model)
-    if not isinstance(model, PreTrainedModel) or is_adapted(model) or not is_stock:
+    if not isinstance(model, PreTrainedModel) or is_adapted(model) or is_quantized(model) or not is_stock:
         raise UnsupportedModelError(
-            f"A chain of trainings prunes checkpoints of transformers' own classes from file to file; "
-            f"{type(model).__name__} is none. Train in one process or in DistributedDataParallel, where "
-            "MPruneCallback prunes the live model."
+            f"A chain of trainings prunes checkpoints of transformers' own classes, without adapters and not "
+            f"quantized, from file to file; {type(model).__name__} is none. Train in one process or in "
+            "DistributedDataParallel, where MPruneCallback prunes the live model."
         )
-    check_record(model, config.iterations)
+    subject = describe(model)
+    require_copyable(subject, subject.stacks)
+    check_record(subject, config.iterations)
     loaded = str(model.config.name_or_path)
     if loaded != link.model and Path(loaded).resolve() != Path(link.model).resolve():
         raise SurgeryError(
@@ -79,7 +83,7 @@ def prepare_link(link: Link, config: MPruneConfig, trainer: Any) -> str | None:
         )
     if standing.progress is None:
         standing.epochs, standing.evaluates_on_start = float(args.num_train_epochs), args.eval_on_start
-        standing.base_model, standing.base_revision = find_host(model).loaded_from()
+        standing.base_model, standing.base_revision = subject.host.loaded_from()
     # the schedule as the run has it, which counts in steps
     schedule = for_training(config, int(standing.epochs or 0), 1, standing.evaluates_on_start)
     args.num_train_epochs = _epochs(link, schedule)

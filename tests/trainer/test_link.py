@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import transformers as tf
 from transformers import Trainer, TrainingArguments
 
 from deeparc_hf import MPruneCallback, WandaCallback
@@ -13,7 +14,7 @@ from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.trainer.link import LINK_VARIABLE, Kind, Link, Standing, Told, Wish
 from deeparc_hf.trainer.linked_run import prepare_link
 from tests.trainers import text_data
-from tests.zoo import ZOO
+from tests.zoo import TEXT, ZOO
 
 
 @pytest.fixture
@@ -87,6 +88,12 @@ def test_models_that_cannot_be_written_from_file_to_file_are_refused(link):
     own = type("Own", (kind,), {}).from_pretrained(link.model)
     with pytest.raises(UnsupportedModelError, match="transformers' own classes"):
         trainer(link, model=own)
+    with pytest.raises(UnsupportedModelError, match=r"contact_head.* has a part for each block"):
+        trainer(link, model=tf.EsmForSequenceClassification(tf.EsmConfig(**TEXT, pad_token_id=0)))
+    quantized = kind.from_pretrained(link.model)
+    quantized.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    with pytest.raises(UnsupportedModelError, match="not quantized"):
+        trainer(link, model=quantized)
 
 
 def test_a_trainer_that_makes_its_own_model_is_refused(link):
