@@ -35,6 +35,14 @@ def main_input(root: PreTrainedModel) -> str:
     return name if isinstance(name, str) else next(iter(name), "input_ids")
 
 
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The settings of what reads the text: the encoder's, where a decoder of something else has them too (MusicGen)."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(encoder=True)
+
+
 def example_inputs(root: PreTrainedModel) -> dict[str, Tensor] | None:
     """Small valid inputs on the model's device; None where they cannot be known."""
     taken = inspect.signature(root.forward).parameters
@@ -85,7 +93,7 @@ def _text(config: PreTrainedConfig) -> dict[str, Tensor] | None:
 
 
 def _vocabulary(config: PreTrainedConfig) -> int | None:
-    text = config.get_text_config()
+    text = _text_config(config)
     size = getattr(text, "vocab_size", None)
     if size is None and hasattr(text, "num_hash_buckets"):
         return 1000  # CANINE reads characters: any number is one
@@ -100,7 +108,7 @@ def _ids(config: PreTrainedConfig, length: int) -> Tensor:
 
 def most_positions(config: PreTrainedConfig) -> int | None:
     """How long a text may be for all parts of the model; None if the config names no limit."""
-    text = config.get_text_config()
+    text = _text_config(config)
     limits = [v for part in (config, text) for k, v in _entries(part) if _LIMIT.search(k) and type(v) is int and v > 0]
     if hasattr(text, "axial_pos_shape"):  # Reformer
         limits.append(math.prod(text.axial_pos_shape) + 2)
@@ -112,7 +120,7 @@ def most_positions(config: PreTrainedConfig) -> int | None:
 
 def _length(config: PreTrainedConfig) -> int:
     """How long a made-up text is: `_LENGTH`, or what attention by blocks takes, and no more than its positions."""
-    text = config.get_text_config()
+    text = _text_config(config)
     length = _LENGTH
     if type(getattr(text, "index_topk", None)) is int:  # an indexer chooses nothing in a text as short as its choice
         length = max(length, text.index_topk + _FRAMES)

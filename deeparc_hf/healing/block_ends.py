@@ -63,6 +63,8 @@ def _tried(block: nn.Module, run: Callable[[], Any], output: Tensor, leaves: lis
         m = last.module
         if (m.kernel_size, m.stride, m.groups) != ((1, 1), (1, 1), 1) or m.padding not in ((0, 0), 0):
             return f"its last map, {last.path}, is a convolution over neighbours"
+    if any(leaf.path == last.path and leaf.output.shape != last.output.shape for leaf in leaves):
+        return f"its last map, {last.path}, runs more than once"  # on global tokens by themselves (PEGASUS-X)
     behind = leaves[leaves.index(last) + 1 :]
     norm = next(
         (leaf for leaf in behind if isinstance(leaf.module, BatchNorm) and torch.equal(leaf.input, last.output)), None

@@ -157,7 +157,12 @@ def find_endings(host: Host, blocks: Sequence[nn.Module], inputs: Mapping[str, A
         def run(block: nn.Module = block, args: Any = args, kwargs: Any = kwargs) -> Any:
             return block(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
 
-        found[block] = find_ending(block, run)
+        try:
+            found[block] = find_ending(block, run)
+        except torch.OutOfMemoryError:  # the Trainer may try a smaller batch
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            found[block] = f"it cannot be run by itself ({type(error).__name__}: {error})"
     return found
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from deeparc_hf import remove_blocks
 from deeparc_hf.architectures import describe, find_host
-from deeparc_hf.architectures.inputs import main_input
+from deeparc_hf.architectures.inputs import main_input, most_positions
 from tests.zoo import IMAGE, SEQ2SEQ, TEXT, ZOO
 
 PLAIN = {key: value for key, value in TEXT.items() if key != "vocab_size"}
@@ -149,3 +149,12 @@ def test_the_first_of_several_main_inputs_counts():
     assert isinstance(tf.OneFormerForUniversalSegmentation.main_input_name, list)
     assert main_input(tf.OneFormerForUniversalSegmentation) == "pixel_values"
     assert main_input(tf.BertModel) == "input_ids"
+
+
+def test_two_configs_of_text_are_told_apart():
+    """MusicGen has a text encoder, and a decoder of music that looks like one of text."""
+    text, sound, music = tf.T5Config(n_positions=77), tf.EncodecConfig(), tf.MusicgenDecoderConfig()
+    config = tf.MusicgenConfig(text_encoder=text, audio_encoder=sound, decoder=music)
+    with pytest.raises(ValueError, match="ambiguous"):
+        config.get_text_config()
+    assert most_positions(config) == most_positions(text)

@@ -20,7 +20,7 @@ from deeparc_hf.observe.calibration import Calibration
 from deeparc_hf.observe.forward import evaluating
 from tests.trainer.test_resume import equal, scripted
 from tests.trainers import train
-from tests.zoo import IMAGE, TEXT, VOCAB, ZOO, as_trained, spread
+from tests.zoo import IMAGE, SEQ2SEQ, TEXT, VOCAB, ZOO, as_trained, spread
 
 
 def removable(model):
@@ -416,3 +416,39 @@ def test_a_part_that_makes_a_cache_by_its_config_is_healed():
         whole, before, after = (each(**batches[0]).logits for each in (model, unhealed, pruned))
     assert (after - whole).square().mean() < (before - whole).square().mean()
     assert model.text_decoder.config.use_cache and pruned.text_decoder.config.use_cache
+
+
+def test_a_block_that_cannot_be_run_again_is_left_alone():
+    """One that keeps something of the pass that it was in (a cache of its own)."""
+    model = ZOO["bert"].model()
+    block, calls = model.bert.encoder.layer[1], []
+
+    def once(*_):
+        calls.append(None)
+        if len(calls) > 1:
+            raise RuntimeError("the sizes differ")
+
+    block.register_forward_pre_hook(once)
+    subject = describe(model)
+    inputs = next(Calibration(ZOO["bert"].batches(count=1), 100).inputs(subject.host))
+    with evaluating(subject.root):
+        found = find_endings(subject.host, list(model.bert.encoder.layer), inputs)
+    assert found[block] == "it cannot be run by itself (RuntimeError: the sizes differ)"
+    assert not any(isinstance(ending, str) for other, ending in found.items() if other is not block)
+
+
+def test_a_map_that_runs_on_tokens_of_two_kinds_is_left_alone():
+    """PEGASUS-X runs its feed-forward maps on the text, and on global tokens by themselves."""
+    config = tf.PegasusXConfig(
+        **{**SEQ2SEQ, "encoder_layers": 3, "decoder_layers": 2},
+        block_size=8,
+        num_global_tokens=4,
+        stagger_local_blocks=True,
+    )
+    torch.manual_seed(0)
+    model = as_trained(spread(tf.PegasusXForConditionalGeneration(config))).eval()
+    subject = describe(model)
+    with evaluating(subject.root):
+        inputs = {"input_ids": torch.randint(5, VOCAB, (2, 16)), "decoder_input_ids": torch.randint(5, VOCAB, (2, 6))}
+        found = find_endings(subject.host, list(model.model.encoder.layers), inputs)
+    assert all(isinstance(ending, str) and "runs more than once" in ending for ending in found.values())
