@@ -201,6 +201,9 @@ class SiteFit:
         outputs = [rows(self.seen[f"{which} output"], module) for which in ("kept", "last")]
         sums = [rows(self.seen.get(f"{which} sum", self.seen[f"{which} output"]), module) for which in ("kept", "last")]
         self.seen = {}
+        if sums[0].shape != sums[1].shape:  # SegGPT makes one of two halves of a batch between its blocks
+            self.reason = "the last removed block puts out another number of positions than it does"
+            return
         valid = torch.ones_like(chosen, dtype=torch.bool) if mask is None else mask.flatten().to(x.device)
         inverse = torch.where(scale.abs() > 1e-6 * scale.abs().max(), 1 / scale, 0.0)
         missing = (sums[1].double() - sums[0].double()) * inverse
