@@ -27,7 +27,7 @@ def versions() -> dict[str, str]:
 
 def row_of(row: Row) -> dict[str, Any]:
     """A row as it is kept: what became of each removal, and of what is done with a pruned model, and for each stack the
-    first reason why something was refused.
+    first reasons why some were refused.
     """
     kept: dict[str, Any] = {"model": row.model, "state": row.state}
     if row.reason:
@@ -35,11 +35,12 @@ def row_of(row: Row) -> dict[str, Any]:
     for name, stack in row.stacks.items():
         entry = {key: stack[key] for key in ("blocks", "pinned")}
         entry["removals"] = {removal: result for removal, (result, _) in stack["removals"].items()}
-        tried = [*stack["removals"].values(), *stack.get("uses", {}).values()]
-        why = next((why for result, why in tried if result == "refused"), "")
         if "uses" in stack:
             entry["uses"] = {use: result for use, (result, _) in stack["uses"].items()}
-        kept.setdefault("stacks", {})[name] = {**entry, **({"why": why[:_LONGEST_REASON]} if why else {})}
+        for key, tried in (("why", stack["removals"]), ("why_uses", stack.get("uses", {}))):
+            why = next((why for result, why in tried.values() if result == "refused"), "")
+            entry |= {key: why[:_LONGEST_REASON]} if why else {}
+        kept.setdefault("stacks", {})[name] = entry
     return kept
 
 

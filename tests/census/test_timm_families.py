@@ -55,6 +55,7 @@ def without_reasons(row: Mapping[str, Any]) -> dict[str, Any]:
         row[kind].pop("reason", None)
         for stack in row[kind].get("stacks", {}).values():
             stack.pop("why", None)
+            stack.pop("why_uses", None)
     return row
 
 

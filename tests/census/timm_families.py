@@ -119,7 +119,15 @@ def _try(name: str, loaders: Loaders, wrapped: bool, only: Sequence[str] | None)
     except RuntimeError as error:
         row.state, row.reason = "stock differs", "the whole model cannot be saved: " + " ".join(str(error).split())
         return row
-    return try_model(row, model, lambda reach: _images(model), loaders, only)
+    return try_model(row, model, lambda reach: _images(model), loaders, only, _longest, further=False)
+
+
+def _longest(stacks: Mapping[str, Stack]) -> list[str]:
+    """The longest of the stacks whose paths differ in numbers alone (stages): with the most removals to try."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(stacks, key=lambda name: (-len(removals(stacks[name])), -len(stacks[name]))):
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return [name for group in groups.values() for name in group[:1]]
 
 
 def _images(model: nn.Module) -> dict[str, Any]:

@@ -137,11 +137,16 @@ def try_model(
     inputs_reaching: Callable[[Callable[[Mapping[str, Any]], list[str]]], dict[str, Any]],
     loaders: Loaders,
     only: Sequence[str] | None = None,
+    some: Callable[[Mapping[str, Stack]], Sequence[str]] = list,
+    *,
+    further: bool = True,
 ) -> Row:
     """Try removals on a model, on inputs that reach its stacks where there are such.
 
     Args:
         only: some of the removals, quickly: what the whole model does is looked at only where one of them fails.
+        some: which of the stacks are tried.
+        further: whether pruned models are trained, healed and sparsified (`uses`).
     """
     row.model = type(model).__name__
     try:
@@ -164,11 +169,12 @@ def try_model(
         return row
     for name, stack in stacks.items():
         asked = {what: blocks for what, blocks in removals(stack).items() if only is None or what in only}
+        asked = asked if name in some(stacks) else {}
         row.stacks[name] = entry = {"blocks": len(stack), "pinned": len(stack.pinned), "removals": {}}
         for what, blocks in asked.items():
             pruned, result = _try(model, name, blocks, inputs, loaders)
             entry["removals"][what] = result
-            if only is None and result[0] in GOOD and "uses" not in entry:
+            if further and only is None and result[0] in GOOD and "uses" not in entry:
                 entry["uses"] = uses(pruned, model, inputs, lambda changed: _reload_problem(changed, inputs, loaders))
     if only is not None and row.verdict in BAD:
         row.state, row.reason = _stock_state(model, inputs, loaders)
