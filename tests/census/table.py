@@ -96,7 +96,7 @@ _MEANING = {
 
 _USES = {
     "training": "a forward and a backward pass, with activation checkpointing: the gradients are those without",
-    "healing": "`heal_model`, and a load as above",
+    "healing": "`heal_model` (a site that cannot be healed is left alone), and a load as above",
     "sparsifying": "`sparsify_model` (Wanda, half of the weights), and a load as above",
 }
 _RESULTS = {
