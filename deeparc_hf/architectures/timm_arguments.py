@@ -52,14 +52,14 @@ def _read(error: Exception, cls: type[nn.Module]) -> dict[str, Any]:
         if code.co_name != "__init__" or type(values.get("self")) is not cls:
             continue
         if not found:  # the class may have changed its own before it came to the error
-            found |= {name: value for inner in caller.f_locals.values() for name, value in _fields(inner)}
+            found |= {name: value for inner in caller.f_locals.values() for name, value in _held_in(inner)}
         for name in code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]:
-            for key, value in ((name, values.get(name)), *_fields(values.get(name))):
+            for key, value in ((name, values.get(name)), *_held_in(values.get(name))):
                 found.setdefault(key, value)
     return found
 
 
-def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+def _held_in(value: Any) -> Iterator[tuple[str, Any]]:
     """What a config holds, of those that a class lets single arguments overrule."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))

@@ -283,8 +283,9 @@ def _replaced(output: Any, given: list[Tensor], named: Mapping[str, Tensor]) -> 
         return output
     if isinstance(output, Mapping):
         return type(output)(**{key: _replaced(value, given, named) for key, value in output.items()})
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        pairs = zip(output._fields, output, strict=True)
+    names = getattr(type(output), "_fields", None)
+    if isinstance(output, tuple) and names is not None:
+        pairs = zip(names, output, strict=True)
         return type(output)(*(named[key] if key in named else _replaced(value, given, {}) for key, value in pairs))
     if isinstance(output, (tuple, list)):
         return type(output)(_replaced(value, given, named) for value in output)
