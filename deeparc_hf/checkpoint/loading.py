@@ -71,8 +71,7 @@ def load_pruned(
     layout = _layout(record, subject)
     # what the base's own record says of zeroed weights comes with its weights, whatever the other record lists
     record = dataclasses.replace(record, sparsity=renumbered(current_record(subject).sparsity, layout))
-    dropped = any(iteration.get("dropped") is True for iteration in record.iterations)
-    settings = _settings(subject, layout, dropped)
+    settings = _settings(subject, layout, record)
     base, commit = subject.host.loaded_from(hub.get("cache_dir"))
     left = settings.pop(LAYOUT_KEY, None)
     pruned = base_settings(type(full.config)).from_dict(settings)
@@ -169,11 +168,13 @@ def _layout(record: PrunedConfig, subject: Subject) -> Layout:
     return Layout.without(subject.lengths, record.removed)
 
 
-def _settings(subject: Subject, layout: Layout, dropped: bool) -> dict[str, Any]:
+def _settings(subject: Subject, layout: Layout, record: PrunedConfig) -> dict[str, Any]:
     """The settings of the smaller model. A recipe is refused that surgery on the live model would refuse. Blocks are
-    dropped only where the record says that surgery did so, which a forward pass has shown to be right.
+    dropped, and tensors outside of them shortened, only where the record says that surgery did so, which a forward pass
+    has shown to be right.
     """
     host = subject.host
+    dropped, shortened = (any(i.get(what) is True for i in record.iterations) for what in ("dropped", "shortened"))
     if host.merges_inputs:
         raise UnsupportedModelError(
             f"{host.label} merges images into its text, and which blocks do so may be told by their place, which only "
@@ -185,6 +186,9 @@ def _settings(subject: Subject, layout: Layout, dropped: bool) -> dict[str, Any]
         problems = compare(subject.root, host.build(settings), layout, per_block=subject.per_block).problems
     except Exception as error:
         problems = [f"{type(error).__name__}: {error}"]
+    unclear = [tensor.path for tensor, *_ in left_by_path(subject.per_block, layout).values() if not tensor.known]
+    if unclear and not shortened:
+        problems = problems or [f"{unclear[0]} has a part for each block, and the record does not say that it was cut"]
     if not problems:
         return settings
     if host.can_drop and (dropped or not layout.removed):

@@ -252,6 +252,8 @@ def _operate(
     entry = {**(entry or {}), "parameters": _parameters(counted, step, shortening.fewer())}
     if builds.by_package:
         entry["dropped"] = True
+    if shortening.tensors:
+        entry["shortened"] = True
     record = known or current_record(subject).compose(step, entry)
     expectation = None
     if verify and known is None:

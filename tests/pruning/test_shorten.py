@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers as tf
 
-from deeparc_hf import find_stacks, load_pruned, prune_checkpoint, remove_blocks, save_pruned
+from deeparc_hf import PrunedConfig, find_stacks, load_pruned, prune_checkpoint, remove_blocks, save_pruned
 from deeparc_hf.architectures.per_block import PerBlockTensor, find_per_block
-from deeparc_hf.errors import SurgeryError, UnsupportedModelError
+from deeparc_hf.errors import RecordError, SurgeryError, UnsupportedModelError
 from tests.stock import StockProcess
 from tests.trainers import pruning, text_data, train
 from tests.zoo import TEXT, VOCAB, as_trained, spread
@@ -127,6 +127,10 @@ def test_a_recipe_loads_the_base_with_the_same_parts(tmp_path):
     record = remove_blocks(base, {LAYERS: [0, 3]})
     loaded = load_pruned(tf.AutoModelForCausalLM, tmp_path, record)
     assert torch.equal(logits(loaded), logits(base))
+    # one that somebody has written: no forward pass has shown which part is which layer's
+    written = PrunedConfig(record.stacks)
+    with pytest.raises(RecordError, match="the record does not say that it was cut"):
+        load_pruned(tf.AutoModelForCausalLM, tmp_path, written)
 
 
 def test_files_are_not_copied_where_a_tensor_would_have_to_change(tmp_path):
