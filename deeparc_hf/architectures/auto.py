@@ -17,7 +17,7 @@ from ..errors import UnsupportedModelError
 from .base import Container, Family, Stack, chained, nested, register, signature_pins
 from .entries import follow
 from .hosts import Host, TransformersHost
-from .search import CHAIN, Search, containers, inside, shrink_stages, uncounted
+from .search import CHAIN, Search, are_stages, containers, inside, shrink_stages, uncounted
 
 
 @register("auto")
@@ -78,7 +78,9 @@ def _counted(search: Search, lists: Sequence[tuple[str, Container]]) -> tuple[di
         if inside(name, found):
             continue  # part of a block
         count, entries, per_block, reason = search.count(name, len(blocks))
-        if count is not None and _are_stages(search, name, lists):
+        if count is not None and are_stages(
+            name, lists, lambda path, blocks: search.count(path, len(blocks)).count is not None
+        ):
             count, reason = None, "they hold lists of blocks themselves"
         if count is None:
             reasons[name] = reason
@@ -86,12 +88,6 @@ def _counted(search: Search, lists: Sequence[tuple[str, Container]]) -> tuple[di
         pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(blocks))
         found[name] = Stack(name, blocks, pinned, count=count, entries=entries, per_block=per_block)
     return found, reasons
-
-
-def _are_stages(search: Search, name: str, lists: Sequence[tuple[str, Container]]) -> bool:
-    """Whether members of a list hold lists of blocks that are counted by themselves."""
-    inner = [(path, blocks) for path, blocks in lists if path.startswith((f"{name}.0.", f"{name}.1."))]
-    return any(search.count(path, len(blocks)).count is not None for path, blocks in inner)
 
 
 def _counter(stack: Stack) -> tuple[Any, ...]:

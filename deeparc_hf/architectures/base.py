@@ -24,6 +24,7 @@ __all__ = [
     "CountKey",
     "Family",
     "Stack",
+    "block_shapes",
     "chained",
     "families",
     "family_of",
@@ -249,7 +250,7 @@ def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
     (T5's relative attention bias). Of two blocks that differ, the first is pinned. Where there are more and no two are
     alike, nothing is pinned by this rule.
     """
-    shapes = [{name: shape_of(p) for name, p in block.named_parameters()} for block in blocks]
+    shapes = block_shapes(blocks)
     common = max(shapes, key=shapes.count, default={})
     if len(shapes) == 2:
         common = shapes[1]
@@ -267,6 +268,11 @@ def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
         elif changed:
             pins[index] = f"changes shape: its {_first(changed)} differs from that of the other blocks"
     return pins
+
+
+def block_shapes(blocks: Sequence[nn.Module]) -> list[dict[str, tuple[int, ...]]]:
+    """Of each block, the shapes of its parameters by name. Blocks that have the same are of one kind."""
+    return [{name: shape_of(p) for name, p in block.named_parameters()} for block in blocks]
 
 
 def family_of(host: Host) -> Family:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_labels
 from transformers.utils import logging as hf_logging
 
 from ..core.compat import attention_of, checkpoint_key_namer, set_attention
+from ..core.meta_builds import on_meta
 from ..core.offload import device_of
 from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
@@ -260,7 +260,7 @@ class TransformersHost(Host):
 
     def _build(self, settings: dict[str, Any]) -> nn.Module:
         layout = settings.pop(LAYOUT_KEY, None)
-        with quiet(), torch.device("meta"), Valueless():
+        with quiet(), on_meta():
             kind = base_settings(type(self.root.config))
             # as a checkpoint keeps it, which leaves out what is the default and has no keys but strings
             config = kind.from_dict(json.loads(json.dumps(kind.from_dict(settings).to_diff_dict())))
@@ -414,21 +414,6 @@ def quiet(least: int = hf_logging.WARNING) -> Iterator[None]:
         hf_logging.set_verbosity(level)
 
 
-class Valueless(TorchFunctionMode):
-    """Within, tensors on the meta device are not filled with values, which they cannot hold: most of a build's time."""
-
-    _FILLS = frozenset(
-        getattr(torch.Tensor, name) for name in ("uniform_", "normal_", "clamp_", "erfinv_", "mul_", "add_", "zero_")
-    )
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func in self._FILLS and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
 class TimmHost(Host):
     """A model that `timm.create_model` made, described by its architecture name and model_args."""
 
@@ -467,7 +452,7 @@ class TimmHost(Host):
     def _build(self, settings: dict[str, Any]) -> nn.Module:
         import timm
 
-        with torch.device("meta"), Valueless():
+        with on_meta():
             return timm.create_model(self.kind, pretrained=False, **settings)
 
     def record(self) -> Any:

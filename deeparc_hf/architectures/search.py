@@ -9,22 +9,21 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..core.shards import shape_of
-from .base import BlockEntry, Container, CountKey, Stack, nested, signature_pins
+from .base import BlockEntry, Container, CountKey, Stack, block_shapes, nested, signature_pins
 from .entries import asked_for, entries_of, follow, named, names_stages, trials, usual
 from .hosts import Host
 from .layout import Layout
 from .per_block import PerBlockTensor, find_per_block
 from .skeleton import differing, state_shapes
 
-__all__ = ["CHAIN", "Search", "containers", "inside", "shrink_stages", "uncounted"]
+__all__ = ["CHAIN", "Search", "are_stages", "containers", "inside", "shrink_stages", "uncounted"]
 
 _COUNT_NAME = re.compile(r"layer|depth|block")
 CHAIN = "they are a chain in which each size leads to the next, so none can be left out"
@@ -63,10 +62,8 @@ def _may_be_blocks(members: list[nn.Module], least: int) -> bool:
         return False
     classes = [type(member) for member in members]
     if any(cls in (nn.ModuleList, nn.Sequential, nn.ModuleDict) for cls in classes):
-        shapes = [[(name, shape_of(p)) for name, p in member.named_parameters()] for member in members]
-        return len(members) >= least and all(
-            shape == shapes[0] for shape in shapes
-        )  # stages differ, ConvMixer's blocks not
+        shapes = block_shapes(members)  # stages differ, ConvMixer's blocks do not
+        return len(members) >= least and all(shape == shapes[0] for shape in shapes)
     alike = max(classes.count(cls) for cls in set(classes)) * 2 >= len(members)
     return alike or all(issubclass(cls, GradientCheckpointingLayer) for cls in classes)
 
@@ -93,6 +90,12 @@ def _pins(members: list[nn.Module]) -> dict[int, str]:
         why = "has no shortcut past it: it may change the shape of its input"
         return {index: why for index, member in enumerate(members) if not member.has_skip}
     return signature_pins(members)
+
+
+def are_stages(name: str, lists: Sequence[tuple[str, Container]], is_counted: Callable[[str, Container], bool]) -> bool:
+    """Whether members of a list hold lists of blocks that are counted by themselves."""
+    inner = [(path, blocks) for path, blocks in lists if path.startswith((f"{name}.0.", f"{name}.1."))]
+    return any(is_counted(path, blocks) for path, blocks in inner)
 
 
 def inside(name: str, stacks: Iterable[str]) -> bool:

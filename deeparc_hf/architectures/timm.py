@@ -16,13 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from ..core.shards import shape_of
 from ..errors import UnsupportedModelError
-from .base import BlockEntry, Container, CountKey, Family, Stack, chained, register, signature_pins
+from .base import BlockEntry, Container, CountKey, Family, Stack, block_shapes, chained, register, signature_pins
 from .entries import follow
 from .hosts import Host, TransformersHost
 from .resnet import stage_pins
-from .search import Search, containers, inside, uncounted
+from .search import Search, are_stages, containers, inside, uncounted
 from .skeleton import state_shapes
 from .timm_arguments import arguments_of, refusal, stays
 
@@ -48,7 +47,9 @@ class Timm(Family):
         found: dict[str, Stack] = {}
         for name, blocks in lists:
             stack = None if inside(name, found) else arguments.counted(name, blocks)
-            if stack is not None and not _are_stages(arguments, name, lists):
+            if stack is not None and not are_stages(
+                name, lists, lambda path, inner: arguments.counted(path, inner) is not None
+            ):
                 found[name] = stack
         if host.can_drop:
             found |= {stack.name: dataclasses.replace(stack, uncounted=arguments.why) for stack in _plain(lists, found)}
@@ -84,14 +85,8 @@ def _pins(blocks: Sequence[nn.Module], *, in_stages: bool) -> dict[int, str]:
     go where a build without them has the rest as it was, which is asked later.
     """
     pins = (stage_pins if in_stages else signature_pins)(blocks)
-    shapes = [{name: shape_of(p) for name, p in block.named_parameters()} for block in blocks]
+    shapes = block_shapes(blocks)
     return {index: why for index, why in pins.items() if shapes.count(shapes[index]) == 1}
-
-
-def _are_stages(arguments: _Arguments, name: str, lists: Sequence[tuple[str, Container]]) -> bool:
-    """Whether members of a list hold lists of blocks that are counted by themselves."""
-    inner = [(path, blocks) for path, blocks in lists if path.startswith((f"{name}.0.", f"{name}.1."))]
-    return any(arguments.counted(path, blocks) is not None for path, blocks in inner)
 
 
 def _plain(lists: Sequence[tuple[str, Container]], counted: Mapping[str, Stack]) -> Iterator[Stack]:
@@ -100,7 +95,7 @@ def _plain(lists: Sequence[tuple[str, Container]], counted: Mapping[str, Stack])
 
 
 def _some_alike(blocks: Container) -> bool:
-    shapes = [[(name, shape_of(p)) for name, p in block.named_parameters()] for block in blocks]
+    shapes = block_shapes(list(blocks))
     return any(shapes.count(shape) > 1 for shape in shapes)
 
 

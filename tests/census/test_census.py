@@ -4,15 +4,13 @@ is noticed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import transformers
 from packaging.version import Version
 
 from . import table, tiny
 from .popular import POPULAR
-from .trial import BAD, Loaders, Row, try_type
+from .trial import BAD, Row, try_type
 
 KEPT = table.read()
 same_transformers = KEPT["versions"]["transformers"] == transformers.__version__
@@ -25,14 +23,6 @@ pytestmark = [
         Version(transformers.__version__) < Version("5.24"), reason="the tiny models are made for newer configs"
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def loaders() -> Iterator[Loaders]:
-    found = Loaders.started()
-    yield found
-    for process in (found.stock, found.package):
-        process.__exit__()
 
 
 def assert_sound(row: Row) -> None:

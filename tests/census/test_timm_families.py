@@ -5,7 +5,7 @@ noticed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from packaging.version import Version
 
 from . import table, timm_table
 from .timm_families import families, try_bare, try_family, try_wrapped
-from .trial import BAD, Loaders
+from .trial import BAD
 
 KEPT = timm_table.read()
 same_timm = KEPT["versions"]["timm"] == timm.__version__
@@ -37,14 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of the libraries
     pytest.mark.skipif(Version(timm.__version__) < Version("1.0.31"), reason="no arguments are recorded before"),
 ]
-
-
-@pytest.fixture(scope="module")
-def loaders() -> Iterator[Loaders]:
-    found = Loaders.started()
-    yield found
-    for process in (found.stock, found.package):
-        process.__exit__()
 
 
 def without_reasons(row: Mapping[str, Any]) -> dict[str, Any]:
