@@ -149,4 +149,4 @@ def page(kept: Mapping[str, Any]) -> str:
         names += f"; {len(stacks) - 4} more" if len(stacks) > 4 else ""
         why = row.get("reason") or next((stack["why"] for stack in stacks.values() if "why" in stack), "")
         lines.append(f"| `{kind}` | {row['model']} | {verdict(row)} | {md(names)} | {md(why)} |")
-    return "\n".join(lines) + "\n" + timm_table.section(verdict)
+    return "\n".join(lines) + "\n" + timm_table.section(verdict, _uses)

@@ -30,10 +30,6 @@ _BUILT, _LOOKED_AT = 24, 6
 _MOST = 4  # blocks of a stack
 
 
-# the wrapped model is the same one in another config: one removal of each stack shows it
-WRAPPED = ["middle"]
-
-
 def families() -> list[str]:
     return timm.list_modules()
 
@@ -119,15 +115,7 @@ def _try(name: str, loaders: Loaders, wrapped: bool, only: Sequence[str] | None)
     except RuntimeError as error:
         row.state, row.reason = "stock differs", "the whole model cannot be saved: " + " ".join(str(error).split())
         return row
-    return try_model(row, model, lambda reach: _images(model), loaders, only, _longest, further=False)
-
-
-def _longest(stacks: Mapping[str, Stack]) -> list[str]:
-    """The longest of the stacks whose paths differ in numbers alone (stages): with the most removals to try."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(stacks, key=lambda name: (-len(removals(stacks[name])), -len(stacks[name]))):
-        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    return [name for group in groups.values() for name in group[:1]]
+    return try_model(row, model, lambda reach: _images(model), loaders, only)
 
 
 def _images(model: nn.Module) -> dict[str, Any]:
@@ -148,7 +136,7 @@ def try_family(family: str, loaders: Loaders) -> dict[str, Any]:
     name = chosen(family)
     row = {"architecture": name}
     why = _not_counted(name)
-    rows = {"bare": row_of(try_bare(name, loaders)), "wrapped": row_of(try_wrapped(name, loaders, WRAPPED))}
+    rows = {"bare": row_of(try_bare(name, loaders)), "wrapped": row_of(try_wrapped(name, loaders))}
     return row | ({"why": why} if why else {}) | rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,12 @@ def shares(rows: Mapping[str, Mapping[str, Any]], verdict: Verdict) -> tuple[set
     return stacked, good, {family for family in good if verdict(rows[family]["bare"]) in _GOOD}
 
 
-def section(verdict: Verdict) -> str:
-    """The part of the page on timm's families."""
+def section(verdict: Verdict, uses: Callable[[Iterable[Mapping[str, Any]]], list[str]]) -> str:
+    """The part of the page on timm's families.
+
+    Args:
+        uses: makes the table of what is done with pruned models.
+    """
     kept = read()
     rows, made = kept["families"], kept["versions"]
     stacked, good, by_stock = shares(rows, verdict)
@@ -68,8 +72,7 @@ def section(verdict: Verdict) -> str:
         "",
         f"All {len(rows)} families (modules of `timm.models`) of timm {made['timm']}: the smallest architecture with a",
         "block to spare, with at most four blocks a stack where a number counts them. Blocks are removed and results",
-        "judged as above, of the bare model and (a middle block only) of the one in a `TimmWrapper`; of stages, of the",
-        "longest.",
+        "judged as above, of the bare model and of the one in a `TimmWrapper`.",
         "",
         f"Of {len(stacked)} families with a stack of blocks, {len(good)} can be pruned and loaded, {len(by_stock)} of",
         "them by stock timm alone. Of the others no argument that timm's entry points take counts the blocks.",
@@ -79,6 +82,7 @@ def section(verdict: Verdict) -> str:
     ]
     order = [*_MEANING, *sorted(found.keys() - set(_MEANING))]
     lines += [f"| {what} | {found[what]} | {_MEANING.get(what, 'a fault')} |" for what in order if found[what]]
+    lines += ["", *uses(row[kind] for row in rows.values() for kind in ("bare", "wrapped"))]
     lines += [
         "",
         "| family | architecture | bare | wrapped | stacks (blocks) | why not all by stock |",

@@ -5,6 +5,7 @@ Each runs, or is refused with a reason. What the model before the removal cannot
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -90,11 +91,10 @@ def _same_gradients(model: nn.Module, inputs: Mapping[str, Any]) -> Result:
         plain = _gradients(copy.deepcopy(model), inputs)
     except Exception as error:
         return "crash", f"{type(error).__name__}: {error}"
-    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
-        return "not offered", ""
     model = copy.deepcopy(model)
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if not _checkpointing_enabled(model):
+            return "not offered", ""
         other = _gradients(model, inputs)
     except Exception as error:
         return "crash", f"{type(error).__name__}: {error}"
@@ -105,6 +105,18 @@ def _same_gradients(model: nn.Module, inputs: Mapping[str, Any]) -> Result:
         if not torch.allclose(value, other[name], rtol=1e-3, atol=1e-4 * scale + 1e-12, equal_nan=True):
             return "wrong", f"the gradient of {name} differs with checkpointing"
     return "yes", ""
+
+
+def _checkpointing_enabled(model: nn.Module) -> bool:
+    """Turn activation checkpointing on, if the model offers it."""
+    if isinstance(model, PreTrainedModel):
+        if model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.supports_gradient_checkpointing
+    enable = getattr(model, "set_grad_checkpointing", None)  # of timm's models, some of which say that they cannot
+    with contextlib.suppress(AssertionError):
+        return enable is not None and enable() is None
+    return False
 
 
 def _gradients(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
