@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-BLOCK = re.compile(r"^((?:.*?\.)?(?:layers|layer[1-4]?|blocks|block|h)\.\d+)\.")
+BLOCK = re.compile(r"^((?:.*?\.)?(?:layers|layer[1-4]?|blocks|block|h|attentions|ffns)\.\d+)\.")
+BESIDE = {"ffns": "attentions"}  # XLM: lists with other parts of the same blocks
 # keys and values made from the encoder's output
 CROSS = re.compile(
     r"(EncDecAttention\.[kv]|encoder_attn\.[kv]_proj|crossattention\.self\.(key|value)|crossattention\.c_attn)$"
@@ -35,7 +36,8 @@ def linear_maps(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
     for path, module in model.named_modules():
         block = BLOCK.match(path)
         if block and isinstance(module, LINEAR):
-            found.setdefault(block[1], {})[path] = module
+            *above, name, index = block[1].split(".")
+            found.setdefault(".".join((*above, BESIDE.get(name, name), index)), {})[path] = module
     return found
 
 

@@ -268,6 +268,11 @@ ZOO: dict[str, Specimen] = {
     "wrapped_convnext": Specimen(_wrapped("convnext_atto", **TINY_CONVNEXT), "image", PICTURE),
     "wrapped_resnext": Specimen(_wrapped("resnext50_32x4d", **TINY_RESNEXT), "image", PICTURE, "bn3"),
     "wrapped_vit": Specimen(_wrapped("vit_tiny_patch16_224", **TINY_VIT), "image", PICTURE),
+    "xlm": Specimen(
+        _hf("XLMForSequenceClassification", "XLMConfig", emb_dim=32, n_layers=4, n_heads=4, vocab_size=VOCAB),
+        "text",
+        CLASSIFY,
+    ),
 }
 
 VIT_STACK = (

@@ -11,11 +11,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from ..core.block_paths import lists_of
 from ..core.registry import Registry
 from ..core.shards import shape_of
 from ..core.tables import html_table, spans
 from ..errors import SurgeryError, UnsupportedModelError
 from .hosts import Host
+from .joined import JoinedBlock
 from .per_block import PerBlockTensor
 
 __all__ = [
@@ -148,8 +150,9 @@ class Stack:
     """A run of residual blocks of one model in which a block can be removed and shapes still fit.
 
     Attributes:
-        name: module path of the container of the blocks, seen from the model that was searched.
-        container: the list that holds the blocks.
+        name: module path of the container of the blocks, seen from the model that was searched. Where the parts of
+            blocks stand in several lists side by side it names all of these: "transformer.{attentions,ffns}".
+        container: the list that holds the blocks, or the first parts of them.
         pinned: blocks that must stay, with the reason for each.
         side: "encoder" or "decoder" in an encoder-decoder model, else None; decides which padding mask counts.
         count: where the settings count this stack's blocks; None if nowhere, so that they can only be dropped (the
@@ -158,6 +161,7 @@ class Stack:
         entries: what else in the settings names its blocks.
         uncounted: where nothing counts it, why not, if that is known.
         per_block: tensors outside of the blocks that have a part for each of them.
+        beside: the lists that hold the other parts of the blocks, in the order in which they run.
     """
 
     name: str
@@ -169,11 +173,21 @@ class Stack:
     entries: tuple[BlockEntry, ...] = ()
     uncounted: str = ""
     per_block: tuple[PerBlockTensor, ...] = ()
+    beside: tuple[Container, ...] = ()
+
+    @property
+    def containers(self) -> tuple[Container, ...]:
+        """The lists that hold the blocks, or their parts: those that the name names."""
+        return (self.container, *self.beside)
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The blocks, in forward order."""
-        return list(self.container.children())
+        """The blocks, in forward order. Those that have parts in several lists are made up anew at each call."""
+        if not self.beside:
+            return list(self.container.children())
+        names = [path.rpartition(".")[2] for path in lists_of(self.name)]
+        parts = zip(*(container.children() for container in self.containers), strict=True)
+        return [JoinedBlock(dict(zip(names, block, strict=True))) for block in parts]
 
     def __len__(self) -> int:
         return len(self.container)

@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_labels
 from transformers.utils import logging as hf_logging
 
+from ..core.block_paths import is_inside
 from ..core.compat import attention_of, checkpoint_key_namer, set_attention
 from ..core.meta_builds import on_meta
 from ..core.offload import device_of
@@ -310,9 +311,9 @@ class TransformersHost(Host):
         self, before: nn.Module, after: nn.Module, stacks: Iterable[str], transaction: Transaction
     ) -> None:
         # T5 and others hold several configs; each follows its own counterpart
-        inside, patched = tuple(f"{name}." for name in stacks), set()
+        stacks, patched = list(stacks), set()
         for path, _, attribute, config in self._configs(self.bare):
-            if not path.startswith(inside) and id(config) not in patched:
+            if not any(is_inside(stack, path) for stack in stacks) and id(config) not in patched:
                 patched.add(id(config))
                 old, new = (getattr(skeleton.get_submodule(path), attribute) for skeleton in (before, after))
                 _patch(config, old, new)

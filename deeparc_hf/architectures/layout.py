@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..core.block_paths import block_path, place_in
+
 __all__ = ["Layout"]
 
 T = TypeVar("T")
@@ -104,10 +106,10 @@ class Layout:
         blocks there are, and stays.
         """
         for name, kept in self.kept.items():
-            if path.startswith(f"{name}."):
-                index, dot, rest = path[len(name) + 1 :].partition(".")
-                if index.isdecimal():
-                    return f"{name}.{kept.index(int(index))}{dot}{rest}" if int(index) in kept else None
+            place = place_in(name, path)
+            if place is not None:
+                index, inner = place
+                return block_path(name, kept.index(index), inner) if index in kept else None
         return path
 
     def renamed_keys(self, entries: Mapping[str, T]) -> dict[str, T]:

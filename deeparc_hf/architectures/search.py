@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..core.block_paths import is_inside, lists_of, place_in
 from .base import BlockEntry, Container, CountKey, Stack, block_shapes, nested, signature_pins
 from .entries import asked_for, entries_of, follow, named, names_stages, trials, usual
 from .hosts import Host
@@ -99,7 +100,8 @@ def are_stages(name: str, lists: Sequence[tuple[str, Container]], is_counted: Ca
 
 
 def inside(name: str, stacks: Iterable[str]) -> bool:
-    return any(name == stack or name.startswith(f"{stack}.") for stack in stacks)
+    """Whether a list is one of a stack's, or in its blocks."""
+    return any(name in lists_of(stack) or is_inside(stack, name) for stack in stacks)
 
 
 def _are_plainly_blocks(members: list[nn.Module], names: re.Pattern[str]) -> bool:
@@ -202,7 +204,7 @@ class _Attempt:
             renamed |= {tensor.path: found[tensor.path] for tensor in self.per_block}
             if renamed == found and len(found) < len(expected):
                 return "counts"
-            blocks = {key[len(name) + 1 :].partition(".")[0] for key in built if key.startswith(f"{name}.")}
+            blocks = {place[0] for key in built if (place := place_in(name, key)) is not None}
             if len(blocks) != len(kept):
                 return "other"
             odd = sorted(key for key in renamed.keys() | found.keys() if renamed.get(key) != found.get(key))
@@ -213,7 +215,7 @@ class _Attempt:
         """Tensors outside of the stack that have a part for each of its blocks."""
         if self.length == 1:
             return ()
-        outside = {path: shape for path, shape in whole.items() if not path.startswith(f"{self.name}.")}
+        outside = {path: shape for path, shape in whole.items() if not is_inside(self.name, path)}
         return tuple(find_per_block(outside, found, self.length, left))
 
     def _without(self, count: CountKey, following: Sequence[BlockEntry], kept: Sequence[int]) -> dict[str, Any]:
@@ -290,10 +292,9 @@ class _Attempt:
         except Exception:
             return "unknown"
         found = differing(self.skeleton, built, lambda a, b: _same(a, old) and _same(b, value))
-        start = f"{self.name}."
-        inside = [path.removeprefix(start).partition(".")[0] for path in found if path.startswith(start)]
+        inside = [place_in(self.name, path) for path in found if is_inside(self.name, path)]
         if inside:
-            return "own" if all(index.isdigit() and int(index) in blocks for index in inside) else "others"
+            return "own" if all(place is not None and place[0] in blocks for place in inside) else "others"
         if found:
             return "outside"
         return "repeated" if differing(self.skeleton, built) else "nobody"

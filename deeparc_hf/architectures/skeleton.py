@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.block_paths import is_inside, lists_of
 from ..core.compat import unsaved_buffers
 from ..core.shards import shape_of
 from .layout import Layout
@@ -70,7 +71,7 @@ def parts(root: nn.Module, stacks: Iterable[str] = ()) -> dict[str, Part]:
     """The modules of a skeleton by path. One that all blocks share stands under each of them, and not where else it may
     be known.
     """
-    containers = {name: root.get_submodule(name) for name in stacks}
+    containers = {path: root.get_submodule(path) for name in stacks for path in lists_of(name)}
     inside = {id(module) for container in containers.values() for module in container.modules()}
     prefixes = tuple(f"{name}." for name in containers)
     return {
@@ -186,7 +187,7 @@ def _misshapen(name: str, part: Part, counterpart: Part) -> list[str]:
 
 
 def _compare_attributes(name: str, part: Part, counterpart: Part, layout: Layout, found: Differences) -> None:
-    stack = next((stack for stack in layout.kept if name.startswith(f"{stack}.")), None)
+    stack = next((stack for stack in layout.kept if is_inside(stack, name)), None)
     own, new = part.attributes, counterpart.attributes
     for key in sorted(own.keys() | new.keys()):
         old_value, new_value = own.get(key), new.get(key)

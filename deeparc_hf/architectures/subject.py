@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.block_paths import lists_of
 from ..errors import UnsupportedModelError
 from .adapters import beneath, places_of
 from .base import Family, Stack, family_of
@@ -19,7 +20,7 @@ from .per_block import PerBlockTensor
 
 __all__ = ["Subject", "describe"]
 
-_Blocks = Mapping[str, tuple["weakref.ref[nn.Module]", ...]]
+_Blocks = Mapping[str, tuple[tuple["weakref.ref[nn.Module]", ...], ...]]  # by stack, of each of its lists
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,7 @@ class Subject:
     @property
     def lengths(self) -> dict[str, int]:
         """By stack name, the number of blocks when the model was described."""
-        return {name: len(blocks) for name, blocks in self._blocks.items()}
+        return {name: len(lists[0]) for name, lists in self._blocks.items()}
 
     @property
     def per_block(self) -> dict[str, tuple[PerBlockTensor, ...]]:
@@ -60,14 +61,15 @@ class Subject:
     def is_current(self) -> bool:
         """Whether the model still has the blocks that were described. It costs next to nothing to ask."""
         for name, known in self._blocks.items():
-            try:
-                container = self.root.get_submodule(name)
-            except AttributeError:
-                return False
-            # weak references: a description does not hold on to removed blocks
-            blocks = [reference() for reference in known]
-            if container is not self.stacks[name].container or blocks != list(container.children()):
-                return False
+            for path, container, references in zip(lists_of(name), self.stacks[name].containers, known, strict=True):
+                try:
+                    found = self.root.get_submodule(path)
+                except AttributeError:
+                    return False
+                # weak references: a description does not hold on to removed blocks
+                blocks = [reference() for reference in references]
+                if found is not container or blocks != list(container.children()):
+                    return False
         return True
 
     def shrunk_settings(self, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -93,16 +95,21 @@ def describe(model: nn.Module | Subject) -> Subject:
     seen = host.as_described()
     family = family_of(seen)
     stacks = {stack.name: stack if seen is host else _live(stack, host) for stack in family.stacks(seen)}
-    return Subject(host, family, stacks, {n: tuple(map(weakref.ref, s.blocks)) for n, s in stacks.items()})
+    known = {
+        name: tuple(tuple(map(weakref.ref, container.children())) for container in stack.containers)
+        for name, stack in stacks.items()
+    }
+    return Subject(host, family, stacks, known)
 
 
 def _live(stack: Stack, host: Host) -> Stack:
     """A stack that was found in the model as its settings describe it, as it stands in the model."""
-    places = places_of(host.root, stack.name)
-    if len(places) > 1 or any(beneath(block) is not None for block in places[0].children()):
+    places = [places_of(host.root, path) for path in lists_of(stack.name)]
+    if any(len(found) > 1 or any(beneath(block) is not None for block in found[0].children()) for found in places):
         raise UnsupportedModelError(
             f"PEFT keeps copies of whole blocks of {stack.name} in {type(host.root).__name__} (modules_to_save), which "
             "cannot follow a removal. Call model.merge_and_unload() and prune the merged model, or prune first and add "
             "the adapters afterwards."
         )
-    return replace(stack, container=places[0])  # type: ignore[arg-type]
+    container, *beside = (found[0] for found in places)
+    return replace(stack, container=container, beside=tuple(beside))  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..architectures import Layout, Subject, describe
 from ..architectures.hosts import RECORD_KEY
+from ..core.block_paths import is_inside
 from ..core.caller import warn_caller
 from ..core.checks import MAX_BLOCKS, MAX_ENTRIES, Entry, MalformedError, read_json
 from ..core.environment import package_versions
@@ -260,8 +261,8 @@ class PrunedConfig:
 
         def name(old: str) -> str:  # of a stack, or of a matrix in one
             path = old.removeprefix(f"{prefix}.")
-            stack = next((short for short in by_base if f"{path}.".startswith(f"{short}.")), None)
-            return old if stack is None else by_base[stack] + path[len(stack) :]
+            stack = next((short for short in by_base if path == short or is_inside(short, path)), None)
+            return old if stack is None else by_base[stack].removesuffix(stack) + path
 
         def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
             return {name(old): entry for old, entry in entries.items()}

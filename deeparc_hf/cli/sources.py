@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from ..architectures import describe
 from ..checkpoint.loading import saved_class
+from ..core.block_paths import is_inside
 from ..core.hub_help import no_answer
 from ..core.plain_text import did_you_mean, plain
 from ..errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
@@ -136,7 +137,7 @@ def load_model(source: ModelSource, auto_class: str | None = None) -> nn.Module:
         model, info = cls.from_pretrained(source.reference, config=config, output_loading_info=True, **source.loading)
     for name in describe(model).stacks:
         for keys, trouble in ((info["missing_keys"], _NOT_THERE), (info["unexpected_keys"], _NO_PLACE)):
-            found = sorted(key for key in keys if key.startswith(f"{name}."))
+            found = sorted(key for key in keys if is_inside(name, key))
             if found:
                 tensors = f"{found[0]} and {len(found) - 1} more tensors of {name}"
                 raise CalibrationError(f"{source.given} {trouble.format(tensors)}")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import UnsupportedModelError
+from .block_paths import lists_of
 from .compat import align_hook
 from .shards import whole_weights
 from .transaction import Transaction
@@ -64,7 +65,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def blocks_on_disk(model: nn.Module, stacks: Sequence[str]) -> dict[str, str]:
     """A `device_map` of a model: the blocks of its stacks on the disk, all else on the CPU."""
-    return dict(_places(model, tuple(stacks)))
+    return dict(_places(model, tuple(path for stack in stacks for path in lists_of(stack))))
 
 
 def _places(module: nn.Module, stacks: tuple[str, ...], path: str = "") -> Iterator[tuple[str, str]]:

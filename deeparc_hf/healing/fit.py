@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host, Stack
+from ..core.block_paths import block_path
 from ..core.compat import BatchNorm, parameters_of
 from ..errors import CalibrationError
 from ..observe.axes import Axes
@@ -135,7 +136,7 @@ class SiteFit:
             return f"the weight of {ending.map} is tied to another map, which would change too"
         sparsity = (self.host.record() or {}).get("sparsity") or {}
         prefix = f"{self.host.base_prefix}."
-        name = f"{self.stack.name}.{self.site.kept}.{ending.map}".removeprefix(prefix)
+        name = block_path(self.stack.name, self.site.kept, ending.map).removeprefix(prefix)
         is_listed = any(name == listed.removeprefix(prefix) for listed in sparsity.get("matrices", {}))
         if is_listed or int((weight == 0).sum()) > _ZEROS * weight.numel():
             return f"{ending.map} holds zeros that a change would fill; heal before weights are zeroed"

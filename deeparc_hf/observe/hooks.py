@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Stack
+from ..architectures.joined import entrance, outlet
 from ..core.interrupts import uninterrupted
 from ..errors import CalibrationError
 
@@ -82,16 +83,24 @@ def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[Callabl
             run and must.
     """
     block = stack.blocks[index]
-    original, own = block.forward, vars(block).get("forward")
-    ran = False
+    enters, leaves = entrance(block), outlet(block)
+    enter, leave = enters.forward, leaves.forward
+    ran, first, given = False, None, []
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        nonlocal ran
-        ran = True
-        first = given_hidden_states(args, kwargs)
+    def note(*args: Any, **kwargs: Any) -> None:
+        nonlocal ran, first, given
+        ran, first = True, given_hidden_states(args, kwargs)
         others = [tensor for tensor in _tensors((args, kwargs)) if tensor is not first]
         given = [tensor.clone() for tensor in (first, *others) if isinstance(tensor, Tensor)]  # it may work in place
-        output = original(*args, **kwargs)
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        note(*args, **kwargs)
+        return enter(*args, **kwargs)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if enters is leaves:
+            note(*args, **kwargs)
+        output = leave(*args, **kwargs)
         hidden = next(_tensors(output), None)
         if not isinstance(first, Tensor) or hidden is None or hidden.shape != first.shape:
             raise CalibrationError(
@@ -100,18 +109,29 @@ def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[Callabl
             )
         return _passed_through(output, given)
 
+    with ExitStack() as replaced:
+        if enters is not leaves:
+            replaced.enter_context(_computing(enters, noting))
+        replaced.enter_context(_computing(leaves, forward))
+        yield lambda: ran
+    if must_run and not ran:
+        raise did_not_run(stack, index)
+
+
+@contextmanager
+def _computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, a module has another `forward`."""
+    own = vars(module).get("forward")
     try:
         with uninterrupted():
-            block.forward = forward  # type: ignore[method-assign]
-        yield lambda: ran
+            module.forward = forward  # type: ignore[method-assign]
+        yield
     finally:
         with uninterrupted():
             if own is None:
-                vars(block).pop("forward", None)
+                vars(module).pop("forward", None)
             else:
-                block.forward = own  # type: ignore[method-assign]
-    if must_run and not ran:
-        raise did_not_run(stack, index)
+                module.forward = own  # type: ignore[method-assign]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..architectures import Host, Stack, Subject
+from ..architectures.joined import entrance
 from ..core.compat import BatchNorm, forward_pre_hooks
 from ..core.local_hooks import LocalHook
 from ..core.offload import is_offloaded
@@ -42,7 +43,7 @@ def freeze_blocks(
     """
     stacks, host = subject.stacks, subject.host
     chosen = [p for name, indices in frozen.items() for i in indices for p in stacks[name].blocks[i].parameters()]
-    in_blocks = {id(p) for stack in stacks.values() for p in stack.container.parameters()}
+    in_blocks = {id(p) for stack in stacks.values() for c in stack.containers for p in c.parameters()}
     for module in _upstream(subject, frozen) if inputs else ():
         # scalars (CLIP's temperature) belong to the head, wherever they are kept
         chosen += [p for p in module.parameters(recurse=False) if id(p) not in in_blocks and p.ndim > 0]
@@ -94,7 +95,7 @@ def _upstream(subject: Subject, frozen: Mapping[str, Sequence[int]]) -> list[nn.
         trained = [block for s in chain for i, block in enumerate(s.blocks) if i not in frozen.get(s.name, ())]
         lowest = trained[0] if trained else chain[-1].blocks[-1]
         for module in host.root.get_submodule(scope).modules():
-            if id(module) not in blocks and order.get(id(module), 1) < order.get(id(lowest), 0):
+            if id(module) not in blocks and order.get(id(module), 1) < order.get(id(entrance(lowest)), 0):
                 found.append(module)
     return found
 

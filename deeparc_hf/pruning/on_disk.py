@@ -43,6 +43,7 @@ from ..checkpoint.stored import (
     write_tensors,
 )
 from ..checkpoint.weights_mark import FLOATS, dtype_of_files, mark_of_files
+from ..core.block_paths import block_path
 from ..core.compat import may_be_missing
 from ..core.files import whole_folder
 from ..core.offload import blocks_on_disk
@@ -214,7 +215,7 @@ class DiskSurgery:
                 stack = smaller.stacks[healing.site.stack]
                 place = places[healing.site.stack].index(healing.site.kept)
                 for name, value in healed_tensors(healing, stack.blocks[place]).items():
-                    path = f"{healing.site.stack}.{place}.{name}"
+                    path = block_path(healing.site.stack, place, name)
                     found = stored.get(path)
                     if found is None or tuple(found.entry["shape"]) != tuple(value.shape):
                         raise SurgeryError(

@@ -16,6 +16,7 @@ from ..architectures import Host, Layout, Stack, Subject
 from ..architectures.adapters import places_of
 from ..architectures.entries import asked_for, names_others
 from ..architectures.skeleton import Memory, compare
+from ..core.block_paths import is_inside
 from ..core.caller import warn_caller
 from ..core.transaction import Transaction
 from ..errors import DeepArcError, DeepArcWarning, SurgeryError
@@ -115,7 +116,7 @@ def _built_before(subject: Subject, settings: dict[str, Any], memory: Memory) ->
         ) from error
     live, stock = memory.state_shapes(host.plain), memory.state_shapes(before)
     for stack in subject.stacks:
-        odd = sorted(k for k in live.keys() | stock.keys() if k.startswith(f"{stack}.") and live.get(k) != stock.get(k))
+        odd = sorted(k for k in live.keys() | stock.keys() if is_inside(stack, k) and live.get(k) != stock.get(k))
         if odd:
             raise SurgeryError(
                 f"{name} is not what its settings describe: {odd[0]} has shape {live.get(odd[0])}, a stock build would "

@@ -295,7 +295,8 @@ def _take_out(
 ) -> None:
     """Take the blocks out of the live model, and have its configs, its record, and what stands beside follow."""
     host, stacks = subject.host, subject.stacks
-    left = {name: [stacks[name].blocks[index] for index in step.kept[name]] for name in step.removed}
+    lists = [(container, step.kept[name]) for name in step.removed for container in stacks[name].containers]
+    left = [(container, list(container.children()), kept) for container, kept in lists]
     host.own_configs(transaction)
     host.follow_builds(builds.before, builds.after, stacks, transaction)
     host.set_record(record.to_dict())
@@ -303,8 +304,8 @@ def _take_out(
     for path, attribute, value in builds.updates:
         for module in places_of(host.root, path):
             transaction.set(module, attribute, value)
-    for name, kept in left.items():
-        transaction.keep_children(stacks[name].container, kept)
+    for container, blocks, kept in left:
+        transaction.keep_children(container, [blocks[index] for index in kept])
     shortening.carry_out(transaction)
     follow_in_configs(host.root, step, builds.after, transaction)
     follow_in_quantization(host.root, step, builds.before, builds.after, transaction)

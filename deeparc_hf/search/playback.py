@@ -79,7 +79,8 @@ class Playback:
         shares = {name[0] for name, output in outputs.items() if _others(output)}
         templates = {name: None if name[0] in shares else _bare(output) for name, output in outputs.items()}
         found = cls(host, stacks, order, templates)
-        return found if not often and found._holds(inputs) else cls(host, stacks, order, templates, False)
+        whole = not any(stack.beside for stack in stacks.values())  # blocks have a forward of their own
+        return found if whole and not often and found._holds(inputs) else cls(host, stacks, order, templates, False)
 
     @property
     def order(self) -> list[Block]:

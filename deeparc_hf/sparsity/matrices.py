@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Host, Stack, Subject
+from ..core.block_paths import block_path, place_in
 from ..core.compat import buffers_of, convolution_of, parameters_of
 from ..core.plain_text import did_you_mean
 from ..errors import ConfigError, UnsupportedModelError
@@ -43,7 +44,8 @@ class Matrix:
     @property
     def role(self) -> str:
         """Path within the block: the same for the same map of every block."""
-        return self.name.removeprefix(f"{self.stack.name}.").partition(".")[2]
+        place = place_in(self.stack.name, self.name)
+        return "" if place is None else place[1]
 
     @property
     def groups(self) -> int:
@@ -132,7 +134,7 @@ def _modules(stacks: Mapping[str, Stack]) -> Iterator[tuple[str, nn.Module, Stac
                 if _routes(block, path, module):
                     routers += (f"{path}.",)
                 if not f"{path}.".startswith(routers):
-                    yield f"{stack.name}.{index}.{path}".rstrip("."), module, stack, index
+                    yield block_path(stack.name, index, path), module, stack, index
 
 
 def _routes(block: nn.Module, path: str, module: nn.Module) -> bool:

@@ -138,6 +138,8 @@ def independent(host: Host, stack: Stack, inputs: Inputs) -> bool:
     """Whether blocks hand each other nothing but hidden states, directly, and keep no state: tried on one batch, where
     what else they are called with must not change when the input of the first block does.
     """
+    if stack.beside:
+        return False  # no block can be run by itself
     blocks = stack.blocks
     outputs: list[Any] = []
 

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..architectures import Host, Layout, Stack, Subject, describe, find_host
 from ..architectures.hosts import RECORD_KEY
 from ..checkpoint.record import PrunedConfig, current_layout, same_structure
+from ..core.block_paths import is_inside, place_in
 from ..core.compat import buffers_of, load_pre_hooks, parameters_of, running_method, unsaved_buffers
 from ..core.local_hooks import LocalHook
 from ..core.transaction import Transaction
@@ -107,7 +108,7 @@ class Follower:
         alone = holds_adapters_alone(module, state_dict)
         if not alone:
             _name_as_the_model_does(subject.host, state_dict, prefix)
-        held = {name: _blocks_in(state_dict, f"{prefix}{name}.") for name in stacks}
+        held = {name: _blocks_in(state_dict, prefix, name) for name in stacks}
         self.adapters = joined(self.adapters, held) if alone else None
         if alone:
             changed = [name for name, blocks in held.items() if blocks]
@@ -376,14 +377,14 @@ def _refuse_incomplete(stack: Stack, blocks: Mapping[int, Mapping[str, Tensor]])
             )
 
 
-def _blocks_in(state_dict: Mapping[str, Any], start: str) -> dict[int, dict[str, Tensor]]:
+def _blocks_in(state_dict: Mapping[str, Any], prefix: str, stack: str) -> dict[int, dict[str, Tensor]]:
     """Tensors of a stack in a state dict, by the index of their block."""
     found: dict[int, dict[str, Tensor]] = {}
     for key, value in state_dict.items():
-        if key.startswith(start):
-            index, _, rest = key[len(start) :].partition(".")
-            if index.isdigit():
-                found.setdefault(int(index), {})[rest] = value
+        place = place_in(stack, key[len(prefix) :]) if key.startswith(prefix) else None
+        if place is not None:
+            index, inner = place
+            found.setdefault(index, {})[inner] = value
     return found
 
 
@@ -393,9 +394,9 @@ def _is_shard(
     """Whether the state dict is one of several, which cannot tell how many blocks there are: `settle` compares them."""
     if any(sorted(blocks) != list(range(len(blocks))) for blocks in held.values()):
         return True
-    own = {f"{prefix}{key}": id(tensor) for key, tensor in module.state_dict(keep_vars=True).items()}
-    inside = tuple(f"{prefix}{name}." for name in held)
-    there = {own[key] for key in own if key in state_dict or key.startswith(inside)}  # tied tensors are saved once
+    own = {key: id(tensor) for key, tensor in module.state_dict(keep_vars=True).items()}
+    # tied tensors are saved once
+    there = {own[key] for key in own if f"{prefix}{key}" in state_dict or any(is_inside(name, key) for name in held)}
     return not there.issuperset(own.values())
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..architectures import Subject, describe
+from ..core.block_paths import is_inside
 from ..core.caller import warn_caller
 from ..errors import ConfigError
 
@@ -38,7 +39,7 @@ def warn_of_copies(callbacks: Iterable[Any], model: nn.Module | Subject) -> bool
     """Warn of callbacks that hold what looks like a copy of the model's weights; whether there is one."""
     subject = describe(model)
     parameters = dict(subject.root.named_parameters())
-    inside = {name for name in parameters if any(name.startswith(f"{stack}.") for stack in subject.stacks)}
+    inside = {name for name in parameters if any(is_inside(stack, name) for stack in subject.stacks)}
     held = [(callback, name, value) for callback in callbacks for name, value in _held(callback)]
     found = [(callback, name) for callback, name, value in held if _is_copy(value, parameters, inside)]
     for callback, name in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ LENGTHS: dict[str, list[int]] = {
     "wrapped_convnext": [2, 2, 4, 2],
     "wrapped_resnext": [2, 2, 3, 2],
 }
+# lists side by side with parts of the same blocks, in the order in which they run
+PARTS = {"xlm": ["attentions", "layer_norm1", "ffns", "layer_norm2"]}
 # stages whose first block is pinned: those with a projection on the shortcut
 PINNED_STAGES = {
     "resnet": [0, 1, 2, 3],
@@ -134,8 +137,11 @@ def test_a_stack_is_named_by_its_module_path_and_as_long_as_the_config_says(name
     assert [len(stack) for stack in stacks.values()] == expected
     for stack_name, stack in stacks.items():
         assert stack.name == stack_name
-        assert model.get_submodule(stack_name) is stack.container
-        assert [model.get_submodule(f"{stack_name}.{i}") for i in range(len(stack))] == stack.blocks
+        parts = [re.sub(r"\{.*\}", part, stack_name) for part in PARTS.get(name, [""])]
+        assert list(map(model.get_submodule, parts)) == list(stack.containers)
+        for i, block in enumerate(stack.blocks):
+            held = [model.get_submodule(f"{part}.{i}") for part in parts]
+            assert [block] == held if name not in PARTS else list(block.children()) == held
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -247,17 +247,38 @@ def bypassed(model: nn.Module, name: str, blocks: Sequence[int]) -> Iterator[tup
     """
     ran: set[int] = set()
     for index in blocks:
-        block = model.get_submodule(f"{name}.{index}")
-        original = block.forward
+        first, last = _ends(model, name, index)
+        ran_into: dict[str, Any] = {}
 
-        def forward(*args: Any, _index: int = index, _original: Any = original, **kwargs: Any) -> Any:
+        def entered(*args: Any, _noted: dict[str, Any] = ran_into, _index: int = index, **kwargs: Any) -> None:
             ran.add(_index)
-            given = [value.clone() for value in _tensors((args, kwargs))]
-            named = {key: value.clone() for key, value in kwargs.items() if isinstance(value, Tensor)}
-            return _replaced(_original(*args, **kwargs), given, named)
+            _noted["given"] = [value.clone() for value in _tensors((args, kwargs))]
+            _noted["named"] = {key: value.clone() for key, value in kwargs.items() if isinstance(value, Tensor)}
 
-        block.forward = forward  # type: ignore[method-assign]
+        def forward(
+            *args: Any,
+            _noted: dict[str, Any] = ran_into,
+            _entered: Any = entered if first is last else None,
+            _original: Any = last.forward,
+            **kwargs: Any,
+        ) -> Any:
+            if _entered is not None:
+                _entered(*args, **kwargs)
+            return _replaced(_original(*args, **kwargs), _noted["given"], _noted["named"])
+
+        if first is not last:
+            first.register_forward_pre_hook(
+                lambda _, args, kwargs, note=entered: note(*args, **kwargs), with_kwargs=True
+            )
+        last.forward = forward  # type: ignore[method-assign]
     yield model, ran
+
+
+def _ends(model: nn.Module, stack: str, index: int) -> tuple[nn.Module, nn.Module]:
+    """The first and the last module of a block: itself, or those of its parts in lists side by side ("a.{b,c}")."""
+    parent, braced, names = stack.partition("{")
+    lists = [parent + name for name in names.removesuffix("}").split(",")] if braced else [stack]
+    return model.get_submodule(f"{lists[0]}.{index}"), model.get_submodule(f"{lists[-1]}.{index}")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -363,7 +384,7 @@ def _idle(model: nn.Module, stacks: Mapping[str, Stack], inputs: Mapping[str, An
     watched = copy.deepcopy(model)
     for name, stack in stacks.items():
         for index in range(len(stack)):
-            block = watched.get_submodule(f"{name}.{index}")
+            block, _ = _ends(watched, name, index)
 
             # no hook: some models call the forward itself
             def forward(*args: Any, _name: str = name, _original: Any = block.forward, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deeparc_hf import find_stacks, heal_model, sparsify_model
+from deeparc_hf.core.block_paths import lists_of
 from deeparc_hf.errors import DeepArcError
 
 __all__ = ["GOOD", "Result", "trains", "uses"]
@@ -71,7 +72,7 @@ def _sparsify(model: nn.Module, batches: list[dict[str, Any]]) -> None:
     named, stacks = dict(model.named_parameters(remove_duplicate=False)), find_stacks(model)
     assert report.matrices
     for name, told in report.matrices.items():
-        assert name.startswith(tuple(f"{stack}." for stack in stacks)), name
+        assert name.startswith(tuple(f"{path}." for stack in stacks for path in lists_of(stack))), name
         zeros = int((named[f"{name}.weight"] == 0).sum())
         assert told.asked <= zeros == told.zeros, name
     # of each output's inputs half goes, rounded down: a depthwise convolution of one keeps its weights
