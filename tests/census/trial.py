@@ -228,6 +228,9 @@ def _outcome(
     problem = _different(expected, found)
     if problem:
         return "wrong", problem
+    left = find_stacks(pruned).get(name)
+    if left is None or len(left) != len(find_stacks(model)[name]) - len(blocks):
+        return "wrong", f"what is left of {name} is no stack any more"
     problem = _reload_problem(pruned, inputs, loaders)
     return ("reload", problem) if problem else ("package" if by_package(pruned) else "stock", "")
 
