@@ -52,6 +52,7 @@ class CountKey:
             as an entry that names blocks does (`BlockEntry`), and is not written to.
         whole: what the entry is where the settings leave it out, as those of timm do.
         fixed: how many blocks there are beside those that it counts (one that leads into a stage).
+        each: how many blocks it counts as one (LeViT's attention and feed-forward network, each a residual block).
         stages: whether it is a list with one count per stage, of stages that stand in one list of blocks (Hiera's).
         values: whether there is a list with a value per block instead of a number.
     """
@@ -62,6 +63,7 @@ class CountKey:
     by_length: bool = False
     whole: Any = None
     fixed: int = 0
+    each: int = 1
     stages: bool = False
     values: bool = False
 
@@ -76,7 +78,11 @@ class CountKey:
         return (self.index,) if isinstance(self.index, int) else self.index
 
     def write(self, settings: dict[str, Any], kept: Sequence[int]) -> None:
-        """Write how many blocks are kept where the settings count them."""
+        """Write how many blocks are kept where the settings count them.
+
+        Raises:
+            SurgeryError: if they are no number of those that are counted as one.
+        """
         if self.by_length:
             return
         if self.whole is not None:
@@ -97,7 +103,10 @@ class CountKey:
         if self.stages:
             ends = itertools.accumulate(value)
             return [sum(end - count <= i < end for i in kept) for count, end in zip(value, ends, strict=True)]
-        return len(kept) - self.fixed
+        counted, rest = divmod(len(kept) - self.fixed, self.each)
+        if rest:
+            raise SurgeryError(f"{self} counts {self.each} blocks as one")
+        return counted
 
     def write_whole(self, settings: dict[str, Any]) -> None:
         """Write out what the settings leave out."""
@@ -258,11 +267,12 @@ register = families.register
 
 
 def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
-    """Pin the blocks whose parameters differ in name or shape from those that most blocks of the stack have.
+    """Pin the blocks whose parameters differ in name or shape from those of all others.
 
     Such a block cannot stand for another: it changes the shape of its input, or owns something that the others use
     (T5's relative attention bias). Of two blocks that differ, the first is pinned. Where there are more and no two are
-    alike, nothing is pinned by this rule.
+    alike, nothing is pinned by this rule. Kinds that come in turn (Jamba's, Twins' two attentions) may go where a build
+    without them has the rest as it was, which is asked later.
     """
     shapes = block_shapes(blocks)
     common = max(shapes, key=shapes.count, default={})
@@ -272,6 +282,8 @@ def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
         return {}
     pins = {}
     for index, shape in enumerate(shapes):
+        if shapes.count(shape) > 1:
+            continue
         own = sorted(set(shape) - set(common))
         lacks = sorted(set(common) - set(shape))
         changed = sorted(name for name in set(shape) & set(common) if shape[name] != common[name])

@@ -192,7 +192,8 @@ class _Attempt:
         name, length, shapes = self.name, self.length, self.search._shapes
         # the last block, or the first, may be of another kind (Gemma 4's last layer attends to everything): then one
         # between them shows it
-        removals = [tuple(i for i in range(length) if i != gone) for gone in (length - 1, 0, 1)[:length]]
+        first = [range(start, start + count.each) for start in (length - count.each, 0, count.each)]
+        removals = [tuple(i for i in range(length) if i not in gone) for gone in first[: length // count.each]]
         for kept in [(0, 0)] if length == 1 else removals:  # of one block: one more
             built = self.search.shapes(self._without(count, following, kept))
             if built is None:
@@ -319,7 +320,10 @@ def _count_candidates(settings: dict[str, Any], length: int) -> list[CountKey]:
     found = list(_numbers(settings, length, ()))
     likely = [key for key in found if _COUNT_NAME.search(key.key)]
     lists = list(_lists(settings, length, ())) if length > 1 else []
-    return likely + lists + ([key for key in found if key not in likely] if length > 2 else [])
+    others = [key for key in found if key not in likely] if length > 2 else []
+    halves = _numbers(settings, length // 2, ()) if length % 2 == 0 and length > 2 else ()
+    pairs = [replace(key, each=2) for key in halves if key.index is not None and _COUNT_NAME.search(key.key)]
+    return likely + lists + others + pairs
 
 
 def _numbers(settings: Mapping[str, Any], length: int, path: tuple[str, ...]) -> Iterator[CountKey]:

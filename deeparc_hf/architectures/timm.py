@@ -80,15 +80,6 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, Container]]:
             yield name, module
 
 
-def _pins(blocks: Sequence[nn.Module], *, in_stages: bool) -> dict[int, str]:
-    """Blocks that must stay: those of a kind of which there is one. Kinds that come in turn (Twins' two attentions) may
-    go where a build without them has the rest as it was, which is asked later.
-    """
-    pins = (stage_pins if in_stages else signature_pins)(blocks)
-    shapes = block_shapes(blocks)
-    return {index: why for index, why in pins.items() if shapes.count(shapes[index]) == 1}
-
-
 def _plain(lists: Sequence[tuple[str, Container]], counted: Mapping[str, Stack]) -> Iterator[Stack]:
     """Lists of blocks that no argument counts: some are alike, so that they are no chain of sizes, nor stages."""
     return uncounted([(name, blocks) for name, blocks in lists if _some_alike(blocks)], counted, _BLOCK_NAME)
@@ -151,7 +142,7 @@ class _Arguments:
             found = search.count(name, len(blocks), [key])
             count = found.count
             if count is not None:
-                pins = _pins(list(blocks), in_stages=count.index is not None)
+                pins = (signature_pins if count.index is None else stage_pins)(list(blocks))
                 entries = tuple(self._with_value(entry) for entry in found.entries)
                 # where entries tell kinds of blocks, those of any kind may go
                 told = count.index is None and not count.stages and any(entry.proof == "build" for entry in entries)

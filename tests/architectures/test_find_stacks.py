@@ -17,6 +17,7 @@ from deeparc_hf import Stack, find_stacks, remove_blocks
 from deeparc_hf.architectures import describe, families
 from deeparc_hf.architectures.base import signature_pins
 from deeparc_hf.architectures.refused import Refused
+from deeparc_hf.errors import SurgeryError
 from deeparc_hf.pruned_type.models import drop_blocks, set_layout
 from tests.zoo import CAUSAL, IMAGE, T5, TEXT, VIT_STACK, ZOO, Specimen
 
@@ -314,14 +315,55 @@ class Block(nn.Module):
         ([{"a": (2,)}, {"a": (2,)}, {"a": (3,)}], {2: "changes shape: its a differs"}),
         ([{"a": (3,)}, {"a": (2,)}], {0: "changes shape: its a differs"}),
         ([{"a": (1,)}, {"a": (2,)}, {"a": (3,)}], {}),
+        ([{"a": (1,)}, {"a": (2,)}] * 2, {}),  # in turn
+        ([{"b": (1,)}, *[{"a": (1,)}, {"a": (2,)}] * 2], {0: "owns b, which"}),
         ([{"a": (1,)}], {}),
         ([], {}),
     ],
 )
-def test_a_block_unlike_most_others_is_pinned(blocks, expected):
+def test_a_block_unlike_all_others_is_pinned(blocks, expected):
     pins = signature_pins([Block(**shapes) for shapes in blocks])
     assert list(pins) == list(expected)
     assert all(pins[index].startswith(reason) for index, reason in expected.items())
+
+
+def levit(depth=4):
+    config = tf.LevitConfig(
+        image_size=64, hidden_sizes=[32, 48, 64], num_attention_heads=[2, 3, 4], depths=[2, 3, depth], key_dim=[8] * 3
+    )
+    return tf.LevitForImageClassification(config).eval()
+
+
+def test_a_number_that_counts_pairs_of_blocks():
+    """LeViT's attention and its feed-forward network are residual blocks each, and counted as one."""
+    name, model = "levit.encoder.stages.2.layers", levit()
+    stack = find_stacks(model)[name]
+    assert len(stack) == 8 and str(stack.count) == "depths[2]" and not stack.pinned
+    remove_blocks(model, {name: [2, 3]}, stock_only=True)
+    assert model.config.depths == [2, 3, 3] and len(find_stacks(model)[name]) == 6
+    with pytest.raises(SurgeryError, match=r"depths\[2\] counts 2 blocks as one"):
+        remove_blocks(model, {name: [2]}, stock_only=True)
+    with pytest.raises(SurgeryError, match="cannot express"):
+        remove_blocks(model, {name: [1, 3]}, stock_only=True)
+
+
+def test_kinds_in_turn_go_by_whole_turns():
+    """Jamba: every fourth layer attends, every second has experts."""
+    config = tf.JambaConfig(
+        **{**CAUSAL, "num_hidden_layers": 12, "num_key_value_heads": 2},
+        attn_layer_period=4,
+        attn_layer_offset=2,
+        num_experts=2,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    )
+    model = tf.JambaForCausalLM(config).eval()
+    assert not find_stacks(model)["model.layers"].pinned
+    with pytest.raises(SurgeryError, match="cannot express"):
+        remove_blocks(model, {"model.layers": [5]}, stock_only=True)
+    remove_blocks(model, {"model.layers": [4, 5, 6, 7]}, stock_only=True)
+    assert model.config.num_hidden_layers == 8
 
 
 # blocks in stages, in sequences, and side by side with other lists, with what counts them
