@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
 
 import pytest
+
+# before torch comes in, here and in processes that tests start: two workers share the cores, and models are tiny
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from local_hub import Client, HubServer
 

@@ -172,7 +172,7 @@ def try_model(
         asked = asked if name in some(stacks) else {}
         row.stacks[name] = entry = {"blocks": len(stack), "pinned": len(stack.pinned), "removals": {}}
         for what, blocks in asked.items():
-            pruned, result = _try(model, name, blocks, inputs, loaders)
+            pruned, result = _try(model, name, blocks, len(stack), inputs, loaders)
             entry["removals"][what] = result
             if further and only is None and result[0] in GOOD and "uses" not in entry:
                 entry["uses"] = uses(pruned, model, inputs, lambda changed: _reload_problem(changed, inputs, loaders))
@@ -194,11 +194,11 @@ def _stock_state(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) 
 
 
 def _try(
-    model: nn.Module, name: str, blocks: Sequence[int], inputs: Mapping[str, Any], loaders: Loaders
+    model: nn.Module, name: str, blocks: Sequence[int], length: int, inputs: Mapping[str, Any], loaders: Loaders
 ) -> tuple[nn.Module, tuple[str, str]]:
     """The pruned model, and what became of it."""
     pruned = copy.deepcopy(model)
-    return pruned, _outcome(pruned, model, name, blocks, inputs, loaders)
+    return pruned, _outcome(pruned, model, name, blocks, length, inputs, loaders)
 
 
 def _outcome(
@@ -206,6 +206,7 @@ def _outcome(
     model: nn.Module,
     name: str,
     blocks: Sequence[int],
+    length: int,
     inputs: Mapping[str, Any],
     loaders: Loaders,
 ) -> tuple[str, str]:
@@ -229,7 +230,7 @@ def _outcome(
     if problem:
         return "wrong", problem
     left = find_stacks(pruned).get(name)
-    if left is None or len(left) != len(find_stacks(model)[name]) - len(blocks):
+    if left is None or len(left) != length - len(blocks):
         return "wrong", f"what is left of {name} is no stack any more"
     problem = _reload_problem(pruned, inputs, loaders)
     return ("reload", problem) if problem else ("package" if by_package(pruned) else "stock", "")
