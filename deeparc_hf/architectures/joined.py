@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.local_hooks import LocalHook
+
 __all__ = ["JoinedBlock", "entrance", "outlet"]
 
 
@@ -34,7 +36,7 @@ class JoinedBlock(nn.Module):
     def register_forward_pre_hook(
         self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
     ) -> RemovableHandle:
-        """As torch's, on the first part; the hook is given this block as the module."""
+        """As torch's, on the first part; the hook is given this block as the module. Copies of the model lack it."""
 
         def on_first(_: nn.Module, args: Any, kwargs: Any) -> Any:
             if with_kwargs:
@@ -42,7 +44,7 @@ class JoinedBlock(nn.Module):
             changed = hook(self, args)
             return None if changed is None else (changed if isinstance(changed, tuple) else (changed,), kwargs)
 
-        return entrance(self).register_forward_pre_hook(on_first, prepend=prepend, with_kwargs=True)
+        return entrance(self).register_forward_pre_hook(LocalHook(on_first), prepend=prepend, with_kwargs=True)
 
     def register_forward_hook(
         self,
@@ -52,7 +54,9 @@ class JoinedBlock(nn.Module):
         with_kwargs: bool = False,
         always_call: bool = False,
     ) -> RemovableHandle:
-        """As torch's, on the last part; the hook is given this block as the module, and what the first part was."""
+        """As torch's, on the last part; the hook is given this block as the module, and what the first part was given.
+        Copies of the model lack it.
+        """
         given: list[Any] = [(), {}]
 
         def on_first(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -62,8 +66,8 @@ class JoinedBlock(nn.Module):
             (args, kwargs), given[:] = given, ((), {})
             return hook(self, args, kwargs, output) if with_kwargs else hook(self, args, output)
 
-        noting = entrance(self).register_forward_pre_hook(on_first, with_kwargs=True)
-        handle = outlet(self).register_forward_hook(on_last, prepend=prepend, always_call=always_call)
+        noting = entrance(self).register_forward_pre_hook(LocalHook(on_first), with_kwargs=True)
+        handle = outlet(self).register_forward_hook(LocalHook(on_last), prepend=prepend, always_call=always_call)
         return _Handles(handle, noting)
 
 

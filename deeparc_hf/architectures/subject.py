@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from ..core.block_paths import is_inside, lists_of
+from ..core.block_paths import lists_of
 from ..errors import UnsupportedModelError
 from .adapters import beneath, places_of
 from .base import Family, Stack, family_of
 from .hosts import Host, find_host
 from .layout import Layout
 from .per_block import PerBlockTensor
-from .search import inside
 
 __all__ = ["Subject", "describe"]
 
-_NOT_SHOWN = "nothing shows any more that it could be left out, after what was removed before"
 _Blocks = Mapping[str, tuple[tuple["weakref.ref[nn.Module]", ...], ...]]  # by stack, of each of its lists
 
 
@@ -96,61 +94,12 @@ def describe(model: nn.Module | Subject) -> Subject:
     host = find_host(model)
     seen = host.as_described()
     family = family_of(seen)
-    stacks = {stack.name: stack if seen is host else _live(stack, host) for stack in _stacks(family, seen)}
+    stacks = {stack.name: stack if seen is host else _live(stack, host) for stack in family.stacks(seen)}
     known = {
         name: tuple(tuple(map(weakref.ref, container.children())) for container in stack.containers)
         for name, stack in stacks.items()
     }
     return Subject(host, family, stacks, known)
-
-
-def _stacks(family: Family, host: Host) -> list[Stack]:
-    """The stacks that a family finds, and those that the model's record tells of besides: of what earlier removals have
-    left it may not show any more that it is one (two blocks of different kinds).
-    """
-    recorded = list(_recorded(host))
-    try:
-        found = family.stacks(host)
-    except UnsupportedModelError:
-        if not recorded:
-            raise
-        found = []
-    names = [stack.name for stack in found]
-    more = [stack for stack in recorded if not _overlaps(stack, names)]
-    if not more:
-        return found
-    order = {name: place for place, (name, _) in enumerate(host.root.named_modules())}
-    return sorted([*found, *more], key=lambda stack: order[lists_of(stack.name)[0]])
-
-
-def _overlaps(stack: Stack, others: Iterable[str]) -> bool:
-    lists = lists_of(stack.name)
-    return any(inside(lists[0], [other]) or is_inside(stack.name, lists_of(other)[0]) for other in others)
-
-
-def _recorded(host: Host) -> Iterator[Stack]:
-    """The lists that a model's record names, as long as it says, with all blocks pinned. The record is not trusted."""
-    record = host.record()
-    stored = record.get("stacks") if isinstance(record, Mapping) else None
-    prefix = f"{host.base_prefix}."
-    for name, entry in stored.items() if isinstance(stored, Mapping) else ():
-        name = str(name)
-        kept = entry.get("kept") if isinstance(entry, Mapping) else None
-        length = len(kept) if isinstance(kept, list | tuple) else 0
-        for known in dict.fromkeys((name, name.removeprefix(prefix), prefix + name)):
-            lists = [_list_at(host.root, path) for path in lists_of(known)]
-            held = [container for container in lists if container is not None and len(container) == length > 0]
-            if len(held) == len(lists):
-                yield Stack(known, held[0], dict.fromkeys(range(length), _NOT_SHOWN), beside=tuple(held[1:]))
-                break
-
-
-def _list_at(root: nn.Module, path: str) -> nn.ModuleList | nn.Sequential | None:
-    try:
-        found = root.get_submodule(path)
-    except AttributeError:
-        return None
-    return found if isinstance(found, nn.ModuleList | nn.Sequential) else None
 
 
 def _live(stack: Stack, host: Host) -> Stack:

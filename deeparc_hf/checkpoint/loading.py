@@ -19,6 +19,7 @@ from ..architectures.generation import follow_generation
 from ..architectures.hosts import RECORD_KEY, copy_attention
 from ..architectures.per_block import PerBlockTensor, left_by_path
 from ..architectures.skeleton import compare
+from ..core.block_paths import is_inside
 from ..core.compat import builder_of
 from ..core.transaction import Transaction
 from ..errors import RecordError, UnsupportedModelError
@@ -198,7 +199,7 @@ def _settings(subject: Subject, layout: Layout, record: PrunedConfig) -> dict[st
 
 def _require_blocks(missing: Iterable[str], base: str, layout: Layout) -> None:
     """Refuse a checkpoint that lacks tensors of a block that stays: from_pretrained has made them up."""
-    lacking = sorted(key for key in missing if key.startswith(tuple(f"{name}." for name in layout.kept)))
+    lacking = sorted(key for key in missing if any(is_inside(name, key) for name in layout.kept))
     if lacking:
         raise RecordError(
             f"{base} has no weights for {lacking[0]} (as the smaller model counts), which the record keeps. Download "

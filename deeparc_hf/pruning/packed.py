@@ -14,6 +14,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ..architectures import Layout
 from ..architectures.packed import is_quantized, quantization_of
+from ..core.block_paths import is_inside
 from ..core.transaction import Transaction
 from ..errors import SurgeryError
 
@@ -64,8 +65,8 @@ def _follow(quantization: Any, step: Layout) -> list[str]:
     for key in _BY_NAME:
         by_name = getattr(kind, key, None)
         if isinstance(by_name, dict):
-            stacks = tuple(f"{stack}." for stack in step.kept)
-            unclear += [name for name in by_name if _NUMBER.search(name) and not name.startswith(stacks)]
+            numbered = [name for name in by_name if _NUMBER.search(name)]
+            unclear += [name for name in numbered if not any(is_inside(stack, name) for stack in step.kept)]
             entries = list(step.renamed_keys(by_name).items())
             by_name.clear()  # it stays the same object, to which the config may refer by another name too
             by_name.update(entries)

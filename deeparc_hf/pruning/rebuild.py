@@ -12,14 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from ..architectures import Host, Layout, Stack, Subject
+from ..architectures import Host, Layout, Stack, Subject, describe
 from ..architectures.adapters import places_of
+from ..architectures.base import block_shapes
 from ..architectures.entries import asked_for, names_others
 from ..architectures.skeleton import Memory, compare
 from ..core.block_paths import is_inside
 from ..core.caller import warn_caller
 from ..core.transaction import Transaction
-from ..errors import DeepArcError, DeepArcWarning, SurgeryError
+from ..errors import DeepArcError, DeepArcWarning, SurgeryError, UnsupportedModelError
 from ..pruned_type.config import LAYOUT_KEY
 from .verify import Expectation
 
@@ -66,16 +67,18 @@ def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None, *,
     if builds is not None:
         return builds
     by_place = _kinds_by_place(subject, layout, before)
-    if not stock_only and host.can_drop and by_place:
+    # the layout of a model of the type deeparc_pruned has one list for each stack
+    can_drop = host.can_drop and not any(subject.stacks[stack].beside for stack in layout.removed)
+    if not stock_only and can_drop and by_place:
         problem += f"; nor can the blocks be dropped: {by_place}"
-    elif not stock_only and host.can_drop:
+    elif not stock_only and can_drop:
         try:
             shrunk = host.dropping(settings, layout)
             return Builds(settings, shrunk, before, host.build(shrunk), [], by_package=True)
         except Exception as error:
             problem += f"; nor can the blocks be dropped as it is built: {type(error).__name__}: {error}"
     way = "Remove other blocks, or protect these."
-    if stock_only and host.can_drop and not by_place:
+    if stock_only and can_drop and not by_place:
         way += " Or use remove_blocks with stock_only=False: the result then needs deeparc_hf to be loaded."
     raise SurgeryError(
         f"The settings of {name} (type {host.kind!r}) cannot express the removal: {problem}. Nothing was changed. {way}"
@@ -140,7 +143,25 @@ def _by_settings(
     differences = compare(before, after, layout, memory, subject.per_block)
     if differences.problems:
         return None, differences.problems[0]
-    return Builds(settings, shrunk, before, after, differences.updates), ""
+    lost = _lost(subject, after, layout)
+    return (None, lost) if lost else (Builds(settings, shrunk, before, after, differences.updates), "")
+
+
+def _lost(subject: Subject, after: nn.Module, layout: Layout) -> str:
+    """Why what is left of a stack would not be found to be one; empty if it would. Where blocks are alike it is."""
+    for name in layout.removed:
+        shapes = block_shapes([subject.stacks[name].blocks[index] for index in layout.kept[name]])
+        if len(shapes) < 2 or any(shapes.count(shape) > 1 for shape in shapes):
+            continue
+        try:
+            found = describe(after).lengths.get(name, 0)
+        except UnsupportedModelError:
+            found = 0
+        if found != len(shapes):
+            return (
+                f"the {len(shapes)} blocks that are left of {name} are of different kinds, and no setting counts them"
+            )
+    return ""
 
 
 def inexpressible(subject: Subject, *, stock_only: bool = True) -> dict[str, dict[int, str]]:

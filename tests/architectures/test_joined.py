@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +71,20 @@ def test_hooks_can_change_what_goes_in_and_out(model):
         assert not torch.equal(model(**batch).logits, expected)
         zeroed.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_copies_and_pickles_of_the_model_have_no_such_hooks(model):
+    block, seen, batch = find_stacks(model)[STACK].blocks[1], [], ZOO["xlm"].batches(1)[0]
+    block.register_forward_pre_hook(lambda module, args: seen.append("given"))
+    block.register_forward_hook(lambda module, args, output: seen.append("output"))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        other(**batch)
+        assert seen == []
+    model(**batch)
+    assert seen == ["given", "output"]
 
 
 def test_skipping_leaves_the_model_as_it_was(model):

@@ -256,6 +256,17 @@ def test_gpt2_that_scales_attention_by_layer_loses_its_last_block_only():
     assert model.config.n_layer == 3
 
 
+def test_what_would_be_left_must_be_a_stack_still():
+    """The last stage of NeXtViT: two convolutional blocks and one with attention. Of one each nothing tells that they
+    are blocks; then the model could not be pruned or healed again.
+    """
+    model = timm.create_model("nextvit_small", depths=(1, 1, 5, 3), num_classes=5).eval()
+    before = dict(model.named_modules())
+    with pytest.raises(SurgeryError, match=r"2 blocks that are left of stages\.3\.blocks are of different kinds"):
+        remove_blocks(model, {"stages.3.blocks": [1]})
+    assert dict(model.named_modules()) == before
+
+
 def test_deberta_whose_first_layer_has_a_convolution_keeps_its_first_layer():
     def make() -> nn.Module:
         torch.manual_seed(0)

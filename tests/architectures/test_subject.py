@@ -6,21 +6,18 @@ import gc
 import weakref
 
 import pytest
-import timm
-import torch
 from torch import nn
 
-from deeparc_hf import PrunedConfig, find_stacks, heal_model, remove_blocks, save_pruned
+from deeparc_hf import find_stacks, remove_blocks
 from deeparc_hf.architectures import describe
 from deeparc_hf.architectures.hosts import TransformersHost
 from deeparc_hf.core.transaction import Transaction
-from deeparc_hf.errors import SurgeryError, UnsupportedModelError
+from deeparc_hf.errors import UnsupportedModelError
 from deeparc_hf.pruning.surgery import follow_record
 
 from ..zoo import ZOO
 
 LAYERS = "bert.encoder.layer"
-STAGE = "stages.3.blocks"
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -101,49 +98,3 @@ def test_what_a_removal_needs_was_mostly_built_by_the_description(monkeypatch):
     monkeypatch.setattr(TransformersHost, "build", counting)
     remove_blocks(ZOO["bert"].model(), {LAYERS: [1]})
     assert len(built) == 2  # the model's, and that of one block less, which shows what counts them
-
-
-def two_kinds():
-    """The last stage of NeXtViT: two convolutional blocks and one with attention."""
-    return timm.create_model("nextvit_small", depths=(1, 1, 5, 3), num_classes=5).eval()
-
-
-def test_what_earlier_removals_have_left_stays_a_stack():
-    """Two blocks of different kinds, of which nothing tells that one could go, are known by the model's record."""
-    model = two_kinds()
-    record = remove_blocks(model, {STAGE: [1]})
-    stack = find_stacks(model)[STAGE]
-    assert len(stack) == 2 and set(stack.pinned) == {0, 1} and "nothing shows any more" in stack.pinned[0]
-    assert PrunedConfig.from_model(model) == record and record.kept[STAGE] == (0, 2)
-    assert describe(model).is_current()
-    with pytest.raises(SurgeryError, match="is pinned: nothing shows any more"):
-        remove_blocks(model, {STAGE: [1]})
-
-
-def test_it_can_be_healed_and_saved(tmp_path):
-    model, whole = two_kinds(), two_kinds()
-    whole.load_state_dict(model.state_dict())
-    remove_blocks(model, {STAGE: [1]})
-    data = [{"x": torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(i))} for i in range(5)]
-    assert [healing.site.removed for healing in heal_model(model, whole, data, progress=False)] == [(1,)]
-    save_pruned(model, tmp_path)
-    assert PrunedConfig.from_pretrained(tmp_path).kept[STAGE] == (0, 2)
-
-
-@pytest.mark.parametrize(
-    "stacks",
-    [
-        "words",
-        {LAYERS + ".0": {"kept": [0]}},  # no list
-        {LAYERS: {"kept": [0, 1]}},  # of another length
-        {"": {"kept": [0]}},
-        {f"bert.encoder.{{layer,{'x' * 99}}}": {"kept": [0, 1, 2, 3]}},
-        {"bert.nothing.{": {"kept": {}}},
-        {LAYERS: None},
-        {3: {"kept": [0]}},
-    ],
-)
-def test_a_record_does_not_make_a_stack_of_what_is_none(stacks):
-    model = ZOO["bert"].model()
-    model.config.pruning_config = {"stacks": stacks}
-    assert {name: dict(stack.pinned) for name, stack in find_stacks(model).items()} == {LAYERS: {}}

@@ -29,6 +29,7 @@ REMOVALS: dict[str, dict[str, list[int]]] = {
     "t5": {"encoder.block": [1, 2], "decoder.block": [1]},
     "vit": {VIT_STACK: [1]},
     "whisper": {"model.encoder.layers": [0], "model.decoder.layers": [2]},
+    "xlm": {"transformer.{attentions,layer_norm1,ffns,layer_norm2}": [0, 2]},
     "wrapped_vit": {"timm_model.blocks": [0, 2]},
 }
 # number of bytes of the largest shard: several blocks to a shard, and several shards to a block
@@ -391,17 +392,24 @@ def test_a_recipe_that_surgery_would_refuse_is_refused_too(tmp_path):
         load_pruned(tf.AutoModelForCausalLM, tmp_path, record)
 
 
-def test_a_base_that_lacks_a_block_that_stays_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "lacking", "told"),
+    [
+        ("bert", "bert.encoder.layer.3.", r"bert\.encoder\.layer\.1\."),
+        ("xlm", "transformer.ffns.3.lin2.weight", r"transformer\.ffns\.1\.lin2\.weight"),
+    ],
+)
+def test_a_base_that_lacks_a_block_that_stays_is_refused(name, lacking, told, tmp_path):
     """from_pretrained would make its weights up."""
-    _, record = pruned("bert", tmp_path)  # blocks 1 and 3 stay
+    _, record = pruned(name, tmp_path)  # blocks 1 and 3 stay
     state = load_file(tmp_path / "model.safetensors")
     save_file(
-        {k: v for k, v in state.items() if "layer.3." not in k},
+        {k: v for k, v in state.items() if not k.startswith(lacking)},
         tmp_path / "model.safetensors",
         metadata={"format": "pt"},
     )
-    with pytest.raises(RecordError, match=r"has no weights for bert\.encoder\.layer\.1\."):
-        load_pruned(auto("bert"), tmp_path, record)
+    with pytest.raises(RecordError, match=rf"has no weights for {told}"):
+        load_pruned(auto(name), tmp_path, record)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100])

@@ -434,6 +434,17 @@ def test_packed_blocks_go_whole(name, wide, tmp_path):
     assert PrunedConfig.from_model(again).kept[STACK] == (2, 3)
 
 
+def test_modules_named_in_lists_side_by_side_follow(tmp_path):
+    """XLM's blocks have parts in several lists."""
+    ZOO["xlm"].model().save_pretrained(tmp_path)
+    named = by_names(["transformer.attentions.1.q_lin", "transformer.ffns.2.lin1", "transformer.ffns.3.lin2"])
+    model = tf.XLMForSequenceClassification.from_pretrained(tmp_path, quantization_config=named)
+    (stack,) = find_stacks(model)
+    remove_blocks(model, {stack: [1]}, verify=False)  # torchao cannot run all of it
+    left = model.config.quantization_config.quant_type.fqn_to_config
+    assert set(left) == {"_default", "transformer.ffns.1.lin1", "transformer.ffns.2.lin2"}
+
+
 UNCLEAR = {
     "a pattern of modules left out": lambda: by_torchao(modules_to_not_convert=["lm_head", r"model.layers.[23].mlp"]),
     "the end of a name": lambda: by_bitsandbytes(load_in_8bit=True, llm_int8_skip_modules=["layers.2.mlp.up_proj"]),

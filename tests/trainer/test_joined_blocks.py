@@ -83,6 +83,9 @@ def test_what_is_frozen_runs_before_the_lowest_block_that_is_trained(tmp_path):
         parts = [getattr(model.transformer, part)[place] for part in PARTS]
         trained = {p.requires_grad for part in parts for p in part.parameters()}
         assert trained == {place not in places}
+    before = [model.transformer.embeddings, model.transformer.position_embeddings, model.transformer.layer_norm_emb]
+    assert not any(p.requires_grad for module in before for p in module.parameters())
+    assert all(p.requires_grad for p in model.sequence_summary.parameters())
 
 
 def test_lora_is_pruned_beneath(tmp_path):
