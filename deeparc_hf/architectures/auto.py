@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from ..core.block_paths import lists_of, stack_name
 from ..errors import UnsupportedModelError
 from .base import Container, Family, Stack, chained, nested, register, signature_pins
 from .entries import follow
@@ -51,9 +50,7 @@ class Auto(Family):
                 near = [_shown(name, blocks, reasons.get(name, "")) for name, blocks in lists[:3]]
                 what = f"{'; '.join(near)}, but no entry of its config counts these blocks alone"
             raise UnsupportedModelError(_nothing_found(host, what))
-        order = {name: place for place, (name, _) in enumerate(lists)}
-        places = {name: min(order.get(path, len(order)) for path in lists_of(name)) for name in found}
-        stacks = [replace(found[name], side=_side(host.root, name)) for name in sorted(found, key=places.__getitem__)]
+        stacks = [replace(found[name], side=_side(host.root, name)) for name, _ in lists if name in found]
         return [stack for _, stages in itertools.groupby(stacks, _counter) for stack in chained(list(stages))]
 
     def shrink(self, settings: dict[str, Any], stacks: Sequence[Stack], kept: Mapping[str, Sequence[int]]) -> None:
@@ -80,40 +77,17 @@ def _counted(search: Search, lists: Sequence[tuple[str, Container]]) -> tuple[di
     for name, blocks in lists:
         if inside(name, found):
             continue  # part of a block
-        stack, reason = _counted_stack(search, {name: blocks})
-        if stack is None and reason and reason != CHAIN:  # an entry counts them, but not alone
-            together = _side_by_side(search, name, len(blocks))
-            stack = _counted_stack(search, together)[0] if len(together) > 1 else None
-        if stack is not None and are_stages(
+        count, entries, per_block, reason = search.count(name, len(blocks))
+        if count is not None and are_stages(
             name, lists, lambda path, blocks: search.count(path, len(blocks)).count is not None
         ):
-            stack, reason = None, "they hold lists of blocks themselves"
-        if stack is None:
+            count, reason = None, "they hold lists of blocks themselves"
+        if count is None:
             reasons[name] = reason
-        else:
-            found[stack.name] = stack
+            continue
+        pinned = {} if any(entry.proof == "build" for entry in entries) else signature_pins(list(blocks))
+        found[name] = Stack(name, blocks, pinned, count=count, entries=entries, per_block=per_block)
     return found, reasons
-
-
-def _counted_stack(search: Search, lists: Mapping[str, Container]) -> tuple[Stack | None, str]:
-    """The stack in a list, or in several side by side, if an entry counts its blocks; else why none does, if known."""
-    name, (container, *beside) = stack_name(list(lists)), lists.values()
-    count, entries, per_block, reason = search.count(name, len(container))
-    if count is None:
-        return None, reason
-    stack = Stack(name, container, count=count, entries=entries, per_block=per_block, beside=tuple(beside))
-    proven = any(entry.proof == "build" for entry in entries)
-    return stack if proven else replace(stack, pinned=signature_pins(stack.blocks)), ""
-
-
-def _side_by_side(search: Search, name: str, length: int) -> dict[str, Container]:
-    """A list and those of the same length that a build has beside it: they may hold other parts of its blocks (XLM)."""
-    parent = name.rpartition(".")[0]
-    live = search.host.root.get_submodule(parent)
-    members = search.skeleton.get_submodule(parent).named_children()
-    lists = [child for child, module in members if isinstance(module, nn.ModuleList) and len(module) == length]
-    found = {f"{parent}.{child}".lstrip("."): getattr(live, child, None) for child in lists}
-    return {path: held for path, held in found.items() if isinstance(held, nn.ModuleList) and len(held) == length}
 
 
 def _counter(stack: Stack) -> tuple[Any, ...]:

@@ -7,11 +7,12 @@ import io
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 from deeparc_hf import find_stacks, remove_blocks
 from deeparc_hf.architectures.joined import JoinedBlock, entrance, outlet
-from deeparc_hf.errors import UnsupportedModelError
+from deeparc_hf.errors import SurgeryError, UnsupportedModelError
 from deeparc_hf.observe.hooks import skipped
 from tests.zoo import ZOO
 
@@ -123,15 +124,17 @@ def test_a_failure_puts_all_lists_back(model):
     assert dict(model.named_modules()) == before and model.config.n_layers == 4
 
 
-def test_a_list_that_the_model_class_does_not_build_is_no_part_of_the_blocks(model):
-    model.transformer.more = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
-    assert list(find_stacks(model)) == [STACK]
-
-
 def test_lists_of_other_lengths_are_not_cut(model):
     """What is not as the config says is refused, before anything is changed."""
     del model.transformer.layer_norm2[3]
     before = dict(model.named_modules())
-    with pytest.raises(UnsupportedModelError, match="no entry of its config counts"):
+    with pytest.raises(SurgeryError, match=r"is not what its settings describe: transformer\.layer_norm2\.3"):
         remove_blocks(model, {STACK: [1]})
     assert dict(model.named_modules()) == before
+
+
+def test_flaubert_with_norms_in_the_branches_is_refused():
+    sizes = {"emb_dim": 32, "n_layers": 4, "n_heads": 4, "vocab_size": 50}
+    assert list(find_stacks(tf.FlaubertModel(tf.FlaubertConfig(**sizes)))) == [STACK.removeprefix("transformer.")]
+    with pytest.raises(UnsupportedModelError, match=r"pre_norm=True no module of it puts out.*pre_norm=False"):
+        find_stacks(tf.FlaubertModel(tf.FlaubertConfig(**sizes, pre_norm=True)))
