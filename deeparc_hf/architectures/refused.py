@@ -29,18 +29,18 @@ class Refused(Family):
         return kind.startswith(self.kinds)
 
     def stacks(self, host: Host) -> list[Stack]:
-        raise UnsupportedModelError(
-            f"{host.label} cannot be pruned by layers: found {self.found}, but {self.reason}. "
-            "To support it, add a family: one file, see 'add a family' in CONTRIBUTING.md."
-        )
+        raise UnsupportedModelError(f"{host.label} cannot be pruned by layers: found {self.found}, but {self.reason}.")
 
 
 @register("albert")
 class Albert(Refused):
-    summary = "refused: one layer shared by all depths"
+    summary = "refused: layers shared by all depths"
     kinds = ("albert",)
-    found = "one layer that is run many times"
-    reason = "its parameters are shared by all depths, so there is no redundant block to remove"
+    found = "layers that are run many times"
+    reason = (
+        "their parameters are shared by the depths, so that no block can be left out that others do not need. For "
+        "fewer runs set num_hidden_layers in the config"
+    )
 
 
 @register("mobilenet_v1")

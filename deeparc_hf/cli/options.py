@@ -226,7 +226,8 @@ def _remove(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="STACK=NUMBERS",
-        help="blocks that go, as in model.layers=20-27 or bert.encoder.layer=3,7; may be repeated",
+        help="blocks that go, as in model.layers=20-27 or bert.encoder.layer=3,7, names with braces in quotes; may be "
+        "repeated",
     )
     parser.add_argument(
         "--freeze",

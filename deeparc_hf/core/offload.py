@@ -24,7 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..errors import UnsupportedModelError
 from .block_paths import lists_of
-from .compat import align_hook
+from .compat import align_hook, unsaved_buffers
 from .shards import whole_weights
 from .transaction import Transaction
 
@@ -64,13 +64,17 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def blocks_on_disk(model: nn.Module, stacks: Sequence[str]) -> dict[str, str]:
-    """A `device_map` of a model: the blocks of its stacks on the disk, all else on the CPU."""
+    """A `device_map` of a model: the blocks of its stacks on the disk, all else on the CPU. So are blocks with buffers
+    that no file has (Swin's masks), which accelerate cannot bring back.
+    """
     return dict(_places(model, tuple(path for stack in stacks for path in lists_of(stack))))
 
 
 def _places(module: nn.Module, stacks: tuple[str, ...], path: str = "") -> Iterator[tuple[str, str]]:
     if path in stacks:
-        yield from ((f"{path}.{name}", "disk") for name, _ in module.named_children())
+        for name, block in module.named_children():
+            computed = any(True for part in block.modules() for _ in unsaved_buffers(part))
+            yield f"{path}.{name}", "cpu" if computed else "disk"
         return
     if path and not any(name.startswith(f"{path}.") for name in stacks):
         yield path, "cpu"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import Host, Stack, Subject, describe
+from ..architectures.joined import JoinedBlock
 from ..checkpoint.record import PrunedConfig, current_layout
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.distributed import gather
@@ -149,6 +150,9 @@ def find_endings(host: Host, blocks: Sequence[nn.Module], inputs: Mapping[str, A
         forward(host, inputs, without_cache=True)
     found: dict[nn.Module, Ending | str] = {}
     for block in blocks:
+        if isinstance(block, JoinedBlock):
+            found[block] = "its parts stand in several lists, and it cannot be run by itself"
+            continue
         if block not in calls:
             found[block] = "it did not run on the calibration data"
             continue

@@ -163,9 +163,9 @@ class MPruneConfig(Settings):
     calibration_samples: int = setting(512, "Number of calibration samples to compare blocks on.")
     protect: tuple[str, ...] = setting(
         (),
-        "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11', named as when the "
+        "Patterns (fnmatch) of module paths of blocks that must stay, e.g. 'bert.encoder.layer.11', named as when the "
         "training begins.",
-        cli="Pattern (fnmatch) of module paths of blocks that must stay, e.g. 'encoder.layer.11'.",
+        cli="Pattern (fnmatch) of module paths of blocks that must stay, e.g. 'bert.encoder.layer.11'.",
     )
     min_blocks: int = setting(1, "Fewest blocks that stay in each stack.")
     num_blocks: int | dict[str, int] | tuple[int | dict[str, int], ...] | None = setting(

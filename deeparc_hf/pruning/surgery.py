@@ -16,6 +16,7 @@ from ..architectures.adapters import places_of
 from ..architectures.generation import follow_generation
 from ..checkpoint.record import PrunedConfig, current_layout, current_record
 from ..checkpoint.weights_mark import mark_of_model
+from ..core.block_paths import lists_of
 from ..core.offload import is_offloaded
 from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
@@ -333,7 +334,8 @@ def _checked(stacks: Mapping[str, Stack], blocks: Mapping[str, Sequence[int]]) -
     for name, given in blocks.items():
         indices = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else given
         if name not in stacks:
-            near = difflib.get_close_matches(str(name), stacks, n=1)
+            near = [stack for stack in stacks if name in lists_of(stack)]  # one of several lists side by side
+            near = near or difflib.get_close_matches(str(name), stacks, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise SurgeryError(f"There is no stack {name!r}.{hint} Stacks: {', '.join(stacks)}. Nothing was changed.")
         stack = stacks[name]

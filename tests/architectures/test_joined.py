@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from deeparc_hf import find_stacks, remove_blocks
+from deeparc_hf import find_stacks, heal_model, remove_blocks
 from deeparc_hf.architectures.joined import JoinedBlock, entrance, outlet
 from deeparc_hf.errors import SurgeryError, UnsupportedModelError
 from deeparc_hf.observe.hooks import skipped
@@ -101,6 +101,18 @@ def test_such_a_block_cannot_be_run_by_itself(model):
     assert isinstance(block, JoinedBlock) and entrance(block) is model.transformer.attentions[0]
     with pytest.raises(NotImplementedError, match="run by the model"):
         block(torch.zeros(1, 2, 32))
+
+
+def test_one_of_the_lists_is_no_stack_but_a_hint(model):
+    with pytest.raises(SurgeryError, match=r"no stack 'transformer\.ffns'\. Did you mean 'transformer\.\{attentions,"):
+        remove_blocks(model, {"transformer.ffns": [1]})
+
+
+def test_healing_leaves_it_alone_and_says_why(model):
+    whole = copy.deepcopy(model)
+    remove_blocks(model, {STACK: [1]})
+    (healing,) = heal_model(model, whole, ZOO["xlm"].batches(5), progress=False)
+    assert healing.reason == "block 0: its parts stand in several lists, and it cannot be run by itself"
 
 
 def test_an_ordinary_block_is_its_own_entrance():

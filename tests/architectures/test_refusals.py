@@ -104,7 +104,13 @@ UNSUPPORTED = {
         "takes no argument that counts these blocks",
         "AutoModelForImageClassification",
     ),
-    "albert": (albert, "AlbertForSequenceClassification (type 'albert')", "one layer", "shared", ADD_A_FAMILY),
+    "albert": (
+        albert,
+        "AlbertForSequenceClassification (type 'albert')",
+        "layers that are run",
+        "shared",
+        "num_hidden_layers",
+    ),
     "timm_mixer": (
         lambda: timm.create_model("mixer_s32_224"),
         "MlpMixer (type 'mixer_s32_224')",

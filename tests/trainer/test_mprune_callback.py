@@ -219,7 +219,7 @@ def test_unsupported_models_are_refused_before_training(tmp_path):
     config = tf.AlbertConfig(
         hidden_size=32, num_attention_heads=4, intermediate_size=48, vocab_size=VOCAB, embedding_size=16
     )
-    with pytest.raises(UnsupportedModelError, match="shared by all depths"):
+    with pytest.raises(UnsupportedModelError, match="shared by the depths"):
         Trainer(tf.AlbertForSequenceClassification(config), arguments(tmp_path), callbacks=[pruning()])
 
 
