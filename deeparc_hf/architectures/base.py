@@ -266,13 +266,16 @@ families: Registry[Family] = Registry("model family", "deeparc_hf.architectures"
 register = families.register
 
 
-def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
+def signature_pins(blocks: Sequence[nn.Module], *, in_turn: bool = True) -> dict[int, str]:
     """Pin the blocks whose parameters differ in name or shape from those of all others.
 
     Such a block cannot stand for another: it changes the shape of its input, or owns something that the others use
     (T5's relative attention bias). Of two blocks that differ, the first is pinned. Where there are more and no two are
     alike, nothing is pinned by this rule. Kinds that come in turn (Jamba's, Twins' two attentions) may go where a build
     without them has the rest as it was, which is asked later.
+
+    Args:
+        in_turn: whether they may; else all are pinned but those of the most frequent kind.
     """
     shapes = block_shapes(blocks)
     common = max(shapes, key=shapes.count, default={})
@@ -282,7 +285,7 @@ def signature_pins(blocks: Sequence[nn.Module]) -> dict[int, str]:
         return {}
     pins = {}
     for index, shape in enumerate(shapes):
-        if shapes.count(shape) > 1:
+        if in_turn and shapes.count(shape) > 1:
             continue
         own = sorted(set(shape) - set(common))
         lacks = sorted(set(common) - set(shape))

@@ -90,7 +90,7 @@ def _pins(members: list[nn.Module]) -> dict[int, str]:
     if all(hasattr(member, "has_skip") for member in members):  # timm's inverted residual blocks
         why = "has no shortcut past it: it may change the shape of its input"
         return {index: why for index, member in enumerate(members) if not member.has_skip}
-    return signature_pins(members)
+    return signature_pins(members, in_turn=False)  # no build shows which of them go together
 
 
 def are_stages(name: str, lists: Sequence[tuple[str, Container]], is_counted: Callable[[str, Container], bool]) -> bool:

@@ -366,6 +366,11 @@ def test_kinds_in_turn_go_by_whole_turns():
     assert model.config.num_hidden_layers == 8
 
 
+def test_without_turns_all_kinds_but_the_most_frequent_are_pinned():
+    blocks = [Block(a=(size,)) for size in (1, 2, 1, 2, 1)]
+    assert signature_pins(blocks) == {} and list(signature_pins(blocks, in_turn=False)) == [1, 3]
+
+
 # blocks in stages, in sequences, and side by side with other lists, with what counts them
 LISTS: dict[str, tuple[Any, list[str]]] = {
     "regnet": (
