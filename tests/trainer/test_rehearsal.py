@@ -20,6 +20,7 @@ from deeparc_hf.observe.training_calibration import TrainingCalibration
 from deeparc_hf.pruning.config import MPruneConfig
 from deeparc_hf.pruning.rebuild import inexpressible
 from deeparc_hf.trainer.rehearsal import rehearse
+from tests.pruned_type.test_pruned_type import MINICPM, needs_minicpm
 from tests.trainers import arguments, pruning, text_data, train
 from tests.zoo import TEXT, VOCAB, ZOO, spread
 
@@ -209,6 +210,12 @@ def alternating():
     return spread(tf.Qwen3MoeForCausalLM(config))
 
 
+def test_of_kinds_in_turn_the_last_can_go_alone():
+    model = alternating()
+    assert not find_stacks(model)["model.layers"].pinned
+    assert inexpressible(describe(model))["model.layers"].keys() == {0, 1, 2}
+
+
 def test_a_block_that_the_settings_need_is_pinned_with_the_reason(tmp_path):
     """ModernBERT's first block has no norm of its own: without it the second would be built without one."""
     model = modern()
@@ -225,12 +232,14 @@ def test_a_block_that_the_settings_need_is_pinned_with_the_reason(tmp_path):
     assert len(model.model.layers) == 3 and 0 in callback.plan.stacks["model.layers"].kept
 
 
+@needs_minicpm
 @pytest.mark.parametrize("settings", [{"num_blocks": 3}, {"threshold": 0.9}])
 def test_a_model_of_which_no_block_can_go_is_refused_before_any_step(tmp_path, settings):
     steps = Steps()
     data = text_data().map(lambda row: {"labels": row["input_ids"]})
     with pytest.raises((PlanError, SurgeryError), match="settings cannot express its removal"):
-        train(alternating(), tmp_path, pruning(**settings, start_epoch=1, stock_only=True), steps, data=data)
+        scaled = spread(tf.MiniCPM3ForCausalLM(tf.MiniCPM3Config(**MINICPM)))  # each block by the number of blocks
+        train(scaled, tmp_path, pruning(**settings, start_epoch=1, stock_only=True), steps, data=data)
     assert steps.count == 0
 
 
