@@ -98,16 +98,19 @@ def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[Callabl
         return enter(*args, **kwargs)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal first, given
         if enters is leaves:
             note(*args, **kwargs)
         output = leave(*args, **kwargs)
         hidden = next(_tensors(output), None)
-        if not isinstance(first, Tensor) or hidden is None or hidden.shape != first.shape:
+        # of this call alone: a last part that ran without the first would put out what an earlier call was given
+        (read, passed), first, given = (first, given), None, []
+        if not isinstance(read, Tensor) or hidden is None or hidden.shape != read.shape:
             raise CalibrationError(
-                f"Block {index} of {stack.name} cannot be skipped: it is given {_form(first)} and puts out "
+                f"Block {index} of {stack.name} cannot be skipped: it is given {_form(read)} and puts out "
                 f"{_form(hidden_states(output))}. It is no residual block, so it cannot be left out."
             )
-        return _passed_through(output, given)
+        return _passed_through(output, passed)
 
     with ExitStack() as replaced:
         if enters is not leaves:

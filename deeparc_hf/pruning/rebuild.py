@@ -150,7 +150,8 @@ def _by_settings(
 def _lost(subject: Subject, after: nn.Module, layout: Layout) -> str:
     """Why what is left of a stack would not be found to be one; empty if it would. Where blocks are alike it is."""
     for name in layout.removed:
-        shapes = block_shapes([subject.stacks[name].blocks[index] for index in layout.kept[name]])
+        blocks = subject.stacks[name].blocks
+        shapes = block_shapes([blocks[index] for index in layout.kept[name]])
         if len(shapes) < 2 or any(shapes.count(shape) > 1 for shape in shapes):
             continue
         try:

@@ -12,7 +12,7 @@ from torch import nn
 
 from deeparc_hf import find_stacks, heal_model, remove_blocks
 from deeparc_hf.architectures.joined import JoinedBlock, entrance, outlet
-from deeparc_hf.errors import SurgeryError, UnsupportedModelError
+from deeparc_hf.errors import CalibrationError, SurgeryError, UnsupportedModelError
 from deeparc_hf.observe.hooks import skipped
 from tests.zoo import ZOO
 
@@ -94,6 +94,15 @@ def test_skipping_leaves_the_model_as_it_was(model):
         assert not has_run()
     block = stack.blocks[0]
     assert not any("forward" in vars(module) for module in (entrance(block), outlet(block)))
+
+
+def test_a_last_part_that_runs_without_the_first_is_told(model):
+    """It must not put out what an earlier call of the block was given."""
+    stack, batch = find_stacks(model)[STACK], ZOO["xlm"].batches(1)[0]
+    with torch.no_grad(), skipped(stack, 1):
+        model(**batch)
+        with pytest.raises(CalibrationError, match="it is given no tensor"):
+            outlet(stack.blocks[1])(torch.zeros(8, 10, 32))
 
 
 def test_such_a_block_cannot_be_run_by_itself(model):
