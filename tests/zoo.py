@@ -103,6 +103,8 @@ def spread(model: nn.Module) -> nn.Module:
                 parameter.fill_(1.0)  # layer scale starts near zero
             elif name.endswith(("weight", "_scale")) and not parameter.any():
                 parameter.fill_(1.0)  # timm starts the last norm of a residual branch at zero, Gemma 3n a scale
+            elif not parameter.any() and "bias" not in name:  # position embeddings, gates
+                parameter.normal_(0.0, 0.5) if parameter.ndim > 1 else parameter.fill_(0.5)
     return model
 
 

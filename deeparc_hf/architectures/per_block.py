@@ -1,9 +1,11 @@
 """Tensors outside of the blocks that have a part for each block: Gemma 3n's embeddings for each layer, the weights of
-ESM's contact head. Where a stock build with a block less has a shorter one, a removal takes the block's part out of it.
+ESM's contact head. Where a stock build with a block less has a shorter one, a removal takes the block's part out of it;
+or joins two parts, where they act between blocks (YOLOS).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from .layout import Layout
 
-__all__ = ["PerBlockTensor", "find_per_block", "left_by_path"]
+__all__ = ["AddedBetween", "PerBlockTensor", "find_per_block", "left_by_path"]
 
 Shape = tuple[int, ...]
 
@@ -40,6 +42,25 @@ class PerBlockTensor:
     def shape_left(self, shape: Shape, length: int, left: int) -> Shape:
         """The shape of the parts of so many blocks."""
         return (*shape[: self.dim], shape[self.dim] // length * left, *shape[self.dim + 1 :])
+
+
+@dataclass(frozen=True)
+class AddedBetween(PerBlockTensor):
+    """One with a part for each two neighbours instead, which is added to what the first of them passes to the second.
+
+    Where blocks between two others are gone, what was added on the way is added at once. The first block and the last
+    have to stay: before and after them nothing is added.
+    """
+
+    def left(self, tensor: Tensor, length: int, kept: Sequence[int]) -> Tensor:
+        """The sums of the parts between these blocks: (..., length - 1, ...) becomes (..., len(kept) - 1, ...)."""
+        ways = itertools.pairwise(kept)
+        sums = [tensor.detach().narrow(self.dim, one, other - one).sum(self.dim, keepdim=True) for one, other in ways]
+        return torch.cat(sums, self.dim)
+
+    def shape_left(self, shape: Shape, length: int, left: int) -> Shape:
+        """The shape of the parts between so many blocks."""
+        return (*shape[: self.dim], shape[self.dim] - (length - left), *shape[self.dim + 1 :])
 
 
 def find_per_block(

@@ -151,7 +151,7 @@ class Search:
             keys: entries that may count them; default: all whose value is this number, the likely ones first.
         """
         attempt = _Attempt(self, name, length)
-        for count in _count_candidates(self.settings, length) if keys is None else keys:
+        for count in self._candidates(name, length) if keys is None else keys:
             entries = entries_of(self.settings, count, length)
             for following in _choices(entries, count):
                 verdict = attempt.judge(count, following)
@@ -163,6 +163,12 @@ class Search:
                 if verdict == "counts":
                     return Counted(reason=CHAIN)
         return Counted(reason=attempt.near)
+
+    def _candidates(self, name: str, length: int) -> list[CountKey]:
+        """Entries that may count these blocks, the likely ones first."""
+        kinds = block_shapes(list(self.skeleton.get_submodule(name).children()))
+        more = [] if all(kind == kinds[0] for kind in kinds) else _with_others(self.settings, length)
+        return _count_candidates(self.settings, length) + more
 
     def shapes(self, settings: dict[str, Any]) -> Shapes | None:
         """Shapes of a build of other settings; None if there is none."""
@@ -324,6 +330,19 @@ def _count_candidates(settings: dict[str, Any], length: int) -> list[CountKey]:
     halves = _numbers(settings, length // 2, ()) if length % 2 == 0 and length > 2 else ()
     pairs = [replace(key, each=2) for key in halves if key.index is not None and _COUNT_NAME.search(key.key)]
     return likely + lists + others + pairs
+
+
+def _with_others(settings: Mapping[str, Any], length: int) -> list[CountKey]:
+    """Entries for the stages of a network that may count blocks, or pairs of them, beside one or two that lead out of
+    the stage or into it (LeViT's subsampling, and the feed-forward network after it).
+    """
+    ways = [(fixed, each) for fixed in (1, 2) for each in (1, 2) if length > fixed and (length - fixed) % each == 0]
+    return [
+        replace(key, each=each, fixed=fixed)
+        for fixed, each in ways
+        for key in _numbers(settings, (length - fixed) // each, ())
+        if key.index is not None and _COUNT_NAME.search(key.key)
+    ]
 
 
 def _numbers(settings: Mapping[str, Any], length: int, path: tuple[str, ...]) -> Iterator[CountKey]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -60,8 +61,9 @@ class Shortening:
     def fewer(self) -> dict[int, int]:
         """By the `id` of a tensor, how many numbers it loses."""
         return {
-            id(self._tensors[path]): self._whole[path].numel() // length * (length - len(kept))
-            for path, (_, length, kept) in self._left.items()
+            id(self._tensors[path]): whole.numel() - math.prod(tensor.shape_left(whole.shape, length, len(kept)))
+            for path, (tensor, length, kept) in self._left.items()
+            for whole in (self._whole[path],)
         }
 
     def carry_out(self, transaction: Transaction) -> None:

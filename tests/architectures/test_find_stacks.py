@@ -347,6 +347,23 @@ def test_a_number_that_counts_pairs_of_blocks():
         remove_blocks(model, {name: [1, 3]}, stock_only=True)
 
 
+def test_a_number_that_counts_pairs_beside_others():
+    """LeViT's first stages end in what leads to the next: an attention that subsamples, and a network of another
+    width.
+    """
+    name, model = "levit.encoder.stages.1.layers", levit()
+    stack = find_stacks(model)[name]
+    assert len(stack) == 8 and list(stack.pinned) == [6, 7] and str(stack.count) == "depths[1]"
+    remove_blocks(model, {name: [1, 2]}, stock_only=True)
+    assert model.config.depths == [2, 2, 4] and list(find_stacks(model)[name].pinned) == [4, 5]
+    with pytest.raises(SurgeryError, match=r"depths\[1\] counts 2 blocks as one"):
+        remove_blocks(model, {name: [2]}, stock_only=True)
+    with pytest.raises(SurgeryError, match=r"Block 4 of .* is pinned"):
+        remove_blocks(model, {name: [0, 4]}, stock_only=True)
+    remove_blocks(model, {name: [0, 1]}, stock_only=True)
+    assert model.config.depths == [2, 1, 4] and len(find_stacks(model)[name]) == 4
+
+
 def test_kinds_in_turn_go_by_whole_turns():
     """Jamba: every fourth layer attends, every second has experts."""
     config = tf.JambaConfig(

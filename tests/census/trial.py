@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deeparc_hf import find_stacks, remove_blocks, save_pruned
-from deeparc_hf.architectures import Stack
+from deeparc_hf import MPruneConfig, PruningPlan, apply_plan, find_stacks, remove_blocks, save_pruned
+from deeparc_hf.architectures import Layout, Stack, describe
 from deeparc_hf.errors import DeepArcError
 from deeparc_hf.pruned_type.config import PrunedSettings
 from deeparc_hf.pruned_type.models import auto_class_for
+from deeparc_hf.pruning.plan import ComparedStack, make_plan
+from deeparc_hf.pruning.rebuild import skeletons
 
 from ..stock import StockError, StockProcess, aligned, flattened, generated
 from . import tiny
@@ -90,7 +92,9 @@ class Row:
 
 
 def removals(stack: Stack) -> dict[str, list[int]]:
-    """Which blocks are taken out: a middle one, the last, every second; never a pinned one."""
+    """Which blocks are taken out: a middle one, the last, every second, and a few that are counted as one; never a
+    pinned one.
+    """
     free = [i for i in range(len(stack)) if i not in stack.pinned]
     if len(stack) < 2 or not free:
         return {}
@@ -99,6 +103,9 @@ def removals(stack: Stack) -> dict[str, list[int]]:
     second = [i for i in range(1, len(stack), 2) if i in free]
     if len(second) > 1:
         found["every second"] = second
+    together = list(range(stack.count.each)) if stack.count is not None else []
+    if len(together) > 1 and set(together) <= set(free):
+        found["counted as one"] = together
     seen: list[list[int]] = []
     for name, blocks in list(found.items()):
         if blocks in seen or len(blocks) == len(stack):
@@ -162,7 +169,7 @@ def try_model(
     try:
         inputs = inputs_reaching(lambda given: _idle(model, stacks, given))
         if only is None:
-            row.state, row.reason = _stock_state(model, inputs, loaders)
+            row.state, row.reason = _without_removal(model, stacks, inputs, loaders)
     except NoInputsError as error:
         row.state, row.reason = "no inputs", _short(error)
     if row.state != "tried":
@@ -180,6 +187,40 @@ def try_model(
         row.state, row.reason = _stock_state(model, inputs, loaders)
         row.stacks = row.stacks if row.state == "tried" else {}
     return row
+
+
+def _without_removal(
+    model: nn.Module, stacks: Mapping[str, Stack], inputs: Mapping[str, Any], loaders: Loaders
+) -> tuple[str, str]:
+    """Whether a plan that removes nothing leaves the model what it is, here and after a load, and whether settings into
+    which the blocks of all its stacks are counted build it.
+    """
+    same = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        apply_plan(same, keeping_all(stacks))
+        subject = describe(same)
+        try:
+            builds = skeletons(subject, Layout.whole(subject.lengths))
+        except DeepArcError as error:
+            return "wrong", f"with all blocks: {_short(error)}"
+        if builds.updates or builds.by_package:
+            return "wrong", "settings that count all blocks build another model"
+    state = _stock_state(same, inputs, loaders)
+    if state[0] == "tried":
+        one, other = flattened(run(aligned(model), inputs)), flattened(run(aligned(same), inputs))
+        if one.keys() != other.keys() or any(not torch.equal(one[key], other[key]) for key in one):
+            return "wrong", "a plan that removes nothing changes what the model computes"
+    return state
+
+
+def keeping_all(stacks: Mapping[str, Stack]) -> PruningPlan:
+    """A plan that removes nothing."""
+    alone = {
+        name: tuple(tuple(float(i == j) for j in range(len(s))) for i in range(len(s))) for name, s in stacks.items()
+    }
+    compared = {name: ComparedStack(rows, pinned=dict(stacks[name].pinned)) for name, rows in alone.items()}
+    return make_plan(compared, MPruneConfig())
 
 
 def _stock_state(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) -> tuple[str, str]:

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 from deeparc_hf import PrunedConfig, find_stacks, load_pruned, prune_checkpoint, remove_blocks, save_pruned
-from deeparc_hf.architectures.per_block import PerBlockTensor, find_per_block
+from deeparc_hf.architectures.per_block import AddedBetween, PerBlockTensor, find_per_block
 from deeparc_hf.errors import RecordError, SurgeryError, UnsupportedModelError
 from tests.stock import StockProcess
 from tests.trainers import pruning, text_data, train
@@ -175,6 +175,56 @@ def test_the_contact_head_of_esm_weighs_the_layers_that_are_left():
     assert torch.allclose(contacts, by_hand.sigmoid(), atol=1e-5)
 
 
+def yolos():
+    """YOLOS with trained position embeddings between its layers (fresh ones are zeros)."""
+    config = tf.YolosConfig(
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=[32, 48],
+        patch_size=8,
+        num_detection_tokens=5,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    return as_trained(spread(tf.YolosForObjectDetection(config))).eval()
+
+
+def test_what_is_added_between_layers_is_added_at_once(tmp_path):
+    """At an image size of its own and at another, to which the embeddings are interpolated."""
+    model, stack = yolos(), "vit.encoder.layer"
+    path = "vit.encoder.interpolation.mid_position_embeddings"
+    whole = model.get_parameter(path).detach().clone()
+    images = [torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)) for size in ((32, 48), (64, 40))]
+    skipping = copy.deepcopy(model)
+    for index in (1, 2, 4):
+        skipping.get_submodule(f"{stack}.{index}").forward = lambda hidden_states, *args, **kwargs: hidden_states
+    record = remove_blocks(model, {stack: [1, 2, 4]}, stock_only=True)
+    assert torch.equal(model.get_parameter(path), torch.stack([whole[:3].sum(0), whole[3] + whole[4]]))
+    save_pruned(model, tmp_path / "pruned")
+    yolos().save_pretrained(tmp_path / "base")
+    by_record = load_pruned(tf.AutoModelForObjectDetection, tmp_path / "base", record)
+    with StockProcess() as stock, torch.no_grad():
+        for image in images:
+            expected, found = skipping(pixel_values=image).logits, model(pixel_values=image).logits
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(by_record(pixel_values=image).logits, found)
+            loaded = stock.load(tmp_path / "pruned", "AutoModelForObjectDetection", {"pixel_values": image})
+            assert loaded.clean and torch.allclose(loaded.outputs["output"], found, rtol=1e-6, atol=1e-6)
+
+
+def test_the_layers_around_what_is_added_between_them_stay():
+    model = yolos()
+    assert list(find_stacks(model)["vit.encoder.layer"].pinned) == [0, 5]
+    with pytest.raises(SurgeryError, match="position embeddings are added after it"):
+        remove_blocks(model, {"vit.encoder.layer": [0]})
+    model.config.use_mid_position_embeddings = False
+    without = tf.YolosForObjectDetection(model.config)
+    assert not find_stacks(without)["vit.encoder.layer"].pinned
+    remove_blocks(without, {"vit.encoder.layer": [0, 5]}, stock_only=True)
+
+
 def test_a_training_prunes_takes_back_and_resumes(tmp_path):
     """Two prunings, the second of which is taken back; resumed from each checkpoint it ends the same, to the bit."""
 
@@ -235,3 +285,10 @@ def test_parts_lie_in_the_order_of_the_blocks():
     tensor = torch.arange(24.0).view(2, 12)
     left = PerBlockTensor("table", 1).left(tensor, 4, [0, 3])
     assert left.tolist() == [[0, 1, 2, 9, 10, 11], [12, 13, 14, 21, 22, 23]]
+
+
+def test_parts_between_blocks_are_summed_in_one_step_as_in_two():
+    tensor, between = torch.arange(10.0).view(2, 5), AddedBetween("table", 1)  # of six blocks
+    left = between.left(tensor, 6, [0, 1, 4, 5])
+    assert left.tolist() == [[0, 1 + 2 + 3, 4], [5, 6 + 7 + 8, 9]] and between.shape_left((2, 5), 6, 4) == left.shape
+    assert torch.equal(between.left(left, 4, [0, 3]), between.left(tensor, 6, [0, 5]))
