@@ -25,6 +25,7 @@ __all__ = [
     "Container",
     "CountKey",
     "Family",
+    "Heads",
     "Stack",
     "block_shapes",
     "chained",
@@ -155,6 +156,23 @@ class BlockEntry:
 
 
 @dataclass(frozen=True, eq=False)
+class Heads:
+    """A list outside of a stack with a module for each of its blocks, which reads what the block puts out and goes with
+    it: the heads of a detector's decoder layers.
+
+    Attributes:
+        path: of the list, which may have more entries after those.
+        container: the list.
+        adds: whether what a head puts out is added to what those before it did (a correction of boxes). Where a block
+            is skipped nothing is added; otherwise the head before stands for its own.
+    """
+
+    path: str
+    container: nn.ModuleList
+    adds: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Stack:
     """A run of residual blocks of one model in which a block can be removed and shapes still fit.
 
@@ -171,6 +189,7 @@ class Stack:
         uncounted: where nothing counts it, why not, if that is known.
         per_block: tensors outside of the blocks that have a part for each of them.
         beside: the lists that hold the other parts of the blocks, in the order in which they run.
+        heads: lists outside of it with a head for each of its blocks.
     """
 
     name: str
@@ -183,6 +202,7 @@ class Stack:
     uncounted: str = ""
     per_block: tuple[PerBlockTensor, ...] = ()
     beside: tuple[Container, ...] = ()
+    heads: tuple[Heads, ...] = ()
 
     @property
     def containers(self) -> tuple[Container, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..core.block_paths import block_path, place_in
@@ -21,6 +22,8 @@ class Layout:
     Attributes:
         lengths: by stack name, the number of blocks before.
         kept: by stack name, the indices of the blocks that are left, rising: block `kept[name][place]` sits at `place`.
+        beside: by stack name, the paths of lists outside of it that have an entry for each of its blocks, which goes
+            with the block. Entries after those stay.
 
     Raises:
         ValueError: if the two name other stacks, or indices do not rise or are none of the stack's.
@@ -28,6 +31,7 @@ class Layout:
 
     lengths: Mapping[str, int]
     kept: Mapping[str, tuple[int, ...]]
+    beside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.lengths.keys() != self.kept.keys():
@@ -42,11 +46,16 @@ class Layout:
         return cls.without(lengths, {})
 
     @classmethod
-    def without(cls, lengths: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> Layout:
+    def without(
+        cls,
+        lengths: Mapping[str, int],
+        removed: Mapping[str, Sequence[int]],
+        beside: Mapping[str, tuple[str, ...]] = types.MappingProxyType({}),
+    ) -> Layout:
         """Blocks are removed: by stack name, their indices."""
         gone = {name: set(removed.get(name, ())) for name in lengths}
         kept = {name: tuple(i for i in range(length) if i not in gone[name]) for name, length in lengths.items()}
-        return cls(dict(lengths), kept)
+        return cls(dict(lengths), kept, dict(beside))
 
     @property
     def removed(self) -> dict[str, tuple[int, ...]]:
@@ -72,6 +81,7 @@ class Layout:
         return Layout(
             {**step.lengths, **self.lengths},
             {**self.kept, **{name: tuple(later[name][i] for i in step.kept[name]) for name in step.kept}},
+            {**self.beside, **step.beside},
         )
 
     def since(self, earlier: Layout) -> Layout:
@@ -110,7 +120,18 @@ class Layout:
             if place is not None:
                 index, inner = place
                 return block_path(name, kept.index(index), inner) if index in kept else None
+            for entries in self.beside.get(name, ()):
+                place = place_in(entries, path)
+                if place is not None:
+                    index, inner = place
+                    left = self.entries_left(name, index + 1)
+                    return block_path(entries, left.index(index), inner) if index in left else None
         return path
+
+    def entries_left(self, name: str, length: int) -> list[int]:
+        """Which entries stay of a list beside a stack that has so many."""
+        gone = self.removed.get(name, ())
+        return [index for index in range(length) if index not in gone]
 
     def renamed_keys(self, entries: Mapping[str, T]) -> dict[str, T]:
         """What is noted under paths, under those of now; what is gone is left out."""

@@ -152,7 +152,7 @@ class Search:
         """
         attempt = _Attempt(self, name, length)
         for count in self._candidates(name, length) if keys is None else keys:
-            entries = entries_of(self.settings, count, length)
+            entries = [entry for entry in entries_of(self.settings, count, length) if not _of_other_side(entry, name)]
             for following in _choices(entries, count):
                 verdict = attempt.judge(count, following)
                 if verdict == "other":
@@ -305,6 +305,14 @@ class _Attempt:
         if found:
             return "outside"
         return "repeated" if differing(self.skeleton, built) else "nobody"
+
+
+def _of_other_side(entry: BlockEntry, stack: str) -> bool:
+    """Whether an entry says that it is of the encoder and the stack is the decoder's, or the other way round (RT-DETR's
+    encode_proj_layers).
+    """
+    sides = [{side for side in ("encode", "decode") if side in told} for told in (entry.path[-1], stack)]
+    return all(len(side) == 1 for side in sides) and sides[0] != sides[1]
 
 
 def _choices(entries: Sequence[BlockEntry], count: CountKey) -> Iterator[list[BlockEntry]]:

@@ -71,12 +71,13 @@ def parts(root: nn.Module, stacks: Iterable[str] = ()) -> dict[str, Part]:
     """The modules of a skeleton by path. One that all blocks share stands under each of them, and not where else it may
     be known.
     """
-    containers = {path: root.get_submodule(path) for name in stacks for path in lists_of(name)}
+    modules = dict(root.named_modules(remove_duplicate=False))  # a build of other settings may lack a list
+    containers = {path: modules[path] for name in stacks for path in lists_of(name) if path in modules}
     inside = {id(module) for container in containers.values() for module in container.modules()}
     prefixes = tuple(f"{name}." for name in containers)
     return {
         path: _part(module)
-        for path, module in root.named_modules(remove_duplicate=False)
+        for path, module in modules.items()
         if path in containers or path.startswith(prefixes) or id(module) not in inside
     }
 

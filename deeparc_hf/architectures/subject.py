@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +58,13 @@ class Subject:
         """By stack name, the tensors outside of it that have a part for each of its blocks."""
         return {name: stack.per_block for name, stack in self.stacks.items()}
 
+    def without(self, removed: Mapping[str, Sequence[int]]) -> Layout:
+        """The layout of the model without some blocks: by stack name, their indices."""
+        beside = {
+            name: tuple(heads.path for heads in stack.heads) for name, stack in self.stacks.items() if stack.heads
+        }
+        return Layout.without(self.lengths, removed, beside)
+
     def is_current(self) -> bool:
         """Whether the model still has the blocks that were described. It costs next to nothing to ask."""
         for name, known in self._blocks.items():
@@ -104,12 +111,16 @@ def describe(model: nn.Module | Subject) -> Subject:
 
 def _live(stack: Stack, host: Host) -> Stack:
     """A stack that was found in the model as its settings describe it, as it stands in the model."""
-    places = [places_of(host.root, path) for path in lists_of(stack.name)]
+    lists, beside_it = lists_of(stack.name), [heads.path for heads in stack.heads]
+    places = [places_of(host.root, path) for path in (*lists, *beside_it)]
     if any(len(found) > 1 or any(beneath(block) is not None for block in found[0].children()) for found in places):
         raise UnsupportedModelError(
-            f"PEFT keeps copies of whole blocks of {stack.name} in {type(host.root).__name__} (modules_to_save), which "
-            "cannot follow a removal. Call model.merge_and_unload() and prune the merged model, or prune first and add "
-            "the adapters afterwards."
+            f"PEFT keeps copies of whole blocks of {stack.name}, or of their heads, in {type(host.root).__name__} "
+            "(modules_to_save), which cannot follow a removal. Call model.merge_and_unload() and prune the merged "
+            "model, or prune first and add the adapters afterwards."
         )
-    container, *beside = (found[0] for found in places)
-    return replace(stack, container=container, beside=tuple(beside))  # type: ignore[arg-type]
+    container, *others = (found[0] for found in places)
+    beside, live = others[: len(lists) - 1], others[len(lists) - 1 :]
+    pairs = zip(stack.heads, live, strict=True)
+    heads = tuple(replace(own, container=found) for own, found in pairs)  # type: ignore[arg-type]
+    return replace(stack, container=container, beside=tuple(beside), heads=heads)  # type: ignore[arg-type]

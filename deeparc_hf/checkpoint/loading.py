@@ -166,7 +166,7 @@ def _layout(record: PrunedConfig, subject: Subject) -> Layout:
                 f"The pruning record removes block {pinned[0]} of {name}, which is pinned: "
                 f"{stacks[name].pinned[pinned[0]]}."
             )
-    return Layout.without(subject.lengths, record.removed)
+    return subject.without(record.removed)
 
 
 def _settings(subject: Subject, layout: Layout, record: PrunedConfig) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Stack
+from ..architectures.base import Heads
 from ..architectures.joined import entrance, outlet
 from ..core.interrupts import uninterrupted
 from ..errors import CalibrationError
@@ -113,12 +115,39 @@ def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[Callabl
         return _passed_through(output, passed)
 
     with ExitStack() as replaced:
+        for heads in stack.heads:
+            replaced.enter_context(_without_head(heads, index))
         if enters is not leaves:
             replaced.enter_context(_computing(enters, noting))
         replaced.enter_context(_computing(leaves, forward))
         yield lambda: ran
     if must_run and not ran:
         raise did_not_run(stack, index)
+
+
+@contextmanager
+def _without_head(heads: Heads, index: int) -> Iterator[None]:
+    """Within, the head of a block is one that adds nothing, or the one before it."""
+    own = heads.container[index]
+    stand_in = _Nothing(own) if heads.adds else heads.container[max(index - 1, 0)]
+    try:
+        with uninterrupted():
+            heads.container[index] = stand_in
+        yield
+    finally:
+        with uninterrupted():
+            heads.container[index] = own
+
+
+class _Nothing(nn.Module):
+    """Puts out zeros in the form of what a module does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._form = (module,)  # not as a part of it
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(self._form[0](*args, **kwargs))
 
 
 @contextmanager

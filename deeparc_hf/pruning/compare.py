@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from ..architectures import Host, Layout, Stack, Subject, describe
+from ..architectures import Host, Stack, Subject, describe
 from ..checkpoint.record import check_record, current_record
 from ..core.caller import warn_caller
 from ..core.shards import numel
@@ -159,7 +159,7 @@ def _tell_package(subject: Subject, plan: PruningPlan) -> None:
     """Warn of a plan whose result will need the package to be loaded."""
     if plan.removed and not plan.config.stock_only and subject.host.can_drop:
         try:
-            tell_package(subject, skeletons(subject, Layout.without(subject.lengths, plan.removed), stock_only=False))
+            tell_package(subject, skeletons(subject, subject.without(plan.removed), stock_only=False))
         except SurgeryError:
             return  # which whoever carries it out will hear
 

@@ -159,7 +159,7 @@ class DiskSurgery:
             what = {name: list(blocks) if isinstance(blocks, Iterable) else blocks for name, blocks in what.items()}
         frame = _frame(base, auto_class, hub)
         whole = describe(frame)
-        namer, lengths = whole.host.key_namer(), whole.lengths
+        namer = whole.host.key_namer()
         if isinstance(what, PruningPlan):
             removed: Mapping[str, Sequence[int]] = what.removed
             apply_plan(frame, what, verify=False)
@@ -167,7 +167,7 @@ class DiskSurgery:
             remove_blocks(frame, what, freeze, verify=False)
             removed = {name: sorted(blocks) for name, blocks in what.items() if len(blocks)}
         require_copyable(whole, removed)
-        return cls(frame, removed, healings or (), base, hub, namer, Layout.without(lengths, removed))
+        return cls(frame, removed, healings or (), base, hub, namer, whole.without(removed))
 
     def write(
         self, folder: Path, *, example: Any = None, verify: bool = True, max_shard_size: int | str | None = None

@@ -68,7 +68,8 @@ def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None, *,
         return builds
     by_place = _kinds_by_place(subject, layout, before)
     # the layout of a model of the type deeparc_pruned has one list for each stack
-    can_drop = host.can_drop and not any(subject.stacks[stack].beside for stack in layout.removed)
+    gone = [subject.stacks[stack] for stack in layout.removed]
+    can_drop = host.can_drop and not any(stack.beside or stack.heads for stack in gone)
     if not stock_only and can_drop and by_place:
         problem += f"; nor can the blocks be dropped: {by_place}"
     elif not stock_only and can_drop:
@@ -186,7 +187,7 @@ def inexpressible(subject: Subject, *, stock_only: bool = True) -> dict[str, dic
         reasons: dict[int, str] = {}
         for index in free:
             try:
-                skeletons(subject, Layout.without(subject.lengths, {name: [index]}), memory)
+                skeletons(subject, subject.without({name: [index]}), memory)
             except DeepArcError as error:
                 problem = str(error).partition(" Nothing was changed.")[0].rpartition("cannot express the removal: ")[2]
                 reasons[index] = f"the model's settings cannot express its removal: {problem}"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Layout, Stack, Subject, describe
 from ..architectures.adapters import places_of
+from ..architectures.base import Container
 from ..architectures.generation import follow_generation
 from ..checkpoint.record import PrunedConfig, current_layout, current_record
 from ..checkpoint.weights_mark import mark_of_model
@@ -242,7 +243,7 @@ def _operate(
     verified again.
     """
     host, stacks = subject.host, subject.stacks
-    step = Layout.without(subject.lengths, removed)
+    step = subject.without(removed)
     builds = skeletons(subject, step, stock_only=stock_only)
     counted = host.plain
     if is_offloaded(host.root):  # which does not tell what is tied
@@ -259,7 +260,12 @@ def _operate(
     expectation = None
     if verify and known is None:
         expectation = expect(subject, removed, example, by_package=builds.by_package)
-    blocks = [stacks[name].blocks[index] for name, indices in removed.items() for index in indices]
+    going = [
+        entries[index]
+        for name, indices in removed.items()
+        for entries in _lists_by_block(stacks[name])
+        for index in indices
+    ]
     with transaction or Transaction() as transaction:
         _take_out(subject, step, builds, shortening, record, transaction)
         if expectation is not None:
@@ -276,7 +282,7 @@ def _operate(
             changed = freeze_blocks(subject, step.places(frozen), transaction, inputs=_freezes_inputs(record))
         if optimizer is not None:
             still_used = {id(p) for p in host.root.parameters()}
-            lost = [p for block in blocks for p in block.parameters() if id(p) not in still_used]
+            lost = [p for module in going for p in module.parameters() if id(p) not in still_used]
             forget_parameters(optimizer, lost, [*changed, *shortening.tensors], transaction)
         if known is None:
             record = record.with_mark(mark_of_model(host.bare))
@@ -296,8 +302,8 @@ def _take_out(
 ) -> None:
     """Take the blocks out of the live model, and have its configs, its record, and what stands beside follow."""
     host, stacks = subject.host, subject.stacks
-    lists = [(container, step.kept[name]) for name in step.removed for container in stacks[name].containers]
-    left = [(container, list(container.children()), kept) for container, kept in lists]
+    lists = [(container, name) for name in step.removed for container in _lists_by_block(stacks[name])]
+    left = [(c, [c[index] for index in step.entries_left(name, len(c))]) for c, name in lists]
     host.own_configs(transaction)
     host.follow_builds(builds.before, builds.after, stacks, transaction)
     host.set_record(record.to_dict())
@@ -305,11 +311,16 @@ def _take_out(
     for path, attribute, value in builds.updates:
         for module in places_of(host.root, path):
             transaction.set(module, attribute, value)
-    for container, blocks, kept in left:
-        transaction.keep_children(container, [blocks[index] for index in kept])
+    for container, modules in left:
+        transaction.keep_children(container, modules)
     shortening.carry_out(transaction)
     follow_in_configs(host.root, step, builds.after, transaction)
     follow_in_quantization(host.root, step, builds.before, builds.after, transaction)
+
+
+def _lists_by_block(stack: Stack) -> list[Container]:
+    """The lists with an entry for each block, which goes with it."""
+    return [*stack.containers, *(heads.container for heads in stack.heads)]
 
 
 def _parameters(root: nn.Module, step: Layout, fewer: Mapping[int, int]) -> dict[str, int]:

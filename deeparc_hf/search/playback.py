@@ -79,7 +79,7 @@ class Playback:
         shares = {name[0] for name, output in outputs.items() if _others(output)}
         templates = {name: None if name[0] in shares else _bare(output) for name, output in outputs.items()}
         found = cls(host, stacks, order, templates)
-        whole = not any(stack.beside for stack in stacks.values())  # blocks have a forward of their own
+        whole = not any(stack.beside or stack.heads for stack in stacks.values())  # blocks have a forward of their own
         return found if whole and not often and found._holds(inputs) else cls(host, stacks, order, templates, False)
 
     @property

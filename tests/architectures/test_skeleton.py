@@ -120,6 +120,19 @@ def test_a_second_name_of_a_stack_is_not_compared():
     assert compare(before, after, Layout({"layers": 4}, {"layers": (0, 2, 3)})).problems == []
 
 
+def test_a_list_that_a_build_of_other_settings_lacks_is_a_problem():
+    def build(inner: int) -> nn.Module:
+        root = nn.Module()
+        root.outer = nn.ModuleList([nn.Module() for _ in range(inner)])
+        for member in root.outer:
+            member.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        return root
+
+    layout = Layout.whole({"outer.0.blocks": 2})
+    found = compare(build(1), build(0), layout)
+    assert any("a reload would lack outer.0" in problem for problem in found.problems)
+
+
 def test_parameters_that_kept_blocks_share_are_not_counted_as_removed():
     model = Tied(SharingConfig()).eval()
     record = remove_blocks(model, {"layers": [0]}, example={"hidden": torch.randn(2, 3, 4)})

@@ -39,7 +39,9 @@ __all__ = ["Loaders", "Row", "removals", "try_model", "try_type"]
 # "refused": with a reason. The rest is a fault.
 GOOD, BAD = ("stock", "package"), ("wrong", "crash", "unproven", "reload")
 # outputs that have one entry per block, so that they differ in number
-_PER_BLOCK = re.compile(r"(^|\.)(\w*hidden_states|\w*attentions|mems|state|past_key_values|router_\w*|loss)(\.|$)")
+_PER_BLOCK = re.compile(
+    r"(^|\.)(\w*hidden_states|\w*attentions|mems|state|past_key_values|router_\w*|intermediate_\w*|loss)(\.|$)"
+)
 
 
 @dataclass
@@ -288,9 +290,13 @@ def _reload_problem(model: nn.Module, inputs: Mapping[str, Any], loaders: Loader
 @contextmanager
 def bypassed(model: nn.Module, name: str, blocks: Sequence[int]) -> Iterator[tuple[nn.Module, set[int]]]:
     """Within, blocks hand on what they are given: each tensor that they put out is replaced by the one of its form that
-    they were given.
+    they were given. Of their heads those that add something add nothing, and the others are those of the block before.
     """
     ran: set[int] = set()
+    for heads in find_stacks(model)[name].heads:
+        for index in blocks:
+            own = heads.container[index]
+            heads.container[index] = Zeros(own) if heads.adds else heads.container[max(index - 1, 0)]
     for index in blocks:
         first, last = _ends(model, name, index)
         ran_into: dict[str, Any] = {}
@@ -317,6 +323,17 @@ def bypassed(model: nn.Module, name: str, blocks: Sequence[int]) -> Iterator[tup
             )
         last.forward = forward  # type: ignore[method-assign]
     yield model, ran
+
+
+class Zeros(nn.Module):
+    """Puts out zeros in the form of what a head does."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden) * 0.0
 
 
 def _ends(model: nn.Module, stack: str, index: int) -> tuple[nn.Module, nn.Module]:

@@ -1,0 +1,242 @@
+"""Detectors with heads for each decoder layer: they go with their layers, and what is left is what the whole model says
+without these.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from deeparc_hf import find_stacks, load_pruned, prune_checkpoint, remove_blocks, save_pruned
+from deeparc_hf.errors import DeepArcError, SurgeryError, UnsupportedModelError
+from deeparc_hf.observe.hooks import skipped
+from tests.stock import StockProcess
+from tests.zoo import as_trained, spread
+
+LAYERS = "model.decoder.layers"
+BACKBONE = {
+    "embedding_size": 8,
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1],
+    "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"],
+}
+SMALL = {
+    "d_model": 32,
+    "num_labels": 3,
+    "decoder_layers": 5,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "num_queries": 6,
+}
+
+
+def rt_detr(cls="RTDetrForObjectDetection", **settings):
+    config = tf.RTDetrConfig(
+        **SMALL,
+        backbone_config=tf.RTDetrResNetConfig(**BACKBONE),
+        encoder_hidden_dim=32,
+        encoder_in_channels=[8, 16, 16],
+        decoder_in_channels=[32, 32, 32],
+        feat_strides=[8, 16, 32],
+        num_denoising=0,
+        **settings,
+    )
+    torch.manual_seed(0)
+    return as_trained(spread(getattr(tf, cls)(config))).eval()
+
+
+def deformable(**settings):
+    config = tf.DeformableDetrConfig(
+        **SMALL,
+        backbone_config=tf.ResNetConfig(**BACKBONE),
+        use_timm_backbone=False,
+        backbone=None,
+        encoder_layers=2,
+        num_feature_levels=3,
+        **settings,
+    )
+    torch.manual_seed(0)
+    return as_trained(spread(tf.DeformableDetrForObjectDetection(config))).eval()
+
+
+def images(seed=1):
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def said(model):
+    """What a detector says: classes and boxes."""
+    with torch.no_grad():
+        out = model(pixel_values=images())
+    return out.logits, out.pred_boxes
+
+
+def by_hand(model, kept):
+    """RT-DETR's decoder, layer by layer, over some of its layers."""
+    decoder, given = model.model.decoder, {}
+    with torch.no_grad():
+        handle = decoder.register_forward_pre_hook(lambda *call: given.update(call[-1]), with_kwargs=True)
+        model(pixel_values=images())
+        handle.remove()
+        hidden, boxes = given.pop("inputs_embeds"), given.pop("reference_points").sigmoid()
+        for index in kept:
+            positions = decoder.query_pos_head(boxes)
+            hidden = decoder.layers[index](
+                hidden,
+                object_queries_position_embeddings=positions,
+                reference_points=boxes.unsqueeze(2),
+                encoder_attention_mask=None,
+                **{key: given[key] for key in given if key.startswith(("encoder_hidden", "spatial", "level"))},
+            )
+            boxes = (decoder.bbox_embed[index](hidden) + boxes.clamp(1e-5, 1 - 1e-5).logit()).sigmoid()
+        return decoder.class_embed[kept[-1]](hidden), boxes
+
+
+def same(one, other):
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("gone", [[0, 3], [1, 4]])
+def test_what_is_left_is_the_decoder_without_these_layers(gone, tmp_path):
+    model = rt_detr()
+    kept = [index for index in range(5) if index not in gone]
+    expected, whole = by_hand(model, kept), copy.deepcopy(model)
+    assert not same(expected, said(model))
+    record = remove_blocks(model, {LAYERS: gone}, stock_only=True)
+    assert model.config.decoder_layers == len(kept) and same(said(model), expected)
+    for name in ("class_embed", "bbox_embed"):
+        left, before = (getattr(each.model.decoder, name) for each in (model, whole))
+        for place, index in enumerate(kept):
+            pairs = zip(left[place].parameters(), before[index].parameters(), strict=True)
+            assert len(left) == len(kept) and all(torch.equal(a, b) for a, b in pairs)
+    lost = sum(p.numel() for i in gone for p in whole.model.decoder.layers[i].parameters())
+    lost += sum(p.numel() for i in gone for p in whole.model.decoder.class_embed[i].parameters())
+    lost += sum(p.numel() for i in gone for p in whole.model.decoder.bbox_embed[i].parameters())
+    counted = record.iterations[-1]["parameters"]
+    assert counted["before"] - counted["after"] == lost == whole.num_parameters() - model.num_parameters()
+    save_pruned(model, tmp_path)
+    with StockProcess() as stock:
+        loaded = stock.load(tmp_path, "AutoModelForObjectDetection", {"pixel_values": images()})
+    assert loaded.clean and torch.equal(loaded.outputs["output"], said(model)[0])
+
+
+def test_without_its_last_layers_a_detector_says_what_it_said_before_them():
+    """The choice of a number of decoder layers after training, as in section 4.3 of RT-DETR's paper."""
+    model = rt_detr()
+    with torch.no_grad():
+        whole = model(pixel_values=images())
+    earlier = whole.intermediate_logits[:, 2], whole.intermediate_reference_points[:, 2]
+    remove_blocks(model, {LAYERS: [3, 4]}, stock_only=True)
+    assert same(said(model), earlier)
+
+
+def test_from_file_to_file_and_from_a_record(tmp_path):
+    rt_detr().save_pretrained(tmp_path / "base")
+    model = rt_detr()
+    record = remove_blocks(model, {LAYERS: [1, 3]})
+    prune_checkpoint(tmp_path / "base", tmp_path / "out", {LAYERS: [1, 3]})
+    for loaded in (
+        load_pruned(tf.AutoModelForObjectDetection, tmp_path / "base", record),
+        tf.AutoModelForObjectDetection.from_pretrained(tmp_path / "out"),
+    ):
+        assert all(map(torch.equal, said(loaded.eval()), said(model)))
+
+
+def test_an_optimizer_lets_go_of_the_heads():
+    model = rt_detr()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    remove_blocks(model, {LAYERS: [1]}, optimizer=optimizer)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert known == {id(p) for p in model.parameters()}
+
+
+def test_heads_are_back_after_a_look_and_after_a_refusal(monkeypatch):
+    model = rt_detr()
+    before = [list(heads.container) for heads in find_stacks(model)[LAYERS].heads]
+    stack = find_stacks(model)[LAYERS]
+    with skipped(stack, 1), skipped(stack, 2):
+        without = said(model)
+    assert same(without, by_hand(model, [0, 3, 4]))
+    with pytest.raises(KeyboardInterrupt), skipped(stack, 2):
+        raise KeyboardInterrupt
+
+    def fails(*args):
+        raise SurgeryError("no")
+
+    monkeypatch.setattr("deeparc_hf.pruning.verify.Expectation.check", fails)
+    with pytest.raises(SurgeryError, match="no"):
+        remove_blocks(model, {LAYERS: [2]})
+    after = [list(heads.container) for heads in find_stacks(model)[LAYERS].heads]
+    assert after == before and all(len(heads) == 5 for heads in after)
+
+
+def test_one_head_more_proposes_the_first_boxes_and_stays():
+    """Two-stage Deformable DETR has one for what its encoder sees."""
+    model = deformable(two_stage=True, with_box_refine=True, two_stage_num_proposals=6)
+    (stack,) = [stack for name, stack in find_stacks(model).items() if name == LAYERS]
+    assert {heads.path: (len(heads.container), heads.adds) for heads in stack.heads} == {
+        "class_embed": (6, False),
+        "bbox_embed": (6, True),
+        "model.decoder.class_embed": (6, False),
+        "model.decoder.bbox_embed": (6, True),
+    }
+    last = model.model.decoder.class_embed[5]
+    remove_blocks(model, {LAYERS: [1, 4]}, stock_only=True)
+    assert len(model.class_embed) == len(model.model.decoder.bbox_embed) == 4
+    assert model.model.decoder.class_embed[3] is last and model.config.decoder_layers == 3
+
+
+def test_boxes_that_each_head_tells_by_itself_are_those_of_the_layer_before():
+    """Deformable DETR without refinement: nothing is added up."""
+    model = deformable()
+    assert not any(heads.adds for heads in find_stacks(model)[LAYERS].heads)
+    with torch.no_grad():
+        hidden, reference = [], []
+        handles = [
+            layer.register_forward_hook(lambda _, __, out: hidden.append(out[0] if isinstance(out, tuple) else out))
+            for layer in model.model.decoder.layers
+        ]
+        reference = model(pixel_values=images()).init_reference_points
+        for handle in handles:
+            handle.remove()
+        boxes = model.bbox_embed[3](hidden[3])
+        boxes[..., :2] += reference[..., :2].clamp(1e-5, 1 - 1e-5).logit()
+        expected = model.class_embed[3](hidden[3]), boxes.sigmoid()
+    remove_blocks(model, {LAYERS: [4]}, stock_only=True)
+    assert same(said(model), expected)
+
+
+def test_a_model_without_heads_is_counted_as_any_other():
+    model = rt_detr("RTDetrModel")
+    stack = find_stacks(model)["decoder.layers"]
+    assert not stack.heads and not stack.entries  # encode_proj_layers is the encoder's
+    remove_blocks(model, {"decoder.layers": [2]}, stock_only=True)
+    assert model.config.decoder_layers == 4
+
+
+def test_adapters_stay_on_the_layers_that_are_left():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        target_modules=r".*decoder\.(layers|bbox_embed)\..*(fc1|layers\.0)", init_lora_weights=False
+    )
+    model = peft.get_peft_model(rt_detr(), config).eval()
+    whole = copy.deepcopy(model)
+    remove_blocks(model, {LAYERS: [1, 2]}, stock_only=True)
+    assert same(said(model), by_hand(whole.base_model.model, [0, 3, 4]))
+    copied = peft.get_peft_model(rt_detr(), peft.LoraConfig(target_modules=["fc1"], modules_to_save=["class_embed.1"]))
+    with pytest.raises(UnsupportedModelError, match="or of their heads"):
+        remove_blocks(copied, {LAYERS: [1]})
+
+
+def test_a_list_of_another_length_is_no_list_of_heads():
+    """Its entries would be taken for those of other layers."""
+    model = rt_detr()
+    model.model.decoder.class_embed = nn.ModuleList(list(model.model.decoder.class_embed)[:3])
+    with pytest.raises(DeepArcError):
+        remove_blocks(model, {LAYERS: [1]}, stock_only=True)
