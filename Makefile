@@ -19,6 +19,8 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
 	$$name -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$name && break; done)
 
+PART ?= 1/1
+
 # nothing here needs the Hub, and a run must not depend on what a machine has cached
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -26,7 +28,7 @@ export TOKENIZERS_PARALLELISM := false
 # threads that spin while they wait cost many times the work where other processes share the cores
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow lint bench docs dist clean
+.PHONY: help demo test test-slow test-census lint bench docs dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -37,8 +39,11 @@ demo: $(INSTALLED)  ## fine-tune, prune, retrain and reload a real model; result
 test: lint  ## lint, types, and all tests that are not marked slow
 	$(BIN)/pytest -n 2 -m "not slow"
 
-test-slow: $(INSTALLED)  ## the tests that are marked slow
-	$(BIN)/pytest -m slow
+test-slow: $(INSTALLED)  ## the tests that are marked slow, but the census
+	$(BIN)/pytest -m slow --ignore=tests/census
+
+test-census: $(INSTALLED)  ## every type of transformers and every family of timm (two hours); PART=1/4 for a part of it
+	CENSUS_PART=$(PART) $(BIN)/pytest -n 2 -m slow tests/census
 
 lint: $(INSTALLED)  ## style, formatting, import rules and types
 	$(BIN)/ruff check .

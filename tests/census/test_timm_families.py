@@ -13,6 +13,7 @@ import timm
 from packaging.version import Version
 
 from . import table, timm_table
+from .parts import of_this_part
 from .timm_families import families, try_bare, try_family, try_wrapped
 from .trial import BAD
 
@@ -76,7 +77,7 @@ def test_a_family_loses_a_middle_block_as_the_table_says(family, loaders):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", of_this_part(families()))
 def test_each_family_is_what_the_table_says(family, loaders):
     row = try_family(family, loaders)
     for kind in ("bare", "wrapped"):

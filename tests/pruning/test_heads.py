@@ -240,3 +240,22 @@ def test_a_list_of_another_length_is_no_list_of_heads():
     model.model.decoder.class_embed = nn.ModuleList(list(model.model.decoder.class_embed)[:3])
     with pytest.raises(DeepArcError):
         remove_blocks(model, {LAYERS: [1]}, stock_only=True)
+
+
+def test_one_head_for_all_layers_is_shared_by_those_that_are_left():
+    """DEIMv2 has one head for boxes, which the list holds once for each layer."""
+    from tests.census import tiny
+    from tests.census.inputs import inputs_for, run
+
+    model = tiny.build("deimv2")
+    heads = {h.path: h for h in find_stacks(model)[LAYERS].heads}
+    assert {h.adds for path, h in heads.items() if path.endswith("bbox_embed")} == {True}
+    inputs = inputs_for(model, lambda given: [])
+    with skipped(find_stacks(model)[LAYERS], 2):
+        expected = run(model, inputs)
+    remove_blocks(model, {LAYERS: [2]}, stock_only=True, example=dict(inputs))
+    found = run(model, inputs)
+    assert torch.allclose(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert len(model.model.decoder.bbox_embed) == len(model.model.decoder.lqe_layers) == 3
+    with pytest.raises(SurgeryError, match="the boxes that the others correct"):
+        remove_blocks(model, {LAYERS: [0]})
