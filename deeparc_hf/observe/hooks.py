@@ -129,10 +129,9 @@ def skipped(stack: Stack, index: int, must_run: bool = True) -> Iterator[Callabl
 def _without_head(heads: Heads, index: int) -> Iterator[None]:
     """Within, the head of a block is one that adds nothing, or the one before it."""
     own = heads.container[index]
-    stand_in = _Nothing(own) if heads.adds else heads.container[max(index - 1, 0)]
     try:
         with uninterrupted():
-            heads.container[index] = stand_in
+            heads.container[index] = _Nothing(own) if heads.adds else _Before(heads.container, index)
         yield
     finally:
         with uninterrupted():
@@ -148,6 +147,19 @@ class _Nothing(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros_like(self._form[0](*args, **kwargs))
+
+
+class _Before(nn.Module):
+    """Puts out what the head before one does, which may stand for another itself; before the first there is none."""
+
+    def __init__(self, container: nn.ModuleList, index: int) -> None:
+        super().__init__()
+        self._heads, self._index = (container, container[index]), index  # not as parts of it
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        container, own = self._heads
+        head = container[self._index - 1] if self._index else own
+        return head(*args, **kwargs)
 
 
 @contextmanager
