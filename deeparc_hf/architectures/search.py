@@ -152,7 +152,7 @@ class Search:
         """
         attempt = _Attempt(self, name, length)
         for count in self._candidates(name, length) if keys is None else keys:
-            entries = [entry for entry in entries_of(self.settings, count, length) if not _of_other_side(entry, name)]
+            entries = self._entries(name, length, count) if keys is not None or not count.fixed else []
             for following in _choices(entries, count):
                 verdict = attempt.judge(count, following)
                 if verdict == "other":
@@ -163,6 +163,10 @@ class Search:
                 if verdict == "counts":
                     return Counted(reason=CHAIN)
         return Counted(reason=attempt.near)
+
+    def _entries(self, name: str, length: int, count: CountKey) -> list[BlockEntry]:
+        """Entries that may name these blocks."""
+        return [entry for entry in entries_of(self.settings, count, length) if not _of_other_side(entry, name)]
 
     def _candidates(self, name: str, length: int) -> list[CountKey]:
         """Entries that may count these blocks, the likely ones first."""
@@ -342,7 +346,8 @@ def _count_candidates(settings: dict[str, Any], length: int) -> list[CountKey]:
 
 def _with_others(settings: Mapping[str, Any], length: int) -> list[CountKey]:
     """Entries for the stages of a network that may count blocks, or pairs of them, beside one or two that lead out of
-    the stage or into it (LeViT's subsampling, and the feed-forward network after it).
+    the stage or into it (LeViT's subsampling, and the feed-forward network after it). No other entry follows them:
+    lists with a value per stage would have stages taken for blocks (HGNetV2).
     """
     ways = [(fixed, each) for fixed in (1, 2) for each in (1, 2) if length > fixed and (length - fixed) % each == 0]
     return [

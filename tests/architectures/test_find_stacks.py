@@ -364,6 +364,24 @@ def test_a_number_that_counts_pairs_beside_others():
     assert model.config.depths == [2, 1, 4] and len(find_stacks(model)[name]) == 4
 
 
+def test_stages_that_other_entries_tell_are_no_blocks():
+    """HGNetV2: with its lists of values a build loses a stage, whatever the first of its depths is."""
+    config = tf.HGNetV2Config(
+        embedding_size=16,
+        stem_channels=[3, 8, 8],
+        hidden_sizes=[16, 16, 16, 16],
+        depths=[3, 1, 1, 1],
+        stage_in_channels=[8, 16, 16, 16],
+        stage_mid_channels=[8, 8, 8, 8],
+        stage_out_channels=[16, 16, 16, 16],
+        stage_num_blocks=[1, 1, 3, 1],
+        stage_numb_of_layers=[2, 2, 2, 2],
+    )
+    stacks = find_stacks(tf.HGNetV2ForImageClassification(config))
+    assert "hgnet_v2.encoder.stages" not in stacks and "encoder.stages" not in stacks
+    assert any(name.endswith("encoder.stages.2.blocks") for name in stacks)
+
+
 def test_kinds_in_turn_go_by_whole_turns():
     """Jamba: every fourth layer attends, every second has experts."""
     config = tf.JambaConfig(
