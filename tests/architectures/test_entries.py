@@ -19,9 +19,9 @@ from deeparc_hf import find_stacks, load_pruned, remove_blocks
 from deeparc_hf.architectures import Layout, describe
 from deeparc_hf.checkpoint.record import current_record
 from deeparc_hf.core.transaction import Transaction
-from deeparc_hf.errors import DeepArcWarning, SurgeryError
+from deeparc_hf.errors import DeepArcWarning, SurgeryError, UnsupportedModelError
 from deeparc_hf.pruning.surgery import follow_record
-from tests.zoo import CAUSAL, IMAGE, SEQ2SEQ, TEXT, spread
+from tests.zoo import CAUSAL, SEQ2SEQ, TEXT, spread
 
 needs_gemma4 = pytest.mark.skipif(
     not hasattr(tf, "Gemma4TextConfig"), reason="this transformers has no settings by layer index"
@@ -276,20 +276,20 @@ def test_lists_of_sizes_of_a_chain_make_no_stack_of_its_layers():
 
 
 def test_a_refusal_names_what_else_changes_with_the_count():
-    """YOLOS adds position embeddings between its layers: one set less than there are layers, of which none belongs to
-    any.
-    """
-    config = tf.YolosConfig(
-        **{**IMAGE, "image_size": [32, 32]}, num_detection_tokens=4, use_mid_position_embeddings=True
-    )
+    """A tensor with a part between each two layers, of which no family knows what it does; UnivNet's parts in parts."""
+
+    class Between(tf.BertModel):
+        def __init__(self, config: tf.BertConfig) -> None:
+            super().__init__(config)
+            self.between = nn.Parameter(torch.zeros(config.num_hidden_layers - 1, 2))
+
     with torch.device("meta"):
-        model = tf.YolosForObjectDetection(config)
-    (stack,) = find_stacks(model).values()
-    assert stack.count is None
-    with pytest.raises(
-        SurgeryError, match=r"num_hidden_layers counts them, but vit\.encoder\.interpolation\.mid_position"
-    ):
-        remove_blocks(model, {stack.name: [2]}, verify=False, stock_only=True)
+        unknown, univnet = Between(tf.BertConfig(**TEXT)), tf.UnivNetModel(tf.UnivNetConfig())
+    with pytest.raises(UnsupportedModelError, match="num_hidden_layers counts them, but between changes with it"):
+        find_stacks(unknown)
+    assert find_stacks(univnet)["resblocks"].count is None
+    with pytest.raises(SurgeryError, match=r"kernel_predictor_num_blocks counts them, but resblocks\.0\."):
+        remove_blocks(univnet, {"resblocks": [1]}, verify=False, stock_only=True)
 
 
 def test_windows_that_only_a_forward_pass_shows_need_an_example_that_shows_them():

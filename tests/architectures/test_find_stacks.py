@@ -73,7 +73,24 @@ DROPPED = {
     "mobilenet_v2": lambda: tf.MobileNetV2Model(tf.MobileNetV2Config()),
     "deeparc_pruned": dropped,
 }
-OTHERS = {"esm": lambda: tf.EsmModel(tf.EsmConfig(**TEXT, pad_token_id=0))}
+OTHERS = {
+    "detr": lambda: tf.GroundingDinoForObjectDetection(
+        tf.GroundingDinoConfig(
+            backbone_config=tf.SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 1], out_indices=[2]),
+            text_config=tf.BertConfig(**TEXT),
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=3,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            num_feature_levels=2,
+        )
+    ),
+    "esm": lambda: tf.EsmModel(tf.EsmConfig(**TEXT, pad_token_id=0)),
+    "yolos": lambda: tf.YolosModel(
+        tf.YolosConfig(**{**IMAGE, "image_size": [32, 32]}, num_detection_tokens=4, use_mid_position_embeddings=True)
+    ),
+}
 HEADLESS: dict[str, tuple[type, Any, list[str]]] = {
     "bert": (tf.BertModel, tf.BertConfig(**TEXT), ["encoder.layer"]),
     "llama": (tf.LlamaModel, tf.LlamaConfig(**CAUSAL), ["layers"]),

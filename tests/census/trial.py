@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from deeparc_hf import MPruneConfig, PruningPlan, apply_plan, find_stacks, remove_blocks, save_pruned
 from deeparc_hf.architectures import Layout, Stack, describe
+from deeparc_hf.architectures.base import Heads
 from deeparc_hf.errors import DeepArcError
 from deeparc_hf.pruned_type.config import PrunedSettings
 from deeparc_hf.pruned_type.models import auto_class_for
@@ -181,7 +182,7 @@ def try_model(
         asked = asked if name in some(stacks) else {}
         row.stacks[name] = entry = {"blocks": len(stack), "pinned": len(stack.pinned), "removals": {}}
         for what, blocks in asked.items():
-            pruned, result = _try(model, name, blocks, len(stack), inputs, loaders)
+            pruned, result = _try(model, stack, blocks, inputs, loaders)
             entry["removals"][what] = result
             if further and only is None and result[0] in GOOD and "uses" not in entry:
                 entry["uses"] = uses(pruned, model, inputs, lambda changed: _reload_problem(changed, inputs, loaders))
@@ -237,22 +238,22 @@ def _stock_state(model: nn.Module, inputs: Mapping[str, Any], loaders: Loaders) 
 
 
 def _try(
-    model: nn.Module, name: str, blocks: Sequence[int], length: int, inputs: Mapping[str, Any], loaders: Loaders
+    model: nn.Module, stack: Stack, blocks: Sequence[int], inputs: Mapping[str, Any], loaders: Loaders
 ) -> tuple[nn.Module, tuple[str, str]]:
     """The pruned model, and what became of it."""
     pruned = copy.deepcopy(model)
-    return pruned, _outcome(pruned, model, name, blocks, length, inputs, loaders)
+    return pruned, _outcome(pruned, model, stack, blocks, inputs, loaders)
 
 
 def _outcome(
     pruned: nn.Module,
     model: nn.Module,
-    name: str,
+    stack: Stack,
     blocks: Sequence[int],
-    length: int,
     inputs: Mapping[str, Any],
     loaders: Loaders,
 ) -> tuple[str, str]:
+    name, length, heads = stack.name, len(stack), stack.heads
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -261,7 +262,7 @@ def _outcome(
         return "refused", _short(error)
     except Exception as error:
         return "crash", f"{type(error).__name__}: {_short(error)}"
-    with bypassed(copy.deepcopy(model), name, blocks) as (skipping, ran):
+    with bypassed(copy.deepcopy(model), name, blocks, heads) as (skipping, ran):
         expected = flattened(run(skipping, inputs))
     if not ran:
         return "unproven", "the inputs do not reach the blocks"
@@ -288,15 +289,17 @@ def _reload_problem(model: nn.Module, inputs: Mapping[str, Any], loaders: Loader
 
 
 @contextmanager
-def bypassed(model: nn.Module, name: str, blocks: Sequence[int]) -> Iterator[tuple[nn.Module, set[int]]]:
+def bypassed(
+    model: nn.Module, name: str, blocks: Sequence[int], lists_of_heads: Sequence[Heads] = ()
+) -> Iterator[tuple[nn.Module, set[int]]]:
     """Within, blocks hand on what they are given: each tensor that they put out is replaced by the one of its form that
     they were given. Of their heads those that add something add nothing, and the others are those of the block before.
     """
     ran: set[int] = set()
-    for heads in find_stacks(model)[name].heads:
+    for told in lists_of_heads:
+        heads = cast(nn.ModuleList, model.get_submodule(told.path))
         for index in blocks:
-            own = heads.container[index]
-            heads.container[index] = Zeros(own) if heads.adds else heads.container[max(index - 1, 0)]
+            heads[index] = Zeros(heads[index]) if told.adds else heads[max(index - 1, 0)]
     for index in blocks:
         first, last = _ends(model, name, index)
         ran_into: dict[str, Any] = {}
