@@ -130,15 +130,22 @@ class Loaders:
         return cls(StockProcess().__enter__(), StockProcess(package=True).__enter__())
 
 
-def try_type(kind: str, loaders: Loaders, only: Sequence[str] | None = None) -> Row:
-    """Try all removals on one type, and what is done with its pruned models; or only some (of `removals`)."""
+def try_type(
+    kind: str,
+    loaders: Loaders,
+    only: Sequence[str] | None = None,
+    some: Callable[[Mapping[str, Stack]], Sequence[str]] = list,
+) -> Row:
+    """Try all removals on one type, and what is done with its pruned models; or only some (of `removals`), of some of
+    its stacks.
+    """
     row = Row(kind)
     try:
         model = tiny.build(kind)
     except tiny.NotBuiltError as error:
         row.state, row.reason = "not built", _short(error)
         return row
-    return try_model(row, model, lambda reach: inputs_for(model, reach), loaders, only)
+    return try_model(row, model, lambda reach: inputs_for(model, reach), loaders, only, some)
 
 
 def try_model(
