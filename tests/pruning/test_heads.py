@@ -5,6 +5,7 @@ without these.
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import ExitStack
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import transformers as tf
 from torch import nn
 
-from deeparc_hf import find_stacks, load_pruned, prune_checkpoint, remove_blocks, save_pruned
+from deeparc_hf import MPruneCallback, find_stacks, load_pruned, prune_checkpoint, remove_blocks, save_pruned
 from deeparc_hf.errors import DeepArcError, SurgeryError, UnsupportedModelError
 from deeparc_hf.observe.hooks import skipped
 from tests.stock import StockProcess
@@ -155,6 +156,52 @@ def test_an_optimizer_lets_go_of_the_heads():
     remove_blocks(model, {LAYERS: [1]}, optimizer=optimizer)
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert known == {id(p) for p in model.parameters()}
+
+
+def test_a_training_with_boxes_for_labels_prunes_and_resumes(tmp_path):
+    """With labels a detector puts out losses of each layer, which are as many as there are layers."""
+    shown = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "pixel_values": torch.randn(3, 64, 64, generator=shown),
+            "labels": {"class_labels": torch.tensor([i % 3]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.1 + i / 20]])},
+        }
+        for i in range(8)
+    ]
+
+    def together(rows):
+        return {
+            "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+            "labels": [row["labels"] for row in rows],
+        }
+
+    def run(**resume):
+        model = rt_detr(auxiliary_loss=True)
+        arguments = tf.TrainingArguments(
+            tmp_path,
+            num_train_epochs=2,
+            per_device_train_batch_size=4,
+            save_strategy="epoch",
+            remove_unused_columns=False,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        callback = MPruneCallback(
+            num_blocks={LAYERS: 3}, start_epoch=1, retrain_epochs=1, calibration_samples=8, freeze="partial"
+        )
+        trainer = tf.Trainer(model, arguments, train_dataset=rows, data_collator=together, callbacks=[callback])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Blocks were compared on only")
+            trainer.train(**resume)
+        assert model.config.decoder_layers == len(model.model.decoder.bbox_embed) == 3
+        return model
+
+    whole = run()
+    loaded = tf.AutoModelForObjectDetection.from_pretrained(tmp_path / "checkpoint-4").eval()
+    assert all(map(torch.equal, said(loaded), said(whole.eval())))
+    again = run(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
 def test_heads_are_back_after_a_look_and_after_a_refusal(monkeypatch):
