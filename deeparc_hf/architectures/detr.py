@@ -48,7 +48,7 @@ def _with_heads(stack: Stack, root: nn.Module, settings: dict[str, Any]) -> Stac
     corrects = any(isinstance(getattr(decoder, boxes, None), nn.ModuleList) for boxes in _BOXES)
     for path, heads in _lists(root):
         if len(heads) in (length, length + 1):  # one more proposes boxes before the first layer
-            found.append(Heads(path, heads, adds=corrects and path.endswith(_BOXES)))
+            found.append(Heads(path, heads, adds=corrects and _name(path) in _BOXES))
     pinned = dict(stack.pinned)
     if hasattr(decoder, "pre_bbox_head"):  # D-FINE
         pinned[0] = "the boxes that the others correct are made of its output"
@@ -58,5 +58,9 @@ def _with_heads(stack: Stack, root: nn.Module, settings: dict[str, Any]) -> Stac
 def _lists(root: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """Lists of heads; one that is known by two names under each of them."""
     for path, module in root.named_modules(remove_duplicate=False):
-        if path.endswith((*_BOXES, *_OTHERS)) and isinstance(module, nn.ModuleList) and len(module) > 1:
+        if _name(path) in (*_BOXES, *_OTHERS) and isinstance(module, nn.ModuleList) and len(module) > 1:
             yield path, module
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
