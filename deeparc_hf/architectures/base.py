@@ -18,7 +18,7 @@ from ..core.tables import html_table, spans
 from ..errors import SurgeryError, UnsupportedModelError
 from .hosts import Host
 from .joined import JoinedBlock
-from .per_block import PerBlockTensor
+from .per_block import AddedBetween, PerBlockTensor
 
 __all__ = [
     "BlockEntry",
@@ -217,6 +217,12 @@ class Stack:
         names = [path.rpartition(".")[2] for path in lists_of(self.name)]
         parts = zip(*(container.children() for container in self.containers), strict=True)
         return [JoinedBlock(dict(zip(names, block, strict=True))) for block in parts]
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether blocks can be dropped from a whole model (`pruned_type`): nothing outside goes by their places."""
+        between = any(isinstance(tensor, AddedBetween) for tensor in self.per_block)
+        return not (self.beside or self.heads or between)
 
     def __len__(self) -> int:
         return len(self.container)

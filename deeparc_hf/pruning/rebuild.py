@@ -67,9 +67,7 @@ def skeletons(subject: Subject, layout: Layout, memory: Memory | None = None, *,
     if builds is not None:
         return builds
     by_place = _kinds_by_place(subject, layout, before)
-    # the layout of a model of the type deeparc_pruned has one list for each stack
-    gone = [subject.stacks[stack] for stack in layout.removed]
-    can_drop = host.can_drop and not any(stack.beside or stack.heads for stack in gone)
+    can_drop = host.can_drop and all(subject.stacks[stack].can_drop for stack in layout.removed)
     if not stock_only and can_drop and by_place:
         problem += f"; nor can the blocks be dropped: {by_place}"
     elif not stock_only and can_drop:

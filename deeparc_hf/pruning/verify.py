@@ -30,7 +30,8 @@ __all__ = ["Expectation", "expect", "generation_error"]
 # "hidden_states" and "attentions" of any part, XLNet's mems, RWKV's state, caches, the routers of experts, what a
 # detector says after each layer, losses (a detector's are of each layer); not "last_hidden_state"
 _PER_BLOCK = re.compile(
-    r"hidden_states$|attentions$|^mems$|^state$|past_|cache|^router_(logits|probs)$|^intermediate_|^auxiliary_|loss"
+    r"hidden_states$|attentions$|^mems$|^state$|past_|cache|^router_(logits|probs)$|^auxiliary_outputs$|^loss|loss$|"
+    r"^intermediate_(logits|reference_points|predicted_corners)$"
 )
 _WAYS = (
     "Give a batch that shows it: example=batch. Or say verify=False, and answer for it yourself. Nothing was changed."

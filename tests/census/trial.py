@@ -41,7 +41,7 @@ __all__ = ["Loaders", "Row", "removals", "try_model", "try_type"]
 GOOD, BAD = ("stock", "package"), ("wrong", "crash", "unproven", "reload")
 # outputs that have one entry per block, so that they differ in number
 _PER_BLOCK = re.compile(
-    r"(^|\.)(\w*hidden_states|\w*attentions|mems|state|past_key_values|router_\w*|intermediate_\w*|loss)(\.|$)"
+    r"(^|\.)(\w*hidden_states|\w*attentions|mems|state|past_key_values|router_\w*|intermediate_(logits|reference_points|predicted_corners)|loss)(\.|$)"
 )
 
 

@@ -285,6 +285,17 @@ def test_adapters_stay_on_the_layers_that_are_left():
         remove_blocks(copied, {LAYERS: [1]})
 
 
+def test_what_else_is_called_intermediate_is_compared():
+    """SAM-HQ's mask decoder is given the outputs of some layers, which are not those of each layer."""
+    from tests.census import tiny
+    from tests.census.inputs import inputs_for
+
+    model = tiny.build("sam_hq_vision_model")
+    inputs = inputs_for(model, lambda given: [])
+    with pytest.raises(SurgeryError, match="puts out something else"):
+        remove_blocks(model, {"vision_encoder.layers": [2]}, example=dict(inputs))
+
+
 def test_a_list_of_another_length_is_no_list_of_heads():
     """Its entries would be taken for those of other layers."""
     model = rt_detr()
