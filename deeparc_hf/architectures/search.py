@@ -208,8 +208,6 @@ class _Attempt:
             built = self.search.shapes(self._without(count, following, kept))
             if built is None:
                 continue
-            if built == shapes:
-                return "other"
             expected, found = (shapes, built) if length > 1 else (built, shapes)
             layout = Layout({name: max(length, 2)}, {name: kept if length > 1 else (0,)})
             renamed = layout.renamed_keys(expected)

@@ -130,22 +130,15 @@ class Loaders:
         return cls(StockProcess().__enter__(), StockProcess(package=True).__enter__())
 
 
-def try_type(
-    kind: str,
-    loaders: Loaders,
-    only: Sequence[str] | None = None,
-    some: Callable[[Mapping[str, Stack]], Sequence[str]] = list,
-) -> Row:
-    """Try all removals on one type, and what is done with its pruned models; or only some (of `removals`), of some of
-    its stacks.
-    """
+def try_type(kind: str, loaders: Loaders, only: Sequence[str] | None = None) -> Row:
+    """Try all removals on one type, and what is done with its pruned models; or only some (of `removals`)."""
     row = Row(kind)
     try:
         model = tiny.build(kind)
     except tiny.NotBuiltError as error:
         row.state, row.reason = "not built", _short(error)
         return row
-    return try_model(row, model, lambda reach: inputs_for(model, reach), loaders, only, some)
+    return try_model(row, model, lambda reach: inputs_for(model, reach), loaders, only)
 
 
 def try_model(

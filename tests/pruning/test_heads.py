@@ -104,7 +104,7 @@ def same(one, other):
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("gone", [[0, 3], pytest.param([1, 4], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gone", [[0, 3], [1, 4]])
 def test_what_is_left_is_the_decoder_without_these_layers(gone, tmp_path):
     model = rt_detr()
     kept = [index for index in range(5) if index not in gone]
@@ -304,7 +304,6 @@ def test_a_list_of_another_length_is_no_list_of_heads():
         remove_blocks(model, {LAYERS: [1]}, stock_only=True)
 
 
-@pytest.mark.slow
 def test_one_head_for_all_layers_is_shared_by_those_that_are_left():
     """DEIMv2 may have one head for boxes, which its list holds once for each layer."""
     from tests.census import tiny
