@@ -12,26 +12,28 @@ teacher's last removed block does, as the squared distance of a position relativ
 
 from __future__ import annotations
 
-import copy
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..architectures import describe
+from ..core.copies import FUSED, independent_copy
 from ..core.local_hooks import LocalHook
 from ..errors import ConfigError, SurgeryError
 from ..healing.sites import Site
 from ..observe.axes import Axes, find_axes
 from ..observe.batches import without_labels
 from ..observe.hooks import hidden_states, hooked
-from ..observe.outputs import heads_of, is_logits, label_mask
+from ..observe.outputs import IGNORED, heads_of, is_logits, label_mask
 from ..similarity.divergence import divergence
 from .config import DistillConfig
+from .fused import FusedHead, FusedOutput
 
 __all__ = ["Distillation", "make_teacher"]
 
@@ -45,7 +47,7 @@ def make_teacher(model: nn.Module, dtype: str | None = None) -> nn.Module:
         SurgeryError: if the model cannot be copied.
     """
     try:
-        teacher = copy.deepcopy(model)
+        teacher = independent_copy(model)
     except Exception as error:
         raise SurgeryError(
             f"{type(model).__name__} cannot be copied, and its copy was to teach ({type(error).__name__}: {error}). "
@@ -64,13 +66,21 @@ class Distillation:
         teacher: from `make_teacher`.
         sites: where blocks are missing that the teacher has, as the teacher numbers them, each with the student's index
             of the kept block.
+        fused_head: whether the trainer may ask for log-probabilities instead of logits, and its loss is their negative
+            mean (TRL's SFTTrainer).
 
     Attributes:
         reached: whether a gradient of the term arrived since this was last set to False.
     """
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module, config: DistillConfig, sites: Sequence[tuple[Site, int]]
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        config: DistillConfig,
+        sites: Sequence[tuple[Site, int]],
+        *,
+        fused_head: bool = False,
     ) -> None:
         self.reached = False
         self._model = weakref.ref(model)
@@ -84,13 +94,18 @@ class Distillation:
         self._axes: Mapping[str, Axes | str] = {}
         self._follows_items: bool | None = None  # whether the model's loss is divided by num_items_in_batch
         self._checked = False
+        self._may_fuse, self._fused = fused_head, None
+        self._precision: Callable[[], AbstractContextManager[Any]] = nullcontext  # that the student's blocks ran in
         own = describe(model).stacks
         blocks = [own[site.stack].blocks[kept] for site, kept in self._sites]
         self._trains = [any(parameter.requires_grad for parameter in block.parameters()) for block in blocks]
         handles = [
-            model.register_forward_pre_hook(self._hook(Distillation._before)),
+            model.register_forward_pre_hook(self._hook(Distillation._before), with_kwargs=True),
             model.register_forward_hook(self._hook(torch.compiler.disable(Distillation._after)), with_kwargs=True),
         ]
+        if fused_head:  # the teacher's forward is then the class's, without what accelerate has put around the model's
+            first = next(iter(own.values())).blocks[0]
+            handles.append(first.register_forward_pre_hook(self._hook(Distillation._note_precision)))
         taught_by = [self._stacks[site.stack].blocks[site.removed[-1]] for site, _ in self._sites]
         for who, watched in (("student", blocks), ("teacher", taught_by)):
             for number, block in enumerate(watched):
@@ -116,11 +131,19 @@ class Distillation:
 
         return LocalHook(hook)
 
-    def _before(self, module: nn.Module, args: Any) -> None:
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if module is not self._model():
-            return
-        self._seen = {}
+            return None
+        self._seen, self._fused = {}, None
         self._listening = bool(self._sites) and module.training
+        if self._may_fuse and module.training and torch.is_grad_enabled() and kwargs.get(FUSED):
+            self._fused = FusedHead(kwargs)
+        return args, kwargs
+
+    def _note_precision(self, module: nn.Module, args: Any) -> None:
+        device = next(module.parameters()).device.type
+        on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self._precision = partial(torch.autocast, device, dtype=dtype, enabled=on)
 
     def _take(self, who: str, number: int, module: nn.Module, args: Any, output: Any) -> None:
         if self._listening:
@@ -130,30 +153,57 @@ class Distillation:
         """The output with the teacher's term in its loss; None where there is nothing to add to."""
         if module is not self._model() or not module.training or not torch.is_grad_enabled():
             return None
-        loss = _loss_of(output)
-        if loss is None:
+        fused, loss = self._fused, _loss_of(output)
+        if loss is None and fused is None:
             return None
         if not isinstance(output, Mapping):
             raise ConfigError(
                 f"{type(module).__name__} puts out a tuple, which does not say what is a logit. Set "
                 "model.config.return_dict = True, or leave distill out."
             )
-        if not any(is_logits(name) for name, value in output.items() if value is not None):
+        if kwargs.get(FUSED) or not any(is_logits(name) for name, value in output.items() if value is not None):
             raise ConfigError(
                 f"{type(module).__name__} puts out no logits in this training, so there is nothing to compare with the "
-                "teacher's: its loss is fused with its head (TRL's SFTTrainer, Liger kernels). Train with the stock "
-                "Trainer, without such a kernel, or leave distill out."
+                "teacher's: its loss is fused with its head (Liger kernels, trainers of TRL other than SFTTrainer). "
+                "Train with the stock Trainer or SFTTrainer, without such a kernel, or leave distill out."
             )
         names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-        term = self._term({**dict(zip(names, args, strict=False)), **kwargs}, output)
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        if fused is not None:
+            return self._fused_output(fused, {**inputs, "shift_labels": fused.labels}, output)
+        term = self._term(inputs, output)
+        self._require_reach(term)
+        output["loss"] = ((1 - self._config.alpha) * loss + term).reshape(loss.shape)
+        return output
+
+    def _fused_output(self, fused: FusedHead, inputs: Mapping[str, Any], output: Any) -> FusedOutput:
+        """What a fused head would put out, with the teacher's term at each label."""
+        count = int((fused.labels != IGNORED).sum())
+        more = output["logits"].new_zeros(count, dtype=torch.float32)
+        taught = self._ask(inputs)
+        parts = self._divergences(taught, output, inputs) if self._config.alpha and count else []
+        if parts and (len(parts) > 1 or parts[0].shape != more.shape):
+            raise ConfigError(
+                f"{type(self._host.root).__name__} puts out {len(parts)} heads, or logits that do not stand at its "
+                "labels, and a loss that is fused with the head is of one token at each label. Leave distill out."
+            )
+        for part in parts:
+            more = more + self._config.alpha * part
+        if self._sites and count:
+            more = more + self._config.hidden * self._hidden_distance(inputs)
+        self._listening, self._seen = False, {}
+        if count:
+            self._require_reach(more)
+        return fused.output(output, self._config.alpha, more)
+
+    def _require_reach(self, term: Tensor) -> None:
+        """Have it noted when the term's gradient arrives."""
         if not term.requires_grad:
             raise ConfigError(
                 "Nothing that the hidden states at the sites depend on is trained, and alpha is 0, so the teacher has "
                 "no say. Freeze fewer blocks, or give DistillConfig an alpha above 0."
             )
         term.register_hook(self._arrived)
-        output["loss"] = ((1 - self._config.alpha) * loss + term).reshape(loss.shape)
-        return output
 
     # ---- the term ----
 
@@ -163,17 +213,20 @@ class Distillation:
         self._listening = False
         term = torch.zeros((), device=next(self._teacher.parameters()).device)
         if self._config.alpha:
-            ours, theirs = (heads_of(self._host, given, inputs) for given in (output, taught))
-            heat = self._config.temperature
-            parts = [
-                _mean(divergence(o, t, heat)) * (1.0 if t.kind == "values" else heat**2)
-                for o, t in zip(ours, theirs, strict=True)
-            ]
+            parts = [_mean(part) for part in self._divergences(taught, output, inputs)]
             term = self._config.alpha * torch.stack(parts).mean()
         if self._sites:
             term = term + self._config.hidden * self._hidden_distance(inputs)
         self._seen = {}
         return term * share
+
+    def _divergences(self, taught: Any, output: Any, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """For each head, how far each row is from the teacher's."""
+        heat = self._config.temperature
+        ours, theirs = (heads_of(self._host, given, inputs) for given in (output, taught))
+        return [
+            divergence(o, t, heat) * (1.0 if t.kind == "values" else heat**2) for o, t in zip(ours, theirs, strict=True)
+        ]
 
     def _ask(self, inputs: Mapping[str, Any], **more: Any) -> Any:
         """What the teacher puts out."""
@@ -185,7 +238,7 @@ class Distillation:
         ran: list[bool] = []
         checked = () if self._checked else (next(iter(self._stacks.values())).blocks[0],)
         checks = (block.register_forward_pre_hook(lambda *_: ran.append(True)) for block in checked)
-        with hooked(checks), torch.no_grad():
+        with hooked(checks), torch.no_grad(), self._precision():
             output = self._teacher(**given, **more)
         if checked and not ran:
             raise ConfigError(

@@ -15,7 +15,7 @@ from ..errors import CalibrationError
 from ..similarity.divergence import Head
 from .batches import padding_masks
 
-__all__ = ["heads_of", "is_logits", "label_mask", "shifts_labels"]
+__all__ = ["IGNORED", "heads_of", "is_logits", "label_mask", "shifts_labels"]
 
 IGNORED = -100  # torch's and transformers' label of positions that do not count
 

@@ -9,7 +9,6 @@ depends on what is removed before it alone, and is shared by all models that beg
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections import OrderedDict
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import Host, Subject
+from ..core.copies import independent_copy
 from ..core.distributed import gather, process_count, process_index
 from ..core.offload import holding
 from ..core.shards import moves_together
@@ -182,7 +182,7 @@ class Workbench:
         """A copy of the model as it is now, without blocks; the model itself where none are named."""
         if not removed:
             return self.subject.root
-        smaller = copy.deepcopy(self.subject.root)
+        smaller = independent_copy(self.subject.root)
         remove_blocks(smaller, by_stack(removed), example=self.example)
         return smaller
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from transformers import TrainingArguments
 
 from ..architectures import Layout
 from ..checkpoint.record import PrunedConfig
@@ -35,6 +36,11 @@ class Teaching:
                 "With label_smoothing_factor the Trainer computes the loss outside of the model, where the teacher's "
                 "term cannot be added. Leave it out (the teacher's softened outputs do what it does), or leave distill "
                 "out."
+            )
+        if self._config is not None and getattr(args, "loss_type", "nll") == "dft":
+            raise ConfigError(
+                "loss_type='dft' weighs each token by its probability, where the teacher's term cannot be added. Take "
+                "loss_type='nll', or leave distill out."
             )
         if self._config is not None and args.n_gpu > 1:
             raise ConfigError(
@@ -70,7 +76,8 @@ class Teaching:
         step = removed_since(p.start, p.record)
         if step.removed:
             sites = [(site, step.places({site.stack: [site.kept]})[site.stack][0]) for site in sites_of(step.removed)]
-            self._at_work = Distillation(self._session.model, self._teacher, self._config, sites)
+            fused = _is_sft(self._session.args)
+            self._at_work = Distillation(self._session.model, self._teacher, self._config, sites, fused_head=fused)
 
     def check(self) -> None:
         """Check, before each step of the optimizer, that the teacher's term has reached the weights."""
@@ -94,6 +101,11 @@ class Teaching:
         """Leave the model as it was, and let the teacher go."""
         self.stop()
         self._teacher = None
+
+
+def _is_sft(args: TrainingArguments) -> bool:
+    """Whether a trainer is TRL's SFTTrainer, whose loss is the negative mean of log-probabilities of labels."""
+    return any(cls.__name__ == "SFTConfig" and cls.__module__.startswith("trl.") for cls in type(args).__mro__)
 
 
 def removed_since(start: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Layout:

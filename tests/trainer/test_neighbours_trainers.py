@@ -142,23 +142,12 @@ def test_sft_trainer(tmp_path):
     )
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_trainers_with_a_loss_of_their_own_are_not_taught(tmp_path):
-    """TRL fuses the loss with the head, or takes it from the log-probabilities;
-    sentence-transformers has loss modules.
-    """
-    trl, st = pytest.importorskip("trl"), pytest.importorskip("sentence_transformers")
+    """sentence-transformers has loss modules."""
+    st = pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
-    settings = arguments(tmp_path, trl.SFTConfig, bf16=False, max_length=16, num_train_epochs=1)
-    data = datasets.Dataset.from_dict({"text": texts(1)})
-    callback = pruning(num_blocks=2, distill={"hidden": 0.1})
-    trainer = trl.SFTTrainer(
-        ZOO["llama"].model(), settings, train_dataset=data, processing_class=tokenizer(), callbacks=[callback]
-    )
-    with pytest.raises(ConfigError, match=r"no logits in this training|has not reached the weights"):
-        trainer.train()
     tokenizer().save_pretrained(tmp_path / "bert")
     spread(tf.BertModel(tf.BertConfig(**TEXT))).save_pretrained(tmp_path / "bert")
     model = st.SentenceTransformer(
