@@ -11,15 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import TrainingArguments
 from transformers.utils import ModelOutput
 
 from ..core.copies import FUSED
 from ..observe.outputs import IGNORED
 
-__all__ = ["FusedHead", "FusedOutput"]
-
+__all__ = ["FusedHead", "FusedOutput", "is_sft"]
 
 _TAKEN = ("labels", "shift_labels", "num_items_in_batch")
+
+
+def is_sft(args: TrainingArguments) -> bool:
+    """Whether a trainer is TRL's SFTTrainer, by its arguments: its loss is the negative mean of the labels'
+    log-probabilities.
+    """
+    return any(cls.__name__ == "SFTConfig" and cls.__module__.startswith("trl.") for cls in type(args).__mro__)
 
 
 @dataclass

@@ -29,7 +29,15 @@ from ..reports.run_report import RUN_REPORT
 from ..sparsity.report import SparsityReport
 from .content import RUN_FILE, CardContent
 
-__all__ = ["EVALUATIONS_FILE", "PLAN_FILE", "content_of_folder", "content_of_model", "require_whole", "with_reports"]
+__all__ = [
+    "EVALUATIONS_FILE",
+    "PLAN_FILE",
+    "SPARSITY_FILE",
+    "content_of_folder",
+    "content_of_model",
+    "require_whole",
+    "with_reports",
+]
 
 PLAN_FILE = "pruning_plan.json"
 SPARSITY_FILE = "sparsity_report.json"

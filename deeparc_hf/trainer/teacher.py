@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import TrainingArguments
 
 from ..architectures import Layout
 from ..checkpoint.record import PrunedConfig
+from ..distillation.fused import is_sft
 from ..distillation.loss import Distillation, make_teacher
 from ..errors import ConfigError, SurgeryError
 from ..healing.sites import sites_of
@@ -76,7 +76,7 @@ class Teaching:
         step = removed_since(p.start, p.record)
         if step.removed:
             sites = [(site, step.places({site.stack: [site.kept]})[site.stack][0]) for site in sites_of(step.removed)]
-            fused = _is_sft(self._session.args)
+            fused = is_sft(self._session.args)
             self._at_work = Distillation(self._session.model, self._teacher, self._config, sites, fused_head=fused)
 
     def check(self) -> None:
@@ -101,11 +101,6 @@ class Teaching:
         """Leave the model as it was, and let the teacher go."""
         self.stop()
         self._teacher = None
-
-
-def _is_sft(args: TrainingArguments) -> bool:
-    """Whether a trainer is TRL's SFTTrainer, whose loss is the negative mean of log-probabilities of labels."""
-    return any(cls.__name__ == "SFTConfig" and cls.__module__.startswith("trl.") for cls in type(args).__mro__)
 
 
 def removed_since(start: Mapping[str, Any] | None, now: Mapping[str, Any]) -> Layout:

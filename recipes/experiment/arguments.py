@@ -105,6 +105,15 @@ class PruningArguments:
     heal: str | None = _as_in(MPruneConfig, "heal")
     distill_alpha: float | None = setting(None, "weight of the unpruned model's teaching during the retraining")
     distill_temperature: float = _as_in(DistillConfig, "temperature")
+    measure_removal: bool = setting(
+        False, "a row of the table for each removal, before the retraining, which is then a training of its own"
+    )
+    lora_rank: int | None = setting(
+        None, "retrain LoRA adapters of this rank on the blocks that stay, and merge them; implies measure_removal"
+    )
+    lora_alpha: float | None = setting(None, "their scale; default: twice the rank")
+    lora_dropout: float = setting(0.0, "dropout of their inputs")
+    lora_targets: list[str] = _several("linear maps that get an adapter, by name; default: all but the head")
     metric: str | None = setting(None, "metric of the gate")
     max_drop: float | None = _as_in(MPruneConfig, "max_drop")
     calibration_samples: int = _as_in(MPruneConfig, "calibration_samples")
@@ -122,6 +131,7 @@ class PruningArguments:
 
     def __post_init__(self) -> None:
         self._check_retraining()
+        self._check_stages()
         for iteration in range(max(1, self.iterations)):
             self.pruning(iteration)  # what makes no sense is said before any work is done
         self.grid()
@@ -163,6 +173,30 @@ class PruningArguments:
         if strange:
             raise ConfigError(
                 f"sparsity_retrain names shares of the grid, and {strange} is not in sparsity={self.sparsity}."
+            )
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether removals and retrainings are rows of their own."""
+        return self.retrain_epochs > 0 and (self.measure_removal or self.lora_rank is not None)
+
+    def _check_stages(self) -> None:
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ConfigError(f"lora_rank must be at least 1, found {self.lora_rank}. 8 to 64 are usual.")
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_targets or self.lora_dropout):
+            raise ConfigError("lora_alpha, lora_dropout and lora_targets are of adapters. Give lora_rank.")
+        if self.lora_rank is not None and self.freeze != "none":
+            raise ConfigError(
+                f"lora_rank trains adapters alone, and all else is frozen, found freeze={self.freeze!r} beside it. "
+                "Leave one of them out."
+            )
+        if not self.retrain_epochs and self.lora_rank is not None:
+            raise ConfigError("lora_rank is about the retraining, and retrain_epochs is 0. Leave one of them out.")
+        if self.in_stages and self.max_drop is not None:
+            given = "measure_removal" if self.lora_rank is None else "lora_rank"
+            raise ConfigError(
+                f"max_drop takes prunings back within one training, and with {given} the retraining is a training of "
+                "its own. Leave one of them out."
             )
 
     def _target(self, iteration: int) -> int | dict[str, int] | None:

@@ -27,8 +27,9 @@ from deeparc_hf.core.progress_bars import shows_bars
 from deeparc_hf.errors import ConfigError
 from deeparc_hf.observe.calibration import Calibration, chosen_rows
 from deeparc_hf.pruning.config import MPruneConfig
+from deeparc_hf.pruning.plan import PruningPlan
 from deeparc_hf.publish import create_model_card
-from deeparc_hf.publish.gather import PLAN_FILE
+from deeparc_hf.publish.gather import PLAN_FILE, SPARSITY_FILE
 from deeparc_hf.publish.push import push_to_hub
 from deeparc_hf.reports.plan_report import Measurement, timed_evaluation, write_report
 from deeparc_hf.reports.provenance import TIMES, origin_of, training_settings
@@ -41,6 +42,7 @@ from deeparc_hf.trainer.follow_checkpoint import Structure, record_of
 
 from .arguments import DataArguments, PruningArguments
 from .journal import JOURNAL, Clock, Journal, folder_of, newest_checkpoint
+from .recovery import Taught, adapted, healings_in, merged
 from .results import RESULTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results
 from .splits import Splits
 
@@ -57,6 +59,7 @@ _NO_MATTER = (
     *("local_rank", "ddp_timeout", "do_", "n_gpu"),
 )
 ORIGINAL, SCRATCH, TURNS = "original", "_scratch", 5
+REMOVED = ", removed"  # ends the name of a removal that is a row of its own
 
 
 @dataclass
@@ -103,18 +106,18 @@ class Experiment:
         journal.write()  # before any training: what a checkpoint was trained with must be known to go on from it
         rows = [self._done(ORIGINAL, self._original)]
         for iteration in range(self.pruning.iterations):
-            name = f"iteration {iteration + 1}"
-            row = journal.row(name, partial(self._iteration, iteration, name, rows[-1], rows[0]))
-            if row is None:
+            made = self._steps(iteration, f"iteration {iteration + 1}", rows[-1], rows[0])
+            rows += made
+            if not made:
                 break
-            rows.append(row)
         self.notes += [f"{name}: {why}; the table ends before it." for name, why in journal.ends.items()]
         last = rows[-1]
         if last is not rows[0] and last.name not in journal.speeds:
             journal.speeds[last.name] = self._speed(rows[0], last)
             journal.write()
         speeds = journal.speeds
-        for row in rows[0 if self.pruning.sparsity_original else 1 :]:
+        dense = [row for row in rows if not row.name.endswith(REMOVED)]
+        for row in dense[0 if self.pruning.sparsity_original else 1 :]:
             for config in self.pruning.grid():
                 rows += self._sparse(row, config)
         if self._main and (not journal.complete or self.data.repo_id is not None):
@@ -208,6 +211,17 @@ class Experiment:
         assert row is not None
         return row
 
+    def _steps(self, iteration: int, name: str, before: Row, original: Row) -> list[Row]:
+        """The rows of one iteration; none where nothing could be removed, or everything was taken back."""
+        if not self.pruning.in_stages:
+            row = self._journal.row(name, partial(self._iteration, iteration, name, before, original))
+            return [] if row is None else [row]
+        early = f"{name}{REMOVED}"
+        removed = self._journal.row(early, partial(self._removal, iteration, early, before))
+        if removed is None:
+            return []
+        return [removed, self._done(name, partial(self._recovered, name, before, removed, original))]
+
     def _iteration(self, iteration: int, name: str, before: Row, original: Row) -> Row | None:
         """One pruning and its retraining; None where nothing could be removed, or everything was taken back."""
         if self.pruning.retrain_epochs == 0:
@@ -256,6 +270,45 @@ class Experiment:
             write_report(self._out / folder, plan, measured, healings=healings)
         return row
 
+    def _recovered(self, name: str, before: Row, removed: Row, original: Row) -> Row:
+        """The retraining after a removal, as a training of its own."""
+        taught = []
+        if (teaching := self.pruning.pruning(0).distill) is not None:
+            taught.append(Taught(self.load(self._place(original)), teaching))
+        facts = {"threshold": removed.threshold, "k": removed.k}
+        row = self._retrained(name, self.load(self._place(removed)), *taught, **facts)
+        if self._main:
+            assert removed.folder is not None and row.folder is not None
+            early, folder = self._out / removed.folder, self._out / row.folder
+            plan = PruningPlan.from_json(early / PLAN_FILE)
+            plan.to_json(folder / PLAN_FILE)
+            measured = [_measurement(*each) for each in (("before", before), ("removed", removed), ("retrained", row))]
+            write_report(folder, plan, measured, healings=healings_in(early))
+        return row
+
+    def _retrained(self, name: str, model: nn.Module, *callbacks: TrainerCallback, **facts: Any) -> Row:
+        """A training of a model that is given: of what is not frozen, or of adapters that are merged in the end."""
+        model = adapted(model, self.pruning, self.training.seed)
+        trainer = self._trainer(None, name, self.pruning.retrain_epochs, *callbacks, model=model)
+        record, frozen = record_of(model), 0
+        if self.pruning.freeze != "none" and record is not None:
+            Structure(record, record.frozen).freeze(trainer.model)
+            frozen = sum(map(len, record.frozen.values()))
+        seconds, epochs = self._train(trainer)
+        folder = self._save(trainer) if self.pruning.lora_rank is None else self._save_merged(trainer)
+        if self.pruning.lora_rank is not None:
+            trainer = self._trainer(None, SCRATCH, model=self.load(str(self._out / folder)))
+        return self._row(name, trainer, frozen=frozen, training_seconds=seconds, **epochs, folder=folder, **facts)
+
+    def _save_merged(self, trainer: Trainer) -> str:
+        folder, whole = Path(trainer.args.output_dir), merged(trainer.model)
+        if self._main:
+            whole.save_pretrained(folder)
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(folder)
+        trainer.accelerator.wait_for_everyone()
+        return folder.name
+
     def _nothing(self, name: str, why: str) -> None:
         self._journal.ends[name] = why
 
@@ -275,6 +328,15 @@ class Experiment:
         return self._row(name, trainer, **facts, sparsity=report.measured)
 
     def _sparse_retrained(self, row: Row, config: WandaConfig, name: str) -> Row:
+        if self.pruning.lora_rank is not None:
+            trainer = self._trainer(row, SCRATCH)
+            report = sparsify_model(trainer.model, self._batches(trainer, config), config, progress=False)
+            facts = {"sparsity": report.measured, "threshold": row.threshold, "k": row.k}
+            retrained = self._retrained(name, trainer.model, **facts)
+            if self._main and retrained.folder is not None:
+                text = json.dumps(report.to_dict(), indent=1) + "\n"
+                write_whole(self._out / retrained.folder / SPARSITY_FILE, text)
+            return retrained
         callback = WandaCallback(config, calibration=self.calibration)
         trainer = self._trainer(row, name, self.pruning.retrain_epochs, callback)
         if row.frozen and (record := record_of(trainer.model)) is not None:  # as in the retraining before it
@@ -330,17 +392,25 @@ class Experiment:
     def _main(self) -> bool:
         return self.training.process_index == 0
 
-    def _trainer(self, row: Row | None, name: str, epochs: float = 1, *callbacks: TrainerCallback) -> Trainer:
-        """A Trainer of the model of a row (None: of the model that is given), with a folder of its own."""
+    def _place(self, row: Row | None) -> str:
+        """Where the model of a row lies (None: the model that is given)."""
+        return self.data.model if row is None or row.folder is None else str(self._out / row.folder)
+
+    def _trainer(
+        self, row: Row | None, name: str, epochs: float = 1, *callbacks: TrainerCallback, model: nn.Module | None = None
+    ) -> Trainer:
+        """A Trainer of the model of a row (None: of the one that the experiment begins with), or of another one, with a
+        folder of its own.
+        """
         folder = self._out / folder_of(name)
         evaluates = "epoch" if self.training.eval_strategy == "no" else self.training.eval_strategy
         settings = {"eval_strategy": evaluates, "average_tokens_across_devices": self.average_tokens}
         settings["resume_from_checkpoint"] = None  # each training is told its own
         args = dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, **settings)
-        place = self.data.model if row is None or row.folder is None else str(self._out / row.folder)
         clock = Clock([self._metric] if self.pruning.metric else ["eval_accuracy", "eval_loss"])
         # first of all, so that it measures a model before a gate takes it back
-        return self.trainer(model=self.load(place), args=args, callbacks=[clock, *callbacks])
+        model = self.load(self._place(row)) if model is None else model
+        return self.trainer(model=model, args=args, callbacks=[clock, *callbacks])
 
     def _train(self, trainer: Trainer) -> tuple[float, dict[str, tuple[float, ...]]]:
         """Train; time of the training in s, evaluations left out, and the main metric after each epoch: of the
