@@ -28,10 +28,11 @@ TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3.1",
     "pytest-xdist>=3.6",
-    "peft>=0.18",
     "torchao>=0.18",  # the tests of bitsandbytes, which is large, run where it is installed
 ]
-INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20", "trl>=1.0"]  # what the tests meet the callback in
+CHAT = ["peft>=0.18", "trl>=1.0"]
+HARNESS = ["lm_eval>=0.4.9"]
+INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20"]  # what the tests meet the callback in
 LINT = ["ruff>=0.14", "import-linter>=2.3", "mypy>=1.18"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 RELEASE = ["build>=1.2", "twine>=6"]
@@ -62,9 +63,11 @@ setup(
     ],
     extras_require={
         "all": [*TIMM, *PLOTS, *RECIPES],
+        "chat": CHAT,
         "demo": DEMO,
-        "dev": [*TIMM, *DEMO, *RECIPES, *TEST, *INTEGRATIONS, *LINT],
+        "dev": [*TIMM, *DEMO, *RECIPES, *CHAT, *HARNESS, *TEST, *INTEGRATIONS, *LINT],
         "docs": DOCS,
+        "harness": HARNESS,
         "images": IMAGES,
         "integrations": INTEGRATIONS,
         "plots": PLOTS,

@@ -30,11 +30,16 @@ from functools import partial
 from typing import Any
 
 from deeparc_hf.core.settings import setting
+from experiment.language import EvaluationArguments
 
 
 @dataclass
-class LanguageArguments:
-    """Texts and blocks."""
+class LanguageArguments(EvaluationArguments):
+    """Texts and blocks, and what the models are asked."""
+
+    num_prompts: int = setting(
+        0, "prompts that each model goes on from: of the file, else first halves of the first test blocks"
+    )
 
     text_column: str = setting("text", "column of the texts")
     block_size: int = setting(512, "tokens of a block")
@@ -47,6 +52,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     from deeparc_hf.errors import ConfigError
     from experiment.arguments import begin
+    from experiment.asked import Asked
+    from experiment.chat import answers_section, block_prompts
     from experiment.models import loader
     from experiment.perplexity import PerplexityMeasure, block_losses, collate_blocks, token_blocks
     from experiment.provenance import provenance
@@ -63,6 +70,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision, **source)
     splits = token_blocks(load_splits(data, training.seed), tokenizer, text.text_column, text.block_size)
     measure = PerplexityMeasure(splits.test)
+    prompts = block_prompts(splits.test, tokenizer, text.num_prompts, text.prompts_file)
+    asked = Asked(text, prompts, tokenizer, chat=False, processes=training.world_size)
 
     load_unchecked = loader(AutoModelForCausalLM, data, pruning, gguf_file=text.gguf_file)
 
@@ -87,7 +96,9 @@ def main(argv: list[str] | None = None) -> list[Any]:
         f"A sample is a block of {text.block_size} tokens. Perplexity is exp(mean loss of a token); its "
         "interval is over the blocks."
     )
-    told = {"provenance": made_by, "notes": [samples]}
+    told = {"provenance": made_by, "notes": [samples, *asked.notes], "sections": answers_section}
+    if prompts or text.harness_tasks:
+        told["once"] = asked
     # average_tokens: this loss follows the number of tokens of all processes
     return Experiment(data, pruning, training, load, trainer, splits, measure, average_tokens=True, **told).run()
 

@@ -41,6 +41,7 @@ class CardContent:
         data: what is known of the data, by use ("training", "evaluation").
         training, hardware, versions: settings of the training; what it ran on and with.
         plan: the last plan that was carried out.
+        answers: to some prompts ("prompt"), what the model before said ("before") and what this one says ("generated").
         speed: time of one evaluation over that of the model before: ratio, low, high, blocks, turns.
         reports: names of the files that tell of this model.
         given: what only the publisher can tell.
@@ -69,6 +70,7 @@ class CardContent:
     versions: Mapping[str, str] = field(default_factory=dict)
     plan: PruningPlan | None = None
     speed: Mapping[str, float] = field(default_factory=dict)
+    answers: tuple[Mapping[str, str], ...] = ()
     reports: tuple[str, ...] = ()
     name: str | None = None
     given: Given = field(default_factory=Given)

@@ -45,6 +45,7 @@ REPORT_FILE = "report.json"
 EVALUATIONS_FILE = "evaluations.json"
 _SAME_SHARE = 0.005  # blocks that went after the zeroing change the share a little
 _MOST_EVALUATIONS = 2**20
+_MOST_ANSWERS, _LONGEST_ANSWER, _ANSWER = 4, 600, ("prompt", "before", "generated")
 _SPEED = ("ratio", "low", "high", "blocks", "turns")
 _USES = ("training", "evaluation")
 _PROCESSORS = {
@@ -343,7 +344,14 @@ def _with_evaluations(content: CardContent, entry: Entry, beside: bool) -> CardC
     if not mine:
         return content
     speed = entry.optional("speed", lambda speed: {key: speed[key].number() for key in _SPEED}, {})
-    return _from_files(content, EVALUATIONS_FILE, final=_latest((*content.final, *mine)), speed=speed)
+    answers = entry.optional("answers", _answers_in, ())
+    final = _latest((*content.final, *mine))
+    return _from_files(content, EVALUATIONS_FILE, final=final, speed=speed, answers=answers)
+
+
+def _answers_in(entry: Entry) -> tuple[dict[str, str], ...]:
+    each = entry.items()[:_MOST_ANSWERS]
+    return tuple({key: text[key].shown(_LONGEST_ANSWER) or "" for key in _ANSWER} for text in each)
 
 
 def _with_plan(content: CardContent, entry: Entry) -> CardContent:

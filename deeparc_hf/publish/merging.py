@@ -17,6 +17,8 @@ __all__ = ["bare_metadata", "kept_message", "made_by_us", "marked", "may_replace
 
 _MARK = re.compile(r"\n<!-- deeparc_hf ([0-9a-f]{64}) -->\n*\Z")
 _STOCK_DRAFT = "This model card has been generated automatically according to the information the Trainer had access to"
+_TRL = "It has been trained using [TRL](https://github.com/huggingface/trl)."
+_TRL_PARTS = ["Model Card for", "Quick start", "Training procedure", "Framework versions", "Citations"]
 _TO_FILL_IN = "More information needed"  # in each of the draft's sections; somebody who edits it writes there
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---\s*", re.DOTALL)
 _LONGEST = 100_000
@@ -36,10 +38,17 @@ def made_by_us(text: str) -> bool:
 
 
 def may_replace(file: Path) -> bool:
-    """Whether a README.md is a card as this package wrote it, the Trainer's draft, metadata alone, or not there."""
+    """Whether a README.md is a card as this package wrote it, a trainer's draft, metadata alone, or not there."""
     text = _text_of(file)
     draft = _STOCK_DRAFT in text and text.count(_TO_FILL_IN) >= 3
-    return made_by_us(text) or draft or _only_metadata(text) is not None
+    return made_by_us(text) or draft or _is_draft_of_trl(text) or _only_metadata(text) is not None
+
+
+def _is_draft_of_trl(text: str) -> bool:
+    """Whether a page is what TRL's trainers write beside each checkpoint: its sections, and no others."""
+    titles = re.findall(r"^#+ (.+?)[ \t]*$", text, re.MULTILINE)
+    fitting = len(titles) == len(_TRL_PARTS) and all(map(str.startswith, titles, _TRL_PARTS))
+    return _TRL in text and fitting
 
 
 def bare_metadata(file: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.markdown import code, linked, md, plain, shared
+from ..core.markdown import code, linked, md, plain, shared, table
 from ..pruning.plan import PruningPlan
 from ..reports.attempts import bare
 from .content import CardContent
@@ -171,6 +171,15 @@ def _hardware(content: CardContent) -> str:
     )
     known = [f", {md(number)} {one if number == '1' else many}" for number, one, many in counts if number is not None]
     return f"on {md(_DEVICES.get(device, device))}{name}{''.join(known)}"
+
+
+def answers(content: CardContent) -> str:
+    """What this model says to some prompts, beside what the one before said."""
+    before = "original" if content.against_original else "before"
+    keys = ("prompt", "before", "generated")
+    rows = [[md(each[key], 600) or "(nothing)" for key in keys] for each in content.answers]
+    note = "The likeliest token each time; long texts are cut."
+    return f"{table(['prompt', before, 'this model'], rows, left=(0, 1, 2))}\n\n{note}"
 
 
 def similarity_note(plan: PruningPlan) -> str:

@@ -24,6 +24,7 @@ __all__ = ["provenance", "published_command"]
 
 _PLACES = (
     *("model", "dataset", "train_file", "validation_file", "test_file", "gguf_file", "evaluate_scripts"),
+    *("harness_folder", "prompts_file", "chat_template_path"),
 )  # a Hub id, folder or file
 _NOT_OURS = ("repo_id", "repo_private")
 # of TrainingArguments: what figures depend on
@@ -35,6 +36,9 @@ _TRAINING = {
     *("eval_strategy", "save_strategy"),
     *("label_smoothing_factor", "neftune_noise_alpha"),
     *("bf16", "fp16", "tf32", "torch_compile", "use_cpu"),
+    # of TRL's SFTConfig
+    *("assistant_only_loss", "chat_template_path", "completion_only_loss", "loss_type", "max_length", "packing"),
+    *("packing_strategy", "truncation_mode"),
 }
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]+")
 _HUB_ID = re.compile(r"[\w.\-]+(/[\w.\-]+)?")

@@ -50,6 +50,7 @@ class Measured:
         samples: number of test samples.
         seconds: warm time of one evaluation, the median of several.
         texts: what was generated, beside what it should be; kept in a file of its own.
+        data: of metrics that are of other data than the test data, what is known of these.
     """
 
     metrics: Mapping[str, float]
@@ -57,6 +58,12 @@ class Measured:
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     seconds: float | None = None
     texts: Sequence[Mapping[str, str]] = field(default=(), compare=False, repr=False)
+    data: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def with_more(self, more: Measured) -> Measured:
+        """With what was measured beside it; the number of samples is that of this one."""
+        joined = {name: {**getattr(self, name), **getattr(more, name)} for name in ("metrics", "intervals", "data")}
+        return dataclasses.replace(self, **joined, texts=[*self.texts, *more.texts])
 
     @classmethod
     def of_metrics(cls, metrics: Mapping[str, Any], samples: int) -> Measured:
@@ -208,9 +215,11 @@ def write_results(
     origin: Mapping[str, Any],
     notes: Sequence[str] = (),
     ends: Mapping[str, str] | None = None,
+    sections: Sequence[str] = (),
 ) -> None:
     """Write results.json and results.md, each whole or not at all. Speeds are by name of the row; origin is how it was
-    made (arguments, data); ends are why there are no rows of these names.
+    made (arguments, data); ends are why there are no rows of these names; sections of results.md come before how it
+    was made.
     """
     data: dict[str, Any] = {
         "rows": [row.to_dict() for row in rows],
@@ -234,6 +243,7 @@ def write_results(
     parts += [*against_original(rows), *(f"{name}: {speed}" for name, speed in speeds.items()), *notes]
     made_with = {**data["hardware"], **data["versions"]}
     parts += [
+        *sections,
         "## Made with",
         f"```json\n{json.dumps(origin, indent=1)}\n```",
         "\n".join(f"- {key}: {value}" for key, value in made_with.items()),
@@ -243,7 +253,14 @@ def write_results(
 
 
 def write_evaluations(
-    folder: Path, row: Row, original: Row, data: Mapping[str, Any], speed: Speed | None = None, *, judged: bool = False
+    folder: Path,
+    row: Row,
+    original: Row,
+    data: Mapping[str, Any],
+    speed: Speed | None = None,
+    *,
+    judged: bool = False,
+    answers: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Write a model's figures on the test data beside it, with those of the original, for its card
     (`create_model_card`).
@@ -252,15 +269,28 @@ def write_evaluations(
         data: what is known of the test data (`provenance.origin_of`).
         judged: whether prunings were judged on the same rows.
         speed: its time over that of the original.
+        answers: to the same prompts, of the original ("before") and this model ("generated").
     """
-    entry: dict[str, Any] = {"metrics": _test(row.measured.metrics), "intervals": _test(row.measured.intervals)}
-    if row.name != original.name:
-        entry |= {"before": _test(original.measured.metrics), "before_intervals": _test(original.measured.intervals)}
-        entry["before_blocks"] = sum(original.blocks.values())
-    entry |= {"data": {**data, "rows": row.measured.samples}, "weights": mark_of_files(folder)}
-    entry |= {"stacks": row.blocks, "judged": judged}
-    report = {"evaluations": [entry], "speed": None if speed is None else dataclasses.asdict(speed)}
-    _write_json(folder / EVALUATIONS_FILE, report)
+    apart = row.measured.data
+    own = [name for name in row.measured.metrics if name not in apart]
+    sets = [(own, {**data, "rows": row.measured.samples}, judged)]
+    for facts in [facts for number, facts in enumerate(apart.values()) if facts not in list(apart.values())[:number]]:
+        sets.append(([name for name, known in apart.items() if known == facts], dict(facts), False))
+    mark, entries = mark_of_files(folder), []
+    for names, facts, seen in sets:
+        entry: dict[str, Any] = dict(zip(("metrics", "intervals"), _of(row.measured, names), strict=True))
+        if row.name != original.name:
+            entry |= zip(("before", "before_intervals"), _of(original.measured, names), strict=True)
+            entry["before_blocks"] = sum(original.blocks.values())
+        entries.append({**entry, "data": facts, "weights": mark, "stacks": row.blocks, "judged": seen})
+    report = {"evaluations": entries, "speed": None if speed is None else dataclasses.asdict(speed)}
+    _write_json(folder / EVALUATIONS_FILE, {**report, "answers": list(answers)})
+
+
+def _of(measured: Measured, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Some metrics and their intervals."""
+    parts = (measured.metrics, measured.intervals)
+    return [_test({name: part[name] for name in names if name in part}) for part in parts]
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -80,6 +80,8 @@ class Experiment:
         average_tokens: whether the model's loss follows the number of tokens of all processes. Where it does not, the
             Trainer would multiply it by their number (`average_tokens_across_devices`).
         known: the metrics that an evaluation gives, beside the loss; what the gate judges by must be one of them.
+        once: more about a Trainer's model, measured once and not timed: metrics, those of other data too, and texts.
+        sections: sections of results.md, by the texts of each row that has any.
         finish: called with the rows in the end, in the first process.
     """
 
@@ -95,6 +97,8 @@ class Experiment:
     notes: list[str] = field(default_factory=list)
     average_tokens: bool = False
     known: Collection[str] = ()
+    once: Callable[[Trainer], Measured] | None = None
+    sections: Callable[[Mapping[str, list[dict[str, str]]]], list[str]] = lambda texts: []
     finish: Callable[[list[Row]], None] = lambda rows: None
 
     def run(self) -> list[Row]:
@@ -126,13 +130,16 @@ class Experiment:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
             facts, judged = origin_of(self._test), "same as" in self.splits.sources.get("test", {})
+            texts = self._texts(rows)
             for row in [row for row in rows if row.folder is not None]:
-                write_evaluations(self._out / row.folder, row, rows[0], facts, speeds.get(row.name), judged=judged)
+                told = {"judged": judged, "answers": _beside(texts, rows[0].name, row.name)}
+                write_evaluations(self._out / row.folder, row, rows[0], facts, speeds.get(row.name), **told)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
-            write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, self.notes, journal.ends)
+            known = {"notes": self.notes, "ends": journal.ends, "sections": self.sections(texts)}
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": False}, **known)
             self._publish(last)
             self.finish(rows)
-            write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, self.notes, journal.ends)
+            write_results(self._out, rows, speeds, {**self._facts(), "complete": True}, **known)
             journal.complete = True
             journal.write()
         if self._main:
@@ -441,6 +448,8 @@ class Experiment:
         """The row of a Trainer's model: structure, metrics on the test data, and the warm time of measuring them."""
         work = self._work(trainer)
         measured = work()
+        if self.once is not None:
+            measured = measured.with_more(self.once(trainer))
         if measured.texts and self._main:
             lines = [json.dumps(pair, ensure_ascii=False) for pair in measured.texts]
             (self._out / TEXTS).mkdir(parents=True, exist_ok=True)
@@ -449,6 +458,12 @@ class Experiment:
         measured = dataclasses.replace(measured, seconds=timing.seconds)
         gc.collect()
         return Row(name, **structure_of(trainer.model), measured=measured, **facts)
+
+    def _texts(self, rows: Sequence[Row]) -> dict[str, list[dict[str, str]]]:
+        """What was generated, by row."""
+        files = {row.name: self._out / TEXTS / f"{folder_of(row.name)}.jsonl" for row in rows}
+        kept = {name: file.read_text("utf-8").splitlines() for name, file in files.items() if file.is_file()}
+        return {name: [json.loads(line) for line in lines] for name, lines in kept.items()}
 
     def _work(self, trainer: Trainer) -> Callable[[], Measured]:
         if self.measure is not None:
@@ -514,6 +529,14 @@ def _hashed(value: Any) -> Any:
     if isinstance(value, str) and value and Path(value).exists():
         return hashlib.sha256(str(Path(value).resolve()).encode()).hexdigest()
     return value
+
+
+def _beside(texts: Mapping[str, list[dict[str, str]]], original: str, name: str) -> list[dict[str, str]]:
+    """The answers of a model beside those of the original, of texts that were prompted for."""
+    if name == original or original not in texts or name not in texts:
+        return []
+    pairs = zip(texts[original], texts[name], strict=True)
+    return [{**now, "before": then["generated"]} for then, now in pairs if "prompt" in now]
 
 
 def _only(values: Iterable[float]) -> float | None:

@@ -151,7 +151,9 @@ class SweepFile:
 
 
 def recipe_types(path: Path) -> list[type]:
-    """The dataclasses of a recipe's arguments: its own, and those that all recipes share."""
+    """The dataclasses of a recipe's arguments: its own, and those that all recipes share; the last is the Trainer's,
+    which a recipe names by a function `training_type` where it is of another library.
+    """
     name = f"_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -160,7 +162,8 @@ def recipe_types(path: Path) -> list[type]:
     sys.modules[name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     own = [each for each in vars(module).values() if isinstance(each, type) and each.__module__ == name]
-    return [DataArguments, *filter(dataclasses.is_dataclass, own), PruningArguments, Seq2SeqTrainingArguments]
+    training = getattr(module, "training_type", lambda: Seq2SeqTrainingArguments)()
+    return [DataArguments, *filter(dataclasses.is_dataclass, own), PruningArguments, training]
 
 
 def _cells(grid: Mapping[str, Any], path: Path) -> list[Cell]:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
+import yaml
 
 from deeparc_hf.errors import ConfigError
 from experiment.models import load_model
@@ -177,6 +178,40 @@ def test_healing_alone_changes_the_kept_neighbour_and_is_reported(data, tmp_path
     assert plain.measured.metrics != healed.measured.metrics
     report = json.loads((tmp_path / "lstsq" / healed.folder / "report.json").read_text("utf-8"))
     assert [entry["healed"] for entry in report["healing"]] == [True] and len(report["measurements"]) == 2
+
+
+def test_models_are_asked_prompts_and_tasks(data, tmp_path):
+    """First halves of the test blocks, gone on from by each model; a task of the harness from a local file."""
+    pytest.importorskip("lm_eval")
+    rows = [{"text": f"w{number}", "choices": ["w30", "w31"], "answer": number % 2} for number in range(20, 28)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "odd_or_even",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "task.yaml").write_text(yaml.safe_dump(task))
+    asked = {"num_prompts": 2, "max_new_tokens": 3, "harness_tasks": "odd_or_even", "harness_limit": 6}
+    settings = {**asked, "harness_folder": str(tmp_path / "tasks"), "output_dir": str(tmp_path / "out")}
+    found = main(words(**data, **settings, finetune_epochs=0, num_blocks=3, retrain_epochs=0))
+    for row in found:
+        assert 0 <= row.measured.metrics["odd_or_even acc"] <= 1 and row.measured.data["odd_or_even acc"]["rows"] == 6
+    block = blocks_of()[0]
+    line = json.loads((tmp_path / "out" / "texts" / "iteration-1.jsonl").read_text("utf-8").splitlines()[0])
+    tokenizer = tiny_tokenizer()
+    halves = [tokenizer.decode(part, skip_special_tokens=True) for part in (block[: SIZE // 2], block[SIZE // 2 :])]
+    assert [line["prompt"], line["reference"]] == halves
+    model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "iteration-1").eval()
+    ids = tokenizer(halves[0], return_tensors="pt")["input_ids"]
+    made = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert line["generated"] == tokenizer.decode(made, skip_special_tokens=True).strip()
+    assert "## Answers" in (tmp_path / "out" / "results.md").read_text("utf-8")
 
 
 def test_the_same_seed_gives_the_same_table(data, tmp_path):

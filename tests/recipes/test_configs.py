@@ -77,9 +77,10 @@ def parsed(path: Path, *words: str):
     recipe = recipe_of(path)
     if not recipe.exists():
         pytest.skip(f"{recipe.name} is not there")
-    training = Seq2SeqTrainingArguments if recipe.stem == "t5_qg" else TrainingArguments
-    types = [training if each is Seq2SeqTrainingArguments else each for each in recipe_types(recipe)]
-    found = parse(types, ["--config", str(path), "--use_cpu", *words])
+    *types, training = recipe_types(recipe)
+    if training is Seq2SeqTrainingArguments and recipe.stem != "t5_qg":
+        training = TrainingArguments
+    found = parse([*types, training], ["--config", str(path), "--use_cpu", *words])
     by_type = {type(each): each for each in found}
     return by_type[DataArguments], by_type[PruningArguments], by_type[training]
 
