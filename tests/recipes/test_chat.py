@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +17,11 @@ import yaml
 from huggingface_hub import ModelCard
 
 from deeparc_hf.errors import ConfigError
+from experiment.results import read_rows
 from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
 
-from .running import check_files, recipe, without_times, words
+from .running import RECIPES, check_files, recipe, without_times, words
 
 pytest.importorskip("trl")
 # TRL's own defaults are given by a name that transformers has deprecated
@@ -211,6 +215,27 @@ def test_other_data_and_trainings(data, tmp_path, how):
     assert [sum(row.blocks.values()) for row in rows] == [4, 3]
     assert (tmp_path / "iteration-1" / "pruning_report.json").is_file()
     assert rows[1].measured.metrics["loss"] < 6
+
+
+@pytest.mark.slow
+def test_two_processes_measure_every_conversation_once(data, task, tmp_path):
+    """LoRA taught by the whole model, merged once; figures are those of the saved model in one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29733"]
+    recipe_file = str(RECIPES / "chat.py")
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent), "OMP_NUM_THREADS": "1"}
+    shared = {"capture_output": True, "text": True, "env": environment, "timeout": 400}
+    given = asked(data, tmp_path / "two", lora_rank=2, distill_alpha=0.5)
+    done = subprocess.run([*command, recipe_file, *given], check=False, **shared)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_rows(tmp_path / "two")
+    assert [row.name for row in rows] == ["original", "iteration 1, removed", "iteration 1"]
+    for row in rows:
+        folder = data / "llama" if row.folder is None else tmp_path / "two" / row.folder
+        assert row.measured.samples == 20
+        assert row.measured.metrics["loss"] == pytest.approx(reference_loss(folder, list(talks("test", 20))), rel=1e-4)
+    given = asked(data, tmp_path / "asked", **task)
+    done = subprocess.run([*command, recipe_file, *given], check=False, **shared)
+    assert done.returncode != 0 and "harness_tasks are asked by one process, found 2" in done.stderr
 
 
 def test_it_is_resumed(data, task, tmp_path, monkeypatch):
