@@ -19,6 +19,9 @@ from experiment.sweep import Sweep, SweepFile, recipe_types
 
 from .tiny import RECIPES, ROOT
 
+# TRL's own defaults are given by a name that transformers has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
 RESULTS = ROOT.parent / "shared" / "seed" / "RESULTS.md"
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 GRIDS = sorted((RECIPES / "grids").glob("*.yaml"))
