@@ -77,7 +77,8 @@ def parsed(path: Path, *words: str):
     recipe = recipe_of(path)
     if not recipe.exists():
         pytest.skip(f"{recipe.name} is not there")
-    training = Seq2SeqTrainingArguments if recipe.stem == "t5_qg" else TrainingArguments
+    generates = recipe.stem in ("speech_recognition", "t5_qg")
+    training = Seq2SeqTrainingArguments if generates else TrainingArguments
     types = [training if each is Seq2SeqTrainingArguments else each for each in recipe_types(recipe)]
     found = parse(types, ["--config", str(path), "--use_cpu", *words])
     by_type = {type(each): each for each in found}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,9 +19,10 @@ from deeparc_hf.errors import ConfigError
 from experiment.audio import read_sound
 from experiment.results import read_rows
 from experiment.spread import evenly_spread
+from tests.publishing import card_of
 from tests.speech import RATE, make_speech, sound_of
 
-from .running import check_files, recipe, without_times, words
+from .running import RECIPES, check_files, recipe, without_times, words
 
 pytest.importorskip("jiwer")
 pytest.importorskip("soundfile")
@@ -221,3 +225,48 @@ def test_what_makes_no_sense_is_refused(place, settings, message):
     with pytest.raises(ConfigError, match=message):
         run(place, "refused", **settings)
     assert not list((place[0]).glob("refused/*/model.safetensors"))
+
+
+def test_the_last_model_is_published_with_what_the_pipeline_needs(place, hub, publisher):
+    """In a process that reaches the tests' Hub."""
+    folder, data = place
+    given = words(**data, **ONCE, repo_id="owner/hears", license="mit", language="en", output_dir=folder / "published")
+    publisher.run(f"import sys; sys.path.insert(0, {str(RECIPES)!r}); import speech_recognition")
+    publisher.run(f"speech_recognition.main({given!r})")
+    files = hub.files("owner/hears")
+    needed = {"model.safetensors", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json"}
+    assert needed <= set(files)
+    card = card_of(hub, "owner/hears")
+    assert card.data.pipeline_tag == "automatic-speech-recognition" and "wer" in card.data.metrics
+    figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    row = read_rows(folder / "published")[-1]
+    assert figures["wer"] == pytest.approx(row.measured.metrics["wer"])
+    assert 'pipeline("automatic-speech-recognition", "owner/hears")' in card.text
+
+
+@pytest.mark.slow
+def test_killed_in_a_retraining_and_started_again(place, tmp_path):
+    data = place[1]
+    settings = {**SHORT, "finetune_epochs": 0, "iterations": 1, "num_blocks": TARGETS[0], "retrain_epochs": 6}
+    settings |= {"metric": "wer", "save_strategy": "epoch", "save_total_limit": 1}
+
+    def start(output, *more):
+        command = [sys.executable, str(RECIPES / "speech_recognition.py")]
+        environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        given = words(**data, **settings, output_dir=output)
+        return subprocess.Popen([*command, *given, *more], env=environment, start_new_session=True, **pipes)
+
+    undisturbed = start(tmp_path / "undisturbed")
+    said = undisturbed.communicate(timeout=400)[0]
+    assert undisturbed.returncode == 0, said
+    running, end = start(tmp_path / "out"), time.monotonic() + 200
+    while not list((tmp_path / "out").glob("iteration-1/checkpoint-*/clock.json")):
+        assert running.poll() is None and time.monotonic() < end, running.communicate()[0]
+        time.sleep(0.005)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.communicate()
+    again = start(tmp_path / "out", "--resume_from_checkpoint", "true")
+    said = again.communicate(timeout=400)[0]
+    assert again.returncode == 0 and "iteration-1: goes on from checkpoint-" in said, said
+    assert without_times(read_rows(tmp_path / "out")) == without_times(read_rows(tmp_path / "undisturbed"))
