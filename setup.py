@@ -10,9 +10,11 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "deeparc_hf" / "__init__.p
 
 TIMM = ["timm>=1.0.31", "torchvision>=0.21", "pillow>=10"]
 IMAGES = ["pillow>=10"]  # data sets of images
+SPEECH = ["jiwer>=4.0", "soundfile>=0.13", "soxr>=0.5"]
 EVALUATE = ["evaluate>=0.4.6"]
 RECIPES = [
     *IMAGES,
+    *SPEECH,
     *EVALUATE,
     "nltk>=3.9.1",
     "pyyaml>=6.0.2",

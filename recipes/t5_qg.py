@@ -50,10 +50,11 @@ def main(argv: list[str] | None = None) -> list[Any]:
     )
 
     from experiment.arguments import begin
-    from experiment.generation import TITLES, QuestionMeasure, QuestionTrainer, first_answers, scores_of, write_scores
+    from experiment.generation import TITLES, QuestionMeasure, first_answers, scores_of, write_question_scores
     from experiment.metrics import Metrics
     from experiment.models import loader
     from experiment.provenance import provenance
+    from experiment.seq2seq import GeneratingTrainer
     from experiment.sequence import Experiment
     from experiment.splits import load_splits
 
@@ -93,8 +94,8 @@ def main(argv: list[str] | None = None) -> list[Any]:
 
     metrics = Metrics(["bleu", "rouge", "meteor"], data.evaluate_scripts)
 
-    def trainer(model: Any, args: Any, callbacks: list[Any]) -> QuestionTrainer:
-        return QuestionTrainer(
+    def trainer(model: Any, args: Any, callbacks: list[Any]) -> GeneratingTrainer:
+        return GeneratingTrainer(
             model=model,
             args=args,
             train_dataset=splits.train,
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> list[Any]:
         "provenance": made_by,
         "notes": [f"{metrics}"],
         "known": list(TITLES),
-        "finish": lambda rows: write_scores(Path(training.output_dir), rows, measure),
+        "finish": lambda rows: write_question_scores(Path(training.output_dir), rows, measure),
     }
     return Experiment(data, pruning, training, load, trainer, splits, measure, **told).run()
 

@@ -29,7 +29,8 @@ class CardContent:
         mark: of the weights (`weights_mark`); None where they are not there.
         labels: names of the classes of a classifier.
         headless: whether a timm model has no classifier.
-        processor: "tokenizer" or "image processor", where one lies beside the model.
+        processor: "tokenizer", "image processor", or "processor" for both or a tokenizer and a feature extractor,
+            where one lies beside the model.
         dtype: of the weights, as torch names it.
         needs_package: whether only deeparc_hf can load it (the model type "deeparc_pruned").
         parameters: number of parameters, before the first pruning and now.

@@ -50,7 +50,7 @@ _SPEED = ("ratio", "low", "high", "blocks", "turns")
 _USES = ("training", "evaluation")
 _PROCESSORS = {
     "tokenizer": ("tokenizer_config.json", "tokenizer.json"),
-    "image processor": ("preprocessor_config.json", "image_processor_config.json"),
+    "image processor": ("preprocessor_config.json", "image_processor_config.json", "processor_config.json"),
 }
 
 
@@ -62,7 +62,7 @@ def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json. Give the folder that save_pretrained wrote.")
     config = _read(folder / "config.json", Entry.mapping)
-    kinds = (kind for kind, files in _PROCESSORS.items() if any((folder / name).is_file() for name in files))
+    kinds = [kind for kind, files in _PROCESSORS.items() if any((folder / name).is_file() for name in files)]
     timm = "model_type" not in config and "architecture" in config and "pretrained_cfg" in config
     named = config.get("architectures")
     needs_package = config.get("model_type") == MODEL_TYPE
@@ -75,7 +75,7 @@ def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
         architecture=config.get("architecture") if timm else named[0] if isinstance(named, list) and named else None,
         labels=settings.get("id2label"),
         headless=timm and config.get("num_classes") == 0,
-        processor=next(kinds, None),
+        processor="processor" if len(kinds) > 1 else next(iter(kinds), None),
         dtype=_dtype(settings.get("dtype") or settings.get("torch_dtype")) or dtype_of_files(folder),
         needs_package=needs_package,
     )
@@ -103,6 +103,7 @@ def content_of_model(model: nn.Module, processing_class: Any = None) -> CardCont
     require_whole(root)
     library, identity = subject.host.library, subject.host.identity()
     kind = "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
+    kind = "processor" if hasattr(processing_class, "tokenizer") else kind
     weights = next((str(p.dtype).removeprefix("torch.") for p in root.parameters() if p.is_floating_point()), None)
     content = _of_record(
         current_record(subject),

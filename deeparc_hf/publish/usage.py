@@ -35,12 +35,15 @@ _TABLES = (
 NOT_ON_THE_HUB = ("multiple-choice", "text2text-generation")
 _PACKAGE = "import deeparc_hf  # which drops the blocks as the model is built: without it the load fails"
 _PIPELINES = {  # with a pipeline in transformers 5, and what to give it
+    "automatic-speech-recognition": 'print(model("speech.wav")["text"])  # ffmpeg reads the file',
     "fill-mask": 'print(model(f"This sentence has a {model.tokenizer.mask_token}."))',
     "image-classification": 'print(model("image.jpg"))',
     "text-classification": 'print(model("A sentence to classify."))',
     "text-generation": 'print(model("Once upon a time", max_new_tokens=20))',
     "token-classification": 'print(model("A sentence with names in it."))',
 }
+
+_NEEDED = {"automatic-speech-recognition": "processor", "image-classification": "image processor"}  # else a tokenizer
 
 
 def task_of(content: CardContent) -> tuple[str | None, str]:
@@ -84,10 +87,10 @@ def _usage(content: CardContent, repo_id: str, revision: str | None) -> str:
             "    print(model(torch.randn(1, "
             f"*model.pretrained_cfg['input_size'])){'.shape' if content.headless else '.argmax(-1)'})"
         )
-    needed = "image processor" if task == "image-classification" else "tokenizer"
-    if task in _PIPELINES and content.processor == needed:
+    needed = _NEEDED.get(task or "", "tokenizer")
+    if task in _PIPELINES and content.processor in (needed, "processor"):
         return f'from transformers import pipeline\n\nmodel = pipeline("{task}", {name})\n{_PIPELINES[task]}'
-    tokenized = content.processor == "tokenizer"
+    tokenized = content.processor in ("tokenizer", "processor")
     lines = [f"from transformers import {auto_class}{', AutoTokenizer' if tokenized else ''}", ""]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"] if tokenized else []
     lines.append(f"model = {auto_class}.from_pretrained({name})")

@@ -21,6 +21,7 @@ from deeparc_hf.publish.vocabulary import check_language, check_license
 from deeparc_hf.sparsity.config import WandaConfig
 
 from .metrics import CACHE
+from .spread import spread_blocks
 
 __all__ = ["DataArguments", "PruningArguments", "begin", "parse", "parse_settings", "read_config"]
 
@@ -47,8 +48,8 @@ class DataArguments:
     max_test_samples: int | None = setting(None, "the first so many, shuffled by the seed")
     evaluate_scripts: str = setting(
         CACHE,
-        "where the library evaluate finds its scripts for accuracy, BLEU, ROUGE and METEOR: cache (those it has kept), "
-        "hub (fetched from the Hub, and run), a folder, or off; without one the libraries beneath give the same values",
+        "where the library evaluate finds its scripts for the metrics: cache (those it has kept), hub (fetched from "
+        "the Hub, and run), a folder, or off; without one the libraries beneath give the same values",
     )
     repo_id: str | None = setting(None, "publish the result there, on the Hub")
     repo_private: bool = setting(False, "make that repository private")
@@ -92,7 +93,7 @@ class PruningArguments:
     objective: str = _as_in(MPruneConfig, "objective")
     k: int = _as_in(MPruneConfig, "k")
     k_max: int = _as_in(MPruneConfig, "k_max")
-    freeze: str = setting("none", "none, or partial (the seed's Part)")
+    freeze: str = setting("none", "none, partial (the seed's Part), or a pattern of blocks: model.encoder.layers.*")
     freeze_inputs: bool = _as_in(MPruneConfig, "freeze_inputs")
     similarity: str = setting(
         "cka",
@@ -102,6 +103,10 @@ class PruningArguments:
     linkage: str = _as_in(MPruneConfig, "linkage")
     across_stacks: bool = _as_in(MPruneConfig, "across_stacks")
     keep: str = _as_in(MPruneConfig, "keep")
+    spread_evenly: bool = setting(
+        False,
+        "the blocks that num_blocks leaves are spread evenly over their stack, as in Distil-Whisper",
+    )
     heal: str | None = _as_in(MPruneConfig, "heal")
     distill_alpha: float | None = setting(None, "weight of the unpruned model's teaching during the retraining")
     distill_temperature: float = _as_in(DistillConfig, "temperature")
@@ -132,15 +137,21 @@ class PruningArguments:
     def __post_init__(self) -> None:
         self._check_retraining()
         self._check_stages()
+        self._check_spread()
         for iteration in range(max(1, self.iterations)):
             self.pruning(iteration)  # what makes no sense is said before any work is done
         self.grid()
 
-    def pruning(self, iteration: int, baseline: float | None = None) -> MPruneConfig:
-        """The settings of one iteration, counted from 0: a training of its own, which prunes at once."""
+    def pruning(
+        self, iteration: int, baseline: float | None = None, lengths: Mapping[str, int] | None = None
+    ) -> MPruneConfig:
+        """The settings of one iteration, counted from 0: a training of its own, which prunes at once. Where blocks are
+        to be spread evenly, those of stacks of these lengths that do not stay are all that may go.
+        """
         teaching = {"alpha": self.distill_alpha, "temperature": self.distill_temperature}
         target = {"num_blocks": self._target(iteration), "keep_ratio": self.keep_ratio, "threshold": self.threshold}
         target["speedup"] = None if self.speedup is None else self.speedup ** (1 / max(1, self.iterations))
+        spread = self.spread_evenly and lengths is not None
         if self.search is None and not any(value is not None for value in target.values()):
             target["threshold"] = DEFAULT_THRESHOLD  # here max_drop alone says how much may be lost, not how far to go
         return MPruneConfig(
@@ -148,7 +159,8 @@ class PruningArguments:
             retrain_epochs=max(1, self.retrain_epochs),  # with 0 no training is there to ask
             baseline=baseline if self.max_drop is not None else None,
             distill=None if self.distill_alpha is None else teaching,
-            protect=tuple(self.protect),
+            protect=tuple(self.protect) if not spread else spread_blocks(lengths or {}, target["num_blocks"]),
+            freeze=self.freeze if self.freeze in _FROZEN else (self.freeze,),
             **{name: getattr(self, name) for name in _OF_EACH_ITERATION},
         )
 
@@ -199,6 +211,15 @@ class PruningArguments:
                 "its own. Leave one of them out."
             )
 
+    def _check_spread(self) -> None:
+        given = [name for name in ("threshold", "keep_ratio", "speedup", "search") if getattr(self, name) is not None]
+        given += ["protect"] * bool(self.protect) + ["max_drop"] * (self.max_drop is not None)
+        if self.spread_evenly and (given or not self.num_blocks):
+            raise ConfigError(
+                "spread_evenly says which blocks stay, and num_blocks how many, found "
+                f"{' and '.join(given) or 'no num_blocks'}. Give num_blocks, and none of the others."
+            )
+
     def _target(self, iteration: int) -> int | dict[str, int] | None:
         targets = [_target_in(entry) for entry in self.num_blocks or ()]
         if self.iterations <= 1 and targets and all(isinstance(target, dict) for target in targets):
@@ -238,12 +259,12 @@ def _target_in(entry: str) -> int | dict[str, int]:
     return counts
 
 
+_FROZEN = ("none", "partial", "record")  # what is no pattern
 # settings of MPruneConfig that are the same in each iteration
 _OF_EACH_ITERATION = (
     *(
         "k",
         "k_max",
-        "freeze",
         "freeze_inputs",
         "similarity",
         "rows",

@@ -1,4 +1,4 @@
-"""Question generation: questions generated from the test data by every process, their scores, and a table of them.
+"""Question generation: scores of the questions that are generated from the test data, and a table of them.
 
 The scores are BLEU, ROUGE and METEOR, one reference a text, as the Hub's metrics "bleu", "rouge" and "meteor" give
 them, by evaluate where it has its scripts (`metrics.Metrics`), else, and for intervals, by the libraries beneath:
@@ -23,28 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainer, Trainer
 
-from deeparc_hf.core.files import write_whole
-from deeparc_hf.core.markdown import table
 from deeparc_hf.errors import ConfigError, MissingDependencyError
 
 from .metrics import Metrics
-from .results import Measured, Row, metric_cell
+from .results import Row
+from .seq2seq import GenerationMeasure, drawn_sums, texts_of, write_scores
 
-__all__ = [
-    "TITLES",
-    "QuestionMeasure",
-    "QuestionTrainer",
-    "TextScores",
-    "can_cache",
-    "first_answers",
-    "scores_of",
-    "scores_table",
-    "write_scores",
-]
+__all__ = ["TITLES", "QuestionMeasure", "TextScores", "first_answers", "scores_of", "write_question_scores"]
 
 TITLES = {
     "bleu": "BLEU",
@@ -142,8 +128,8 @@ class TextScores:
         centers = {name: column.mean() for name, column in self._means.items()}
         differences = [column - centers[name] for name, column in self._means.items()]
         table = np.column_stack([self._counts, *differences]).astype(np.float64)
-        rng, n, width = np.random.default_rng(seed), len(table), self._counts.shape[1]
-        drawn = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ table for _ in range(resamples)])
+        n, width = len(table), self._counts.shape[1]
+        drawn = drawn_sums(table, resamples=resamples, seed=seed)
         bleu = [_bleu(sums) for sums in drawn[:, :width].tolist() if sums[-1]]
         values = {name: [scores[name] for scores in bleu] for name in bleu[0]} if bleu else {}
         values |= {name: centers[name] + sums / n for name, sums in zip(centers, drawn[:, width:].T, strict=True)}
@@ -169,8 +155,9 @@ def first_answers(answers: Sequence[Any], column: str) -> list[str]:
     return found
 
 
-class QuestionMeasure:
-    """Measures a Trainer's model: the loss on the encoded test data, and the scores of the questions that it generates.
+class QuestionMeasure(GenerationMeasure):
+    """Measures a Trainer's model: the loss on the encoded test data, and the scores of the questions that it generates,
+    with bootstrap intervals over the questions.
 
     Attributes:
         metrics: what computes the scores.
@@ -187,107 +174,35 @@ class QuestionMeasure:
         num_beams: int,
         max_new_tokens: int,
     ) -> None:
-        self._test = test
-        self._references = list(references)
-        self._tokenizer = tokenizer
+        super().__init__(test, references, tokenizer, num_beams=num_beams, max_new_tokens=max_new_tokens)
         self.metrics = metrics
-        self._search = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False}
         # said now, not after hours: libraries that are missing are an error, METEOR's data can still be got
         self.reasons = TextScores(["a"], ["a"]).reasons
         for score, reason in self.reasons.items():
             logger.warning("%s will be left out: %s", TITLES[score], reason)
             metrics.leave_out(score, reason)
 
-    def __call__(self, trainer: Trainer) -> Measured:
-        """Loss and scores, with bootstrap intervals of the scores over the questions."""
-        loss = trainer.evaluate(self._test, metric_key_prefix="test")["test_loss"]
-        generated = self.generate(trainer, self._test)
-        scores = TextScores(generated, self._references, self.metrics)
-        self.reasons = scores.reasons
-        values = {name: value for name, value in scores.values().items() if value is not None}
-        pairs = zip(generated, self._references, strict=True)
-        texts = [{"generated": text, "reference": reference} for text, reference in pairs]
-        return Measured({"loss": loss, **values}, len(self._references), scores.intervals(), texts=texts)
-
-    def generate(self, trainer: Trainer, data: Any) -> list[str]:
-        """The questions to all rows, in their order: each process generates a part."""
-        accelerator = trainer.accelerator
-        model = accelerator.unwrap_model(trainer.model).eval()
-        pad = self._tokenizer.pad_token_id
-        found: list[str] = []
-        # a loader of our own: the Trainer's may group rows by length, and references come in the data's order
-        rows = DataLoader(data, batch_size=trainer.args.eval_batch_size, collate_fn=trainer.data_collator)
-        for batch in accelerator.prepare(rows):
-            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-            with torch.no_grad():
-                ids = model.generate(**inputs, **self._search, use_cache=can_cache(model))
-            ids = accelerator.gather_for_metrics(accelerator.pad_across_processes(ids, dim=1, pad_index=pad))
-            found += self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [text.strip() for text in found]
-
-
-class QuestionTrainer(Seq2SeqTrainer):
-    """A Seq2SeqTrainer whose evaluations in the training generate where `predict_with_generate` says so, also without a
-    cache. Those with a prefix of their own give the loss alone: what measures scores there generates by itself.
-    """
-
-    def evaluate(self, *given: Any, metric_key_prefix: str = "eval", **settings: Any) -> dict[str, float]:
-        generates, compute = self.args.predict_with_generate, self.compute_metrics
-        if metric_key_prefix != "eval":
-            self.args.predict_with_generate, self.compute_metrics = False, None
-        elif generates:
-            settings["use_cache"] = can_cache(self.accelerator.unwrap_model(self.model))
-        try:
-            return super().evaluate(*given, metric_key_prefix=metric_key_prefix, **settings)
-        finally:
-            self.args.predict_with_generate, self.compute_metrics = generates, compute
-
-
-def can_cache(model: Any) -> bool:
-    """Whether a model can generate with a cache: transformers' T5 makes one for as many blocks as the encoder has, and
-    fails where the decoder has more. The results are the same without.
-    """
-    return getattr(model.config, "num_layers", 0) >= getattr(model.config, "num_decoder_layers", 0)
+    def scores(
+        self, texts: Sequence[str], references: Sequence[str]
+    ) -> tuple[dict[str, float], Mapping[str, tuple[float, float]]]:
+        found = TextScores(texts, references, self.metrics)
+        self.reasons = found.reasons
+        return {name: value for name, value in found.values().items() if value is not None}, found.intervals()
 
 
 def scores_of(tokenizer: Any, metrics: Metrics, prediction: Any) -> dict[str, float]:
     """Scores of generated ids, for compute_metrics."""
-    pad = tokenizer.pad_token_id
-    texts = [
-        [text.strip() for text in tokenizer.batch_decode(np.where(ids < 0, pad, ids), skip_special_tokens=True)]
-        for ids in (prediction.predictions, prediction.label_ids)
-    ]
-    return {name: value for name, value in TextScores(*texts, metrics).values().items() if value is not None}
+    scores = TextScores(*texts_of(tokenizer, prediction), metrics)
+    return {name: value for name, value in scores.values().items() if value is not None}
 
 
-def scores_table(rows: Sequence[Row], reasons: Mapping[str, str]) -> str:
-    """A Markdown table with a column for each model; beneath it, why a "-" stands where no score does."""
-    lines = []
-    for side in ("encoder", "decoder"):
-        blocks = [sum(count for name, count in row.blocks.items() if side in name) for row in rows]
-        lines.append([f"Num of {side}", *(f"{count:,}" for count in blocks)])
-    lines.append(["Num of parameter", *(f"{row.parameters:,}" for row in rows)])
-    notes = []
-    for score, title in TITLES.items():
-        lines.append([title, *(metric_cell(row.measured, score, "to") for row in rows)])
-        without = [row.name for row in rows if row.measured.metrics.get(score) is None]
-        if without:
-            reason = reasons.get(score, "the reason is not known.")
-            notes.append(f"{title} is left out for {', '.join(without)}: {reason}")
-    if any(row.measured.intervals for row in rows):
-        counts = " and ".join(f"{n:,}" for n in sorted({row.measured.samples for row in rows}))
-        notes.append(f"In brackets: 95 % bootstrap intervals over the texts, n = {counts}.")
-    return "\n\n".join([table(["", *(row.name for row in rows)], lines), *notes])
-
-
-def write_scores(folder: Path, rows: Sequence[Row], measure: QuestionMeasure) -> None:
+def write_question_scores(folder: Path, rows: Sequence[Row], measure: QuestionMeasure) -> None:
     """Write scores.md: a column for the original and for each iteration, the rows of the first experiments' table."""
     shown = [row for row in rows if row.sparsity is None]
     how = (
         f"On {shown[0].measured.samples:,} test questions, one reference each; one run with one seed. {measure.metrics}"
     )
-    text = f"# Generated questions\n\n{scores_table(shown, measure.reasons)}\n\n{how}\n"
-    write_whole(folder / "scores.md", text)
+    write_scores(folder, shown, "Generated questions", TITLES, how, reasons=measure.reasons)
 
 
 def _library(name: str) -> Any:

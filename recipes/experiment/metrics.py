@@ -1,5 +1,5 @@
-"""Accuracy, BLEU, ROUGE and METEOR by evaluate where it can load them, and by the libraries beneath it elsewhere: the
-values are the same. Each is chosen once, before the run.
+"""Accuracy, BLEU, ROUGE, METEOR and error rates by evaluate where it can load them, and by the libraries beneath it
+elsewhere: the values are the same. Each is chosen once, before the run.
 
 evaluate has no metric in it: each is a script, which `evaluate.load` fetches from the Hub and runs. No code from there
 is run unless `evaluate_scripts=hub` asks for it. By default only scripts count that lie in evaluate's cache, because
@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ BENEATH = {
     "bleu": "sacrebleu",
     "rouge": "rouge_score",
     "meteor": "nltk",
+    "wer": "jiwer",
+    "cer": "jiwer",
 }
 
 
@@ -70,9 +73,9 @@ class Metrics:
         return name in self._modules
 
     def compute(self, name: str, predictions: Any, references: Any, **settings: Any) -> Mapping[str, Any]:
-        """What evaluate's metric gives."""
+        """What evaluate's metric gives; a lone number by the metric's name."""
         found = self._modules[name].compute(predictions=predictions, references=references, **settings)
-        return dict(found)
+        return dict(found) if isinstance(found, Mapping) else {name: found}
 
     def leave_out(self, name: str, reason: str) -> None:
         """Note that a metric is computed by nobody."""
@@ -172,5 +175,12 @@ def _accuracy(module: Any) -> bool:
     return _close([module.compute(predictions=[0, 1, 2, 1], references=[0, 1, 1, 1])["accuracy"]], [0.75])
 
 
+def _errors(module: Any, wanted: float) -> bool:
+    # two of four words are wrong; one of five characters, and of the other five one is wrong and one is added
+    found = module.compute(predictions=["ab cx", "def gh"], references=["ab cd", "def i"])
+    return _close([found], [wanted])
+
+
 # by metric, whether it gives on a small example what it should. METEOR needs data, and is asked only where they are
 _TRIALS: dict[str, Callable[[Any], bool]] = {"accuracy": _accuracy, "bleu": _bleu, "rouge": _rouge}
+_TRIALS |= {"wer": partial(_errors, wanted=0.5), "cer": partial(_errors, wanted=0.3)}

@@ -21,6 +21,7 @@ from deeparc_hf.reports.provenance import TIMES
 
 __all__ = [
     "RESULTS",
+    "TEXTS",
     "Measured",
     "Row",
     "Speed",
@@ -35,9 +36,9 @@ __all__ = [
     "write_results",
 ]
 
-RESULTS = "results"
+RESULTS, TEXTS = "results", "texts"
 _EPOCHS, _FIRST = 6, 3
-_MAIN = ("accuracy", "perplexity", "bleu")
+_MAIN = ("accuracy", "perplexity", "bleu", "wer")
 
 
 @dataclass(frozen=True)

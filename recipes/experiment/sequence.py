@@ -43,14 +43,14 @@ from deeparc_hf.trainer.follow_checkpoint import Structure, record_of
 from .arguments import DataArguments, PruningArguments
 from .journal import JOURNAL, Clock, Journal, folder_of, newest_checkpoint
 from .recovery import Taught, adapted, healings_in, merged
-from .results import RESULTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results
+from .results import RESULTS, TEXTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results
 from .splits import Splits
 
 __all__ = ["Experiment"]
 
 logger = logging.getLogger(__name__)
 
-TOLD, TEXTS = "card.json", "texts"
+TOLD = "card.json"
 _OF_THE_CARD = ("repo_id", "repo_private", "license", "language")
 # arguments of a Trainer that change no figure, by how their names begin
 _NO_MATTER = (
@@ -237,7 +237,8 @@ class Experiment:
         if self.pruning.max_drop is not None:
             # of the original, on the data that judges: drops must not add up over the iterations
             baseline = self._judged(self._trainer(original, SCRATCH))
-        callback = MPruneCallback(self.pruning.pruning(iteration, baseline), calibration=self.calibration)
+        config = self.pruning.pruning(iteration, baseline, before.blocks)
+        callback = MPruneCallback(config, calibration=self.calibration)
         tries = 1 if self.pruning.max_drop is None else self.pruning.k_max - self.pruning.k + 1  # of a search as many
         trainer = self._trainer(before, name, self.pruning.retrain_epochs * tries, callback)
         _, epochs = self._train(trainer)
@@ -262,7 +263,7 @@ class Experiment:
     def _removal(self, iteration: int, name: str, before: Row) -> Row | None:
         """One pruning without a retraining; None where nothing could be removed."""
         trainer = self._trainer(before, name)
-        config, bars = self.pruning.pruning(iteration), shows_bars(trainer.args)
+        config, bars = self.pruning.pruning(iteration, lengths=before.blocks), shows_bars(trainer.args)
         calibration = Calibration(self._batches(trainer, config), config.calibration_samples)
         plan = analyze(trainer.model, calibration, config, progress=bars)
         if not plan.removed:

@@ -15,6 +15,7 @@ from deeparc_hf.architectures import Layout, describe
 from deeparc_hf.architectures.generation import follow_generation
 from deeparc_hf.core.transaction import Transaction
 from deeparc_hf.errors import DeepArcWarning, SurgeryError
+from tests import speech
 from tests.zoo import WHISPER, ZOO, spread
 
 DECODER, ENCODER = "model.decoder.layers", "model.encoder.layers"
@@ -84,6 +85,60 @@ def test_word_timestamps_are_made_of_the_heads_that_are_left():
         use_cache=True,
     )
     assert torch.isfinite(found["token_timestamps"]).all()
+
+
+class Skipped(nn.Module):
+    """A block whose attention is still seen, and whose output is its input."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output = self.block(hidden_states, *args, **kwargs)
+        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+
+@pytest.mark.parametrize("gone", [{DECODER: [1]}, {DECODER: [0, 2]}, {ENCODER: [1, 2], DECODER: [2]}])
+def test_words_have_the_times_of_the_whole_model_with_the_blocks_skipped(gone):
+    """The whole model's heads keep their numbers, but for those of the skipped blocks: nothing there is renumbered."""
+    processor, whole = speech.whisper_processor(), speech.whisper(seed=1)
+    pruned = copy.deepcopy(whole)
+    remove_blocks(pruned, gone)
+    for name, indices in gone.items():
+        blocks = whole.get_submodule(name)
+        for index in indices:
+            blocks[index] = Skipped(blocks[index])
+    heads = [pair for pair in speech.HEADS if pair[0] not in gone[DECODER]]
+    assert 0 < len(heads) < len(speech.HEADS)
+    whole.generation_config.alignment_heads = heads
+    misread = copy.deepcopy(pruned)
+    others = [[layer, head] for layer in range(len(pruned.model.decoder.layers)) for head in range(4)]
+    misread.generation_config.alignment_heads = [
+        pair for pair in others if pair not in pruned.generation_config.alignment_heads
+    ]
+    found = [words_heard(model, processor) for model in (pruned, whole, misread)]
+    assert found[0] == found[1] and len({end for _, _, end in found[0]}) > 2
+    assert found[0] != found[2]  # other heads give other times
+    times = [token_times(model, processor) for model in (pruned, whole)]
+    assert torch.equal(times[0]["sequences"], times[1]["sequences"])
+    assert torch.equal(times[0]["token_timestamps"], times[1]["token_timestamps"])
+
+
+def words_heard(model: nn.Module, processor: tf.WhisperProcessor) -> list[tuple[str, float, float]]:
+    """The words of a recording with their times, by transformers' pipeline."""
+    parts = {"tokenizer": processor.tokenizer, "feature_extractor": processor.feature_extractor}
+    pipe = tf.pipeline("automatic-speech-recognition", model, **parts)
+    recording = {"raw": speech.sound_of("press one and star", seconds=0.9), "sampling_rate": speech.RATE}
+    return [(word["text"], *word["timestamp"]) for word in pipe(recording, return_timestamps="word")["chunks"]]
+
+
+def token_times(model: nn.Module, processor: tf.WhisperProcessor) -> dict[str, torch.Tensor]:
+    sounds = [speech.sound_of(text, seconds=0.9) for text in ("press one", "three")]
+    inputs = processor.feature_extractor(
+        sounds, sampling_rate=speech.RATE, return_tensors="pt", return_attention_mask=True
+    )
+    return model.generate(**inputs, return_timestamps=True, return_token_timestamps=True)
 
 
 def test_a_generation_config_that_others_hold_is_left_alone_and_comes_back():

@@ -276,6 +276,23 @@ def test_code_with_a_tokenizer_or_image_processor_runs(name, tmp_path, monkeypat
     assert usage(content_of_model(ZOO[name].model(), processor), str(folder)) == program
 
 
+def test_code_that_hears_runs(tmp_path, monkeypatch):
+    """With the sound in place of the file, which ffmpeg would read."""
+    from tests import speech
+
+    folder = tmp_path / "model"
+    speech.whisper().save_pretrained(folder)
+    assert "pipeline(" not in usage(content_of_folder(folder), str(folder))  # nothing that reads sound lies there
+    speech.whisper_tokenizer().save_pretrained(folder)
+    assert "pipeline(" not in usage(content_of_folder(folder), str(folder))
+    speech.whisper_processor().save_pretrained(folder)
+    program = usage(content_of_folder(folder), str(folder))
+    assert 'pipeline("automatic-speech-recognition"' in program and program.count('"speech.wav"') == 1
+    recording = {"raw": speech.sound_of("one"), "sampling_rate": speech.RATE}
+    exec(program.replace('"speech.wav"', "recording"), {"recording": recording})
+    assert usage(content_of_model(speech.whisper(), speech.whisper_processor()), str(folder)) == program
+
+
 # ---- hostile names and files ----
 
 EVIL = (

@@ -20,7 +20,7 @@ from .running import RECIPES, recipe, words
 from .tiny import make_tiny
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
-TASKS = ["causal_lm", "image_classification", "text_classification"]
+TASKS = ["causal_lm", "image_classification", "speech_recognition", "text_classification"]
 PUBLIC = {"accelerate", "datasets", "deeparc_hf", "numpy", "torch", "transformers", "yaml"}
 BESIDE = {"experiment"}
 

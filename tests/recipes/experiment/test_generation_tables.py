@@ -9,8 +9,9 @@ pytest.importorskip("nltk")
 pytest.importorskip("sacrebleu")
 pytest.importorskip("rouge_score")
 
-from experiment.generation import TITLES, TextScores, scores_table
+from experiment.generation import TITLES, TextScores
 from experiment.results import Measured, Row
+from experiment.seq2seq import scores_table
 from tests.recipes.experiment.test_generation import random_pairs, scored
 
 
@@ -55,7 +56,7 @@ def some_row(name: str, encoder: int, without: str | None = None, **intervals: t
 
 def test_table():
     rows = [some_row("original", 12, bleu=(0.05, 0.07123)), some_row("iteration 1", 6, "meteor")]
-    found = scores_table(rows, {"meteor": "no WordNet."})
+    found = scores_table(rows, TITLES, {"meteor": "no WordNet."}, {})
     expected = r"""
 |  | original | iteration 1 |
 | --- | ---: | ---: |
@@ -82,6 +83,6 @@ In brackets: 95 % bootstrap intervals over the texts, n = 1,500."""
 
 
 def test_table_of_what_needs_no_notes_has_none():
-    lines = scores_table([some_row("original", 12)], {}).splitlines()
+    lines = scores_table([some_row("original", 12)], TITLES, {}, {}).splitlines()
     sizes = ["Num of encoder", "Num of decoder", "Num of parameter"]
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == ["", "---", *sizes, *TITLES.values()]
