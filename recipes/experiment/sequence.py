@@ -78,6 +78,8 @@ class Experiment:
             Trainer would multiply it by their number (`average_tokens_across_devices`).
         known: the metrics that an evaluation gives, beside the loss; what the gate judges by must be one of them.
         finish: called with the rows in the end, in the first process.
+        taught: makes the Trainer of a retraining in place of `trainer`, given the original first: where it lies, or
+            its Hub id.
     """
 
     data: DataArguments
@@ -93,6 +95,7 @@ class Experiment:
     average_tokens: bool = False
     known: Collection[str] = ()
     finish: Callable[[list[Row]], None] = lambda rows: None
+    taught: Callable[..., Trainer] | None = None
 
     def run(self) -> list[Row]:
         """Run it all. The output folder gets results.md and .json, the models, and the last one's card; its end says
@@ -339,8 +342,12 @@ class Experiment:
         args = dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, **settings)
         place = self.data.model if row is None or row.folder is None else str(self._out / row.folder)
         clock = Clock([self._metric] if self.pruning.metric else ["eval_accuracy", "eval_loss"])
+        make = self.trainer
+        if callbacks and self.taught is not None:
+            tuned = self.pruning.finetune_epochs > 0
+            make = partial(self.taught, str(self._out / ORIGINAL) if tuned else self.data.model)
         # first of all, so that it measures a model before a gate takes it back
-        return self.trainer(model=self.load(place), args=args, callbacks=[clock, *callbacks])
+        return make(model=self.load(place), args=args, callbacks=[clock, *callbacks])
 
     def _train(self, trainer: Trainer) -> tuple[float, dict[str, tuple[float, ...]]]:
         """Train; time of the training in s, evaluations left out, and the main metric after each epoch: of the
