@@ -21,8 +21,18 @@ from transformers.utils import cached_file
 
 from ..errors import UnsupportedModelError
 from .plain_text import quoted
+from .transaction import Transaction
 
-__all__ = ["MODULES", "copy_modules", "is_sentence_encoder", "module_folders", "tokenized", "with_inner"]
+__all__ = [
+    "MODULES",
+    "copy_modules",
+    "forget_figures",
+    "is_sentence_encoder",
+    "kind_of",
+    "module_folders",
+    "tokenized",
+    "with_inner",
+]
 
 MODULES = "modules.json"
 _SETTINGS = ("config_sentence_transformers.json", "sentence_*_config.json")
@@ -30,11 +40,16 @@ _KINDS = ("SentenceTransformer", "SparseEncoder", "CrossEncoder")
 _CODE = (".py", ".pyc", ".pkl", ".pickle", ".joblib")
 
 
+def kind_of(model: Any) -> str | None:
+    """SentenceTransformer, SparseEncoder or CrossEncoder; None where it is no model of sentence-transformers."""
+    library = sys.modules.get("sentence_transformers")
+    known = {name: getattr(library, name, None) for name in _KINDS}
+    return next((name for name, kind in known.items() if isinstance(kind, type) and isinstance(model, kind)), None)
+
+
 def is_sentence_encoder(model: Any) -> bool:
     """Whether it is a model of sentence-transformers."""
-    library = sys.modules.get("sentence_transformers")
-    kinds = tuple(kind for name in _KINDS if isinstance(kind := getattr(library, name, None), type))
-    return isinstance(model, kinds)
+    return kind_of(model) is not None
 
 
 # ---- texts ----
@@ -96,6 +111,13 @@ def with_inner(outer: nn.Module, root: nn.Module, work: Callable[[nn.Module], An
             return work(outer)
 
     return inside
+
+
+def forget_figures(outer: nn.Module | None, transaction: Transaction) -> None:
+    """Have a sentence encoder forget what evaluators noted for its card: it was of the model before."""
+    card = getattr(outer, "model_card_data", None)
+    if getattr(card, "eval_results_dict", None):
+        transaction.set(card, "eval_results_dict", {})
 
 
 # ---- files ----

@@ -58,9 +58,7 @@ def text_pairs(splits: Splits, anchor: str, positive: str, negative: str | None,
     splits.need_texts(anchor_column=anchor, positive_column=positive, negative_column=negative)
     splits.need(score_column=score)
     if negative is not None and score is not None:
-        raise ConfigError(
-            "negative_column is for pairs that belong together, score_column for others. Give one."
-        )
+        raise ConfigError("negative_column is for pairs that belong together, score_column for others. Give one.")
     columns = {ANCHOR: anchor, POSITIVE: positive, NEGATIVE: negative, SCORE: score}
     named = {name: column for name, column in columns.items() if column is not None}
     if len(set(named.values())) < len(named):
