@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["deeparc_hf[recipes]", "sentence-transformers>=5.2"]
+# dependencies = ["deeparc_hf[recipes]", "sentence-transformers>=6"]
 # ///
 """Sentence embeddings: fine-tune a sentence-transformers model on pairs of texts, remove layers in iterations, retrain,
 zero weights, and measure every model by retrieval, or by the similarity of pairs that have scores.
@@ -23,7 +23,6 @@ only their texts), instead of the pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from deeparc_hf.core.settings import setting
@@ -44,7 +43,7 @@ class SentenceArguments:
     no_duplicates: bool = setting(True, "no batch holds a text twice, which would be its own wrong answer")
 
 
-def check(text: SentenceArguments, data: Any, pruning: Any) -> None:
+def check(text: SentenceArguments, pruning: Any) -> None:
     """Refuse settings that make no sense together, before any work is done."""
     from deeparc_hf.errors import ConfigError
 
@@ -69,10 +68,14 @@ def check(text: SentenceArguments, data: Any, pruning: Any) -> None:
 
 def main(argv: list[str] | None = None) -> list[Any]:
     """Run the experiment and return the rows of its table."""
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer import losses
-    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+    from deeparc_hf.errors import MissingDependencyError
 
+    try:
+        from sentence_transformers import SentenceTransformerTrainingArguments
+    except ImportError as error:
+        raise MissingDependencyError(
+            'Sentence embeddings need sentence-transformers: pip install "sentence-transformers>=6".'
+        ) from error
     from experiment import embeddings
     from experiment.arguments import begin
     from experiment.provenance import provenance
@@ -80,66 +83,37 @@ def main(argv: list[str] | None = None) -> list[Any]:
     from experiment.splits import load_splits
 
     data, text, pruning, training = begin(SentenceArguments, argv, __doc__, SentenceTransformerTrainingArguments)
-    check(text, data, pruning)
-    scored, size = text.score_column is not None, training.per_device_eval_batch_size
-    if text.no_duplicates and not scored:
-        training.batch_sampler = BatchSamplers.NO_DUPLICATES
-    splits = embeddings.text_pairs(
-        load_splits(data, training.seed),
-        text.anchor_column,
-        text.positive_column,
-        text.negative_column,
-        text.score_column,
-    )
-    loss = losses.CoSENTLoss if scored else losses.MultipleNegativesRankingLoss
-    make_evaluator = embeddings.similarity_evaluator if scored else embeddings.retrieval_evaluator
-    evaluator = make_evaluator(splits.validation, size)
+    check(text, pruning)
+    columns = (text.anchor_column, text.positive_column, text.negative_column, text.score_column)
+    splits = embeddings.text_pairs(load_splits(data, training.seed), *columns)
 
     def load(name: str) -> Any:
         settings = {"revision": data.model_revision} if name == data.model else {}
-        device = "cpu" if training.use_cpu else None
-        model = embeddings.load_encoder(name, pooling=text.pooling, normalize=text.normalize, device=device, **settings)
+        made = {"pooling": text.pooling, "normalize": text.normalize, "device": "cpu" if training.use_cpu else None}
+        model = embeddings.load_encoder(name, **made, **settings)
         if text.max_length is not None:
             model.max_seq_length = text.max_length
         return model
 
-    def trainer(model: Any, args: Any, callbacks: list[Any]) -> Any:
-        parts = {"train_dataset": splits.train, "eval_dataset": splits.validation, "loss": loss(model)}
-        return SentenceTransformerTrainer(model, args, evaluator=evaluator, callbacks=callbacks, **parts)
-
-    @lru_cache(maxsize=1)
-    def lessons(teacher: str) -> dict[str, Any]:
-        model = load(teacher)
-        parts = {"train_dataset": splits.train, "eval_dataset": splits.validation}
-        return {name: embeddings.with_embeddings(part, model, size) for name, part in parts.items()}
-
-    def taught(teacher: str, model: Any, args: Any, callbacks: list[Any]) -> Any:
-        parts = {**lessons(teacher), "loss": losses.MSELoss(model)}
-        return SentenceTransformerTrainer(model, args, evaluator=evaluator, callbacks=callbacks, **parts)
-
-    made_by = provenance(__file__, argv, data, text, training, splits)
-    measure = embeddings.SimilarityMeasure if scored else embeddings.RetrievalMeasure
-    notes = [
-        "Intervals: by the bootstrap over the pairs (1,000 resamples)."
-        if scored
-        else "A sample is a query; it asks for its texts among all of the split. Intervals: by the bootstrap over the "
-        "queries (1,000 resamples)."
-    ]
+    size, scored = training.per_device_eval_batch_size, text.score_column is not None
+    trainers = embeddings.Trainers(splits, load, scored, size, distinct=text.no_duplicates)
+    measure = (embeddings.SimilarityMeasure if scored else embeddings.RetrievalMeasure)(splits.test, size)
+    notes = [measure.told]
     if text.distill_embeddings:
-        notes.append("The retrainings learn the embeddings of the original; their loss is another than the original's.")
-    known = embeddings.SIMILARITY if scored else embeddings.RETRIEVAL
+        notes.append("The retrainings learn the embeddings of the original, so their loss is another than its own.")
+    told = {"provenance": provenance(__file__, argv, data, text, training, splits), "notes": notes}
     return Experiment(
         data,
         pruning,
         training,
         load,
-        trainer,
+        trainers,
         splits,
-        measure(splits.test, size),
-        provenance=made_by,
-        notes=notes,
-        known=known,
-        taught=taught if text.distill_embeddings else None,
+        measure,
+        timed=measure.run,
+        known=embeddings.SIMILARITY if scored else embeddings.RETRIEVAL,
+        taught=trainers.taught if text.distill_embeddings else None,
+        **told,
     ).run()
 
 

@@ -4,6 +4,7 @@ embeddings of a teacher.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -13,13 +14,16 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
 )
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
+from deeparc_hf.core.sentence_encoders import module_folders
 from deeparc_hf.errors import ConfigError
 
 from .results import Measured
@@ -30,6 +34,7 @@ __all__ = [
     "SIMILARITY",
     "RetrievalMeasure",
     "SimilarityMeasure",
+    "Trainers",
     "bootstrap_interval",
     "load_encoder",
     "per_query",
@@ -82,8 +87,6 @@ def load_encoder(name: str, *, pooling: str = "mean", normalize: bool = False, *
     Args:
         settings: as SentenceTransformer takes them: revision, device.
     """
-    from deeparc_hf.core.sentence_encoders import module_folders
-
     revision = settings.get("revision")
     if module_folders(name, **({} if revision is None else {"revision": revision})) is not None:
         return SentenceTransformer(name, **settings)
@@ -104,6 +107,47 @@ def with_embeddings(pairs: Any, teacher: SentenceTransformer, batch_size: int = 
     embeddings = teacher.encode(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
     kinds = Features({"sentence": Value("string"), LABEL: List(Value("float32"))})
     return Dataset.from_dict({"sentence": texts, LABEL: list(embeddings.astype(np.float32))}, features=kinds)
+
+
+class Trainers:
+    """Makes the Trainers of an experiment, all with one evaluator on the validation data.
+
+    Args:
+        splits: of `text_pairs`.
+        load: a model by Hub id or folder.
+        scored: whether the pairs have scores (CoSENTLoss); else each text is told from the others of its batch
+            (MultipleNegativesRankingLoss).
+        distinct: whether no batch holds a text twice, where that matters.
+    """
+
+    def __init__(
+        self, splits: Splits, load: Callable[[str], Any], scored: bool, batch_size: int, *, distinct: bool = True
+    ) -> None:
+        self._splits, self._load, self._batch = splits, load, batch_size
+        self._loss = losses.CoSENTLoss if scored else losses.MultipleNegativesRankingLoss
+        self._distinct = distinct and not scored
+        self._evaluator = (similarity_evaluator if scored else retrieval_evaluator)(splits.validation, batch_size)
+        self._lessons: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, model: Any, args: Any, callbacks: list[Any]) -> SentenceTransformerTrainer:
+        """A Trainer on the pairs."""
+        if self._distinct:
+            args = dataclasses.replace(args, batch_sampler=BatchSamplers.NO_DUPLICATES)
+        parts = {"train_dataset": self._splits.train, "eval_dataset": self._splits.validation}
+        return self._made(model, args, callbacks, self._loss, parts)
+
+    def taught(self, teacher: str, model: Any, args: Any, callbacks: list[Any]) -> SentenceTransformerTrainer:
+        """A Trainer on the teacher's embeddings of the texts (Reimers and Gurevych 2020, arXiv 2004.09813)."""
+        if teacher not in self._lessons:
+            parts = (("train_dataset", self._splits.train), ("eval_dataset", self._splits.validation))
+            encoder = self._load(teacher)
+            self._lessons = {teacher: {name: with_embeddings(part, encoder, self._batch) for name, part in parts}}
+        return self._made(model, args, callbacks, losses.MSELoss, self._lessons[teacher])
+
+    def _made(self, model: Any, args: Any, callbacks: list[Any], loss: Any, parts: Mapping[str, Any]) -> Any:
+        return SentenceTransformerTrainer(
+            model, args, loss=loss(model), evaluator=self._evaluator, callbacks=callbacks, **parts
+        )
 
 
 # ---- retrieval ----
@@ -150,19 +194,17 @@ class RetrievalMeasure:
     bootstrap over its queries (of the rankings that the evaluator writes).
     """
 
+    told = (
+        "A sample is a query; it asks for its texts among all of the split. Intervals: by the bootstrap over the "
+        "queries (1,000 resamples)."
+    )
+
     def __init__(self, test: Any, batch_size: int = _BATCH) -> None:
         self._evaluator = retrieval_evaluator(test, batch_size, write_predictions=True)
 
     def __call__(self, trainer: Any) -> Measured:
         """The figures of the model as it is."""
-        return self.of(trainer.accelerator.unwrap_model(trainer.model))
-
-    def of(self, model: SentenceTransformer) -> Measured:
-        """The figures of a model."""
-        with tempfile.TemporaryDirectory() as scratch:
-            metrics = _as_it_was(model, self._evaluator, scratch)
-            (file,) = Path(scratch).glob("*.jsonl")
-            lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        metrics, lines = self.run(trainer)
         function = next(name for name in _FUNCTIONS if f"{name}_{_RETRIEVAL[0]}" in metrics)
         rankings = [([hit["corpus_id"] for hit in line["results"]], line["query_id"]) for line in lines]
         values = [per_query(found, self._evaluator.relevant_docs[query]) for found, query in rankings]
@@ -170,6 +212,13 @@ class RetrievalMeasure:
         table = np.array([[value[name] for name in _RETRIEVAL] for value in values])
         bounds = bootstrap_interval(len(table), lambda rows: table[rows].mean(axis=0))
         return Measured(figures, len(values), dict(zip(figures, bounds, strict=True)))
+
+    def run(self, trainer: Any) -> tuple[Mapping[str, float], list[dict[str, Any]]]:
+        """The evaluation alone, whose time counts: the metrics, and the ranking of each query."""
+        with tempfile.TemporaryDirectory() as scratch:
+            metrics = _as_it_was(trainer.accelerator.unwrap_model(trainer.model), self._evaluator, scratch)
+            (file,) = Path(scratch).glob("*.jsonl")
+            return metrics, [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 # ---- scores ----
@@ -187,28 +236,30 @@ class SimilarityMeasure:
     EmbeddingSimilarityEvaluator does, with 95 % intervals by the bootstrap over the pairs.
     """
 
+    told = "A sample is a pair. Intervals: by the bootstrap over the pairs (1,000 resamples)."
+
     def __init__(self, test: Any, batch_size: int = _BATCH) -> None:
         self._texts, self._batch = (list(test[ANCHOR]), list(test[POSITIVE])), batch_size
         self._scores = np.array(test[SCORE], dtype=float)
 
     def __call__(self, trainer: Any) -> Measured:
         """The figures of the model as it is."""
-        return self.of(trainer.accelerator.unwrap_model(trainer.model))
-
-    def of(self, model: SentenceTransformer) -> Measured:
-        """The figures of a model."""
-        settings = {"batch_size": self._batch, "show_progress_bar": False, "convert_to_tensor": True}
-        similarities = model.similarity_pairwise(*(model.encode(texts, **settings) for texts in self._texts))
-        found, function = similarities.cpu().numpy().astype(float), model.similarity_fn_name
-        names = (f"spearman_{function}", f"pearson_{function}")
+        function, found = self.run(trainer)
 
         def correlations(rows: Any) -> Any:
             return np.array([kind(self._scores[rows], found[rows])[0] for kind in (spearmanr, pearsonr)])
 
-        everything = correlations(np.arange(len(found)))
+        names = (f"spearman_{function}", f"pearson_{function}")
         bounds = bootstrap_interval(len(found), correlations)
-        figures = dict(zip(names, map(float, everything), strict=True))
+        figures = dict(zip(names, map(float, correlations(np.arange(len(found)))), strict=True))
         return Measured(figures, len(found), dict(zip(names, bounds, strict=True)))
+
+    def run(self, trainer: Any) -> tuple[str, Any]:
+        """The similarities alone, whose time counts, and the name of their function."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        settings = {"batch_size": self._batch, "show_progress_bar": False, "convert_to_tensor": True}
+        found = model.similarity_pairwise(*(model.encode(texts, **settings) for texts in self._texts))
+        return model.similarity_fn_name, found.cpu().numpy().astype(float)
 
 
 def bootstrap_interval(

@@ -72,6 +72,7 @@ class Experiment:
         calibration: data to compare blocks on and to zero weights by, a part or a view of the training data; default:
             the training data.
         measure: metrics of a Trainer's model on the test data; default: Trainer.evaluate. The same work is timed.
+        timed: the part of `measure` that is timed, where it is not all of it.
         provenance: how it was asked for (`provenance.provenance`), for the report; its command is for the card too.
         notes: sentences beneath the table, after those about the splits.
         average_tokens: whether the model's loss follows the number of tokens of all processes. Where it does not, the
@@ -96,6 +97,7 @@ class Experiment:
     known: Collection[str] = ()
     finish: Callable[[list[Row]], None] = lambda rows: None
     taught: Callable[..., Trainer] | None = None
+    timed: Callable[[Trainer], Any] | None = None
 
     def run(self) -> list[Row]:
         """Run it all. The output folder gets results.md and .json, the models, and the last one's card; its end says
@@ -291,7 +293,7 @@ class Experiment:
         """Time both models in turns: what disturbs one disturbs the other."""
         works = []
         for row in (original, last):
-            works.append(self._work(self._trainer(row, SCRATCH)))
+            works.append(self._timed_work(self._trainer(row, SCRATCH)))
             works[-1]()  # warm
         ratios = []
         for turn in range(TURNS):
@@ -382,7 +384,7 @@ class Experiment:
             lines = [json.dumps(pair, ensure_ascii=False) for pair in measured.texts]
             (self._out / TEXTS).mkdir(parents=True, exist_ok=True)
             write_whole(self._out / TEXTS / f"{folder_of(name)}.jsonl", "\n".join(lines) + "\n")
-        timing = timed_evaluation(work, repeats=self.pruning.repeats, warmup=0)
+        timing = timed_evaluation(self._timed_work(trainer), repeats=self.pruning.repeats, warmup=0)
         measured = dataclasses.replace(measured, seconds=timing.seconds)
         gc.collect()
         return Row(name, **structure_of(trainer.model), measured=measured, **facts)
@@ -391,6 +393,9 @@ class Experiment:
         if self.measure is not None:
             return partial(self.measure, trainer)
         return lambda: Measured.of_metrics(trainer.evaluate(self._test, metric_key_prefix="test"), len(self._test))
+
+    def _timed_work(self, trainer: Trainer) -> Callable[[], Any]:
+        return self._work(trainer) if self.timed is None else partial(self.timed, trainer)
 
     @property
     def _metric(self) -> str:
