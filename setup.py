@@ -31,7 +31,8 @@ TEST = [
     "peft>=0.18",
     "torchao>=0.18",  # the tests of bitsandbytes, which is large, run where it is installed
 ]
-INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20", "trl>=1.0"]  # what the tests meet the callback in
+# what the tests meet the callback in
+INTEGRATIONS = ["sentence-transformers>=6", "setfit>=1.2", "tensorboard>=2.20", "trl>=1.0"]
 LINT = ["ruff>=0.14", "import-linter>=2.3", "mypy>=1.18"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 RELEASE = ["build>=1.2", "twine>=6"]
