@@ -34,7 +34,9 @@ TEST = [
 ]
 CHAT = ["peft>=0.18", "trl>=1.0"]
 HARNESS = ["lm_eval>=0.4.9"]
-INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20"]  # what the tests meet the callback in
+# what the tests meet the callback in
+SENTENCES = ["sentence-transformers>=6"]
+INTEGRATIONS = [*SENTENCES, "setfit>=1.2", "tensorboard>=2.20"]
 LINT = ["ruff>=0.14", "import-linter>=2.3", "mypy>=1.18"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 RELEASE = ["build>=1.2", "twine>=6"]
@@ -75,6 +77,7 @@ setup(
         "plots": PLOTS,
         "recipes": RECIPES,
         "release": RELEASE,
+        "sentences": SENTENCES,
         "timm": TIMM,
     },
     entry_points={"console_scripts": ["deeparc = deeparc_hf.__main__:main"]},

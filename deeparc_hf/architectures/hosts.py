@@ -30,6 +30,7 @@ from ..core.block_paths import is_inside
 from ..core.compat import attention_of, checkpoint_key_namer, set_attention
 from ..core.meta_builds import on_meta
 from ..core.offload import device_of
+from ..core.sentence_encoders import is_sentence_encoder
 from ..core.transaction import Transaction
 from ..errors import UnsupportedModelError
 from ..pruned_type.config import LAYOUT_KEY, base_settings
@@ -54,6 +55,7 @@ class Host(ABC):
     Attributes:
         root: the model of the library; the model that was given, or the one inside it. Stacks are named by their path
             in the root, so that a wrapper does not change the names.
+        outer: the model of sentence-transformers that it was found in; None where there is none.
         kind: the model's type, for messages and for `matches` ("bert", "resnet50").
         base_prefix: path of the headless model inside models with a head; stack names may start with it or not.
         main_input: the argument of the forward that takes the tokens, or the images.
@@ -72,6 +74,7 @@ class Host(ABC):
     main_input: str
     lacking: tuple[str, str]
     batch_code: str
+    outer: nn.Module | None = None
     needs_labels = is_encoder_decoder = generates = tuples_begin_with_logits = classifies = merges_inputs = False
     rebuild_hint = "Load it with the settings that it was built with."
 
@@ -543,10 +546,13 @@ def find_host(model: nn.Module) -> Host:
             that could not follow a removal.
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(
-            f"Expected a model (torch.nn.Module), found {type(model).__name__}. Load it first, for example with "
-            "AutoModelForSequenceClassification.from_pretrained(...)."
-        )
+        advice = "Load it first, for example with AutoModelForSequenceClassification.from_pretrained(...)."
+        if isinstance(getattr(model, "model_body", None), nn.Module):  # SetFit
+            advice = (
+                "Prune its encoder, model.model_body: between train_embeddings and train_classifier of SetFit's "
+                "trainer, which hands its callbacks no model that they could prune."
+            )
+        raise UnsupportedModelError(f"Expected a model (torch.nn.Module), found {type(model).__name__}. {advice}")
     model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
     found: dict[str, Host] = {}
     for name, module in model.named_modules():
@@ -558,6 +564,7 @@ def find_host(model: nn.Module) -> Host:
             found[name] = TimmHost(module)
     if len(found) == 1:
         (host,) = found.values()
+        host.outer = model if is_sentence_encoder(model) else None
         refuse_adapters(model, host.root)
         refuse_quantized(host.root)
         return host

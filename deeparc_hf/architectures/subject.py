@@ -97,7 +97,7 @@ def describe(model: nn.Module | Subject) -> Subject:
         UnsupportedModelError: as `find_stacks`.
     """
     if isinstance(model, Subject):
-        return model if model.is_current() else describe(model.root)
+        return model if model.is_current() else describe(model.host.outer or model.root)
     host = find_host(model)
     seen = host.as_described()
     family = family_of(seen)

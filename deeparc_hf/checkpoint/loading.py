@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..architectures import Layout, Subject, describe, find_host
+from ..architectures import Host, Layout, Subject, describe, find_host
+from ..architectures.adapters import is_adapted
 from ..architectures.generation import follow_generation
 from ..architectures.hosts import RECORD_KEY, copy_attention
 from ..architectures.per_block import PerBlockTensor, left_by_path
@@ -108,6 +109,8 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     `timm.create_model("local-dir:FOLDER", pretrained=True)` or, once uploaded,
     `timm.create_model("hf-hub:ORG/NAME", pretrained=True)`.
 
+    A model of sentence-transformers is saved whole, by its own `save_pretrained`: its modules, and its card.
+
     A model with adapters (PEFT) is saved as two things: the model beneath them in `folder`, and the adapters in
     `folder/adapter`, for `PeftModel.from_pretrained(AutoModel...from_pretrained(folder), f"{folder}/adapter")`.
 
@@ -121,8 +124,23 @@ def save_pruned(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     host = find_host(model)  # which stacks it has need not be searched for
     refuse_merged(host.root)
+    if host.outer is not None:
+        _save_encoder(host, folder)
+        return
     host.save(folder)
     save_adapters(host.root, folder)
+
+
+def _save_encoder(host: Host, folder: str | os.PathLike[str]) -> None:
+    """Save a model of sentence-transformers with its modules."""
+    if is_adapted(host.root):
+        raise UnsupportedModelError(
+            f"{type(host.outer).__name__} carries PEFT adapters, and sentence-transformers saves these alone, without "
+            "the pruned model beneath them. Merge them before: "
+            "model[0].auto_model = model[0].auto_model.merge_and_unload()."
+        )
+    outer: Any = host.outer
+    outer.save_pretrained(str(folder))
 
 
 def saved_class(config: Any, name: str | None = None) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..publish.card import CARD_FILE, create_model_card
+from ..publish.encoders import kind_of_folder, may_add
 from ..publish.merging import may_replace
 from .common import say
 from .options import given_card
@@ -25,7 +26,8 @@ def run(args: argparse.Namespace) -> int:
         )
         raise ConfigError(f"There is no folder {args.path}.{hint}")
     out = folder / CARD_FILE if args.out in (None, "-") else Path(args.out).expanduser()
-    if args.out != "-" and not args.overwrite and not may_replace(out):
+    theirs = out == folder / CARD_FILE and kind_of_folder(folder) is not None and may_add(out)
+    if args.out != "-" and not args.overwrite and not may_replace(out) and not theirs:
         raise ConfigError(
             f"{out} was written or edited by somebody, so it is not replaced. Give another file with -o, or "
             "--overwrite."

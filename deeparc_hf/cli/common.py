@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core.checks import Entry, MalformedError, read_json
 from ..core.plain_text import plain_lines
+from ..core.sentence_encoders import MODULES, module_folders
 from ..errors import ConfigError, DeepArcWarning
 
 __all__ = ["PLAN_FILE", "SPARSITY_FILE", "output_folder", "plain_warnings", "public_names", "say"]
@@ -48,7 +49,12 @@ def output_folder(args: argparse.Namespace) -> Path:
     if out.is_dir() and any(out.iterdir()):
         if not args.overwrite:
             raise ConfigError(f"{args.out} exists and is not empty. Give another folder with -o, or --overwrite.")
-        foreign = sorted(path.name for path in out.iterdir() if path.is_dir() or not _OWN_FILE.fullmatch(path.name))
+        modules = {MODULES, *((module_folders(str(out)) or ()) if (out / MODULES).is_file() else ())}
+        foreign = sorted(
+            path.name
+            for path in out.iterdir()
+            if path.name not in modules and (path.is_dir() or not _OWN_FILE.fullmatch(path.name))
+        )
         if foreign:
             raise ConfigError(
                 f"{args.out} holds {foreign[0]!r}, which this command did not write, so it is not replaced. Give "

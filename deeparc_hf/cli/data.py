@@ -21,6 +21,7 @@ from ..checkpoint import loading as checkpoints
 from ..core.caller import warn_caller
 from ..core.hub_help import no_answer
 from ..core.plain_text import plain
+from ..core.sentence_encoders import copy_modules, module_folders
 from ..errors import CalibrationError, CalibrationWarning, ConfigError, MissingDependencyError, UnsupportedModelError
 from ..observe.calibration import chosen_rows
 from ..pruning.config import MPruneConfig
@@ -67,6 +68,8 @@ class Job:
         source = find_source(args.model)
         frame = skeleton(source, args.auto_class)
         check(frame)
+        if source.library == "transformers":
+            module_folders(source.reference, **source.loading)  # what is wrong with them is said now
         device = _device(args.device)
         if args.data is None:
             return cls(args, source, device, None, processor_of(source, frame))
@@ -83,10 +86,14 @@ class Job:
         return load_model(self.source, self.args.auto_class).to(self.device)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Save the checkpoint with its record, and its tokenizer or image processor where there is one."""
+        """Save the checkpoint with its record, its tokenizer or image processor where there is one, and the modules of
+        a sentence encoder.
+        """
         checkpoints.save_pruned(model, folder)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
+        if self.source.library == "transformers":
+            copy_modules(self.source.reference, folder, **self.source.loading)
 
 
 def _device(name: str | None) -> torch.device:

@@ -23,6 +23,7 @@ from ..checkpoint.loading import saved_class
 from ..core.block_paths import is_inside
 from ..core.hub_help import no_answer
 from ..core.plain_text import did_you_mean, plain
+from ..core.sentence_encoders import module_folders
 from ..errors import CalibrationError, ConfigError, DeepArcError, MissingDependencyError, UnsupportedModelError
 
 __all__ = ["LoadingError", "ModelSource", "find_source", "load_model", "loading", "silence", "skeleton"]
@@ -157,6 +158,7 @@ def _config(model: str, revision: str | None = None) -> tuple[dict[str, Any], Pa
             )
         file = path / "config.json"
         if not file.is_file():
+            module_folders(str(path))  # a sentence encoder whose model lies elsewhere
             raise LoadingError(f"{model} has no config.json. Give the folder that save_pretrained wrote.")
     elif path.exists():
         raise LoadingError(f"{model} is a file. Give the folder that holds config.json and the weights.")

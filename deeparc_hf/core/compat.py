@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "buffers_of",
     "builder_of",
     "calling_trainer",
+    "card_of_encoder",
     "checkpoint_key_namer",
     "convolution_of",
     "copy_with_children",
@@ -176,6 +178,21 @@ def checkpoint_key_namer(model: PreTrainedModel) -> Callable[[str], str]:
         return renamed
 
     return name
+
+
+def card_of_encoder(encoder: Any) -> str | None:
+    """The card that sentence-transformers would save with a model; None where it cannot make one.
+
+    Why: no public method makes it without saving the weights, and the card of the checkpoint that was loaded, which
+    stays where nothing was trained, has no public name. To be removed when there is such a method.
+    """
+    kept = getattr(encoder, "_model_card_text", None)
+    data = encoder.model_card_data
+    if kept and "generated_from_trainer" not in data.tags:
+        return str(kept)
+    modules = (sys.modules[kind.__module__] for kind in type(data).__mro__)
+    make = next((made for module in modules if (made := getattr(module, "generate_model_card", None))), None)
+    return None if make is None else str(make(encoder))
 
 
 def calling_trainer() -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..architectures import Host
 from ..core.offload import device_of
+from ..core.sentence_encoders import tokenized
 from ..errors import CalibrationError
 
 __all__ = ["batch_size", "columns", "cut", "forward_kwargs", "is_cuttable", "padding_masks", "without_labels"]
@@ -20,10 +21,15 @@ _PER_SAMPLE = ("input_ids", "inputs_embeds", "attention_mask", "decoder_input_id
 
 
 def columns(host: Host, batch: Any) -> list[Any]:
-    """The batches in a batch: several where sentence-transformers has collated pairs (anchor_input_ids, ...)."""
+    """The batches in a batch: several where sentence-transformers has collated pairs (anchor_input_ids, ...), or leaves
+    texts to be tokenized by its model.
+    """
     main = host.main_input
-    if not isinstance(batch, Mapping) or host.inputs_in(batch).get(main) is not None:
+    if isinstance(batch, Mapping) and host.inputs_in(batch).get(main) is not None:
         return [batch]
+    texts = [] if host.outer is None else tokenized(host.outer, batch)
+    if texts or not isinstance(batch, Mapping):
+        return texts or [batch]
     prefixes = [
         key.removesuffix(main)
         for key in batch

@@ -29,6 +29,7 @@ from transformers.utils import logging as hf_logging
 from ..architectures import Layout, Subject, describe
 from ..architectures.hosts import quiet
 from ..architectures.skeleton import state_shapes
+from ..checkpoint.companions import copy_companions
 from ..checkpoint.loading import saved_class
 from ..checkpoint.record import PrunedConfig, current_record
 from ..checkpoint.stored import (
@@ -48,6 +49,7 @@ from ..core.compat import may_be_missing
 from ..core.files import whole_folder
 from ..core.offload import blocks_on_disk
 from ..core.plain_text import quoted
+from ..core.sentence_encoders import copy_modules, module_folders
 from ..errors import ConfigError, PlanError, RecordError, SurgeryError, UnsupportedModelError
 from ..healing.heal import healed_tensors
 from ..healing.sites import Healing
@@ -76,7 +78,8 @@ def prune_checkpoint(
 
     Tensors keep their names but for the numbers of the blocks. Of a sharded checkpoint on the Hub only those shards are
     downloaded that hold a tensor which stays, unless the result is verified. Weights, config and generation config are
-    written: save the tokenizer or processor beside them.
+    written: save the tokenizer or processor beside them. Of a model of sentence-transformers its modules and its
+    tokenizer are copied along.
 
     Args:
         checkpoint: a folder or Hub id, of transformers, with safetensors weights.
@@ -155,6 +158,7 @@ class DiskSurgery:
                 f"prune_checkpoint takes no {odd[0]!r}. Beside its own arguments it takes where the files are: "
                 f"{', '.join(HUB_SETTINGS)}."
             )
+        module_folders(base, **hub)  # what is wrong with them is said before any work is done
         if isinstance(what, Mapping):  # they are gone through twice
             what = {name: list(blocks) if isinstance(blocks, Iterable) else blocks for name, blocks in what.items()}
         frame = _frame(base, auto_class, hub)
@@ -186,6 +190,8 @@ class DiskSurgery:
         if self.healings:
             self._heal(folder)
             record = self._note(folder, None if mark is None else mark_of_files(folder))
+        if copy_modules(self._base, folder, **self._hub):
+            copy_companions(self._base, folder)
         return record
 
     def _note(self, folder: Path, mark: str | None) -> PrunedConfig:

@@ -19,6 +19,7 @@ from ..checkpoint.record import PrunedConfig, current_layout, current_record
 from ..checkpoint.weights_mark import mark_of_model
 from ..core.block_paths import lists_of
 from ..core.offload import is_offloaded
+from ..core.sentence_encoders import forget_figures
 from ..core.transaction import Transaction
 from ..errors import ConfigError, PlanError, SurgeryError
 from .adapters import follow_in_configs
@@ -287,6 +288,7 @@ def _operate(
         if known is None:
             record = record.with_mark(mark_of_model(host.bare))
             host.set_record(record.to_dict())
+            forget_figures(host.outer, transaction)
         # a frame compiled before the removal may be reused wrongly (pytorch issue 139476)
         torch.compiler.reset()
     return record

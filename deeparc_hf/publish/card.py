@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from torch import nn
 
+from ..architectures import find_host
 from ..core.caller import warn_caller
 from ..core.files import write_whole
 from ..core.markdown import fenced, folded, md
@@ -21,6 +22,7 @@ from ..errors import ConfigError, MissingDependencyError
 from ..pruning.heatmap import save_heatmap
 from . import blocks, overview, sections, tables
 from .content import CardContent
+from .encoders import joined, may_add, their_card, their_page
 from .gather import content_of_folder, content_of_model, with_reports
 from .merging import bare_metadata, kept_message, marked, may_replace, merged
 from .metadata import licences, metadata
@@ -110,6 +112,7 @@ def make_card(
     overwrite: bool = False,
     own: bool = False,
     phase: str | None = None,
+    theirs: str | None = None,
 ) -> tuple[ModelCard, CardContent]:
     """`create_model_card`, with what the card tells.
 
@@ -117,6 +120,7 @@ def make_card(
         revision: the branch that the code in the card loads; None for the main one.
         own: as in `with_reports`.
         phase: of the run, where it is known better than its report says.
+        theirs: the card that sentence-transformers has saved with the model, where it lies elsewhere than the new one.
     """
     given = given or Given()
     source = Source.of(trainer_or_model)
@@ -128,16 +132,32 @@ def make_card(
     target = Path(path) if path is not None else None if source.output is None else source.output / CARD_FILE
     pictures = () if target is None else _draw(content, target.parent)
     card = render(content, repo_id or default_name or name or "org/model", pictures, revision)
+    theirs = _theirs(source, target, theirs) if content.encoder is not None and source.writes else None
+    if theirs is not None:
+        card = joined(card, theirs, repo_id or default_name or name or "org/model", given.keys)
     if target is not None:
         card = merged(card, bare_metadata(target), given.keys)
         if not source.writes:
             return card, content
-        if may_replace(target) or overwrite:
+        if may_replace(target) or overwrite or (content.encoder is not None and may_add(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, str(card))
         else:
             warn_caller(kept_message(target, "overwrite=True (--overwrite)"))
     return card, content
+
+
+def _theirs(source: Source, target: Path | None, given: str | None) -> str | None:
+    """The card of sentence-transformers that ours is added to; None where there is none."""
+    if given is not None:
+        return their_page(given)
+    if source.folder is not None:
+        return their_page(_read(source.folder / CARD_FILE))
+    return their_card(find_host(source.model).outer)
+
+
+def _read(file: Path) -> str:
+    return file.read_text("utf-8", errors="replace") if file.is_file() else ""
 
 
 def render(

@@ -24,6 +24,8 @@ class CardContent:
     """Plain data; what is not known is None or empty, and is left out of the card.
 
     Attributes:
+        library: transformers, timm or sentence-transformers.
+        encoder: SentenceTransformer, SparseEncoder or CrossEncoder, where it is a model of sentence-transformers.
         architecture: name of the model's class, or timm's name of its architecture.
         record: what was done to the model; an empty one where nothing was.
         mark: of the weights (`weights_mark`); None where they are not there.
@@ -58,6 +60,7 @@ class CardContent:
     processor: str | None = None
     dtype: str | None = None
     needs_package: bool = False
+    encoder: str | None = None
     parameters: tuple[int | None, int | None] = (None, None)
     attempts: tuple[Attempt, ...] = ()
     run: Mapping[str, Any] = field(default_factory=dict)

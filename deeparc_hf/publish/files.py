@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..core.sentence_encoders import module_folders
 from ..errors import ConfigError
 
 __all__ = ["REPORTS", "checkpoint_files", "checkpoints_in", "outdated"]
@@ -24,13 +25,13 @@ _REPORTS_OF_OLD = r"(pruning|sparsity)_report\.(json|md)|(pruning_plan|evaluatio
 REPORTS = re.compile(rf"{_REPORTS_OF_OLD}|report\.(json|md)|(similarity|quality)\.png")
 # by name: nothing that runs code when it is read (pickles), and nothing that lies beside a checkpoint by chance
 _CHECKPOINT = re.compile(
-    rf"{_SAFETENSORS}|{_TOKENIZER}|{REPORTS.pattern}|([\w.\-]*_)?config\.json|preprocessor\w*\.json"
+    rf"{_SAFETENSORS}|{_TOKENIZER}|{REPORTS.pattern}|([\w.\-]*_)?config\.json|modules\.json|config_sentence_transformers\.json|preprocessor\w*\.json"
     r"|README\.md|LICEN[CS]E[\w.\-]*|NOTICE[\w.\-]*|results\.(json|md)|scores\.md|heatmap\.png"
 )
 # weights that a loader would take instead of the new ones, the Trainer's pickle of its arguments, and reports
 _OUTDATED = re.compile(
     rf"{_SAFETENSORS}|pytorch_model(-\d{{5}}-of-\d{{5}})?\.bin|pytorch_model\.bin\.index\.json|tf_model\.h5"
-    rf"|flax_model\.msgpack|adapter_config\.json|adapter_model\.(safetensors|bin)|training_args\.bin|{_REPORTS_OF_OLD}"
+    rf"|flax_model\.msgpack|adapter_config\.json|adapter_model\.(safetensors|bin)|training_args\.bin|modules\.json|\d+_[A-Z]\w*/.+|{_REPORTS_OF_OLD}"
 )
 _OUTDATED_TOKENIZER = re.compile(rf"{_TOKENIZER}|{_TEMPLATES}/.+")
 
@@ -41,16 +42,14 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
     Raises:
         ConfigError: if it is not whole, is of a kind with several parts, or holds a link to somewhere else.
     """
-    if (folder / "modules.json").is_file():
-        raise ConfigError(
-            "This is a SentenceTransformer, whose parts lie in several folders. Publish it by its own push_to_hub."
-        )
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(
             "This is a PEFT adapter, not a whole model. Merge it (model.merge_and_unload()) and publish the result."
         )
     found = [path for path in sorted(folder.iterdir()) if path.is_file() and _CHECKPOINT.fullmatch(path.name)]
     files = {path.name: path for path in found}
+    for name in module_folders(str(folder)) or ():
+        files |= _module_files(folder, name)
     files |= {f"{_TEMPLATES}/{path.name}": path for path in sorted((folder / _TEMPLATES).glob("*.jinja"))}
     whole = folder.resolve()
     for name, path in files.items():
@@ -64,6 +63,22 @@ def checkpoint_files(folder: Path) -> dict[str, Path]:
             )
     _check_whole(files)
     return files
+
+
+def _module_files(folder: Path, name: str) -> dict[str, Path]:
+    """The files of a module of a sentence encoder, by their names in a repository.
+
+    Raises:
+        ConfigError: if its weights are pickled.
+    """
+    paths = [path for path in sorted((folder / name).glob("*")) if path.is_file()]
+    pickled = [path.name for path in paths if path.suffix == ".bin"]
+    if pickled and not any(path.suffix == ".safetensors" for path in paths):
+        raise ConfigError(
+            f"{name}/{pickled[0]} is a pickle, which is not published. Load the model by sentence-transformers and "
+            "save it anew (model.save_pretrained(FOLDER)): that writes safetensors."
+        )
+    return {f"{name}/{path.name}": path for path in paths if _CHECKPOINT.fullmatch(path.name)}
 
 
 def outdated(there: Iterable[str], files: Mapping[str, Path]) -> list[str]:

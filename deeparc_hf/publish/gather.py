@@ -19,6 +19,7 @@ from ..checkpoint.record import PrunedConfig, current_record
 from ..checkpoint.weights_mark import SIZES, dtype_of_files, mark_of_files, mark_of_model
 from ..core.checks import Entry, MalformedError, read_json
 from ..core.plain_text import plain
+from ..core.sentence_encoders import kind_of
 from ..errors import DeepArcError, RecordError, UnsupportedModelError
 from ..pruned_type import MODEL_TYPE
 from ..pruned_type.config import BASE_KEY
@@ -28,6 +29,7 @@ from ..reports.attempts import Attempt, Evaluation, dataset_in
 from ..reports.run_report import RUN_REPORT
 from ..sparsity.report import SparsityReport
 from .content import RUN_FILE, CardContent
+from .encoders import kind_of_folder
 
 __all__ = [
     "EVALUATIONS_FILE",
@@ -64,6 +66,7 @@ def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
     config = _read(folder / "config.json", Entry.mapping)
     kinds = [kind for kind, files in _PROCESSORS.items() if any((folder / name).is_file() for name in files)]
     timm = "model_type" not in config and "architecture" in config and "pretrained_cfg" in config
+    encoder = kind_of_folder(folder)
     named = config.get("architectures")
     needs_package = config.get("model_type") == MODEL_TYPE
     whole = config.get(BASE_KEY) if needs_package else config
@@ -71,7 +74,8 @@ def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
     content = _of_record(
         PrunedConfig.from_dict(config[RECORD_KEY]) if config.get(RECORD_KEY) is not None else PrunedConfig({}),
         mark_of_files(folder),
-        library="timm" if timm else "transformers",
+        library="timm" if timm else "sentence-transformers" if encoder else "transformers",
+        encoder=encoder,
         architecture=config.get("architecture") if timm else named[0] if isinstance(named, list) and named else None,
         labels=settings.get("id2label"),
         headless=timm and config.get("num_classes") == 0,
@@ -102,17 +106,19 @@ def content_of_model(model: nn.Module, processing_class: Any = None) -> CardCont
     root = subject.root
     require_whole(root)
     library, identity = subject.host.library, subject.host.identity()
+    encoder = kind_of(subject.host.outer)
     kind = "tokenizer" if hasattr(processing_class, "vocab_size") else "image processor"
     kind = "processor" if hasattr(processing_class, "tokenizer") else kind
     weights = next((str(p.dtype).removeprefix("torch.") for p in root.parameters() if p.is_floating_point()), None)
     content = _of_record(
         current_record(subject),
         mark_of_model(root),
-        library=library,
+        library="sentence-transformers" if encoder else library,
+        encoder=encoder,
         architecture=identity["architecture"] if library == "timm" else type(root).__name__,
         labels=identity.get("id2label"),
         headless=library == "timm" and identity["num_classes"] == 0,
-        processor=None if processing_class is None else kind,
+        processor="tokenizer" if encoder else None if processing_class is None else kind,
         dtype=_dtype(weights),
         needs_package=bool(subject.host.layout),
     )

@@ -13,7 +13,16 @@ from huggingface_hub.utils import yaml_dump
 
 from ..core.plain_text import plain
 
-__all__ = ["bare_metadata", "kept_message", "made_by_us", "marked", "may_replace", "merged"]
+__all__ = [
+    "bare_metadata",
+    "kept_message",
+    "made_by_us",
+    "marked",
+    "may_replace",
+    "merged",
+    "merged_metadata",
+    "unmarked",
+]
 
 _MARK = re.compile(r"\n<!-- deeparc_hf ([0-9a-f]{64}) -->\n*\Z")
 _STOCK_DRAFT = "This model card has been generated automatically according to the information the Trainer had access to"
@@ -29,6 +38,11 @@ _LISTS = ("language", "tags", "datasets", "metrics")
 def marked(body: str) -> ModelCard:
     """A card with the mark by which it is known that nobody has edited it."""
     return ModelCard(f"{body}\n<!-- deeparc_hf {_digest(body)} -->\n")
+
+
+def unmarked(text: str) -> str:
+    """A card without that mark."""
+    return _MARK.sub("\n", text).rstrip() + "\n"
 
 
 def made_by_us(text: str) -> bool:
@@ -82,16 +96,22 @@ def merged(card: ModelCard, theirs: Mapping[str, Any], given: Collection[str] = 
     """
     if not theirs:
         return card
-    body = _MARK.sub("\n", str(card)).rstrip() + "\n"
+    body = unmarked(str(card))
     page = _METADATA.match(body)
-    ours = ModelCard(body).data.to_dict()
+    data = merged_metadata(ModelCard(body).data.to_dict(), theirs, given)
+    return marked(f"---\n{yaml_dump(data, sort_keys=False)}---\n\n{body[page.end() :] if page is not None else body}")
+
+
+def merged_metadata(ours: Mapping[str, Any], theirs: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:
+    """Our metadata with theirs, as in `merged`."""
+    data = dict(ours)
     for key, value in theirs.items():
-        if key in _LISTS and key in ours:
+        if key in _LISTS and key in data:
             named = [entry for entry in _many(value) if isinstance(entry, str)]
-            ours[key] = list(dict.fromkeys([*_many(ours[key]), *named]))
-        elif key not in given and (key not in ours or key in _THEIRS):
-            ours[key] = value
-    return marked(f"---\n{yaml_dump(ours, sort_keys=False)}---\n\n{body[page.end() :] if page is not None else body}")
+            data[key] = list(dict.fromkeys([*_many(data[key]), *named]))
+        elif key not in given and (key not in data or key in _THEIRS):
+            data[key] = value
+    return data
 
 
 def _many(value: Any) -> list[Any]:

@@ -57,6 +57,7 @@ def _tags(content: CardContent) -> list[str]:
         tags += ["pruned", "depth-pruning", *([metric] if metric else [])]
     if content.record.zeros is not None:
         tags += ["sparse", *([plain(content.sparsity.config.method, 40)] if content.sparsity is not None else [])]
+    tags += ["sentence-transformers"] if content.encoder else []
     return list(dict.fromkeys([*tags, *(plain(tag, 80) for tag in content.given.tags)]))
 
 

@@ -136,7 +136,11 @@ def state(content: CardContent) -> str:
             parts.append("It was saved at the last step of its training, before its last pruning was judged.")
     elif phase not in (None, FINISHED):
         parts.append(f"It was saved in the middle of its training (state: {md(phase)}).")
-    parts.append(f"It loads with plain {content.library}: nothing of what made it is needed.")
+    parts.append(
+        f"It needs deeparc_hf: plain {content.library} does not know its type."
+        if content.needs_package
+        else f"It loads with plain {content.library}: nothing of what made it is needed."
+    )
     return " ".join(part for part in parts if part)
 
 

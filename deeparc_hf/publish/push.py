@@ -21,6 +21,7 @@ from ..core.distributed import process_index
 from ..core.hub_help import hub_help
 from ..errors import ConfigError
 from .card import CARD_FILE, PICTURE_FILE, QUALITY_FILE, Source, make_card
+from .encoders import may_add
 from .files import REPORTS, checkpoint_files, outdated
 from .gather import require_whole
 from .merging import bare_metadata, kept_message, may_replace, merged
@@ -168,14 +169,20 @@ def _with_card(
     folder = source.folder or (source.output if reports is None else Path(reports))
     files = {name: path for name, path in files.items() if not REPORTS.fullmatch(name)}
     target = stage / CARD_FILE
+    theirs = target.read_text("utf-8") if source.folder is None and target.is_file() else None
     target.unlink(missing_ok=True)
     written = None if folder is None else folder / CARD_FILE
     if written is not None and written.is_file() and bare_metadata(written):
         shutil.copy(written, target)  # its metadata is taken over
-    content = make_card(source, target, reports=reports, overwrite=overwrite, **settings)[1]
+    content = make_card(source, target, reports=reports, overwrite=overwrite, theirs=theirs, **settings)[1]
     if card is not None:
         target.write_text(str(card), "utf-8")
-    elif written is not None and not overwrite and not may_replace(written):
+    elif (
+        written is not None
+        and not overwrite
+        and not may_replace(written)
+        and not (content.encoder and may_add(written))
+    ):
         warn_caller(kept_message(written, _HOW))
         shutil.copy(written, target)
     made = {name: stage / name for name in (CARD_FILE, PICTURE_FILE, QUALITY_FILE)}

@@ -14,6 +14,7 @@ from ..core.settings import Settings
 from ..pruning.config import MPruneConfig
 from ..sparsity.config import WandaConfig
 from .content import CardContent
+from .encoders import TASKS
 
 __all__ = ["NOT_ON_THE_HUB", "reproduce", "task_of", "usage"]
 
@@ -50,7 +51,8 @@ def task_of(content: CardContent) -> tuple[str | None, str]:
     """Task and auto class of a model."""
     if content.library == "timm":
         return "image-feature-extraction" if content.headless else "image-classification", ""
-    return _classes().get(content.architecture or "", (None, "AutoModel"))
+    task, auto_class = _classes().get(content.architecture or "", (None, "AutoModel"))
+    return TASKS.get(content.encoder or "", task), auto_class
 
 
 @lru_cache(maxsize=1)
@@ -87,6 +89,13 @@ def _usage(content: CardContent, repo_id: str, revision: str | None) -> str:
             "    print(model(torch.randn(1, "
             f"*model.pretrained_cfg['input_size'])){'.shape' if content.headless else '.argmax(-1)'})"
         )
+    if content.encoder is not None:
+        run = (
+            'model.predict([("A question?", "A text that may answer it.")])'
+            if content.encoder == "CrossEncoder"
+            else 'model.encode(["A sentence.", "Another one."]).shape'
+        )
+        return f"from sentence_transformers import {content.encoder}\n\nmodel = {content.encoder}({name})\nprint({run})"
     needed = _NEEDED.get(task or "", "tokenizer")
     if task in _PIPELINES and content.processor in (needed, "processor"):
         return f'from transformers import pipeline\n\nmodel = pipeline("{task}", {name})\n{_PIPELINES[task]}'

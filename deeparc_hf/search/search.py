@@ -20,6 +20,7 @@ from ..core.checks import is_number, unboxed
 from ..core.distributed import agree
 from ..core.plain_text import quoted
 from ..core.progress_bars import bar, duration
+from ..core.sentence_encoders import with_inner
 from ..core.shards import moves_together
 from ..errors import CalibrationWarning, ConfigError, PlanError, RegistryError
 from ..observe.batches import cut
@@ -76,7 +77,7 @@ def search_blocks(
         dataloader: any iterable of batches, as for `analyze`. Use training data, never the data you evaluate on.
         heal: "lstsq" repairs the kept block before each removal, in closed form; None leaves the blocks as they are.
         evaluate: measures a model, on data of its own; called with the whole model and with the best smaller one of
-            each number of blocks.
+            each number of blocks; of sentence-transformers' models with the whole encoder.
         greater_is_better: whether a larger number from `evaluate` is better.
         search: the strategy: "greedy", "exchange", "beam" or "evolution".
         objective: what is made small: "divergence" of the outputs from the whole model's (no labels needed), "hidden"
@@ -108,6 +109,8 @@ def search_blocks(
     total = sum(map(len, subject.stacks.values()))
     num_blocks, max_value, samples = unboxed(num_blocks), unboxed(max_value), unboxed(samples)
     _check_goals(total, num_blocks, max_value, samples)
+    if callable(evaluate) and subject.host.outer is not None:
+        evaluate = with_inner(subject.host.outer, subject.root, evaluate)
     config = MPruneConfig(
         num_blocks=-(-total // 2) if num_blocks is None else num_blocks,
         heal=heal,

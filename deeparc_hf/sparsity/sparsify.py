@@ -18,6 +18,7 @@ from ..architectures.packed import is_quantized
 from ..checkpoint.record import PrunedConfig, current_record
 from ..core.environment import package_versions
 from ..core.offload import holding
+from ..core.sentence_encoders import forget_figures
 from ..core.transaction import Transaction
 from ..errors import CalibrationError, ConfigError, RecordError, UnsupportedModelError
 from ..observe.calibration import Calibration
@@ -125,6 +126,7 @@ def sparsify(
         found, entry = {name: found[name] for name in own}, {name: entry[name] for name in own}
         sparsity = {"settings": config.to_dict(), "samples": samples, "matrices": {**earlier, **entry}}
         host.own_configs(transaction)
+        forget_figures(host.outer, transaction)
         host.set_record(
             dataclasses.replace(record, sparsity=sparsity, versions=record.versions or package_versions()).to_dict()
         )

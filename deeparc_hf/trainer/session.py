@@ -168,7 +168,9 @@ class Session:
 
     def mark(self) -> str | None:
         """The mark of the model's weights; None where it is not known."""
-        return mark_of_model(self.model) or self.known_mark
+        host = self.subject.host
+        # of a sentence encoder the model within, which is what lies in the checkpoint's model.safetensors
+        return mark_of_model(self.model if host.outer is None else host.root) or self.known_mark
 
     def record(self) -> PrunedConfig:
         return current_record(self.subject)

@@ -75,6 +75,7 @@ class Experiment:
         calibration: data to compare blocks on and to zero weights by, a part or a view of the training data; default:
             the training data.
         measure: metrics of a Trainer's model on the test data; default: Trainer.evaluate. The same work is timed.
+        timed: the part of `measure` that is timed, where it is not all of it.
         provenance: how it was asked for (`provenance.provenance`), for the report; its command is for the card too.
         notes: sentences beneath the table, after those about the splits.
         average_tokens: whether the model's loss follows the number of tokens of all processes. Where it does not, the
@@ -83,6 +84,8 @@ class Experiment:
         once: more about a Trainer's model, measured once and not timed: metrics, those of other data too, and texts.
         sections: sections of results.md, by the texts of each row that has any.
         finish: called with the rows in the end, in the first process.
+        taught: makes the Trainer of a retraining in place of `trainer`, given the original first: where it lies, or
+            its Hub id.
     """
 
     data: DataArguments
@@ -100,6 +103,8 @@ class Experiment:
     once: Callable[[Trainer], Measured] | None = None
     sections: Callable[[Mapping[str, list[dict[str, str]]]], list[str]] = lambda texts: []
     finish: Callable[[list[Row]], None] = lambda rows: None
+    taught: Callable[..., Trainer] | None = None
+    timed: Callable[[Trainer], Any] | None = None
 
     def run(self) -> list[Row]:
         """Run it all. The output folder gets results.md and .json, the models, and the last one's card; its end says
@@ -297,7 +302,7 @@ class Experiment:
     def _retrained(self, name: str, model: nn.Module, *callbacks: TrainerCallback, **facts: Any) -> Row:
         """A training of a model that is given: of what is not frozen, or of adapters that are merged in the end."""
         model = adapted(model, self.pruning, self.training.seed)
-        trainer = self._trainer(None, name, self.pruning.retrain_epochs, *callbacks, model=model)
+        trainer = self._trainer(None, name, self.pruning.retrain_epochs, *callbacks, model=model, retrains=True)
         record, frozen = record_of(model), 0
         if self.pruning.freeze != "none" and record is not None:
             Structure(record, record.frozen).freeze(trainer.model)
@@ -358,7 +363,7 @@ class Experiment:
         """Time both models in turns: what disturbs one disturbs the other."""
         works = []
         for row in (original, last):
-            works.append(self._work(self._trainer(row, SCRATCH)))
+            works.append(self._timed_work(self._trainer(row, SCRATCH)))
             works[-1]()  # warm
         ratios = []
         for turn in range(TURNS):
@@ -405,7 +410,13 @@ class Experiment:
         return self.data.model if row is None or row.folder is None else str(self._out / row.folder)
 
     def _trainer(
-        self, row: Row | None, name: str, epochs: float = 1, *callbacks: TrainerCallback, model: nn.Module | None = None
+        self,
+        row: Row | None,
+        name: str,
+        epochs: float = 1,
+        *callbacks: TrainerCallback,
+        model: nn.Module | None = None,
+        retrains: bool = False,
     ) -> Trainer:
         """A Trainer of the model of a row (None: of the one that the experiment begins with), or of another one, with a
         folder of its own.
@@ -416,9 +427,13 @@ class Experiment:
         settings["resume_from_checkpoint"] = None  # each training is told its own
         args = dataclasses.replace(self.training, output_dir=str(folder), num_train_epochs=epochs, **settings)
         clock = Clock([self._metric] if self.pruning.metric else ["eval_accuracy", "eval_loss"])
+        make = self.trainer
+        if (callbacks or retrains) and self.taught is not None:
+            tuned = self.pruning.finetune_epochs > 0
+            make = partial(self.taught, str(self._out / ORIGINAL) if tuned else self.data.model)
         # first of all, so that it measures a model before a gate takes it back
         model = self.load(self._place(row)) if model is None else model
-        return self.trainer(model=model, args=args, callbacks=[clock, *callbacks])
+        return make(model=model, args=args, callbacks=[clock, *callbacks])
 
     def _train(self, trainer: Trainer) -> tuple[float, dict[str, tuple[float, ...]]]:
         """Train; time of the training in s, evaluations left out, and the main metric after each epoch: of the
@@ -455,7 +470,7 @@ class Experiment:
             lines = [json.dumps(pair, ensure_ascii=False) for pair in measured.texts]
             (self._out / TEXTS).mkdir(parents=True, exist_ok=True)
             write_whole(self._out / TEXTS / f"{folder_of(name)}.jsonl", "\n".join(lines) + "\n")
-        timing = timed_evaluation(work, repeats=self.pruning.repeats, warmup=0)
+        timing = timed_evaluation(self._timed_work(trainer), repeats=self.pruning.repeats, warmup=0)
         measured = dataclasses.replace(measured, seconds=timing.seconds)
         gc.collect()
         return Row(name, **structure_of(trainer.model), measured=measured, **facts)
@@ -470,6 +485,9 @@ class Experiment:
         if self.measure is not None:
             return partial(self.measure, trainer)
         return lambda: Measured.of_metrics(trainer.evaluate(self._test, metric_key_prefix="test"), len(self._test))
+
+    def _timed_work(self, trainer: Trainer) -> Callable[[], Any]:
+        return self._work(trainer) if self.timed is None else partial(self.timed, trainer)
 
     @property
     def _metric(self) -> str:

@@ -129,7 +129,7 @@ def check_files(folder: Path, rows: list[Row], retrained: bool = True) -> None:
         if result.dataset_split == "test"
     }
     assert {name: figures[name] for name in last.measured.metrics} == pytest.approx(last.measured.metrics)
-    shown = card.partition("## Evaluation")[2].partition("\n## ")[0]
+    shown = card.rpartition("## Evaluation\n")[2].partition("\n## ")[0]
     assert "| metric | original | this model |" in shown and "of the time of the original" in shown
     for name, (low, high) in {**rows[0].measured.intervals, **last.measured.intervals}.items():
         assert f"{figure(low)} .. {figure(high)}" in shown, name

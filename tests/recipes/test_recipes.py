@@ -20,8 +20,8 @@ from .running import RECIPES, recipe, words
 from .tiny import make_tiny
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.py"))
-TASKS = ["causal_lm", "image_classification", "speech_recognition", "text_classification"]
-PUBLIC = {"accelerate", "datasets", "deeparc_hf", "numpy", "torch", "transformers", "yaml"}
+TASKS = ["causal_lm", "image_classification", "sentence_embeddings", "speech_recognition", "text_classification"]
+PUBLIC = {"accelerate", "datasets", "deeparc_hf", "numpy", "sentence_transformers", "torch", "transformers", "yaml"}
 BESIDE = {"experiment"}
 
 
