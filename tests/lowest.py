@@ -18,6 +18,7 @@ TOOLS = {
     "INTEGRATIONS",
     "LINT",
     "RELEASE",
+    "SENTENCES",
     "TEST",
 }  # lists in setup.py of what only developers need
 _LOWER_BOUND = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)>=([0-9][0-9.]*)")
