@@ -16,8 +16,9 @@ transcripts. A multilingual model is told the language of the recordings: --spok
 As Distil-Whisper was made (arXiv 2311.00430): the encoder stays and is frozen, the decoder's layers are spread evenly,
 and the model from before the removal teaches, also by its own transcripts of the training recordings:
 
-    python recipes/speech_recognition.py --config recipes/configs/whisper_small_librispeech.yaml
-    --num_blocks model.decoder.layers=2 --spread_evenly --pseudo_labels --output_dir runs/spread
+    python recipes/speech_recognition.py --model openai/whisper-small.en --dataset openslr/librispeech_asr
+    --dataset_config clean --train_split train.100 --finetune_epochs 0 --num_blocks model.decoder.layers=4
+    --spread_evenly --freeze "model.encoder.layers.*" --distill_alpha 0.5 --pseudo_labels --output_dir runs/spread
 
 A gate (--max_drop) is on the loss, or on the error rate (--metric wer).
 """
@@ -103,11 +104,6 @@ def main(argv: list[str] | None = None) -> list[Any]:
     load = hearing.asked(loader(AutoModelForSpeechSeq2Seq, data, pruning))
     made_by = provenance(__file__, argv, data, own, training, splits, metrics.told)
     notes = [f"{metrics} WER and CER: after {hearing.told}.", *([left_out] if left_out else [])]
-    if own.pseudo_labels:
-        heard = measure.generate(trainer(load(data.model), training, []), seen.train)
-        taught, told = with_pseudo_labels(splits.train, own.text_column, heard, hearing, own.max_pseudo_wer)
-        train = taught.with_transform(encoder)
-        notes.append(told)
     how = {
         "calibration": train,
         "provenance": made_by,
@@ -115,7 +111,13 @@ def main(argv: list[str] | None = None) -> list[Any]:
         "known": ["wer", "cer"],
         "finish": lambda rows: speech.write_speech_scores(Path(training.output_dir), rows, seconds, hearing.told),
     }
-    return Experiment(data, pruning, training, load, trainer, seen, measure, **how).run()
+    experiment = Experiment(data, pruning, training, load, trainer, seen, measure, **how)
+    if own.pseudo_labels:  # once it is known that the experiment can begin
+        heard = measure.generate(trainer(load(data.model), training, []), seen.train)
+        taught, told = with_pseudo_labels(splits.train, own.text_column, heard, hearing, own.max_pseudo_wer)
+        experiment.calibration = train = taught.with_transform(encoder)
+        experiment.notes.append(told)
+    return experiment.run()
 
 
 if __name__ == "__main__":

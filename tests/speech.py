@@ -93,7 +93,5 @@ def make_speech(folder: Path, multilingual: bool = False, **settings: Any) -> di
                 place = f"sounds/{name}-{index}.wav"
                 soundfile.write(folder / place, sound_of(text, 8000), 8000)
                 writer.writerow([place, text.capitalize() + "."])
-    return {
-        "model": folder / "model",
-        **{f"{use}_file": folder / f"{use}.csv" for use in ("train", "validation", "test")},
-    }
+    files = {f"{use}_file": folder / f"{use}.csv" for use in ("train", "validation", "test")}
+    return {"model": folder / "model", **files}

@@ -125,6 +125,8 @@ class Hearing:
         Raises:
             ConfigError: if a split has no row left, or a recording cannot be read.
         """
+        from datasets import concatenate_datasets
+
         most, longest = self.features.chunk_length, self.longest
 
         def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -133,7 +135,12 @@ class Hearing:
         def fits(labels: list[int], seconds: float) -> bool:
             return len(labels) <= longest and seconds <= most
 
-        encoded = splits.map(encode, keep=[audio, text])
+        def widened(part: Any) -> Any:
+            # beside the recordings and not through `map`, which would copy them
+            more = part.map(encode, batched=True, remove_columns=part.column_names)
+            return concatenate_datasets([part.select_columns([audio, text]), more], axis=1)
+
+        encoded = splits.each(widened)
         left = encoded.each(lambda part: part.filter(fits, input_columns=["labels", "seconds"]))
         told = []
         for use in ("train", "validation", "test"):
