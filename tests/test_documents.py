@@ -175,9 +175,12 @@ def test_what_is_shown_first_runs_after_the_first_command():
         needs = [imported(example) for example in examples(text)]
         assert {"datasets", "transformers"} <= needs[0] and set().union(*needs) <= required()
     others = [imported(example) - required() for text in PAGES.values() for example in examples(text)]
-    # whoever has adapters has PEFT, which is no extra
+    # whoever has adapters has PEFT, which is no extra, and whoever has a sentence encoder has its library
     assert 'pip install "peft>=0.18"' in PAGES["adapters"]
-    assert [more for more in others if more] == [{"peft"}, {"timm"}] and "timm" in required("timm") & required("all")
+    assert 'pip install "sentence-transformers>=6"' in PAGES["sentence_encoders"]
+    assert [more for more in others if more] == [{"peft"}, {"sentence_transformers"}, {"timm"}] and "timm" in required(
+        "timm"
+    ) & required("all")
     assert {"datasets", "evaluate"} <= required()
 
 
@@ -303,11 +306,18 @@ def adapted(names: dict[str, Any]) -> None:
     assert deeparc_hf.PrunedConfig.from_pretrained("runs/adapted").kept["bert.encoder.layer"]
 
 
+def encoded(names: dict[str, Any]) -> None:
+    again = names["SentenceTransformer"]("runs/small_encoder", device="cpu")
+    assert [type(module).__name__ for module in again] == ["Transformer", "Pooling"]
+    assert len(again[0].auto_model.encoder.layer) == 8
+
+
 CHECKS = {
     "adapters": adapted,
     "distillation": distilled,
     "healing": healed,
     "search": searched,
+    "sentence_encoders": encoded,
     "sparsity": sparse,
     "trainer": trained,
     "without_trainer": by_hand,

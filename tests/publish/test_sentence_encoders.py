@@ -78,7 +78,8 @@ def test_a_trained_encoder_s_card_is_both(trainer, tmp_path):
     assert ("spearman_cosine", measured) in results_of(card)  # once, though both tell it
     assert [kind for kind, _ in results_of(card)].count("spearman_cosine") == 1
     # theirs: the code with the repository's name, the architecture, the evaluator's table, the training's settings
-    assert 'SentenceTransformer("me/small")' in text and "(2): Dense(" in text and "model_id" not in text
+    assert 'SentenceTransformer("me/small")' in text and "(2): Dense(" in text
+    assert "transformers_model_id" not in text
     assert "[<code>EmbeddingSimilarityEvaluator</code>]" in text and "#### Non-Default Hyperparameters" in text
     # ours: the first screen before their first section, the rest at the end
     assert text.index("with 1 of its 4 blocks (layers) removed") < text.index("## Model Details")

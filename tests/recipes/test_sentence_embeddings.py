@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import datasets
@@ -20,10 +25,12 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from deeparc_hf import PrunedConfig
 from deeparc_hf.errors import ConfigError
 from experiment import embeddings
+from experiment.results import read_rows
 from experiment.splits import Splits
 from tests.sentence_encoders import STACK, encoder, transformer
 
-from .running import check_files, recipe, without_times, words
+from .running import RECIPES, check_files, recipe, without_times, words
+from .tiny import ROOT
 
 main = recipe("sentence_embeddings").main
 NDCG = "cosine_ndcg@10"
@@ -127,6 +134,43 @@ def test_what_is_done_is_not_done_again(run, data, capsys):
     again = main([*given, "--resume_from_checkpoint", "true"])
     assert without_times(again) == without_times(list(run.rows.values()))
     capsys.readouterr()
+
+
+def start(data, folder, *more):
+    """The recipe in a process of its own, with three epochs of each training."""
+    settings = {"finetune_epochs": 3, "retrain_epochs": 3, "num_blocks": 3, "metric": NDCG, "save_strategy": "epoch"}
+    settings |= {"distill_embeddings": True, "save_total_limit": 1}
+    command = [sys.executable, str(RECIPES / "sentence_embeddings.py")]
+    command += [*words(**data, output_dir=str(folder), **settings), *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    running = start(data, folder)
+    said = running.communicate(timeout=400)[0]
+    assert running.returncode == 0, said
+    return without_times(read_rows(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["original", "iteration-1"])
+def test_killed_in_a_training_it_goes_on_to_the_same_end(training, data, undisturbed, tmp_path):
+    """Batches without duplicates are drawn as they were, and what the teacher teaches is the same."""
+    killed, end = start(data, tmp_path / "out"), time.monotonic() + 300
+    while not list((tmp_path / "out" / training).glob("checkpoint-*/clock.json")):
+        assert killed.poll() is None and time.monotonic() < end, killed.communicate()[0]
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    again = start(data, tmp_path / "out", "--resume_from_checkpoint", "true")
+    said = again.communicate(timeout=400)[0]
+    assert again.returncode == 0, said
+    assert f"{training}: goes on from checkpoint-" in said
+    assert without_times(read_rows(tmp_path / "out")) == undisturbed
 
 
 def test_pairs_with_scores_and_a_model_without_modules(data, tmp_path):
