@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 SETUP = Path(__file__).parents[1] / "setup.py"
-TOOLS = {"DOCS", "INTEGRATIONS", "LINT", "RELEASE", "TEST"}  # lists in setup.py of what only developers need
+TOOLS = {"DOCS", "EXPORTS", "INTEGRATIONS", "LINT", "RELEASE", "TEST"}  # lists in setup.py of what only developers need
 _LOWER_BOUND = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)>=([0-9][0-9.]*)")
 
 

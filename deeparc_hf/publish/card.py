@@ -21,6 +21,7 @@ from ..errors import ConfigError, MissingDependencyError
 from ..pruning.heatmap import save_heatmap
 from . import blocks, overview, sections, tables
 from .content import CardContent
+from .elsewhere import elsewhere
 from .gather import content_of_folder, content_of_model, with_reports
 from .merging import bare_metadata, kept_message, marked, may_replace, merged
 from .metadata import licences, metadata
@@ -156,6 +157,7 @@ def render(
             labels=f"{labels}, ..." if len(content.labels) > _LABELS else labels,
             usage=fenced(usage(content, repo_id, revision), "python"),
             reproduce=reproduce(content, repo_id),
+            elsewhere=elsewhere(content, repo_id),
             folded=folded,
             blocks=blocks,
             overview=overview,
