@@ -32,7 +32,12 @@ TEST = [
     "torchao>=0.18",  # the tests of bitsandbytes, which is large, run where it is installed
 ]
 INTEGRATIONS = ["sentence-transformers>=5.2", "tensorboard>=2.20", "trl>=1.0"]  # what the tests meet the callback in
-EXPORTS = ["onnx>=1.20", "onnxruntime>=1.23", "onnxscript>=0.5.7", "openvino>=2026.3"]  # what pruned models are run with
+EXPORTS = [
+    "onnx>=1.20",
+    "onnxruntime>=1.23",
+    "onnxscript>=0.5.7",
+    "openvino>=2026.3",
+]  # what pruned models are run with
 LINT = ["ruff>=0.14", "import-linter>=2.3", "mypy>=1.18"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 RELEASE = ["build>=1.2", "twine>=6"]

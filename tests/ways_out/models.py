@@ -118,6 +118,11 @@ def typed(
     way: str, *, model_id: Any = "", auto_class: str = "", change: Callable[[str], str] = str, **names: Any
 ) -> dict[str, Any]:
     """What the lines that the page and the cards give for a way out leave behind, typed where these names are known."""
-    lines = change(WAYS_OUT[way].lines).replace("{model}", str(model_id)).replace("FOLDER", str(model_id)).replace("{auto_class}", auto_class)
+    lines = (
+        change(WAYS_OUT[way].lines)
+        .replace("{model}", str(model_id))
+        .replace("FOLDER", str(model_id))
+        .replace("{auto_class}", auto_class)
+    )
     exec(compile(lines, way, "exec"), names)
     return names
