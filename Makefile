@@ -12,6 +12,7 @@ INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.docs_installed
 RELEASE_INSTALLED := $(VENV)/.release_installed
 PEERS := build/peers
+WAYS_OUT := build/ways_out
 FRESH := build/fresh
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
@@ -28,7 +29,7 @@ export TOKENIZERS_PARALLELISM := false
 # threads that spin while they wait cost many times the work where other processes share the cores
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo test test-slow test-census lint bench docs dist clean
+.PHONY: help demo test test-slow test-census test-ways-out lint bench docs dist clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /make \1: /p' Makefile
@@ -44,6 +45,9 @@ test-slow: $(INSTALLED)  ## the tests that are marked slow, but the census
 
 test-census: $(INSTALLED)  ## every type of transformers and every family of timm (two hours); PART=1/4 for a part of it
 	CENSUS_PART=$(PART) $(BIN)/pytest -n 2 -m slow tests/census
+
+test-ways-out: $(WAYS_OUT)/.installed  ## pruned models in ONNX Runtime, OpenVINO, ExecuTorch, llama.cpp, MLX, bitsandbytes (20 minutes)
+	$(WAYS_OUT)/bin/python -m pytest tests/ways_out
 
 lint: $(INSTALLED)  ## style, formatting, import rules and types
 	$(BIN)/ruff check .
@@ -80,15 +84,17 @@ $(INSTALLED): setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-# an environment of their own, which finds the project's packages behind it; one that cannot be had is left out
-$(PEERS)/.installed: $(INSTALLED) benchmarks/peers.txt
-	rm -rf $(PEERS)
-	$(BIN)/python -m venv $(PEERS)
+# environments of their own, which find the project's packages behind them; a tool that cannot be had is left out
+$(PEERS)/.installed: benchmarks/peers.txt
+$(WAYS_OUT)/.installed: tests/ways_out/tools.txt
+$(PEERS)/.installed $(WAYS_OUT)/.installed: $(INSTALLED)
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
 	$(BIN)/python -c "import pathlib, sysconfig; print(sysconfig.get_path('purelib')); print(pathlib.Path.cwd())" \
-		> $$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
-	grep -v '^#' benchmarks/peers.txt | while read -r peer; do \
-		$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$peer \
-		|| echo "$$peer could not be installed: it is left out"; done
+		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth
+	grep -v '^#' $(filter %.txt,$^) | while read -r tool; do \
+		$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $$tool \
+		|| echo "$$tool could not be installed: it is left out"; done
 	@touch $@
 
 $(DOCS_INSTALLED): $(INSTALLED)

@@ -34,9 +34,14 @@ TEST = [
 ]
 CHAT = ["peft>=0.18", "trl>=1.0"]
 HARNESS = ["lm_eval>=0.4.9"]
-# what the tests meet the callback in
 SENTENCES = ["sentence-transformers>=6"]
-INTEGRATIONS = [*SENTENCES, "setfit>=1.2", "tensorboard>=2.20"]
+EXPORTS = [  # what pruned models are run with
+    "onnx>=1.20",
+    "onnxruntime>=1.23",
+    "onnxscript>=0.5.7",
+    "openvino>=2026.3",
+]
+INTEGRATIONS = [*SENTENCES, "setfit>=1.2", "tensorboard>=2.20"]  # what the tests meet the callback in
 LINT = ["ruff>=0.14", "import-linter>=2.3", "mypy>=1.18"]
 DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 RELEASE = ["build>=1.2", "twine>=6"]
@@ -69,8 +74,9 @@ setup(
         "all": [*TIMM, *PLOTS, *RECIPES],
         "chat": CHAT,
         "demo": DEMO,
-        "dev": [*TIMM, *DEMO, *RECIPES, *CHAT, *HARNESS, *TEST, *INTEGRATIONS, *LINT],
+        "dev": [*TIMM, *DEMO, *RECIPES, *CHAT, *HARNESS, *TEST, *EXPORTS, *INTEGRATIONS, *LINT],
         "docs": DOCS,
+        "exports": EXPORTS,
         "harness": HARNESS,
         "images": IMAGES,
         "integrations": INTEGRATIONS,

@@ -11,16 +11,8 @@ import re
 from pathlib import Path
 
 SETUP = Path(__file__).parents[1] / "setup.py"
-TOOLS = {
-    "CHAT",
-    "DOCS",
-    "HARNESS",
-    "INTEGRATIONS",
-    "LINT",
-    "RELEASE",
-    "SENTENCES",
-    "TEST",
-}  # lists in setup.py of what only developers need
+# lists in setup.py of what only developers need, or a recipe or a page of the documents alone
+TOOLS = {"CHAT", "DOCS", "EXPORTS", "HARNESS", "INTEGRATIONS", "LINT", "RELEASE", "SENTENCES", "TEST"}
 _LOWER_BOUND = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)>=([0-9][0-9.]*)")
 
 

@@ -21,6 +21,8 @@ from markdown_it import MarkdownIt
 
 import deeparc_hf
 from deeparc_hf.architectures import families
+from deeparc_hf.publish.elsewhere import difference_text, told
+from deeparc_hf.publish.ways_out import FAULTS, WAYS_OUT
 from deeparc_hf.search.objectives import objectives
 from deeparc_hf.search.strategies import strategies
 from deeparc_hf.similarity import metrics
@@ -48,6 +50,7 @@ TABLES = {
     "settings": ["settings", "distillation", "sparsity"],
     "similarity": ["metrics"],
     "sparsity": ["methods"],
+    "ways_out": ["ways_out", "lines", "faults"],
 }
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _EXAMPLE = re.compile(r"<!-- (\w+) -->\n```python\n(.*?)```", re.DOTALL)
@@ -88,11 +91,44 @@ def registry_table(kind: str) -> str:
     return markdown_table(["name", "what"], [[f"`{entry.name}`", entry.summary] for entry in REGISTRIES[kind]])
 
 
+def ways_out_table() -> str:
+    """The tools that pruned models were run with; types that differ by as much stand together."""
+    rows = []
+    for name, way in WAYS_OUT.items():
+        versions = ", ".join(f"{package} {version}" for package, version in way.versions.items())
+        for bound in sorted({*way.within.values(), *way.packaged.values()}):
+            types = [f"`{kind}`" for kind, other in way.within.items() if other == bound]
+            types += [f"`{kind}` (deeparc_pruned)" for kind, other in way.packaged.items() if other == bound]
+            rows.append([name, versions, ", ".join(types), way.compared, difference_text(bound)])
+    return markdown_table(["tool", "tried", "types", "compared", "largest difference"], rows)
+
+
+def faults_table() -> str:
+    rows = [[fault.way, f"`{fault.model_type}`", told(fault)] for fault in FAULTS]
+    return markdown_table(["tool", "type", "what, and what to do"], rows)
+
+
+def lines_of_ways_out() -> str:
+    """What to type, as indented code: tests/ways_out runs it."""
+
+    def indented(lines: str) -> str:
+        text = lines.replace("{model}", "FOLDER").replace("{auto_class}", "AutoModelForCausalLM")
+        return "\n".join(f"    {line}" if line else "" for line in text.split("\n"))
+
+    return "\n\n".join(f"{name}:\n\n{indented(way.lines)}" for name, way in WAYS_OUT.items())
+
+
+MADE = {"faults": faults_table, "lines": lines_of_ways_out, "ways_out": ways_out_table}
+
+
 def with_tables(text: str) -> str:
     """A page with its tables made from the code."""
 
     def fill(match: re.Match[str]) -> str:
-        table = settings_table(SETTINGS[match[2]]) if match[2] in SETTINGS else registry_table(match[2])
+        if match[2] in MADE:
+            table = MADE[match[2]]()
+        else:
+            table = settings_table(SETTINGS[match[2]]) if match[2] in SETTINGS else registry_table(match[2])
         return f"{match[1]}\n{table}\n\n{match[3]}"
 
     return _TABLE.sub(fill, text)

@@ -169,7 +169,9 @@ def test_a_release_is_made_of_a_tag_alone_and_documents_of_main_alone():
 def test_workflows_run_targets_of_the_makefile():
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
     used = {target for path in WORKFLOWS for target in re.findall(r"run: make ([a-z-]+)", path.read_text("utf-8"))}
-    assert used == {"dist", "docs", "lint", "test", "test-census", "test-slow"} and used <= set(targets)
+    assert used == {"dist", "docs", "lint", "test", "test-census", "test-slow", "test-ways-out"} and used <= set(
+        targets
+    )
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

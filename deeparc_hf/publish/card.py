@@ -22,6 +22,7 @@ from ..errors import ConfigError, MissingDependencyError
 from ..pruning.heatmap import save_heatmap
 from . import blocks, overview, sections, tables
 from .content import CardContent
+from .elsewhere import elsewhere
 from .encoders import joined, may_add, their_card, their_page
 from .gather import content_of_folder, content_of_model, with_reports
 from .merging import bare_metadata, kept_message, marked, may_replace, merged
@@ -176,6 +177,7 @@ def render(
             labels=f"{labels}, ..." if len(content.labels) > _LABELS else labels,
             usage=fenced(usage(content, repo_id, revision), "python"),
             reproduce=reproduce(content, repo_id),
+            elsewhere=elsewhere(content, repo_id),
             folded=folded,
             blocks=blocks,
             overview=overview,

@@ -27,6 +27,8 @@ class CardContent:
         library: transformers, timm or sentence-transformers.
         encoder: SentenceTransformer, SparseEncoder or CrossEncoder, where it is a model of sentence-transformers.
         architecture: name of the model's class, or timm's name of its architecture.
+        model_type: as config.json names it, of the model that a checkpoint of the type deeparc_pruned is of; None for
+            timm.
         record: what was done to the model; an empty one where nothing was.
         mark: of the weights (`weights_mark`); None where they are not there.
         labels: names of the classes of a classifier.
@@ -54,6 +56,7 @@ class CardContent:
     library: str
     architecture: str | None
     record: PrunedConfig
+    model_type: str | None = None
     mark: str | None = None
     labels: tuple[str, ...] = ()
     headless: bool = False

@@ -22,7 +22,7 @@ from ..core.plain_text import plain
 from ..core.sentence_encoders import kind_of
 from ..errors import DeepArcError, RecordError, UnsupportedModelError
 from ..pruned_type import MODEL_TYPE
-from ..pruned_type.config import BASE_KEY
+from ..pruned_type.config import BASE_KEY, TYPE_KEY
 from ..pruning.config import MPruneConfig
 from ..pruning.plan import PruningPlan
 from ..reports.attempts import Attempt, Evaluation, dataset_in
@@ -82,6 +82,7 @@ def content_of_folder(folder: str | os.PathLike[str]) -> CardContent:
         processor="processor" if len(kinds) > 1 else next(iter(kinds), None),
         dtype=_dtype(settings.get("dtype") or settings.get("torch_dtype")) or dtype_of_files(folder),
         needs_package=needs_package,
+        model_type=config.get(TYPE_KEY if needs_package else "model_type"),
     )
     return with_reports(content, folder, beside=True)
 
@@ -121,6 +122,7 @@ def content_of_model(model: nn.Module, processing_class: Any = None) -> CardCont
         processor="tokenizer" if encoder else None if processing_class is None else kind,
         dtype=_dtype(weights),
         needs_package=bool(subject.host.layout),
+        model_type=None if library == "timm" else root.config.model_type,
     )
     before, now = content.parameters[0], sum(parameter.numel() for parameter in subject.host.plain.parameters())
     return dataclasses.replace(content, parameters=(before or (None if content.removed else now), now))
@@ -130,7 +132,9 @@ def _dtype(name: Any) -> str | None:
     return name if isinstance(name, str) and name in SIZES else None
 
 
-def _of_record(record: PrunedConfig, mark: str | None, *, architecture: Any, labels: Any, **known: Any) -> CardContent:
+def _of_record(
+    record: PrunedConfig, mark: str | None, *, architecture: Any, labels: Any, model_type: Any, **known: Any
+) -> CardContent:
     """What a record tells of the prunings, with what is known of the model; architecture and labels are unchecked."""
     # a saved config is sorted by name, which puts decoders before encoders
     record = dataclasses.replace(record, stacks=dict(sorted(record.stacks.items(), key=lambda item: _order(item[0]))))
@@ -149,6 +153,7 @@ def _of_record(record: PrunedConfig, mark: str | None, *, architecture: Any, lab
         record=record,
         mark=mark,
         architecture=plain(architecture, 100) if isinstance(architecture, str) else None,
+        model_type=plain(model_type, 100) if isinstance(model_type, str) else None,
         labels=tuple(names),
         attempts=tuple(attempts),
         final=tuple(evaluation for evaluation in final if mark in (None, evaluation.mark)),
