@@ -55,7 +55,7 @@ def elsewhere(content: CardContent, repo_id: str) -> str:
         "`model` is this model, loaded; `inputs` is a dict of what it is called with. Of a language model one pass is "
         "exported, after `model.config.use_cache = False`."
     )
-    return "\n\n".join([*parts, folded("The lines", f"{inputs}\n\n{lines}")])
+    return "\n\n".join([*parts, folded("What to type", f"{inputs}\n\n{lines}")])
 
 
 def difference_text(bound: float) -> str:

@@ -36,8 +36,8 @@ from tests.zoo import ZOO
 
 RENDERER = MarkdownIt("commonmark").enable("table")
 OUR_HTML = re.compile(
-    r"<summary>(The numbers|The loss|Epochs, settings and times|All settings)</summary>|</?details>|<!-- deeparc_hf "
-    r"[0-9a-f]{64} -->|\s"
+    r"<summary>(The numbers|The loss|Epochs, settings and times|All settings|What to type)</summary>|</?details>|"
+    r"<!-- deeparc_hf [0-9a-f]{64} -->|\s"
 )
 
 

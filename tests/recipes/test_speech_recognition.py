@@ -270,3 +270,26 @@ def test_killed_in_a_retraining_and_started_again(place, tmp_path):
     said = again.communicate(timeout=400)[0]
     assert again.returncode == 0 and "iteration-1: goes on from checkpoint-" in said, said
     assert without_times(read_rows(tmp_path / "out")) == without_times(read_rows(tmp_path / "undisturbed"))
+
+
+@pytest.mark.slow
+def test_two_processes_hear_every_recording_once_and_in_order(place):
+    folder, data = place
+    settings = {**ONCE, "iterations": 0, "per_device_eval_batch_size": 4}
+    one = recipe("speech_recognition").main(words(**data, **settings, output_dir=folder / "one"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29751"]
+    given = words(**data, **settings, output_dir=folder / "two")
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(RECIPES / "speech_recognition.py"), *given],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    texts = [(folder / name / "texts" / "original.jsonl").read_text() for name in ("one", "two")]
+    assert texts[0] == texts[1]
+    two = read_rows(folder / "two")
+    for rate in ("wer", "wer_ortho", "cer"):
+        assert two[0].measured.metrics[rate] == one[0].measured.metrics[rate]
