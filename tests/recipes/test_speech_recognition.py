@@ -293,3 +293,18 @@ def test_two_processes_hear_every_recording_once_and_in_order(place):
     two = read_rows(folder / "two")
     for rate in ("wer", "wer_ortho", "cer"):
         assert two[0].measured.metrics[rate] == one[0].measured.metrics[rate]
+
+
+def test_adapters_on_what_stays_taught_by_the_whole_model(place):
+    """The removal is a row of its own; the adapters are merged, and nothing is left of them."""
+    rows = run(place, "lora", retrain_epochs=1, lora_rank=2, distill_alpha=0.5)
+    assert [row.name for row in rows] == ["original", "iteration 1, removed", "iteration 1"]
+    folder = place[0] / "lora" / "iteration-1"
+    before, after = (
+        AutoModelForSpeechSeq2Seq.from_pretrained(path).state_dict()
+        for path in (place[0] / "lora" / "iteration-1-removed", folder)
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.endswith(("_proj.weight", "fc1.weight", "fc2.weight")) for name in moved)
+    assert not list(folder.glob("adapter*")) and (folder / "README.md").is_file()
+    assert {"wer", "cer", "loss"} <= rows[2].measured.metrics.keys()
