@@ -184,3 +184,39 @@ def test_save_pruned_of_a_pruned_encoder_writes_their_card(whole, tmp_path):
     remove_blocks(model, {STACK: [1]})
     save_pruned(model, tmp_path / "saved")
     assert "[sentence-transformers](https://www.SBERT.net)" in (tmp_path / "saved" / "README.md").read_text("utf-8")
+
+
+def test_a_trainer_s_own_push_brings_the_same_card(hub, publisher, whole, tmp_path):
+    """By the line that the documents give; and push_to_hub of the Trainer, whose files are those of its folder."""
+    publisher.run(
+        """
+        import datasets, functools
+        import sentence_transformers as st
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+        from deeparc_hf import MPruneCallback
+        from tests.sentence_encoders import texts
+        model = st.SentenceTransformer(str(whole), device="cpu")
+        data = datasets.Dataset.from_dict({"anchor": texts(1, 32), "positive": texts(2, 32)})
+        pruning = MPruneCallback(num_blocks=3, start_epoch=1, retrain_epochs=1, calibration_samples=32)
+        args = st.SentenceTransformerTrainingArguments(
+            str(folder), num_train_epochs=2, use_cpu=True, report_to="none", disable_tqdm=True,
+            hub_model_id="owner/trained", save_strategy="no",
+        )
+        trainer = st.SentenceTransformerTrainer(
+            model, args, train_dataset=data, loss=MultipleNegativesRankingLoss(model), callbacks=[pruning]
+        )
+        trainer.train()
+        push_to_hub(trainer, license="mit")
+        trainer.args.hub_model_id = "owner/pushed"
+        trainer.init_hf_repo()
+        trainer.create_model_card = functools.partial(create_model_card, trainer, license="mit")
+        trainer.push_to_hub()
+        """,
+        folder=tmp_path / "run",
+        whole=whole,
+    )
+    cards = {name: hub.files(f"owner/{name}")["README.md"].decode() for name in ("trained", "pushed")}
+    for name, card in cards.items():
+        assert hub.files(f"owner/{name}").keys() >= MODULES
+        assert made_by_us(card) and "## Pruning" in card and "loss:MultipleNegativesRankingLoss" in card
+        assert f'SentenceTransformer("owner/{name}")' in card
