@@ -40,8 +40,8 @@ demo: $(INSTALLED)  ## fine-tune, prune, retrain and reload a real model; result
 test: lint  ## lint, types, and all tests that are not marked slow
 	$(BIN)/pytest -n 2 -m "not slow"
 
-test-slow: $(INSTALLED)  ## the tests that are marked slow, but the census
-	$(BIN)/pytest -m slow --ignore=tests/census
+test-slow: $(INSTALLED)  ## the tests that are marked slow, but the census and the other tools
+	$(BIN)/pytest -m slow --ignore=tests/census --ignore=tests/ways_out
 
 test-census: $(INSTALLED)  ## every type of transformers and every family of timm (two hours); PART=1/4 for a part of it
 	CENSUS_PART=$(PART) $(BIN)/pytest -n 2 -m slow tests/census

@@ -167,7 +167,8 @@ FAULTS: Sequence[Fault] = (
     Fault(
         "llama.cpp",
         "qwen3",
-        "llama.cpp has no sliding window for Qwen3: texts longer than the window of a model with `use_sliding_window`.",
+        "llama.cpp has no sliding window for Qwen3: models with `use_sliding_window` see more than they should of longer "
+        "texts.",
         "Other Qwen3 models are not touched.",
     ),
     Fault(
@@ -192,7 +193,8 @@ FAULTS: Sequence[Fault] = (
     Fault(
         "MLX",
         "qwen3",
-        "mlx-lm has no sliding window for Qwen3: texts longer than the window of a model with `use_sliding_window`.",
+        "mlx-lm has no sliding window for Qwen3: models with `use_sliding_window` see more than they should of longer "
+        "texts.",
         "Other Qwen3 models are not touched.",
     ),
 )
