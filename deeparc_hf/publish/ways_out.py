@@ -167,8 +167,8 @@ FAULTS: Sequence[Fault] = (
     Fault(
         "llama.cpp",
         "qwen3",
-        "llama.cpp has no sliding window for Qwen3: models with `use_sliding_window` see more than they should of longer "
-        "texts.",
+        "llama.cpp has no sliding window for Qwen3: models with `use_sliding_window` see more than they should of "
+        "longer texts.",
         "Other Qwen3 models are not touched.",
     ),
     Fault(
