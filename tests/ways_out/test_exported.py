@@ -89,6 +89,13 @@ def test_onnx(name, within, tmp_path, monkeypatch):
     assert_same(run, name, within, other=name != "swin")
 
 
+def test_openvino_reports_nothing_from_here():
+    needs("openvino")
+    from openvino.tools.ovc import telemetry_utils
+
+    assert telemetry_utils.tm.__name__ == "openvino.tools.ovc.telemetry_stub"
+
+
 @pytest.mark.parametrize(("name", "within"), tried("OpenVINO"))
 def test_openvino(name, within, tmp_path, monkeypatch):
     """The file by itself. Left alone OpenVINO computes in 16 bits where a processor can."""
