@@ -1,4 +1,4 @@
-"""No test tells anybody that it ran: OpenVINO reports its imports and conversions by a package that it can do without."""
+"""No test tells anybody that it ran: OpenVINO reports its imports and conversions by a package that it can spare."""
 
 from __future__ import annotations
 
