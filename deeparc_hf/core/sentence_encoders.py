@@ -1,7 +1,8 @@
 """Models of sentence-transformers (SentenceTransformer, SparseEncoder, CrossEncoder): a transformers model, and around
 it modules (pooling, dense, normalize) that a checkpoint keeps in folders of their own.
 
-Nothing here imports sentence-transformers: whoever has made such a model has done so.
+Nothing here imports sentence-transformers: whoever has made such a model has done so. Importing this costs nothing, as
+the command line's --help does.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-from huggingface_hub import snapshot_download
-from torch import nn
-from transformers.utils import cached_file
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from .plain_text import quoted
-from .transaction import Transaction
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .transaction import Transaction
 
 __all__ = [
     "MODULES",
@@ -134,6 +135,8 @@ def module_folders(source: str, **hub: Any) -> list[str] | None:
         UnsupportedModelError: if the model lies in a folder too, a module is code of its own, or modules.json is
             malformed.
     """
+    from transformers.utils import cached_file
+
     listed = cached_file(source, MODULES, _raise_exceptions_for_missing_entries=False, **_place(hub))
     if listed is None:
         return None
@@ -163,6 +166,8 @@ def copy_modules(source: str, target: Path, **hub: Any) -> bool:
 
     Args and errors: as `module_folders`.
     """
+    from huggingface_hub import snapshot_download
+
     folders = module_folders(source, **hub)
     if folders is None:
         return False
