@@ -19,6 +19,7 @@ BESIDE = (
     "CONTRIBUTING.md",
     "benchmarks/results/*.md",
     "examples/*.py",
+    "examples/*.yaml",
     "model_cards/**/*.md",
     "model_cards/**/*.png",
     "recipes/README.md",

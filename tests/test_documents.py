@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -191,6 +192,17 @@ def test_links_lead_somewhere(path):
         place = (path.parent / file).resolve() if file else path
         assert place.exists(), target
         assert not anchor or anchor in anchors(place), target
+
+
+def test_the_site_has_what_its_pages_link_to():
+    """Files beside docs/ are in the site where docs/hooks.py lists them."""
+    assigned = [node for node in ast.parse((DOCS / "hooks.py").read_text("utf-8")).body if isinstance(node, ast.Assign)]
+    patterns = next(ast.literal_eval(node.value) for node in assigned if node.targets[0].id == "BESIDE")
+    there = {path.resolve() for pattern in patterns for path in ROOT.glob(pattern)}
+    for path in DOCS.glob("*.md"):
+        beside = [target.partition("#")[0] for target in links(path) if target.startswith("../")]
+        missing = [target for target in beside if (DOCS / target).resolve() not in there]
+        assert not missing, (path.name, missing)
 
 
 # ---- examples ----
