@@ -46,7 +46,7 @@ test-slow: $(INSTALLED)  ## the tests that are marked slow, but the census and t
 test-census: $(INSTALLED)  ## every type of transformers and every family of timm (two hours); PART=1/4 for a part of it
 	CENSUS_PART=$(PART) $(BIN)/pytest -n 2 -m slow tests/census
 
-test-ways-out: $(WAYS_OUT)/.installed  ## pruned models in ONNX Runtime, OpenVINO, ExecuTorch, llama.cpp, MLX, bitsandbytes (20 minutes)
+test-ways-out: $(WAYS_OUT)/.installed  ## pruned models in ONNX Runtime, OpenVINO, ExecuTorch, llama.cpp, MLX, bitsandbytes (five minutes)
 	$(WAYS_OUT)/bin/python -m pytest tests/ways_out
 
 lint: $(INSTALLED)  ## style, formatting, import rules and types
