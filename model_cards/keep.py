@@ -14,9 +14,13 @@ import tempfile
 from pathlib import Path
 
 from deeparc_hf import create_model_card
+from deeparc_hf.publish.encoders import their_page
 from deeparc_hf.publish.gather import content_of_folder
 
-ALWAYS = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
+ALWAYS = (
+    *("config.json", "preprocessor_config.json", "tokenizer_config.json"),
+    *("modules.json", "config_sentence_transformers.json"),  # of a sentence encoder
+)
 BESIDE = ("results.md", "scores.md")  # of the experiment, in the folder above
 
 
@@ -41,14 +45,25 @@ def keep(model: Path, target: Path, **told: str | None) -> None:
             ):  # the card tells the same
                 shutil.copy(file, folder)
         (folder / "card.json").write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        put_their_page(model, folder)
         create_model_card(folder, **known)
         shutil.copytree(folder, target)
 
 
+def put_their_page(source: Path, target: Path) -> None:
+    """Put the card of sentence-transformers, to which ours is added, where the card is made; else none."""
+    card = source / "README.md"
+    theirs = their_page(card.read_text("utf-8")) if card.is_file() else None
+    (target / "README.md").unlink(missing_ok=True)
+    if theirs is not None:
+        (target / "README.md").write_text(theirs, "utf-8")
+
+
 def make_again(folder: Path) -> None:
     """Make a kept card and its pictures anew from what lies beside it."""
-    for old in (folder / "README.md", *folder.glob("*.png")):
-        old.unlink(missing_ok=True)
+    put_their_page(folder, folder)
+    for old in folder.glob("*.png"):
+        old.unlink()
     create_model_card(folder, **json.loads((folder / "card.json").read_text("utf-8")))
 
 

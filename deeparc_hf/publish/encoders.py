@@ -28,6 +28,8 @@ _BEGIN, _END = "<!-- pruning: begin -->", "<!-- pruning: end -->"
 _OURS = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
 _METADATA = re.compile(r"\s*---[ \t]*\r?\n.*?\r?\n---[ \t]*\r?\n", re.DOTALL)
 _PLACEHOLDER = re.compile(r'"(sentence_transformers|cross_encoder|sparse_encoder)_model_id"')
+# in our part: the name that was put into their code in place of theirs, for when the card is made under another
+_NAMED = re.compile(r"<!-- pruning: named (\w+) (.+?) -->")
 _USAGE, _REST = "\n## Use it\n", "\n## What was removed\n"
 _RESULTS = "model-index"
 _FENCE = re.compile(r"^(```|~~~)")
@@ -48,7 +50,9 @@ def their_page(text: str) -> str | None:
     """A card of sentence-transformers, without what was added to it; None if it is none."""
     if _THEIRS not in text:
         return None
-    return _OURS.sub("\n\n", unmarked(text)).rstrip() + "\n"
+    found = _NAMED.search(text)
+    page = _OURS.sub("\n\n", unmarked(text)).rstrip() + "\n"
+    return page if found is None else page.replace(f"({found[2]})", f'("{found[1]}_model_id")')
 
 
 def may_add(file: Path) -> bool:
@@ -74,13 +78,16 @@ def joined(ours: ModelCard, theirs: str, repo_id: str, given: Collection[str] = 
         repo_id: the repository, for the code in their card.
         given: keys of the metadata that were given now.
     """
-    theirs = _PLACEHOLDER.sub(json.dumps(repo_id), theirs)
+    unnamed = _PLACEHOLDER.search(theirs)
+    name = json.dumps(repo_id)
+    theirs = _PLACEHOLDER.sub(lambda found: name, theirs)
     head, title, body = _parts(theirs)
     page = unmarked(str(ours))
     first, _, rest = _METADATA.sub("", page, count=1).partition(_USAGE)
     usage, _, details = rest.partition(_REST)
     first = first.strip().partition("\n")[2].strip()  # without its title
-    of_another = repo_id not in theirs  # it is the card of the model that was loaded, and its code loads that one
+    # whether it is the card of the model that was loaded, and its code loads that one
+    of_another = unnamed is None and repo_id not in theirs
     if of_another:
         first += f"\n\n{usage.strip()}\n\nWhat follows was written of the model before it was pruned."
     link = "What was removed, and how, stands under [Pruning](#pruning)."
@@ -88,7 +95,7 @@ def joined(ours: ModelCard, theirs: str, repo_id: str, given: Collection[str] = 
         title,
         _block(f"{first}\n\n{link}"),
         body.strip(),
-        _block(f"## Pruning\n\n#{_REST.strip()}\n{_demoted(details.rstrip())}"),
+        _block(f"## Pruning\n\n#{_REST.strip()}\n{_demoted(details.rstrip())}{_noted(unnamed, name)}"),
     ]
     data = _metadata(ModelCard(page).data.to_dict(), {**head, **({_RESULTS: None} if of_another else {})}, given)
     text = "\n\n".join(part for part in parts if part)
@@ -133,6 +140,13 @@ def _parts(page: str) -> tuple[Mapping[str, Any], str, str]:
     start = re.search(r"^## ", text, re.MULTILINE)
     place = len(text) if start is None else start.start()
     return head, text[:place].strip(), text[place:]
+
+
+def _noted(placeholder: re.Match[str] | None, name: str) -> str:
+    """A comment that tells which name stands in their code; none where a comment cannot hold it."""
+    if placeholder is None or "--" in name or ">" in name:
+        return ""
+    return f"\n\n<!-- pruning: named {placeholder[1]} {name} -->"
 
 
 def _block(text: str) -> str:

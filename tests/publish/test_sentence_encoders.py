@@ -108,6 +108,18 @@ def test_made_again_it_is_the_same_and_an_edited_one_stays(trainer, tmp_path):
     assert (folder / "README.md").read_text("utf-8") == mine
 
 
+def test_the_code_of_their_card_gets_the_name_that_it_is_published_under(trainer, tmp_path):
+    """As a recipe does it: the card is made in a folder first, and the repository's name is known when it is pushed."""
+    folder = tmp_path / "iteration-1"
+    trainer.save_model(str(folder))
+    before = str(create_model_card(folder))
+    assert 'SentenceTransformer("iteration-1")' in before and "before it was pruned" not in before
+    text = str(create_model_card(folder, repo_id="me/small"))
+    assert 'SentenceTransformer("me/small")' in text and '"iteration-1"' not in text
+    assert "before it was pruned" not in text and text.count("## Pruning") == 1
+    assert str(create_model_card(folder)) == before
+
+
 def test_the_card_of_the_model_before_is_no_card_of_the_pruned_one(whole, tmp_path):
     """sentence-transformers keeps the card of a model from the Hub, whose code and results are of that one."""
     base = shutil.copytree(whole, tmp_path / "base")
