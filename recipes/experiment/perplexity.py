@@ -46,9 +46,11 @@ def token_blocks(splits: Splits, tokenizer: Any, column: str, size: int) -> Spli
 
 
 def collate_blocks(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of blocks: every token but the first is predicted, the end tokens too."""
+    """A batch of blocks: every token but the first is predicted, the end tokens too, which may be what the tokenizer
+    pads with: the mask says that nothing is padding.
+    """
     ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids.clone()}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
 def block_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -214,6 +214,24 @@ def test_models_are_asked_prompts_and_tasks(data, tmp_path):
     assert "## Answers" in (tmp_path / "out" / "results.md").read_text("utf-8")
 
 
+def test_end_tokens_that_texts_are_padded_with_too_are_no_padding(data, tmp_path):
+    """As of SmolLM2: blocks that end with a text look padded, and a warning would be an error here."""
+    model = tf.AutoModelForCausalLM.from_pretrained(data["model"])
+    model.config.pad_token_id = model.generation_config.pad_token_id = END
+    model.save_pretrained(tmp_path / "padded")
+    tiny_tokenizer().save_pretrained(tmp_path / "padded")
+    assert any(block[-1] == END for block in blocks_of("train"))
+    main(
+        words(
+            **{**data, "model": str(tmp_path / "padded")},
+            output_dir=str(tmp_path / "out"),
+            finetune_epochs=0,
+            retrain_epochs=0,
+            num_blocks=3,
+        )
+    )
+
+
 def test_the_same_seed_gives_the_same_table(data, tmp_path):
     pruning = {"finetune_epochs": 0, "num_blocks": 3, "retrain_epochs": 1, "max_train_samples": 40}
     tables = [without_times(main(words(**data, output_dir=str(tmp_path / name), **pruning))) for name in "ab"]
