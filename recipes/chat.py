@@ -22,8 +22,7 @@ beside the Hub id or folder that holds it. A gate (--max_drop) is on the loss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,9 @@ class ChatArguments(EvaluationArguments):
     messages_column: str | None = setting(None, "column of conversations")
     prompt_column: str | None = setting(None, "column of prompts, in place of conversations")
     completion_column: str | None = setting(None, "column of what follows them, which is learnt")
-    every_answer: bool = setting(False, "learn every answer of a conversation (with assistant_only_loss), not the last")
+    every_answer: bool = setting(
+        False, "learn every answer of a conversation, not the last alone; the chat template must mark answers"
+    )
     gguf_file: str | None = setting(None, "name of the model's GGUF file; its weights are turned into float32")
 
 
@@ -57,7 +58,15 @@ def main(argv: list[str] | None = None) -> list[Any]:
     from deeparc_hf.errors import ConfigError
     from experiment.arguments import begin
     from experiment.asked import Asked
-    from experiment.chat import ConversationMeasure, answers_section, conversations, encoded, prompts_of, sft_library
+    from experiment.chat import (
+        ConversationMeasure,
+        answers_section,
+        conversations,
+        encoded,
+        prompts_of,
+        sft_library,
+        take_template,
+    )
     from experiment.models import loader
     from experiment.provenance import provenance
     from experiment.sequence import Experiment
@@ -72,17 +81,13 @@ def main(argv: list[str] | None = None) -> list[Any]:
     tokenizer = AutoTokenizer.from_pretrained(data.model, revision=data.model_revision, **source)
     columns = {name: getattr(chat, f"{name}_column") for name in ("messages", "prompt", "completion")}
     talks = columns["messages"] is not None
-    if talks and tokenizer.chat_template is None and training.chat_template_path is None:
-        raise ConfigError(
-            f"The tokenizer of {data.model} has no chat template, and messages_column holds conversations. Give "
-            "chat_template_path, a model with a template, or prompt_column and completion_column."
-        )
+    take_template(tokenizer, training, talks)
+    training.assistant_only_loss |= chat.every_answer  # else the questions would be learnt too
     splits = conversations(load_splits(data, training.seed), **columns, every_answer=chat.every_answer)
     prompts = prompts_of(splits, chat.num_prompts, chat.prompts_file, chat=talks)
     asked = Asked(chat, prompts, tokenizer, chat=talks, processes=training.world_size)
     load = loader(AutoModelForCausalLM, data, pruning, gguf_file=chat.gguf_file)
     splits = encoded(splits, load(data.model), tokenizer, training)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     parts = {"train_dataset": splits.train, "eval_dataset": splits.validation}
     training.eval_packing = False  # a sample stays a conversation
     samples = (
@@ -96,8 +101,12 @@ def main(argv: list[str] | None = None) -> list[Any]:
         "sections": answers_section,
         "average_tokens": True,  # SFTTrainer's loss follows the number of tokens of all processes
     }
-    trainer = partial(trl.SFTTrainer, **parts, processing_class=tokenizer)
-    measure = ConversationMeasure(splits.test, pad)
+
+    def trainer(model: Any, args: Any, callbacks: list[Any]) -> Any:
+        args = replace(args, assistant_only_loss=False)  # the labels are made
+        return trl.SFTTrainer(model, args, **parts, processing_class=tokenizer, callbacks=callbacks)
+
+    measure = ConversationMeasure(splits.test)
     return Experiment(data, pruning, training, load, trainer, splits, measure, **told).run()
 
 

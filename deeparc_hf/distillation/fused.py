@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from transformers.utils import ModelOutput
 
 from ..core.copies import FUSED
+from ..errors import ConfigError
 from ..observe.outputs import IGNORED
 
 __all__ = ["FusedHead", "FusedOutput", "is_sft"]
@@ -25,8 +26,17 @@ _TAKEN = ("labels", "shift_labels", "num_items_in_batch")
 def is_sft(args: TrainingArguments) -> bool:
     """Whether a trainer is TRL's SFTTrainer, by its arguments: its loss is the negative mean of the labels'
     log-probabilities.
+
+    Raises:
+        ConfigError: if its loss is another one, to which a teacher's term cannot be added.
     """
-    return any(cls.__name__ == "SFTConfig" and cls.__module__.startswith("trl.") for cls in type(args).__mro__)
+    known = any(cls.__name__ == "SFTConfig" and cls.__module__.startswith("trl.") for cls in type(args).__mro__)
+    if known and getattr(args, "loss_type", "nll") == "dft":
+        raise ConfigError(
+            "loss_type='dft' weighs each token by its probability, where the teacher's term cannot be added. Take "
+            "loss_type='nll', or leave distill out."
+        )
+    return known
 
 
 @dataclass

@@ -31,16 +31,12 @@ class Teaching:
         self._progress = progress
         self._teacher: nn.Module | None = None
         self._at_work: Distillation | None = None
+        self._fused_head = self._config is not None and is_sft(args)
         if self._config is not None and args.label_smoothing_factor:
             raise ConfigError(
                 "With label_smoothing_factor the Trainer computes the loss outside of the model, where the teacher's "
                 "term cannot be added. Leave it out (the teacher's softened outputs do what it does), or leave distill "
                 "out."
-            )
-        if self._config is not None and getattr(args, "loss_type", "nll") == "dft":
-            raise ConfigError(
-                "loss_type='dft' weighs each token by its probability, where the teacher's term cannot be added. Take "
-                "loss_type='nll', or leave distill out."
             )
         if self._config is not None and args.n_gpu > 1:
             raise ConfigError(
@@ -76,8 +72,8 @@ class Teaching:
         step = removed_since(p.start, p.record)
         if step.removed:
             sites = [(site, step.places({site.stack: [site.kept]})[site.stack][0]) for site in sites_of(step.removed)]
-            fused = is_sft(self._session.args)
-            self._at_work = Distillation(self._session.model, self._teacher, self._config, sites, fused_head=fused)
+            known = {"fused_head": self._fused_head}
+            self._at_work = Distillation(self._session.model, self._teacher, self._config, sites, **known)
 
     def check(self) -> None:
         """Check, before each step of the optimizer, that the teacher's term has reached the weights."""

@@ -7,19 +7,23 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from deeparc_hf.core.markdown import fenced, md
 from deeparc_hf.core.plain_text import plain
 from deeparc_hf.errors import ConfigError, MissingDependencyError
+from deeparc_hf.observe.outputs import IGNORED
 
+from .perplexity import Z, perplexity_of
 from .results import Measured
 from .splits import Splits
 
@@ -32,9 +36,9 @@ __all__ = [
     "encoded",
     "prompts_of",
     "sft_library",
+    "take_template",
 ]
 
-_IGNORED = -100  # transformers' label of positions that do not count
 _MASKS = ("completion_mask", "assistant_masks")  # of TRL, by which labels are left out
 _SHOWN, _LONGEST = 4, 600  # answers in a report, and the characters of each
 
@@ -153,6 +157,29 @@ def _lines(file: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
+def take_template(tokenizer: Any, training: Any, talks: bool) -> None:
+    """Give the tokenizer the chat template that `chat_template_path` of TRL's settings names, and take it out of them:
+    TRL would read it again for each training.
+
+    Args:
+        talks: whether the data are conversations, which need a template.
+
+    Raises:
+        ConfigError: if it is no file of a template (TRL would take the tokens of another model along, which the model
+            that is compared with has not), or there is none where one is needed.
+    """
+    given, training.chat_template_path = training.chat_template_path, None
+    if given is not None:
+        if Path(given).suffix not in (".jinja", ".j2") or not Path(given).is_file():
+            raise ConfigError(f"chat_template_path must be a .jinja file here, found {given}.")
+        tokenizer.chat_template = Path(given).read_text("utf-8")
+    if talks and tokenizer.chat_template is None:
+        raise ConfigError(
+            "The tokenizer has no chat template, and messages_column holds conversations. Give chat_template_path, a "
+            "model with a template, or prompt_column and completion_column."
+        )
+
+
 def encoded(splits: Splits, model: Any, tokenizer: Any, training: Any) -> Splits:
     """The splits as TRL's SFTTrainer encodes them, once for all trainings, with the labels of those tokens that count.
     Packing is left to the trainings.
@@ -168,13 +195,13 @@ def encoded(splits: Splits, model: Any, tokenizer: Any, training: Any) -> Splits
     data = {"train_dataset": splits.train, "eval_dataset": {"validation": splits.validation, "test": splits.test}}
     try:
         trainer = trl.SFTTrainer(model, args, processing_class=tokenizer, **data)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"TRL cannot encode the data: {' '.join(str(error).split())}") from error
     parts = {"train": trainer.train_dataset, **trainer.eval_dataset}
     for use, part in parts.items():
         labelled = part if "labels" in part.column_names else part.map(_labelled)
         parts[use] = labelled.select_columns(["input_ids", "labels"])
-        if not any(label != _IGNORED for labels in parts[use]["labels"] for label in labels[1:]):
+        if not any(label != IGNORED for labels in parts[use]["labels"] for label in labels[1:]):
             raise ConfigError(
                 f"No token of an answer of the {use} data is within max_length ({training.max_length}). Give more."
             )
@@ -186,7 +213,7 @@ def _labelled(row: Mapping[str, Any]) -> dict[str, list[int]]:
     masks = [row[name] for name in _MASKS if row.get(name) is not None]
     counts = [all(marks) for marks in zip(*masks, strict=True)] if masks else [True] * len(row["input_ids"])
     pairs = zip(row["input_ids"], counts, strict=True)
-    return {"labels": [token if counted else _IGNORED for token, counted in pairs]}
+    return {"labels": [token if counted else IGNORED for token, counted in pairs]}
 
 
 class ConversationMeasure:
@@ -194,20 +221,22 @@ class ConversationMeasure:
     intervals over the conversations (of a ratio of sums, by linearization).
     """
 
-    def __init__(self, test: Any, pad: int) -> None:
+    def __init__(self, test: Any) -> None:
         self._test = test
-        self._pad = pad
 
     def __call__(self, trainer: Trainer) -> Measured:
         """Loss and perplexity of the model as it is."""
         sums, counts = self._sums(trainer)
         total, n = sum(counts), len(sums)
         loss = sum(sums) / total
-        figures, intervals = {"loss": loss, "perplexity": _exp(loss)}, {}
+        figures, intervals = {"loss": loss, "perplexity": perplexity_of(loss)}, {}
         if n > 1:
             apart = [part - loss * count for part, count in zip(sums, counts, strict=True)]
-            half = 1.959964 * statistics.stdev(apart) / math.sqrt(n) / (total / n)
-            intervals = {"loss": (loss - half, loss + half), "perplexity": (_exp(loss - half), _exp(loss + half))}
+            half = Z * statistics.stdev(apart) / math.sqrt(n) / (total / n)
+            intervals = {
+                "loss": (loss - half, loss + half),
+                "perplexity": (perplexity_of(loss - half), perplexity_of(loss + half)),
+            }
         return Measured(figures, n, intervals)
 
     def _sums(self, trainer: Trainer) -> tuple[list[float], list[float]]:
@@ -221,26 +250,19 @@ class ConversationMeasure:
             with torch.no_grad():
                 scores = model(**batch).logits[:, :-1]
             losses = functional.cross_entropy(
-                scores.float().transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none"
+                scores.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
             )
-            pair = torch.stack([losses.sum(1), (labels != _IGNORED).sum(1).float()], dim=1)
+            pair = torch.stack([losses.sum(1), (labels != IGNORED).sum(1).float()], dim=1)
             for total, count in accelerator.gather_for_metrics(pair).tolist():
                 sums.append(total)
                 counts.append(count)
         return sums, counts
 
     def _collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def padded(values: Sequence[Sequence[int]], fill: int) -> Tensor:
-            return torch.tensor([[*each, *[fill] * (longest - len(each))] for each in values])
-
-        ids = [row["input_ids"] for row in rows]
-        return {
-            "input_ids": padded(ids, self._pad),
-            "attention_mask": padded([[1] * len(each) for each in ids], 0),
-            "labels": padded([row["labels"] for row in rows], _IGNORED),
-        }
+        ids, labels = ([torch.tensor(row[name]) for row in rows] for name in ("input_ids", "labels"))
+        padded = partial(pad_sequence, batch_first=True)
+        mask = padded([torch.ones_like(each) for each in ids])  # what stands where it is 0 is not looked at
+        return {"input_ids": padded(ids), "attention_mask": mask, "labels": padded(labels, padding_value=IGNORED)}
 
 
 class Answers:
@@ -261,7 +283,8 @@ class Answers:
 
     def _answer(self, model: Any, prompt: Prompt) -> str:
         inputs = {name: value.to(model.device) for name, value in self._inputs(prompt).items()}
-        pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else model.config.eos_token_id
+        known = (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id)
+        pad = next((token for token in known if token is not None), None)
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
         with torch.no_grad():
             ids = model.generate(**inputs, **greedy, max_new_tokens=self._longest, pad_token_id=pad)
@@ -316,7 +339,3 @@ def sft_library() -> Any:
 
 def _short(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf

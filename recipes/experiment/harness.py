@@ -14,9 +14,10 @@ from deeparc_hf.core.plain_text import did_you_mean
 from deeparc_hf.errors import ConfigError, MissingDependencyError
 from deeparc_hf.observe.forward import evaluating
 
+from .perplexity import Z
+
 __all__ = ["Answered", "Harness"]
 
-_Z = 1.959964  # of the normal distribution, for an interval of 95 %
 _UNFILTERED = "none"
 
 
@@ -132,7 +133,7 @@ def _answered(found: Mapping[str, Any]) -> Answered:
             metrics[name] = float(value)
             error = figures.get(f"{metric}_stderr,{filtered}")
             if isinstance(error, (int, float)):
-                intervals[name] = (float(value - _Z * error), float(value + _Z * error))
+                intervals[name] = (float(value - Z * error), float(value + Z * error))
             data[name] = {part: told for part, told in origin.items() if told is not None}
     return Answered(metrics, intervals, data)
 

@@ -17,9 +17,9 @@ from deeparc_hf.errors import ConfigError
 from .results import Measured
 from .splits import Splits
 
-__all__ = ["PerplexityMeasure", "block_losses", "collate_blocks", "token_blocks"]
+__all__ = ["PerplexityMeasure", "Z", "block_losses", "collate_blocks", "perplexity_of", "token_blocks"]
 
-_Z = 1.959964  # of the normal distribution, for an interval of 95 %
+Z = 1.959964  # of the normal distribution, for an interval of 95 %
 
 
 def token_blocks(splits: Splits, tokenizer: Any, column: str, size: int) -> Splits:
@@ -73,7 +73,7 @@ class PerplexityMeasure:
     def metrics(self, prediction: Any) -> dict[str, float]:
         """For compute_metrics."""
         self._losses = [float(loss) for loss in prediction.predictions]
-        return {"perplexity": _exp(statistics.fmean(self._losses))}
+        return {"perplexity": perplexity_of(statistics.fmean(self._losses))}
 
     def __call__(self, trainer: Trainer) -> Measured:
         """Loss and perplexity of the model as it is."""
@@ -84,12 +84,16 @@ class PerplexityMeasure:
         figures = {**Measured.of_metrics(metrics, len(self._losses)).metrics, "loss": mean}
         if len(self._losses) < 2:
             return Measured(figures, len(self._losses))
-        half = _Z * statistics.stdev(self._losses) / math.sqrt(len(self._losses))
-        intervals = {"loss": (mean - half, mean + half), "perplexity": (_exp(mean - half), _exp(mean + half))}
+        half = Z * statistics.stdev(self._losses) / math.sqrt(len(self._losses))
+        intervals = {
+            "loss": (mean - half, mean + half),
+            "perplexity": (perplexity_of(mean - half), perplexity_of(mean + half)),
+        }
         return Measured(figures, len(self._losses), intervals)
 
 
-def _exp(value: float) -> float:
+def perplexity_of(value: float) -> float:
+    """The perplexity of a mean loss; infinite where it is too large for a number."""
     return math.exp(value) if value < 700 else math.inf
 
 

@@ -203,18 +203,52 @@ def test_answers_are_those_of_the_saved_model(run, data):
     "how",
     [
         {"packing": True, "packing_strategy": "wrapped", "max_length": 16},
-        {"every_answer": True, "assistant_only_loss": False, "freeze": "partial"},
+        {"measure_removal": True, "freeze": "partial"},
         {"messages_column": None, "prompt_column": "question", "completion_column": "reply", "distill_alpha": 0.5},
     ],
-    ids=["packed", "every answer", "prompts and completions"],
+    ids=["packed", "partial training", "prompts and completions"],
 )
 def test_other_data_and_trainings(data, tmp_path, how):
-    """In one training with the callback, as the other recipes."""
+    """In one training with the callback, as the other recipes, or after a removal that is measured."""
     more = {**how, **(files(data, "_pairs") if "prompt_column" in how else {})}
     rows = main(asked(data, tmp_path, finetune_epochs=1, **more))
-    assert [sum(row.blocks.values()) for row in rows] == [4, 3]
-    assert (tmp_path / "iteration-1" / "pruning_report.json").is_file()
-    assert rows[1].measured.metrics["loss"] < 6
+    staged = "measure_removal" in how
+    assert [sum(row.blocks.values()) for row in rows] == ([4, 3, 3] if staged else [4, 3])
+    assert (tmp_path / "iteration-1" / ("report.json" if staged else "pruning_report.json")).is_file()
+    assert (rows[-1].frozen > 0) == ("freeze" in how)
+
+
+@pytest.mark.parametrize("kind", ["last answer", "every answer", "pairs"])
+def test_answers_alone_are_learnt(data, tmp_path, monkeypatch, kind):
+    """The labels of every training batch, against the words of the answers."""
+    template = tmp_path / "marked.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'user' %}w5 {{ m.content }} w7 {% else %}w6 "
+        "{% generation %}{{ m.content }} w7 {% endgeneration %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}w6 {% endif %}"
+    )
+    more = {"every_answer": True, "chat_template_path": template} if kind == "every answer" else {}
+    if kind == "pairs":
+        more = {"messages_column": None, "prompt_column": "question", "completion_column": "reply"}
+        more |= files(data, "_pairs")
+    trl, seen = pytest.importorskip("trl"), set()
+    compute = trl.SFTTrainer.compute_loss
+
+    def noting(self, model, inputs, *rest, **settings):
+        if model.training:
+            pairs = zip(inputs["input_ids"].tolist(), inputs["labels"].tolist(), strict=True)
+            seen.update(tuple(token for token, label in zip(*row, strict=True) if label != -100) for row in pairs)
+        return compute(self, model, inputs, *rest, **settings)
+
+    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", noting)
+    main(asked(data, tmp_path / "out", distill_alpha=0.5, **more))
+    answers = [[m["content"] for m in talk if m["role"] == "assistant"] for talk in talks("train", 64)]
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.eos_token
+    texts = [f"{each[-1]} {end}" if kind == "pairs" else f"{each[-1]} w7" for each in answers]
+    if kind == "every answer":
+        texts = [" ".join(f"{said} w7" for said in each) for each in answers]
+    assert seen == {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts}
 
 
 @pytest.mark.slow
@@ -267,6 +301,8 @@ def test_it_is_resumed(data, task, tmp_path, monkeypatch):
         ({"messages_column": None}, "Give messages_column, or prompt_column and completion_column"),
         ({"prompt_column": "id"}, "Give messages_column, or prompt_column and completion_column"),
         ({"metric": "accuracy"}, "gate of this recipe is on the loss"),
+        ({"every_answer": True}, "TRL cannot encode the data"),  # the template marks no answers
+        ({"chat_template_path": "org/other"}, r"chat_template_path must be a \.jinja file here, found org/other"),
         ({"max_length": 3}, "No token of an answer of the train data is within max_length"),
         # thousands of task files are read
         pytest.param({"harness_tasks": "repeats"}, "the harness has no task 'repeats'", marks=pytest.mark.slow),
@@ -285,5 +321,5 @@ def test_wrong_input_is_refused(data, tmp_path, changes, message):
 def test_conversations_without_a_template_are_refused(data, tmp_path):
     ZOO["llama"].model().save_pretrained(tmp_path / "bare")
     tiny_tokenizer().save_pretrained(tmp_path / "bare")
-    with pytest.raises(ConfigError, match="has no chat template"):
+    with pytest.raises(ConfigError, match="The tokenizer has no chat template"):
         main(asked(data, tmp_path / "out", model=str(tmp_path / "bare")))

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers as tf
 
-from deeparc_hf import PrunedConfig
+from deeparc_hf import DistillConfig, PrunedConfig
 from deeparc_hf.errors import ConfigError
 from experiment.models import load_model
-from experiment.recovery import adapted, merged
+from experiment.recovery import Taught, adapted, merged
 from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
 
@@ -147,6 +147,15 @@ def test_it_is_resumed(data, tmp_path, monkeypatch, at):
 def test_wrong_input_is_refused(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         main(words(**data, **{**ALONE, **changes}, output_dir=str(tmp_path)))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_loss_that_the_teacher_cannot_be_added_to_is_refused(tmp_path):
+    """TRL's DFT takes the log-probabilities, with the teacher's term in them, for probabilities."""
+    trl = pytest.importorskip("trl")
+    taught = Taught(ZOO["llama"].model(), DistillConfig())
+    with pytest.raises(ConfigError, match="loss_type='dft'"):
+        taught.on_train_begin(trl.SFTConfig(str(tmp_path), loss_type="dft", bf16=False), model=ZOO["llama"].model())
 
 
 def test_merging_adds_the_product_of_the_adapters(data):
