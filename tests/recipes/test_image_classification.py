@@ -267,3 +267,16 @@ def test_an_unknown_key_of_a_config_file_is_refused(data, tmp_path):
     file.write_text("image_colum: picture\n")
     with pytest.raises(ConfigError, match=r"'image_colum'\. Did you mean 'image_column'"):
         main(["--config", str(file), *words(**data, output_dir=str(tmp_path))])
+
+
+def test_adapters_of_convolutions_are_named_and_merged(data, tmp_path):
+    """A ResNet has no linear maps but its head; its convolutions are named."""
+    settings = {"num_blocks": 9, "retrain_epochs": 1, "finetune_epochs": 1, "lora_rank": 2}
+    rows = main(words(**data, **settings, lora_targets=["convolution"], output_dir=str(tmp_path)))
+    assert [row.name for row in rows] == ["original", "iteration 1, removed", "iteration 1"]
+    before, after = (
+        tf.AutoModelForImageClassification.from_pretrained(tmp_path / name).state_dict()
+        for name in ("iteration-1-removed", "iteration-1")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith("convolution.weight") for name in moved)

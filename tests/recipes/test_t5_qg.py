@@ -287,3 +287,16 @@ def test_a_metric_that_no_evaluation_gives_is_refused_before_any_work(place):
     with pytest.raises(ConfigError, match=r"metric='blue' is not among .*Did you mean 'bleu'"):
         recipe("t5_qg").main([*words(place, place / "typo"), "--metric", "blue", "--max_drop", "0.1"])
     assert not (place / "typo").exists()
+
+
+def test_adapters_are_merged(place):
+    output = place / "adapters"
+    given = [*words(place, output), "--iterations", "1", "--num_blocks", "6", "--lora_rank", "2"]
+    rows = recipe("t5_qg").main([*given, "--distill_alpha", "0.5"])
+    assert [row.name for row in rows] == ["original", "iteration 1, removed", "iteration 1"]
+    before, after = (
+        AutoModelForSeq2SeqLM.from_pretrained(output / name).state_dict()
+        for name in ("iteration-1-removed", "iteration-1")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".block." in name and before[name].ndim == 2 for name in moved)

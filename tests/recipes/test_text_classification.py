@@ -372,3 +372,17 @@ def test_blocks_can_be_searched_for(data, tmp_path, settings, left):
     assert counts == left if left else counts[0] == 4 > counts[1]
     card = (tmp_path / "out" / rows[-1].folder / "README.md").read_text()
     assert "(found by greedy search" in card
+
+
+def test_adapters_are_taught_and_merged(data, tmp_path):
+    """LoRA on what stays, the head as the fine-tuning left it or trained with the adapters."""
+    settings = {"num_blocks": 3, "retrain_epochs": 1, "lora_rank": 2, "distill_alpha": 0.5, "heal": "lstsq"}
+    rows = main(words(**data, **settings, output_dir=str(tmp_path)))
+    assert [row.name for row in rows] == ["original", "iteration 1, removed", "iteration 1"]
+    before, after = (
+        tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict()
+        for name in ("iteration-1-removed", "iteration-1")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.endswith(".weight") and before[name].ndim == 2 for name in moved)
+    assert not any("embeddings" in name for name in moved) and not list((tmp_path / "iteration-1").glob("adapter*"))
