@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
-import yaml
 
 from deeparc_hf.errors import ConfigError
 from experiment.models import load_model
@@ -19,6 +18,7 @@ from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
 
 from .running import check_files, parameters, recipe, watched, without_times, words, zeros
+from .tiny import write_task
 
 main = recipe("causal_lm").main
 MARKS = {"train": "w100", "validation": "w101", "test": "w102"}
@@ -184,21 +184,8 @@ def test_models_are_asked_prompts_and_tasks(data, tmp_path):
     """First halves of the test blocks, gone on from by each model; a task of the harness from a local file."""
     pytest.importorskip("lm_eval")
     rows = [{"text": f"w{number}", "choices": ["w30", "w31"], "answer": number % 2} for number in range(20, 28)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "odd_or_even",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{text}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-    }
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "task.yaml").write_text(yaml.safe_dump(task))
-    asked = {"num_prompts": 2, "max_new_tokens": 3, "harness_tasks": "odd_or_even", "harness_limit": 6}
-    settings = {**asked, "harness_folder": str(tmp_path / "tasks"), "output_dir": str(tmp_path / "out")}
+    asked = {"num_prompts": 2, "max_new_tokens": 3, **write_task(tmp_path, "odd_or_even", rows, "{{text}}")}
+    settings = {**asked, "harness_limit": 6, "output_dir": str(tmp_path / "out")}
     found = main(words(**data, **settings, finetune_epochs=0, num_blocks=3, retrain_epochs=0))
     for row in found:
         assert 0 <= row.measured.metrics["odd_or_even acc"] <= 1 and row.measured.data["odd_or_even acc"]["rows"] == 6

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
-import yaml
 from huggingface_hub import ModelCard
 
 from deeparc_hf.errors import ConfigError
@@ -22,6 +21,7 @@ from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
 
 from .running import RECIPES, check_files, recipe, without_times, words
+from .tiny import write_task
 
 pytest.importorskip("trl")
 # TRL's own defaults are given by a name that transformers has deprecated
@@ -72,22 +72,8 @@ def task(data):
     for number in range(12):
         choices = [f"w{draw.randrange(20, 60)}" for _ in range(3)]
         rows.append({"question": f"w9 {choices[number % 3]}", "choices": choices, "answer": number % 3})
-    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
-    settings = {
-        "task": "repeats_a_word",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "metric_list": metrics,
-    }
-    (data / "tasks").mkdir()
-    (data / "tasks" / "repeats.yaml").write_text(yaml.safe_dump(settings))
-    return {"harness_tasks": "repeats_a_word", "harness_folder": str(data / "tasks")}
+    return write_task(data, "repeats_a_word", rows, "{{question}}", metric_list=metrics)
 
 
 def files(data, kind=""):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from pathlib import Path
 
@@ -27,6 +28,25 @@ def make_tiny(folder: Path) -> None:
             for _ in range(rows):
                 words = [f"w{draw.randrange(VOCAB - len(WORDS))}" for _ in range(6)]
                 writer.writerow([" ".join(words), int(words[0][1:]) % 2])
+
+
+def write_task(folder: Path, name: str, rows: list[dict[str, object]], question: str, **more: object) -> dict[str, str]:
+    """A local task of lm-evaluation-harness, of rows with "choices" and "answer"; the settings that ask for it."""
+    (folder / "tasks").mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": question,
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        **more,
+    }
+    (folder / "tasks" / "task.yaml").write_text(yaml.safe_dump(settings))
+    return {"harness_tasks": name, "harness_folder": str(folder / "tasks")}
 
 
 def write_sweep(folder: Path, grid: dict[str, object], **more: object) -> Path:
