@@ -8,6 +8,9 @@
 An article that occurs twice counts once. Of each topic's articles, in the order of their content's hash, a fifth is for
 the test, a twentieth for validation. The task, of test articles alone: given a headline, which of four sentences is the
 first of its article; the other three begin other test articles of the same topic.
+
+With --passages FILE.jsonl (column context) there is a second task, `other_passages`: the perplexity of a word of these
+texts, each once, so that what a training on news costs elsewhere is seen.
 """
 
 from __future__ import annotations
@@ -34,6 +37,15 @@ TASK = {
     "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
 }
 CHOICES = 4
+PASSAGES = {
+    "task": "other_passages",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{context}}",
+    "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+}
 
 
 def articles() -> dict[str, list[str]]:
@@ -79,9 +91,21 @@ def write(output: Path) -> None:
         ordered = sorted(rows, key=lambda row: _hash(json.dumps(row)))  # topics in turn
         (output / f"{use}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordered), "utf-8")
         sys.stdout.write(f"{use}: {len(rows):,}\n")
-    rows_file = str((output / "questions.jsonl").resolve())
-    settings = {**TASK, "dataset_kwargs": {"data_files": {"test": rows_file}}}
-    (output / "tasks" / "bbc_first_sentence.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+    _write_task(output, TASK, output / "questions.jsonl")
+
+
+def write_passages(file: Path, output: Path) -> None:
+    """Write the texts of a file, each once, and the task of their perplexity."""
+    rows = map(json.loads, file.read_text("utf-8").splitlines())
+    texts = sorted({row["context"] for row in rows}, key=_hash)
+    (output / "passages.jsonl").write_text("".join(json.dumps({"context": text}) + "\n" for text in texts), "utf-8")
+    sys.stdout.write(f"passages: {len(texts):,}\n")
+    _write_task(output, PASSAGES, output / "passages.jsonl")
+
+
+def _write_task(output: Path, task: Mapping[str, object], rows: Path) -> None:
+    settings = {**task, "dataset_kwargs": {"data_files": {"test": str(rows.resolve())}}}
+    (output / "tasks" / f"{task['task']}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
 
 
 def _hash(text: str) -> str:
@@ -91,4 +115,8 @@ def _hash(text: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write to")
-    write(parser.parse_args().output)
+    parser.add_argument("--passages", type=Path, help=".jsonl file of other texts (column context)")
+    given = parser.parse_args()
+    write(given.output)
+    if given.passages is not None:
+        write_passages(given.passages, given.output)

@@ -16,7 +16,7 @@ from uuid import uuid4
 from ..errors import ConfigError
 from .interrupts import work_begins
 
-__all__ = ["alone", "finite", "whole_folder", "write_whole"]
+__all__ = ["alone", "drafted", "finite", "whole_folder", "write_whole"]
 
 try:
     import fcntl
@@ -35,9 +35,23 @@ def finite(value: Any) -> Any:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file: it is there whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, "utf-8")
-    draft.replace(path)
+    with drafted(path) as draft:
+        draft.write_text(text, "utf-8")
+
+
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which takes its place when all went well, and is gone otherwise.
+
+    A Trainer uploads its output folder in the background: a draft that it had listed and that is gone breaks the whole
+    upload off, without a word. It leaves out what begins with "_".
+    """
+    draft = path.with_name(f"_{path.name}.{os.getpid()}")
+    try:
+        yield draft
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from ..architectures import find_host
 from ..core.caller import warn_caller
-from ..core.files import write_whole
+from ..core.files import drafted, write_whole
 from ..core.markdown import fenced, folded, md
 from ..errors import ConfigError, MissingDependencyError
 from ..pruning.heatmap import save_heatmap
@@ -255,13 +256,7 @@ def _draw(content: CardContent, folder: Path) -> tuple[str, ...]:
     drawn = []
     for name, save in wanted.items():
         folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".{name}.{os.getpid()}"
-        try:
+        with suppress(MissingDependencyError), drafted(folder / name) as draft:
             save(draft)
-            draft.replace(folder / name)
             drawn.append(name)
-        except MissingDependencyError:
-            pass
-        finally:
-            draft.unlink(missing_ok=True)
     return tuple(drawn)

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from deeparc_hf.core.files import whole_folder
+from deeparc_hf.core.files import drafted, whole_folder, write_whole
 from deeparc_hf.errors import ConfigError
 
 
@@ -132,3 +132,13 @@ def test_what_another_is_at_work_on_is_left_alone(tmp_path):
         assert first.exists()
     assert names(out) == ["a"]
     assert foreign.exists() and os.stat(foreign)
+
+
+def test_a_file_takes_its_place_at_the_end(tmp_path):
+    write_whole(tmp_path / "report.json", "old")
+    with pytest.raises(RuntimeError), drafted(tmp_path / "report.json") as draft:
+        draft.write_text("half", "utf-8")
+        raise RuntimeError
+    assert names(tmp_path) == ["report.json"] and (tmp_path / "report.json").read_text("utf-8") == "old"
+    write_whole(tmp_path / "report.json", "new")
+    assert names(tmp_path) == ["report.json"] and (tmp_path / "report.json").read_text("utf-8") == "new"

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from deeparc_hf import create_model_card, push_to_hub
 from deeparc_hf.cli import main
 from deeparc_hf.publish import made_by_us
 from local_hub import ClientError
-from tests.publishing import card_of
+from tests.publishing import card_of, trained
 from tests.zoo import ZOO
 
 
@@ -149,6 +151,24 @@ def test_an_upload_that_breaks_off_is_one_line_of_help(hub, here, tmp_path):
     )
     assert code == 2 and "The upload broke off" in said and "Nothing was committed" in said and "Traceback" not in said
     assert "model.safetensors" not in hub.files("owner/broken-off")
+
+
+def test_no_upload_of_a_trainer_takes_up_a_draft(monkeypatch, tmp_path):
+    # It lists its output folder, and then reads: a file that is gone by then breaks it off, without a word.
+    drafts, replace = set(), os.replace
+
+    def seen(source, target):
+        if os.path.dirname(os.path.abspath(source)) == str(tmp_path):
+            drafts.add(os.path.basename(source))
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", seen)
+    create_model_card(trained(tmp_path))
+    assert {name.rsplit(".", 1)[0] for name in drafts} >= {
+        "_pruning_report.json", "_pruning_report.md", "_sparsity_report.json", "_similarity.png", "_README.md",
+    }  # fmt: skip
+    left_out = ["_*", "checkpoint-*"]  # as Trainer._push_from_checkpoint and push_to_hub say
+    assert list(filter_repo_objects(sorted(drafts), ignore_patterns=left_out)) == []
 
 
 def test_pushes_in_a_training_say_where_it_stood_and_the_end_says_how_the_card_is_kept(hub, here, tmp_path):
