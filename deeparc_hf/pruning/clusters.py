@@ -13,7 +13,16 @@ from typing import Any, Protocol, TypeVar
 from ..errors import PlanError
 from .config import MPruneConfig
 
-__all__ = ["ComparedStack", "chains", "cluster_blocks", "freezing_set", "reach_target", "removable"]
+__all__ = [
+    "ComparedStack",
+    "chains",
+    "check_asked",
+    "cluster_blocks",
+    "freezing_set",
+    "pins_told",
+    "reach_target",
+    "removable",
+]
 
 
 class _Feeding(Protocol):
@@ -227,12 +236,8 @@ def reach_target(
 ) -> tuple[dict[str, float], dict[str, dict[int, float]]]:
     """The highest threshold that removes enough, and of that the most similar blocks, exactly as many as asked."""
     total = sum(map(len, compared.values()))
+    check_asked({name: len(stack) for name, stack in compared.items()}, config)
     if isinstance(config.num_blocks, dict):
-        unknown = sorted(set(config.num_blocks) - set(compared))
-        if unknown:
-            raise PlanError(
-                f"num_blocks names {unknown[0]!r}, which is not a stack of this model. Stacks: {', '.join(compared)}."
-            )
         groups = [({name: compared[name]}, config.num_blocks.get(name, len(compared[name]))) for name in compared]
     else:
         groups = [(dict(compared), config.num_blocks or round(total * float(config.keep_ratio)))]  # type: ignore[arg-type]
@@ -244,16 +249,31 @@ def reach_target(
     return thresholds, removed
 
 
+def check_asked(lengths: Mapping[str, int], config: MPruneConfig) -> None:
+    """Refuse a target of stacks that there are not, or of more blocks than there are.
+
+    Raises:
+        PlanError: as said.
+    """
+    asked = config.num_blocks
+    if isinstance(asked, dict) and (unknown := sorted(set(asked) - set(lengths))):
+        raise PlanError(
+            f"num_blocks names {unknown[0]!r}, which is not a stack of this model. Stacks: {', '.join(lengths)}."
+        )
+    counts = asked if isinstance(asked, dict) else {", ".join(lengths): asked} if isinstance(asked, int) else {}
+    for name, stay in counts.items():
+        length = lengths.get(name, sum(lengths.values()))
+        if stay > length:
+            raise PlanError(
+                f"num_blocks asks for {stay} blocks in {name}, which has only {length}. Ask for at most {length}."
+            )
+
+
 def _reach(
     compared: Mapping[str, ComparedStack], stay: int, protected: Mapping[str, set[int]], config: MPruneConfig
 ) -> tuple[float, dict[str, dict[int, float]]]:
     length = sum(map(len, compared.values()))
     wanted = length - stay
-    if wanted < 0:
-        raise PlanError(
-            f"num_blocks asks for {stay} blocks in {', '.join(compared)}, which has only {length}. Ask for at most "
-            f"{length}."
-        )
     values = {
         _alike(line.blocks, i, j, config.keep)
         for line in lines(compared, config)
@@ -273,11 +293,11 @@ def _reach(
     raise PlanError(
         f"The target keeps {stay} of {length} blocks in {', '.join(compared)}, but with k={config.k}, "
         f"min_blocks={config.min_blocks} and the pinned and protected blocks at most {most} can go. Keep at least "
-        f"{length - most}, or lower k or min_blocks.{_pins(compared)}"
+        f"{length - most}, or lower k or min_blocks.{pins_told(compared)}"
     )
 
 
-def _pins(compared: Mapping[str, ComparedStack]) -> str:
+def pins_told(compared: Mapping[str, ComparedStack]) -> str:
     """Why blocks are pinned: each reason once, with the first block that has it."""
     reasons: dict[str, list[str]] = {}
     for name, stack in compared.items():

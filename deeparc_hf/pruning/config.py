@@ -145,7 +145,7 @@ class MPruneConfig(Settings):
     objective: str = setting(
         "divergence",
         "What a search makes small: the 'divergence' of the outputs from the whole model's, that of the 'hidden' "
-        "states, or the 'loss'; of `search_blocks` the 'metric' of evaluate too.",
+        "states, or the 'loss'; of `analyze` and `search_blocks` the 'metric' of evaluate too.",
         cli="What a search makes small: the 'divergence' of the outputs from the whole model's, that of the 'hidden' "
         "states, or the 'loss'.",
     )

@@ -21,6 +21,7 @@ from .choice import Choice
 from .clusters import ComparedStack, chains, cluster_blocks, freezing_set, reach_target, removable
 from .config import MPruneConfig
 from .heatmap import plot_plan
+from .may_go import check_reachable
 
 __all__ = [
     "ComparedStack",
@@ -343,10 +344,11 @@ def chosen_plan(
 
 def check_possible(compared: Mapping[str, ComparedStack], config: MPruneConfig) -> None:
     """Raise the PlanError of `make_plan` if no similarities at all could give a plan; those given do not matter."""
+    total, given = sum(map(len, compared.values())), config
     if config.target in ("speedup", "max_drop"):  # any number of blocks will do
-        config = config.replace(num_blocks=sum(map(len, compared.values())))
+        config = config.replace(num_blocks=total)
     if config.search is not None:
-        config = config.replace(k=1)
+        config = config.replace(k=1, num_blocks=total)
     alike: dict[str, ComparedStack] = {}
     for chain in chains(compared):
         before = 0
@@ -354,7 +356,9 @@ def check_possible(compared: Mapping[str, ComparedStack], config: MPruneConfig) 
             ones = [((1.0,) * width,) * len(stack) for width in (len(stack), before)]
             alike[name] = dataclasses.replace(stack, similarity=ones[0], before=ones[1] if before else ())
             before += len(stack)
-    make_plan(alike, config)
+    plan = make_plan(alike, config)
+    if given.search is not None and given.target in ("num_blocks", "keep_ratio"):
+        check_reachable(plan.stacks, given)
 
 
 def first_threshold(plan: PruningPlan) -> float | None:

@@ -31,6 +31,8 @@ def analyze(
     dataloader: Iterable[Any],
     config: MPruneConfig | None = None,
     *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    greater_is_better: bool = True,
     progress: bool = True,
     **settings: Any,
 ) -> PruningPlan:
@@ -43,6 +45,9 @@ def analyze(
             entry is the model's input. Up to `config.calibration_samples` samples are used. Use training data, never
             the data you evaluate on.
         config: the settings; or give them by keyword: `analyze(model, dataloader, threshold=0.95)`.
+        evaluate: what a search with objective="metric" goes by: measures a model, on data of its own that are not
+            those of the final figures.
+        greater_is_better: whether a larger number from `evaluate` is better.
         progress: show a progress bar on a terminal.
 
     Returns:
@@ -54,14 +59,23 @@ def analyze(
         UnsupportedModelError, ConfigError, PlanError: see these.
     """
     config = MPruneConfig.from_settings(config, settings)
-    return _planned(describe(model), Calibration(dataloader, config.calibration_samples), config, progress)
+    if evaluate is not None and (config.search is None or config.objective != "metric"):
+        raise ConfigError(
+            "evaluate is what a search with objective='metric' goes by, found "
+            + ("no search." if config.search is None else f"objective={config.objective!r}.")
+            + " Give search='greedy' and objective='metric', or leave evaluate out."
+        )
+    measure = {"evaluate": evaluate, "greater_is_better": greater_is_better}
+    return _planned(describe(model), Calibration(dataloader, config.calibration_samples), config, progress, **measure)
 
 
-def _planned(subject: Subject, calibration: Calibration, config: MPruneConfig, progress: bool) -> PruningPlan:
+def _planned(
+    subject: Subject, calibration: Calibration, config: MPruneConfig, progress: bool, **measure: Any
+) -> PruningPlan:
     """The plan that settings lead to: by similarity, or by a search."""
     if config.search is not None:
         require_weights(subject.host)
-        return search_plan(subject, list(calibration.inputs(subject.host)), config, progress=progress)
+        return search_plan(subject, list(calibration.inputs(subject.host)), config, progress=progress, **measure)
     plan = compare_blocks(subject, calibration, config, progress=progress)
     warn_if_drastic(plan)
     return plan

@@ -28,6 +28,7 @@ from ..observe.calibration import Calibration
 from ..observe.forward import evaluating, require_weights
 from ..pruning.compare import check_settings, compare_blocks, uncompared_plan
 from ..pruning.config import MPruneConfig
+from ..pruning.may_go import check_reachable, may_go, wanted_removals
 from ..pruning.plan import PruningPlan
 from ..pruning.surgery import refuse_wrapped
 from .found import Ends, Evaluation, Found
@@ -109,8 +110,6 @@ def search_blocks(
     total = sum(map(len, subject.stacks.values()))
     num_blocks, max_value, samples = unboxed(num_blocks), unboxed(max_value), unboxed(samples)
     _check_goals(total, num_blocks, max_value, samples)
-    if callable(evaluate) and subject.host.outer is not None:
-        evaluate = with_inner(subject.host.outer, subject.root, evaluate)
     config = MPruneConfig(
         num_blocks=-(-total // 2) if num_blocks is None else num_blocks,
         heal=heal,
@@ -143,12 +142,15 @@ def search_plan(
     most: int | None = None,
     labels: Mapping[str, tuple[int, ...]] | None = None,
     shared: bool = False,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    greater_is_better: bool = True,
     progress: bool = True,
 ) -> PruningPlan:
     """The plan that a search finds for the target of the settings.
 
     Args:
         batches: what the model is looked at on, as it takes them.
+        evaluate, greater_is_better: as in `search_blocks`, for the objective "metric".
         most: blocks that go at most; needed where the target is "max_drop", and the plan is the last one then.
         labels: as in `compare_blocks`.
         shared: whether all processes search, on the same batches, and share the work.
@@ -171,7 +173,7 @@ def search_plan(
     whole = config.replace(num_blocks=sum(subject.lengths.values()))
     if most is not None:
         most = min(most, _Free(uncompared_plan(subject, whole, labels), config).most)
-    if 0 in (most, _wanted(subject.lengths, config)):
+    if 0 in (most, wanted_removals(subject.lengths, config)):
         calibration = Calibration(batches, config.calibration_samples)
         return compare_blocks(subject, calibration, whole, progress=progress, labels=labels)  # nothing is to go
     chosen: list[int] = []
@@ -195,6 +197,8 @@ def search_plan(
         subject,
         batches,
         config,
+        evaluate=evaluate,
+        greater_is_better=greater_is_better,
         measures=("blocks",),
         most=most,
         labels=labels,
@@ -231,6 +235,8 @@ def find_frontier(
         choose: names one of the models that were found, which is timed beside the whole one at the end.
     """
     strategy, goal = check_search(config, measured=evaluate is not None)
+    if callable(evaluate) and subject.host.outer is not None:
+        evaluate = with_inner(subject.host.outer, subject.root, evaluate)
     total = sum(map(len, subject.stacks.values()))
     whole = config.replace(num_blocks=total)
     check_settings(subject, whole)
@@ -240,15 +246,11 @@ def find_frontier(
     plan = compare_blocks(
         subject, Calibration(batches, config.calibration_samples), whole, progress=progress, labels=labels
     )
+    check_reachable(plan.stacks, config, at_most=at_most)
     free = _Free(plan, config)
-    wanted = _wanted(subject.lengths, config)
-    wanted = (free.most if most is None else most) if wanted is None else wanted
-    most = min(wanted, free.most)
-    if most < 1 or (most < wanted and config.target in ("num_blocks", "keep_ratio") and not at_most):
-        raise PlanError(
-            f"The search is to remove {wanted} of {total} blocks, and {free.most} may go: the others are pinned or "
-            f"protected, or min_blocks={config.min_blocks} keeps them. Keep more blocks, or protect fewer."
-        )
+    wanted = wanted_removals(subject.lengths, config)
+    wanted = most if wanted is None else wanted
+    most = free.most if wanted is None else min(wanted, free.most)
     repaired = config.heal is not None
     about = strategy.passes(len(free(frozenset())), most, repaired) + (SENSITIVITY_PASSES if repaired else 0.0)
     title = f"Searching, about {about:.0f} passes over the data"
@@ -295,8 +297,8 @@ def check_search(config: MPruneConfig, measured: bool = False) -> tuple[type[Str
         raise ConfigError(str(error)) from None
     if issubclass(goal, ModelObjective) and not measured:
         raise ConfigError(
-            f"objective={config.objective!r} is what evaluate=... of search_blocks measures, and there is none. Give "
-            "one, or take objective='divergence'."
+            f"objective={config.objective!r} is what evaluate=... of analyze or search_blocks measures, and there is "
+            "none. Give one, or take objective='divergence'."
         )
     return strategy, goal
 
@@ -360,49 +362,31 @@ def _run(
     return True
 
 
-def _wanted(lengths: Mapping[str, int], config: MPruneConfig) -> int | None:
-    """How many blocks the settings ask to remove; None where they do not say."""
-    total = sum(lengths.values())
-    if isinstance(config.num_blocks, dict):
-        return sum(lengths[name] - count for name, count in config.num_blocks.items())
-    if isinstance(config.num_blocks, int):
-        return total - config.num_blocks
-    return None if config.keep_ratio is None else total - round(total * config.keep_ratio)
-
-
 class _Free:
     """Which blocks may go beside those that are removed already."""
 
     def __init__(self, plan: PruningPlan, config: MPruneConfig) -> None:
-        self._blocks = {
-            name: [i for i in range(len(stack)) if i not in stack.pinned and i not in stack.protected]
-            for name, stack in plan.stacks.items()
-        }
-        stay = dict.fromkeys(plan.stacks, config.min_blocks)
-        if isinstance(config.num_blocks, dict):
-            stay |= {name: len(stack) for name, stack in plan.stacks.items()}
-            stay |= {name: max(count, config.min_blocks) for name, count in config.num_blocks.items()}
-        self._room = {name: max(len(stack) - stay[name], 0) for name, stack in plan.stacks.items()}
+        self._stacks = may_go(plan.stacks, config)
 
     @property
     def most(self) -> int:
-        return sum(min(len(blocks), self._room[name]) for name, blocks in self._blocks.items())
+        return sum(stack.most for stack in self._stacks.values())
 
     def slowest(self, shares: Mapping[Block, float]) -> list[Block]:
         """The blocks that take most of the time, as many as may go."""
         return [
             block
-            for name, blocks in self._blocks.items()
-            for block in sorted(((name, i) for i in blocks), key=lambda each: -shares[each])[: self._room[name]]
+            for name, stack in self._stacks.items()
+            for block in sorted(((name, i) for i in stack.blocks), key=lambda each: -shares[each])[: stack.room]
         ]
 
     def __call__(self, removed: Removed) -> list[Block]:
         gone = by_stack(removed)
         return [
             (name, index)
-            for name, blocks in self._blocks.items()
-            if len(gone.get(name, ())) < self._room[name]
-            for index in blocks
+            for name, stack in self._stacks.items()
+            if len(gone.get(name, ())) < stack.room
+            for index in stack.blocks
             if (name, index) not in removed
         ]
 

@@ -90,7 +90,11 @@ class PruningArguments:
         None, "how many times as fast the model becomes, over all iterations: each takes an equal factor"
     )
     search: str | None = _as_in(MPruneConfig, "search")
-    objective: str = _as_in(MPruneConfig, "objective")
+    objective: str = setting(
+        "divergence",
+        "what a search makes small: the divergence of the outputs, that of the hidden states, or the loss, on training "
+        "data; or the metric, on validation data",
+    )
     k: int = _as_in(MPruneConfig, "k")
     k_max: int = _as_in(MPruneConfig, "k_max")
     freeze: str = setting("none", "none, partial (the seed's Part), or a pattern of blocks: model.encoder.layers.*")
@@ -137,6 +141,7 @@ class PruningArguments:
     def __post_init__(self) -> None:
         self._check_retraining()
         self._check_stages()
+        self._check_objective()
         self._check_spread()
         for iteration in range(max(1, self.iterations)):
             self.pruning(iteration)  # what makes no sense is said before any work is done
@@ -211,6 +216,15 @@ class PruningArguments:
                 "its own. Leave one of them out."
             )
 
+    def _check_objective(self) -> None:
+        if self.objective != METRIC:
+            return
+        if self.search is None or (self.retrain_epochs and not self.in_stages):
+            raise ConfigError(
+                "objective='metric' has a search measure each candidate on the validation data, before a retraining of "
+                "its own. Give search, and measure_removal or retrain_epochs 0."
+            )
+
     def _check_spread(self) -> None:
         given = [name for name in ("threshold", "keep_ratio", "speedup", "search") if getattr(self, name) is not None]
         given += ["protect"] * bool(self.protect) + ["max_drop"] * (self.max_drop is not None)
@@ -259,6 +273,7 @@ def _target_in(entry: str) -> int | dict[str, int]:
     return counts
 
 
+METRIC = "metric"  # the objective that a model's evaluation gives
 _FROZEN = ("none", "partial", "record")  # what is no pattern
 # settings of MPruneConfig that are the same in each iteration
 _OF_EACH_ITERATION = (

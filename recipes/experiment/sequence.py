@@ -39,8 +39,9 @@ from deeparc_hf.sparsity.config import WandaConfig
 from deeparc_hf.sparsity.sparsify import sparsify_model
 from deeparc_hf.trainer import MPruneCallback, WandaCallback
 from deeparc_hf.trainer.follow_checkpoint import Structure, record_of
+from deeparc_hf.trainer.gate import metric_of
 
-from .arguments import DataArguments, PruningArguments
+from .arguments import METRIC, DataArguments, PruningArguments
 from .journal import JOURNAL, Clock, Journal, folder_of, newest_checkpoint
 from .recovery import Taught, adapted, healings_in, merged
 from .results import RESULTS, TEXTS, Measured, Row, Speed, whereabouts, write_evaluations, write_results
@@ -270,7 +271,12 @@ class Experiment:
         trainer = self._trainer(before, name)
         config, bars = self.pruning.pruning(iteration, lengths=before.blocks), shows_bars(trainer.args)
         calibration = Calibration(self._batches(trainer, config), config.calibration_samples)
-        plan = analyze(trainer.model, calibration, config, progress=bars)
+        measured: dict[str, Any] = {}
+        if config.objective == METRIC:
+            judge = partial(self._judged_copy, name)
+            larger = metric_of(config.replace(metric=self._metric), trainer.args)[1]
+            measured = {"evaluate": judge, "greater_is_better": larger}
+        plan = analyze(trainer.model, calibration, config, progress=bars, **measured)
         if not plan.removed:
             return self._nothing(name, "nothing could be removed")
         _, healings = apply_healed(trainer.model, plan, calibration, progress=bars)
@@ -279,8 +285,8 @@ class Experiment:
         row = self._row(name, trainer, threshold=threshold, k=config.k, folder=folder)
         if self._main:
             plan.to_json(self._out / folder / PLAN_FILE)
-            measured = [_measurement("before", before), _measurement("removed", row)]
-            write_report(self._out / folder, plan, measured, healings=healings)
+            rows = [_measurement("before", before), _measurement("removed", row)]
+            write_report(self._out / folder, plan, rows, healings=healings)
         return row
 
     def _recovered(self, name: str, before: Row, removed: Row, original: Row) -> Row:
@@ -502,6 +508,10 @@ class Experiment:
             )
             raise self._no_metric(known)
         return float(metrics[self._metric])
+
+    def _judged_copy(self, name: str, model: nn.Module) -> float:
+        """The metric of a model that a search has made, on the data that judge."""
+        return self._judged(self._trainer(None, name, model=model))
 
     def _no_metric(self, known: Sequence[str]) -> ConfigError:
         hint = did_you_mean(str(self.pruning.metric), known)

@@ -165,6 +165,21 @@ def test_blocks_that_are_spread_evenly(place, heal):
     assert results["pruning"]["spread_evenly"]
 
 
+def test_a_search_can_go_by_what_the_model_does_on_the_validation_data(place):
+    """Each of the decoder's blocks taken out by name tells which one should go; test data have no say in it."""
+    data, settings = place[1], {"num_blocks": f"{DECODER}=3", "search": "greedy", "repeats": 1}
+    losses = {}
+    for block in range(4):
+        others = [f"{DECODER}.{each}" for each in range(4) if each != block]
+        forced = {**settings, "protect": [f"{ENCODER}.*", *others], "test_file": data["validation_file"]}
+        losses[block] = run(place, f"without-{block}", **forced)[-1].measured.metrics["loss"]
+    run(place, "by-metric", **settings, objective="metric")
+    kept = PrunedConfig.from_pretrained(place[0] / "by-metric" / "iteration-1").kept[DECODER]
+    assert set(range(4)) - set(kept) == {min(losses, key=losses.get)}
+    plan = json.loads((place[0] / "by-metric" / "iteration-1" / "pruning_plan.json").read_text())
+    assert plan["config"]["objective"] == "metric"
+
+
 def test_as_distil_whisper_was_made(place):
     """The encoder stays and is frozen; the whole model teaches, by its outputs and by what it hears."""
     settings = {"retrain_epochs": 1, "spread_evenly": True, "freeze": f"{ENCODER}.*", "distill_alpha": 0.5}
@@ -216,6 +231,8 @@ def test_a_multilingual_model_is_told_the_language(tmp_path):
         ({"spread_evenly": True, "search": "greedy"}, "found search"),
         ({"spread_evenly": True, "num_blocks": None, "threshold": 0.9}, "found threshold"),
         ({"spread_evenly": True, "num_blocks": 7}, "needs num_blocks for each stack"),
+        ({"objective": "metric"}, "Give search, and measure_removal"),
+        ({"objective": "metric", "search": "greedy", "retrain_epochs": 1}, "Give search, and measure_removal"),
         ({"pseudo_labels": True}, "retrain_epochs=0"),
         ({"max_pseudo_wer": 0.1}, "pseudo_labels=False"),
         ({"metric": "wer_ortho", "retrain_epochs": 1, "max_drop": 1}, "metric='wer_ortho' is not among"),

@@ -129,3 +129,19 @@ def test_an_iterator_is_refused_where_the_plan_heals():
     plan = analyze(ZOO["bert"].model(), ZOO["bert"].batches(), num_blocks=2, heal="lstsq", progress=False)
     with pytest.raises(CalibrationError, match="an iterator can be used once"):
         prune_model(ZOO["bert"].model(), iter(ZOO["bert"].batches()), plan)
+
+
+def test_of_neighbours_any_may_go():
+    """A search goes by no similarity: what would lead a cluster may go too."""
+    model, batches = ZOO["bert"].model(), ZOO["bert"].batches()
+    for block in range(4):
+        others = [f"bert.encoder.layer.{each}" for each in range(4) if each != block]
+        plan = analyze(model, batches, search="greedy", num_blocks=3, protect=others, progress=False)
+        assert plan.removed == {"bert.encoder.layer": (block,)}
+    settings = {"search": "greedy", "protect": ["bert.encoder.layer.[123]"], "progress": False}
+    with pytest.raises(PlanError, match="is to remove 2 of 4 blocks, and 1 may go"):
+        analyze(model, batches, num_blocks=2, **settings)
+    with pytest.raises(PlanError, match="asks for 5 blocks in bert.encoder.layer, which has only 4"):
+        analyze(model, batches, num_blocks=5, **settings)
+    with pytest.raises(PlanError, match="num_blocks names 'layers', which is not a stack of this model"):
+        analyze(model, batches, num_blocks={"layers": 2}, **settings)

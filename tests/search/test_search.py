@@ -206,8 +206,28 @@ def test_the_users_metric_can_be_what_is_sought(greater):
     removed = [point.removed.get("bert.encoder.layer", ()) for point in frontier.points]
     assert removed == [(), (3,), (2, 3)]
     assert [point.value for point in frontier.points] == [0.0, -3.0, -4.0]
-    with pytest.raises(ConfigError, match=r"objective='metric' is what evaluate=\.\.\. of search_blocks measures"):
-        search_blocks(model, ZOO["bert"].batches(), objective="metric", **QUICK)
+    plan = analyze(
+        model,
+        ZOO["bert"].batches(),
+        search="greedy",
+        objective="metric",
+        evaluate=evaluate,
+        greater_is_better=greater,
+        num_blocks=2,
+        progress=False,
+    )
+    assert plan.removed == {"bert.encoder.layer": (2, 3)}
+
+
+def test_a_metric_needs_who_measures_it_and_the_other_way_round():
+    model, batches = ZOO["bert"].model(), ZOO["bert"].batches()
+    with pytest.raises(ConfigError, match=r"objective='metric' is what evaluate=\.\.\. of analyze or search_blocks"):
+        search_blocks(model, batches, objective="metric", **QUICK)
+    with pytest.raises(ConfigError, match=r"objective='metric' is what evaluate=\.\.\. of analyze or search_blocks"):
+        analyze(model, batches, search="greedy", objective="metric", num_blocks=3)
+    for settings in ({"num_blocks": 3}, {"num_blocks": 3, "search": "greedy"}):
+        with pytest.raises(ConfigError, match="Give search='greedy' and objective='metric', or leave evaluate out"):
+            analyze(model, batches, evaluate=lambda smaller: 0.0, **settings)
 
 
 def test_an_evaluation_that_leaves_the_model_training_changes_nothing():
