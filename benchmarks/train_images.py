@@ -1,4 +1,4 @@
-"""Trains a small bottleneck ResNet or ViT of transformers from scratch, as a subject for the benchmarks of blocks.
+r"""Trains a small bottleneck ResNet or ViT of transformers from scratch, as a subject for the benchmarks of blocks.
 
 The ResNet: 14 blocks in four stages. transformers' stem divides the sides by four, so the images are scaled up first:
 from 32 to 64 pixels the first stage works on 16x16 positions. The ViT: 12 blocks on patches of 4 x 4 pixels. Each epoch

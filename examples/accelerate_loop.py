@@ -1,4 +1,4 @@
-"""A training loop of one's own with accelerate: fine-tune, remove blocks, train on, zero weights, train on, save.
+r"""A training loop of one's own with accelerate: fine-tune, remove blocks, train on, zero weights, train on, save.
 
     accelerate launch examples/accelerate_loop.py --output runs/loop
 

@@ -1,8 +1,9 @@
-"""Keep the card of a recipe's model here, with what it is made from; or make all that are kept anew from that, after a
+r"""Keep the card of a recipe's model here, with what it is made from; or make all that are kept anew from that, after a
 change of the card:
 
-python model_cards/keep.py runs/minilm/iteration-2 minilm-emotion --finetuned_from
-sentence-transformers/all-MiniLM-L6-v2 python model_cards/keep.py --again
+    python model_cards/keep.py runs/minilm/iteration-2 minilm-emotion \
+        --finetuned_from sentence-transformers/all-MiniLM-L6-v2
+    python model_cards/keep.py --again
 """
 
 from __future__ import annotations

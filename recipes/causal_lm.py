@@ -2,21 +2,21 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes]"]
 # ///
-"""Causal language models: remove blocks of a Llama-like model in iterations, heal or retrain, zero weights, and measure
-perplexity.
+r"""Causal language models: remove blocks of a Llama-like model in iterations, heal or retrain, zero weights, and
+measure perplexity.
 
     python recipes/causal_lm.py --config recipes/configs/smollm2_bbc.yaml
-    accelerate launch recipes/causal_lm.py --config recipes/configs/smollm2_bbc.yaml --similarity cosine --output_dir
-    runs/cosine
+    accelerate launch recipes/causal_lm.py --config recipes/configs/smollm2_bbc.yaml --similarity cosine \
+        --output_dir runs/cosine
 
 Every setting of the config file may be given on the command line, which wins. Criteria are compared by runs with
 --similarity cka (debiased), cosine (block influence) and effect. Any text data set or local .csv, .jsonl, .txt or
 .parquet file will do; each row (of a .txt file each line) is a document. Documents are joined with end tokens and cut
 into blocks. Nothing is trained, before or after the removal, with
 
-    python recipes/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext --dataset_config
-    wikitext-2-raw-v1 \
-        --finetune_epochs 0 --retrain_epochs 0 --num_blocks 27 --heal lstsq --output_dir runs/smollm2
+    python recipes/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext \
+        --dataset_config wikitext-2-raw-v1 --finetune_epochs 0 --retrain_epochs 0 --num_blocks 27 --heal lstsq \
+        --output_dir runs/smollm2
 
 A GGUF file is given by --gguf_file NAME, beside the Hub id or folder that holds it. A folder with a config.json and a
 tokenizer but no weights is trained from scratch. A gate (--max_drop) is on the loss, whose exponential the perplexity

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes]"]
 # ///
-"""Image classification: fine-tune a ResNet or another classifier, remove blocks in iterations, retrain, zero weights,
+r"""Image classification: fine-tune a ResNet or another classifier, remove blocks in iterations, retrain, zero weights,
 and measure it all.
 
     python recipes/image_classification.py --config recipes/configs/resnet152_imagenet.yaml
@@ -13,9 +13,8 @@ do, and one of timm by its Hub id (timm/resnet50.a1_in1k), which loads through t
 a config.json and no weights is trained from scratch. Data: any data set with a column of images and one of labels, a
 local file of these, or a folder of images by class.
 
-    python recipes/image_classification.py --model timm/resnet50.a1_in1k --dataset uoft-cs/cifar10 --image_column img
-    --keep_ratio 0.8 \
-        --output_dir runs/cifar10
+    python recipes/image_classification.py --model timm/resnet50.a1_in1k --dataset uoft-cs/cifar10 --image_column img \
+        --keep_ratio 0.8 --output_dir runs/cifar10
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes,sentences]"]
 # ///
-"""Sentence embeddings: fine-tune a sentence-transformers model on pairs of texts, remove layers in iterations, retrain,
-zero weights, and measure every model by retrieval, or by the similarity of pairs that have scores.
+r"""Sentence embeddings: fine-tune a sentence-transformers model on pairs of texts, remove layers in iterations,
+retrain, zero weights, and measure every model by retrieval, or by the similarity of pairs that have scores.
 
     python recipes/sentence_embeddings.py --config recipes/configs/minilm_pairs.yaml
     accelerate launch recipes/sentence_embeddings.py --config recipes/configs/mpnet_natural_questions.yaml
@@ -12,9 +12,9 @@ Every setting of the config file may be given on the command line, which wins. P
 (a question and its answer), in two columns; a third may hold texts that do not. With --score_column they are pairs with
 a score each, as in STS benchmarks:
 
-    python recipes/sentence_embeddings.py --model sentence-transformers/all-MiniLM-L6-v2 --dataset
-    sentence-transformers/stsb --anchor_column sentence1 --positive_column sentence2 --score_column score --num_blocks 4
-    --output_dir runs/stsb
+    python recipes/sentence_embeddings.py --model sentence-transformers/all-MiniLM-L6-v2 \
+        --dataset sentence-transformers/stsb --anchor_column sentence1 --positive_column sentence2 \
+        --score_column score --num_blocks 4 --output_dir runs/stsb
 
 With --distill_embeddings the retraining learns the embeddings of the model before pruning (its training needs no pairs,
 only their texts), instead of the pairs.

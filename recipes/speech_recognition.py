@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes]"]
 # ///
-"""Speech recognition: fine-tune a Whisper, or take it as it is; remove blocks of encoder and decoder, which are stacks
+r"""Speech recognition: fine-tune a Whisper, or take it as it is; remove blocks of encoder and decoder, which are stacks
 of their own, heal or retrain, and measure word error rates of what it hears.
 
     python recipes/speech_recognition.py --config recipes/configs/whisper_tiny_prompts.yaml
@@ -16,9 +16,9 @@ transcripts. A multilingual model is told the language of the recordings: --spok
 As Distil-Whisper was made (arXiv 2311.00430): the encoder stays and is frozen, the decoder's layers are spread evenly,
 and the model from before the removal teaches, also by its own transcripts of the training recordings:
 
-    python recipes/speech_recognition.py --model openai/whisper-small.en --dataset openslr/librispeech_asr
-    --dataset_config clean --train_split train.100 --finetune_epochs 0 --num_blocks model.decoder.layers=4
-    --spread_evenly --freeze "model.encoder.layers.*" --distill_alpha 0.5 --pseudo_labels --output_dir runs/spread
+    python recipes/speech_recognition.py --model openai/whisper-small.en --dataset openslr/librispeech_asr \
+        --dataset_config clean --train_split train.100 --finetune_epochs 0 --num_blocks model.decoder.layers=4 \
+        --spread_evenly --freeze "model.encoder.layers.*" --distill_alpha 0.5 --pseudo_labels --output_dir runs/spread
 
 A gate (--max_drop) is on the loss, or on the error rate (--metric wer).
 """

@@ -2,11 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes]"]
 # ///
-"""Run a grid of settings of a recipe, and print our figures beside those of the first experiments.
+r"""Run a grid of settings of a recipe, and print our figures beside those of the first experiments.
 
     python recipes/sweep.py recipes/grids/bert_base_emotion.yaml --output runs/sweep_emotion
-    python recipes/sweep.py recipes/grids/bert_base_emotion.yaml --output runs/sweep_emotion -- --max_train_samples 2000
-    --retrain_epochs 1
+    python recipes/sweep.py recipes/grids/bert_base_emotion.yaml --output runs/sweep_emotion -- \
+        --max_train_samples 2000 --retrain_epochs 1
 
 Each cell of the grid runs as a process of its own. The original is fine-tuned once, in the first cell, and the others
 take it from there. Start the same command again after a crash, a kill or Ctrl-C: cells that are done stay, the one that

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["deeparc_hf[recipes]"]
 # ///
-"""Text classification: fine-tune a BERT-like model, remove layers in iterations, retrain, zero weights, and measure
+r"""Text classification: fine-tune a BERT-like model, remove layers in iterations, retrain, zero weights, and measure
 every model.
 
     python recipes/text_classification.py --config recipes/configs/bert_base_emotion.yaml
@@ -11,8 +11,8 @@ every model.
 Every setting of the config file may be given on the command line, which wins. Any data set with a text column and a
 label column will do:
 
-    python recipes/text_classification.py --model distilbert-base-uncased --dataset stanfordnlp/imdb --num_blocks 4
-    --output_dir runs/imdb
+    python recipes/text_classification.py --model distilbert-base-uncased --dataset stanfordnlp/imdb --num_blocks 4 \
+        --output_dir runs/imdb
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -292,3 +293,19 @@ def test_demo_runs_on_a_few_texts(tmp_path):
     assert report["plan"]["samples"] == 40
     assert (tmp_path / "heatmap.png").stat().st_size > 1000 and (tmp_path / "report.md").exists()
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()
+
+
+SCRIPTS = [path for name in ("benchmarks", "examples", "model_cards", "recipes") for path in (ROOT / name).glob("*.py")]
+COMMAND = re.compile(r"    (python|accelerate launch|torchrun) ")
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_commands_in_docstrings_can_be_copied(path):
+    """Each is one line, or lines that end with a backslash, which a docstring that is not raw would swallow."""
+    lines = (ast.get_docstring(ast.parse(path.read_text("utf-8")), clean=False) or "").split("\n")
+    assert not [line for line in lines if re.match(r"(python|accelerate|torchrun) ", line)]
+    for line, following in itertools.pairwise(lines):
+        inside = COMMAND.match(line) or line.startswith("        --")
+        goes_on = bool(following.strip()) and not COMMAND.match(following)
+        assert not inside or goes_on == line.endswith(" \\"), line
+        assert not inside or "     " not in line.strip(), line

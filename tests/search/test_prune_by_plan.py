@@ -141,7 +141,7 @@ def test_of_neighbours_any_may_go():
     settings = {"search": "greedy", "protect": ["bert.encoder.layer.[123]"], "progress": False}
     with pytest.raises(PlanError, match="is to remove 2 of 4 blocks, and 1 may go"):
         analyze(model, batches, num_blocks=2, **settings)
-    with pytest.raises(PlanError, match="asks for 5 blocks in bert.encoder.layer, which has only 4"):
+    with pytest.raises(PlanError, match=r"asks for 5 blocks in bert\.encoder\.layer, which has only 4"):
         analyze(model, batches, num_blocks=5, **settings)
     with pytest.raises(PlanError, match="num_blocks names 'layers', which is not a stack of this model"):
         analyze(model, batches, num_blocks={"layers": 2}, **settings)
