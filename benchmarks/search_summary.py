@@ -1,6 +1,6 @@
 """One table of what `search_evidence` measured on several models.
 
-    python -m benchmarks.search_summary FOLDER/search_*.json
+python -m benchmarks.search_summary FOLDER/search_*.json
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def model_of(variables: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> Wh
 
 def processor_of(folder: Path, config: WhisperConfig) -> WhisperProcessor:
     """Tokenizer and feature extractor."""
-    tokenizer = WhisperTokenizer.from_pretrained(folder)
+    tokenizer = WhisperTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")  # as OpenAI's on the Hub
     return WhisperProcessor(WhisperFeatureExtractor(feature_size=config.num_mel_bins), tokenizer)
 
 

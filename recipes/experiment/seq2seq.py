@@ -18,6 +18,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from deeparc_hf.core.files import write_whole
 from deeparc_hf.core.markdown import md, table
+from deeparc_hf.errors import ConfigError
 
 from .journal import folder_of
 from .results import TEXTS, Measured, Row, metric_cell
@@ -27,6 +28,7 @@ __all__ = [
     "GenerationMeasure",
     "can_cache",
     "drawn_sums",
+    "padding_of",
     "scores_table",
     "texts_of",
     "texts_table",
@@ -76,7 +78,7 @@ class GenerationMeasure(ABC):
         """The texts to all rows, in their order: each process generates a part."""
         accelerator = trainer.accelerator
         model = accelerator.unwrap_model(trainer.model).eval()
-        pad = self._tokenizer.pad_token_id
+        pad = padding_of(self._tokenizer)
         found: list[str] = []
         # a loader of our own: the Trainer's may group rows by length, and references come in the data's order
         rows = DataLoader(data, batch_size=trainer.args.eval_batch_size, collate_fn=trainer.data_collator)
@@ -113,9 +115,24 @@ def can_cache(model: Any) -> bool:
     return getattr(model.config, "num_layers", 0) >= getattr(model.config, "num_decoder_layers", 0)
 
 
+def padding_of(tokenizer: Any) -> int:
+    """The token that fills up what is generated, and is no text: the end token where there is none for padding.
+
+    Raises:
+        ConfigError: if there is neither.
+    """
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), None)
+    if pad is None:
+        raise ConfigError(
+            "The tokenizer has neither a padding token nor an end token, and texts of different lengths are generated. "
+            "Give it one: tokenizer.pad_token, in its tokenizer_config.json."
+        )
+    return int(pad)
+
+
 def texts_of(tokenizer: Any, prediction: Any) -> list[list[str]]:
     """The generated texts and the references of a prediction, for compute_metrics."""
-    pad = tokenizer.pad_token_id
+    pad = padding_of(tokenizer)
     return [
         [text.strip() for text in tokenizer.batch_decode(np.where(ids < 0, pad, ids), skip_special_tokens=True)]
         for ids in (prediction.predictions, prediction.label_ids)

@@ -198,10 +198,17 @@ def test_as_distil_whisper_was_made(place):
     assert report["config"]["distill"]["alpha"] == 0.5
 
 
-def test_the_gate_judges_by_the_error_rate(place):
+@pytest.mark.parametrize("pads", [True, False])
+def test_the_gate_judges_by_the_error_rate(place, pads, tmp_path):
     settings = {"retrain_epochs": 1, "metric": "wer", "max_drop": 5}
-    rows = run(place, "gate", **settings)
-    report = json.loads((place[0] / "gate" / "iteration-1" / "pruning_report.json").read_text())
+    if not pads:  # the end token does
+        settings["model"] = shutil.copytree(place[1]["model"], tmp_path / "model")
+        processor = WhisperProcessor.from_pretrained(settings["model"])
+        processor.tokenizer.pad_token = None
+        processor.save_pretrained(settings["model"])
+        assert WhisperProcessor.from_pretrained(settings["model"]).tokenizer.pad_token_id is None
+    rows = run(place, f"gate-{pads}", **settings)
+    report = json.loads((place[0] / f"gate-{pads}" / "iteration-1" / "pruning_report.json").read_text())
     last = report["attempts"][-1]["evaluations"][-1]["metrics"]
     assert rows[-1].verdict == "accepted" and report["metric"] == "wer"
     assert rows[-1].validation[-1] == pytest.approx(last["eval_wer"])

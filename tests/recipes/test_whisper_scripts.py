@@ -89,6 +89,7 @@ def made(tmp_path):
     tokens = {"pad_token_id": END, "bos_token_id": END, "eos_token_id": END, "decoder_start_token_id": END + 1}
     model = whisper(vocab_size=VOCAB, **tokens)
     whisper_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()  # there is tokenizer.json alone
     told = {"alignment_heads": HEADS, "suppress_ids": [1, 2], "suppress_ids_begin": [220], "lang_ids": [50259]}
     (tmp_path / "config.json").write_text(json.dumps(told))
     return model, tmp_path
@@ -115,7 +116,8 @@ def test_a_converted_whisper_is_turned_back(made, dtype, monkeypatch, capsys):
     told = found.generation_config
     assert told.alignment_heads == HEADS and told.suppress_tokens == [1, 2] and not told.is_multilingual
     assert (told.decoder_start_token_id, told.no_timestamps_token_id, told.prev_sot_token_id) == (50257, 50362, 50360)
-    assert len(WhisperProcessor.from_pretrained(output).tokenizer) == len(whisper_tokenizer())
+    tokenizer = WhisperProcessor.from_pretrained(output).tokenizer
+    assert len(tokenizer) == len(whisper_tokenizer()) and tokenizer.pad_token == "<|endoftext|>"
 
 
 def test_what_cannot_be_turned_back_is_refused(made):
