@@ -45,6 +45,7 @@ class CardContent:
         final: evaluations of the model as it is, the last ones.
         data: what is known of the data, by use ("training", "evaluation").
         training, hardware, versions: settings of the training; what it ran on and with.
+        trained_for: seconds of a training after the removal that was one of its own.
         plan: the last plan that was carried out.
         answers: to some prompts ("prompt"), what the model before said ("before") and what this one says ("generated").
         speed: time of one evaluation over that of the model before: ratio, low, high, blocks, turns.
@@ -75,6 +76,7 @@ class CardContent:
     training: Mapping[str, str] = field(default_factory=dict)
     hardware: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    trained_for: float | None = None
     plan: PruningPlan | None = None
     speed: Mapping[str, float] = field(default_factory=dict)
     answers: tuple[Mapping[str, str], ...] = ()

@@ -357,8 +357,11 @@ def _with_evaluations(content: CardContent, entry: Entry, beside: bool) -> CardC
         return content
     speed = entry.optional("speed", lambda speed: {key: speed[key].number() for key in _SPEED}, {})
     answers = entry.optional("answers", _answers_in, ())
-    final = _latest((*content.final, *mine))
-    return _from_files(content, EVALUATIONS_FILE, final=final, speed=speed, answers=answers)
+    known = {"final": _latest((*content.final, *mine)), "speed": speed, "answers": answers}
+    if not content.training:
+        known["training"] = entry.optional("training", Entry.texts, {})
+        known["trained_for"] = entry.optional("training_seconds", Entry.number)
+    return _from_files(content, EVALUATIONS_FILE, **known)
 
 
 def _answers_in(entry: Entry) -> tuple[dict[str, str], ...]:

@@ -123,7 +123,10 @@ def _answered(found: Mapping[str, Any]) -> Answered:
     for task, figures in found["results"].items():
         config = found["configs"].get(task, {})
         rows = found["n-samples"].get(task, {}).get("effective")
-        origin = {"id": config.get("dataset_path"), "config": config.get("dataset_name")}
+        path = str(config.get("dataset_path"))
+        # else datasets' reader of local files, such as "json", or a folder
+        on_hub = not Path(path).exists() and ("/" in path or "data_files" not in (config.get("dataset_kwargs") or {}))
+        origin = {"id": path, "config": config.get("dataset_name")} if on_hub else {}
         origin |= {"split": config.get("test_split") or config.get("validation_split"), "rows": rows}
         for key, value in figures.items():
             metric, sign, filtered = key.partition(",")

@@ -262,6 +262,7 @@ def write_evaluations(
     *,
     judged: bool = False,
     answers: Sequence[Mapping[str, str]] = (),
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model's figures on the test data beside it, with those of the original, for its card
     (`create_model_card`).
@@ -271,6 +272,7 @@ def write_evaluations(
         judged: whether prunings were judged on the same rows.
         speed: its time over that of the original.
         answers: to the same prompts, of the original ("before") and this model ("generated").
+        training: settings of the training that led to this model, where there was one.
     """
     apart = row.measured.data
     own = [name for name in row.measured.metrics if name not in apart]
@@ -284,7 +286,8 @@ def write_evaluations(
             entry |= zip(("before", "before_intervals"), _of(original.measured, names), strict=True)
             entry["before_blocks"] = sum(original.blocks.values())
         entries.append({**entry, "data": facts, "weights": mark, "stacks": row.blocks, "judged": seen})
-    report = {"evaluations": entries, "speed": None if speed is None else dataclasses.asdict(speed)}
+    report: dict[str, Any] = {"evaluations": entries, "speed": None if speed is None else dataclasses.asdict(speed)}
+    report |= {"training": training, "training_seconds": row.training_seconds if training else None}
     _write_json(folder / EVALUATIONS_FILE, {**report, "answers": list(answers)})
 
 

@@ -139,6 +139,7 @@ class Experiment:
             texts = self._texts(rows)
             for row in [row for row in rows if row.folder is not None]:
                 told = {"judged": judged, "answers": _beside(texts, rows[0].name, row.name)}
+                told["training"] = self._training_of(row)
                 write_evaluations(self._out / row.folder, row, rows[0], facts, speeds.get(row.name), **told)
             # figures are kept whatever happens then; a sweep counts an experiment as done when all of it is
             known = {"notes": self.notes, "ends": journal.ends, "sections": self.sections(texts)}
@@ -528,6 +529,17 @@ class Experiment:
         chosen = Subset(data, chosen_rows(len(data), config.calibration_samples, config.seed))
         return DataLoader(chosen, batch_size=trainer.args.train_batch_size, collate_fn=loader.collate_fn)
 
+    def _training_of(self, row: Row) -> dict[str, Any] | None:
+        """Settings of the training that led to a row; None where there was none."""
+        if not row.training_seconds:
+            return None
+        epochs = self.pruning.finetune_epochs if row.name == ORIGINAL else self.pruning.retrain_epochs
+        found = {**training_settings(self.training), "epochs": epochs}
+        if row.name != ORIGINAL:
+            known = {"lora_rank": self.pruning.lora_rank, "weight_of_the_teacher": self.pruning.distill_alpha}
+            found |= {name: value for name, value in known.items() if value is not None}
+        return found
+
     def _asked(self) -> dict[str, Any]:
         """What the figures depend on, as it was given. Folders and files are told apart by a hash of their paths: no
         report names a place of one machine.
@@ -584,6 +596,7 @@ def _measurement(label: str, row: Row) -> Measurement:
         samples=row.measured.samples,
         evaluation_loss=metrics.get("loss"),
         evaluation_seconds=row.measured.seconds,
+        training_seconds=row.training_seconds,
         threshold=row.threshold,
         k=row.k,
     )

@@ -199,6 +199,8 @@ def test_models_are_asked_prompts_and_tasks(data, tmp_path):
     made = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     assert line["generated"] == tokenizer.decode(made, skip_special_tokens=True).strip()
     assert "## Answers" in (tmp_path / "out" / "results.md").read_text("utf-8")
+    card = (tmp_path / "out" / "iteration-1" / "README.md").read_text("utf-8")
+    assert "odd_or_even acc" in card and "datasets/json" not in card  # a reader of files, and no data set of the Hub
 
 
 def test_end_tokens_that_texts_are_padded_with_too_are_no_padding(data, tmp_path):

@@ -72,6 +72,10 @@ def test_the_removal_is_a_row_and_a_checkpoint_of_its_own(data, tmp_path, how):
     assert [entry["healed"] for entry in report["healing"]] == [True]
     card = (tmp_path / "iteration-1" / "README.md").read_text("utf-8")
     assert "## What was removed" in card and "Similarity of blocks" in card
+    assert "Trained after the removal." in card and "The training: learning rate 0.002" in card
+    assert ("lora rank 2" in card) == ("lora_rank" in how)
+    early = json.loads((tmp_path / "iteration-1-removed" / "evaluations.json").read_text("utf-8"))
+    assert early["training"] is None and early["training_seconds"] is None
 
 
 def test_the_whole_model_teaches_adapters(data, tmp_path):
