@@ -110,12 +110,8 @@ def _trained(content: CardContent) -> str | None:
         return f"**Not trained after the removal**: the weights are as {'the repair' if healed else 'it'} left them."
     standing = [attempt for attempt in content.attempts if attempt.k is not None and not attempt.is_taken_back]
     if content.trained_for:
-        minutes = content.trained_for / 60
-        return (
-            f"Trained after the removal, for {minutes:,.0f} minutes."
-            if minutes >= 1.5
-            else "Trained after the removal."
-        )
+        minutes = round(content.trained_for / 60)
+        return f"Trained after the removal{f', for {minutes:,} minutes' if minutes > 1 else ''}."
     seconds = standing[-1].training_seconds if standing and content.from_run else None
     if seconds or "retrained" in (last.get("stages") or {}) or last.get("metrics"):
         return "Trained after the removal."
