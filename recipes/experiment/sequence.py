@@ -130,7 +130,7 @@ class Experiment:
         for row in dense[0 if self.pruning.sparsity_original else 1 :]:
             for config in self.pruning.grid():
                 rows += self._sparse(row, config)
-        if self._main and (not journal.complete or self.data.repo_id is not None):
+        if self._main and (not journal.complete or self.data.repo_id is not None or self._told_otherwise(last)):
             shutil.rmtree(self._out / SCRATCH, ignore_errors=True)
             for folder in self._out.iterdir():  # those that a Trainer made and nothing was saved to
                 if folder.is_dir() and not any(folder.iterdir()):
@@ -404,6 +404,12 @@ class Experiment:
 
     # ---- helpers ----
 
+    def _told_otherwise(self, row: Row) -> bool:
+        """Whether a licence or language is given that the card does not have yet."""
+        file = self._out / (row.folder or "") / TOLD
+        known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        return any(getattr(self.data, name) not in (None, known.get(name)) for name in ("license", "language"))
+
     @property
     def _out(self) -> Path:
         return Path(self.training.output_dir)
@@ -549,6 +555,7 @@ class Experiment:
             name: value for name, value in self.training.to_sanitized_dict().items() if not name.startswith(_NO_MATTER)
         }
         own = {name: dict(self.provenance.get(name) or {}) for name in ("settings", "data", "metrics")}
+        own["settings"] = {name: value for name, value in own["settings"].items() if name not in _OF_THE_CARD}
         given = {"model": data, "trainer": {**training, "processes": self.training.world_size}}
         hashed = {part: {name: _hashed(value) for name, value in each.items()} for part, each in given.items()}
         return {**own, **hashed, "pruning": dataclasses.asdict(self.pruning)}

@@ -12,11 +12,12 @@ import sys
 import time
 
 import pytest
+from huggingface_hub import ModelCard
 
 from deeparc_hf.errors import ConfigError
 from experiment.results import read_rows
 
-from .running import recipe, words
+from .running import recipe, without_times, words
 from .test_text_classification import data  # noqa: F401 (a fixture)
 from .tiny import RECIPES, ROOT
 
@@ -112,6 +113,14 @@ def test_what_is_done_is_not_done_again(data, undisturbed, tmp_path, capsys):  #
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} <= {folder / "experiment.json"}
     assert "Results:" in capsys.readouterr().out
+
+
+def test_what_only_the_card_tells_may_be_said_later(data, undisturbed, tmp_path):  # noqa: F811
+    folder = shutil.copytree(undisturbed, tmp_path / "out")
+    given = words(**data, output_dir=str(folder), **SETTINGS)
+    rows = recipe("text_classification").main([*given, "--resume_from_checkpoint", "true", "--license", "mit"])
+    card = ModelCard.load(folder / "iteration-2" / "README.md")
+    assert card.data.license == "mit" and without_times(rows) == without_times(read_rows(undisturbed))
 
 
 def test_what_lies_there_is_left_alone_unless_it_is_said(data, undisturbed, tmp_path):  # noqa: F811
