@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deeparc_hf import create_model_card
 from deeparc_hf.publish.encoders import their_page
-from deeparc_hf.publish.gather import content_of_folder
+from deeparc_hf.publish.gather import EVALUATIONS_FILE, content_of_folder
 
 ALWAYS = (
     *("config.json", "preprocessor_config.json", "tokenizer_config.json"),
@@ -25,9 +25,9 @@ ALWAYS = (
 BESIDE = ("results.md", "scores.md")  # of the experiment, in the folder above
 
 
-def keep(model: Path, target: Path, **told: str | None) -> None:
+def keep(model: Path, target: Path, *, answers: bool = True, **told: str | None) -> None:
     """Copy the reports that are of these very weights, and make the card anew from these. The folder is there whole or
-    not at all.
+    not at all. Without `answers` the prompts and what models said to them stay out.
     """
     reports = content_of_folder(model).reports
     if target.exists():
@@ -45,10 +45,24 @@ def keep(model: Path, target: Path, **told: str | None) -> None:
                 "sparsity_report.md",
             ):  # the card tells the same
                 shutil.copy(file, folder)
+        if not answers:
+            leave_out_answers(folder)
         (folder / "card.json").write_text(json.dumps(known, indent=1) + "\n", "utf-8")
         put_their_page(model, folder)
         create_model_card(folder, **known)
         shutil.copytree(folder, target)
+
+
+def leave_out_answers(folder: Path) -> None:
+    """Take the prompts, which may be sentences of somebody's data, and the answers out of the reports."""
+    evaluations = folder / EVALUATIONS_FILE
+    if evaluations.is_file():
+        known = json.loads(evaluations.read_text("utf-8"))
+        evaluations.write_text(json.dumps({**known, "answers": []}, indent=1) + "\n", "utf-8")
+    results = folder / "results.md"
+    if results.is_file():
+        before, _, rest = results.read_text("utf-8").partition("## Answers\n")
+        results.write_text(before + "".join(rest.partition("## Made with\n")[1:]), "utf-8")
 
 
 def put_their_page(source: Path, target: Path) -> None:
@@ -75,6 +89,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", help="folder to make beside this file")
     parser.add_argument("--again", action="store_true", help="make all that are kept anew")
     parser.add_argument("--finetuned_from", help="Hub id of the base model, where a local folder stood for it")
+    parser.add_argument("--without_answers", action="store_true", help="leave prompts and answers out")
     parser.add_argument("--dataset_tags", help="Hub id of the data, where local files stood for it")
     args = parser.parse_args()
     if args.again:
@@ -86,6 +101,7 @@ def main() -> None:
     keep(
         args.model,
         Path(__file__).parent / args.name,
+        answers=not args.without_answers,
         finetuned_from=args.finetuned_from,
         dataset_tags=args.dataset_tags,
     )

@@ -66,9 +66,17 @@ def test_what_is_kept_is_of_the_weights_that_are_there(tmp_path):
     (tmp_path / "run").mkdir()
     save_pruned(model, tmp_path / "run" / "model")
     entry = {"metrics": {"test_bleu": 0.25}, "data": {"rows": 30}, "weights": mark_of_model(model)}
-    (tmp_path / "run" / "model" / "evaluations.json").write_text(json.dumps({"evaluations": [entry], "speed": None}))
+    answers = [{"prompt": "Once upon", "before": "a time", "generated": "a dime"}]
+    noted = {"evaluations": [entry], "speed": None, "answers": answers}
+    (tmp_path / "run" / "model" / "evaluations.json").write_text(json.dumps(noted))
+    (tmp_path / "run" / "results.md").write_text("# Results\n\n## Answers\n\nOnce upon\n\n## Made with\n\nA command\n")
     keep(tmp_path / "run" / "model", tmp_path / "kept", dataset_tags="org/data")
-    assert "| bleu |" in (tmp_path / "kept" / "README.md").read_text("utf-8")
+    card = (tmp_path / "kept" / "README.md").read_text("utf-8")
+    assert "| bleu |" in card and "a dime" in card and "Once upon" in (tmp_path / "kept" / "results.md").read_text()
+    keep(tmp_path / "run" / "model", tmp_path / "quiet", answers=False)
+    assert not [path for path in (tmp_path / "quiet").iterdir() if "Once upon" in path.read_text("utf-8")]
+    assert (tmp_path / "quiet" / "results.md").read_text("utf-8") == "# Results\n\n## Made with\n\nA command\n"
+    assert "| bleu |" in (tmp_path / "quiet" / "README.md").read_text("utf-8")
     assert not list((tmp_path / "kept").glob("*.safetensors"))
     with torch.no_grad():
         model.classifier.weight.add_(1.0)
