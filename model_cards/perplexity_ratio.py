@@ -69,8 +69,10 @@ def main() -> None:
     source = {"gguf_file": given.gguf_file} if given.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(given.original, **source)
     blocks = blocks_of(given.test_file, tokenizer, given.texts, given.block_size, given.seed)
-    before = losses_of(AutoModelForCausalLM.from_pretrained(given.original, **source).float(), blocks, given.bf16)
-    after = losses_of(AutoModelForCausalLM.from_pretrained(given.model).float(), blocks, given.bf16)
+    before = losses_of(
+        AutoModelForCausalLM.from_pretrained(given.original, dtype=torch.float32, **source), blocks, given.bf16
+    )
+    after = losses_of(AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32), blocks, given.bf16)
     told, low, high = ratio(before, after)
     perplexities = [math.exp(statistics.fmean(losses)) for losses in (before, after)]
     sys.stdout.write(

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import random
+import re
 import statistics
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as tf
 
+from deeparc_hf import remove_blocks
 from deeparc_hf.errors import ConfigError
 from experiment.models import load_model
 from tests.publishing import tiny_tokenizer
 from tests.zoo import ZOO
 
 from .running import check_files, parameters, recipe, watched, without_times, words, zeros
-from .tiny import write_task
+from .tiny import ROOT, write_task
 
 main = recipe("causal_lm").main
 MARKS = {"train": "w100", "validation": "w101", "test": "w102"}
@@ -201,6 +205,26 @@ def test_models_are_asked_prompts_and_tasks(data, tmp_path):
     assert "## Answers" in (tmp_path / "out" / "results.md").read_text("utf-8")
     card = (tmp_path / "out" / "iteration-1" / "README.md").read_text("utf-8")
     assert "odd_or_even acc" in card and "datasets/json" not in card  # a reader of files, and no data set of the Hub
+
+
+def test_a_script_tells_the_ratio_of_two_perplexities(data, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("perplexity_ratio", ROOT / "model_cards" / "perplexity_ratio.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    smaller = ZOO["llama"].model()
+    remove_blocks(smaller, {STACK: [1, 2]})
+    smaller.save_pretrained(tmp_path / "smaller")
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts_of("test", 24)))
+    given = ["script", data["model"], str(tmp_path / "smaller"), "--test_file", str(tmp_path / "test.jsonl")]
+    monkeypatch.setattr(sys, "argv", [*given, "--block_size", str(SIZE)])
+    script.main()
+    before, after = (losses_of(folder, blocks_of()) for folder in (data["model"], tmp_path / "smaller"))
+    changes = [new - old for new, old in zip(after, before, strict=True)]
+    error = statistics.stdev(changes) / len(changes) ** 0.5
+    wanted = [statistics.fmean(before), statistics.fmean(after), statistics.fmean(changes)]
+    wanted += [wanted[2] - 1.96 * error, wanted[2] + 1.96 * error]
+    found = [float(number) for number in re.findall(r"\d+\.\d+", capsys.readouterr().out)]
+    assert found == pytest.approx([math.exp(value) for value in wanted], rel=1e-3)
 
 
 def test_end_tokens_that_texts_are_padded_with_too_are_no_padding(data, tmp_path):
