@@ -1,6 +1,8 @@
 """One table of what `search_evidence` measured on several models.
 
-python -m benchmarks.search_summary FOLDER/search_*.json
+    python -m benchmarks.search_summary FOLDER/search_*.json
+
+The files are those that `search_evidence` writes.
 """
 
 from __future__ import annotations

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..errors import PlanError
-from .clusters import check_asked, pins_told
+from .clusters import ComparedStack, check_asked, pins_told
 from .config import MPruneConfig
-
-if TYPE_CHECKING:
-    from .plan import StackPlan
 
 __all__ = ["MayGo", "check_reachable", "may_go", "wanted_removals"]
 
@@ -29,23 +25,32 @@ class MayGo:
         return min(len(self.blocks), self.room)
 
 
-def may_go(stacks: Mapping[str, StackPlan], config: MPruneConfig) -> dict[str, MayGo]:
-    """What may go of each stack."""
+def may_go(
+    stacks: Mapping[str, ComparedStack], protected: Mapping[str, Collection[int]], config: MPruneConfig
+) -> dict[str, MayGo]:
+    """What may go of each stack; `protected` are the blocks that stay because the user said so."""
     stay = dict.fromkeys(stacks, config.min_blocks)
     if isinstance(config.num_blocks, dict):
         stay |= {name: len(stack) for name, stack in stacks.items()}
         stay |= {name: max(count, config.min_blocks) for name, count in config.num_blocks.items()}
     found = {}
     for name, stack in stacks.items():
-        free = tuple(i for i in range(len(stack)) if i not in stack.pinned and i not in stack.protected)
+        free = tuple(i for i in range(len(stack)) if i not in stack.pinned and i not in protected[name])
         found[name] = MayGo(free, max(len(stack) - stay[name], 0))
     return found
 
 
-def check_reachable(stacks: Mapping[str, StackPlan], config: MPruneConfig, *, at_most: bool = False) -> None:
+def check_reachable(
+    stacks: Mapping[str, ComparedStack],
+    protected: Mapping[str, Collection[int]],
+    config: MPruneConfig,
+    *,
+    at_most: bool = False,
+) -> None:
     """Refuse a target that no search reaches.
 
     Args:
+        protected: as in `may_go`.
         at_most: whether fewer may go than the settings ask for, where not so many can.
 
     Raises:
@@ -53,12 +58,13 @@ def check_reachable(stacks: Mapping[str, StackPlan], config: MPruneConfig, *, at
     """
     lengths = {name: len(stack) for name, stack in stacks.items()}
     check_asked(lengths, config)
-    wanted, most = wanted_removals(lengths, config), sum(stack.most for stack in may_go(stacks, config).values())
+    free = may_go(stacks, protected, config)
+    wanted, most = wanted_removals(lengths, config), sum(stack.most for stack in free.values())
     if most < (1 if wanted is None else min(wanted, 1) if at_most else wanted):
         raise PlanError(
             f"The search is to remove {'blocks' if wanted is None else wanted} of {sum(lengths.values())} blocks, and "
             f"{most} may go: the others are pinned or protected, or min_blocks={config.min_blocks} keeps them. Keep "
-            f"more blocks, or protect fewer.{pins_told({name: stack.compared for name, stack in stacks.items()})}"
+            f"more blocks, or protect fewer.{pins_told(stacks)}"
         )
 
 

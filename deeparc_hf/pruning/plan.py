@@ -358,7 +358,7 @@ def check_possible(compared: Mapping[str, ComparedStack], config: MPruneConfig) 
             before += len(stack)
     plan = make_plan(alike, config)
     if given.search is not None and given.target in ("num_blocks", "keep_ratio"):
-        check_reachable(plan.stacks, given)
+        check_reachable(compared, {name: stack.protected for name, stack in plan.stacks.items()}, given)
 
 
 def first_threshold(plan: PruningPlan) -> float | None:

@@ -29,7 +29,7 @@ from ..observe.forward import evaluating, require_weights
 from ..pruning.compare import check_settings, compare_blocks, uncompared_plan
 from ..pruning.config import MPruneConfig
 from ..pruning.may_go import check_reachable, may_go, wanted_removals
-from ..pruning.plan import PruningPlan
+from ..pruning.plan import ComparedStack, PruningPlan
 from ..pruning.surgery import refuse_wrapped
 from .found import Ends, Evaluation, Found
 from .frontier import Frontier, Point
@@ -246,7 +246,7 @@ def find_frontier(
     plan = compare_blocks(
         subject, Calibration(batches, config.calibration_samples), whole, progress=progress, labels=labels
     )
-    check_reachable(plan.stacks, config, at_most=at_most)
+    check_reachable(*_known_of(plan), config, at_most=at_most)
     free = _Free(plan, config)
     wanted = wanted_removals(subject.lengths, config)
     wanted = most if wanted is None else wanted
@@ -362,11 +362,17 @@ def _run(
     return True
 
 
+def _known_of(plan: PruningPlan) -> tuple[dict[str, ComparedStack], dict[str, tuple[int, ...]]]:
+    """The stacks of a plan, and their protected blocks."""
+    stacks = plan.stacks.items()
+    return {name: stack.compared for name, stack in stacks}, {name: stack.protected for name, stack in stacks}
+
+
 class _Free:
     """Which blocks may go beside those that are removed already."""
 
     def __init__(self, plan: PruningPlan, config: MPruneConfig) -> None:
-        self._stacks = may_go(plan.stacks, config)
+        self._stacks = may_go(*_known_of(plan), config)
 
     @property
     def most(self) -> int:

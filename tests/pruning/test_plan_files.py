@@ -313,7 +313,6 @@ def test_plans_import_no_model_code(path):
         "config",
         "heatmap",
         "may_go",
-        "plan",
         "core.caller",
         "core.checks",
         "errors",
