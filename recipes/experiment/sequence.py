@@ -406,7 +406,9 @@ class Experiment:
 
     def _told_otherwise(self, row: Row) -> bool:
         """Whether a licence or language is given that the card does not have yet."""
-        file = self._out / (row.folder or "") / TOLD
+        if row.folder is None:
+            return False  # and there is no card
+        file = self._out / row.folder / TOLD
         known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         return any(getattr(self.data, name) not in (None, known.get(name)) for name in ("license", "language"))
 
